@@ -1,0 +1,259 @@
+"""Learning-rate schedules of continual pre-training as pure functions of the optimizer step.
+
+`step` is the number of updates already made, so the value at `step` is used by update number step + 1: the first
+update uses the value at 0 (which is 0 while warming up) and the last one the value at num_steps - 1. The value at
+num_steps, and at every step after it, is min_lr (constant_lr if the phases have no anneal).
+
+Letters: t step, T num_steps, u steps since a phase began, s = u / length of that phase, in [0, 1].
+Source: Thérien et al. 2025 (arXiv 2503.05029), CosineInf; Ibrahim et al. 2024 (arXiv 2403.08763), InvSqrtInf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+
+STARTING_PHASES = ("scratch", "constant", "decayed")
+PHASE_NAMES = ("warmup", "cooldown", "constant", "anneal")
+
+
+class Boundaries(NamedTuple):
+    """First step after each phase; a phase is empty where its end equals the one before it."""
+
+    warmup: int
+    cooldown: int
+    constant: int
+    anneal: int  # == num_steps
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Lengths of the four phases as fractions of the run; each in [0, 1], summing to one."""
+
+    warmup: float
+    cooldown: float
+    constant: float
+    anneal: float
+
+    def __post_init__(self) -> None:
+        values = (self.warmup, self.cooldown, self.constant, self.anneal)
+        shown = ", ".join(f"{name}={value}" for name, value in zip(PHASE_NAMES, values, strict=True))
+        for name, value in zip(PHASE_NAMES, values, strict=True):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"phase {name}={value} is outside [0, 1] ({shown}): give fractions of the run.")
+        if abs(math.fsum(values) - 1.0) > 1e-6:
+            raise ValueError(f"phases must sum to 1, got {shown}: sum {math.fsum(values):.6g}; adjust one of them.")
+
+    def boundaries(self, num_steps: int) -> Boundaries:
+        """Steps at which the phases end: cumulative fractions of num_steps, rounded half up, so no step is lost."""
+        ends, total = [], 0.0
+        for fraction in (self.warmup, self.cooldown, self.constant):
+            total += fraction
+            ends.append(min(num_steps, math.floor(total * num_steps + 0.5 + 1e-9)))
+        return Boundaries(*ends, num_steps) if self.anneal > 0 else Boundaries(*ends[:2], num_steps, num_steps)
+
+
+# Infinite schedules, by the phase in which the starting checkpoint was saved (paper: 1/70/10/19 and 0/0/80/20).
+DEFAULT_PHASES: dict[str, Phases] = {
+    "scratch": Phases(0.01, 0.70, 0.10, 0.19),
+    "constant": Phases(0.0, 0.0, 0.80, 0.20),
+    "decayed": Phases(0.01, 0.70, 0.10, 0.19),
+}
+# Cosine has a warm-up and an anneal only. Without a warm-up it starts at constant_lr, see `learning_rate_at`.
+DEFAULT_COSINE_PHASES: dict[str, Phases] = {
+    "scratch": Phases(0.01, 0.0, 0.0, 0.99),
+    "constant": Phases(0.0, 0.0, 0.0, 1.0),
+    "decayed": Phases(0.01, 0.0, 0.0, 0.99),
+}
+
+
+def default_phases(schedule: str, starting_phase: str) -> Phases:
+    """Phases of the paper for a schedule and the phase ("scratch", "constant", "decayed") the run starts from."""
+    _check_name(schedule)
+    if starting_phase not in DEFAULT_PHASES:
+        raise ValueError(f"starting phase {starting_phase!r} is unknown: choose one of {', '.join(STARTING_PHASES)}.")
+    return (DEFAULT_COSINE_PHASES if schedule == "cosine" else DEFAULT_PHASES)[starting_phase]
+
+
+def cosine(step: int, num_steps: int, warmup: float, max_lr: float, min_lr: float) -> float:
+    """Linear warm-up from 0 to max_lr over round(warmup * T) steps, then half a cosine to min_lr at T."""
+    ends = Phases(warmup, 0.0, 0.0, 1.0 - warmup).boundaries(num_steps)
+    if step < ends.warmup:
+        return max_lr * step / ends.warmup
+    if step >= num_steps:
+        return min_lr if ends.anneal > ends.warmup else max_lr
+    return _half_cosine((step - ends.warmup) / (num_steps - ends.warmup), max_lr, min_lr)
+
+
+def cosine_inf(step: int, num_steps: int, phases: Phases, max_lr: float, constant_lr: float, min_lr: float) -> float:
+    """Warm-up to max_lr, half a cosine to constant_lr, constant, exponential anneal to min_lr at T."""
+    return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, _half_cosine)
+
+
+def inv_sqrt_inf(
+    step: int,
+    num_steps: int,
+    phases: Phases,
+    max_lr: float,
+    constant_lr: float,
+    min_lr: float,
+    steepness: float = 10.0,
+) -> float:
+    """`cosine_inf` whose cooldown follows h(s) = 1 / sqrt(1 + steepness * s) - 1, scaled to meet both ends."""
+    return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, partial(_inv_sqrt, steepness=steepness))
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "cosine_inf": cosine_inf,
+    "inv_sqrt_inf": inv_sqrt_inf,
+    "cosine": cosine,
+}
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    schedule: str,
+    num_steps: int,
+    phases: Phases,
+    max_lr: float,
+    constant_lr: float,
+    min_lr: float,
+    steepness: float = 10.0,
+) -> float:
+    """Learning rate of update step + 1 under a schedule by name; arguments are taken as checked by `check_schedule`.
+
+    "cosine" reads phases.warmup only. Without a warm-up it starts at constant_lr: a run that does not warm up
+    continues a checkpoint, and none of the schedules lets it jump to max_lr (set constant_lr=max_lr if it should).
+    """
+    if schedule == "cosine":
+        return cosine(step, num_steps, phases.warmup, max_lr if phases.warmup > 0 else constant_lr, min_lr)
+    if schedule == "inv_sqrt_inf":
+        return inv_sqrt_inf(step, num_steps, phases, max_lr, constant_lr, min_lr, steepness)
+    return SCHEDULES[schedule](step, num_steps, phases, max_lr, constant_lr, min_lr)
+
+
+def phase_at(step: int, *, num_steps: int, phases: Phases) -> str:
+    """Phase of update step + 1: "warmup", "cooldown", "constant" or "anneal" (also after the end, if it annealed)."""
+    ends = phases.boundaries(num_steps)
+    for name, end in zip(PHASE_NAMES, ends, strict=True):
+        if step < end:
+            return name
+    lengths = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    return [name for name, length in zip(PHASE_NAMES, lengths, strict=True) if length > 0][-1]
+
+
+def check_schedule(
+    *,
+    schedule: str,
+    num_steps: int,
+    phases: Phases,
+    max_lr: float,
+    constant_lr: float,
+    min_lr: float,
+    steepness: float = 10.0,
+) -> None:
+    """Refuse, with one line that names field, value and remedy, what the schedules cannot mean."""
+    _check_name(schedule)
+    if num_steps is None or num_steps < 1:
+        raise ValueError(
+            f"{schedule} without steps: num_steps={num_steps}, and its phases are fractions of it; set max_steps >= 1."
+        )
+    for name, value in (("max_lr", max_lr), ("constant_lr", constant_lr), ("min_lr", min_lr)):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name}={value} is no learning rate: give a finite number >= 0.")
+    if not min_lr <= constant_lr <= max_lr or max_lr == 0:
+        raise ValueError(
+            f"learning rates must satisfy 0 <= min_lr <= constant_lr <= max_lr > 0, got min_lr={min_lr}, "
+            f"constant_lr={constant_lr}, max_lr={max_lr}: reorder them."
+        )
+    if schedule == "cosine":
+        if phases.cooldown > 0 or phases.constant > 0:
+            raise ValueError(
+                f"cosine has no cooldown and no constant phase, got cooldown={phases.cooldown}, "
+                f"constant={phases.constant}: give both to anneal, or choose cosine_inf."
+            )
+    elif phases.anneal > 0 and min_lr == 0:
+        raise ValueError(f"{schedule} anneals exponentially and cannot reach min_lr=0: set min_lr > 0 (max_lr / 10).")
+    if schedule == "inv_sqrt_inf" and not (math.isfinite(steepness) and steepness > 0):
+        raise ValueError(f"steepness={steepness} gives inv_sqrt_inf no slope: set it > 0 (10 is the usual value).")
+
+
+def build_lr_scheduler(
+    optimizer: Optimizer,
+    *,
+    schedule: str,
+    num_steps: int,
+    phases: Phases,
+    max_lr: float,
+    constant_lr: float,
+    min_lr: float,
+    steepness: float = 10.0,
+) -> LambdaLR:
+    """A LambdaLR that multiplies each group's initial learning rate (max_lr in a plain run) by rate / max_lr.
+
+    Groups with other initial rates keep their proportion to max_lr. Its state is the step alone, so that changed
+    rates, phases or num_steps take effect at once when a run is resumed.
+    """
+    from hf_moe_cpt.optim.step_scheduler import StepLambdaLR
+
+    settings: dict[str, Any] = {
+        "schedule": schedule,
+        "num_steps": num_steps,
+        "phases": phases,
+        "max_lr": max_lr,
+        "constant_lr": constant_lr,
+        "min_lr": min_lr,
+        "steepness": steepness,
+    }
+    check_schedule(**settings)
+    return StepLambdaLR(optimizer, partial(_ratio_at, **settings))
+
+
+def _ratio_at(step: int, *, max_lr: float, **settings: Any) -> float:
+    return learning_rate_at(step, max_lr=max_lr, **settings) / max_lr
+
+
+def _check_name(schedule: str) -> None:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+
+
+def _half_cosine(s: float, begin: float, end: float) -> float:
+    return end + (begin - end) / 2 * (1 + math.cos(math.pi * s))
+
+
+def _inv_sqrt(s: float, begin: float, end: float, steepness: float) -> float:
+    fall = 1 / math.sqrt(1 + steepness * s) - 1
+    return begin + (end - begin) * fall / (1 / math.sqrt(1 + steepness) - 1)
+
+
+def _infinite(
+    step: int,
+    num_steps: int,
+    phases: Phases,
+    max_lr: float,
+    constant_lr: float,
+    min_lr: float,
+    cooldown: Callable[[float, float, float], float],
+) -> float:
+    """The four phases; without a cooldown nothing could come down from max_lr, so warm-up then ends at constant_lr."""
+    ends = phases.boundaries(num_steps)
+    if step < ends.warmup:
+        peak = max_lr if ends.cooldown > ends.warmup else constant_lr
+        return peak * step / ends.warmup
+    if step < ends.cooldown:
+        return cooldown((step - ends.warmup) / (ends.cooldown - ends.warmup), max_lr, constant_lr)
+    if step < ends.constant or ends.anneal == ends.constant:
+        return constant_lr
+    if step >= num_steps:
+        return min_lr
+    return constant_lr * (min_lr / constant_lr) ** ((step - ends.constant) / (ends.anneal - ends.constant))

@@ -1,0 +1,201 @@
+"""Schedules against the paper's values, transformers' cosine and torch's annealing, and their own limits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from hf_moe_cpt.optim.schedules import (
+    DEFAULT_COSINE_PHASES,
+    DEFAULT_PHASES,
+    SCHEDULES,
+    Phases,
+    check_schedule,
+    cosine,
+    cosine_inf,
+    default_phases,
+    inv_sqrt_inf,
+    learning_rate_at,
+    phase_at,
+)
+
+
+MAX, CONST, MIN = 3e-4, 1.65e-4, 3e-5
+PAPER_STEPS = 192_720
+SCRATCH = DEFAULT_PHASES["scratch"]
+PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+
+
+def fraction(share):
+    return round(share * PAPER_STEPS)
+
+
+def test_paper_phase_lengths():
+    ends = SCRATCH.boundaries(PAPER_STEPS)
+    assert [end - begin for begin, end in zip((0, *ends), ends, strict=False)] == [1_927, 134_904, 19_272, 36_617]
+    continued = DEFAULT_PHASES["constant"].boundaries(95_370)
+    assert continued == (0, 0, 76_296, 95_370)
+
+
+def test_phase_ends_are_rounded_half_up_and_lose_no_step():
+    assert SCRATCH.boundaries(150) == (2, 107, 122, 150)  # 1.5, 106.5, 121.5
+    assert SCRATCH.boundaries(1) == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "share, want",
+    [(0.01, 3.0e-4), (0.20, 2.77e-4), (0.36, 2.325e-4), (0.50, 1.93e-4), (0.90, 7.36e-5), (1.0, 3.0e-5)],
+)
+def test_paper_check_values(share, want):
+    got = cosine_inf(fraction(share), **PAPER)
+    assert got == pytest.approx(want, rel=2e-3)  # the sheet gives three digits
+
+
+def test_constant_phase_is_exact():
+    assert {cosine_inf(step, **PAPER) for step in range(136_831, 156_103, 97)} == {CONST}
+
+
+def test_warmup_is_linear_from_zero():
+    assert cosine_inf(0, **PAPER) == 0.0
+    assert cosine_inf(1_000, **PAPER) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
+    assert cosine_inf(1_927, **PAPER) == MAX
+
+
+def test_anneal_multiplies_by_the_same_factor_every_step():
+    rates = [cosine_inf(step, **PAPER) for step in range(160_000, 160_050)]
+    ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
+    assert ratios == pytest.approx([(MIN / CONST) ** (1 / 36_617)] * len(ratios), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf", "cosine"])
+def test_continuing_from_the_constant_phase_never_rewarms(schedule):
+    phases = default_phases(schedule, "constant")
+    rates = [
+        learning_rate_at(
+            step, schedule=schedule, num_steps=500, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
+        )
+        for step in range(501)
+    ]
+    assert rates[0] == max(rates) == CONST
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == MIN
+
+
+def test_warmup_without_cooldown_stops_at_the_constant_rate():
+    phases = Phases(0.01, 0.0, 0.79, 0.20)  # the paper's continual row, read literally: 0 -> 3e-4, then a jump
+    rates = [cosine_inf(step, 1_000, phases, MAX, CONST, MIN) for step in range(1_000)]
+    assert rates[0] == 0.0 and max(rates) == CONST
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_after_the_end_it_stays_at_the_minimum(schedule):
+    phases = default_phases(schedule, "scratch")
+    settings = {"num_steps": 77, "phases": phases, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+    assert learning_rate_at(76, schedule=schedule, **settings) > MIN
+    assert {learning_rate_at(step, schedule=schedule, **settings) for step in (77, 78, 10_000)} == {MIN}
+
+
+def test_without_anneal_the_constant_rate_goes_on():
+    phases = Phases(0.1, 0.6, 0.3, 0.0)
+    assert [cosine_inf(step, 10, phases, MAX, CONST, MIN) for step in (7, 9, 10, 99)] == [CONST] * 4
+    assert phase_at(99, num_steps=10, phases=phases) == "constant"
+
+
+@pytest.mark.parametrize("num_steps, warmup", [(200, 0.05), (1_000, 0.01), (37, 0.0)])
+def test_cosine_equals_transformers(num_steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=MAX)
+    warmup_steps = round(warmup * num_steps)
+    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, num_steps, min_lr=MIN)
+    for step in range(num_steps):
+        assert cosine(step, num_steps, warmup, MAX, MIN) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_cooldown_equals_torch_cosine_annealing():
+    phases = Phases(0.0, 1.0, 0.0, 0.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=MAX)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=CONST)
+    for step in range(50):
+        assert cosine_inf(step, 50, phases, MAX, CONST, MIN) == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        theirs.step()
+
+
+@given(steepness=st.floats(0.01, 1e4), num_steps=st.integers(10, 5_000))
+def test_inverse_square_root_meets_both_ends_and_falls(steepness, num_steps):
+    phases = Phases(0.1, 0.6, 0.1, 0.2)
+    ends = phases.boundaries(num_steps)
+    points = sorted({ends.warmup + i * (ends.cooldown - ends.warmup) // 20 for i in range(21)})
+    rates = [inv_sqrt_inf(step, num_steps, phases, MAX, CONST, MIN, steepness) for step in points]
+    assert rates[0] == pytest.approx(MAX, rel=1e-12) and rates[-1] == pytest.approx(CONST, rel=1e-12)
+    assert all(after < before for before, after in zip(rates, rates[1:], strict=False))
+
+
+def test_inverse_square_root_formula():
+    h = 1 / math.sqrt(1 + 10 * 0.25) - 1
+    want = MAX + (CONST - MAX) * h / (1 / math.sqrt(11) - 1)
+    assert inv_sqrt_inf(25, 100, Phases(0.0, 1.0, 0.0, 0.0), MAX, CONST, MIN) == pytest.approx(want, rel=1e-12)
+
+
+@given(
+    cuts=st.tuples(*[st.floats(0, 1)] * 3).map(sorted),
+    num_steps=st.integers(1, 400),
+    schedule=st.sampled_from(["cosine_inf", "inv_sqrt_inf"]),
+)
+def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, schedule):
+    a, b, c = cuts
+    phases = Phases(a, b - a, c - b, 1 - c)
+    rates = [
+        learning_rate_at(
+            step, schedule=schedule, num_steps=num_steps, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
+        )
+        for step in range(num_steps + 1)
+    ]
+    assert all(0 <= rate <= MAX * (1 + 1e-12) for rate in rates)
+    assert rates[-1] == (MIN if phases.boundaries(num_steps).constant < num_steps else CONST)
+
+
+@pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf"])
+def test_phases_join_without_a_jump(schedule):
+    settings = {**PAPER, "schedule": schedule, "num_steps": 10**8}
+    for end in SCRATCH.boundaries(10**8):
+        before, after = (learning_rate_at(step, **settings) for step in (end - 1, end))
+        assert after == pytest.approx(before, rel=2e-6)
+
+
+def test_phase_names():
+    at = [phase_at(step, num_steps=100, phases=SCRATCH) for step in (0, 1, 70, 71, 80, 81, 100, 900)]
+    assert at == ["warmup", "cooldown", "cooldown", "constant", "constant", "anneal", "anneal", "anneal"]
+    assert phase_at(0, num_steps=100, phases=DEFAULT_PHASES["constant"]) == "constant"
+    assert phase_at(0, num_steps=100, phases=DEFAULT_COSINE_PHASES["constant"]) == "anneal"
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"num_steps": 0}, r"cosine_inf without steps: num_steps=0.*max_steps"),
+        ({"schedule": "linear"}, r"'linear' is unknown: choose one of cosine_inf, inv_sqrt_inf, cosine"),
+        ({"min_lr": 2e-4}, r"min_lr=0.0002, constant_lr=0.000165"),
+        ({"constant_lr": 4e-4}, r"min_lr <= constant_lr <= max_lr.*constant_lr=0.0004"),
+        ({"max_lr": float("nan")}, r"max_lr=nan is no learning rate"),
+        ({"min_lr": 0.0}, r"cannot reach min_lr=0"),
+        ({"schedule": "cosine"}, r"cosine has no cooldown.*cooldown=0.7, constant=0.1"),
+        ({"schedule": "inv_sqrt_inf", "steepness": 0.0}, r"steepness=0.0"),
+    ],
+)
+def test_refusals_name_field_value_and_remedy(change, text):
+    with pytest.raises(ValueError, match=text):
+        check_schedule(**{"schedule": "cosine_inf", **PAPER, **change})
+
+
+def test_phases_must_be_fractions_that_sum_to_one():
+    with pytest.raises(ValueError, match=r"warmup=0.01, cooldown=0.7, constant=0.8, anneal=0.19: sum 1.7"):
+        Phases(0.01, 0.70, 0.80, 0.19)
+    with pytest.raises(ValueError, match=r"phase anneal=-0.2 is outside \[0, 1\]"):
+        Phases(0.2, 0.5, 0.5, -0.2)
+    with pytest.raises(ValueError, match=r"'warm' is unknown: choose one of scratch, constant, decayed"):
+        default_phases("cosine_inf", "warm")
