@@ -1,0 +1,59 @@
+"""Continual pre-training, alignment and surgery of mixture-of-experts language models on top of Hugging Face.
+
+Importing the package tells `transformers` about the model type `cpt_moe` (see `hf_moe_cpt.registration`) and loads
+nothing else: every public name below is imported when it is first asked for.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from hf_moe_cpt.registration import register_model_type
+
+
+if TYPE_CHECKING:
+    from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+    from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+    from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+    from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CPTConfig",
+    "CPTTrainer",
+    "CptMoeConfig",
+    "CptMoeForCausalLM",
+    "CptMoeForSequenceClassification",
+    "CptMoeModel",
+]
+
+_HOME_OF_NAME = {
+    "CPTConfig": "hf_moe_cpt.trainers.cpt.cpt_config",
+    "CPTTrainer": "hf_moe_cpt.trainers.cpt.cpt_trainer",
+    "CptMoeConfig": "hf_moe_cpt.modeling.configuration_cpt_moe",
+    "CptMoeForCausalLM": "hf_moe_cpt.modeling.modeling_cpt_moe",
+    "CptMoeForSequenceClassification": "hf_moe_cpt.modeling.modeling_cpt_moe",
+    "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
+}
+
+# In a checkout the rooms modeling/, trainers/, scripts/ and hub_cards/ lie beside this folder instead of inside it.
+_CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_CHECKOUT, "setup.cfg")) and os.path.isdir(os.path.join(_CHECKOUT, "modeling")):
+    __path__.append(_CHECKOUT)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use; afterwards it is a plain attribute."""
+    if name not in _HOME_OF_NAME:
+        raise AttributeError(f"module 'hf_moe_cpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF_NAME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_model_type()

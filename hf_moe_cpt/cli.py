@@ -1,0 +1,105 @@
+"""The command `hf-moe-cpt <command> ...`: finds the script of a command, hands it the rest of the line, prints errors.
+
+Nothing heavy is imported before a command is known, so `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_moe_cpt import __version__
+
+
+USER_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's script (a module with `main(argv)`) and the line that `--help` shows."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "hf_moe_cpt.scripts.quickstart",
+        "train two tiny models on prose, continue them on code, report what was forgotten",
+    ),
+    "cpt": Command("hf_moe_cpt.scripts.cpt", "continue pre-training any causal language model, with replay"),
+    "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 2 the user's input was refused, 130 interrupted,
+    141 whoever read the output stopped reading.
+
+    argv: the words after the program's name; those of the process if None.
+    """
+    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    if options.command not in COMMANDS:
+        return _refuse(f"unknown command {options.command!r}: {_advice(options.command)}")
+    try:
+        importlib.import_module(COMMANDS[options.command].module).main(options.arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, OSError, ImportError) as error:
+        if options.traceback:
+            raise
+        return _refuse(_one_line(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="hf-moe-cpt",
+        description="Change a language model that you own, above all a mixture of experts, without breaking it.",
+        epilog="commands:\n" + "\n".join(lines) + "\n\n'hf-moe-cpt <command> --help' lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-moe-cpt {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error was raised, not only its message"
+    )
+    parser.add_argument("command", metavar="<command>", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
+    return parser
+
+
+def _advice(unknown: str) -> str:
+    near = difflib.get_close_matches(unknown, COMMANDS, n=3)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose from {', '.join(COMMANDS)}."
+
+
+def _one_line(error: Exception) -> str:
+    """The message as a single line, led by the kind of error unless it is a plain refusal of a value."""
+    message = " ".join(str(error).split())
+    if type(error) is ValueError and message:
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

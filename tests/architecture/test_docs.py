@@ -1,0 +1,87 @@
+"""The documents name what exists, link to what exists, and their first example runs."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_moe_cpt
+from hf_moe_cpt import cli
+from tests.helpers.source_tree import PROJECT, SourceFile, read_project
+
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")])
+
+
+def public_names(files: list[SourceFile]) -> set[str]:
+    """`__all__` of every package of ours, read without importing it."""
+    return {
+        element
+        for file in files
+        if file.path.endswith("/__init__.py") and not file.is_test
+        for node in file.tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        for element in ast.literal_eval(node.value)
+    }
+
+
+def broken_links(document: Path) -> list[str]:
+    """Relative targets of markdown links that are neither a file nor a heading of one."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        if not file.exists() or (anchor and anchor not in _anchors(file)):
+            broken.append(f"{document.relative_to(document.parents[1])}: {target}")
+    return broken
+
+
+def _anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_docs_name_every_public_name() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "docs").rglob("*.md"))
+    names = public_names(read_project())
+    assert set(hf_moe_cpt.__all__) < names
+    missing = sorted(name for name in names if not re.search(rf"\b{name}\b", text))
+    assert not missing, f"docs/ does not name {', '.join(missing)}"
+
+
+def test_docs_name_every_command() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    missing = [name for name in cli.COMMANDS if f"hf-moe-cpt {name}" not in text]
+    assert not missing, f"no document shows {missing}"
+
+
+def test_links_lead_somewhere() -> None:
+    broken = [link for document in DOCUMENTS for link in broken_links(document)]
+    assert not broken, "\n".join(broken)
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "# A heading: here\n[a](#a-heading-here) [b](page.md) [c](none.md) [d](page.md#none) [e](https://x.y)"
+    )
+    assert broken_links(page) == ["docs/page.md: none.md", "docs/page.md: page.md#none"]
+
+
+def test_readme_shows_the_two_commands_and_python_at_once() -> None:
+    lines = README.splitlines()
+    assert lines.index("```python") < 20
+    assert "make quickstart" in README[: README.index("```python")]
+    assert "make test" in README[: README.index("```python")]
+
+
+def test_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture) -> None:
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    exec(compile(example, "README.md", "exec"), {})
+    total, active = re.findall(r"[\d,]{5,}", capsys.readouterr().out)
+    assert int(active.replace(",", "")) < int(total.replace(",", ""))

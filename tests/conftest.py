@@ -1,0 +1,56 @@
+"""Every test runs offline, seeded, on one thread, with its own caches and with fresh memory full of NaN."""
+
+import os
+import random
+import shutil
+import tempfile
+
+
+_CACHE_OF_THIS_RUN = None
+if "HF_MOE_CPT_TEST_CACHE" not in os.environ:  # the first process makes it; the workers of xdist inherit it
+    _CACHE_OF_THIS_RUN = tempfile.mkdtemp(prefix="hf_moe_cpt_tests_")
+    os.environ["HF_MOE_CPT_TEST_CACHE"] = _CACHE_OF_THIS_RUN
+
+# Before the libraries are imported, since they read these once.
+os.environ["HF_HOME"] = os.environ["HF_MOE_CPT_TEST_CACHE"]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for a test, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that our code allocates and forgets to write shows up as NaN instead of as a plausible number."""
+    fill_fresh_memory_with_nan(monkeypatch)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason in the summary, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_sessionfinish() -> None:
+    if _CACHE_OF_THIS_RUN is not None:
+        shutil.rmtree(_CACHE_OF_THIS_RUN, ignore_errors=True)

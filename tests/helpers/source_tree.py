@@ -1,0 +1,100 @@
+"""Read the project's Python files as syntax trees, for rules about the code; nothing is run. Source: ours."""
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+# The folders of the repository and the packages they are installed as.
+PACKAGE_OF_FOLDER = {
+    "hf_moe_cpt": "hf_moe_cpt",
+    "modeling": "hf_moe_cpt.modeling",
+    "trainers": "hf_moe_cpt.trainers",
+    "scripts": "hf_moe_cpt.scripts",
+    "hub_cards": "hf_moe_cpt.hub_cards",
+    "tests": "tests",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module. `from a.b import c` has module "a.b" and names ("c",); `level` counts leading dots."""
+
+    module: str
+    names: tuple[str, ...]
+    level: int
+    line: int
+    at_top: bool  # runs when the file is imported: neither inside a function nor under TYPE_CHECKING
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A Python file: where it lies (posix path from the project's root), its text and its syntax tree."""
+
+    path: str
+    text: str
+    tree: ast.Module
+
+    @property
+    def module(self) -> str:
+        """Dotted name it is imported as, such as "hf_moe_cpt.trainers.cpt.objective"."""
+        folder, _, rest = self.path.partition("/")
+        parts = [PACKAGE_OF_FOLDER[folder], *rest.removesuffix(".py").split("/")]
+        return ".".join(parts).removesuffix(".__init__")
+
+    @property
+    def package(self) -> str:
+        """Dotted name of the folder it lies in."""
+        return self.module if self.path.endswith("/__init__.py") else self.module.rpartition(".")[0]
+
+    @property
+    def is_test(self) -> bool:
+        return self.path.startswith("tests/")
+
+    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        """Every function and method, nested ones too."""
+        return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    def comments(self) -> Iterator[tuple[int, str]]:
+        """(line, text) of each comment; the inside of strings does not count."""
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+
+    def imports(self) -> list[Import]:
+        """Every import of the file, those inside functions too, in no particular order."""
+        late = {id(inner) for node in ast.walk(self.tree) if _runs_late(node) for inner in ast.walk(node)}
+        found = []
+        for node in ast.walk(self.tree):
+            at_top = id(node) not in late
+            if isinstance(node, ast.Import):
+                found += [Import(alias.name, (), 0, node.lineno, at_top) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = tuple(alias.name for alias in node.names)
+                found.append(Import(node.module or "", names, node.level, node.lineno, at_top))
+        return found
+
+
+def _runs_late(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return True
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def read_source(path: Path, root: Path = PROJECT) -> SourceFile:
+    """Parse one file. A file that is not valid Python raises SyntaxError with its name."""
+    text = path.read_text(encoding="utf-8")
+    return SourceFile(path.relative_to(root).as_posix(), text, ast.parse(text, filename=str(path)))
+
+
+@lru_cache
+def read_project(root: Path = PROJECT) -> list[SourceFile]:
+    """Every Python file of the known folders, sorted by path; read once in a process."""
+    paths = sorted(path for folder in PACKAGE_OF_FOLDER for path in (root / folder).rglob("*.py"))
+    return [read_source(path, root) for path in paths]
