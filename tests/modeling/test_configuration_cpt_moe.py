@@ -1,0 +1,131 @@
+"""The configuration derives what is left unset, refuses contradictions in one line and survives a round trip."""
+
+import copy
+import logging
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from hf_moe_cpt.modeling.configuration_cpt_moe import AUTO_MAP, CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+from hf_moe_cpt.modeling.presets_cpt_moe import PRESETS
+
+
+TINY = "pb-granular-tiny"
+REFUSED = {
+    "K above E": (
+        {"num_experts_per_tok": 32, "moe_intermediate_size": 8},
+        r"num_experts_per_tok=32 must lie in 1..31",
+    ),
+    "K of 0": ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must lie in"),
+    "expert width": ({"intermediate_size": 353}, "intermediate_size=353 is not divisible by 4"),
+    "expert width of 0": ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
+    "head width": ({"hidden_size": 130}, r"hidden_size=130 is not divisible by 4 \(num_attention_heads\)"),
+    "odd rotation": ({"head_dim": 28}, "head_dim=28 x partial_rotary_factor=0.25 rotates 7 dimensions"),
+    "no rotation": ({"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0 rotates 0 dimensions"),
+    "grouped heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+    "router": ({"router_type": "softmax"}, "router_type='softmax' is unknown: choose one of softmax_topk, sinkhorn"),
+    "norm": ({"norm_type": "batchnorm"}, "norm_type='batchnorm' is unknown"),
+    "load scope": ({"load_scope": "node"}, "load_scope='node' is unknown: choose one of global, rank"),
+    "gate of one": (
+        {"num_experts_per_tok": 1, "norm_topk_prob": True},
+        "every gate 1, so the router gets no gradient",
+    ),
+    "sinkhorn with aux": ({"router_type": "sinkhorn"}, "router_aux_loss_coef=0.01 with router_type='sinkhorn'"),
+    "negative coefficient": ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1 must be at least 0"),
+    "no passes": ({"sinkhorn_iterations": 0}, "sinkhorn_iterations=0 must be at least 1"),
+    "vocabulary": ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+}
+REFUSED_DENSE = {
+    "aux": ({"router_aux_loss_coef": 0.01}, r"router_aux_loss_coef=0.01, output_router_logits=True: a dense model"),
+    "experts": ({"num_experts_per_tok": 2}, "num_experts_per_tok=2: a dense model"),
+    "router": ({"router_type": "sinkhorn"}, "router_type='sinkhorn': a dense model"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_contradictions_are_refused(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        CptMoeConfig.from_preset(TINY, **overrides)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED_DENSE.values(), ids=REFUSED_DENSE)
+def test_a_dense_model_has_no_router(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CptMoeConfig.from_preset("dense-tiny", **overrides)
+
+
+def test_presets_and_their_overrides_must_exist() -> None:
+    with pytest.raises(ValueError, match="preset='pb-granular' is unknown: choose one of dense-570m, pb-granular-2b"):
+        CptMoeConfig.from_preset("pb-granular")
+    with pytest.raises(ValueError, match="num_expert: no such field of CptMoeConfig"):
+        CptMoeConfig.from_preset(TINY, num_expert=4)
+
+
+def test_a_wrong_type_is_refused_by_name() -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match="num_experts"):
+        CptMoeConfig.from_preset(TINY, num_experts="31")
+
+
+def test_a_field_set_later_is_checked_when_the_model_is_built() -> None:
+    config = CptMoeConfig.from_preset(TINY)
+    config.num_experts_per_tok = 40
+    with pytest.raises(ValueError, match="num_experts_per_tok=40 must lie in 1..31"):
+        CptMoeForCausalLM(config)
+
+
+def test_unset_fields_follow_from_the_others() -> None:
+    config = CptMoeConfig.from_preset(TINY, intermediate_size=400, num_experts_per_tok=7)
+    assert (config.moe_intermediate_size, config.head_dim, config.num_key_value_heads) == (50, 32, 4)
+    dense = CptMoeConfig(num_experts=0)
+    assert (dense.num_experts_per_tok, dense.num_shared_experts, dense.moe_intermediate_size) == (0, 0, None)
+    assert (dense.router_aux_loss_coef, dense.router_z_loss_coef, dense.output_router_logits) == (0, 0, False)
+    assert CptMoeConfig().to_dict() == CptMoeConfig.from_preset("pb-granular-2b").to_dict()
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """caplog sees what transformers logs only if its root logger hands messages on."""
+    monkeypatch.setattr(transformers_logging._get_library_root_logger(), "propagate", True)
+    ours = logging.getLogger("hf_moe_cpt.modeling.configuration_cpt_moe")
+    monkeypatch.setattr(ours, "level", logging.WARNING)
+    return caplog
+
+
+def test_unknown_keys_are_named_once(warnings_of_transformers: pytest.LogCaptureFixture) -> None:
+    CptMoeConfig(num_expert=4, router_z_loss=0.1)
+    messages = [record.getMessage() for record in warnings_of_transformers.records]
+    assert [m for m in messages if "does not know num_expert, router_z_loss" in m] == messages
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_round_trip_changes_nothing_and_warns_of_nothing(
+    preset: str, tmp_path, warnings_of_transformers: pytest.LogCaptureFixture
+) -> None:
+    config = CptMoeConfig.from_preset(preset, partial_rotary_factor=0.5, num_labels=3)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is CptMoeConfig
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert loaded.rope_parameters["partial_rotary_factor"] == 0.5
+    assert [record.getMessage() for record in warnings_of_transformers.records] == []
+
+
+def test_the_callers_rope_dictionary_is_left_alone() -> None:
+    rope = {"rope_type": "default", "rope_theta": 5_000.0}
+    given = copy.deepcopy(rope)
+    config = CptMoeConfig.from_preset(TINY, rope_parameters=rope)
+    assert rope == given
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5_000.0, "partial_rotary_factor": 0.25}
+
+
+def test_saving_names_the_files_saved_here_whatever_repository_it_came_from(tmp_path) -> None:
+    elsewhere = {head: f"someone/else--{file}" for head, file in AUTO_MAP.items()}
+    config = CptMoeConfig(auto_map=elsewhere)
+    assert config.auto_map == elsewhere
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
+    assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_cpt_moe.py", "presets_cpt_moe.py"}

@@ -1,0 +1,70 @@
+"""A saved checkpoint carries its code: it loads, with the same numbers, where the package cannot be imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_moe_cpt.modeling.configuration_cpt_moe import AUTO_MAP, CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+
+
+LOAD_ELSEWHERE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_moe_cpt":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+folder, out = sys.argv[1], {}
+tokens = torch.arange(24).view(2, 12)
+for auto in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+    torch.manual_seed(0)
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    out[auto.__name__] = model(input_ids=tokens)[0].detach()
+    if auto is AutoModelForCausalLM:
+        out["loss"] = model.train()(input_ids=tokens, labels=tokens).loss.detach()
+        out["generated"] = model.eval().generate(tokens[:1], max_new_tokens=3, do_sample=False)
+        model.save_pretrained(folder + "/again")
+        assert AutoConfig.from_pretrained(folder + "/again", trust_remote_code=True).num_experts == 31
+torch.save(out, sys.argv[2])
+assert "hf_moe_cpt" not in sys.modules
+"""
+
+
+def test_a_checkpoint_travels_without_the_package(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CptMoeConfig.from_preset("pb-granular-tiny", vocab_size=64, num_hidden_layers=2, pad_token_id=63)
+    folder = tmp_path / "model"
+    CptMoeForCausalLM(config).save_pretrained(folder)
+    modeling = Path(sys.modules[CptMoeForCausalLM.__module__].__file__).parent
+    files = {path.name for path in modeling.glob("*_cpt_moe.py")}
+    assert {path.name for path in folder.glob("*.py")} == files
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+    script = tmp_path / "load_elsewhere.py"
+    script.write_text(LOAD_ELSEWHERE)
+    subprocess.run([sys.executable, str(script), str(folder), str(tmp_path / "out.pt")], cwd=tmp_path, check=True)
+    got = torch.load(tmp_path / "out.pt")
+    tokens = torch.arange(24).view(2, 12)
+    for auto in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        torch.manual_seed(0)
+        model = auto.from_pretrained(folder).eval()
+        assert type(model).__module__ == "hf_moe_cpt.modeling.modeling_cpt_moe"
+        if auto is not AutoModelForSequenceClassification:  # its classifier is drawn anew
+            assert torch.equal(got[auto.__name__], model(input_ids=tokens)[0]), auto.__name__
+        if auto is AutoModelForCausalLM:
+            assert torch.equal(got["loss"], model.train()(input_ids=tokens, labels=tokens).loss)
+            assert torch.equal(got["generated"], model.eval().generate(tokens[:1], max_new_tokens=3, do_sample=False))
+    assert got["AutoModelForSequenceClassification"].shape == (2, 2)
+    assert {path.name for path in (folder / "again").glob("*.py")} == files
+    assert json.loads((folder / "again" / "config.json").read_text())["auto_map"] == AUTO_MAP
