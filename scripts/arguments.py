@@ -1,0 +1,70 @@
+"""Arguments of the scripts: dataclasses on the command line, defaults from a YAML file given with `--config`.
+
+The command line wins over the file, the file over the defaults of the dataclasses. Source: ours, after TRL's scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None, *, program: str, description: str
+) -> tuple[Any, ...]:
+    """One instance of each dataclass, filled from `argv` (of the process if None) over the file of `--config`.
+
+    Raises ValueError for a file that cannot be read and for keys in it that no argument has.
+    """
+    parser = HfArgumentParser(
+        list(dataclass_types), prog=program, description=description, allow_abbrev=False, conflict_handler="resolve"
+    )
+    parser.add_argument("--config", help="YAML file with arguments; the command line wins over it.")
+    known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
+    path = _config_path(argv)
+    if path is not None:
+        values = read_config(path, known)
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+    *parsed, _ = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    return tuple(parsed)
+
+
+def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, whose keys must all be in `known`."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {str(path)!r} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {str(path)!r} must hold `argument: value` lines, got {type(values).__name__}.")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "see --help for the arguments."
+            raise ValueError(f"--config {str(path)!r} sets {key!r}, which is no argument: {remedy}")
+    return {key: _plain_number(value) for key, value in values.items()}
+
+
+def _plain_number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text because it has no dot; people write it everywhere."""
+    return float(value) if isinstance(value, str) and EXPONENT_WITHOUT_DOT.match(value) else value
+
+
+def _config_path(argv: Sequence[str] | None) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    return finder.parse_known_args(None if argv is None else list(argv))[0].config

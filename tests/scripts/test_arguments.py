@@ -1,0 +1,48 @@
+"""YAML under the command line: who wins, and what is refused."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_moe_cpt.scripts.arguments import parse_arguments
+
+
+@dataclass
+class Arguments:
+    name: str = field(metadata={"help": "needed"})
+    rate: float = field(default=1.0, metadata={"help": "a number"})
+    names: list[str] | None = field(default=None, metadata={"help": "several"})
+    flag: bool = field(default=False, metadata={"help": "a switch"})
+
+
+def _parse(*argv: str) -> Arguments:
+    return parse_arguments((Arguments,), argv, program="test", description="")[0]
+
+
+def test_command_line_over_file_over_default(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: from file\nrate: 3e-4\nnames: [a, b]\n")
+    assert _parse("--config", str(file)) == Arguments("from file", 3e-4, ["a", "b"])
+    assert _parse(f"--config={file}", "--name", "typed", "--flag") == Arguments("typed", 3e-4, ["a", "b"], True)
+    assert _parse("--name", "typed") == Arguments("typed")
+
+
+REFUSED = {
+    "unknown key": ("name: x\nrat: 2\n", "sets 'rat', which is no argument: did you mean 'rate'"),
+    "no mapping": ("- a\n", "must hold `argument: value` lines, got list"),
+    "no YAML": ("a: [1\n", "is no YAML"),
+}
+
+
+@pytest.mark.parametrize("text, message", REFUSED.values(), ids=REFUSED)
+def test_bad_files_are_refused_with_one_line(tmp_path, text, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        _parse("--config", str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="missing.yaml' cannot be read: No such file"):
+        _parse("--config", str(tmp_path / "missing.yaml"))

@@ -1,0 +1,147 @@
+"""The cpt script from the command line: one process, two processes, accelerate, YAML, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_moe_cpt.scripts.cpt import main
+from tests.helpers.cpt_runs import logged, without_clocks
+from tests.helpers.source_tree import PROJECT
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _arguments(texts: Path, output_dir: Path, **changes: object) -> list[str]:
+    settings = {
+        "preset": "pb-granular-tiny",
+        "preset_overrides": json.dumps(SMALL),
+        "tokenizer_name_or_path": texts / "tokenizer",
+        "dataset_name": texts / "new.jsonl",
+        "replay_dataset_name": texts / "old",
+        "held_out_fraction": 0.2,
+        "replay_ratio": 0.25,
+        "max_length": 32,
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": output_dir,
+        **changes,
+    }
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _launch(command: list[str]) -> None:
+    done = subprocess.run(
+        command, cwd=PROJECT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def alone(texts, tmp_path_factory) -> Path:
+    """The run in one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    main(_arguments(texts, run))
+    return run
+
+
+def test_a_preset_is_trained_evaluated_and_saved(alone):
+    model = AutoModelForCausalLM.from_pretrained(alone)
+    tokenizer = AutoTokenizer.from_pretrained(alone)
+    assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
+    assert len(logged(_history(alone), "lm_loss/replay")) == 5
+    metrics = json.loads((alone / "eval_results.json").read_text())
+    assert {"eval_new_loss", "eval_replay_loss", "forgetting", "adaptation"} <= set(metrics)
+    prompt = tokenizer("def f_1", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
+    run = tmp_path / "two"
+    _launch(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531",
+         "scripts/cpt.py", *_arguments(texts, run, per_device_train_batch_size=2)]
+    )
+    for key in ("loss", "lm_loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "mri", "eval_new_loss"):
+        one, two = logged(_history(alone), key), logged(_history(run), key)
+        assert two == pytest.approx(one, rel=1e-5), key
+
+
+def test_accelerate_launches_it(alone, texts, tmp_path):
+    run = tmp_path / "accelerate"
+    _launch(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "scripts/cpt.py", *_arguments(texts, run)]
+    )
+    assert without_clocks(_history(run)) == without_clocks(_history(alone))
+
+
+def test_a_checkpoint_is_continued_from_a_yaml_file_that_the_command_line_overrides(alone, texts, tmp_path):
+    settings = dict(zip(*[iter(_arguments(texts, tmp_path / "x", max_steps=3, preset=None, preset_overrides=None))] * 2))
+    lines = [f"{name[2:]}: {value}" for name, value in settings.items() if name not in ("--output_dir", "--dataset_name")]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("\n".join([*lines, f"dataset_name: [{texts / 'new.jsonl'}]", f"model_name_or_path: {alone}"]))
+    run = tmp_path / "continued"
+    main(["--config", str(recipe), "--output_dir", str(run), "--max_steps", "2"])
+    assert len(logged(_history(run), "loss")) == 2
+    assert json.loads((run / "cpt_state.json").read_text())["starting_phase"] == "decayed"
+
+
+def test_streaming_reads_the_same_share_of_each_source(texts, tmp_path):
+    run = tmp_path / "run"
+    main(_arguments(texts, run, streaming=True, held_out_fraction=0, max_steps=2))
+    assert len(logged(_history(run), "lm_loss/replay")) == 2
+
+
+REFUSED = {
+    "no model": ({"preset": None}, "Give one of --model_name_or_path"),
+    "preset without tokenizer": ({"tokenizer_name_or_path": None}, "--preset needs --tokenizer_name_or_path"),
+    "unknown preset": ({"preset": "pb-granular-9b"}, "preset='pb-granular-9b' is unknown: choose one of"),
+    "overrides that are no JSON": ({"preset_overrides": "{"}, "--preset_overrides '{' is no JSON"),
+    "more experts per token than experts": ({"preset_overrides": '{"num_experts_per_tok": 32}'}, "num_experts_per_tok"),
+    "missing file": ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "all held out": ({"held_out_fraction": 1.5}, "held_out_fraction=1.5 of"),
+    "held out of a stream": ({"streaming": True}, "held_out_fraction cannot split a stream"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused_with_one_line(texts, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        main(_arguments(texts, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_folder_in_use_is_refused_first(texts, tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty .it holds 'precious.txt'"):
+        main(_arguments(texts, tmp_path, dataset_name="nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("recipe", sorted((PROJECT / "scripts" / "recipes").glob("cpt_*.yaml")), ids=lambda p: p.stem)
+def test_recipes_name_arguments_that_exist(recipe, tmp_path):
+    from hf_moe_cpt.scripts.arguments import parse_arguments
+    from hf_moe_cpt.scripts.cpt import DataArguments, ModelArguments
+    from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+
+    without_gpu = ["--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")]
+    model, data, training = parse_arguments(
+        (ModelArguments, DataArguments, CPTConfig),
+        ["--config", str(recipe), *without_gpu], program="cpt", description="",
+    )
+    assert model.model_name_or_path and data.replay_dataset_name and 0 < training.replay_ratio < 1
+    assert training.gradient_checkpointing and torch.is_tensor(torch.tensor(training.learning_rate))

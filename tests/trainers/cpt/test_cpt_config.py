@@ -1,0 +1,55 @@
+"""Defaults of the paper, and every contradiction refused with one line before anything is loaded."""
+
+import pytest
+
+from hf_moe_cpt.optim.schedules import DEFAULT_PHASES, Phases
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+
+
+def _config(tmp_path, **changes) -> CPTConfig:
+    return CPTConfig(output_dir=str(tmp_path / "run"), **{"max_steps": 100, "report_to": "none", **changes})
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = _config(tmp_path)
+    assert (config.learning_rate, config.constant_learning_rate, config.min_learning_rate) == pytest.approx(
+        (3e-4, 1.65e-4, 3e-5)
+    )
+    assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert config.phases("scratch") == DEFAULT_PHASES["scratch"]
+    assert config.phases("constant") == Phases(0.0, 0.0, 0.8, 0.2)
+
+
+def test_own_fractions_replace_the_defaults(tmp_path):
+    config = _config(tmp_path, warmup_fraction=0.1, cooldown_fraction=0.4, constant_fraction=0.5, anneal_fraction=0.0)
+    assert config.phases("decayed") == Phases(0.1, 0.4, 0.5, 0.0)
+
+
+REFUSED = {
+    "ratio of one": ({"replay_ratio": 1.0}, r"replay_ratio=1.0 is outside \[0, 1\)"),
+    "ratio in percent": ({"replay_ratio": 30}, r"replay_ratio=30 is outside \[0, 1\)"),
+    "negative ratio": ({"replay_ratio": -0.1}, r"replay_ratio=-0.1 is outside"),
+    "no steps": ({"max_steps": -1}, "max_steps=-1: cosine_inf without steps"),
+    "fractions that do not sum": (
+        {"warmup_fraction": 0.1, "cooldown_fraction": 0.1, "constant_fraction": 0.1, "anneal_fraction": 0.1},
+        "phases must sum to 1, got warmup=0.1",
+    ),
+    "some fractions": ({"warmup_fraction": 0.1}, "cooldown_fraction, constant_fraction, anneal_fraction is unset"),
+    "unknown schedule": ({"cpt_schedule": "linear"}, "schedule 'linear' is unknown: choose one of cosine_inf"),
+    "unknown packing": ({"packing": "bfd"}, "packing='bfd' is unknown: choose one of document, concat"),
+    "unknown start": ({"starting_phase": "warm"}, "starting_phase='warm' is unknown: choose auto, scratch"),
+    "rates out of order": ({"constant_learning_rate": 1.0}, "min_lr <= constant_lr <= max_lr"),
+    "blocks of one token": ({"max_length": 1}, "max_length=1 leaves nothing to predict"),
+    "no buffer": ({"shuffle_buffer": 0}, "shuffle_buffer=0 is no buffer"),
+    "the parent's scheduler": ({"lr_scheduler_type": "cosine"}, "do not apply here: choose cpt_schedule"),
+    "the parent's warm-up": ({"warmup_steps": 10}, "do not apply here: choose cpt_schedule"),
+    "dropped columns": ({"remove_unused_columns": True}, "must stay off"),
+    "hidden NaN": ({"logging_nan_inf_filter": True}, "must stay off"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_contradictions_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        _config(tmp_path, **changes)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,56 @@
+"""Guard, means and clocks of the trainers."""
+
+import time
+
+import pytest
+import torch
+
+from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
+from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
+from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
+from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_guard_names_step_and_batch(value):
+    guard = LossGuard()
+    guard.record(torch.tensor(1.0), 6, "blocks 40 to 47")
+    guard.check(str)
+    with pytest.raises(FloatingPointError, match=r"step 7 is not finite \(blocks 48 to 55\)"):
+        guard.record(torch.tensor(value), 7, "blocks 48 to 55")
+
+
+def test_means_over_calls_and_reset():
+    meter = MeanMeter()
+    meter.add({"aux_loss": torch.tensor(1.0), "z_loss": torch.tensor(4.0)})
+    meter.add({"aux_loss": torch.tensor(3.0), "z_loss": torch.tensor(6.0)})
+    assert meter.pop() == {"aux_loss": 2.0, "z_loss": 5.0}
+    assert meter.pop() == {}
+
+
+def test_paused_time_does_not_count_even_when_nested():
+    meter = ThroughputMeter(tokens_per_step=100, flops_per_token=1e12, num_devices=2)
+    assert meter.pop() == {}
+    with meter.pause():  # before the clock runs, as the evaluation at the start
+        time.sleep(0.3)
+    meter.begin()
+    meter.end_step()
+    time.sleep(0.05)
+    with meter.pause():
+        time.sleep(0.2)
+        with meter.pause():
+            time.sleep(0.2)
+    rates = meter.pop()
+    assert 100 / 0.15 < rates["tokens_per_second"] < 100 / 0.05
+    assert rates["model_tflops"] == pytest.approx(rates["tokens_per_second"] / 2, rel=1e-3)
+
+
+def test_starting_losses_are_the_first_at_step_zero():
+    history = [
+        {"step": 0, "eval_new_loss": 4.0},
+        {"step": 0, "eval_replay_loss": 2.0},
+        {"step": 0, "eval_new_loss": 9.0},
+        {"step": 5, "eval_new_loss": 3.0},
+    ]
+    assert starting_losses(history, ("new", "replay")) == {"new": 4.0, "replay": 2.0}
+    assert starting_losses(history[3:], ("new", "replay")) == {}

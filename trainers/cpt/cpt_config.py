@@ -1,0 +1,161 @@
+"""Arguments of continual pre-training. Defaults and phases: paper 1 (Thérien et al. 2025), sections 3 to 5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
+
+PACKINGS = ("document", "concat")
+PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
+
+
+@dataclass
+class CPTConfig(TrainingArguments):
+    """Arguments of `CPTTrainer`; everything that `TrainingArguments` has, and the fields below.
+
+    Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
+    remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
+    every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting).
+    """
+
+    # --- the run: `max_steps` optimizer steps fix the token budget, whatever the replay ratio ---
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate, reached after warm-up."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second Adam coefficient."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Decoupled weight decay of matrices."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a column names the source."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: a loss that is no number stops the run instead."}
+    )
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Evaluate before step 1, the reference of forgetting and adaptation."}
+    )
+
+    # --- the schedule ---
+    cpt_schedule: str = field(
+        default="cosine_inf", metadata={"help": f"Learning-rate schedule: {', '.join(SCHEDULES)}."}
+    )
+    constant_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate of the constant phase; unset: midway between peak and minimum."}
+    )
+    min_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate at the last step; unset: a tenth of learning_rate."}
+    )
+    warmup_fraction: float | None = field(
+        default=None, metadata={"help": "Share of max_steps that warms up; set all four fractions or none."}
+    )
+    cooldown_fraction: float | None = field(
+        default=None, metadata={"help": "Share of max_steps from the peak down to the constant rate."}
+    )
+    constant_fraction: float | None = field(default=None, metadata={"help": "Share of max_steps at constant rate."})
+    anneal_fraction: float | None = field(
+        default=None, metadata={"help": "Share of max_steps from the constant rate down to the minimum."}
+    )
+    inv_sqrt_steepness: float = field(default=10.0, metadata={"help": "Steepness of inv_sqrt_inf's cooldown."})
+    starting_phase: str = field(
+        default="auto",
+        metadata={
+            "help": "What the model comes from: scratch, constant (saved before any decay: no re-warm-up) or decayed "
+            "(warms up again). auto reads it from the checkpoint; a checkpoint that does not say counts as decayed."
+        },
+    )
+    keep_optimizer_state: bool = field(
+        default=False, metadata={"help": "Carry the Adam moments of the starting checkpoint over."}
+    )
+
+    # --- the data ---
+    replay_ratio: float = field(
+        default=0.0, metadata={"help": "Share of each optimizer batch that comes from replay_dataset, in [0, 1)."}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a packed block."})
+    packing: str = field(
+        default="document",
+        metadata={"help": "document: attention and loss stay inside a document; concat: they run across."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column with the raw text."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Documents in the shuffle buffer of streaming data; 1 keeps their order."}
+    )
+
+    # --- the model ---
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained when the model is given by name (JSON)."}
+    )
+    log_expert_load: bool = field(
+        default=True, metadata={"help": "Log maximum routing imbalance (MRI) per layer for MoE models."}
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        """Fill what is unset and refuse contradictions, before anything is loaded."""
+        if self.min_learning_rate is None:
+            self.min_learning_rate = self.learning_rate / 10
+        if self.constant_learning_rate is None:
+            self.constant_learning_rate = (self.learning_rate + self.min_learning_rate) / 2
+        self._check_data()
+        self._check_parent()
+        if self.starting_phase not in ("auto", *STARTING_PHASES):
+            raise ValueError(
+                f"starting_phase={self.starting_phase!r} is unknown: choose auto, {', '.join(STARTING_PHASES)}."
+            )
+        known = self.starting_phase if self.starting_phase != "auto" else "scratch"
+        check_schedule(**self.schedule_settings(known))
+        super().__post_init__()
+
+    def _check_data(self) -> None:
+        if not 0.0 <= self.replay_ratio < 1.0:
+            raise ValueError(
+                f"replay_ratio={self.replay_ratio} is outside [0, 1): it is the share of each batch that is replayed, "
+                "e.g. 0.3 for 30 %."
+            )
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing={self.packing!r} is unknown: choose one of {', '.join(PACKINGS)}.")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves nothing to predict: give at least 2 tokens.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer} is no buffer: give at least 1 document.")
+
+    def _check_parent(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(
+                f"max_steps={self.max_steps}: {self.cpt_schedule} without steps has no phases and the run no token "
+                "budget; set max_steps to the number of optimizer steps."
+            )
+        if self.warmup_steps or str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear":
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply here: "
+                "choose cpt_schedule and set warmup_fraction, cooldown_fraction, constant_fraction, anneal_fraction."
+            )
+        if self.remove_unused_columns or self.logging_nan_inf_filter:
+            raise ValueError(
+                "remove_unused_columns and logging_nan_inf_filter must stay off: the first drops the source of each "
+                "sequence, the second hides a loss that is not a number."
+            )
+
+    def phases(self, starting_phase: str) -> Phases:
+        """Phases of the run: the four fractions if set, else the paper's for a model that comes from that phase."""
+        given = [getattr(self, name) for name in PHASE_FIELDS]
+        if all(value is None for value in given):
+            return default_phases(self.cpt_schedule, starting_phase)
+        if any(value is None for value in given):
+            missing = ", ".join(name for name, value in zip(PHASE_FIELDS, given, strict=True) if value is None)
+            raise ValueError(f"Set all four fractions or none: {missing} is unset (0 leaves a phase out).")
+        return Phases(*given)
+
+    def schedule_settings(self, starting_phase: str) -> dict[str, Any]:
+        """Keyword arguments of the functions in `hf_moe_cpt.optim.schedules` for this run."""
+        return {
+            "schedule": self.cpt_schedule,
+            "num_steps": self.max_steps,
+            "phases": self.phases(starting_phase),
+            "max_lr": self.learning_rate,
+            "constant_lr": self.constant_learning_rate,
+            "min_lr": self.min_learning_rate,
+            "steepness": self.inv_sqrt_steepness,
+        }

@@ -1,0 +1,297 @@
+"""The trainer of continual pre-training: wiring of data, schedule, objective and instruments into Trainer.
+
+Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029); data law, schedules and metrics live in their own rooms.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from hf_moe_cpt.analysis.forgetting import adaptation, forgetting
+from hf_moe_cpt.data.collate import stack_blocks
+from hf_moe_cpt.data.replay import SOURCES
+from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_data import build_eval_dataset, build_train_dataset, check_model_fits
+from hf_moe_cpt.trainers.cpt.objective import corrected_loss, foreign_penalty, penalty_share, reported_terms
+from hf_moe_cpt.trainers.cpt.starting_point import detect_starting_phase, load_moments, write_state
+from hf_moe_cpt.trainers.cpt.step_callback import StepCallback
+from hf_moe_cpt.trainers.instruments.checkpoints import (
+    discard_half_written,
+    require_free_space,
+    require_unused,
+    resolve_resume,
+)
+from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter
+from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
+from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
+from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, SourceLosses
+from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
+from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
+from hf_moe_cpt.trainers.instruments.progress import shorten_console
+from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
+
+
+class CPTTrainer(Trainer):
+    """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
+
+    Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
+    `evaluate` (forgetting and adaptation), `train` (resume and refusals) and the saving hooks (whole checkpoints).
+
+    Args:
+        model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
+        args: a `CPTConfig`.
+        train_dataset: new text: rows with `text`, or with `input_ids`; a stream for data too large to tokenise first.
+        replay_dataset: old text of the same kind, needed when `args.replay_ratio` > 0.
+        eval_dataset: held-out new text, reported as `eval_new_loss`; a dict of data sets is evaluated by its names.
+        replay_eval_dataset: held-out old text, reported as `eval_replay_loss`; forgetting is measured on it.
+        processing_class: the tokenizer; may be left out when every data set is tokenised.
+        callbacks: as in `Trainer`.
+    """
+
+    _tag_names = ["hf_moe_cpt", "cpt"]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: CPTConfig,
+        train_dataset: Dataset | IterableDataset,
+        replay_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        replay_eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        check_model_fits(model, processing_class, args)
+        vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
+        held_out = _named_eval_sets(eval_dataset, replay_eval_dataset)
+        self.mixture = build_train_dataset(args, processing_class, vocab_size, train_dataset, replay_dataset)
+        self.starting_checkpoint = model.config._name_or_path
+        self.starting_phase = (
+            detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
+        )
+        self.loss_tap, self.source_losses = LossTap(), SourceLosses(SOURCES)
+        self.loss_tap.attach(model)
+        self._held_out = HeldOutLoss(0)  # of the evaluation under way
+        self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
+        self.term_meter, self.loss_guard = MeanMeter(), LossGuard()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=stack_blocks,
+            train_dataset=self.mixture,
+            eval_dataset={
+                name: build_eval_dataset(args, processing_class, vocab_size, data) for name, data in held_out.items()
+            }
+            or None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.global_batch_size = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self._flops_per_token = flops_per_token(model, args.max_length)
+        self.throughput = ThroughputMeter(
+            self.global_batch_size * args.max_length, self._flops_per_token, args.world_size * max(1, args.n_gpu)
+        )
+        self.add_callback(StepCallback(self.throughput, self.load_meter))
+        shorten_console(self)
+
+    # ---- data: the mixture is ordered already, position by position ----
+
+    def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> Sampler | None:
+        return None if isinstance(self.mixture, torch.utils.data.IterableDataset) else SequentialSampler(self.mixture)
+
+    # ---- optimisation ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's optimizer, with the moments of the starting checkpoint if they are to be kept."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.args.keep_optimizer_state:
+            load_moments(optimizer, self.starting_checkpoint)
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of `args`, which counts its phases in shares of `max_steps`."""
+        if self.lr_scheduler is None:
+            settings = self.args.schedule_settings(self.starting_phase)
+            self.lr_scheduler = build_lr_scheduler(self.optimizer if optimizer is None else optimizer, **settings)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Language-model loss plus, in training, the router penalties once per optimizer batch."""
+        if not model.training:
+            with self.loss_tap.tell(self._held_out.listener(inputs.pop("block"))):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        with self.loss_tap.tell(self.source_losses.listener(inputs.pop("source"))), self._observe_experts(inputs):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        share = penalty_share(inputs["labels"], num_items_in_batch)
+        loss = self._correct_penalty(loss, outputs, share, scaled=num_items_in_batch is not None)
+        self.term_meter.add(reported_terms(outputs))
+        self.loss_guard.record(loss, self.state.global_step + 1, self._describe_batch(self.state.global_step + 1))
+        return (loss, outputs) if return_outputs else loss
+
+    def _correct_penalty(self, loss: Tensor, outputs: Any, share: Tensor | float, scaled: bool) -> Tensor:
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        penalty = foreign_penalty(outputs, getattr(config, "router_aux_loss_coef", 0.0))
+        if penalty is None:
+            return loss
+        world = self.accelerator.num_processes if scaled and self.args.average_tokens_across_devices else 1
+        return corrected_loss(loss, penalty, share, world)
+
+    def _observe_experts(self, inputs: dict[str, Tensor]):
+        return self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else torch.enable_grad()
+
+    def _describe_batch(self, step: int) -> str:
+        first = (step - 1) * self.global_batch_size
+        return f"blocks {first} to {first + self.global_batch_size - 1} of the mixture"
+
+    # ---- measurement: everything leaves through `log` ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the instruments saw since the last training log: losses per source, MRI, rates."""
+        if "loss" in logs:
+            self.loss_guard.check(self._describe_batch)
+            logs.update(self.source_losses.pop())
+            logs.update(self.term_meter.pop())
+            logs.update(self._pop_imbalance())
+            logs["tokens_seen"] = self.state.global_step * self.throughput.tokens_per_step
+            logs.update(self.throughput.pop())
+        super().log(logs, start_time)
+
+    def _pop_imbalance(self) -> dict[str, float]:
+        summary = self.load_meter.pop() if self.load_meter else None
+        if summary is None:
+            return {}
+        layers = range(len(summary.mri))
+        return {
+            "mri": sum(summary.mri) / len(summary.mri),
+            "mri_normalized": sum(summary.normalized) / len(summary.normalized),
+            **{f"mri/layer_{layer:02d}": summary.mri[layer] for layer in layers},
+            **{f"mri_normalized/layer_{layer:02d}": summary.normalized[layer] for layer in layers},
+        }
+
+    def evaluate(
+        self,
+        eval_dataset: TorchDataset | dict[str, TorchDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out losses; with the losses at step 0 also `forgetting` and `adaptation`, in nats per token.
+
+        eval_dataset: text to evaluate on instead of the trainer's own, raw or tokenised, or a dict of such.
+        """
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._packed(data) for name, data in eval_dataset.items()}
+        with self.throughput.pause():
+            metrics = super().evaluate(self._packed(eval_dataset), ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            changes = self._changes_since_start(metrics)
+            if changes:
+                self.log(changes)
+                metrics.update(changes)
+        return metrics
+
+    def _packed(self, data: Any) -> Any:
+        is_text = isinstance(data, Dataset | IterableDataset)
+        return build_eval_dataset(self.args, self.processing_class, self._vocab_size, data) if is_text else data
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The parent's loop; the loss is the mean over tokens, the same for any batch size and number of ranks."""
+        self._held_out = HeldOutLoss(self.num_examples(dataloader))
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._held_out.mean()
+        return output
+
+    def _changes_since_start(self, metrics: dict[str, float]) -> dict[str, float]:
+        before = starting_losses(self.state.log_history, SOURCES)
+        changes = {"forgetting": ("replay", forgetting), "adaptation": ("new", adaptation)}
+        return {
+            name: measure(before[source], metrics[f"eval_{source}_loss"])
+            for name, (source, measure) in changes.items()
+            if source in before and f"eval_{source}_loss" in metrics
+        }
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Model FLOPs of a micro-batch, counting the parameters that are active for a token."""
+        return int(self._flops_per_token * inputs["input_ids"].numel())
+
+    # ---- starting, saving, resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`.
+
+        Raises ValueError, before anything is computed, for a folder that is in use, a checkpoint that is not whole, or
+        a disk that is too small.
+        """
+        output_dir = self.args.output_dir
+        checkpoint = resolve_resume(output_dir, resume_from_checkpoint or self.args.resume_from_checkpoint)
+        if self.is_world_process_zero():
+            if checkpoint is None:
+                require_unused(output_dir)
+            else:
+                discard_half_written(output_dir)
+            self._require_disk()
+        self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _require_disk(self) -> None:
+        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
+            return
+        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        trained = 0 if self.args.save_only_model else sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        require_free_space(self.args.output_dir, weight_bytes, trained, copies=self.args.save_total_limit or 1)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.loss_guard.check(self._describe_batch)
+        with self.throughput.pause():
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json is written next and says that the checkpoint is whole: all ranks must be through.
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_state(Path(output_dir or self.args.output_dir), self._schedule_state())
+
+    def _schedule_state(self) -> dict[str, Any]:
+        settings = self.args.schedule_settings(self.starting_phase)
+        last_step = max(self.state.global_step - 1, 0)
+        return {
+            "schedule": self.args.cpt_schedule,
+            "step": self.state.global_step,
+            "max_steps": self.args.max_steps,
+            "phase": phase_at(last_step, num_steps=settings["num_steps"], phases=settings["phases"]),
+            "learning_rate": self._get_learning_rate() if self.lr_scheduler is not None else None,
+            "tokens_seen": self.state.global_step * self.throughput.tokens_per_step,
+            "started_from": self.starting_checkpoint or None,
+            "starting_phase": self.starting_phase,
+        }
+
+
+def _named_eval_sets(new: Dataset | dict[str, Dataset] | None, replay: Dataset | None) -> dict[str, Dataset]:
+    named = dict(new) if isinstance(new, dict) else ({} if new is None else {"new": new})
+    return named if replay is None else {**named, "replay": replay}

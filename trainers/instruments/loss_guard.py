@@ -1,0 +1,48 @@
+"""Stop a run whose loss is no longer a number, before anything is saved over a good checkpoint. Source: ours."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NEVER = 2**62
+
+
+class LossGuard:
+    """Remembers the first optimizer step with a non-finite loss; `check` raises for it.
+
+    `record` costs no host synchronisation on an accelerator. On the CPU it checks at once.
+    """
+
+    def __init__(self) -> None:
+        self._first_bad_step: Tensor | None = None
+
+    def record(self, loss: Tensor, step: int, batch: str) -> None:
+        """Note the loss of a micro-batch of optimizer step `step` (1-based); `batch` says what it was made of."""
+        loss = loss.detach()
+        bad = torch.where(torch.isfinite(loss), NEVER, step)
+        self._first_bad_step = bad if self._first_bad_step is None else torch.minimum(self._first_bad_step, bad)
+        if loss.device.type == "cpu" and not _distributed():
+            self.check(lambda _: batch)
+
+    def check(self, describe_batch) -> None:
+        """Raise FloatingPointError if any loss since the last check was not finite, on any rank.
+
+        describe_batch: function of the step (int) that says which data the batch held. A collective.
+        """
+        if self._first_bad_step is None:
+            return
+        first, self._first_bad_step = self._first_bad_step, None
+        if _distributed():
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        step = int(first)
+        if step < NEVER:
+            raise FloatingPointError(
+                f"The loss of step {step} is not finite ({describe_batch(step)}). Training stopped and nothing was "
+                "saved after it: resume from the last checkpoint with a lower learning_rate, or look at that batch."
+            )
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
