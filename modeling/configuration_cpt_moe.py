@@ -5,6 +5,7 @@ the paper is silent the defaults are those of its authors' training code (GPT-Ne
 """
 
 import os
+import re
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -130,9 +131,11 @@ class CptMoeConfig(PreTrainedConfig):
     def from_preset(cls, preset: str, **overrides) -> "CptMoeConfig":
         """Build the configuration of one of `PRESETS`, with any field overridden.
 
+        "pb-granular-2b-tiny" and the like name the tiny twins too.
         Fields that follow from others follow the overrides too: a new `intermediate_size` gives new expert widths.
         Raises ValueError for an unknown preset or an override that is no field.
         """
+        preset = re.sub(r"-(570m|2b)-tiny$", "-tiny", preset)
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}.")
         unknown = cls._unknown_keys(overrides)

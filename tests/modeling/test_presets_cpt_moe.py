@@ -31,6 +31,12 @@ def test_parameter_counts_are_the_papers(preset: str) -> None:
     assert (round(total / 1e6, 1), round(active / 1e6, 1)) == COUNTS[preset]
 
 
+@pytest.mark.parametrize("preset", COUNTS)
+def test_every_preset_has_a_tiny_twin_under_its_own_name_too(preset: str) -> None:
+    short = preset.rpartition("-")[0] + "-tiny"
+    assert CptMoeConfig.from_preset(f"{preset}-tiny").to_dict() == CptMoeConfig.from_preset(short).to_dict()
+
+
 def test_active_parameters_are_those_of_one_forward_per_token() -> None:
     """Closed form, and the parent's other arguments still work."""
     config = CptMoeConfig.from_preset("pb-granular-tiny")

@@ -58,8 +58,6 @@ class CPTTrainer(Trainer):
         callbacks: as in `Trainer`.
     """
 
-    _tag_names = ["hf_moe_cpt", "cpt"]
-
     def __init__(
         self,
         model: str | nn.Module,
@@ -74,6 +72,8 @@ class CPTTrainer(Trainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         check_model_fits(model, processing_class, args)
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
         held_out = _named_eval_sets(eval_dataset, replay_eval_dataset)
         self.mixture = build_train_dataset(args, processing_class, vocab_size, train_dataset, replay_dataset)

@@ -30,13 +30,16 @@ def write_state(folder: str | Path, state: dict[str, Any]) -> None:
 
 def read_state(name_or_path: str) -> dict[str, Any] | None:
     """The facts saved with a model, by folder or Hub id; None if it was not saved by `CPTTrainer`."""
-    path = cached_file(
-        name_or_path,
-        STATE_FILE,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        path = cached_file(
+            name_or_path,
+            STATE_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone since the model was loaded
+        return None
     return None if path is None else json.loads(Path(path).read_text())
 
 

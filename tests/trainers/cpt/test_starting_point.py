@@ -19,6 +19,8 @@ def test_the_checkpoint_says_whether_it_was_decayed(tmp_path, saved_in, continue
 def test_without_a_checkpoint_it_is_scratch_and_a_silent_one_is_decayed(tmp_path):
     assert detect_starting_phase("") == detect_starting_phase(None) == "scratch"
     assert detect_starting_phase(str(tmp_path)) == "decayed"
+    assert detect_starting_phase(str(tmp_path / "gone" / "since")) == "decayed"
+    assert detect_starting_phase("somebody/a-model-not-in-the-cache") == "decayed"
 
 
 def _optimizer(*shapes: tuple[int, ...], lr: float) -> torch.optim.AdamW:
