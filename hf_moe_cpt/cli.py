@@ -38,8 +38,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, 2 the user's input was refused, 130 interrupted,
-    141 whoever read the output stopped reading.
+    """Run one command line and return its exit code.
+
+    0 done, 2 refused or stopped with a message, 130 interrupted, 141 whoever read the output stopped reading.
 
     argv: the words after the program's name; those of the process if None.
     """
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if options.traceback:
             raise
         return _refuse(_one_line(error))

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.data.sources import load_text_dataset
+from hf_moe_cpt.extras import require
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.describe import describe_schedule
 from hf_moe_cpt.scripts.arguments import parse_arguments
@@ -45,16 +46,21 @@ class ModelArguments:
         default=None, metadata={"help": "Pre-train this preset of cpt_moe from scratch, e.g. pb-granular-2b."}
     )
     preset_overrides: str | None = field(
-        default=None, metadata={"help": 'Configuration fields to change in the preset, as JSON: \'{"num_hidden_layers": 4}\'.'}
+        default=None,
+        metadata={"help": "Configuration fields to change in the preset, as JSON: '{\"num_hidden_layers\": 4}'."},
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer, if it is not the model's; needed with --preset."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16, float16 or auto."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the weights: float32, bfloat16, float16 or auto."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that lies in the Hub repository."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that lies in the Hub repository."}
+    )
 
 
 @dataclass
@@ -139,8 +145,8 @@ def _hold_out(data: Dataset | IterableDataset, fraction: float, seed: int) -> tu
         raise ValueError("held_out_fraction cannot split a stream: name held-out text with --eval_dataset_name.")
     if not 0 < fraction < 1 or len(data) < 2:
         raise ValueError(
-            f"held_out_fraction={fraction} of {len(data)} document(s) leaves one side empty: give a share in (0, 1) and at "
-            "least two documents, or name held-out text with --eval_dataset_name."
+            f"held_out_fraction={fraction} of {len(data)} document(s) leaves one side empty: give a share in (0, 1) "
+            "and at least two documents, or name held-out text with --eval_dataset_name."
         )
     parts = data.train_test_split(test_size=fraction, seed=derive_seed(seed, "held out") % 2**32)
     return parts["train"], parts["test"]
@@ -153,6 +159,8 @@ def check_arguments(model: ModelArguments, training: CPTConfig) -> None:
             f"Give one of --model_name_or_path ({model.model_name_or_path}) and --preset ({model.preset}): the first "
             "continues a model, the second starts one."
         )
+    if training.use_liger_kernel:
+        require("liger_kernel", needed_by="--use_liger_kernel")
     if model.preset is not None and model.tokenizer_name_or_path is None:
         raise ValueError("--preset needs --tokenizer_name_or_path: a fresh model has no tokenizer of its own.")
     if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
@@ -170,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(model_args, training)
     data = load_data(data_args, training)
     tokenizer = load_tokenizer(model_args)
-    trainer = CPTTrainer(load_model(model_args, tokenizer, training.seed), training, **data, processing_class=tokenizer)
+    trainer = CPTTrainer(
+        load_model(model_args, tokenizer, training.seed), training, **data, processing_class=tokenizer
+    )
     if trainer.is_world_process_zero():
         settings = training.schedule_settings(trainer.starting_phase)
         print(describe_schedule(**settings, tokens_per_step=trainer.throughput.tokens_per_step))

@@ -14,7 +14,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-moe-cpt schedule", description=__doc__)
     parser.add_argument("--schedule", default="cosine_inf", choices=list(SCHEDULES))
     parser.add_argument("--max-steps", type=int, required=True, help="optimizer steps of the run")
-    parser.add_argument("--starting-phase", default="scratch", choices=STARTING_PHASES, help="where the model comes from")
+    parser.add_argument(
+        "--starting-phase", default="scratch", choices=STARTING_PHASES, help="where the model comes from"
+    )
     parser.add_argument(
         "--phases", type=float, nargs=4, metavar=[name.upper() for name in PHASE_NAMES], help="shares of max-steps"
     )

@@ -8,6 +8,7 @@ from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
+
 HALF = VOCABULARY // 2
 CLOCKS = ("runtime", "per_second", "tflops", "train_loss")
 

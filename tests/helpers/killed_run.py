@@ -14,9 +14,18 @@ from transformers import TrainerCallback
 
 from tests.helpers.cpt_runs import trainer
 
+
 # Dropout draws random numbers, so the states of the generators count as well.
-SETTINGS = {"evaluated": True, "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2,
-            "eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
+SETTINGS = {
+    "evaluated": True,
+    "max_steps": 9,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "gradient_accumulation_steps": 2,
+}
 
 
 def settings() -> dict[str, Any]:

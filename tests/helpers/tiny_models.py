@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 
+
 VOCABULARY = 48
 EOS = 0
 SIZES = {
@@ -49,6 +50,8 @@ def tokenized(num_documents: int, seed: int, low: int = 1, high: int = VOCABULAR
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for _ in range(num_documents):
-        length, start, step = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((5, 41), (0, 99), (1, 4)))
+        length, start, step = (
+            int(torch.randint(a, b, (), generator=generator)) for a, b in ((5, 41), (0, 99), (1, 4))
+        )
         documents.append([low + (start + step * i) % (high - low) for i in range(length)])
     return Dataset.from_dict({"input_ids": documents})

@@ -14,10 +14,11 @@ from hf_moe_cpt.scripts.cpt import main
 from tests.helpers.cpt_runs import logged, without_clocks
 from tests.helpers.source_tree import PROJECT
 
+
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def _arguments(texts: Path, output_dir: Path, **changes: object) -> list[str]:
+def _arguments(texts: Path, run: Path, **changes: object) -> list[str]:
     settings = {
         "preset": "pb-granular-tiny",
         "preset_overrides": json.dumps(SMALL),
@@ -33,7 +34,7 @@ def _arguments(texts: Path, output_dir: Path, **changes: object) -> list[str]:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "output_dir": output_dir,
+        "output_dir": run,
         **changes,
     }
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
@@ -41,7 +42,11 @@ def _arguments(texts: Path, output_dir: Path, **changes: object) -> list[str]:
 
 def _launch(command: list[str]) -> None:
     done = subprocess.run(
-        command, cwd=PROJECT, capture_output=True, text=True, timeout=300,
+        command,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,8 +78,17 @@ def test_a_preset_is_trained_evaluated_and_saved(alone):
 def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
     run = tmp_path / "two"
     _launch(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531",
-         "scripts/cpt.py", *_arguments(texts, run, per_device_train_batch_size=2)]
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29531",
+            "scripts/cpt.py",
+            *_arguments(texts, run, per_device_train_batch_size=2),
+        ]
     )
     for key in ("loss", "lm_loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "mri", "eval_new_loss"):
         one, two = logged(_history(alone), key), logged(_history(run), key)
@@ -84,15 +98,30 @@ def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
 def test_accelerate_launches_it(alone, texts, tmp_path):
     run = tmp_path / "accelerate"
     _launch(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "scripts/cpt.py", *_arguments(texts, run)]
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "1",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "scripts/cpt.py",
+            *_arguments(texts, run),
+        ]
     )
     assert without_clocks(_history(run)) == without_clocks(_history(alone))
 
 
 def test_a_checkpoint_is_continued_from_a_yaml_file_that_the_command_line_overrides(alone, texts, tmp_path):
-    settings = dict(zip(*[iter(_arguments(texts, tmp_path / "x", max_steps=3, preset=None, preset_overrides=None))] * 2))
-    lines = [f"{name[2:]}: {value}" for name, value in settings.items() if name not in ("--output_dir", "--dataset_name")]
+    words = _arguments(texts, tmp_path, max_steps=3, preset=None, preset_overrides=None, output_dir=None)
+    settings = zip(words[::2], words[1::2], strict=True)
+    lines = [f"{name[2:]}: {value}" for name, value in settings if name != "--dataset_name"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("\n".join([*lines, f"dataset_name: [{texts / 'new.jsonl'}]", f"model_name_or_path: {alone}"]))
     run = tmp_path / "continued"
@@ -112,7 +141,10 @@ REFUSED = {
     "preset without tokenizer": ({"tokenizer_name_or_path": None}, "--preset needs --tokenizer_name_or_path"),
     "unknown preset": ({"preset": "pb-granular-9b"}, "preset='pb-granular-9b' is unknown: choose one of"),
     "overrides that are no JSON": ({"preset_overrides": "{"}, "--preset_overrides '{' is no JSON"),
-    "more experts per token than experts": ({"preset_overrides": '{"num_experts_per_tok": 32}'}, "num_experts_per_tok"),
+    "more experts per token than experts": (
+        {"preset_overrides": '{"num_experts_per_tok": 32}'},
+        "num_experts_per_tok",
+    ),
     "missing file": ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
     "all held out": ({"held_out_fraction": 1.5}, "held_out_fraction=1.5 of"),
     "held out of a stream": ({"streaming": True}, "held_out_fraction cannot split a stream"),
@@ -124,6 +156,14 @@ def test_bad_arguments_are_refused_with_one_line(texts, tmp_path, changes, messa
     with pytest.raises(ValueError, match=message) as caught:
         main(_arguments(texts, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named_with_its_extra(texts, tmp_path):
+    (tmp_path / "liger.yaml").write_text(
+        "use_liger_kernel: true\nliger_kernel_config: {fused_linear_cross_entropy: false}"
+    )
+    with pytest.raises(ImportError, match=r"use_liger_kernel needs .* pip install 'hf_moe_cpt\[liger\]'"):
+        main(["--config", str(tmp_path / "liger.yaml"), *_arguments(texts, tmp_path / "run")])
 
 
 def test_an_output_folder_in_use_is_refused_first(texts, tmp_path):
@@ -141,7 +181,9 @@ def test_recipes_name_arguments_that_exist(recipe, tmp_path):
     without_gpu = ["--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")]
     model, data, training = parse_arguments(
         (ModelArguments, DataArguments, CPTConfig),
-        ["--config", str(recipe), *without_gpu], program="cpt", description="",
+        ["--config", str(recipe), *without_gpu],
+        program="cpt",
+        description="",
     )
     assert model.model_name_or_path and data.replay_dataset_name and 0 < training.replay_ratio < 1
     assert training.gradient_checkpointing and torch.is_tensor(torch.tensor(training.learning_rate))

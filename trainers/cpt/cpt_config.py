@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
 
+
 PACKINGS = ("document", "concat")
 PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
 
@@ -129,13 +130,19 @@ class CPTConfig(TrainingArguments):
             )
         if self.warmup_steps or str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear":
             raise ValueError(
-                f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply here: "
-                "choose cpt_schedule and set warmup_fraction, cooldown_fraction, constant_fraction, anneal_fraction."
+                f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply "
+                f"here: choose cpt_schedule and set {', '.join(PHASE_FIELDS)}."
             )
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise ValueError(
                 "remove_unused_columns and logging_nan_inf_filter must stay off: the first drops the source of each "
                 "sequence, the second hides a loss that is not a number."
+            )
+
+        if self.use_liger_kernel and (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                "use_liger_kernel fuses the loss into the output head, where losses per source cannot be seen: set "
+                'liger_kernel_config={"fused_linear_cross_entropy": False}.'
             )
 
     def phases(self, starting_phase: str) -> Phases:

@@ -35,8 +35,8 @@ def check_model_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
     config = model.config.get_text_config()
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that belongs "
-            "to the model, or model.resize_token_embeddings(len(tokenizer))."
+            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
+            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
         )
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and args.max_length > context:
@@ -86,7 +86,9 @@ def build_eval_dataset(
 ) -> NumberedBlocks:
     """Held-out text packed like the training text, in its own order."""
     if isinstance(held_out, IterableDataset):
-        raise ValueError("eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset.")
+        raise ValueError(
+            "eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset."
+        )
     with args.main_process_first(desc="tokenising held-out text"):
         blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
     return NumberedBlocks(blocks)
@@ -107,7 +109,9 @@ def _tokenize(
 
 def _check_sources(args: CPTConfig, new: object, replay: object) -> None:
     if args.replay_ratio > 0 and replay is None:
-        raise ValueError(f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0.")
+        raise ValueError(
+            f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0."
+        )
     if args.replay_ratio == 0 and replay is not None:
         raise ValueError("replay_dataset without replay_ratio: set replay_ratio above 0, or leave replay_dataset out.")
     for name, data in (("train_dataset", new), ("replay_dataset", replay)):

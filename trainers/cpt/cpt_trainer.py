@@ -259,7 +259,9 @@ class CPTTrainer(Trainer):
         if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
             return
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        trained = 0 if self.args.save_only_model else sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = (
+            0 if self.args.save_only_model else sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        )
         require_free_space(self.args.output_dir, weight_bytes, trained, copies=self.args.save_total_limit or 1)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 from transformers.utils import cached_file
 
+
 STATE_FILE = "cpt_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 # Saved in this phase of a schedule -> the starting phase of a run that continues from it.
@@ -44,7 +45,7 @@ def read_state(name_or_path: str) -> dict[str, Any] | None:
 
 
 def detect_starting_phase(name_or_path: str | None) -> str:
-    """"scratch" without a checkpoint; else "constant" or "decayed", as the checkpoint says ("decayed" if silent)."""
+    """ "scratch" without a checkpoint; else "constant" or "decayed", as the checkpoint says ("decayed" if silent)."""
     if not name_or_path:
         return "scratch"
     state = read_state(name_or_path)
@@ -71,8 +72,8 @@ def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
     shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved["state"].items() if "exp_avg" in entry}
     if len(shapes_saved) != len(shapes_now) or any(shapes_now[i] != shape for i, shape in shapes_saved.items()):
         raise ValueError(
-            f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} against "
-            f"{len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
+            f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} "
+            f"against {len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
     logger.info("Adam moments of %d parameters carried over from %s.", len(shapes_now), path)

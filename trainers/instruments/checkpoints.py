@@ -1,8 +1,8 @@
 """Which checkpoints are whole, whether an output folder may be used, and whether the disk can hold what will come.
 
-A checkpoint is whole when `trainer_state.json`, the last file that the Trainer writes, parses and names the step of its
-folder, and every safetensors file opens (its header is checked against the size of the file). A process killed while
-saving leaves a folder that fails this test; it is never resumed from. Source: ours.
+A checkpoint is whole when `trainer_state.json`, the last file that the Trainer writes, parses and names the step of
+its folder, and every safetensors file opens (its header is checked against the size of the file). A process killed
+while saving leaves a folder that fails this test; it is never resumed from. Source: ours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +96,14 @@ def require_free_space(output_dir: str | Path, weight_bytes: int, trained_parame
 
     weight_bytes: size of the model's weights. trained_parameters: number of parameters with Adam moments.
     """
-    existing = next(path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists())
+    existing = next(
+        path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
+    )
     needed = copies * (weight_bytes + BYTES_PER_MOMENT_PAIR * trained_parameters) + weight_bytes
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"output_dir={str(output_dir)!r} has {free / 1e9:.2f} GB free, but {copies} checkpoint(s) and the final model "
-            f"need about {needed / 1e9:.2f} GB: free space, name another folder, lower save_total_limit, or set "
+            f"output_dir={str(output_dir)!r} has {free / 1e9:.2f} GB free, but {copies} checkpoint(s) and the final "
+            f"model need about {needed / 1e9:.2f} GB: free space, name another folder, lower save_total_limit, or set "
             "save_only_model."
         )

@@ -1,4 +1,4 @@
-"""Forgetting and adaptation from the evaluation losses in a Trainer's log. Source: paper 1, section 5; signs are ours."""
+"""The losses that forgetting and adaptation are measured against, from a Trainer's log. Source: ours."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+
 IGNORED_LABEL = -100
 Listener = Callable[[Tensor], None]  # takes (B, 2) float64: nats and predicted tokens of each sequence
 
@@ -51,8 +52,8 @@ class LossTap:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(base, PreTrainedModel):
             raise ValueError(
-                f"The model is a {type(base).__name__}, which has no `loss_function`: pass a causal LM of transformers "
-                "(a PreTrainedModel, or a PEFT model around one)."
+                f"The model is a {type(base).__name__}, which has no `loss_function`: pass a causal LM of "
+                "transformers (a PreTrainedModel, or a PEFT model around one)."
             )
         base.loss_function = self.causal_lm_loss
 

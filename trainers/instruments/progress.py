@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
+
 PER_LAYER = "/layer_"
 
 

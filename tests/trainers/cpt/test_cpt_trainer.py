@@ -13,6 +13,7 @@ from hf_moe_cpt.trainers.cpt.starting_point import read_state
 from tests.helpers.cpt_runs import config, logged, trainer
 from tests.helpers.tiny_models import tiny_model, tokenized
 
+
 FAST = {"learning_rate": 1e-1, "constant_learning_rate": 1e-1}
 
 
@@ -32,9 +33,22 @@ def test_the_log_names_every_measurement(tmp_path):
     run.train()
     entry = next(entry for entry in run.state.log_history if "loss" in entry)
     wanted = {
-        "loss", "lm_loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "learning_rate", "grad_norm", "mri",
-        "mri_normalized", "mri/layer_00", "mri/layer_01", "mri_normalized/layer_00", "tokens_per_second",
-        "model_tflops", "tokens_seen",
+        "loss",
+        "lm_loss",
+        "lm_loss/new",
+        "lm_loss/replay",
+        "aux_loss",
+        "z_loss",
+        "learning_rate",
+        "grad_norm",
+        "mri",
+        "mri_normalized",
+        "mri/layer_00",
+        "mri/layer_01",
+        "mri_normalized/layer_00",
+        "tokens_per_second",
+        "model_tflops",
+        "tokens_seen",
     }
     assert wanted <= set(entry)
     assert entry["mri_normalized/layer_00"] == pytest.approx(entry["mri/layer_00"] * 7 / 3)
@@ -51,7 +65,9 @@ def test_the_loss_is_the_pure_loss_plus_the_penalties(tmp_path):
 
 
 def test_forgetting_and_adaptation_are_measured_against_the_start(tmp_path):
-    run = trainer(tmp_path / "run", evaluated=True, replay_ratio=0.0, eval_strategy="steps", eval_steps=3, max_steps=24)
+    run = trainer(
+        tmp_path / "run", evaluated=True, replay_ratio=0.0, eval_strategy="steps", eval_steps=3, max_steps=24
+    )
     run.train()
     new = logged(run.state.log_history, "eval_new_loss")
     old = logged(run.state.log_history, "eval_replay_loss")
@@ -72,8 +88,16 @@ def test_evaluation_loss_holds_no_penalty(tmp_path):
 
 
 def test_a_constant_phase_checkpoint_is_continued_without_warming_up_and_a_decayed_one_with(tmp_path):
-    first = trainer(tmp_path / "first", save_strategy="steps", save_steps=3, max_steps=6, cooldown_fraction=0.0,
-                    warmup_fraction=0.0, constant_fraction=0.5, anneal_fraction=0.5)
+    first = trainer(
+        tmp_path / "first",
+        save_strategy="steps",
+        save_steps=3,
+        max_steps=6,
+        cooldown_fraction=0.0,
+        warmup_fraction=0.0,
+        constant_fraction=0.5,
+        anneal_fraction=0.5,
+    )
     first.train()
     constant, decayed = (str(tmp_path / "first" / f"checkpoint-{step}") for step in (3, 6))
     assert read_state(constant)["phase"] == "constant" and read_state(decayed)["phase"] == "anneal"
@@ -92,7 +116,9 @@ def test_moments_are_carried_over_only_if_asked(tmp_path):
     start = str(tmp_path / "first" / "checkpoint-6")
     steps = {}
     for keep in (False, True):
-        run = trainer(tmp_path / f"keep {keep}", AutoModelForCausalLM.from_pretrained(start), keep_optimizer_state=keep)
+        run = trainer(
+            tmp_path / f"keep {keep}", AutoModelForCausalLM.from_pretrained(start), keep_optimizer_state=keep
+        )
         run.train()
         steps[keep] = {int(state["step"]) for state in run.optimizer.state.values()}
     assert steps == {False: {6}, True: {12}}
@@ -139,19 +165,41 @@ def test_the_disk_is_checked_before_training(tmp_path, monkeypatch):
 
 REFUSED = {
     "blocks longer than the context": (
-        {"max_length": 65}, "llama", {}, "max_length=65 is longer than the model's context of 64 tokens"
+        {"max_length": 65},
+        "llama",
+        {},
+        "max_length=65 is longer than the model's context of 64 tokens",
     ),
-    "replay without a ratio": ({"replay_ratio": 0.0}, "llama", {"replay_dataset": tokenized(9, 0)}, "without replay_ratio"),
+    "replay without a ratio": (
+        {"replay_ratio": 0.0},
+        "llama",
+        {"replay_dataset": tokenized(9, 0)},
+        "without replay_ratio",
+    ),
     "ratio without replay": ({}, "llama", {}, "replay_ratio=0.3 without replay_dataset"),
-    "a list": ({"replay_ratio": 0.0}, "llama", {"train_dataset": ["text"]}, "train_dataset is a list: pass a datasets"),
+    "a list": (
+        {"replay_ratio": 0.0},
+        "llama",
+        {"train_dataset": ["text"]},
+        "train_dataset is a list: pass a datasets",
+    ),
     "ids beyond the vocabulary": (
-        {"replay_ratio": 0.0}, "llama", {"train_dataset": Dataset.from_dict({"input_ids": [[1, 48]]})}, "48"
+        {"replay_ratio": 0.0},
+        "llama",
+        {"train_dataset": Dataset.from_dict({"input_ids": [[1, 48]]})},
+        "48",
     ),
     "too little text": (
-        {"replay_ratio": 0.0}, "llama", {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]]})}, "max_length"
+        {"replay_ratio": 0.0},
+        "llama",
+        {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]]})},
+        "max_length",
     ),
     "no text at all": (
-        {"replay_ratio": 0.0}, "llama", {"train_dataset": Dataset.from_dict({"words": ["a"]})}, "neither 'text' nor"
+        {"replay_ratio": 0.0},
+        "llama",
+        {"train_dataset": Dataset.from_dict({"words": ["a"]})},
+        "neither 'text' nor",
     ),
 }
 
@@ -159,9 +207,7 @@ REFUSED = {
 @pytest.mark.parametrize("changes, kind, data, message", REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_before_training(tmp_path, changes, kind, data, message):
     with pytest.raises(ValueError, match=message):
-        CPTTrainer(
-            tiny_model(kind), config(tmp_path / "run", **changes), **{"train_dataset": tokenized(9, 0), **data}
-        )
+        CPTTrainer(tiny_model(kind), config(tmp_path / "run", **changes), **{"train_dataset": tokenized(9, 0), **data})
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 

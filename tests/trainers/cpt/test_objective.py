@@ -12,14 +12,20 @@ from hf_moe_cpt.trainers.cpt.objective import penalty_share
 from tests.helpers.cpt_runs import config, logged
 from tests.helpers.tiny_models import tiny_model
 
+
 HEAVY = {"router_aux_loss_coef": 1.0, "output_router_logits": True}
 ALIKE = Dataset.from_dict({"input_ids": [list(range(1, 17))] * 8})
 
 
 def _run(folder, kind: str, batch: int, accumulation: int) -> CPTTrainer:
     args = config(
-        folder, replay_ratio=0.0, max_steps=3, per_device_train_batch_size=batch, packing="concat",
-        gradient_accumulation_steps=accumulation, eval_on_start=False,
+        folder,
+        replay_ratio=0.0,
+        max_steps=3,
+        per_device_train_batch_size=batch,
+        packing="concat",
+        gradient_accumulation_steps=accumulation,
+        eval_on_start=False,
     )
     return CPTTrainer(tiny_model(kind, **HEAVY), args, ALIKE, eval_dataset=ALIKE)
 

@@ -32,12 +32,17 @@ def _assert_same(run: CPTTrainer, history: list, weights: dict[str, torch.Tensor
         assert torch.equal(value, weights[name]), name
 
 
-@pytest.mark.parametrize("moment, step, last_whole", [("step", 5, 3), ("step", 6, 3), ("saving", 6, 3), ("saving", 9, 6)])
+@pytest.mark.parametrize(
+    "moment, step, last_whole", [("step", 5, 3), ("step", 6, 3), ("saving", 6, 3), ("saving", 9, 6)]
+)
 def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, moment, step, last_whole):
     folder = tmp_path / "run"
     killed = subprocess.run(
         [sys.executable, "-m", "tests.helpers.killed_run", str(folder), moment, str(step)],
-        cwd=PROJECT, capture_output=True, text=True, timeout=300,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     broken = [path for path in checkpoints_in(folder) if not is_whole(path)]

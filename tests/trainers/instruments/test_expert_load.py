@@ -19,8 +19,13 @@ from transformers import (
 
 from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter, find_experts
 
+
 SIZES = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
 FAMILIES = {
@@ -64,8 +69,18 @@ def test_mri_equals_a_count_from_router_logits(family):
 
 def test_routers_that_return_logits_only_are_counted_by_what_they_chose():
     config = DeepseekV3Config(
-        **SIZES, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1,
-        n_group=2, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        **SIZES,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
     )
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(config)

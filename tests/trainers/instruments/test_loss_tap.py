@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, SourceLosses
 
+
 VOCAB = 11
 
 
@@ -76,7 +77,11 @@ def test_held_out_blocks_count_once_in_any_order_and_batch():
 
 def test_attached_model_returns_the_same_loss_and_gradients():
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         num_key_value_heads=2,
     )
     torch.manual_seed(0)

@@ -7,8 +7,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from hf_moe_cpt.trainers.instruments.model_cost import active_parameters, experts_per_token, flops_per_token
 
+
 SIZES = {
-    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
 
@@ -38,7 +43,9 @@ def test_flops_agree_with_what_torch_counts_for_a_dense_model():
         model(ids, labels=ids).loss.backward()
     full_attention = 6 * 3 * 16 * 32  # torch counts the masked half of the scores as well
     norms = 6 * (2 * 3 + 1) * 16  # our count takes norm weights for matrices
-    assert counter.get_total_flops() / 32 == pytest.approx(flops_per_token(model, 32) + full_attention - norms, rel=0.02)
+    assert counter.get_total_flops() / 32 == pytest.approx(
+        flops_per_token(model, 32) + full_attention - norms, rel=0.02
+    )
 
 
 def test_a_configuration_without_a_known_name_is_refused():
