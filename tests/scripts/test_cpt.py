@@ -158,7 +158,8 @@ def test_bad_arguments_are_refused_with_one_line(texts, tmp_path, changes, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_is_named_with_its_extra(texts, tmp_path):
+def test_a_missing_package_is_named_with_its_extra(texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as where it is not installed
     (tmp_path / "liger.yaml").write_text(
         "use_liger_kernel: true\nliger_kernel_config: {fused_linear_cross_entropy: false}"
     )

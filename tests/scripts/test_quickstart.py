@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import socket
 from html import unescape
 from pathlib import Path
@@ -24,7 +25,7 @@ CLOCKS = ("seconds", "tokens_per_second")
 
 @pytest.fixture(scope="module", autouse=True)
 def small_and_offline():
-    """A small table of sizes, and an error for whoever opens a connection."""
+    """A small table of sizes, threads enough to disagree, and an error for whoever opens a connection."""
 
     def refuse(*_arguments):
         raise AssertionError("the quickstart opened a network connection")
@@ -32,7 +33,10 @@ def small_and_offline():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(quickstart_plan.SCALES, "tiny", SMALL)
         patch.setattr(socket.socket, "connect", refuse)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,20 @@ def test_other_settings_and_foreign_folders_are_refused(finished, data_dir, tmp_
     with pytest.raises(ValueError, match="is not empty and no quickstart wrote it: name another folder"):
         start(data_dir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_only_what_is_of_use_stays(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "corpus", "models", "quickstart.json", "records", "report.html", "results.json", "tokenizer"
+    ]  # fmt: skip
+
+
+def test_full_disk_is_refused_before_training(data_dir, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=100_000_000))
+    with pytest.raises(ValueError, match=r"has 0\.1 GB free and the checkpoints need about 0\.\d GB: free"):
+        start(data_dir, tmp_path / "output")
+    assert not (tmp_path / "output/work").exists()
 
 
 REFUSED = {

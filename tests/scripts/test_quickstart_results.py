@@ -3,7 +3,7 @@
 import pytest
 
 from hf_moe_cpt.scripts.quickstart_plan import DENSE, MOE, make_plan
-from hf_moe_cpt.scripts.quickstart_results import summarise, table_rows, text_table
+from hf_moe_cpt.scripts.quickstart_results import _imbalance, summarise, table_rows, text_table
 
 
 def record(history: list[dict], ideal_mri: float | None) -> dict:
@@ -85,6 +85,19 @@ def test_text_table_aligns_and_leaves_out_what_does_not_apply(results):
         ]
     )
     assert max(map(len, lines)) <= 130
+
+
+def test_recovery_is_read_from_a_mean_that_single_steps_do_not_disturb(results):
+    assert next(row["recovery step"] for row in results["rows"] if row["run"] == "moe-no-replay") is None
+    before = record(trained(40, [0.2] * 40, 1024.0), 0.1)
+    after = record(trained(80, [0.7] * 10 + [0.2] * 40 + [0.24] + [0.2] * 29, 1024.0), 0.1)
+    assert _imbalance(after, before) == pytest.approx(
+        {"MRI before": 0.2, "MRI peak": 0.7, "MRI after": 0.2, "recovery step": 29}
+    )
+
+
+def test_long_names_of_the_tiny_presets_mean_the_same():
+    assert make_plan("sb-granular-2b-tiny", 8, 0, "cpu", None) == make_plan("sb-granular-tiny", 8, 0, "cpu", None)
 
 
 def test_plan_has_six_runs_with_the_ratios_of_the_paper():
