@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = QuickstartFolder(args.output_dir)
     folder.claim(plan.settings())
     if not folder.results.is_file():
-        with _quiet_libraries(), _repeatable(plan.device):
+        with _quiet_libraries():
             folder.conclude(run(plan, folder))
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     write_quickstart_report(results, folder.report)
@@ -158,23 +158,6 @@ def summary(results: dict[str, Any], folder: QuickstartFolder) -> str:
         f'models: import hf_moe_cpt; AutoModelForCausalLM.from_pretrained("{Path(model).as_posix()}")',
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def _repeatable(device: str) -> Iterator[None]:
-    """The same numbers in every run on CPU, whatever the number of threads, at no measurable cost.
-
-    The backward pass of the gather in front of grouped experts adds rows in the order in which threads come by,
-    unless told otherwise. On CUDA the switch would ask for an environment variable of cuBLAS, so it stays as it is.
-    """
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    if device == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, Sourc
 from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
 from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
 from hf_moe_cpt.trainers.instruments.progress import shorten_console
+from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
 from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
 
 
@@ -253,7 +254,8 @@ class CPTTrainer(Trainer):
                 discard_half_written(output_dir)
             self._require_disk()
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        with repeatable_on_cpu(self.args.device):
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _require_disk(self) -> None:
         if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
@@ -262,7 +264,9 @@ class CPTTrainer(Trainer):
         trained = (
             0 if self.args.save_only_model else sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         )
-        require_free_space(self.args.output_dir, weight_bytes, trained, copies=self.args.save_total_limit or 1)
+        kept = self.args.save_total_limit
+        copies = 1 if kept is None else kept + 1  # the oldest goes only when the newest is written
+        require_free_space(self.args.output_dir, weight_bytes, trained, copies)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.loss_guard.check(self._describe_batch)

@@ -95,3 +95,19 @@ def test_a_finished_run_can_be_resumed_to_nothing(tmp_path):
     assert again.train(resume_from_checkpoint="last").global_step == 6
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, done.model.state_dict()[name])
+
+
+def test_threads_do_not_change_the_numbers_from_run_to_run(tmp_path):
+    weights = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for repeat in range(2):
+            model = tiny_model("cpt_moe", hidden_size=64, intermediate_size=128, num_experts=31)
+            run = trainer(tmp_path / str(repeat), model, per_device_train_batch_size=32)
+            run.train()
+            weights.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    finally:
+        torch.set_num_threads(threads)
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    assert not torch.are_deterministic_algorithms_enabled()
