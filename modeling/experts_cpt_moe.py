@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .routers_cpt_moe import ROUTER_CLASSES
+from .routers_cpt_moe import ROUTER_CLASSES, is_under_autocast
 
 
 class CptMoeMLP(nn.Module):
@@ -90,7 +90,7 @@ class CptMoeSparseMoeBlock(nn.Module):
         halved the speed of the training step on an H200 (LOG.md) and waited for the device in every layer.
         """
         device_type = tokens.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not is_under_autocast(device_type):
             return self.experts(tokens, index, gates)
         dtype = torch.get_autocast_dtype(device_type)
         weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}

@@ -130,7 +130,10 @@ def plain_sinkhorn_plan(
     return per_token[:, None] * mass * per_expert
 
 
+def is_under_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; never on "meta", which torch has no autocast for."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_under_autocast(device_type) else nullcontext()

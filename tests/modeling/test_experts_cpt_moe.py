@@ -128,3 +128,13 @@ def test_experts_multiply_in_the_dtype_of_autocast(implementation):
     assert block.experts.gate_up_proj.grad.dtype == torch.float32
     high = block(tokens)
     assert 0 < (low.float() - high).norm() / high.norm() < 2e-2
+
+
+def test_a_model_runs_on_the_meta_device():
+    """Shapes and costs are worked out there, and torch has no autocast for it."""
+    with torch.device("meta"):
+        model = CptMoeForCausalLM._from_config(
+            CptMoeConfig.from_preset("pb-granular-tiny"), experts_implementation="grouped_mm", dtype=torch.bfloat16
+        )
+        logits = model(torch.zeros(2, 8, dtype=torch.long)).logits
+    assert logits.shape == (2, 8, 4096) and logits.is_meta

@@ -98,7 +98,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder), str(folder)), nprocs=2)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo on the CPU, also where there is one GPU for two ranks
+        mp.spawn(worker, args=(port, str(folder), str(folder)), nprocs=2)
     want = logits_and_gradients(AutoModelForCausalLM.from_pretrained(folder))
     return [torch.load(folder / f"rank{rank}.pt") | {"single": want} for rank in range(2)]
 

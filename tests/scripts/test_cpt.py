@@ -41,13 +41,14 @@ def _arguments(texts: Path, run: Path, **changes: object) -> list[str]:
 
 
 def _launch(command: list[str]) -> None:
+    paths = os.pathsep.join([str(PROJECT), *filter(None, sys.path)])
     done = subprocess.run(
         command,
         cwd=PROJECT,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
