@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -21,6 +22,8 @@ from tests.helpers.tolerances import relative_rms_error
 PLANS = {"tensor parallel": {"tp_size": 2}, "expert parallel": {"fsdp_size": 2, "ep_size": 2}}
 if "ep_size" not in inspect.signature(DistributedConfig).parameters:  # before transformers 5.23
     del PLANS["expert parallel"]
+if Version(torch.__version__) < Version("2.13"):  # torch 2.11 cannot gather the gradient of a packed shard
+    PLANS.clear()
 
 
 def penalised_model(load_scope: str) -> CptMoeForCausalLM:
