@@ -85,8 +85,7 @@ def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
             "torch.distributed.run",
             "--nproc_per_node",
             "2",
-            "--master_port",
-            "29531",
+            "--standalone",
             "scripts/cpt.py",
             *_arguments(texts, run, per_device_train_batch_size=2),
         ]
