@@ -68,7 +68,7 @@ def router_penalties(
     token_mask = None if token_mask is None else token_mask.to(device)
     logits = [layer.to(device) for layer in router_logits]
     counts = torch.stack([expert_counts(layer.to(device), num_experts, token_mask) for layer in router_indices])
-    if over_all_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if over_all_ranks and _has_ranks():
         dist.all_reduce(counts)
     balance = [load_balancing_loss(z, count, token_mask) for z, count in zip(logits, counts, strict=True)]
     z_loss = [router_z_loss(z, token_mask) for z in logits]
@@ -79,17 +79,31 @@ def penalty_weight(
     labels: torch.Tensor,
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    token_mask: torch.Tensor | None = None,
+    over_all_ranks: bool = False,
 ) -> torch.Tensor | float:
     """This micro-batch's share of the optimizer batch: its predicted tokens / num_items_in_batch, 1.0 without it.
 
     The cross entropy is a sum over `num_items_in_batch`, so micro-batches and ranks add up. A penalty is a mean; given
     this share it adds up to one mean as well, instead of being counted once per accumulation step and rank.
     Tokens are counted as transformers' Trainer and ForCausalLMLoss count them.
+
+    With `over_all_ranks` the ranks' common share is divided among them by the tokens that they routed, over which
+    their means are taken, so that the sum of their penalties is that of one process with the whole batch (collective).
     """
     if num_items_in_batch is None:
         return 1.0
-    predicted = labels[..., 1:] if shift_labels is None else shift_labels
-    return (predicted != -100).sum() / num_items_in_batch
+    predicted = ((labels[..., 1:] if shift_labels is None else shift_labels) != -100).sum()
+    if not (over_all_ranks and _has_ranks()):
+        return predicted / num_items_in_batch
+    routed = torch.full_like(predicted, labels.numel()) if token_mask is None else token_mask.sum().to(predicted)
+    totals = torch.stack([predicted, routed])
+    dist.all_reduce(totals)
+    return totals[0] / num_items_in_batch * (routed / totals[1])
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _mean_over_tokens(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

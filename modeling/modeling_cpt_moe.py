@@ -283,9 +283,12 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         aux_loss = z_loss = None
         if outputs.get("router_logits"):
             is_trained_on = self.training and labels is not None
-            aux_loss, z_loss = self._router_penalties(outputs, attention_mask, is_trained_on)
+            token_mask = token_mask_of(attention_mask, outputs.last_hidden_state.shape[1])
+            over_all_ranks = is_trained_on and self._counts_over_all_ranks()
+            aux_loss, z_loss = self._router_penalties(outputs, token_mask, is_trained_on, over_all_ranks)
             if is_trained_on:
-                weight = penalty_weight(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                counted = (kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), token_mask)
+                weight = penalty_weight(labels, *counted, over_all_ranks)
                 loss = lm_loss + self._weighted_penalty(aux_loss, z_loss, weight).to(lm_loss.device)
         return CptMoeCausalLMOutput(
             loss=loss,
@@ -301,18 +304,19 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         )
 
     def _router_penalties(
-        self, outputs: MoeModelOutputWithPast, attention_mask: torch.Tensor | None, is_trained_on: bool
+        self,
+        outputs: MoeModelOutputWithPast,
+        token_mask: torch.Tensor | None,
+        is_trained_on: bool,
+        over_all_ranks: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if is_trained_on and torch.is_grad_enabled() and self.model.gradient_checkpointing:
             self._refuse_reentrant(self.model._gradient_checkpointing_func)
-        # Ranks meet only where the loss needs them to: uneven evaluation batches must not wait for each other.
-        over_all_ranks = is_trained_on and self.config.load_scope == "global" and self.config.router_aux_loss_coef > 0
-        return router_penalties(
-            outputs.router_logits,
-            outputs.router_indices,
-            token_mask_of(attention_mask, outputs.last_hidden_state.shape[1]),
-            over_all_ranks,
-        )
+        return router_penalties(outputs.router_logits, outputs.router_indices, token_mask, over_all_ranks)
+
+    def _counts_over_all_ranks(self) -> bool:
+        """Ranks meet only where the loss needs them to: uneven evaluation batches must not wait for each other."""
+        return self.config.load_scope == "global" and self.config.router_aux_loss_coef > 0
 
     def _weighted_penalty(
         self, aux_loss: torch.Tensor, z_loss: torch.Tensor, weight: torch.Tensor | float
