@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
 
 
-PACKINGS = ("document", "concat")
 PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
 
 

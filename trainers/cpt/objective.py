@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_cpt.trainers.instruments.loss_tap import IGNORED_LABEL
+from hf_moe_cpt.data.packing import IGNORED_LABEL
 
 
 def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

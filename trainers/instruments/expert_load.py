@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_moe_cpt.analysis.routing import max_routing_imbalance_from_load
+from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+
 
 def find_experts(model: nn.Module) -> list[nn.Module]:
     """The experts module of each MoE layer in layer order; empty for a dense model."""
@@ -110,10 +113,10 @@ class ExpertLoadMeter:
         for layer, load in enumerate(self._loads):
             counts[layer, : load.numel()] = load
             counts[layer, -1] = self._tokens[layer]
-        if dist.is_available() and dist.is_initialized():
+        if has_process_group():
             dist.all_reduce(counts)
         load, tokens = counts[:, :-1].double(), counts[:, -1].double()
-        mri = load.amax(-1) / tokens
+        mri = max_routing_imbalance_from_load(load, tokens)
         ideal = load.sum(-1) / tokens / self._num_experts_on(device)  # K / E
         self._mri_of_steps.append(torch.stack([mri, mri / ideal], dim=-1))
         self._loads = [None] * len(self.experts)

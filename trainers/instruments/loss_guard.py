@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+
 
 NEVER = 2**62
 
@@ -24,7 +26,7 @@ class LossGuard:
         loss = loss.detach()
         bad = torch.where(torch.isfinite(loss), NEVER, step)
         self._first_bad_step = bad if self._first_bad_step is None else torch.minimum(self._first_bad_step, bad)
-        if loss.device.type == "cpu" and not _distributed():
+        if loss.device.type == "cpu" and not has_process_group():
             self.check(lambda _: batch)
 
     def check(self, describe_batch) -> None:
@@ -35,7 +37,7 @@ class LossGuard:
         if self._first_bad_step is None:
             return
         first, self._first_bad_step = self._first_bad_step, None
-        if _distributed():
+        if has_process_group():
             dist.all_reduce(first, op=dist.ReduceOp.MIN)
         step = int(first)
         if step < NEVER:
@@ -43,7 +45,3 @@ class LossGuard:
                 f"The loss of step {step} is not finite ({describe_batch(step)}). Training stopped and nothing was "
                 "saved after it: resume from the last checkpoint with a lower learning_rate, or look at that batch."
             )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_moe_cpt.data.packing import IGNORED_LABEL
+from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 
-IGNORED_LABEL = -100
+
 Listener = Callable[[Tensor], None]  # takes (B, 2) float64: nats and predicted tokens of each sequence
 
 
@@ -110,7 +112,7 @@ class SourceLosses:
         if self._sums is None:
             return {}
         sums, self._sums = self._sums, None
-        if _distributed():
+        if has_process_group():
             dist.all_reduce(sums)
         nats, tokens = sums.T.tolist()
         by_source = zip(self.source_names, nats, tokens, strict=True)
@@ -141,11 +143,7 @@ class HeldOutLoss:
 
     def mean(self) -> float:
         """Nats per token over all blocks of all ranks; a collective when a process group exists."""
-        if _distributed():
+        if has_process_group():
             dist.all_reduce(self._table, op=dist.ReduceOp.MAX)  # a place is 0 on the ranks that did not fill it
         nats, tokens = self._table.sum(0).tolist()
         return nats / tokens
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

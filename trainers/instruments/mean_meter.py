@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+
 
 class MeanMeter:
     """Running means by name; `pop` averages over calls and ranks and is the one host synchronisation."""
@@ -29,7 +31,7 @@ class MeanMeter:
         names = list(self._sums)
         means = torch.stack([self._sums[name] for name in names]).double() / self._count
         self._sums, self._count = {}, 0
-        if dist.is_available() and dist.is_initialized():
+        if has_process_group():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         return dict(zip(names, means.tolist(), strict=True))
