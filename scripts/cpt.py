@@ -193,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.save_metrics("eval", metrics)
     if training.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # its threads must not outlive the interpreter: several ranks aborted at exit
 
 
 if __name__ == "__main__":
