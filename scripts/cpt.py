@@ -33,6 +33,7 @@ from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
+from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 
 
 @dataclass
@@ -176,6 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Continue pre-training a causal language model on new text, with replay of the old.",
     )
     check_arguments(model_args, training)
+    run(model_args, data_args, training)
+    leave_process_group()
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, training: CPTConfig) -> None:
+    """Everything after the arguments; nothing of it is alive afterwards."""
     data = load_data(data_args, training)
     tokenizer = load_tokenizer(model_args)
     trainer = CPTTrainer(
@@ -193,7 +200,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.save_metrics("eval", metrics)
     if training.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()  # its threads must not outlive the interpreter: several ranks aborted at exit
 
 
 if __name__ == "__main__":
