@@ -22,6 +22,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+
+if not torch.cuda.is_available():  # then kernels run in Triton's interpreter, which must be chosen before the import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
 
 
@@ -37,9 +41,16 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that our code allocates and forgets to write shows up as NaN instead of as a plausible number."""
-    fill_fresh_memory_with_nan(monkeypatch)
+def nan_in_fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that our code allocates and forgets to write shows up as NaN instead of as a plausible number.
+
+    Not in tests marked `compiles`: torch.compile keeps a list of torch's functions by identity, and fails on the real
+    ones if it was made while others stood in their place.
+    """
+    if request.node.get_closest_marker("compiles"):
+        torch.compiler.reset()
+    else:
+        fill_fresh_memory_with_nan(monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,6 +36,9 @@ ROOMS = {
         others=("datasets", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),
     ),
     "hf_moe_cpt.optim": Room(others=("torch",)),
+    "hf_moe_cpt.kernels": Room(
+        ours=("hf_moe_cpt.extras",), others=("liger_kernel", "torch", "transformers", "triton")
+    ),
     "hf_moe_cpt.modeling": Room(others=("huggingface_hub", "torch", "transformers")),
     "hf_moe_cpt.trainers": Room(),
     "hf_moe_cpt.trainers.instruments": _TRAINER,

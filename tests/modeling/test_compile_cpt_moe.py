@@ -12,12 +12,12 @@ from tests.helpers.tolerances import assert_matches
 EXPERTS = "grouped_mm" if hasattr(torch.ops.transformers, "grouped_mm_fallback_backward") else "batched_mm"
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("preset", "training"),
     [("pb-granular-tiny", True), ("pb-granular-tiny", False), ("sb-switch-tiny", True), ("dense-tiny", True)],
 )
 def test_one_graph(preset: str, training: bool) -> None:
-    torch.compiler.reset()
     config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1)
     model = CptMoeForCausalLM(config).train(training)
     model.set_experts_implementation(EXPERTS)
