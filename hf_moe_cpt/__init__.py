@@ -1,14 +1,14 @@
 """Continual pre-training, alignment and surgery of mixture-of-experts language models on top of Hugging Face.
 
-Importing the package tells `transformers` about the model type `cpt_moe` (see `hf_moe_cpt.registration`) and loads
-nothing else: every public name below is imported when it is first asked for.
+Importing the package tells `transformers` about the model type `cpt_moe` and the experts implementation "hf_moe_cpt"
+(see `hf_moe_cpt.registration`) and loads nothing else: every public name below is imported when first asked for.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.registration import register_model_type
+from hf_moe_cpt.registration import register_kernels, register_model_type
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "CptMoeForCausalLM",
     "CptMoeForSequenceClassification",
     "CptMoeModel",
+    "register_kernels",
 ]
 
 _HOME_OF_NAME = {
@@ -35,6 +36,7 @@ _HOME_OF_NAME = {
     "CptMoeForCausalLM": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "CptMoeForSequenceClassification": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
+    "register_kernels": "hf_moe_cpt.registration",
 }
 
 # In a checkout the rooms modeling/, trainers/, scripts/ and hub_cards/ lie beside this folder instead of inside it.
@@ -57,3 +59,4 @@ def __dir__() -> list[str]:
 
 
 register_model_type()
+register_kernels()

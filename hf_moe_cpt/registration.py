@@ -1,4 +1,4 @@
-"""Tell transformers' Auto classes about the model type `cpt_moe`, at no cost for whoever does not use it.
+"""Tell transformers about the model type `cpt_moe` and about our kernels, at no cost for whoever does not use them.
 
 Registering the plain way costs seconds: AutoConfig wants `transformers.models.auto`, the AutoModels want the model
 classes and these want `transformers.modeling_utils`. So each half waits for its moment:
@@ -8,7 +8,9 @@ classes and these want `transformers.modeling_utils`. So each half waits for its
 2. AutoConfig gets the configuration class itself; the AutoModels get a `_ModelClassOnUse`, which imports the model
    file when a checkpoint is loaded and then puts the real classes in its place.
 
-Only the public `register` methods are called and no module of transformers is changed. Source: ours.
+The kernels wait in the same way for the module whose table they enter (`register_kernels`).
+
+Only public `register` methods and tables are used and no module of anybody else is changed. Source: ours.
 """
 
 import importlib
@@ -18,6 +20,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from hf_moe_cpt.extras import is_installed
 
 
 AUTO_CLASS_OF_MODEL = {
@@ -33,6 +37,32 @@ def register_model_type() -> None:
     """Make `AutoConfig`, `AutoModel` and their like know `cpt_moe`, whichever package is imported first."""
     _run_after_import("transformers.models.auto.configuration_auto", _register_configuration)
     _run_after_import("transformers.models.auto.modeling_auto", _register_models)
+
+
+def register_kernels() -> None:
+    """Offer our kernels under the names that others look up; importing the package has done so already.
+
+    transformers' experts interface gets "hf_moe_cpt" and "hf_moe_cpt_low_memory". Liger-Kernel's table gets the model
+    type `cpt_moe`. The routers of `cpt_moe` get the operator `torch.ops.hf_moe_cpt.sinkhorn_plan`, if Triton is
+    installed and torch is built for a GPU.
+    """
+    _run_after_import("transformers.integrations.moe", _register_experts)
+    _run_after_import("liger_kernel.transformers.monkey_patch", _register_with_liger)
+    _run_after_import("hf_moe_cpt.modeling.routers_cpt_moe", _register_router_operators)
+
+
+def _register_experts() -> None:
+    importlib.import_module("hf_moe_cpt.kernels.experts_implementation").register_experts_implementations()
+
+
+def _register_with_liger() -> None:
+    importlib.import_module("hf_moe_cpt.kernels.liger").register_with_liger()
+
+
+def _register_router_operators() -> None:
+    torch = sys.modules["torch"]
+    if is_installed("triton") and (torch.version.cuda or torch.version.hip):
+        importlib.import_module("hf_moe_cpt.kernels.sinkhorn")
 
 
 def _register_configuration() -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels for the expert layer and the router, each beside its definition in plain PyTorch."""
