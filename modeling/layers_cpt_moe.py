@@ -88,6 +88,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((turned, kept), dim=-1)
 
 
+def rotate_query_and_key(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` for queries and keys (B, A, S, D), whose numbers of heads may differ."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -110,7 +117,12 @@ def eager_attention_forward(
 
 
 class CptMoeAttention(nn.Module):
-    """Causal self-attention with rotary positions, multi-head or grouped-query, without biases."""
+    """Causal self-attention with rotary positions, multi-head or grouped-query, without biases.
+
+    rotate_query_and_key: the seam for a fused rotation, which is set on one module.
+    """
+
+    rotate_query_and_key = staticmethod(rotate_query_and_key)
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -138,9 +150,10 @@ class CptMoeAttention(nn.Module):
         """(B, S, H) -> (B, S, H) and the attention weights, or None where the implementation does not form them."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(head_shape).transpose(1, 2), *position_embeddings)
-        key = rotate(self.k_proj(hidden_states).view(head_shape).transpose(1, 2), *position_embeddings)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key = self.rotate_query_and_key(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

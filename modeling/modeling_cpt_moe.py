@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
@@ -29,6 +30,9 @@ from .losses_cpt_moe import penalty_weight, router_penalties, token_mask_of
 from .routers_cpt_moe import CptMoeRouter
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class CptMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """What the language model returns. The losses never hide in one another:
@@ -37,6 +41,7 @@ class CptMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     lm_loss: cross entropy alone. aux_loss, z_loss: the penalties, summed over layers, before coefficient and weight;
     None where no router logits were recorded.
     router_logits, router_indices: per layer (T, E) and (T, K), the latter the experts really used.
+    logits: None where a head fused with its loss took the place of `head_and_loss` and never formed them.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -110,6 +115,17 @@ class CptMoePreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our kernels on a GPU where their package is imported, else transformers' choice; what is asked for wins."""
+        if requested_experts is None and self.config.is_moe and "hf_moe_cpt" in ALL_EXPERTS_FUNCTIONS:
+            if torch.cuda.is_available():
+                requested_experts = "hf_moe_cpt"
+            else:
+                logger.warning_once(
+                    "No GPU for the hf_moe_cpt kernels: experts run with transformers' own implementation."
+                )
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,12 +269,14 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CptMoeCausalLMOutput:
         """Logits (B, S, V), or of the last `logits_to_keep` positions, and with `labels` (B, S) the losses.
 
         labels are shifted here, -100 is ignored. output_router_logits (default: the configuration's) records the
         routers; in training with labels it adds the penalties to `loss`, with their coefficients and `penalty_weight`.
+        skip_logits: for a fused head, see `head_and_loss`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -275,11 +293,8 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-
-        lm_loss = loss = None
-        if labels is not None:
-            lm_loss = loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        logits, lm_loss = self.head_and_loss(outputs.last_hidden_state[:, kept, :], labels, skip_logits, **kwargs)
+        loss = lm_loss
         aux_loss = z_loss = None
         if outputs.get("router_logits"):
             is_trained_on = self.training and labels is not None
@@ -302,6 +317,23 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.get("router_logits") or None,
             router_indices=outputs.get("router_indices") or None,
         )
+
+    def head_and_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Hidden states (B, S, H) -> logits (B, S, V) and, with labels, the cross entropy.
+
+        The seam for a head fused with its loss: set on one model, it takes this method's place there. Where
+        skip_logits is true (None: in training) it may return None for the logits; this definition never does.
+        """
+        logits = self.lm_head(hidden_states)
+        if labels is None:
+            return logits, None
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
 
     def _router_penalties(
         self,

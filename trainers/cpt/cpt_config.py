@@ -20,7 +20,8 @@ class CPTConfig(TrainingArguments):
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
-    every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting).
+    every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting),
+    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.liger_switch`).
     """
 
     # --- the run: `max_steps` optimizer steps fix the token budget, whatever the replay ratio ---
@@ -87,6 +88,14 @@ class CPTConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained when the model is given by name (JSON)."}
     )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Fused kernels; unset: on for our models on a CUDA device, if liger-kernel is installed.",
+            "nargs": "?",  # so that the name alone means yes, as in the parent
+            "const": True,
+        },
+    )
     log_expert_load: bool = field(
         default=True, metadata={"help": "Log maximum routing imbalance (MRI) per layer for MoE models."}
     )
@@ -137,12 +146,6 @@ class CPTConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns and logging_nan_inf_filter must stay off: the first drops the source of each "
                 "sequence, the second hides a loss that is not a number."
-            )
-
-        if self.use_liger_kernel and (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-            raise ValueError(
-                "use_liger_kernel fuses the loss into the output head, where losses per source cannot be seen: set "
-                'liger_kernel_config={"fused_linear_cross_entropy": False}.'
             )
 
     def phases(self, starting_phase: str) -> Phases:

@@ -5,6 +5,7 @@ Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029); data law, schedules an
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_moe_cpt.analysis.forgetting import adaptation, forgetting
@@ -22,6 +24,7 @@ from hf_moe_cpt.data.replay import SOURCES
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import build_eval_dataset, build_train_dataset, check_model_fits
+from hf_moe_cpt.trainers.cpt.liger_switch import decide_liger
 from hf_moe_cpt.trainers.cpt.objective import corrected_loss, foreign_penalty, penalty_share, reported_terms
 from hf_moe_cpt.trainers.cpt.starting_point import detect_starting_phase, load_moments, write_state
 from hf_moe_cpt.trainers.cpt.step_callback import StepCallback
@@ -73,6 +76,8 @@ class CPTTrainer(Trainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         check_model_fits(model, processing_class, args)
+        args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
+        args.use_liger_kernel = decide_liger(args, model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
@@ -105,6 +110,8 @@ class CPTTrainer(Trainer):
             self.global_batch_size * args.max_length, self._flops_per_token, args.world_size * max(1, args.n_gpu)
         )
         self.add_callback(StepCallback(self.throughput, self.load_meter))
+        if self.args.use_liger_kernel:  # `train` does it too; an evaluation before it must find the same model
+            apply_liger_kernel(self.model, self.args.liger_kernel_config)
         shorten_console(self)
 
     # ---- data: the mixture is ordered already, position by position ----

@@ -1,7 +1,8 @@
 """Loss per sequence, per data source and per held-out block, from the one cross-entropy that is computed anyway.
 
-A causal LM of transformers computes its loss through `self.loss_function`. `LossTap.attach` puts a function there that
-returns the same number as `ForCausalLMLoss` and hands the sums of each sequence to whoever listens. No second pass
+A causal LM of transformers computes its loss through `self.loss_function`. `LossTap.attach` puts the tap there, which
+returns the same number as `ForCausalLMLoss` and hands the sums of each sequence to whoever listens. A head that is
+fused with its loss has no logits to pass on and gives the tap its token losses instead (`of_tokens`). No second pass
 over the logits, no host synchronisation.
 
 Letters: B sequences, T tokens, V vocabulary, S sources, N held-out blocks. Source: ours.
@@ -57,7 +58,7 @@ class LossTap:
                 f"The model is a {type(base).__name__}, which has no `loss_function`: pass a causal LM of "
                 "transformers (a PreTrainedModel, or a PEFT model around one)."
             )
-        base.loss_function = self.causal_lm_loss
+        base.loss_function = self
 
     @contextmanager
     def tell(self, listener: Listener) -> Iterator[None]:
@@ -68,7 +69,7 @@ class LossTap:
         finally:
             self._listener = None
 
-    def causal_lm_loss(
+    def __call__(
         self,
         logits: Tensor,
         labels: Tensor | None = None,
@@ -80,11 +81,19 @@ class LossTap:
         """The loss of `ForCausalLMLoss`: the sum over tokens / `num_items_in_batch`, or the mean if that is None."""
         targets = shifted_labels(labels) if shift_labels is None else shift_labels
         losses = token_losses(logits, targets)
+        return self.of_tokens(losses.sum(), losses, targets, num_items_in_batch)
+
+    def of_tokens(
+        self, loss_sum: Tensor, losses: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The same from what a fused head has: the sum, which carries the gradient, and the losses it is the sum of.
+
+        losses: (B, T), in nats, 0 where ignored. targets: (B, T), already shifted, -100 where ignored.
+        """
         counted = targets.ne(IGNORED_LABEL).to(losses.device)
         if self._listener is not None:
             self._listener(torch.stack([losses.detach().double().sum(-1), counted.double().sum(-1)], dim=-1))
-        total = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / total
+        return loss_sum / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class SourceLosses:

@@ -44,7 +44,6 @@ REFUSED = {
     "the parent's scheduler": ({"lr_scheduler_type": "cosine"}, "do not apply here: choose cpt_schedule"),
     "the parent's warm-up": ({"warmup_steps": 10}, "do not apply here: choose cpt_schedule"),
     "dropped columns": ({"remove_unused_columns": True}, "must stay off"),
-    "a fused loss": ({"use_liger_kernel": True}, "set liger_kernel_config=.*fused_linear_cross_entropy"),
     "hidden NaN": ({"logging_nan_inf_filter": True}, "must stay off"),
 }
 

@@ -27,7 +27,7 @@ def test_loss_is_that_of_transformers(sequences, tokens, seed, num_items):
     logits, labels, _ = _batch(sequences, tokens, seed)
     labels[0, 1] = 3  # at least one counted token
     num_items = torch.tensor(5) if num_items == "tensor" else num_items
-    ours = LossTap().causal_lm_loss(logits, labels, VOCAB, num_items)
+    ours = LossTap()(logits, labels, VOCAB, num_items)
     theirs = ForCausalLMLoss(logits, labels, VOCAB, num_items)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
@@ -40,7 +40,7 @@ def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
     for call in range(2):
         logits, labels, source = _batch(sequences, tokens, seed + call)
         with tap.tell(meter.listener(source)):
-            tap.causal_lm_loss(logits, labels, VOCAB)
+            tap(logits, labels, VOCAB)
         for b in range(sequences):
             for t in range(tokens - 1):
                 if labels[b, t + 1] != -100:
@@ -61,7 +61,7 @@ def test_nobody_is_told_outside_of_tell():
     logits, labels, source = _batch(2, 4, 0)
     with tap.tell(meter.listener(source)):
         pass
-    tap.causal_lm_loss(logits, labels, VOCAB)
+    tap(logits, labels, VOCAB)
     assert meter.pop() == {}
 
 
@@ -70,7 +70,7 @@ def test_held_out_blocks_count_once_in_any_order_and_batch():
     tap, held_out = LossTap(), HeldOutLoss(5)
     for blocks in ([4, 2], [0, 1, 3], [3, 0]):  # the last batch repeats, as data loaders do to fill it
         with tap.tell(held_out.listener(torch.tensor(blocks))):
-            tap.causal_lm_loss(logits[blocks], labels[blocks], VOCAB)
+            tap(logits[blocks], labels[blocks], VOCAB)
     want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
     assert held_out.mean() == pytest.approx(want.item(), rel=1e-6)
 
