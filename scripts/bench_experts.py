@@ -118,6 +118,7 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
         with tools.Attempt() as attempt:
             calls[name] = prepare(measurement, case, exact, args.check_tokens, stopwatch)
         measurement.reason = attempt.reason
+        bar.write(_prepared(measurement))  # what a run that is killed leaves of an unfinished shape
         bar.update()
     exact = None
     with tools.Attempt():  # after an error that lasts the device refuses this too; the turns will say so
@@ -132,6 +133,16 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
                 measurement.reason = attempt.reason
             bar.update()
     return list(measurements.values())
+
+
+def _prepared(measurement: Measurement) -> str:
+    """One line on a peer that is ready, or why it is not."""
+    if measurement.reason is not None:
+        return f"{measurement.shape.name} {measurement.peer}: {measurement.reason}"
+    facts = {"first call s": measurement.first_call_seconds, "extra MiB": measurement.extra_peak_mib}
+    facts |= {f"error {name}": error for name, error in measurement.errors.items()}
+    told = ", ".join(f"{name} {value:.2g}" for name, value in facts.items() if value is not None)
+    return f"{measurement.shape.name} {measurement.peer}: {told}"
 
 
 def prepare(
