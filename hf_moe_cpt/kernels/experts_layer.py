@@ -68,15 +68,16 @@ def _experts_forward(
     """The output (T, H), the pre-activations (R, 2I) or an empty tensor, and the routing table."""
     tokens, gate_up, down = tokens.contiguous(), gate_up.contiguous(), down.contiguous()
     plan = _plan_of(tokens, top_k_index, gate_up)
-    table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile)
-    if tokens.shape[0] == 0:
-        return torch.empty_like(tokens), tokens.new_empty(0), *table
-    rows = permute_tokens(tokens, table)
-    hidden, preactivation = gated_up(rows, gate_up, table, activation, save, plan.gated_up)
-    del rows
-    expert_rows = grouped_product(hidden, down, table, contract_last=True, tile=plan.down)
-    del hidden
-    output = combine_rows(expert_rows, table.row_of_slot, top_k_weights, top_k_index.shape[1])
+    with torch.cuda.device_of(tokens):  # the current device may be another one; in the backward autograd sets it
+        table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile)
+        if tokens.shape[0] == 0:
+            return torch.empty_like(tokens), tokens.new_empty(0), *table
+        rows = permute_tokens(tokens, table)
+        hidden, preactivation = gated_up(rows, gate_up, table, activation, save, plan.gated_up)
+        del rows
+        expert_rows = grouped_product(hidden, down, table, contract_last=True, tile=plan.down)
+        del hidden
+        output = combine_rows(expert_rows, table.row_of_slot, top_k_weights, top_k_index.shape[1])
     return output, preactivation, *table
 
 
