@@ -5,7 +5,7 @@
 
 T tokens, K experts per token, H hidden size, I width, E experts, R rows: the T x K (token, expert) pairs, sorted by
 expert and padded to whole tiles. Nothing here waits for the device, and no sum depends on the order in which programs
-run. Source: ours; docs/kernels.md tells the design, docs/benchmarks the measurements.
+run. Source: ours; docs/kernels.md tells the design.
 """
 
 import torch

@@ -8,7 +8,7 @@ the layer's output at that row. With h = act(gate) * up and h' = y' W_down:
     gradient of up    w h' act(gate)
     w h               what the gradient of W_down is made from
 
-Source: ours; docs/benchmarks.
+Source: ours.
 """
 
 import torch
@@ -67,7 +67,7 @@ def gated_backward(
     num_row_tiles, num_column_tiles = table.expert_of_tile.shape[0], triton.cdiv(width, tile.block_n)
     partials = torch.empty(num_column_tiles, grad_rows.shape[0], dtype=torch.float32, device=grad_rows.device)
     use_tma = tile.tma and fits_tma(grad_rows, down)
-    _gated_backward_kernel[tile.grid(num_row_tiles * num_column_tiles, grad_rows.device)](
+    _gated_backward_kernel[(num_row_tiles * num_column_tiles,)](
         tile_source(grad_rows, [tile.block_m, tile.block_k], use_tma),
         tile_source(down, [1, tile.block_k, tile.block_n], use_tma),
         preactivation,
@@ -82,11 +82,7 @@ def gated_backward(
         hidden_size,
         grad_rows.shape[0],
         ACTIVATION=activation,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         CHUNKS=min(4, max(1, tile.block_m * tile.block_n // (1024 * tile.num_warps))),
-        GROUP=tile.group,
         TMA=use_tma,
         PRECISION=dot_precision(grad_rows.dtype),
         **tile.launch_options(),

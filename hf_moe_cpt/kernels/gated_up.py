@@ -1,7 +1,7 @@
 """Up projection of the experts with the gated activation in its epilogue.
 
 R rows sorted by expert in padded groups, H hidden size, I width, E experts. Gate and up columns of one tile come out
-of one product twice as wide, so both halves meet in registers. Source: ours; docs/benchmarks.
+of one product twice as wide, so both halves meet in registers. Source: ours.
 """
 
 import torch
@@ -59,10 +59,6 @@ def gated_up(
         hidden_size,
         ACTIVATION=activation,
         SAVE=save,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP=tile.group,
         TMA=use_tma,
         PERSISTENT=tile.persistent,
         PRECISION=dot_precision(rows.dtype),

@@ -1,8 +1,7 @@
 """Grouped product: every row times the matrix of its expert.
 
 R rows sorted by expert in padded groups (see `routing_table`), E experts, K contracted and N resulting columns. Used
-for the down projection and for the gradient of the up projection's input. Source: ours; the tile order and shapes
-were chosen by measurement (docs/benchmarks).
+for the down projection and for the gradient of the up projection's input. Source: ours.
 """
 
 import torch
@@ -54,10 +53,6 @@ def grouped_product(rows: Tensor, weight: Tensor, table: RoutingTable, contract_
         num_columns,
         rows.shape[1],
         CONTRACT_LAST=contract_last,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP=tile.group,
         TMA=use_tma,
         PERSISTENT=tile.persistent,
         PRECISION=dot_precision(rows.dtype),

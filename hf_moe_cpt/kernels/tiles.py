@@ -1,7 +1,8 @@
-"""Tile shapes of the grouped products: a small table found by measurement, with a sane default for the rest.
+"""Tile shapes of the grouped products: a small table, with a sane default for the rest.
 
-Key: GPU generation, kernel, shape class. `python scripts/tune_experts.py` measures candidates on the GPU at hand and
-prints the entries. Nothing is tuned at run time: the first call of a shape only compiles. Source: docs/benchmarks.
+Key: GPU generation, kernel, shape class. `python scripts/tune_experts.py` measures candidates on the GPU at hand.
+Nothing is tuned at run time: the first call of a shape only compiles. Source: the Hopper entries were the fastest of
+earlier kernels of the same design on an H200; these kernels have not been timed yet.
 """
 
 import functools
@@ -20,8 +21,9 @@ class Tile:
     """Shape of one program's tile and how it is launched.
 
     block_m, block_n: rows and columns of the result; block_k: step of the contraction; all powers of two, at least 16.
-    persistent: as many programs as multiprocessors, each walking over many tiles. tma: read and write through tensor
-    descriptors where the tensors allow it. group: row tiles walked together. max_registers: per thread, None = free.
+    persistent: as many programs as multiprocessors, each walking over many tiles; only gated up and grouped product
+    can. tma: read and write through tensor descriptors where the tensors allow it. group: row tiles walked together.
+    max_registers: per thread, None = free.
     """
 
     block_m: int
@@ -39,8 +41,9 @@ class Tile:
         return (min(num_tiles, num_multiprocessors(device)) if self.persistent else num_tiles,)
 
     def launch_options(self) -> dict[str, int]:
-        """Keyword arguments of a Triton launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Keyword arguments of a Triton launch: the constants that every product has, and how it is launched."""
+        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP": self.group}
+        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 

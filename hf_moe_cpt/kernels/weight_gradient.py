@@ -1,7 +1,7 @@
 """Gradient of the experts' matrices: per expert, the transposed rows on one side times the rows on the other.
 
 R rows sorted by expert in padded groups, E experts, M and N columns of the two sides. Padding rows must be 0 on both
-sides. Experts without rows get zeros. Source: ours; docs/benchmarks.
+sides. Experts without rows get zeros. Source: ours.
 """
 
 import torch
@@ -41,10 +41,6 @@ def weight_gradient(left: Tensor, right: Tensor, table: RoutingTable, tile: Tile
         table.group_start,
         num_rows,
         num_columns,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP=tile.group,
         TMA=use_tma,
         PRECISION=dot_precision(left.dtype),
         **tile.launch_options(),

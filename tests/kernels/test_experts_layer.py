@@ -136,7 +136,7 @@ def test_twice_gives_the_same_bits(low_memory):
         assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
 
 
-def test_low_memory_gives_the_same_bits():
+def test_low_memory_gives_the_same_numbers():
     layer = expert_layer(33, 4, 3, 24, 16).to(torch.float32)
     grad_output = torch.randn_like(layer.tokens)
     runs = [

@@ -123,6 +123,20 @@ def _check_gated_backward(columns, tma, dtype, activation, width):
     assert torch.equal(over[:used], got[0][:used])
 
 
+def test_products_that_cannot_be_persistent_ignore_it():
+    """One tile a program, however the tile is marked: fewer programs would leave tiles out."""
+    layer, table = _problem(num_tokens=80, width=40)
+    grad_rows = plain_permute_tokens(torch.randn_like(layer.tokens), table)
+    preactivation = torch.randn(grad_rows.shape[0], 80, dtype=grad_rows.dtype, device=DEVICE)
+    inputs = (grad_rows, layer.down.detach(), preactivation)
+    tile = TILES["pointers, persistent"]
+    got = gated_backward(*(tensor.float() for tensor in inputs), table, "silu", tile)
+    want = plain_gated_backward(*inputs, table, "silu")
+    _assert_rows_match("gradient of the pre-activations", got[0], want[0], table)
+    gradient = weight_gradient(grad_rows.float(), got[1], table, tile)
+    assert_matches("gradient", gradient, plain_weight_gradient(grad_rows, want[1], table))
+
+
 @any_dtype
 @any_tile
 def test_weight_gradient(tile, dtype):
