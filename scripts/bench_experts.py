@@ -27,9 +27,9 @@ from hf_moe_cpt.scripts.bench_experts_case import (
     SHAPES,
     Case,
     Shape,
+    chosen_shapes,
     exact_results,
     make_case,
-    parse_shape,
     relative_error,
 )
 from hf_moe_cpt.scripts.bench_experts_peers import CEILING, PEERS, Calls
@@ -65,26 +65,18 @@ class ExpertsArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        _check_names("--peers", self.peers, PEERS)
-        _check_names("--shapes", self.shapes, SHAPES)
-        _check_names("--dtype", [self.dtype], DTYPES)
-        _check_names("--activation", [self.activation], ACT2FN)
+        tools.check_names("--peers", self.peers, PEERS)
+        tools.check_names("--shapes", self.shapes, SHAPES)
+        tools.check_names("--dtype", [self.dtype], DTYPES)
+        tools.check_names("--activation", [self.activation], ACT2FN)
         for name, least in (("rounds", 1), ("check_tokens", 1), ("seconds", 0), ("skew", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
         self.chosen_shapes()
 
     def chosen_shapes(self) -> list[Shape]:
-        """The named shapes, then the user's own."""
-        own = [parse_shape(text) for text in self.shape or ()]
-        names = self.shapes if self.shapes is not None or own else list(SHAPES)
-        return [SHAPES[name] for name in names or ()] + own
-
-
-def _check_names(option: str, names: Sequence[str] | None, known: Any) -> None:
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"{option} {name!r} is unknown: choose from {', '.join(known)}.")
+        """The named shapes, then the user's own; all named ones without either."""
+        return chosen_shapes(self.shapes, self.shape, default=list(SHAPES))
 
 
 @dataclass

@@ -8,6 +8,7 @@ expert is W_down (act(W_gate x) * W_up x), W_up of all experts and W_gate kept a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,13 @@ def parse_shape(text: str) -> Shape:
     if shape.K > shape.E:
         raise ValueError(f"--shape {text!r}: a token cannot choose K={shape.K} of E={shape.E} experts.")
     return shape
+
+
+def chosen_shapes(names: list[str] | None, own: list[str] | None, default: Sequence[str]) -> list[Shape]:
+    """The named shapes (`default` where nothing is given), then a user's own, each as "name=T,H,I,E,K"."""
+    parsed = [parse_shape(text) for text in own or ()]
+    names = names if names is not None or parsed else default
+    return [SHAPES[name] for name in names or ()] + parsed
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,7 @@ class StepArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"--weights {self.weights!r} is unknown: choose from {', '.join(WEIGHTS)}.")
+        tools.check_names("--weights", [self.weights], WEIGHTS)
         for name, least in (("batch_size", 1), ("seq_length", 2), ("steps", 1), ("warmup", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -77,6 +77,13 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def check_names(option: str, names: Sequence[str] | None, known: Collection[str]) -> None:
+    """Raise ValueError for the first name that is not known; None passes."""
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{option} {name!r} is unknown: choose from {', '.join(known)}.")
 
 
 def choose_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ from hf_moe_cpt.kernels.tiles import Tile
 from hf_moe_cpt.kernels.weight_gradient import weight_gradient
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.arguments import parse_arguments
-from hf_moe_cpt.scripts.bench_experts_case import DTYPES, SHAPES, Shape, make_case, parse_shape
+from hf_moe_cpt.scripts.bench_experts_case import DTYPES, SHAPES, Shape, chosen_shapes, make_case
 from hf_moe_cpt.scripts.quickstart_results import text_table
 
 
@@ -101,24 +101,17 @@ class TuneArguments:
     output_dir: str = field(default="runs/tiles", metadata={"help": "Folder for tiles.csv."})
 
     def __post_init__(self) -> None:
-        for option, values, known in (("--shapes", self.shapes, SHAPES), ("--pieces", self.pieces, PIECES)):
-            unknown = [value for value in values or () if value not in known]
-            if unknown:
-                raise ValueError(f"{option} {unknown[0]!r} is unknown: choose from {', '.join(known)}.")
+        tools.check_names("--shapes", self.shapes, SHAPES)
+        tools.check_names("--pieces", self.pieces, PIECES)
+        tools.check_names("--dtype", [self.dtype], DTYPES)
+        tools.check_names("--activation", [self.activation], ACTIVATION_NAMES)
         if self.rounds < 1 or any(group < 1 for group in self.groups):
             raise ValueError(f"--rounds {self.rounds} and --groups {self.groups} must be at least 1.")
-        if self.activation not in ACTIVATION_NAMES or self.dtype not in DTYPES:
-            raise ValueError(
-                f"--activation {self.activation!r}, --dtype {self.dtype!r}: choose from {', '.join(ACTIVATION_NAMES)} "
-                f"and from {', '.join(DTYPES)}."
-            )
         self.chosen_shapes()
 
     def chosen_shapes(self) -> list[Shape]:
-        """The named shapes, then the user's own."""
-        own = [parse_shape(text) for text in self.shape or ()]
-        names = self.shapes if self.shapes is not None or own else ["granular", "switch", "olmoe"]
-        return [SHAPES[name] for name in names or ()] + own
+        """The named shapes, then the user's own; three of the named without either."""
+        return chosen_shapes(self.shapes, self.shape, default=["granular", "switch", "olmoe"])
 
     def candidates(self, piece: str) -> list[Tile]:
         """Every tile of the piece with every group size."""
@@ -152,7 +145,7 @@ def flops_of(piece: str, shape: Shape) -> int:
 
 
 def compile_candidates(args: TuneArguments, device: torch.device) -> None:
-    """Fill Triton's cache on disk: each process compiles every n-th candidate, on the first shape's kind of sizes."""
+    """Fill Triton's cache on disk: each process compiles every n-th candidate, for all shapes."""
     jobs = [(piece, tile) for piece in args.pieces or PIECES for tile in args.candidates(piece)]
     workers = min(args.workers or os.cpu_count() or 1, len(jobs))
     context = multiprocessing.get_context("spawn")
