@@ -196,5 +196,4 @@ _experts_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _plan_of(tokens: Tensor, slots: Tensor, gate_up: Tensor) -> TilePlan:
     """slots: any tensor of T x K elements."""
-    num_experts, double_width, _ = gate_up.shape
-    return tile_plan(slots.numel(), num_experts, double_width // 2, tokens.dtype, tokens.device)
+    return tile_plan(slots.numel(), gate_up.shape[0], tokens.dtype, tokens.device)

@@ -1,8 +1,8 @@
 """Tile shapes of the grouped products: a small table, with a sane default for the rest.
 
 Key: GPU generation, kernel, shape class. `python scripts/tune_experts.py` measures candidates on the GPU at hand.
-Nothing is tuned at run time: the first call of a shape only compiles. Source: the Hopper entries were the fastest of
-earlier kernels of the same design on an H200; these kernels have not been timed yet.
+Nothing is tuned at run time: the first call of a shape only compiles. Source: the Hopper entries were the fastest on
+an H200, or within 3 % of it, at three shapes (docs/benchmarks/); the others are sane, not timed.
 """
 
 import functools
@@ -62,18 +62,12 @@ class TilePlan:
 
 HOPPER_TRAINING = TilePlan(
     rows_per_tile=128,
-    gated_up=Tile(128, 128, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-    down=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-    hidden_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
-    input_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-    up_weight_gradient=Tile(128, 128, 64, num_warps=4, num_stages=3, tma=True),
-    down_weight_gradient=Tile(128, 128, 64, num_warps=4, num_stages=3, tma=True),
-)
-
-# A width that is no multiple of 128 (granular: 704) would leave most of a wide tile's last column empty.
-HOPPER_TRAINING_NARROW = replace(
-    HOPPER_TRAINING,
     gated_up=Tile(128, 64, 64, num_warps=8, num_stages=3, tma=True, max_registers=128),
+    down=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
+    hidden_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    input_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
+    up_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
+    down_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
 )
 
 # Any GPU with tensor cores and 100 KiB of shared memory (Ampere and newer, AMD): pointers, small tiles.
@@ -98,8 +92,8 @@ _SINGLE = Tile(64, 32, 32, num_warps=4, num_stages=2)
 SINGLE_PRECISION = TilePlan(64, _SINGLE, _SINGLE, _SINGLE, _SINGLE, replace(_SINGLE, block_n=64), _SINGLE)
 
 
-def tile_plan(num_slots: int, num_experts: int, width: int, dtype: torch.dtype, device: torch.device) -> TilePlan:
-    """The plan for n slots on E experts of a width, by what is known without looking at the routing.
+def tile_plan(num_slots: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> TilePlan:
+    """The plan for n slots on E experts, by what is known without looking at the routing.
 
     Few rows per expert waste tall tiles on padding, so the mean n / E chooses the rows per tile.
     """
@@ -110,9 +104,7 @@ def tile_plan(num_slots: int, num_experts: int, width: int, dtype: torch.dtype, 
         return SINGLE_PRECISION
     if rows_per_expert < 96:
         return FEW_ROWS
-    if gpu_generation(device) != "hopper":
-        return DEFAULT_TRAINING
-    return HOPPER_TRAINING if width % 128 == 0 else HOPPER_TRAINING_NARROW
+    return HOPPER_TRAINING if gpu_generation(device) == "hopper" else DEFAULT_TRAINING
 
 
 @functools.cache

@@ -182,9 +182,9 @@ def test_compiles_as_one_graph():
 
 def test_plan_follows_rows_per_expert():
     cpu = torch.device("cpu")
-    assert tile_plan(64, 8, 128, torch.bfloat16, cpu) is DECODING
-    assert tile_plan(64 * 8, 8, 128, torch.bfloat16, cpu) is FEW_ROWS
-    assert tile_plan(999 * 8, 8, 128, torch.float32, cpu) is SINGLE_PRECISION
+    assert tile_plan(64, 8, torch.bfloat16, cpu) is DECODING
+    assert tile_plan(64 * 8, 8, torch.bfloat16, cpu) is FEW_ROWS
+    assert tile_plan(999 * 8, 8, torch.float32, cpu) is SINGLE_PRECISION
 
 
 @pytest.mark.gpu
@@ -252,4 +252,4 @@ def test_address_arithmetic_beyond_two_to_the_31():
 
 
 def test_hopper_plan_is_only_for_that_generation():
-    assert tile_plan(10**6, 8, 1024, torch.bfloat16, torch.device("cpu")) is not HOPPER_TRAINING
+    assert tile_plan(10**6, 8, torch.bfloat16, torch.device("cpu")) is not HOPPER_TRAINING
