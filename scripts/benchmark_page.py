@@ -1,0 +1,126 @@
+"""Write the page of a folder of benchmark results: tables out of its CSV files, plots beside them.
+
+python scripts/benchmark_page.py docs/benchmarks/h200
+
+Every number of docs/benchmarks comes through here, so a page and its files cannot disagree. Source: ours.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_moe_cpt.scripts import benchmark_tools as tools
+
+
+OURS = "hf_moe_cpt"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file by column name."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same keys as a table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def experts_table(rows: Sequence[dict[str, str]]) -> str:
+    """Milliseconds, rate, memory and error of every peer, and how many times longer than ours it took."""
+    ours = {row["shape"]: float(row["training_ms"]) for row in rows if row["peer"] == OURS}
+    return markdown_table([_experts_row(row, ours.get(row["shape"])) for row in rows])
+
+
+def _experts_row(row: dict[str, str], ours: float | None) -> dict[str, str]:
+    if row["status"] == "failed":
+        return dict.fromkeys(_EXPERTS_COLUMNS, "") | {
+            "shape": row["shape"],
+            "peer": row["peer"],
+            "error": row["reason"],
+        }
+    training = float(row["training_ms"])
+    errors = [float(row[name]) for name in row if name.startswith("error_") and row[name]]
+    values = (
+        row["shape"],
+        row["peer"],
+        f"{float(row['forward_ms']):.2f}",
+        f"{training:.2f} ({float(row['training_ms_min']):.2f} to {float(row['training_ms_max']):.2f})",
+        f"{float(row['training_tflops']):.0f}",
+        f"{training / ours:.2f}" if ours else "",
+        f"{float(row['extra_peak_mib']):.0f}" if row["extra_peak_mib"] else "",
+        f"{float(row['first_call_seconds']):.1f}",
+        f"{max(errors):.1e}" if errors else "",
+    )
+    return dict(zip(_EXPERTS_COLUMNS, values, strict=True))
+
+
+_EXPERTS_COLUMNS = (
+    "shape",
+    "peer",
+    "forward ms",
+    "forward + backward ms (range)",
+    "TFLOP/s",
+    "x ours",
+    "extra MiB",
+    "first call s",
+    "error",
+)
+
+
+def step_table(rows: Sequence[dict[str, str]]) -> str:
+    """Milliseconds, tokens a second and memory of every run."""
+    return markdown_table(
+        [
+            {
+                "run": row["run"],
+                "step ms (range)": f"{float(row['step_ms']):.1f} "
+                f"({float(row['step_ms_min']):.1f} to {float(row['step_ms_max']):.1f})",
+                "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
+                "peak GiB": f"{float(row['peak_gib']):.1f}",
+                "host syncs": row["host_syncs"],
+                "dense product TFLOP/s": f"{float(row['product_tflops']):.0f}",
+            }
+            for row in rows
+            if row["status"] == "ok"
+        ]
+    )
+
+
+def page_of(folder: Path) -> str:
+    """The page: one section for each CSV of expert layers or steps, in order of name."""
+    sections = []
+    for path in sorted([*folder.glob("experts*.csv"), *folder.glob("step.csv")]):
+        rows = rows_of(path)
+        table = step_table(rows) if path.stem == "step" else experts_table(rows)
+        facts = rows[0]
+        made = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, transformers "
+        made += f"{facts['transformers']}, {facts['date']}, commit {facts['commit']}."
+        plot = path.with_suffix(".png")
+        sections.append(f"## {path.name}\n\n{made}\n\n{table}\n" + (f"\n![]({plot.name})\n" if plot.exists() else ""))
+    if not sections:
+        raise ValueError(f"{folder} holds neither experts*.csv nor step.csv: run the benchmarks first.")
+    head = (
+        f"# {folder.name}\n\nWritten by `python scripts/benchmark_page.py {folder.as_posix()}` from the files beside"
+    )
+    return f"{head} it; what is measured: [README](../README.md).\n\n" + "\n".join(sections)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write README.md into the folder that is named."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if len(words) != 1 or words[0].startswith("-"):
+        raise ValueError(
+            "usage: python scripts/benchmark_page.py FOLDER, a folder of results such as docs/benchmarks/h200."
+        )
+    folder = Path(words[0])
+    (folder / "README.md").write_text(page_of(folder), encoding="utf-8")
+    print(f"wrote {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    tools.run_script(main)
