@@ -8,6 +8,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from hf_moe_cpt.extras import require
 from hf_moe_cpt.registration import register_kernels, register_model_type
 
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
     from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
+    from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+    from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -26,6 +29,8 @@ __all__ = [
     "CptMoeForCausalLM",
     "CptMoeForSequenceClassification",
     "CptMoeModel",
+    "RainbowPOConfig",
+    "RainbowPOTrainer",
     "register_kernels",
 ]
 
@@ -36,8 +41,12 @@ _HOME_OF_NAME = {
     "CptMoeForCausalLM": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "CptMoeForSequenceClassification": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
+    "RainbowPOConfig": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config",
+    "RainbowPOTrainer": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer",
     "register_kernels": "hf_moe_cpt.registration",
 }
+
+_PACKAGE_OF_EXTRA = {"RainbowPOConfig": "trl", "RainbowPOTrainer": "trl"}
 
 # In a checkout the rooms modeling/, trainers/, scripts/ and hub_cards/ lie beside this folder instead of inside it.
 _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -49,6 +58,8 @@ def __getattr__(name: str) -> object:
     """Import a public name on first use; afterwards it is a plain attribute."""
     if name not in _HOME_OF_NAME:
         raise AttributeError(f"module 'hf_moe_cpt' has no attribute {name!r}")
+    if name in _PACKAGE_OF_EXTRA:
+        require(_PACKAGE_OF_EXTRA[name], needed_by=name)
     value = getattr(importlib.import_module(_HOME_OF_NAME[name]), name)
     globals()[name] = value
     return value

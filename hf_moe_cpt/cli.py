@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_moe_cpt import __version__
+from hf_moe_cpt.extras import require
 
 
 USER_ERROR = 2
@@ -21,10 +22,11 @@ BROKEN_PIPE = 141
 
 @dataclass(frozen=True)
 class Command:
-    """A command's script (a module with `main(argv)`) and the line that `--help` shows."""
+    """A command's script (a module with `main(argv)`), the line that `--help` shows, and the extra it needs."""
 
     module: str
     summary: str
+    package: str | None = None
 
 
 COMMANDS = {
@@ -33,6 +35,9 @@ COMMANDS = {
         "train two tiny models on prose, continue them on code, report what was forgotten",
     ),
     "cpt": Command("hf_moe_cpt.scripts.cpt", "continue pre-training any causal language model, with replay"),
+    "rainbowpo": Command(
+        "hf_moe_cpt.scripts.rainbowpo", "train on preference pairs, with RainbowPO or any method it contains", "trl"
+    ),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }
 
@@ -47,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     if options.command not in COMMANDS:
         return _refuse(f"unknown command {options.command!r}: {_advice(options.command)}")
+    command = COMMANDS[options.command]
     try:
-        importlib.import_module(COMMANDS[options.command].module).main(options.arguments)
+        if command.package is not None:
+            require(command.package, needed_by=f"hf-moe-cpt {options.command}")
+        importlib.import_module(command.module).main(options.arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

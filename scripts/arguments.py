@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,25 @@ EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None, *, program: str, description: str
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass, filled from `argv` (of the process if None) over the file of `--config`.
 
-    Raises ValueError for a file that cannot be read and for keys in it that no argument has.
+    defaults: other defaults than the dataclasses'; file and command line win over them. Raises ValueError for a file
+    that cannot be read and for keys in it that no argument has.
     """
     parser = HfArgumentParser(
         list(dataclass_types), prog=program, description=description, allow_abbrev=False, conflict_handler="resolve"
     )
     parser.add_argument("--config", help="YAML file with arguments; the command line wins over it.")
     known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
-    path = _config_path(argv)
+    parser.set_defaults(**(defaults or {}))
+    path = _given(argv, "config").config
     if path is not None:
         values = read_config(path, known)
         parser.set_defaults(**values)
@@ -65,7 +72,22 @@ def _plain_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT_WITHOUT_DOT.match(value) else value
 
 
-def _config_path(argv: Sequence[str] | None) -> str | None:
+def given_values(argv: Sequence[str] | None, *names: str) -> dict[str, Any]:
+    """What command line or file say of some arguments, before everything is parsed; None for what neither names.
+
+    Values of the command line are text.
+    """
+    found = _given(argv, "config", *names)
+    try:
+        of_file = {} if found.config is None else yaml.safe_load(Path(found.config).read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        of_file = {}  # `parse_arguments` says what is wrong with it
+    typed = {name: getattr(found, name) for name in names}
+    return {name: of_file.get(name) if value is None else value for name, value in typed.items()}
+
+
+def _given(argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    return finder.parse_known_args(None if argv is None else list(argv))[0].config
+    for name in names:
+        finder.add_argument(f"--{name}")
+    return finder.parse_known_args(None if argv is None else list(argv))[0]

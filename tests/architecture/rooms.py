@@ -15,6 +15,7 @@ class Room:
 
 
 _EVERY_ROOM = ("hf_moe_cpt",)
+_SHARED_BY_TRAINERS = ("accelerate", "datasets", "numpy", "safetensors", "torch", "transformers")
 _TRAINER = Room(
     ours=(
         "hf_moe_cpt.analysis",
@@ -24,13 +25,14 @@ _TRAINER = Room(
         "hf_moe_cpt.optim",
         "hf_moe_cpt.trainers.instruments",
     ),
-    others=("accelerate", "datasets", "numpy", "safetensors", "torch", "transformers"),
+    others=_SHARED_BY_TRAINERS,
 )
 
 # The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
 ROOMS = {
     "hf_moe_cpt": Room(ours=_EVERY_ROOM),
     "hf_moe_cpt.analysis": Room(others=("numpy", "torch")),
+    "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
     "hf_moe_cpt.data": Room(
         ours=("hf_moe_cpt.extras",),
         others=("datasets", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),
@@ -43,9 +45,10 @@ ROOMS = {
     "hf_moe_cpt.trainers": Room(),
     "hf_moe_cpt.trainers.instruments": _TRAINER,
     "hf_moe_cpt.trainers.cpt": _TRAINER,
+    "hf_moe_cpt.trainers.rainbowpo": Room(_TRAINER.ours, (*_SHARED_BY_TRAINERS, "tqdm", "trl")),
     "hf_moe_cpt.scripts": Room(
         ours=_EVERY_ROOM,
-        others=("accelerate", "datasets", "numpy", "tokenizers", "torch", "tqdm", "transformers", "yaml"),
+        others=(*_SHARED_BY_TRAINERS, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml"),
     ),
     "hf_moe_cpt.hub_cards": Room(),
 }

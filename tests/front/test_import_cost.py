@@ -38,7 +38,22 @@ def test_package_and_command_load_nothing_heavy() -> None:
 def test_public_names_load_when_asked_for_and_without_the_extras() -> None:
     program = (
         "import sys, hf_moe_cpt\n"
-        "loaded = [getattr(hf_moe_cpt, name) for name in hf_moe_cpt.__all__]\n"
+        "names = [name for name in hf_moe_cpt.__all__ if not name.startswith('RainbowPO')]\n"
+        "loaded = [getattr(hf_moe_cpt, name) for name in names]\n"
         "print([m for m in ('trl', 'liger_kernel', 'evaluate') if m in sys.modules])"
     )
     assert run_python("-c", program).stdout.strip() == "[]"
+
+
+def test_a_name_that_needs_an_extra_says_so_where_it_is_missing() -> None:
+    program = (
+        "import sys; sys.modules['trl'] = None\n"
+        "from hf_moe_cpt import cli\n"
+        "try:\n    from hf_moe_cpt import RainbowPOTrainer\n"
+        "except ImportError as error:\n    print(error)\n"
+        "print(cli.main(['rainbowpo', '--help']))"
+    )
+    done = run_python("-c", program)
+    remedy = "needs the package trl, which is not installed: pip install 'hf_moe_cpt[rainbowpo]'."
+    assert done.stdout.splitlines() == [f"RainbowPOTrainer {remedy}", "2"]
+    assert done.stderr.strip() == f"error: ImportError: hf-moe-cpt rainbowpo {remedy}"

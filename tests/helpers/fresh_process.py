@@ -12,7 +12,7 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -21,3 +21,26 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
     if check and done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode} of python {arguments}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def launch(*words: str) -> None:
+    """`python -m words` in the project's root without a GPU; a failure raises with the end of what was printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**_environment(), "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _environment() -> dict[str, str]:
+    """One thread, and the packages of this process to be found, ours among them."""
+    paths = os.pathsep.join([str(PROJECT), *filter(None, sys.path)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+TWO_RANKS = ("torch.distributed.run", "--nproc_per_node", "2", "--standalone")

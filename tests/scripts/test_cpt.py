@@ -1,8 +1,6 @@
 """The cpt script from the command line: one process, two processes, accelerate, YAML, and what it refuses."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.scripts.cpt import main
 from tests.helpers.cpt_runs import logged, without_clocks
+from tests.helpers.fresh_process import TWO_RANKS, launch
 from tests.helpers.source_tree import PROJECT
 
 
@@ -40,19 +39,6 @@ def _arguments(texts: Path, run: Path, **changes: object) -> list[str]:
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def _launch(command: list[str]) -> None:
-    paths = os.pathsep.join([str(PROJECT), *filter(None, sys.path)])
-    done = subprocess.run(
-        command,
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def _history(run: Path) -> list[dict[str, float]]:
     return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
@@ -78,18 +64,7 @@ def test_a_preset_is_trained_evaluated_and_saved(alone):
 
 def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
     run = tmp_path / "two"
-    _launch(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--standalone",
-            "scripts/cpt.py",
-            *_arguments(texts, run, per_device_train_batch_size=2),
-        ]
-    )
+    launch(*TWO_RANKS, "scripts/cpt.py", *_arguments(texts, run, per_device_train_batch_size=2))
     for key in ("loss", "lm_loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "mri", "eval_new_loss"):
         one, two = logged(_history(alone), key), logged(_history(run), key)
         assert two == pytest.approx(one, rel=2e-6), key
@@ -97,24 +72,8 @@ def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
 
 def test_accelerate_launches_it(alone, texts, tmp_path):
     run = tmp_path / "accelerate"
-    _launch(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "scripts/cpt.py",
-            *_arguments(texts, run),
-        ]
-    )
+    one = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch("accelerate.commands.launch", *one, "scripts/cpt.py", *_arguments(texts, run))
     assert without_clocks(_history(run)) == without_clocks(_history(alone))
 
 

@@ -1,0 +1,132 @@
+"""Preference optimisation of any causal LM, with RainbowPO's objective or any method that it contains.
+
+accelerate launch scripts/rainbowpo.py \\
+    --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct \\
+    --dataset_name princeton-nlp/llama3-ultrafeedback-armorm --dataset_test_split test \\
+    --preset rainbowpo --per_device_train_batch_size 2 --gradient_accumulation_steps 16 --output_dir llama-rainbowpo
+
+The same job is `hf-moe-cpt rainbowpo ...`; `--config recipes/x.yaml` reads arguments from a file, `--use_peft` trains
+an adapter. `--preset` sets the switches of a method; what the file or the command line say wins over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hf_moe_cpt.extras import require
+from hf_moe_cpt.scripts.arguments import given_values, parse_arguments
+from hf_moe_cpt.scripts.rejection_sample_data import load_table
+from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
+from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+
+
+@dataclass
+class PreferenceArguments:
+    """Which pairs, and which method's switches."""
+
+    dataset_name: str = field(
+        metadata={"help": "Preference pairs: a Hub id, a folder, or a .jsonl, .json, .parquet or .arrow file."}
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": f"Switches of a method: {', '.join(PRESETS)}. Other arguments win over it."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out pairs from elsewhere; their split is the train split if not named."}
+    )
+    max_train_pairs: int | None = field(default=None, metadata={"help": "Take the first pairs only."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "Of a mixture of experts: eager, grouped_mm, hf_moe_cpt, ..."}
+    )
+
+
+def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
+    """The trainer's data sets by its argument names."""
+    train = load_table(args.dataset_name, args.dataset_train_split, args.dataset_config)
+    if args.max_train_pairs is not None:
+        if args.max_train_pairs < 1:
+            raise ValueError(f"--max_train_pairs {args.max_train_pairs} leaves nothing to train on: give at least 1.")
+        train = train.select(range(min(args.max_train_pairs, len(train))))
+    held_out = None
+    if args.eval_dataset_name is not None:
+        held_out = load_table(args.eval_dataset_name, args.dataset_test_split or args.dataset_train_split)
+    elif args.dataset_test_split is not None:
+        held_out = load_table(args.dataset_name, args.dataset_test_split, args.dataset_config)
+    return {"train_dataset": train, "eval_dataset": held_out}
+
+
+def with_model_options(training: RainbowPOConfig, model: ModelConfig, experts: str | None) -> RainbowPOConfig:
+    """The arguments with how the model is loaded; what `model_init_kwargs` says wins."""
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "experts_implementation": experts,
+    }
+    chosen = {name: value for name, value in options.items() if value is not None}
+    training.model_init_kwargs = {**chosen, **(training.model_init_kwargs or {})}
+    return training
+
+
+def check_arguments(model: ModelConfig, training: RainbowPOConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: name the model to train, a Hub id or a folder.")
+    if model.use_peft:
+        require("peft", needed_by="--use_peft")
+    if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
+        require_unused(training.output_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, load, train, evaluate, save."""
+    given = given_values(argv, "preset", "simpo_gamma")
+    defaults = {} if given["preset"] is None else preset_settings(given["preset"])
+    if given["simpo_gamma"] is not None:
+        defaults.pop("home_advantage", None)
+    preferences, model, training = parse_arguments(
+        (PreferenceArguments, ModelConfig, RainbowPOConfig),
+        argv,
+        program="hf-moe-cpt rainbowpo",
+        description="Train a causal language model on preference pairs, with RainbowPO or a method it contains.",
+        defaults=defaults,
+    )
+    check_arguments(model, training)
+    run(preferences, model, training)
+    leave_process_group()
+
+
+def run(preferences: PreferenceArguments, model: ModelConfig, training: RainbowPOConfig) -> None:
+    """Everything after the arguments; nothing of it is alive afterwards."""
+    trainer = RainbowPOTrainer(
+        model.model_name_or_path,
+        args=with_model_options(training, model, preferences.experts_implementation),
+        **load_pairs(preferences),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    if trainer.is_world_process_zero():
+        print(training.components())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.eval_dataset:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=preferences.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

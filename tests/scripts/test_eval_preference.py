@@ -1,0 +1,363 @@
+"""The evaluation script on tiny models: its numbers against models and TRL, killed runs, ready responses, refusals."""
+
+import csv
+import io
+import json
+import shutil
+import signal
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from hf_moe_cpt.analysis.preference_accuracy import length_controlled_share, preference_accuracy, wilson_interval
+from hf_moe_cpt.scripts import eval_preference_work
+from hf_moe_cpt.scripts.eval_preference import STAGES, main
+from hf_moe_cpt.scripts.eval_preference_folder import read_lines
+from tests.helpers.fresh_process import run_python
+from tests.helpers.preference_runs import word_tokenizer
+from tests.helpers.tiny_models import EOS, SIZES, tiny_model
+
+
+PROMPTS = [" ".join(f"w{2 + (i * step) % 40}" for step in range(1, 2 + i % 4)) for i in range(14)]
+NUM_PAIRS = 9
+
+
+def _answer(number: int) -> str:
+    return " ".join(f"w{2 + (number * 7 + step) % 40}" for step in range(1 + number % 5))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Two policies that end some of their responses, two reward models, prompts, and pairs of text and of messages."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, kind in {"policy": "llama", "start": "mixtral"}.items():
+        model = tiny_model(kind)
+        model.get_output_embeddings().weight.data *= 30
+        model.generation_config.eos_token_id = [EOS, *range(2, 8)]
+        model.save_pretrained(folder / name)
+    for name, num_labels in {"reward": 1, "three labels": 3}.items():
+        torch.manual_seed(1)
+        model = LlamaForSequenceClassification(LlamaConfig(**{**SIZES, "pad_token_id": 1}, num_labels=num_labels))
+        model.score.weight.data *= 50
+        model.save_pretrained(folder / name)
+    tokenizer = word_tokenizer()
+    for name in ("policy", "start"):
+        tokenizer.save_pretrained(folder / name)
+    tokenizer.chat_template = None
+    for name in ("reward", "three labels"):
+        tokenizer.save_pretrained(folder / name)
+    texts = [
+        {"prompt": PROMPTS[i] + " ", "chosen": _answer(i), "rejected": _answer(3 * i + 1)} for i in range(NUM_PAIRS)
+    ]
+    chats = [
+        {
+            side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            for side in ("chosen", "rejected")
+        }
+        for row in texts
+    ]
+    for name, rows in {"prompts": [{"prompt": text} for text in PROMPTS], "pairs": texts, "chats": chats}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def _arguments(world: Path, run: Path, **changes: object) -> list[str]:
+    settings = {
+        "model_name_or_path": world / "policy",
+        "ref_model_name_or_path": world / "start",
+        "reward_model_name_or_path": world / "reward",
+        "prompts": world / "prompts.jsonl",
+        "dataset_name": world / "pairs.jsonl",
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "batch_size": 4,
+        "shard_size": 5,
+        "device": "cpu",
+        "commit": "abc1234",
+        "output_dir": run,
+        **changes,
+    }
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _measures(run: Path) -> dict[str, dict[str, float]]:
+    return json.loads((run / "summary.json").read_text())["measures"]
+
+
+def _results(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("*.*") if path.is_file() and path.name != "summary.json"}
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> tuple[Path, str]:
+    """The run that nobody disturbed, and what it printed."""
+    run, printed = tmp_path_factory.mktemp("alone") / "run", io.StringIO()
+    with redirect_stdout(printed):
+        main(_arguments(world, run))
+    return run, printed.getvalue()
+
+
+def test_rewards_are_the_reward_models_and_the_counts_are_theirs(alone, world):
+    rows = read_lines(alone[0] / "judged.jsonl")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    tokenizer = AutoTokenizer.from_pretrained(world / "reward")
+    model = LlamaForSequenceClassification.from_pretrained(world / "reward").eval()
+    wins = ties = 0
+    for row in rows:
+        for response, reward in (("response", "reward"), ("ref_response", "ref_reward")):
+            inputs = tokenizer(f"{row['prompt']}{row[response]}</s>", return_tensors="pt")
+            with torch.no_grad():
+                want = model(input_ids=inputs["input_ids"]).logits.item()
+            assert row[reward] == pytest.approx(want, abs=1e-5)
+        is_tie = row["response"] == row["ref_response"]
+        assert row["verdict"] == ("tie" if is_tie else "win" if row["reward"] > row["ref_reward"] else "loss")
+        wins, ties = wins + (row["verdict"] == "win"), ties + is_tie
+    measures = _measures(alone[0])
+    share = (wins + ties / 2) / 14
+    got = measures["win rate"]
+    assert (got["value"], got["low"], got["high"], got["count"]) == (share, *wilson_interval(share, 14), 14)
+    assert (measures["wins"]["value"], measures["ties"]["value"]) == (wins, ties) and 0 < wins < 14
+    outcomes = [{"win": 1, "tie": 0.5, "loss": 0}[row["verdict"]] for row in rows]
+    controlled = length_controlled_share(outcomes, [row["length"] - row["ref_length"] for row in rows])
+    got = measures["length-controlled win rate"]
+    assert (got["value"], got["low"], got["high"]) == pytest.approx(controlled[:3])
+    assert {row["length"] for row in rows} == {len(row["response"]) for row in rows}
+    margins = torch.tensor([row["margin"] for row in rows], dtype=torch.float64)
+    got, reach = measures["mean reward margin"], 1.959963984540054 * float(margins.std()) / 14**0.5
+    assert (got["value"], got["high"]) == pytest.approx((float(margins.mean()), float(margins.mean()) + reach))
+    assert 0 < measures["share of unfinished responses of policy"]["value"] < 1
+
+
+@pytest.mark.parametrize("source", ["pairs", "chats"])
+@pytest.mark.parametrize("max_length", [None, 6])
+def test_log_probabilities_are_those_of_trl(world, tmp_path, source, max_length):
+    trl = pytest.importorskip("trl")
+    path = world / f"{source}.jsonl"
+    quiet = {"reward_model_name_or_path": None, "prompts": None, "ref_model_name_or_path": None}
+    main(_arguments(world, tmp_path / "run", dataset_name=path, max_length=max_length, **quiet))
+    got = [row for row in read_lines(tmp_path / "run" / "pairs.jsonl") if row["chosen_logp"] is not None]
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        precompute_ref_log_probs=True,
+        max_length=max_length,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        per_device_train_batch_size=3,
+    )
+    model = AutoModelForCausalLM.from_pretrained(world / "policy")
+    data = Dataset.from_list(read_lines(path))
+    trainer = trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=word_tokenizer())
+    want = trainer.train_dataset
+    assert len(got) == len(want) and (len(got) == NUM_PAIRS) == (max_length is None or source == "pairs")
+    for answer in ("chosen", "rejected"):
+        logps = [row[f"{answer}_logp"] for row in got]
+        assert logps == pytest.approx(want[f"ref_{answer}_logps"][:], rel=1e-5)
+        lengths = [
+            len(ids[: max_length and max_length - len(prompt)])
+            for prompt, ids in zip(want["prompt_ids"], want[f"{answer}_ids"], strict=True)
+        ]
+        assert [row[f"{answer}_length"] for row in got] == lengths
+    assert any(row["cut"] for row in got) == (max_length is not None)
+
+
+def test_accuracies_are_those_of_the_pure_functions(alone):
+    run, measures = alone[0], _measures(alone[0])
+    names = ("chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
+    columns = [[row[name] for row in read_lines(run / "pairs.jsonl")] for name in names]
+    reference = [[row[name] for row in read_lines(run / "pairs_reference.jsonl")] for name in names[:2]]
+    kinds = {
+        "log-probabilities": preference_accuracy(*columns),
+        "log-ratios": preference_accuracy(*columns, *reference),
+    }
+    for kind, want in kinds.items():
+        for name, share in (
+            ("accuracy", want.plain),
+            ("length-normalised accuracy", want.length_normalized),
+            ("length-controlled accuracy", want.length_controlled),
+        ):
+            got = measures[f"{name} of {kind}"]
+            assert (got["value"], got["low"], got["high"], got["count"]) == (*share[:3], NUM_PAIRS), name
+    assert measures["mean tokens of chosen"]["value"] == sum(columns[2]) / NUM_PAIRS
+
+
+def test_csv_json_and_the_table_at_the_end_tell_the_same(alone):
+    run, printed = alone
+    with (run / "summary.csv").open() as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    measures = _measures(run)
+    assert list(rows) == list(measures)
+    for name, row in rows.items():
+        assert float(row["value"]) == pytest.approx(measures[name]["value"], rel=1e-5), name
+    lines = [line for line in printed.split("\n") if line]
+    assert [line.startswith(name) for line, name in zip(lines[-len(rows) :], rows, strict=True)] == [True] * len(rows)
+    summary = json.loads((run / "summary.json").read_text())
+    assert "95 %" in lines[-len(rows) - 3] + lines[-len(rows) - 2]
+    assert summary["machine"]["commit"] == "abc1234" and summary["settings"]["temperature"] == 1.0
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
+    run = tmp_path / "run"
+    program = (
+        "import os, signal, sys\n"
+        "from hf_moe_cpt.scripts import eval_preference_folder as folder\n"
+        "from hf_moe_cpt.scripts.eval_preference import main\n"
+        "write, count = folder.write_lines, []\n"
+        "def killed(path, rows):\n"
+        "    count.append(path)\n"
+        "    if len(count) == 5:\n"
+        "        path.with_name('.' + path.name + '.partial').write_text('{\"index\": ')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    write(path, rows)\n"
+        "folder.write_lines = killed\n"
+        "main(sys.argv[1:])\n"
+    )
+    assert run_python("-c", program, *_arguments(world, run), check=False).returncode == -signal.SIGKILL
+    finished = sorted((run / "work").rglob("0*.jsonl"))
+    assert len(finished) == 4 and {path.parent.name for path in finished} == set(STAGES[:2])
+    times = [path.stat().st_mtime_ns for path in finished]
+    main(_arguments(world, run))
+    assert [path.stat().st_mtime_ns for path in finished] == times
+    assert _results(run) == _results(alone[0]) and _measures(run) == _measures(alone[0])
+
+
+def test_a_finished_stage_reads_no_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(alone[0], tmp_path / "run")
+    for name in ("load_policy", "load_reward_model"):
+        monkeypatch.setattr(eval_preference_work, name, lambda *_: pytest.fail("weights were read"))
+    main(_arguments(world, tmp_path / "run", tie_margin=1e9))
+    assert _measures(tmp_path / "run")["ties"]["value"] == 14
+    main(_arguments(world, tmp_path / "run", stop_after="rewards-policy"))
+    assert "holds rewards-policy; start again without --stop_after" in capsys.readouterr().out
+
+
+def test_policy_and_reference_draw_apart_and_equal_texts_are_ties(alone, world, tmp_path):
+    run = tmp_path / "same model"
+    main(_arguments(world, run, ref_model_name_or_path=world / "policy", dataset_name=None))
+    rows = read_lines(run / "judged.jsonl")
+    assert [row["response"] for row in rows] == [row["response"] for row in read_lines(alone[0] / "judged.jsonl")]
+    assert [row["response"] for row in rows] != [row["ref_response"] for row in rows]
+    ready = {"responses": run / "responses_policy.jsonl", "ref_responses": run / "responses_policy.jsonl"}
+    nobody = {"model_name_or_path": None, "ref_model_name_or_path": None, "prompts": None, "dataset_name": None}
+    main(_arguments(world, tmp_path / "ready", **ready, **nobody))
+    measures = _measures(tmp_path / "ready")
+    assert (measures["win rate"]["value"], measures["ties"]["value"]) == (0.5, 14)
+    assert "share of unfinished responses of policy" not in measures
+
+
+def test_ready_responses_against_a_model_from_yaml_with_prompts_of_the_pairs(alone, world, tmp_path):
+    rows = [
+        {"prompt": PROMPTS[i] + " ", "response": [{"role": "assistant", "content": "w9"}]} for i in range(NUM_PAIRS)
+    ]
+    (tmp_path / "ready.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = _arguments(world, tmp_path, prompts=None, ref_responses=tmp_path / "ready.jsonl", output_dir=None)
+    lines = [f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    (tmp_path / "settings.yaml").write_text("\n".join(lines))
+    main(["--config", str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "run")])
+    judged = read_lines(tmp_path / "run" / "judged.jsonl")
+    assert [row["ref_response"] for row in judged] == ["w9"] * NUM_PAIRS
+    assert _measures(tmp_path / "run")["mean characters of reference"]["value"] == 2
+
+
+def test_prompts_and_pairs_that_do_not_fit_are_left_out_and_told(world, tmp_path, capsys):
+    long = " ".join(["w5"] * 60)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in [long, *PROMPTS[:3]]))
+    main(_arguments(world, tmp_path / "run", prompts=tmp_path / "prompts.jsonl", max_length=4))
+    printed = capsys.readouterr().out
+    assert "1 of 4 prompts are too long and left out." in printed
+    assert "of 9 pairs are left out: the prompt alone is too long." in printed
+    assert len(read_lines(tmp_path / "run" / "judged.jsonl")) == 3
+    kept = [row for row in read_lines(tmp_path / "run" / "pairs.jsonl") if row["chosen_logp"] is not None]
+    assert _measures(tmp_path / "run")["accuracy of log-ratios"]["count"] == len(kept) < NUM_PAIRS
+
+
+def test_no_log_ratios_across_tokenizers(world, tmp_path, capsys):
+    shutil.copytree(world / "start", tmp_path / "other")
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = {"ref_model_name_or_path": tmp_path / "other", "reward_model_name_or_path": None, "prompts": None}
+    main(_arguments(world, tmp_path / "run", **other))
+    assert "No accuracies of log-ratios: policy and reference have different tokenizers." in capsys.readouterr().out
+    assert "accuracy of log-ratios" not in _measures(tmp_path / "run")
+
+
+def test_a_user_reads_one_line_and_the_exit_code_is_2(world, tmp_path):
+    done = run_python("-m", "hf_moe_cpt.scripts.eval_preference", "--output_dir", str(tmp_path / "run"), check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nothing to evaluate: give --reward_model_name_or_path")
+    assert done.stderr.count("\n") == 1
+    told = run_python("-m", "hf_moe_cpt.scripts.eval_preference", "--help").stdout
+    assert "--ref_responses" in told and "--tie_margin" in told and "Win rate of a policy against a reference" in told
+
+
+NONE = None
+REFUSED = {
+    "no reference": (
+        {"ref_model_name_or_path": NONE},
+        "the win rate needs a reference: give --ref_model",
+    ),
+    "no policy": ({"model_name_or_path": NONE, "dataset_name": NONE}, "the win rate needs a policy"),
+    "pairs without a policy": ({"model_name_or_path": NONE}, "--dataset_name needs --model_name_or_path"),
+    "prompts without a judge": ({"reward_model_name_or_path": NONE}, "--prompts needs --reward_model_name_or_path"),
+    "no prompts": ({"prompts": NONE, "dataset_name": NONE}, "the win rate needs prompts: give --prompts"),
+    "a model and its responses": (
+        {"responses": "r.jsonl", "dataset_name": NONE},
+        "Give one of --model_name_or_path and --responses",
+    ),
+    "a judge with three labels": ({"reward_model_name_or_path": "three labels"}, "has 3 labels and must have one"),
+    "temperature": ({"temperature": 0}, "--temperature 0.0 must be above 0 and finite; 0.01 is nearly greedy"),
+    "top_p": ({"top_p": 1.5}, r"--top_p 1.5 must lie in \(0, 1\]"),
+    "confidence": ({"confidence": 95}, r"--confidence 95.0 must lie in \(0, 1\)"),
+    "tie margin": ({"tie_margin": -1}, "--tie_margin -1.0 must be at least 0"),
+    "stage": ({"stop_after": "lunch"}, "--stop_after 'lunch' is unknown: choose from responses-policy"),
+    "no window left": ({"max_new_tokens": 64}, "max_new_tokens=64 leaves no room for a prompt"),
+    "vllm options": ({"vllm_options": "[1]"}, "--vllm_options '.1.' must be a JSON object"),
+    "missing column": ({"dataset_name": "prompts.jsonl"}, "has no column 'chosen' but .'prompt'"),
+    "missing file": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused_with_one_line(world, tmp_path, changes, message):
+    inside = ("three labels", "prompts.jsonl")
+    changes = {name: world / value if value in inside else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        main(_arguments(world, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_vllm_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    with pytest.raises(ImportError, match="--use_vllm needs the package vllm"):
+        main(_arguments(world, tmp_path / "run", use_vllm=True))
+    assert not (tmp_path / "run").exists()
+
+
+BAD_ROWS = {
+    "another prompt": (PROMPTS[1::-1], "row 0 .* of --ref_responses .* answers another prompt than --prompts"),
+    "too few": (PROMPTS[:1], "--ref_responses .* answers 1 prompts and --prompts .* has 2"),
+}
+
+
+@pytest.mark.parametrize("prompts, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_responses_to_other_prompts_are_refused(world, tmp_path, prompts, message):
+    ready = tmp_path / "ready.jsonl"
+    ready.write_text("\n".join(json.dumps({"prompt": prompt, "response": "w3"}) for prompt in prompts))
+    reference = {"ref_model_name_or_path": None, "ref_responses": ready, "dataset_name": None, "max_prompts": 2}
+    with pytest.raises(ValueError, match=message):
+        main(_arguments(world, tmp_path / "run", **reference))
+
+
+def test_a_folder_of_other_settings_or_of_others_is_refused(alone, world, tmp_path):
+    with pytest.raises(ValueError, match="was made with temperature=1.0, and now it is 0.5: name another folder"):
+        main(_arguments(world, alone[0], temperature=0.5))
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty and this tool did not write it"):
+        main(_arguments(world, tmp_path))

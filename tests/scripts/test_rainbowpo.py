@@ -1,0 +1,104 @@
+"""The script of preference optimisation: presets under files under the command line, one process and two, adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_moe_cpt.scripts.rainbowpo import main
+from tests.helpers.cpt_runs import without_clocks
+from tests.helpers.fresh_process import TWO_RANKS, launch
+from tests.helpers.preference_runs import pairs, saved_model
+from tests.helpers.source_tree import PROJECT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Pairs on disk and a saved model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("preferences")
+    pairs(16).to_json(folder / "pairs.jsonl")
+    pairs(6, seed=3).to_json(folder / "held_out.jsonl")
+    saved_model(folder)
+    return folder
+
+
+def _arguments(folder: Path, run: Path, **changes) -> list[str]:
+    settings = {
+        "model_name_or_path": folder / "model llama",
+        "dataset_name": folder / "pairs.jsonl",
+        "eval_dataset_name": folder / "held_out.jsonl",
+        "output_dir": run,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    """The run in one process."""
+    main(_arguments(folder, folder / "alone"))
+    return folder / "alone"
+
+
+def test_a_model_is_trained_evaluated_and_saved(alone):
+    AutoModelForCausalLM.from_pretrained(alone)
+    assert json.loads((alone / "rainbowpo.json").read_text())["dispersion_scale"] > 0
+    metrics = json.loads((alone / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_phi/mean"} <= metrics.keys()
+
+
+def test_two_processes_give_the_same_curve_as_one(alone, folder):
+    launch(*TWO_RANKS, "scripts/rainbowpo.py", *_arguments(folder, folder / "two", per_device_train_batch_size=2))
+    for one, two in zip(without_clocks(_history(alone)), without_clocks(_history(folder / "two")), strict=True):
+        assert two == pytest.approx(one, rel=2e-5, abs=2e-5)  # rewards are small differences of large numbers
+
+
+def test_command_line_over_file_over_preset(folder, capsys):
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("preset: simpo\nsimpo_gamma: 1.0\nlink: hinge\n")
+    main([*_arguments(folder, folder / "simpo", eval_dataset_name=None), "--config", str(recipe), "--link", "cauchy"])
+    shown = capsys.readouterr().out
+    assert "cauchy" in shown and "0.1" in shown
+    assert not any("phi/mean" in entry for entry in _history(folder / "simpo"))
+
+
+def test_an_adapter_is_trained(folder):
+    changes = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    main(_arguments(folder, folder / "adapter", eval_dataset_name=None, **changes))
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+
+
+def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
+    with pytest.raises(ValueError, match="no preset|unknown|preset"):
+        main(_arguments(folder, tmp_path / "a", preset="kto"))
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        main(_arguments(folder, tmp_path / "b", model_name_or_path=None))
+    with pytest.raises(ValueError, match="max_train_pairs 0"):
+        main(_arguments(folder, tmp_path / "c", max_train_pairs=0))
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((PROJECT / "scripts" / "recipes").glob("rainbowpo_*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("hf_moe_cpt.scripts.rainbowpo.run", lambda *parsed: given.update(parsed=parsed))
+    main(["--config", str(recipe), "--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")])
+    preferences, model, training = given["parsed"]
+    assert preferences.dataset_name and model.model_name_or_path
+    assert training.components().method == preferences.preset

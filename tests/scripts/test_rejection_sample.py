@@ -1,0 +1,333 @@
+"""The rejection sampling script: what it writes, what decides it, killed runs, refusals, the Hub."""
+
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+
+from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
+from hf_moe_cpt.scripts.rejection_sample import main
+from tests.helpers.fresh_process import run_python
+from tests.helpers.rejection_runs import QUESTIONS, VOCABULARY, arguments, make_world, published, ready_made, shards
+from tests.helpers.tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> Path:
+    """The run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    main(arguments(world, run))
+    return run
+
+
+def test_the_data_set_holds_the_pairs_that_the_rule_selects(alone):
+    data = load_dataset(str(alone), split="train")
+    assert data.column_names == ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
+    rule = SelectionRule(num_accepted=3)
+    expected = []
+    for row in shards(alone, "score"):
+        assert len(row["responses"]) == len(row["scores"]) == 4
+        for pair in select_pairs(row["responses"], row["scores"], row["index"], rule).pairs:
+            texts, scores = row["responses"], row["scores"]
+            expected.append(
+                (row["prompt"], texts[pair.chosen], texts[pair.rejected], scores[pair.chosen], scores[pair.rejected])
+            )
+    assert [tuple(row.values()) for row in data] == expected and len(expected) >= 8
+    assert all(row["score_chosen"] > row["score_rejected"] for row in data)
+
+
+def test_scores_are_the_reward_models(alone, world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "reward")
+    model = LlamaForSequenceClassification.from_pretrained(world / "reward").eval()
+    row = shards(alone, "score")[4]
+    for response, score in zip(row["responses"], row["scores"], strict=True):
+        inputs = tokenizer(row["prompt"] + response + tokenizer.eos_token, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(model(input_ids=inputs["input_ids"]).logits.item(), abs=1e-6)
+
+
+def test_the_summary_counts_what_lies_in_the_shards(alone):
+    rows, data = shards(alone, "score"), load_dataset(str(alone), split="train")
+    summary = json.loads((alone / "summary.json").read_text())
+    texts = [text for row in rows for text in row["responses"]]
+    assert summary["prompts"] == 10 and summary["responses"] == 40 and summary["pairs"] == len(data)
+    assert summary["responses_unfinished"] == sum(not f for row in rows for f in row["finished"]) > 0
+    assert summary["dropped_empty"] == sum(not text.strip() for text in texts)
+    stripped = [{text.strip() for text in row["responses"]} - {""} for row in rows]
+    assert summary["dropped_identical"] == 40 - summary["dropped_empty"] - sum(map(len, stripped))
+    for side in ("chosen", "rejected"):
+        assert summary[f"mean_score_{side}"] == pytest.approx(sum(data[f"score_{side}"]) / len(data))
+    assert 0 < summary["acceptance_rate"] < 1 and summary["accepted"] == sum(min(3, len(s)) for s in stripped)
+
+
+def test_the_card_names_what_the_data_was_made_of(alone, world):
+    _, head, body = (alone / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["preference", "rejection-sampling", "hf_moe_cpt"]
+    for value in (world / "policy", world / "reward", "`temperature` | 1", "`tau` | 0.5", "`prompts` | 10"):
+        assert str(value) in body
+
+
+def _loss_of_one_step(trainer_class: type, config: object, world: Path, run: Path) -> float:
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(world / "policy"),
+        args=config,
+        train_dataset=load_dataset(str(run), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(world / "policy"),
+    )
+    return trainer.train().training_loss
+
+
+ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def test_trl_trains_on_it(alone, world, tmp_path):
+    trl = pytest.importorskip("trl")
+    loss = _loss_of_one_step(trl.DPOTrainer, trl.DPOConfig(output_dir=str(tmp_path), **ONE_STEP), world, alone)
+    assert loss == pytest.approx(math.log(2), abs=1e-3)  # the policy is its own reference
+
+
+def test_rainbowpo_trains_on_it_with_its_scores(alone, world, tmp_path):
+    pytest.importorskip("trl")
+    from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+    from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+
+    odpo = {"beta": 1.0, "home_advantage": 2.0, "score_transform": "identity"}
+    preset = RainbowPOConfig.from_preset("odpo", output_dir=str(tmp_path), **odpo, **ONE_STEP)
+    data = load_dataset(str(alone), split="train").to_list()
+    margins = [row["score_chosen"] - row["score_rejected"] for row in data]
+    lowest, highest = (math.log1p(math.exp(2.0 * margin)) for margin in (min(margins), max(margins)))
+    loss = _loss_of_one_step(RainbowPOTrainer, preset, world, alone)
+    assert math.log(2) < lowest <= loss + 1e-5 and loss - 1e-5 <= highest
+
+
+def test_conversations_stay_conversations(world, tmp_path):
+    trl = pytest.importorskip("trl")
+    asked, made = tmp_path / "asked", tmp_path / "made"
+    chat = {"reward_model_name_or_path": world / "chat reward", "max_prompts": 4}
+    main(arguments(world, asked, prompt_column="chat", **chat))
+    main(arguments(world, made, as_chat=True, **chat))
+    data = load_dataset(str(asked), split="train")
+    assert data.to_list() == load_dataset(str(made), split="train").to_list()
+    assert data[0]["prompt"][0]["role"] == "user" and data[0]["chosen"][0]["role"] == "assistant"
+    tokenizer = AutoTokenizer.from_pretrained(world / "policy")
+    text = trl.apply_chat_template(data[0], tokenizer)
+    assert text["prompt"] == f"<user>{data[0]['prompt'][0]['content']}<|endoftext|><assistant>"
+    assert text["chosen"] == data[0]["chosen"][0]["content"] + "<|endoftext|>"
+
+
+def test_our_own_mixtures_of_experts_are_policies_too(world, tmp_path):
+    policy = tmp_path / "policy"
+    tiny_model("cpt_moe", vocab_size=VOCABULARY).save_pretrained(policy)
+    AutoTokenizer.from_pretrained(world / "policy").save_pretrained(policy)
+    main(arguments(world, tmp_path / "run", model_name_or_path=policy, max_prompts=2))
+    assert len(shards(tmp_path / "run", "select")) == 2
+
+
+def test_neither_shards_nor_batches_nor_parts_nor_other_prompts_change_the_data(alone, world, tmp_path):
+    expected = load_dataset(str(alone), split="train").to_list()
+    run = tmp_path / "other cuts"
+    main(arguments(world, run, shard_size=7, batch_size=5, reward_batch_size=3))
+    got = load_dataset(str(run), split="train").to_list()
+    texts = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in got]
+    assert texts == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in expected]
+
+    parts = tmp_path / "parts"
+    for part in ("2/2", "1/2"):
+        main(arguments(world, parts, part=part))
+        assert not (parts / "data").exists()
+    main(arguments(world, parts))
+    assert published(parts) == published(alone)
+
+    first = tmp_path / "first"
+    main(arguments(world, first, max_prompts=6))
+    shorter = load_dataset(str(first), split="train").to_list()
+    assert shorter == expected[: len(shorter)] and len(shorter) >= 5
+
+    seeded = tmp_path / "seeded"
+    main(arguments(world, seeded, seed=1, max_prompts=6))
+    assert not {row["chosen"] for row in load_dataset(str(seeded), split="train")} & {r["chosen"] for r in expected}
+
+
+KILLED = """
+import os, signal, sys
+real = os.replace
+def replace(source, target):
+    if sys.argv[1] in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+from hf_moe_cpt.scripts.rejection_sample import main
+main(sys.argv[2:])
+"""
+
+
+def test_a_run_killed_twice_ends_as_one_never_killed(alone, world, tmp_path):
+    run = tmp_path / "run"
+    for moment, finished in {"generate/00002-": ("generate", 2), "score/00001-": ("score", 1)}.items():
+        done = run_python("-c", KILLED, moment, *arguments(world, run), check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        stage, count = finished
+        assert len(list((run / "stages" / stage).glob("*.jsonl"))) == count
+        assert len(list((run / "stages" / stage).glob(".*.partial"))) == 1  # it was being written
+    kept = {path: path.stat().st_mtime_ns for path in (run / "stages").rglob("*.jsonl")}
+    assert len(kept) == 4 + 1
+    main(arguments(world, run))
+    assert published(run) == published(alone)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing was made twice
+
+
+def test_a_finished_run_reads_no_weights_and_writes_the_same(alone, world, tmp_path):
+    run, policy = tmp_path / "run", tmp_path / "policy"
+    shutil.copytree(world / "policy", policy)
+    main(arguments(world, run, model_name_or_path=policy))
+    before = published(run)
+    (policy / "model.safetensors").unlink()
+    main(arguments(world, run, model_name_or_path=policy, save_to_disk=True))
+    assert published(run) == before and before["data/train.parquet"] == published(alone)["data/train.parquet"]
+    assert load_from_disk(str(run / "arrow")).to_list() == load_dataset(str(run), split="train").to_list()
+
+
+def test_another_tau_reuses_the_scored_responses(alone, world, tmp_path):
+    ready = {"responses_column": "responses", "scores_column": "scores"}
+    nothing = {"model_name_or_path": None, "reward_model_name_or_path": None}
+    same, other = tmp_path / "same", tmp_path / "other"
+    source = {"dataset_name": alone / "stages" / "score"}
+    main(arguments(world, same, **nothing, **ready, **source))
+    assert load_dataset(str(same), split="train").to_list() == load_dataset(str(alone), split="train").to_list()
+    main(arguments(world, other, **nothing, **ready, **source, tau=1e-9, pairs="tournament", rewards="raw"))
+    for row in shards(other, "select"):
+        best = sorted(set(row["scores"]))[-3:]
+        assert {pair[f"score_{side}"] for pair in row["pairs"] for side in ("chosen", "rejected")} <= set(best)
+        assert len(row["pairs"]) == 2
+
+
+def test_ready_responses_as_strings_or_messages(world, tmp_path):
+    answers, stars = [["a", "b"], ["c", "c", "d"], ["e"], ["f", "g"]], [[1, 2], [9, 0, 3], [4], [5, 5]]
+    strings = [
+        {"prompt": f"{i}?", "answers": a, "stars": s} for i, (a, s) in enumerate(zip(answers, stars, strict=True))
+    ]
+    turned = [
+        row | {"answers": [[{"role": "assistant", "content": text}] for text in row["answers"]]} for row in strings
+    ]
+    for name, rows in {"strings": strings, "messages": turned}.items():
+        main(arguments(world, tmp_path / name, **ready_made(tmp_path, rows, f"{name}.jsonl"), tau="inf"))
+        data = load_dataset(str(tmp_path / name), split="train")
+        assert [tuple(row.values()) for row in data] == [("0?", "b", "a", 2.0, 1.0), ("1?", "c", "d", 9.0, 3.0)]
+    summary = json.loads((tmp_path / "strings" / "summary.json").read_text())
+    counts = {"prompts": 4, "prompts_with_pairs": 2, "dropped_identical": 1, "prompts_without_margin": 1}
+    assert {name: summary[name] for name in counts} == counts
+    assert summary["prompts_with_fewer_than_two_distinct"] == 1 and summary["mean_score_chosen"] == 5.5
+
+
+def test_long_prompts_and_unfinished_responses_are_left_out(alone, world, tmp_path):
+    run, tokenizer = tmp_path / "run", AutoTokenizer.from_pretrained(world / "policy")
+    lengths = [len(tokenizer(question)["input_ids"]) for question in QUESTIONS]
+    limit = sorted(lengths)[6]
+    main(arguments(world, run, max_prompt_length=limit, drop_unfinished=True))
+    rows, summary = shards(run, "score"), json.loads((run / "summary.json").read_text())
+    long = [row["index"] for row in rows if row["too_long"]]
+    assert 0 < len(long) < 10 and summary["prompts_too_long"] == len(long)
+    assert long == [index for index, length in enumerate(lengths) if length > limit]
+    assert summary["dropped_unfinished"] == summary["responses_unfinished"] > 0
+    kept = {text for row in rows for text, ended in zip(row["responses"], row["finished"], strict=True) if ended}
+    data = load_dataset(str(run), split="train")
+    assert {row[side] for row in data for side in ("chosen", "rejected")} <= kept
+    whole = {row["index"]: row["responses"] for row in shards(alone, "generate")}
+    assert all(row["responses"] == whole[row["index"]] for row in rows if not row["too_long"])
+
+
+def test_a_saved_data_set_and_a_yaml_file_under_the_command_line(alone, world, tmp_path):
+    Dataset.from_dict({"prompt": QUESTIONS}).save_to_disk(str(tmp_path / "saved"))
+    words = arguments(world, tmp_path / "run", dataset_name=tmp_path / "saved", tau=None, num_accepted=None)
+    (tmp_path / "run.yaml").write_text(
+        "\n".join(f"{name[2:]}: {value}" for name, value in zip(words[::2], words[1::2], strict=True)) + "\ntau: 7\n"
+    )
+    main(["--config", str(tmp_path / "run.yaml"), "--tau", "0.5", "--num_accepted", "3"])
+    assert (tmp_path / "run/data/train.parquet").read_bytes() == (alone / "data/train.parquet").read_bytes()
+
+
+def test_stages_can_be_run_one_by_one(alone, world, tmp_path):
+    run = tmp_path / "run"
+    main(arguments(world, run, stop_after="generate"))
+    assert len(shards(run, "generate")) == 10 and not shards(run, "score")
+    main(arguments(world, run, stop_after="score"))
+    assert len(shards(run, "score")) == 10 and not shards(run, "select")
+    main(arguments(world, run))
+    assert published(run) == published(alone)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files needs."""
+
+    commits: list[list[dict]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        if self.path.endswith("/api/repos/create"):
+            address = f"http://{self.headers['Host']}/datasets/me/pairs"
+            answer = {"url": address, "name": "me/pairs", "id": json.loads(body)["name"]}
+        elif "validate-yaml" in self.path:
+            answer = {"errors": [], "warnings": []}
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        else:
+            type(self).commits.append([json.loads(line) for line in body.splitlines()])
+            answer = {"commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/datasets/me/pairs/commit/0"}
+        self._send(answer)
+
+    def do_GET(self) -> None:
+        self._send({"name": "me", "type": "user", "sha": "0" * 40, "siblings": [], "id": "me/pairs"})
+
+    def _send(self, answer: dict) -> None:
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *words: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, hub, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    for name, value in {
+        "HF_ENDPOINT": hub,
+        "HF_TOKEN": "any",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = run_python("scripts/rejection_sample.py", *arguments(world, run, push_to_hub="me/pairs"))
+    assert f"published at {hub}/datasets/me/pairs" in done.stdout
+    (commit,) = _Hub.commits
+    paths = {line["value"]["path"] for line in commit if line["key"] == "file"}
+    assert paths == {"README.md", "summary.json", "data/train.parquet"}

@@ -1,0 +1,38 @@
+"""The meter's means and ranges, and the watch for policies that run away."""
+
+import pytest
+import torch
+
+from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter
+from hf_moe_cpt.trainers.rainbowpo.runaway_watch import WINDOW, RunawayWatch
+
+
+def test_means_are_weighted_and_ranges_cover_everything():
+    meter = PreferenceMeter()
+    meter.add({"a": (torch.tensor(6.0), 3), "b": (torch.tensor(1.0), torch.tensor(4))})
+    meter.add({"a": (torch.tensor(4.0), 1), "b": (torch.tensor(2.0), torch.tensor(2))})
+    meter.add_range("phi", torch.tensor([1.0, 0.5]))
+    meter.add_range("phi", torch.tensor([2.0, 0.7]))
+    assert meter.pop() == {"a": 2.5, "b": 0.5, "phi/min": 0.5, "phi/max": 2.0}
+    assert meter.pop() == {}
+
+
+def _log(chosen: float, preferred: float = 10.0) -> dict[str, float]:
+    return {"logps_norm/chosen": chosen, "length/preferred": preferred, "length/chosen": 10.0}
+
+
+def test_a_steady_run_is_left_in_peace():
+    watch = RunawayWatch()
+    assert [watch.look(_log(-1.0 - 0.01 * step)) for step in range(20)] == [[]] * 20
+    assert watch.look({"loss": 1.0}) == []
+
+
+@pytest.mark.parametrize(
+    "log, message", [(_log(-2.5), "Lower the learning rate"), (_log(-1.0, 14.0), "raise beta")], ids=["fall", "length"]
+)
+def test_what_runs_away_is_said_once_with_a_remedy(log, message):
+    watch = RunawayWatch()
+    for _ in range(WINDOW):
+        assert watch.look(_log(-1.0)) == []
+    said = [warning for _ in range(WINDOW + 2) for warning in watch.look(log)]
+    assert len(said) == 1 and message in said[0]

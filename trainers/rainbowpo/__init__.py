@@ -1,0 +1,1 @@
+"""RainbowPO: the components of preference optimisation as independent switches of one loss."""
