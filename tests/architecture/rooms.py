@@ -45,6 +45,7 @@ ROOMS = {
     "hf_moe_cpt.trainers": Room(),
     "hf_moe_cpt.trainers.instruments": _TRAINER,
     "hf_moe_cpt.trainers.cpt": _TRAINER,
+    "hf_moe_cpt.trainers.surgery": _TRAINER,
     "hf_moe_cpt.trainers.rainbowpo": Room(_TRAINER.ours, (*_SHARED_BY_TRAINERS, "tqdm", "trl")),
     "hf_moe_cpt.scripts": Room(
         ours=_EVERY_ROOM,
