@@ -122,7 +122,7 @@ def test_memory_is_taken_in_a_process_of_its_own(tmp_path):
     main([*words, "--output_dir", str(tmp_path)])
     (row,) = _read(tmp_path / "preference.csv")
     assert row["status"] == "ok" and not row["reason"]
-    # Policy, its gradients and two moments, and the reference, held at once; what comes on top are buffers of the head.
+    # Policy, its gradients and two moments, and the reference, held at once; on top come buffers of the head.
     weights = 4 * int(row["parameters"]) / 2**20
     assert 5 * weights < float(row["peak_mib"]) < 64
 
