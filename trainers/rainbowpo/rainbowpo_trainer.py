@@ -187,9 +187,9 @@ class RainbowPOTrainer(DPOTrainer):
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if is_peft_model(policy):
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
+            stack.callback(self.model.train, was_training)
             self.model.eval()  # a Sinkhorn router balances the batch in training
             yield
-            self.model.train(was_training)
 
     def _precompute_ref_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> AnyDataset:
         if not self._precompute_model_hash.startswith(self._name):  # the parent's cache holds other columns
