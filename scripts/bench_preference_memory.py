@@ -62,7 +62,7 @@ def _peak_on_cpu(steps: Steps, num_steps: int) -> int:
 
 
 def living_bytes() -> int:
-    """Memory of all tensors of this process on the CPU; what several share counts once."""
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    """Memory of all plain tensors of this process on the CPU; what several share counts once."""
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     storages = {tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
