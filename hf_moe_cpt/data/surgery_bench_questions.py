@@ -110,7 +110,7 @@ def _three_values(
     """
     values = [subject.facts[edition][attribute.name]]
     if has_old:
-        pass
+        values.append(subject.facts["before"][attribute.name])
     if attribute.hallmark:
         others = [other for other in world.trio(subject) if other.ordinal != subject.ordinal]
         values += [other.facts[edition][attribute.name] for other in draws.shuffled(others, "others")]
