@@ -38,6 +38,12 @@ COMMANDS = {
     "rainbowpo": Command(
         "hf_moe_cpt.scripts.rainbowpo", "train on preference pairs, with RainbowPO or any method it contains", "trl"
     ),
+    "rejection-sample": Command(
+        "hf_moe_cpt.scripts.rejection_sample", "make preference pairs from a model's own answers and a reward model"
+    ),
+    "eval-preference": Command(
+        "hf_moe_cpt.scripts.eval_preference", "win rate of a policy against a reference under a reward model"
+    ),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }
 

@@ -8,11 +8,13 @@ Every number of docs/benchmarks comes through here, so a page and its files cann
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hf_moe_cpt.scripts import benchmark_tools as tools
+from hf_moe_cpt.scripts.compare_preference_report import comparison_table
 
 
 OURS = "hf_moe_cpt"
@@ -91,23 +93,71 @@ def step_table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
+def preference_table(rows: Sequence[dict[str, str]]) -> str:
+    """Milliseconds and memory of every contender's step, or, from a file of ratios, each ratio and its bar."""
+    return markdown_table([_ratio_row(row) if "ratio" in row else _preference_row(row) for row in rows])
+
+
+def _preference_row(row: dict[str, str]) -> dict[str, str]:
+    return {
+        "contender": row["contender"],
+        "step and log ms (range)": f"{float(row['total_ms']):.1f} "
+        f"({float(row['total_ms_min']):.1f} to {float(row['total_ms_max']):.1f})",
+        "peak MiB": f"{float(row['peak_mib']):.0f}",
+        "model": row["model"],
+        "pairs x tokens": f"{row['batch_size']} x {row['length']}",
+        "LoRA rank": row["lora_rank"],
+    }
+
+
+def _ratio_row(row: dict[str, str]) -> dict[str, str]:
+    return {
+        "contender": f"{row['contender']} / {row['baseline']}",
+        "of": row["quantity"],
+        "ratio (quartiles)": f"{float(row['ratio']):.3f} "
+        f"({float(row['lower_quartile']):.3f} to {float(row['upper_quartile']):.3f})",
+        "bar": row["bar"],
+        "verdict": row["verdict"],
+    }
+
+
+COMPARISON = "results.json"  # of compare_preference_methods.py
+TABLES = (("experts*.csv", experts_table), ("preference*.csv", preference_table), ("step.csv", step_table))
+
+
 def page_of(folder: Path) -> str:
-    """The page: one section for each CSV of expert layers or steps, in order of name."""
+    """The page: one section for each CSV that TABLES knows, in order of name."""
+    if (folder / COMPARISON).is_file():
+        return _comparison_page(folder)
+    found = sorted((path, table) for pattern, table in TABLES for path in folder.glob(pattern))
+    if not found:
+        raise ValueError(f"{folder} holds none of {', '.join(name for name, _ in TABLES)}: run the benchmarks first.")
     sections = []
-    for path in sorted([*folder.glob("experts*.csv"), *folder.glob("step.csv")]):
+    for path, table in found:
         rows = rows_of(path)
-        table = step_table(rows) if path.stem == "step" else experts_table(rows)
         facts = rows[0]
         made = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, transformers "
         made += f"{facts['transformers']}, {facts['date']}, commit {facts['commit']}."
         plot = path.with_suffix(".png")
-        sections.append(f"## {path.name}\n\n{made}\n\n{table}\n" + (f"\n![]({plot.name})\n" if plot.exists() else ""))
-    if not sections:
-        raise ValueError(f"{folder} holds neither experts*.csv nor step.csv: run the benchmarks first.")
-    head = (
-        f"# {folder.name}\n\nWritten by `python scripts/benchmark_page.py {folder.as_posix()}` from the files beside"
+        drawn = f"\n![]({plot.name})\n" if plot.exists() else ""
+        sections.append(f"## {path.name}\n\n{made}\n\n{table(rows)}\n{drawn}")
+    return f"{_head(folder)} [README](../README.md).\n\n" + "\n".join(sections)
+
+
+def _head(folder: Path) -> str:
+    written = f"Written by `python scripts/benchmark_page.py {folder.as_posix()}` from the files beside it"
+    return f"# {folder.name}\n\n{written}; what is measured:"
+
+
+def _comparison_page(folder: Path) -> str:
+    """The table that a comparison of preference methods printed, with the machine and the plot."""
+    results = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+    made = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    table = "\n".join(line.rstrip() for line in comparison_table(results).splitlines())
+    return (
+        f"{_head(folder)} [the preference world](../../preference_world.md).\n\n{made}.\n\n```text\n{table}\n```\n\n"
+        "![](comparison.png)\n"
     )
-    return f"{head} it; what is measured: [README](../README.md).\n\n" + "\n".join(sections)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
