@@ -17,33 +17,28 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from hf_moe_cpt.analysis.moe_layers import find_experts, moe_layers
 from hf_moe_cpt.analysis.routing import max_routing_imbalance_from_load
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 
 
-def find_experts(model: nn.Module) -> list[nn.Module]:
-    """The experts module of each MoE layer in layer order; empty for a dense model."""
-    return [module for module in model.modules() if _is_experts(module)]
-
-
-def _is_experts(module: nn.Module) -> bool:
-    if not hasattr(module, "num_experts"):
-        return False
-    return "top_k_index" in inspect.signature(type(module).forward).parameters or (
-        getattr(module, "gate_up_proj", None) is not None and getattr(module, "down_proj", None) is not None
-    )
-
-
 @dataclass(frozen=True)
 class ImbalanceSummary:
-    """Maximum routing imbalance since the last `pop`, averaged over optimizer steps.
+    """Balance of the experts since the last `pop`, averaged over optimizer steps; one value per layer.
 
-    mri: one value per layer in [K/E, 1]. normalized: mri x E/K, 1 when perfectly balanced.
+    mri: in [K/E, 1]. normalized: mri x E/K, 1 when perfectly balanced. load_entropy: over log E, in [0, 1], 1 when
+    perfectly balanced.
     """
 
     mri: list[float]
     normalized: list[float]
+    load_entropy: list[float]
+
+
+def _takes_states_only(experts: nn.Module) -> bool:
+    return list(inspect.signature(type(experts).forward).parameters)[1:] == ["hidden_states"]
 
 
 class ExpertLoadMeter:
@@ -58,13 +53,16 @@ class ExpertLoadMeter:
         self._observing = False
         self._loads: list[Tensor | None] = [None] * len(self.experts)
         self._tokens: list[Tensor | int] = [0] * len(self.experts)
-        self._mri_of_steps: list[Tensor] = []  # each (L, 2): MRI, MRI x E/K
+        self._balance_of_steps: list[Tensor] = []  # each (L, 3): MRI, MRI x E/K, entropy over log E
         self._keep: Tensor | None = None
         self._num_experts: Tensor | None = None
+        self._top_of_router: dict[int, Tensor] = {}
         self._handles = [
             module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
             for layer, module in enumerate(self.experts)
         ]
+        if any(_takes_states_only(module) for module in self.experts):
+            self._handles += [self._watch_router(i, layer.router) for i, layer in enumerate(moe_layers(model))]
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -89,10 +87,25 @@ class ExpertLoadMeter:
         def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self._observing:
                 return
-            top_k_index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            self._count(layer, module.num_experts, top_k_index.detach())
+            self._count(layer, module.num_experts, self._chosen(layer, args, kwargs))
 
         return count
+
+    def _chosen(self, layer: int, args: tuple, kwargs: dict) -> Tensor:
+        """The experts that a call was given, (T, K) integers."""
+        given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+        index = next((part for part in given if not part.is_floating_point()), None)
+        # Llama 4 gives every expert every token, and its scores say which of them count
+        return self._top_of_router.pop(layer) if index is None else index.detach().flatten(0, -2)
+
+    def _watch_router(self, layer: int, router: nn.Module) -> RemovableHandle:
+        top_k = next(part.top_k for part in router.modules() if hasattr(part, "top_k"))
+
+        def keep(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            if self._observing:
+                self._top_of_router[layer] = output[1].detach().flatten(0, -2).topk(top_k).indices
+
+        return router.register_forward_hook(keep)
 
     def _count(self, layer: int, num_experts: int, top_k_index: Tensor) -> None:
         ones = torch.ones_like(top_k_index, dtype=torch.int64)
@@ -104,7 +117,7 @@ class ExpertLoadMeter:
         self._tokens[layer] = self._tokens[layer] + ones[:, 0].sum()
 
     def end_step(self) -> None:
-        """Turn the loads counted since the last call into one MRI per layer; a collective, but no host sync."""
+        """Turn the loads counted since the last call into the balance of each layer; a collective, but no host sync."""
         if not self.experts or any(load is None for load in self._loads):
             return
         widest = max(load.numel() for load in self._loads)
@@ -118,7 +131,9 @@ class ExpertLoadMeter:
         load, tokens = counts[:, :-1].double(), counts[:, -1].double()
         mri = max_routing_imbalance_from_load(load, tokens)
         ideal = load.sum(-1) / tokens / self._num_experts_on(device)  # K / E
-        self._mri_of_steps.append(torch.stack([mri, mri / ideal], dim=-1))
+        share = load / load.sum(-1, keepdim=True)
+        entropy = torch.special.entr(share).sum(-1) / self._num_experts_on(device).double().log()
+        self._balance_of_steps.append(torch.stack([mri, mri / ideal, entropy], dim=-1))
         self._loads = [None] * len(self.experts)
         self._tokens = [0] * len(self.experts)
 
@@ -130,9 +145,8 @@ class ExpertLoadMeter:
 
     def pop(self) -> ImbalanceSummary | None:
         """Mean over the steps since the last call, or None if there were none; the one host synchronisation."""
-        if not self._mri_of_steps:
+        if not self._balance_of_steps:
             return None
-        mean = torch.stack(self._mri_of_steps).mean(0)
-        self._mri_of_steps = []
-        mri, normalized = mean.T.tolist()
-        return ImbalanceSummary(mri, normalized)
+        mean = torch.stack(self._balance_of_steps).mean(0)
+        self._balance_of_steps = []
+        return ImbalanceSummary(*mean.T.tolist())

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_moe_cpt.trainers.instruments.expert_load import find_experts
+from hf_moe_cpt.analysis.moe_layers import find_experts
 
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter, find_experts
+from hf_moe_cpt.analysis.moe_layers import find_experts
+from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter
 
 
 SIZES = {

@@ -1,0 +1,138 @@
+"""Where the mixture is in a model: the routed experts of each layer, and the router that feeds them.
+
+Works on any mixture of experts of transformers whose experts lie in one module, on ours, and through adapters and
+wrappers: a router is what the model class records as `router_logits`, or, where it records none, the neighbour of the
+experts with one row of weights for each. Shared experts belong to no layer. Letters: E routed experts. Source: ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+# Parts of names by which PEFT hangs a module, or a trained copy of it, below its old place.
+ADAPTER_LEVELS = ("base_layer", "original_module", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """The routed experts of one layer and their router, with whatever an adapter has put around them."""
+
+    name: str  # of the experts, as in named_modules
+    experts: nn.Module
+    num_experts: int  # E of this layer
+    router_name: str
+    router: nn.Module
+    logits_index: int | None  # place of the logits in the router's output; None: the last tensor of width E
+
+
+@dataclass(frozen=True)
+class _RecordedOutput:
+    """Where transformers says that router logits come from."""
+
+    target_class: type[nn.Module]
+    index: int
+    layer_name: str | None
+
+
+def find_experts(model: nn.Module) -> list[nn.Module]:
+    """The experts module of each MoE layer in layer order; empty for a dense model."""
+    return [module for module in model.modules() if _is_experts(module)]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    if not hasattr(module, "num_experts"):
+        return False
+    return "top_k_index" in inspect.signature(type(module).forward).parameters or (
+        getattr(module, "gate_up_proj", None) is not None and getattr(module, "down_proj", None) is not None
+    )
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Every MoE layer of a model, wrapped or not, in layer order; empty for a dense model.
+
+    A router is what the model class records as `router_logits`, else the neighbour of the experts whose weight has one
+    row for each of them. Shared experts belong to no layer. Raises ValueError for experts without a known router.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    num_experts = {_without_adapter(names[id(module)]): module.num_experts for module in find_experts(model)}
+    recorded = _recorded_routers(model, num_experts)
+    layers = []
+    for name, width in num_experts.items():
+        router_name = _router_beside(name, recorded, num_experts) or _router_by_shape(model, name, width)
+        experts, router = model.get_submodule(name), model.get_submodule(router_name)
+        layers.append(MoeLayer(name, experts, width, router_name, router, recorded.get(router_name)))
+    return layers
+
+
+def _recorded_routers(model: nn.Module, experts: Iterable[str]) -> dict[str, int]:
+    """Name of each module that the model classes record as router -> place of the logits in its output.
+
+    A recorded module with experts inside is a block, not a router.
+    """
+    records = [record for module in model.modules() for record in _records_of(module)]
+    found = {}
+    for name, module in model.named_modules():
+        root = _without_adapter(name)
+        if any(is_below(inner, root) for inner in experts):
+            continue
+        for record in records:
+            is_named = record.layer_name is None or f".{record.layer_name.strip('.')}." in f".{root}."
+            if isinstance(module, record.target_class) and is_named:
+                found[root] = record.index
+    return found
+
+
+def _records_of(module: nn.Module) -> list[_RecordedOutput]:
+    recorded = getattr(type(module), "_can_record_outputs", None)  # of the models of transformers
+    specs = (recorded or {}).get("router_logits", [])
+    specs = specs if isinstance(specs, list) else [specs]
+    # a bare class stands for the second output of its modules
+    records = [
+        _RecordedOutput(
+            getattr(spec, "target_class", spec), getattr(spec, "index", 1), getattr(spec, "layer_name", None)
+        )
+        for spec in specs
+    ]
+    return [record for record in records if isinstance(record.target_class, type)]
+
+
+def _router_beside(experts_name: str, recorded: Iterable[str], experts: Iterable[str]) -> str | None:
+    """The recorded router in the smallest part of the model that holds these experts, unless it holds others too."""
+    part = experts_name
+    while "." in part:
+        part = part.rpartition(".")[0]
+        if sum(is_below(name, part) for name in experts) > 1:
+            return None
+        inside = [name for name in recorded if is_below(name, part)]
+        if inside:
+            return inside[-1]
+    return None
+
+
+def _router_by_shape(model: nn.Module, experts_name: str, num_experts: int) -> str:
+    block_name = experts_name.rpartition(".")[0]
+    for name, module in model.get_submodule(block_name).named_children():
+        rows = [weight.shape[0] for weight in module.parameters(recurse=False) if weight.ndim == 2]
+        if rows == [num_experts]:
+            return f"{block_name}.{name}".lstrip(".")
+    raise ValueError(
+        f"The router of {experts_name} is not known: the model class must record it as router_logits in "
+        "_can_record_outputs, or keep it beside the experts with a weight of one row for each."
+    )
+
+
+def _without_adapter(name: str) -> str:
+    """The name of a module before an adapter was put around it."""
+    parts = name.split(".")
+    cut = min((place for place, part in enumerate(parts) if part in ADAPTER_LEVELS), default=len(parts))
+    return ".".join(parts[:cut])
+
+
+def is_below(name: str, part: str) -> bool:
+    """Whether the module `name` is `part` or inside of it; "" is the whole model."""
+    return part == "" or name == part or name.startswith(f"{part}.")
