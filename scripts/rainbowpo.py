@@ -119,6 +119,7 @@ def run(preferences: PreferenceArguments, model: ModelConfig, training: RainbowP
         print(training.components())
     trainer.train()
     trainer.save_model()
+    trainer.create_model_card()  # also where no checkpoint was written, which brings one
     trainer.save_state()
     if trainer.eval_dataset:
         metrics = trainer.evaluate()

@@ -60,6 +60,8 @@ def load_table(name: str, split: str = "train", config_name: str | None = None) 
     if path.exists():
         files = _files_of_folder(path, split.partition("[")[0]) if path.is_dir() else [path]
         return _load_files(files, name, split)
+    if path.suffix.lower() in KIND_OF_EXTENSION or path.is_absolute() or name.startswith("."):  # no id of the Hub
+        raise ValueError(f"the data set {name!r} is no file or folder here: check the path.")
     with _named(name, split):
         return datasets.load_dataset(name, config_name, split=split)
 

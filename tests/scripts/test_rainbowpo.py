@@ -57,7 +57,8 @@ def alone(folder) -> Path:
 
 def test_a_model_is_trained_evaluated_and_saved(alone):
     AutoModelForCausalLM.from_pretrained(alone)
-    assert json.loads((alone / "rainbowpo.json").read_text())["dispersion_scale"] > 0
+    scale = json.loads((alone / "rainbowpo.json").read_text())["dispersion_scale"]
+    assert f"Scale of phi: {scale:.4g}" in (alone / "README.md").read_text()
     metrics = json.loads((alone / "eval_results.json").read_text())
     assert {"eval_loss", "eval_rewards/accuracies", "eval_phi/mean"} <= metrics.keys()
 
@@ -75,6 +76,9 @@ def test_command_line_over_file_over_preset(folder, capsys):
     shown = capsys.readouterr().out
     assert "cauchy" in shown and "0.1" in shown
     assert not any("phi/mean" in entry for entry in _history(folder / "simpo"))
+    assert json.loads((folder / "simpo" / "rainbowpo.json").read_text()) == {"dispersion_scale": None}
+    card = (folder / "simpo" / "README.md").read_text()
+    assert "simpo, but for link" in card and "Scale of phi" not in card
 
 
 def test_an_adapter_is_trained(folder):
@@ -84,10 +88,12 @@ def test_an_adapter_is_trained(folder):
 
 
 def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
-    with pytest.raises(ValueError, match="no preset|unknown|preset"):
+    with pytest.raises(ValueError, match="'kto' is not a preset: it learns from single completions"):
         main(_arguments(folder, tmp_path / "a", preset="kto"))
     with pytest.raises(ValueError, match="model_name_or_path is missing"):
         main(_arguments(folder, tmp_path / "b", model_name_or_path=None))
+    with pytest.raises(ValueError, match="the data set 'pears.jsonl' is no file or folder here: check the path"):
+        main(_arguments(folder, tmp_path / "d", dataset_name="pears.jsonl"))
     with pytest.raises(ValueError, match="max_train_pairs 0"):
         main(_arguments(folder, tmp_path / "c", max_train_pairs=0))
 

@@ -23,6 +23,8 @@ from torch.nn import functional
 
 ENTROPY_FLOOR = 1e-6  # an entropy of exactly 0, as half precision rounds a sure answer to, would make phi infinite
 
+LEAST_DISPERSION = 1e-4  # of mean(-ln H); below it a reference is uniform but for rounding
+
 
 class Pair(NamedTuple):
     """One number per pair and side, (B,) each."""
@@ -84,13 +86,13 @@ def mallows_phi(entropy: Tensor, dispersion_scale: float) -> Tensor:
 def dispersion_scale_of(entropy: Tensor) -> float:
     """The scale with which phi of these H (N,) has mean 1, so that beta keeps its meaning.
 
-    Raises ValueError for no pairs, for a value that is not finite, and where all H are 0 or all are 1.
+    Raises ValueError for no pairs, for a value that is not finite, and where all H are 0 or nearly all are 1.
     """
     values = entropy.detach().double().flatten()
     if values.numel() == 0:
         raise ValueError("dispersion_scale cannot be calibrated on no pairs: give training pairs or a number.")
     mean = mallows_phi(values, 1.0).mean().item()
-    if not math.isfinite(mean) or mean <= 0.0 or values.max().item() <= ENTROPY_FLOOR:
+    if not math.isfinite(mean) or mean < LEAST_DISPERSION or values.max().item() <= ENTROPY_FLOOR:
         raise ValueError(
             f"dispersion_scale cannot be calibrated on entropies in [{values.min().item():.3g}, "
             f"{values.max().item():.3g}] of ln V: the reference is sure of everything, of nothing, or not finite; "

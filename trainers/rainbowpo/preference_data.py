@@ -6,15 +6,14 @@ Source: ours, around TRL's `DPOTrainer`.
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.trainers.rainbowpo.objective import Pair, check_scores
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
@@ -23,6 +22,15 @@ from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected")
+
+
+def first_row(dataset: AnyDataset, name: str) -> dict[str, Any]:
+    """The first pair of a data set, by which its columns are known. Raises ValueError if there is none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} data set has no rows: give at least one pair.")
+    return row
 
 
 def without_text_prompt(dataset: AnyDataset) -> AnyDataset:
@@ -37,92 +45,121 @@ def without_text_prompt(dataset: AnyDataset) -> AnyDataset:
     return dataset
 
 
+def check_pairs(dataset: AnyDataset, args: RainbowPOConfig, name: str) -> None:
+    """Raise ValueError for rows that are no preference pairs, and for scores that give no advantage."""
+    first = first_row(dataset, name)
+    for column in ("chosen", "rejected"):
+        if column not in first:
+            raise ValueError(
+                f"A preference pair needs a column {column!r}, and the {name} data set has {', '.join(first)}."
+            )
+    kinds = {column: _kind(first[column]) for column in ("prompt", "chosen", "rejected") if column in first}
+    is_pair = kinds["chosen"] == kinds["rejected"] and kinds["chosen"] in ("text", "messages")
+    if not is_pair or kinds.get("prompt", "text") not in ("text", kinds["chosen"]):
+        raise ValueError(
+            f"The columns of the {name} data set do not go together "
+            f"({', '.join(f'{column}: {kind}' for column, kind in kinds.items())}): make all of them text, or all of "
+            "them lists of messages."
+        )
+    if args.home_advantage_from == "score":
+        check_score_columns(dataset, args, name)
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else type(value).__name__
+
+
 def check_score_columns(dataset: AnyDataset, args: RainbowPOConfig, name: str) -> None:
     """Raise ValueError if the columns of scores are missing or hold what gives no advantage (unseen in a stream)."""
-    columns = (args.chosen_score_column, args.rejected_score_column)
-    found = next(iter(dataset)).keys()
-    missing = [column for column in columns if column not in found]
+    columns, first = (args.chosen_score_column, args.rejected_score_column), first_row(dataset, name)
+    missing = [column for column in columns if column not in first]
     if missing:
         raise ValueError(
             f"home_advantage_from='score' needs the column(s) {', '.join(missing)} in the {name} data set, which has "
-            f"{', '.join(found)}: set chosen_score_column and rejected_score_column."
+            f"{', '.join(first)}: set chosen_score_column and rejected_score_column."
         )
+    for column in columns:
+        values = dataset[column][:] if isinstance(dataset, Dataset) else [first[column]]
+        wrong = [index for index, value in enumerate(values) if not isinstance(value, numbers.Real)]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(values)} scores in the column {column} of the {name} data set are no numbers, "
+                f"the first {values[wrong[0]]!r} in row {wrong[0]}: drop those pairs, or name another column."
+            )
     if isinstance(dataset, Dataset):
         check_scores(Pair(*(torch.tensor(dataset[column][:]) for column in columns)), args.score_transform)
 
 
-def check_request(
-    model: str | nn.Module,
-    ref_model: nn.Module | None,
-    args: RainbowPOConfig,
-    train_dataset: AnyDataset | None,
-    processing_class: Any,
-    others: dict[str, Any],
-) -> None:
-    """Raise ValueError for what a `RainbowPOTrainer` cannot do, before anything is loaded or computed."""
-    if not isinstance(args, RainbowPOConfig):
-        raise ValueError(f"args must be a RainbowPOConfig, got {type(args).__name__}: its fields are the objective.")
-    if others.get("compute_metrics") is not None:
-        raise ValueError("compute_metrics needs logits, which are never formed here: read the logged metrics instead.")
-    has_images = train_dataset is not None and {"image", "images"} & next(iter(train_dataset)).keys()
-    if isinstance(processing_class, ProcessorMixin) or has_images or hasattr(_config_of(model), "vision_config"):
-        raise ValueError("RainbowPOTrainer takes language models and text, not images: use trl.DPOTrainer.")
-    if processing_class is not None and getattr(processing_class, "eos_token_id", None) is None:
-        raise ValueError("The tokenizer has no end-of-text token, so completions could not end: set its eos_token.")
-    if not args.needs_reference:
-        for name, given in (
-            ("ref_model", ref_model is not None),
-            ("precompute_ref_log_probs", args.precompute_ref_log_probs),
-            ("sync_ref_model", args.sync_ref_model),
-        ):
-            if given:
-                raise ValueError(
-                    f"{name} is set, but mixing_alpha=0 and contextual_scaling='none' use no reference: leave it out."
-                )
-        return
-    if ref_model is not None and args.needs_reference_entropy and not isinstance(ref_model, PreTrainedModel):
-        raise ValueError(
-            f"ref_model is a {type(ref_model).__name__}, and phi needs the entropies of a PreTrainedModel: merge its "
-            "adapter."
-        )
-    has_own = ref_model is not None or args.precompute_ref_log_probs or others.get("peft_config") is not None
-    is_whole = not isinstance(model, str) and not is_peft_model(model)
-    if not has_own and is_whole and not model.config._name_or_path:
-        raise ValueError(
-            "The reference is a second copy of the model, loaded from where it came from, and this model was never "
-            "saved: pass ref_model or peft_config, set precompute_ref_log_probs, or save the model and load it."
-        )
+def _is_silent(completion: Any, eos_token: str | None) -> bool:
+    """Whether text, or a list of messages, says nothing before its end."""
+    if isinstance(completion, str):
+        return not completion.removesuffix(eos_token or "").strip()
+    return isinstance(completion, list) and not any(
+        message.get("tool_calls") or str(message.get("content") or "").strip() for message in completion
+    )
 
 
-def _config_of(model: str | nn.Module) -> Any:
-    return None if isinstance(model, str) else model.config
-
-
-def drop_empty_pairs(dataset: AnyDataset, eos_token_id: int, name: str) -> AnyDataset:
+def drop_empty_pairs(
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    name: str,
+    given: int | None = None,
+) -> AnyDataset:
     """Drop tokenised pairs whose completions are equal, or one of them empty but for its end; say how many.
 
-    Raises ValueError if none is left.
+    max_length: completions that are equal as far as this many tokens of prompt and completion go are equal; None if
+    sequences are not cut at their end. given: pairs before tokenisation, which drops prompts that fill max_length.
+    Of a stream the pairs are counted as they pass. Raises ValueError if none is left.
     """
 
     def fault(row: dict[str, Any]) -> str | None:
-        if row["chosen_ids"] == row["rejected_ids"]:
+        room = None if max_length is None else max(0, max_length - len(row["prompt_ids"]))
+        if row["chosen_ids"][:room] == row["rejected_ids"][:room]:
             return "identical"
-        return "empty" if any(set(row[key]) <= {eos_token_id} for key in ("chosen_ids", "rejected_ids")) else None
+        ends = ({tokenizer.eos_token_id}, tokenizer.eos_token)
+        for side in ("chosen", "rejected"):
+            if set(row[f"{side}_ids"]) <= ends[0] or _is_silent(row.get(side), ends[1]):
+                return "empty"
+        return None
 
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(lambda row: fault(row) is None)
-    columns = dataset.select_columns(["chosen_ids", "rejected_ids"])
-    faults = [fault(row) for row in columns]
+        return dataset.filter(_CountingFilter(fault, name))
+    columns = [column for column in dataset.column_names if column in PAIR_COLUMNS]
+    faults = [fault(row) for row in dataset.select_columns(columns)]
     kept = [index for index, found in enumerate(faults) if found is None]
-    if len(kept) == len(dataset):
+    given = len(dataset) if given is None else given
+    if kept and len(kept) == given:
         return dataset
     counts = f"{faults.count('identical')} with identical completions, {faults.count('empty')} with an empty one"
+    if given > len(dataset):
+        counts += f", {given - len(dataset)} whose prompt alone fills max_length"
     if not kept:
-        raise ValueError(f"No pair of the {name} data set can teach anything: {len(dataset)} pairs, {counts}.")
-    logger.warning(
-        "Dropped %d of %d pairs of the %s data set: %s.", len(dataset) - len(kept), len(dataset), name, counts
-    )
+        raise ValueError(f"No pair of the {name} data set can teach anything: {given} pairs, {counts}.")
+    logger.warning("Dropped %d of %d pairs of the %s data set: %s.", given - len(kept), given, name, counts)
     return dataset.select(kept)
+
+
+@dataclass
+class _CountingFilter:
+    """Lets pairs of a stream pass that have no fault, and says at the 1st, 10th, 100th ... how many had one."""
+
+    fault: Callable[[dict[str, Any]], str | None]
+    name: str
+    dropped: int = 0
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        found = self.fault(row)
+        if found is None:
+            return True
+        self.dropped += 1
+        if str(self.dropped).strip("0") == "1":
+            logger.warning(
+                "Dropped %d pair(s) of the %s stream so far for identical or empty completions.",
+                self.dropped,
+                self.name,
+            )
+        return False
 
 
 @dataclass

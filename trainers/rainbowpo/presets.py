@@ -166,7 +166,7 @@ def preset_settings(name: str) -> dict[str, Any]:
 
     Raises ValueError for an unknown name, and for a method that the objective cannot express, with the reason.
     """
-    key = name.lower().replace("_", "-")
+    key = str(name).lower().replace("_", "-")
     key = ALIASES.get(key, key)
     if key in REFUSED:
         raise ValueError(f"{name!r} is not a preset: {REFUSED[key]}.")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,14 +38,14 @@ from hf_moe_cpt.trainers.rainbowpo.objective import (
 from hf_moe_cpt.trainers.rainbowpo.preference_data import (
     AnyDataset,
     CollatorWithScores,
-    check_request,
-    check_score_columns,
+    check_pairs,
     drop_empty_pairs,
     without_text_prompt,
 )
 from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter, pair_statistics, token_statistics
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
-from hf_moe_cpt.trainers.rainbowpo.reference_head import add_entropy_head
+from hf_moe_cpt.trainers.rainbowpo.reference_head import add_entropy_head, in_evaluation
+from hf_moe_cpt.trainers.rainbowpo.request_checks import check_end_of_text, check_request
 from hf_moe_cpt.trainers.rainbowpo.runaway_watch import RunawayWatch
 
 
@@ -109,7 +110,7 @@ class RainbowPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RainbowPOConfig(f"{name.split('/')[-1]}-RainbowPO")
         check_request(model, ref_model, args, train_dataset, processing_class, kwargs)
-        scale = args.dispersion_scale if args.needs_reference_entropy else 1.0
+        scale = args.dispersion_scale if args.needs_reference_entropy else None
         self.dispersion_scale = None if scale == "auto" else scale
         self.meters, self.runaway_watch = {"train": PreferenceMeter(), "eval": PreferenceMeter()}, RunawayWatch()
         self._tokens_seen: Tensor | int = 0
@@ -134,10 +135,12 @@ class RainbowPOTrainer(DPOTrainer):
     ) -> AnyDataset:
         if self._is_vlm:
             raise ValueError("RainbowPOTrainer takes language models, and this one has a processor for images.")
-        if args.home_advantage_from == "score":
-            check_score_columns(dataset, args, dataset_name)
+        check_end_of_text(self._tokenizer)
+        check_pairs(dataset, args, dataset_name)
+        given = len(dataset) if isinstance(dataset, Dataset) else None
         dataset = super()._prepare_dataset(without_text_prompt(dataset), processing_class, args, dataset_name)
-        return drop_empty_pairs(dataset, self._tokenizer.eos_token_id, dataset_name)
+        max_length = args.max_length if args.truncation_mode == "keep_start" else None
+        return drop_empty_pairs(dataset, self._tokenizer, max_length, dataset_name, given)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -182,13 +185,12 @@ class RainbowPOTrainer(DPOTrainer):
         if self.ref_model is not None:
             yield
             return
-        policy, was_training = self.accelerator.unwrap_model(self.model), self.model.training
+        policy = self.accelerator.unwrap_model(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if is_peft_model(policy):
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
-            stack.callback(self.model.train, was_training)
-            self.model.eval()  # a Sinkhorn router balances the batch in training
+            stack.enter_context(in_evaluation(self.model))  # a Sinkhorn router balances the batch in training
             yield
 
     def _precompute_ref_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> AnyDataset:
@@ -268,7 +270,7 @@ class RainbowPOTrainer(DPOTrainer):
         return super().evaluate(*args, **kwargs)
 
     def _calibrate(self) -> None:
-        if self.dispersion_scale is None:
+        if self.dispersion_scale is None and self.args.needs_reference_entropy:
             self.dispersion_scale = dispersion_scale_of(training_entropies(self))
             logger.info("dispersion_scale=%.4g gives phi the mean 1 on the training pairs.", self.dispersion_scale)
 

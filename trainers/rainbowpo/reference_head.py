@@ -5,10 +5,13 @@ beneath TRL's, asked for by name, so that contextual scaling rides on the forwar
 Source: ours, on TRL's `add_fused_lm_head`.
 """
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -29,3 +32,20 @@ def add_entropy_head(model: PreTrainedModel) -> None:
 
     model.forward = types.MethodType(forward, model)
     model.has_entropy_head = True
+
+
+@contextlib.contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module of a model in evaluation mode; afterwards each is in the mode that it was in.
+
+    `eval()` and `train()` assign through `nn.Module.__setattr__`, twice for each of an adapter's thousands of modules:
+    13 ms a step on the host of an H200. This costs the walk alone.
+    """
+    training = [vars(module) for module in model.modules() if module.training]
+    try:
+        for attributes in training:
+            attributes["training"] = False
+        yield
+    finally:
+        for attributes in training:
+            attributes["training"] = True

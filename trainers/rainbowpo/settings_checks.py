@@ -7,6 +7,7 @@ advantage").
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
@@ -22,6 +23,8 @@ CHOICES = {
     "home_advantage_from": HOME_ADVANTAGES,
     "score_transform": tuple(SCORE_TRANSFORMS),
 }
+NUMBERS = ("beta", "mixing_alpha", "label_smoothing", "sft_weight")
+NUMBERS_OR_NONE = ("home_advantage", "simpo_gamma", "calibration_pairs")
 # |h| in nats per token. 1 asks that the chosen completion be e times as probable as the rejected one at every token,
 # while a trained model's own answers cost about 0.4 nats a token in all; the largest h of any recorded run is 0.5.
 MAX_CONSTANT = 1.0
@@ -43,6 +46,10 @@ def check_objective(config: Any) -> None:
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+    for name in (*NUMBERS, *NUMBERS_OR_NONE):
+        value = getattr(config, name)
+        if not isinstance(value, numbers.Real) and not (value is None and name in NUMBERS_OR_NONE):
+            raise ValueError(f"{name}={value!r} is of the type {type(value).__name__}: give a number.")
     if not 0.0 <= config.mixing_alpha <= 1.0:
         raise ValueError(
             f"mixing_alpha={config.mixing_alpha} is outside [0, 1]: it is the reference's share, 1 for a full "

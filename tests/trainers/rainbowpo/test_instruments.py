@@ -1,9 +1,11 @@
-"""The meter's means and ranges, and the watch for policies that run away."""
+"""The meter's means and ranges, the watch for policies that run away, and a model put into evaluation for a while."""
 
 import pytest
 import torch
+from torch import nn
 
 from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter
+from hf_moe_cpt.trainers.rainbowpo.reference_head import in_evaluation
 from hf_moe_cpt.trainers.rainbowpo.runaway_watch import WINDOW, RunawayWatch
 
 
@@ -36,3 +38,16 @@ def test_what_runs_away_is_said_once_with_a_remedy(log, message):
         assert watch.look(_log(-1.0)) == []
     said = [warning for _ in range(WINDOW + 2) for warning in watch.look(log)]
     assert len(said) == 1 and message in said[0]
+
+
+def test_a_model_is_in_evaluation_for_a_while_and_then_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)))
+    model.train()
+    model[1][0].eval()
+    before, ones = [module.training for module in model.modules()], torch.ones(64)
+    with pytest.raises(KeyError), in_evaluation(model):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(model[1](ones), ones)
+        raise KeyError
+    assert [module.training for module in model.modules()] == before
+    assert not torch.equal(model[1](ones), ones)

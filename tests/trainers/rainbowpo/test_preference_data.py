@@ -6,11 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, T5Config
 
 from hf_moe_cpt.trainers.rainbowpo.preference_data import drop_empty_pairs, without_text_prompt
-from tests.helpers.preference_runs import pairs, saved_model, trainer, word_tokenizer
-from tests.helpers.tiny_models import tiny_model
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+from tests.helpers.preference_runs import TEMPLATE, pairs, saved_model, settings, trainer, word_tokenizer
+from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
 def _conversation(words: str, answer: str) -> list[dict[str, str]]:
@@ -52,7 +54,63 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
     )
     bad = Dataset.from_list([{"chosen_ids": [4, 0], "rejected_ids": [4, 0]}])
     with pytest.raises(ValueError, match="No pair of the x data set can teach anything: 1 pairs, 1 with identical"):
-        drop_empty_pairs(bad, 0, "x")
+        drop_empty_pairs(bad, word_tokenizer(), None, "x")
+
+
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_an_empty_answer_is_seen_behind_what_a_template_writes_after_it(tmp_path, caplog, has_prompt):
+    """Templates go on after the end of the text, with a line break for one, so tokens alone do not show it."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("</s> {% endfor", "</s> w2 {% endfor")
+    rows = []
+    for answers in (("w4 w5", "w6"), (" ", "w6"), ("w7", ""), ("w8", "w8")):
+        chosen, rejected = (_conversation("w3", answer) for answer in answers)
+        row = {"chosen": chosen, "rejected": rejected}
+        rows.append({"prompt": chosen[:1], **{k: v[1:] for k, v in row.items()}} if has_prompt else row)
+    with caplog.at_level(logging.WARNING):
+        run = trainer(tmp_path, data=Dataset.from_list(rows), processing_class=tokenizer)
+    assert len(run.train_dataset) == 1
+    assert "Dropped 3 of 4 pairs of the train data set: 1 with identical completions, 2 with an empty" in caplog.text
+
+
+def test_a_call_of_a_tool_is_no_empty_answer(tmp_path):
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w9"}}]}]
+    row = {"prompt": [{"role": "user", "content": "w3"}], "chosen": call}
+    row["rejected"] = [{"role": "assistant", "content": "w4", "tool_calls": None}]
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] }} {% for c in message['tool_calls'] or [] %}w5 {% endfor %}",
+    )
+    assert len(trainer(tmp_path, data=Dataset.from_list([row]), processing_class=tokenizer).train_dataset) == 1
+
+
+def test_what_is_equal_or_gone_after_the_cut_is_dropped(tmp_path, caplog):
+    rows = [
+        {"prompt": "w3 ", "chosen": "w4 w5 w6 w7", "rejected": "w4 w5 w6 w8"},
+        {"prompt": "w3 ", "chosen": "w4 w5 w6", "rejected": "w4 w9"},
+        {"prompt": "w3 w4 w5 w6 ", "chosen": "w4", "rejected": "w9"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        run = trainer(tmp_path, data=Dataset.from_list(rows), max_length=4)
+    assert len(run.train_dataset) == 1
+    assert (
+        "Dropped 2 of 3 pairs of the train data set: 1 with identical completions, 0 with an empty one, "
+        "1 whose prompt alone fills max_length." in caplog.text
+    )
+    assert len(trainer(tmp_path, data=Dataset.from_list(rows), max_length=4, truncation_mode="keep_end").train_dataset)
+    with pytest.raises(ValueError, match="No pair .*: 3 pairs, 0 with .*, 3 whose prompt alone fills max_length"):
+        trainer(tmp_path, data=Dataset.from_list(rows), max_length=1)
+
+
+def test_pairs_of_a_stream_are_dropped_and_counted_as_they_pass(tmp_path, caplog):
+    same = {"prompt": "w3 ", "chosen": "w4", "rejected": "w4"}
+    rows = pairs(4).to_list() + [same] * 12 + pairs(4, seed=1).to_list()
+    run = trainer(tmp_path, data=Dataset.from_list(rows).to_iterable_dataset(), dispersion_scale=1.0)
+    with caplog.at_level(logging.WARNING):
+        assert len(list(run.train_dataset)) == 8
+    said = [record.getMessage() for record in caplog.records if "stream" in record.getMessage()]
+    assert [message.split(" pair")[0] for message in said] == ["Dropped 1", "Dropped 10"]
 
 
 def test_scores_reach_the_batch(tmp_path):
@@ -72,7 +130,35 @@ def _with_images() -> Dataset:
     return Dataset.from_list([{"prompt": "w2 ", "chosen": "w3", "rejected": "w4", "image": "x.png"}])
 
 
+MESSAGES = [{"role": "user", "content": "w3"}]
 REFUSED = {
+    "no rows": ({"data": pairs(2).select([])}, "The train data set has no rows: give at least one pair"),
+    "no rows to evaluate": ({"eval_dataset": pairs(2).select([])}, "The eval data set has no rows"),
+    "half a pair": (
+        {"data": pairs(2).remove_columns("rejected")},
+        "needs a column 'rejected', and the train data set has prompt, chosen",
+    ),
+    "messages before text": (
+        {"data": Dataset.from_list([{"prompt": MESSAGES, "chosen": "w4", "rejected": "w5"}])},
+        r"do not go together \(prompt: messages, chosen: text, rejected: text\): make all of them text, or",
+    ),
+    "one message for a list": (
+        {"data": Dataset.from_list([{"prompt": "w3", "chosen": MESSAGES[0], "rejected": MESSAGES[0]}])},
+        "chosen: dict, rejected: dict",
+    ),
+    "scores in words": (
+        {"home_advantage_from": "score", "data": pairs(4, scores=True).map(lambda row: {"score_chosen": "good"})},
+        "4 of 4 scores in the column score_chosen of the train data set are no numbers, the first 'good' in row 0",
+    ),
+    "a score is missing": (
+        {
+            "home_advantage_from": "score",
+            "data": pairs(4, scores=True).map(
+                lambda row, index: {"score_rejected": None if index == 2 else 0.5}, with_indices=True
+            ),
+        },
+        "1 of 4 scores in the column score_rejected of the train data set are no numbers, the first None in row 2",
+    ),
     "no scores": (
         {"home_advantage_from": "score"},
         r"needs the column\(s\) score_chosen, score_rejected in the train",
@@ -112,6 +198,36 @@ def test_wrong_requests_are_refused_in_one_line(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_loaded_with_the_model_must_have_an_end_of_text_token_too(tmp_path):
+    folder = saved_model(tmp_path)
+    _without_eos().save_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer has no end-of-text token, so completions could not end"):
+        RainbowPOTrainer(folder, args=RainbowPOConfig(**settings(tmp_path / "run")), train_dataset=pairs(4))
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHER_MODELS = {
+    "a vision model": (
+        LlavaConfig(
+            text_config=LlamaConfig(vocab_size=VOCABULARY, **SMALL),
+            vision_config=CLIPVisionConfig(image_size=8, patch_size=4, **SMALL),
+        ),
+        "takes language models and text, not images: use trl.DPOTrainer",
+    ),
+    "an encoder and a decoder": (
+        T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2),
+        "A t5 model has an encoder: RainbowPOTrainer takes causal language models",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, message", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_other_models_are_refused_by_name_before_they_are_loaded(tmp_path, config, message):
+    config.save_pretrained(tmp_path / "model")  # no weights, so loading it would fail otherwise
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, str(tmp_path / "model"))
+
+
 def test_a_model_that_was_never_saved_trains_where_no_copy_is_needed(tmp_path):
     trainer(tmp_path / "simpo", tiny_model("llama"), preset="simpo").train()
     trainer(tmp_path / "cached", tiny_model("llama"), precompute_ref_log_probs=True).train()
@@ -120,9 +236,6 @@ def test_a_model_that_was_never_saved_trains_where_no_copy_is_needed(tmp_path):
 
 
 def test_logits_are_never_asked_for(tmp_path):
-    from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
-    from tests.helpers.preference_runs import RainbowPOConfig, settings
-
     with pytest.raises(ValueError, match="compute_metrics needs logits, which are never formed"):
         RainbowPOTrainer(
             saved_model(tmp_path),
