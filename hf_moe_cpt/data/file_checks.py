@@ -6,7 +6,9 @@ Source: ours. `check_file` looks at the head (for text, at all bytes); `find_dam
 
 import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,20 +69,31 @@ def find_damage(path: Path, kind: str) -> None:
     elif _is_one_document(path):
         _parse_document(path)
     else:
+        for _ in json_lines(path):
+            pass
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each line of a JSON Lines file that is not blank; lines are counted from 1.
+
+    Raises ValueError that names file and line for what is no object or no UTF-8, and for a file that cannot be read.
+    """
+    try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                _parse_line(path, number, line)
+                row = _parse_line(path, number, line)
+                if row is not None:
+                    yield number, row
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; check the path.") from error
 
 
 def _json_columns(path: Path) -> list[str] | None:
     """Keys of the first object; None for one document over many lines, whose head cannot be parsed alone."""
     if _is_one_document(path):
         return None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = _parse_line(path, number, line)
-            if row is not None:
-                return list(row)
+    for _, row in json_lines(path):
+        return list(row)
     raise ValueError(f"{path} holds only blank lines: remove it or put text into it.")
 
 
@@ -103,7 +116,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict | None:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
-            "repair or remove that line."
+            "repair it and put one whole object on each line."
         ) from None
     if not isinstance(row, dict):
         raise ValueError(

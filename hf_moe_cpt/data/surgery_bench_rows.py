@@ -7,15 +7,14 @@ defaults: kind "mcq"; split by a hash of subject and question, which puts half o
 
 from __future__ import annotations
 
-import codecs
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from hf_moe_cpt.data.file_checks import json_lines
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.data.surgery_bench_grammar import SPLITS
 from hf_moe_cpt.data.surgery_bench_schema import (
@@ -78,7 +77,7 @@ class BenchRows:
 
     def _read(self, path: Path, columns: Mapping[str, str], add: Callable[[dict, int], None]) -> int:
         count = 0
-        for number, row in _json_lines(path):
+        for number, row in json_lines(path):
             place = f"{path}, line {number}"
             renamed = {name: row.pop(yours) for name, yours in columns.items() if yours in row}
             missing = [yours for name, yours in columns.items() if name in ("subject", "text") and name not in renamed]
@@ -177,35 +176,6 @@ class BenchRows:
             if (path, name) not in self._warned_of:
                 self._warned_of.add((path, name))
                 logger.warning("%s: the column %r is not used", path, name)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of each line that is not blank."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if line.strip():
-                    yield number, _parse(path, number, line)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; check the path.") from error
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, line {number} is not UTF-8 text: convert the file to UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
-            "put one whole object on each line."
-        ) from None
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'{path}, line {number} is a JSON {type(row).__name__}, not an object like {{"subject": ...}}.'
-        )
-    return row
 
 
 _REQUIRED = object()
