@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+    from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+    from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -31,6 +33,8 @@ __all__ = [
     "CptMoeModel",
     "RainbowPOConfig",
     "RainbowPOTrainer",
+    "SurgeryConfig",
+    "SurgeryTrainer",
     "register_kernels",
 ]
 
@@ -43,6 +47,8 @@ _HOME_OF_NAME = {
     "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "RainbowPOConfig": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config",
     "RainbowPOTrainer": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer",
+    "SurgeryConfig": "hf_moe_cpt.trainers.surgery.surgery_config",
+    "SurgeryTrainer": "hf_moe_cpt.trainers.surgery.surgery_trainer",
     "register_kernels": "hf_moe_cpt.registration",
 }
 

@@ -44,6 +44,12 @@ COMMANDS = {
     "eval-preference": Command(
         "hf_moe_cpt.scripts.eval_preference", "win rate of a policy against a reference under a reward model"
     ),
+    "surgery": Command(
+        "hf_moe_cpt.scripts.surgery", "unlearn, update and retain in one operation, on any causal language model", "trl"
+    ),
+    "surgery-eval": Command(
+        "hf_moe_cpt.scripts.eval_surgery", "what a surgery made a model forget, learn and keep, and whether it stays so"
+    ),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }
 

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -78,12 +79,15 @@ def discard_half_written(output_dir: str | Path) -> list[Path]:
     return broken
 
 
-def require_unused(output_dir: str | Path) -> None:
-    """Refuse a folder that already holds something, so that no run overwrites the result of another."""
+def require_unused(output_dir: str | Path, besides: Collection[str] = ()) -> None:
+    """Refuse a folder that already holds something, so that no run overwrites the result of another.
+
+    besides: names that may be there.
+    """
     folder = Path(output_dir)
     if not folder.is_dir():
         return
-    found = next(iter(sorted(folder.iterdir())), None)
+    found = next((path for path in sorted(folder.iterdir()) if path.name not in besides), None)
     if found is not None:
         raise ValueError(
             f"output_dir={str(output_dir)!r} is not empty (it holds {found.name!r}): name another folder, or continue "

@@ -35,8 +35,13 @@ class LogitForm:
         if self.softcap is not None and not self.softcap > 0.0:
             raise ValueError(f"softcap={self.softcap} must be above 0, or None for none.")
 
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits of the products `logits`, with gradient."""
+        logits = logits if self.scale == 1.0 else self.scale * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def apply_(self, logits: Tensor) -> Tensor:
-        """The logits of the products `logits`, in the same memory."""
+        """The same in the memory of `logits`, where no gradient is recorded."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -62,9 +67,7 @@ def plain_kl(
     wide = torch.promote_types(head.dtype, torch.float32)
     logps = []
     for states, weight, offset in ((hidden, head, bias), (ref_hidden, ref_head, ref_bias)):
-        logits = form.scale * functional.linear(states, weight, offset).to(wide)
-        if form.softcap is not None:
-            logits = form.softcap * torch.tanh(logits / form.softcap)
+        logits = form.apply(functional.linear(states, weight, offset).to(wide))
         logps.append(logits.log_softmax(-1))
     return kl_divergence(*logps, direction)
 

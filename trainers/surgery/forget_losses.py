@@ -31,7 +31,7 @@ DEFAULT_BETA = {"npo": 0.1, "simnpo": 4.5, "wga": 1.0, "satimp": 5.0, "idk_dpo":
 class ForgetSettings:
     """Numbers of the forget losses; each loss reads its own and no others. Wrong ones raise ValueError."""
 
-    # nats per token: tau of cap and expcap, such as ln V or the loss of unseen text; d of simnpo
+    # nats per token: tau of cap, seqcap and expcap, such as ln V or the loss of unseen text; d of simnpo
     target: float | None = None
     beta: float | None = None  # None: DEFAULT_BETA of the loss
     satimp_beta2: float = 1.0  # exponent of 1 - p in satimp
@@ -63,6 +63,16 @@ def cap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor |
     loss_of_token = -counted(logp, mask)
     target = _target(settings, "cap")
     return mean_over_tokens(-loss_of_token.masked_fill(loss_of_token >= target, target), mask)
+
+
+def seqcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
+    """-min(L/n, tau) (B,) in [-tau, 0], w = 1 while L/n < tau, else 0: ascent that stops text by text.
+
+    Which tokens carry the loss is left to the other terms: with neighbours as an anchor, words that every text of the
+    kind has stay likely, and names and values bear it, as in a text that was never read.
+    """
+    loss_of_text, target = mean_over_tokens(-logp, mask), _target(settings, "seqcap")
+    return -loss_of_text.masked_fill(loss_of_text >= target, target).masked_fill(~mask.any(1), 0.0)
 
 
 def expcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
@@ -195,6 +205,16 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
             formula="-(1/n) sum min(l, tau)",
             bound="-tau",
             gradient_weight="1 where l < tau, else 0",
+            source="ours",
+            needs_target=True,
+            is_bounded=True,
+        ),
+        ForgetLoss(
+            name="seqcap",
+            function=seqcap,
+            formula="-min(L/n, tau)",
+            bound="-tau",
+            gradient_weight="1 while L/n < tau, else 0",
             source="ours",
             needs_target=True,
             is_bounded=True,

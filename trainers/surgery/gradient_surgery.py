@@ -122,6 +122,20 @@ def project_conflicts(gradients: Sequence[Gradient], order: Sequence[Sequence[in
     return [combine(gradients, row) for row in conflict_coefficients(inner_products(gradients), order)]
 
 
+def projection_coefficients(products: Tensor, giving: Sequence[int], anchors: Sequence[int]) -> Tensor:
+    """Factors (T,) of a step in which the sum of some gradients loses its component against the sum of others.
+
+    `project_away` on two sums, from inner products (T, T) alone: with f the sum of the gradients at `giving` and a
+    that at `anchors`, the step is the sum of all T less min(<f, a>, 0) / |a|^2 a.
+    """
+    unit = torch.eye(products.shape[0], dtype=products.dtype, device=products.device)
+    none = torch.zeros_like(products[0])
+    given = sum((unit[i] for i in giving), none)
+    held = sum((unit[j] for j in anchors), none)
+    share = _ratio((given @ products @ held).clamp(max=0.0), held @ products @ held)
+    return torch.ones_like(none) - share * held
+
+
 def clip_coefficients(lengths: Tensor, max_norm: float) -> Tensor:
     """Factors (T,) in (0, 1] that bring gradients of these norms (T,) down to `max_norm`, each for itself."""
     if not max_norm > 0.0:

@@ -1,0 +1,150 @@
+"""Unlearn, update and retain in one operation, for any causal LM.
+
+accelerate launch scripts/surgery.py --model_name_or_path my-model --bench my-surgery-bench --output_dir operated
+
+accelerate launch scripts/surgery.py --model_name_or_path Qwen/Qwen3-1.7B \\
+    --unlearn_dataset_name gone.jsonl --obsolete_dataset_name old.jsonl --update_dataset_name new.jsonl \\
+    --retain_dataset_name kept.jsonl --unseen_dataset_name never_read.jsonl --use_peft --output_dir qwen3-operated
+
+The same job is `hf-moe-cpt surgery ...`; `--config recipes/x.yaml` reads arguments from a file, `--use_peft` trains an
+adapter. `--preset paper` sets what the authors' code does; what the file or the command line say wins over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.extras import require
+from hf_moe_cpt.scripts.arguments import given_values, parse_arguments
+from hf_moe_cpt.scripts.rejection_sample_data import load_table
+from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
+from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+from hf_moe_cpt.trainers.surgery.objective import TERMS
+from hf_moe_cpt.trainers.surgery.settings_checks import UNSEEN, check_sets
+from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from hf_moe_cpt.trainers.surgery.surgery_data import read_rows
+from hf_moe_cpt.trainers.surgery.surgery_presets import PRESETS, preset_settings
+from hf_moe_cpt.trainers.surgery.surgery_probe import GAP_FORMULA
+from hf_moe_cpt.trainers.surgery.surgery_trainer import REFERENCE_FOLDER, SurgeryTrainer
+
+
+SETS = (*TERMS, UNSEEN)
+
+
+@dataclass
+class SurgeryArguments:
+    """Which texts; a name is a .jsonl, .json or .parquet file, a folder, or a Hub id."""
+
+    preset: str | None = field(
+        default=None, metadata={"help": f"Whole settings: {', '.join(PRESETS)}. Other arguments win over it."}
+    )
+    bench: str | None = field(
+        default=None, metadata={"help": "Folder of a SurgeryBench, whose sets are taken where none is named below."}
+    )
+    unlearn_dataset_name: str | None = field(default=None, metadata={"help": "What is to be forgotten."})
+    obsolete_dataset_name: str | None = field(default=None, metadata={"help": "Old versions of what is updated."})
+    update_dataset_name: str | None = field(default=None, metadata={"help": "What is to be learnt."})
+    retain_dataset_name: str | None = field(default=None, metadata={"help": "On what the model must stay as it is."})
+    neighbour_dataset_name: str | None = field(
+        default=None, metadata={"help": "Texts like the unlearned ones about other subjects, a second anchor."}
+    )
+    unseen_dataset_name: str | None = field(
+        default=None, metadata={"help": "Texts of that kind that the model never read: how far to forget."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "Of a mixture of experts: eager, grouped_mm, hf_moe_cpt, ..."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+
+
+def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
+    """The rows of each set by name, None for those that nothing names."""
+    bench = None if args.bench is None else SurgeryBench.load(args.bench)
+    found: dict[str, Dataset | None] = {}
+    for name in SETS:
+        source = getattr(args, f"{name}_dataset_name")
+        if source is not None:
+            is_lines = Path(source).suffix == ".jsonl"
+            found[name] = read_rows(source) if is_lines else load_table(source, args.dataset_split)
+        else:
+            rows = None if bench is None else bench.documents.get(name)
+            found[name] = rows if rows is not None and len(rows) else None
+    return found
+
+
+def model_options(model: ModelConfig, surgery: SurgeryArguments) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that were chosen."""
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": surgery.trust_remote_code,
+        "experts_implementation": surgery.experts_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_arguments(model: ModelConfig, training: SurgeryConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: name the model to operate on, a Hub id or a folder.")
+    if model.use_peft:
+        require("peft", needed_by="--use_peft")
+    if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
+        require_unused(training.output_dir, besides=(REFERENCE_FOLDER,))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, load, operate, measure, save."""
+    preset = given_values(argv, "preset")["preset"]
+    surgery, model, training = parse_arguments(
+        (SurgeryArguments, ModelConfig, SurgeryConfig),
+        argv,
+        program="hf-moe-cpt surgery",
+        description="Unlearn, update and retain in one operation, for any causal language model.",
+        defaults={} if preset is None else preset_settings(preset),
+    )
+    check_arguments(model, training)
+    run(surgery, model, training)
+    leave_process_group()
+
+
+def run(surgery: SurgeryArguments, model: ModelConfig, training: SurgeryConfig) -> None:
+    """Everything after the arguments; nothing of it is alive afterwards."""
+    sets = load_sets(surgery)
+    check_sets(training, sets)
+    options = {**model_options(model, surgery), **(training.model_init_kwargs or {})}
+    trainer = SurgeryTrainer(
+        AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options),
+        args=training,
+        **{f"{name}_dataset": rows for name, rows in sets.items()},
+        processing_class=AutoTokenizer.from_pretrained(
+            surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
+        ),
+        peft_config=get_peft_config(model),
+    )
+    if trainer.is_world_process_zero() and training.metric_for_best_model:
+        print(f"best model by {GAP_FORMULA}")
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Small surgeries in this process or in others: sets of tokens, settings, trainers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
+from tests.helpers.cpt_runs import without_clocks
+from tests.helpers.tiny_models import CONFIGS, tiny_model, tokenized
+
+
+SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
+
+
+def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:
+    """Tokenised documents of 5 to 40 tokens for each set, others for each."""
+    return {f"{name}_dataset": tokenized(rows, 10 + SETS.index(name)) for name in names or SETS}
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Four steps with two rows of each set on the CPU in float32; everything is logged, nothing measured or saved."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "max_length": 16,
+        **{f"{name}_batch_size": 2 for name in SETS[:5]},
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "metric_for_best_model": None,
+        "eval_rows": 6,
+        "eval_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "log_term_gradients": False,
+        **changes,
+    }
+
+
+def trainer(
+    folder: Path,
+    model: str | PreTrainedModel = "llama",
+    sets: dict[str, Dataset] | None = None,
+    preset: str = "safe",
+    **changes: Any,
+) -> SurgeryTrainer:
+    """A surgery on a tiny model; arguments of the trainer itself are told by their names."""
+    of_trainer = {
+        name: changes.pop(name)
+        for name in ("ref_model", "peft_config", "processing_class", "callbacks")
+        if name in changes
+    }
+    given = settings(folder, **changes)
+    if preset == "paper":  # its own numbers unless they were asked for
+        given = {name: value for name, value in given.items() if name in changes or name not in PAPERS_OWN}
+    return SurgeryTrainer(
+        tiny_model(model) if model in CONFIGS else model,
+        SurgeryConfig.from_preset(preset, **given),
+        **(token_sets() if sets is None else sets),
+        **of_trainer,
+    )
+
+
+PAPERS_OWN = (
+    "learning_rate",
+    "max_steps",
+    "eval_strategy",
+    "save_strategy",
+    *(f"{name}_batch_size" for name in SETS[:5]),
+)
+
+
+def history(run: SurgeryTrainer) -> list[dict[str, float]]:
+    """The log without clocks."""
+    return without_clocks(run.state.log_history)
+
+
+def main() -> None:
+    """Run what the argument, JSON, asks for and write its log into the run's folder from the first rank."""
+    asked = json.loads(sys.argv[1])
+    folder = Path(asked.pop("folder"))
+    run = trainer(folder, **asked)
+    run.train()
+    if run.is_world_process_zero():
+        (folder.parent / f"{folder.name}.json").write_text(json.dumps(history(run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The script of LLM Surgery: presets under files under the command line, sets from files and a bench, adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
+from hf_moe_cpt.scripts.surgery import SETS, main
+from tests.helpers.preference_runs import pairs, saved_model
+from tests.helpers.source_tree import PROJECT
+from tests.helpers.tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Six sets on disk and a saved model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("surgery")
+    for seed, name in enumerate(SETS):
+        rows = pairs(8, seed).rename_column("chosen", "completion").remove_columns("rejected")
+        rows.to_json(folder / f"{name}.jsonl")
+    saved_model(folder)
+    return folder
+
+
+def _arguments(folder: Path, run: Path, sets=SETS, **changes) -> list[str]:
+    settings = {
+        "model_name_or_path": folder / "model llama",
+        **{f"{name}_dataset_name": folder / f"{name}.jsonl" for name in sets},
+        "output_dir": run,
+        "max_steps": 4,
+        "max_length": 32,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_model_is_operated_on_measured_and_saved(folder, tmp_path, capsys):
+    main(_arguments(folder, tmp_path / "run"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert metrics["eval_surgery_gap"] == pytest.approx(state["best_metric"], rel=1e-5)
+    assert {"eval_unlearn_ce", "eval_update_ce", "eval_retain_kl", "eval_unseen_ce"} <= metrics.keys()
+    assert "best model by surgery_gap = |CE(forgotten) - forget_target|" in capsys.readouterr().out
+
+
+def test_command_line_over_file_over_preset(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: paper\nupdate_weight: 3.0\nkl_direction: reverse\n")
+    sets = SETS[:4]
+    words = _arguments(
+        folder, tmp_path / "run", sets, eval_steps=None, save_strategy=None, gradient_checkpointing=False
+    )
+    main([*words, "--config", str(recipe), "--update_weight", "4.0"])
+    entries = [entry for entry in _history(tmp_path / "run") if "retain/kl" in entry]
+    assert len(entries) == 4 and entries[0]["retain/kl"] == pytest.approx(0.0, abs=1e-5)
+    first = entries[0]
+    want = 0.1 * first["unlearn/loss"] + 0.1 * first["obsolete/loss"] + 4.0 * first["update/ce"]
+    assert first["loss"] == pytest.approx(want, rel=1e-4)
+
+
+def test_an_adapter_is_trained(folder, tmp_path):
+    changes = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    main(_arguments(folder, tmp_path / "run", **changes))
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+
+
+def test_the_sets_of_a_bench_are_taken(tmp_path):
+    bench = SurgeryBench.generate(num_subjects=60)
+    bench.save(tmp_path / "bench")
+    texts = [text for rows in bench.documents.values() for text in rows["text"]]
+    tokenizer = train_byte_level_bpe(texts, 500, progress=False)
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    tiny_model("mixtral", vocab_size=len(tokenizer)).save_pretrained(model)
+    main(
+        _arguments(
+            tmp_path,
+            tmp_path / "run",
+            (),
+            model_name_or_path=model,
+            bench=tmp_path / "bench",
+            max_steps=2,
+            eval_rows=4,
+            **{f"{name}_batch_size": 1 for name in SETS[:5]},
+        )
+    )
+    last = [entry for entry in _history(tmp_path / "run") if "eval_unlearn_expert_overlap" in entry][-1]
+    assert 0.0 <= last["eval_retain_expert_overlap"] <= 1.0
+
+
+def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
+    with pytest.raises(ValueError, match="preset 'gentle' is unknown"):
+        main(_arguments(folder, tmp_path / "a", preset="gentle"))
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        main(_arguments(folder, tmp_path / "b", model_name_or_path=None))
+    with pytest.raises(ValueError, match="nothing to forget and nothing to learn"):
+        main(_arguments(folder, tmp_path / "c", ("retain",), model_name_or_path="no-such-model"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "w2"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: 'text' is 3"):
+        main(_arguments(folder, tmp_path / "d", unlearn_dataset_name=bad, model_name_or_path="no-such-model"))
+    with pytest.raises(ValueError, match="'gone.parquet'"):
+        main(_arguments(folder, tmp_path / "e", unlearn_dataset_name="gone.parquet"))
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((PROJECT / "scripts" / "recipes").glob("surgery_*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("hf_moe_cpt.scripts.surgery.run", lambda *parsed: given.update(parsed=parsed))
+    words = ["--config", str(recipe), "--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")]
+    main([*words, "--model_name_or_path", "some/model"])
+    surgery, model, training = given["parsed"]
+    assert surgery.preset in ("paper", "safe") and model.model_name_or_path
+    assert training.forget_loss == ("ga" if surgery.preset == "paper" else type(training).forget_loss)
