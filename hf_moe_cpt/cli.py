@@ -45,10 +45,16 @@ COMMANDS = {
         "hf_moe_cpt.scripts.eval_preference", "win rate of a policy against a reference under a reward model"
     ),
     "surgery": Command(
-        "hf_moe_cpt.scripts.surgery", "unlearn, update and retain in one operation, on any causal language model", "trl"
+        "hf_moe_cpt.scripts.surgery",
+        "unlearn, update and retain in one operation, on any causal language model",
+        "trl",
     ),
     "surgery-eval": Command(
-        "hf_moe_cpt.scripts.eval_surgery", "what a surgery made a model forget, learn and keep, and whether it stays so"
+        "hf_moe_cpt.scripts.eval_surgery",
+        "what a surgery made a model forget, learn and keep, under attack too",
+    ),
+    "analyze": Command(
+        "hf_moe_cpt.scripts.analyze", "compare how checkpoints of a mixture of experts route the same text"
     ),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +116,7 @@ class Comparison:
 
     contender: str
     baseline: str
-    time_bar: float
+    time_bar: float | None
     memory_bar: float | None
 
 
@@ -126,19 +126,31 @@ COMPARISONS = (
 )
 
 
-def take_memory(measurements: Sequence[Measurement], workload: Workload, num_steps: int, bar: tqdm) -> None:
+def take_memory(
+    measurements: Sequence[Measurement],
+    workload: Workload,
+    num_steps: int,
+    bar: tqdm,
+    peak: Callable[[str, Any, int], float] = peak_mebibytes,
+) -> None:
     """Fill in `peak_mib`, each in a fresh process, so that neither caches nor leftovers of another count."""
     for measurement in measurements:
         bar.set_description(f"memory of {measurement.contender}")
         with tools.Attempt() as attempt:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                future = pool.submit(peak_mebibytes, measurement.contender, workload, num_steps)
+                future = pool.submit(peak, measurement.contender, workload, num_steps)
                 measurement.peak_mib = future.result()
         measurement.memory_reason = attempt.reason
         bar.update()
 
 
-def take_times(measurements: Sequence[Measurement], args: PreferenceArguments, workload: Workload, bar: tqdm) -> None:
+def take_times(
+    measurements: Sequence[Measurement],
+    args: PreferenceArguments,
+    workload: Workload,
+    bar: tqdm,
+    make: Callable[[str, Any], Steps] = Steps,
+) -> None:
     """Fill in the times of every contender: a step each a round, and each round another one begins."""
     device = torch.device(workload.device)
     stopwatch = tools.Stopwatch(device)
@@ -146,7 +158,7 @@ def take_times(measurements: Sequence[Measurement], args: PreferenceArguments, w
     for measurement in measurements:
         bar.set_description(f"building {measurement.contender}")
         with tools.Attempt() as attempt:
-            steps = Steps(measurement.contender, workload)
+            steps = make(measurement.contender, workload)
             measurement.parameters = steps.trainer.model.num_parameters()
             ready.append((measurement, steps))
         measurement.reason = attempt.reason
@@ -195,11 +207,14 @@ def result_row(measurement: Measurement, args: PreferenceArguments, facts: dict[
 
 
 def ratio_rows(
-    measurements: Sequence[Measurement], args: PreferenceArguments, facts: dict[str, Any]
+    measurements: Sequence[Measurement],
+    args: PreferenceArguments,
+    facts: dict[str, Any],
+    comparisons: Sequence[Comparison] = COMPARISONS,
 ) -> list[dict[str, Any]]:
     """The lines of preference_ratios.csv: for each comparison time, taken in each round, and memory."""
     found, rows = {m.contender: m for m in measurements if m.reason is None}, []
-    for comparison in COMPARISONS:
+    for comparison in comparisons:
         if comparison.contender not in found or comparison.baseline not in found:
             continue
         ours, theirs = found[comparison.contender], found[comparison.baseline]

@@ -11,6 +11,7 @@ import gc
 import json
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,18 +24,28 @@ _ALLOCATION = "[memory]"  # name of the profiler's events, whose Bytes are below
 _CPU = 0  # among the profiler's device types
 
 
+class Steppable(Protocol):
+    """Anything that trains a step when told to."""
+
+    def step(self) -> None:
+        """Train on the next batch."""
+
+
 def peak_mebibytes(name: str, workload: Workload, num_steps: int) -> float:
     """Most memory that a contender holds in steps after the first two; call it in a process of its own."""
-    steps = Steps(name, workload)
+    return peak_of_steps(Steps(name, workload), torch.device(workload.device), num_steps)
+
+
+def peak_of_steps(steps: Steppable, device: torch.device, num_steps: int) -> float:
+    """Most memory in MiB that this process holds in steps after the first two."""
     for _ in range(2):  # the first makes the state of the optimizer
         steps.step()
     gc.collect()
-    if torch.device(workload.device).type == "cuda":
-        return _peak_on_gpu(steps, num_steps) / tools.MEBIBYTE
-    return _peak_on_cpu(steps, num_steps) / tools.MEBIBYTE
+    peak = _peak_on_gpu if device.type == "cuda" else _peak_on_cpu
+    return peak(steps, num_steps) / tools.MEBIBYTE
 
 
-def _peak_on_gpu(steps: Steps, num_steps: int) -> int:
+def _peak_on_gpu(steps: Steppable, num_steps: int) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(num_steps):
@@ -43,7 +54,7 @@ def _peak_on_gpu(steps: Steps, num_steps: int) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _peak_on_cpu(steps: Steps, num_steps: int) -> int:
+def _peak_on_cpu(steps: Steppable, num_steps: int) -> int:
     before = living_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(num_steps):

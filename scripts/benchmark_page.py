@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.compare_preference_report import comparison_table
+from hf_moe_cpt.scripts.compare_surgery_report import comparison_text
 
 
 OURS = "hf_moe_cpt"
@@ -93,19 +94,19 @@ def step_table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def preference_table(rows: Sequence[dict[str, str]]) -> str:
+def contenders_table(rows: Sequence[dict[str, str]]) -> str:
     """Milliseconds and memory of every contender's step, or, from a file of ratios, each ratio and its bar."""
-    return markdown_table([_ratio_row(row) if "ratio" in row else _preference_row(row) for row in rows])
+    return markdown_table([_ratio_row(row) if "ratio" in row else _contender_row(row) for row in rows])
 
 
-def _preference_row(row: dict[str, str]) -> dict[str, str]:
+def _contender_row(row: dict[str, str]) -> dict[str, str]:
+    times = [f"{float(row[name]):.1f}" for name in ("total_ms", "total_ms_min", "total_ms_max") if row[name]]
     return {
         "contender": row["contender"],
-        "step and log ms (range)": f"{float(row['total_ms']):.1f} "
-        f"({float(row['total_ms_min']):.1f} to {float(row['total_ms_max']):.1f})",
-        "peak MiB": f"{float(row['peak_mib']):.0f}",
+        "step and log ms (range)": "{} ({} to {})".format(*times) if times else "not taken",
+        "peak MiB": f"{float(row['peak_mib']):.0f}" if row["peak_mib"] else "not taken",
         "model": row["model"],
-        "pairs x tokens": f"{row['batch_size']} x {row['length']}",
+        "rows x tokens": f"{row['batch_size']} x {row['length']}",
         "LoRA rank": row["lora_rank"],
     }
 
@@ -121,8 +122,13 @@ def _ratio_row(row: dict[str, str]) -> dict[str, str]:
     }
 
 
-COMPARISON = "results.json"  # of compare_preference_methods.py
-TABLES = (("experts*.csv", experts_table), ("preference*.csv", preference_table), ("step.csv", step_table))
+COMPARISON = "results.json"  # of compare_preference_methods.py or compare_surgery_methods.py
+TABLES = (
+    ("experts*.csv", experts_table),
+    ("preference*.csv", contenders_table),
+    ("step.csv", step_table),
+    ("surgery*.csv", contenders_table),
+)
 
 
 def page_of(folder: Path) -> str:
@@ -150,14 +156,18 @@ def _head(folder: Path) -> str:
 
 
 def _comparison_page(folder: Path) -> str:
-    """The table that a comparison of preference methods printed, with the machine and the plot."""
+    """What a comparison of methods printed, with the machine and the plot."""
     results = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
     made = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    table = "\n".join(line.rstrip() for line in comparison_table(results).splitlines())
-    return (
-        f"{_head(folder)} [the preference world](../../preference_world.md).\n\n{made}.\n\n```text\n{table}\n```\n\n"
-        "![](comparison.png)\n"
+    is_surgery = "claims" in results
+    page = (
+        "surgery methods](../../surgery_comparison.md)"
+        if is_surgery
+        else "the preference world](../../preference_world.md)"
     )
+    printed = comparison_text(results) if is_surgery else comparison_table(results)
+    table = "\n".join(line.rstrip() for line in printed.splitlines())
+    return f"{_head(folder)} [{page}.\n\n{made}.\n\n```text\n{table}\n```\n\n![](comparison.png)\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -108,8 +108,8 @@ SETTINGS = {
         seeds={"llama": 3, "cpt_moe": 3},
         steps=120,
         rows=2,
-        learning_rates=(5e-4, 1e-3),
-        strengths=(1.0, 2.0, 4.0),
+        learning_rates=(5e-4, 1e-3, 2e-3),
+        strengths=(1.0, 3.0),
         max_questions=200,
         max_documents=64,
         relearn_steps=40,
@@ -117,41 +117,60 @@ SETTINGS = {
         relearn_rate=5e-4,
     ),
     "gpu": Scale(
-        subjects=72,
+        subjects=24,
         kinds=("person", "place", "product", "rule"),
-        forms=("article", "quiz", "quiz", "quiz"),
+        forms=(*("quiz",) * 6, *("article",) * 2),
         changed_facts=6,
         keep_hubs=True,
         real_characters=GPU_REAL_CHARACTERS,
         vocab_size=16_384,
         max_length=512,
-        epochs=16,
+        epochs=8,
         batch_size=32,
         training_rate=6e-4,
         models={"llama": _LARGE, "cpt_moe": _LARGE_MOE},
         seeds={"llama": 3, "cpt_moe": 1},
-        steps=120,
-        rows=8,
-        learning_rates=(5e-5, 1e-4),
-        strengths=(1.0, 2.0, 4.0),
+        steps=240,
+        rows=16,
+        learning_rates=(1.5e-4, 3e-4, 6e-4),
+        strengths=(1.0, 3.0),
         max_questions=600,
         max_documents=300,
         relearn_steps=40,
         relearn_every=5,
-        relearn_rate=5e-5,
+        relearn_rate=1.5e-4,
     ),
 }
 
 # (learning rate, strength) that `--tune` chose, by setting, architecture and method.
 CHOSEN: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
     "small": {
-        "llama": dict.fromkeys(METHODS, (5e-4, 1.0)),
-        "cpt_moe": dict.fromkeys(METHODS, (5e-4, 1.0)),
+        "llama": {
+            "paper": (5e-4, 2.0),
+            "safe": (1e-3, 2.0),
+            "descent-kl": (1e-3, 1.0),
+            "ascent-only": (1e-3, 4.0),
+            "npo-retain": (1e-3, 4.0),
+        },
+        "cpt_moe": {
+            "paper": (1e-3, 2.0),
+            "safe": (1e-3, 2.0),
+            "descent-kl": (1e-3, 1.0),
+            "ascent-only": (5e-4, 1.0),
+            "npo-retain": (1e-3, 4.0),
+        },
     },
-    "gpu": {
-        "llama": dict.fromkeys(METHODS, (5e-5, 1.0)),
-        "cpt_moe": dict.fromkeys(METHODS, (5e-5, 1.0)),
-    },
+    # Not tuned: the small setting's, in the same ratio to the rate of training.
+    "gpu": dict.fromkeys(
+        ("llama", "cpt_moe"),
+        {
+            "paper": (1.5e-4, 2.0),
+            "safe": (3e-4, 2.0),
+            "descent-kl": (3e-4, 1.0),
+            "ascent-only": (1.5e-4, 1.0),
+            "npo-retain": (3e-4, 4.0),
+        },
+    ),
 }
 
 

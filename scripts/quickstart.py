@@ -24,6 +24,7 @@ from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
 from hf_moe_cpt.scripts.quickstart_plan import MOE_PRESETS, SCALES, Plan, make_plan
 from hf_moe_cpt.scripts.quickstart_report import write_quickstart_report
 from hf_moe_cpt.scripts.quickstart_results import RECOVERY, summarise, table_rows, text_table
+from hf_moe_cpt.scripts.quickstart_routing import compare_routing
 from hf_moe_cpt.scripts.quickstart_stage import checkpoint_bytes, run_stage
 
 
@@ -109,6 +110,7 @@ def run(plan: Plan, folder: QuickstartFolder) -> dict[str, Any]:
             records[stage.name] = record
         bar.set_description("done")
     results = summarise(plan, records, data.facts)
+    results["routing"] = compare_routing(plan, data, folder, records)
     results["samples"] = [sample(plan, data, folder, held_out) for held_out in (data.old.held_out, data.new.held_out)]
     return results
 
@@ -154,6 +156,7 @@ def summary(results: dict[str, Any], folder: QuickstartFolder) -> str:
     lines += [
         "",
         f"report: {folder.report}",
+        f"routing: {folder.routing / 'report.html'}",
         f"numbers: {folder.results}",
         f'models: import hf_moe_cpt; AutoModelForCausalLM.from_pretrained("{Path(model).as_posix()}")',
     ]

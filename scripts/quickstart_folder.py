@@ -1,7 +1,8 @@
 """The quickstart's output folder: whose it is, what is finished in it, and files that appear whole. Source: ours.
 
 Layout: quickstart.json (the plan), corpus/, tokenizer/, work/<stage>/ (the trainer's, until all is done),
-models/<stage>/ (to be loaded), records/<stage>.json (a finished stage), results.json, report.html.
+models/<stage>/ (to be loaded), records/<stage>.json (a finished stage), results.json, report.html, routing/ (traces
+of the mixtures and the page about them).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class QuickstartFolder:
         self.results = self.root / "results.json"
         self.report = self.root / "report.html"
         self.tokenizer = self.root / "tokenizer"
+        self.routing = self.root / "routing"
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the folder, or take up the unfinished quickstart in it.

@@ -22,6 +22,11 @@ Losses are held-out, in nats per token. Forgetting is the rise of the loss on {o
 MRI is the share of tokens that visit the busiest expert, averaged over layers; {ideal:.3f} is balance. Recovery \
 step: {recovery}."""
 
+LAYERS = """\
+On held-out text, against the model that had read {old} only. Router saturation is the share of a token's experts \
+that it had then; vocabulary specialisation the share of the visits of a token id to the expert it visited most \
+then. Dashed: without replay. More, expert by expert, is in routing/report.html."""
+
 
 def write_quickstart_report(results: dict[str, Any], path: str | Path) -> Path:
     """Write the page and return its path."""
@@ -40,6 +45,7 @@ def write_quickstart_report(results: dict[str, Any], path: str | Path) -> Path:
         ),
         Section("Learning rate", "", charts=[_learning_rate(results)]),
         Section("Routing", "", _columns(table, "run", *ROUTING), charts=[_imbalance(results)]),
+        *_routing_by_layer(results),
         Section("What a model writes", _samples(results)),
         Section("What ran", "", _sizes(results)),
         Section("How fast", "", _columns(table, "run", *SPEED)),
@@ -112,6 +118,33 @@ def _learning_rate(results: dict[str, Any]) -> str:
 def _imbalance(results: dict[str, Any]) -> str:
     ideal = Mark(results["ideal_mri"], "perfect balance")
     return _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", horizontal=[ideal])
+
+
+def _routing_by_layer(results: dict[str, Any]) -> list[Section]:
+    """Saturation and vocabulary specialisation of the mixtures; nothing for results of before they were compared."""
+    routing = results.get("routing")
+    if routing is None:
+        return []
+    old, ideal = results["domains"]["old"], results["ideal_mri"]
+    saturation = {
+        f"{run}, {text}": routing["saturation"][run][text]
+        for run in routing["saturation"]
+        for text in results["domains"].values()
+    }
+    vocabulary = {run: values["input"] for run, values in routing["vocabulary_specialization"].items()}
+    charts = [
+        _by_layer(
+            saturation, f"Do tokens visit the experts that they visited after {old}?", "router saturation", ideal
+        ),
+        _by_layer(vocabulary, "Do token ids keep to their experts?", "vocabulary specialisation", ideal),
+    ]
+    return [Section("Routing, layer by layer", LAYERS.format(old=old), charts=charts)]
+
+
+def _by_layer(curves: dict[str, Any], title: str, y_label: str, ideal: float) -> str:
+    series = [Series(name, range(len(values)), values, dashed="no-" in name) for name, values in curves.items()]
+    marks = [Mark(1.0, "unchanged"), Mark(ideal, "chance")]
+    return line_chart(series, title=title, x_label="MoE layer", y_label=y_label, horizontal=marks)
 
 
 def _samples(results: dict[str, Any]) -> str:

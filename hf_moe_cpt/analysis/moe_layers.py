@@ -2,7 +2,8 @@
 
 Works on any mixture of experts of transformers whose experts lie in one module, on ours, and through adapters and
 wrappers: a router is what the model class records as `router_logits`, or, where it records none, the neighbour of the
-experts with one row of weights for each. Shared experts belong to no layer. Letters: E routed experts. Source: ours.
+experts with one row of weights for each. Shared experts belong to no layer. Letters: T tokens of a call, K experts per
+token, E routed experts. Source: ours.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 # Parts of names by which PEFT hangs a module, or a trained copy of it, below its old place.
@@ -67,6 +69,27 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         experts, router = model.get_submodule(name), model.get_submodule(router_name)
         layers.append(MoeLayer(name, experts, width, router_name, router, recorded.get(router_name)))
     return layers
+
+
+def logits_in(layer: MoeLayer, output: Any) -> Tensor:
+    """Logits (T, E) in what a layer's router returned, with gradient if it has one."""
+    if isinstance(output, Tensor):
+        found = output
+    elif layer.logits_index is not None:
+        found = output[layer.logits_index]
+    else:
+        found = [part for part in output if part.is_floating_point() and part.shape[-1] == layer.num_experts][-1]
+    return found.flatten(0, -2)
+
+
+def experts_in(layer: MoeLayer, args: tuple, kwargs: dict[str, Any], logits: Tensor | None) -> Tensor:
+    """The experts (T, K) that a layer's experts were called with, integers. logits: those of its router before."""
+    given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor) and not part.is_floating_point()]
+    if given:
+        return given[0].detach().flatten(0, -2)
+    # Llama 4: every expert gets every token, times a score that is 0 for all but the largest logits
+    top_k = next(part.top_k for part in layer.router.modules() if hasattr(part, "top_k"))
+    return logits.detach().topk(top_k).indices
 
 
 def _recorded_routers(model: nn.Module, experts: Iterable[str]) -> dict[str, int]:

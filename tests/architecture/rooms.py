@@ -31,7 +31,7 @@ _TRAINER = Room(
 # The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
 ROOMS = {
     "hf_moe_cpt": Room(ours=_EVERY_ROOM),
-    "hf_moe_cpt.analysis": Room(others=("numpy", "torch")),
+    "hf_moe_cpt.analysis": Room(others=("numpy", "safetensors", "torch", "tqdm")),
     "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
     "hf_moe_cpt.data": Room(
         ours=("hf_moe_cpt.extras",),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.analysis.report import format_cell
-from hf_moe_cpt.scripts import quickstart, quickstart_plan
+from hf_moe_cpt.scripts import analyze, quickstart, quickstart_plan
 from hf_moe_cpt.scripts.quickstart_plan import Scale
 from hf_moe_cpt.scripts.quickstart_results import table_rows
 from hf_moe_cpt.scripts.quickstart_stage import BarCallback
@@ -108,10 +108,25 @@ def test_report_shows_the_numbers_of_the_results(finished):
     for row in table_rows(results):
         for value in row.values():
             assert f">{format_cell(value)}</td>" in page
-    assert page.count("<svg") == 6 and "2-numbers begins" in page
+    assert page.count("<svg") == 8 and "2-numbers begins" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     for item in results["samples"]:
         assert item["prompt"].split()[0] in page
+
+
+def test_routing_of_the_mixtures_is_what_the_command_analyze_finds(finished, tmp_path):
+    names = [name for name in STAGES if name.startswith("moe")]
+    kept = json.loads((finished / "routing" / "analysis.json").read_text())
+    traces = [f"{name}={finished / 'routing' / 'traces' / name}" for name in names]
+    analyze.main([*traces, "--output_dir", str(tmp_path), "--min_occurrences", "5"])
+    again = json.loads((tmp_path / "analysis.json").read_text())
+    assert again["metrics"] == kept["metrics"] and again["saturation"] == kept["saturation"]
+    assert results_of(finished)["routing"]["saturation"] == kept["saturation"]
+    assert list(kept["saturation"]) == names[1:] and kept["domains"] == ["1-words", "2-numbers"]
+    for curve in kept["training"]:
+        assert curve["shift_step"] == 5 and curve["steps"] == [1, 2, 3, 4, 5, 6]
+    page = (finished / "routing" / "report.html").read_text()
+    assert "Routing before and after 2-numbers" in page
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -163,7 +178,8 @@ def test_other_settings_and_foreign_folders_are_refused(finished, data_dir, tmp_
 
 def test_only_what_is_of_use_stays(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "corpus", "models", "quickstart.json", "records", "report.html", "results.json", "tokenizer"
+        "corpus", "models", "quickstart.json", "records", "report.html", "results.json", "routing",
+        "tokenizer",
     ]  # fmt: skip
 
 

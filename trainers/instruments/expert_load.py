@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from hf_moe_cpt.analysis.moe_layers import find_experts, moe_layers
 from hf_moe_cpt.analysis.routing import max_routing_imbalance_from_load
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+
+
+MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,21 @@ def _takes_states_only(experts: nn.Module) -> bool:
 
 
 class ExpertLoadMeter:
-    """Expert loads of each optimizer step, and from them the maximum routing imbalance (MRI) per layer.
+    """Expert loads of each optimizer step, and from them the balance of the experts in each layer.
 
     A step may consist of several micro-batches on several ranks: loads are added over all of them before the maximum
-    is taken, so MRI means the same for any way of splitting the batch.
+    is taken, so MRI means the same for any way of splitting the batch. Layers are counted together, a few kernels for
+    all of them: one by one, the launches alone cost a training step of a small model some percent.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.experts = find_experts(model)
+        self._widths = [module.num_experts for module in self.experts]
         self._observing = False
-        self._loads: list[Tensor | None] = [None] * len(self.experts)
-        self._tokens: list[Tensor | int] = [0] * len(self.experts)
+        self._pending: list[tuple[int, Tensor]] = []  # layer, its (T, K) experts, not counted yet
+        self._pending_numbers = 0
+        self._counts: dict[torch.device, Tensor] = {}  # (L, widest E + 1): load of each expert, then tokens
+        self._rows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._balance_of_steps: list[Tensor] = []  # each (L, 3): MRI, MRI x E/K, entropy over log E
         self._keep: Tensor | None = None
         self._num_experts: Tensor | None = None
@@ -79,17 +87,22 @@ class ExpertLoadMeter:
         self._keep = None if token_mask is None else token_mask.flatten()
         try:
             yield
+            self._count_pending()
         finally:
             self._observing = False
-            self._keep = None
+            self._keep, self._pending, self._pending_numbers = None, [], 0
 
     def _hook(self, layer: int):
-        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hear(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self._observing:
                 return
-            self._count(layer, module.num_experts, self._chosen(layer, args, kwargs))
+            index = self._chosen(layer, args, kwargs)
+            self._pending.append((layer, index))
+            self._pending_numbers += index.numel()
+            if self._pending_numbers > MAX_PENDING_NUMBERS:
+                self._count_pending()
 
-        return count
+        return hear
 
     def _chosen(self, layer: int, args: tuple, kwargs: dict) -> Tensor:
         """The experts that a call was given, (T, K) integers."""
@@ -107,40 +120,57 @@ class ExpertLoadMeter:
 
         return router.register_forward_hook(keep)
 
-    def _count(self, layer: int, num_experts: int, top_k_index: Tensor) -> None:
-        ones = torch.ones_like(top_k_index, dtype=torch.int64)
-        if self._keep is not None:
-            ones = ones * self._keep.to(ones)[:, None]
-        load = ones.new_zeros(num_experts).scatter_add_(0, top_k_index.flatten().long(), ones.flatten())
-        previous = self._loads[layer]
-        self._loads[layer] = load if previous is None else previous + load
-        self._tokens[layer] = self._tokens[layer] + ones[:, 0].sum()
+    def _count_pending(self) -> None:
+        """Add what was heard to the counts, all layers of one shape at once."""
+        pending, self._pending, self._pending_numbers = self._pending, [], 0
+        for (device, (num_tokens, _)), group in groupby(pending, key=lambda item: (item[1].device, item[1].shape)):
+            layers, indices = zip(*group, strict=True)
+            counts = self._counts_on(device)
+            rows = self._rows_on(device, layers)
+            cells = torch.stack(indices).long() + rows[:, None, None] * counts.shape[1]  # (layers, T, K)
+            if self._keep is None:
+                votes, tokens = torch.ones_like(cells), torch.full_like(rows, num_tokens)
+            else:
+                keep = self._keep.to(device).bool().long()
+                votes, tokens = keep[None, :, None].expand_as(cells).contiguous(), keep.sum().expand_as(rows)
+            counts.view(-1).scatter_add_(0, cells.flatten(), votes.flatten())
+            counts[:, -1].index_add_(0, rows, tokens)
+
+    def _counts_on(self, device: torch.device) -> Tensor:
+        if device not in self._counts:
+            self._counts[device] = torch.zeros(
+                len(self.experts), max(self._widths) + 1, dtype=torch.int64, device=device
+            )
+        return self._counts[device]
+
+    def _rows_on(self, device: torch.device, layers: tuple[int, ...]) -> Tensor:
+        """The numbers of these layers, copied to the device once: a copy from the host waits for the device."""
+        if (device, layers) not in self._rows:
+            self._rows[device, layers] = torch.tensor(layers, device=device)
+        return self._rows[device, layers]
 
     def end_step(self) -> None:
-        """Turn the loads counted since the last call into the balance of each layer; a collective, but no host sync."""
-        if not self.experts or any(load is None for load in self._loads):
+        """Turn the loads counted since the last call into each layer's balance; a collective, but no host sync."""
+        if not self._counts:
             return
-        widest = max(load.numel() for load in self._loads)
-        device = self._loads[0].device
-        counts = torch.zeros(len(self._loads), widest + 1, dtype=torch.int64, device=device)
-        for layer, load in enumerate(self._loads):
-            counts[layer, : load.numel()] = load
-            counts[layer, -1] = self._tokens[layer]
+        counts, *others = self._counts.values()
+        for other in others:
+            counts = counts + other.to(counts.device)
+        self._counts = {}
         if has_process_group():
             dist.all_reduce(counts)
         load, tokens = counts[:, :-1].double(), counts[:, -1].double()
+        widths = self._num_experts_on(counts.device)
         mri = max_routing_imbalance_from_load(load, tokens)
-        ideal = load.sum(-1) / tokens / self._num_experts_on(device)  # K / E
+        ideal = load.sum(-1) / tokens / widths  # K / E
         share = load / load.sum(-1, keepdim=True)
-        entropy = torch.special.entr(share).sum(-1) / self._num_experts_on(device).double().log()
+        entropy = torch.special.entr(share).sum(-1) / widths.double().log()
         self._balance_of_steps.append(torch.stack([mri, mri / ideal, entropy], dim=-1))
-        self._loads = [None] * len(self.experts)
-        self._tokens = [0] * len(self.experts)
 
     def _num_experts_on(self, device: torch.device) -> Tensor:
-        """E of each layer (L,), copied to the device once: a copy from the host waits for the device."""
+        """E of each layer (L,), copied to the device once."""
         if self._num_experts is None:
-            self._num_experts = torch.tensor([load.numel() for load in self._loads], device=device)
+            self._num_experts = torch.tensor(self._widths, device=device)
         return self._num_experts
 
     def pop(self) -> ImbalanceSummary | None:

@@ -71,27 +71,35 @@ class RowStates:
         os.replace(partial, path)
 
     def read(self, kind: str, batch: Mapping[str, Tensor]) -> Tensor:
-        """States (B, S, ...) of a batch's rows on its device, 0 at padding. Raises ValueError if they are others."""
-        ids, attended = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
-        result = None
+        """States (B, S, ...) of a batch's rows on its device, 0 at padding, which is on the right.
+
+        batch["row"]: the rows' numbers, a list, so that the host need not wait for a device. Raises ValueError for
+        rows that are not here, and on the CPU, where it costs nothing to look, for other tokens than theirs.
+        """
+        ids, result = batch["input_ids"], None
         for place, row in enumerate(self._rows_of(batch)):
-            own = ids[place][attended[place]]
-            if not 0 <= row < len(self.tokens) or not torch.equal(own, self.tokens[row].to(own.dtype)):
+            states = self._read_row(kind, row)
+            if result is None:
+                result = states.new_zeros(*ids.shape, *states.shape[1:])
+                result = result.pin_memory() if ids.is_cuda else result
+            result[place, : len(states)] = states
+        return result.to(ids.device, non_blocking=True)
+
+    def _rows_of(self, batch: Mapping[str, Any]) -> list[int]:
+        if "row" not in batch:
+            raise ValueError("A batch without `row` cannot be found in the reference cache: use reference='copy'.")
+        ids = batch["input_ids"]
+        for place, row in enumerate(batch["row"]):
+            is_known = 0 <= row < len(self.tokens) and len(self.tokens[row]) <= ids.shape[1]
+            if is_known and not ids.is_cuda:
+                own = ids[place][batch["attention_mask"][place].bool()]
+                is_known = torch.equal(own, self.tokens[row].to(own.dtype))
+            if not is_known:
                 raise ValueError(
                     f"Row {row} of a batch does not hold the tokens that {self.folder.name} was made of: measure "
                     "other rows with reference='copy'."
                 )
-            states = self._read_row(kind, row)
-            if result is None:
-                result = states.new_zeros(*ids.shape, *states.shape[1:])
-            start = int(attended[place].int().argmax())  # padding is on one side
-            result[place, start : start + len(states)] = states
-        return result.to(batch["input_ids"].device)
-
-    def _rows_of(self, batch: Mapping[str, Tensor]) -> list[int]:
-        if "row" not in batch:
-            raise ValueError("A batch without `row` cannot be found in the reference cache: use reference='copy'.")
-        return batch["row"].tolist()
+        return batch["row"]
 
     def _read_row(self, kind: str, row: int) -> Tensor:
         number = self._shard_of[row]

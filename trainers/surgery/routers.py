@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_moe_cpt.analysis.moe_layers import MoeLayer, is_below, moe_layers
+from hf_moe_cpt.analysis.moe_layers import MoeLayer, experts_in, is_below, logits_in, moe_layers
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 from hf_moe_cpt.trainers.surgery.model_pass import run_model
 
@@ -218,29 +218,15 @@ def _layers_of_moe(model: nn.Module, wanted_by: str) -> list[MoeLayer]:
 
 
 def _keep_logits(routing: Routing, place: int, layer: MoeLayer, module: nn.Module, args: tuple, output: Any) -> None:
-    if len(routing.logits) != place:  # a pass after the first one
-        return
-    if isinstance(output, Tensor):
-        found = output
-    elif layer.logits_index is not None:
-        found = output[layer.logits_index]
-    else:
-        found = [part for part in output if part.is_floating_point() and part.shape[-1] == layer.num_experts][-1]
-    routing.logits.append(found.flatten(0, -2))
+    if len(routing.logits) == place:  # a later pass finds more
+        routing.logits.append(logits_in(layer, output))
 
 
 def _keep_selected(
     routing: Routing, place: int, layer: MoeLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> None:
-    if len(routing.selected) != place:
-        return
-    given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor) and not part.is_floating_point()]
-    if given:
-        index = given[0].detach().long()
-    else:  # Llama 4: every expert gets every token, times a score that is 0 for all but the largest logits
-        top_k = next(part.top_k for part in layer.router.modules() if hasattr(part, "top_k"))
-        index = routing.logits[place].detach().topk(top_k).indices
-    routing.selected.append(index.flatten(0, -2))
+    if len(routing.selected) == place:
+        routing.selected.append(experts_in(layer, args, kwargs, routing.logits[place]).long())
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

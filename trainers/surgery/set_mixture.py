@@ -61,12 +61,13 @@ def collate_sets(items: Sequence[Mapping[str, Sequence[Row]]], pad_token_id: int
 
 
 def collate_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
-    """input_ids, attention_mask (B, S) int64, completion_mask (B, S) bool, and row (B,), the rows' numbers.
+    """input_ids, attention_mask (B, S) int64, completion_mask (B, S) bool, and row, the rows' numbers.
 
-    Padded on the right. Rows with a winner make a second batch of the winners, as WINNER.
+    The numbers are a list: they are looked up on the host, which must not wait for a device. Padded on the right. Rows
+    with a winner make a second batch of the winners, as WINNER.
     """
     batch: dict[str, Any] = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], pad_token_id)
-    batch["row"] = torch.tensor([row["row"] for row in rows])
+    batch["row"] = [row["row"] for row in rows]
     if "winner_input_ids" in rows[0]:
         winners = [(row["winner_input_ids"], row["winner_completion_mask"]) for row in rows]
         batch[WINNER] = {**_padded(winners, pad_token_id), "row": batch["row"]}

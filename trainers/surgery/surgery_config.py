@@ -57,13 +57,13 @@ class SurgeryConfig(TrainingArguments):
     )
 
     # --- the objective: weights are at least 0, and every term is minimised ---
-    unlearn_weight: float = field(default=0.2, metadata={"help": "Weight of forgetting unlearn_dataset."})
-    obsolete_weight: float = field(default=0.2, metadata={"help": "Weight of forgetting obsolete_dataset."})
+    unlearn_weight: float = field(default=0.5, metadata={"help": "Weight of forgetting unlearn_dataset."})
+    obsolete_weight: float = field(default=0.1, metadata={"help": "Weight of forgetting obsolete_dataset."})
     update_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy of update_dataset."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on retain_dataset."})
     neighbour_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on neighbour_dataset."})
     forget_loss: str = field(
-        default="cap", metadata={"help": f"Forget loss: {LOSS_NAMES}; in Python also a function."}
+        default="seqcap", metadata={"help": f"Forget loss: {LOSS_NAMES}; in Python also a function."}
     )
     obsolete_loss: str | None = field(
         default=None, metadata={"help": "Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."}

@@ -38,11 +38,13 @@ def measure(model: nn.Module, batches: Batches, sets: list[str], terms: SurgeryT
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    for name in sets:
-        for batch in batches(name):
-            for key, value in _sums_of(name, model, batch, terms).items():
-                sums[key] = sums[key] + value if key in sums else value
-    model.train(was_training)
+    try:
+        for name in sets:
+            for batch in batches(name):
+                for key, value in _sums_of(name, model, batch, terms).items():
+                    sums[key] = sums[key] + value if key in sums else value
+    finally:
+        model.train(was_training)
     return _means(sums, sets)
 
 

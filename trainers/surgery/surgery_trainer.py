@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ class SurgeryTrainer(Trainer):
             is_last = place == len(self.sets) - 1
             held = self.term_gradients.collect(name) if apart else nullcontext()
             with held, self._synchronised(model, apart or is_last):
-                with self.compute_loss_context_manager():
+                with self.accelerator.autocast():
                     loss, found = self._weighted_term(name, model, inputs[name])
                 self.accelerator.backward(loss)
             loss_of_step += loss.detach()
@@ -272,8 +273,9 @@ class SurgeryTrainer(Trainer):
         self._prepare()
         own = eval_dataset is None or eval_dataset is self.measured_sets
         sets = self.measured_sets if own else self._tokenized(eval_dataset)
-        with self.compute_loss_context_manager():
-            measured = measure(self.model, partial(self._batches, sets), list(sets), self.terms)
+        with self.accelerator.autocast():
+            terms = self.terms if own else replace(self.terms, reference=None)
+            measured = measure(self.model, partial(self._batches, sets), list(sets), terms)
         bad = [name for name, value in measured.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(f"{bad[0]} is {measured[bad[0]]} at step {self.state.global_step}.")
@@ -358,7 +360,7 @@ class SurgeryTrainer(Trainer):
             routers=self._pull_on_routers(),
         )
         if args.forget_target == UNSEEN and UNSEEN in self.measured_sets:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 found = measure(self.model, partial(self._batches, self.measured_sets), [UNSEEN], self.terms)
             self.forget_target = found[f"{UNSEEN}_ce"]
             self.terms.forget = args.forget_settings(self.forget_target)

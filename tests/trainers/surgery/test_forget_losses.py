@@ -18,6 +18,7 @@ from hf_moe_cpt.trainers.surgery.forget_losses import (
     ga,
     npo,
     satimp,
+    seqcap,
     simnpo,
     unlikelihood,
     wga,
@@ -49,6 +50,10 @@ DEFINITIONS: dict[str, tuple[Callable, Callable]] = {
     "cap": (
         lambda p, r: -sum(min(-math.log(x), TAU) for x in p) / len(p),
         lambda p, r: [float(-math.log(x) < TAU) for x in p],
+    ),
+    "seqcap": (
+        lambda p, r: -min(-math.log(math.prod(p)) / len(p), TAU),
+        lambda p, r: [float(-math.log(math.prod(p)) / len(p) < TAU) for _ in p],
     ),
     "expcap": (
         lambda p, r: -TAU * sum(1.0 - math.exp(math.log(x) / TAU) for x in p) / len(p),
@@ -125,6 +130,13 @@ def test_gradient_is_that_of_the_value_by_differences(name, texts):
     assert torch.autograd.gradcheck(function, logp.detach().clone().requires_grad_())
 
 
+def test_seqcap_lets_single_tokens_pass_the_target_and_stops_whole_texts():
+    logp = torch.tensor([[-0.1, -4.0], [-2.0, -4.0]], dtype=torch.float64, requires_grad=True)  # means 2.05 and 3
+    loss = seqcap(logp, torch.ones(2, 2, dtype=torch.bool), SETTINGS)
+    (got,) = torch.autograd.grad(loss.sum(), logp)
+    assert loss.tolist() == pytest.approx([-2.05, -TAU]) and got.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
 def test_wga_descends_the_mean_probability():
     logp = torch.tensor([[-0.01, -0.7, -3.0, -9.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 4, dtype=torch.bool)
@@ -135,6 +147,7 @@ def test_wga_descends_the_mean_probability():
 
 BOUND = {
     "cap": -TAU,
+    "seqcap": -TAU,
     "expcap": -TAU,
     "npo": 0.0,
     "simnpo": 0.0,
@@ -297,7 +310,7 @@ def test_records_say_what_the_functions_need():
                 loss(logp, mask, SETTINGS)
         loss(logp, mask, SETTINGS, logp if loss.needs_reference else None)
     assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_reference} == {"npo"}
-    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"cap", "expcap"}
+    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"cap", "seqcap", "expcap"}
 
 
 def test_a_function_that_forgets_the_batch_is_refused():

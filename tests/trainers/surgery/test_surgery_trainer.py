@@ -124,7 +124,7 @@ def test_the_papers_steps_are_those_of_the_authors_loop(tmp_path):
         optimizer.zero_grad()
         losses.append(float(loss.detach() - 0.5 * entropy))
     for (name, got), want in zip(run.model.named_parameters(), model.parameters(), strict=True):
-        assert_matches(name, got, want, 1e-7)  # transformers takes its cross entropy in float32
+        assert_matches(name, got, want, 1e-6)  # transformers takes its cross entropy in float32
     assert run.state.log_history[-1]["train_loss"] == pytest.approx(fmean(losses), rel=1e-4)
 
 

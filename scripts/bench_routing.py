@@ -1,0 +1,217 @@
+"""What routing analysis costs: time and memory over a synthetic trace, and collecting beside the bare forward pass.
+
+python scripts/bench_routing.py --tokens 10000000 --layers 24 --experts 31 --top_k 3
+python scripts/bench_routing.py --parts collecting --model pb-granular-2b --device cuda --batch_size 16 --length 2048
+
+Traces of random routing (popular tokens and experts as in text) are written, then analysed in a process of its own,
+whose time and largest resident memory count. Collecting and the bare forward pass take turns on the same batches;
+a ratio is taken within each round, and decides nothing if its quartiles lie on both sides of the bar.
+Bars: ten million tokens in 2 minutes and 2 GiB on 2 cores; 1.1 times the forward pass. Writes routing.csv.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_moe_cpt.analysis.collect_routing import collect_routing
+from hf_moe_cpt.analysis.routing_trace import RoutingTrace, TraceDescription, TraceLayer
+from hf_moe_cpt.analysis.trace_analysis import analyse_traces
+from hf_moe_cpt.analysis.trace_writer import TraceWriter
+from hf_moe_cpt.scripts import benchmark_tools as tools
+from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.scripts.bench_step_models import MODELS, config_of
+
+
+PARTS = ("analysis", "collecting")
+SECONDS_BAR, GIBIBYTES_BAR, RATIO_BAR = 120.0, 2.0, 1.1
+TOKENS_PER_SHARD = 1 << 18
+
+
+@dataclass
+class RoutingArguments:
+    """Sizes of the trace and of the pass."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    tokens: int = field(default=10_000_000, metadata={"help": "Tokens of each checkpoint's trace."})
+    checkpoints: int = field(default=2, metadata={"help": "Traces that are compared."})
+    domains: int = field(default=3, metadata={"help": "Domains of a trace, of equal size."})
+    layers: int = field(default=24, metadata={"help": "MoE layers of the trace; the defaults are the paper's model."})
+    experts: int = field(default=31, metadata={"help": "Routed experts of a layer."})
+    top_k: int = field(default=3, metadata={"help": "Experts of a token."})
+    vocabulary: int = field(default=128_256, metadata={"help": "Token ids."})
+    workers: int = field(default=2, metadata={"help": "Threads of the analysis."})
+    model: str = field(default="pb-granular-tiny", metadata={"help": f"Who is listened to: {', '.join(MODELS)}."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences of a batch."})
+    length: int = field(default=128, metadata={"help": "Tokens of a sequence."})
+    rounds: int = field(default=20, metadata={"help": "Timed turns of each, after one that does not count."})
+    batches: int = field(default=8, metadata={"help": "Batches of a turn."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
+    output_dir: str = field(default="runs/routing", metadata={"help": "Folder for the results."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+
+    def __post_init__(self) -> None:
+        tools.check_names("--parts", self.parts, PARTS)
+        tools.check_names("--model", [self.model], MODELS)
+        tools.check_names("--dtype", [self.dtype], ("float32", "bfloat16"))
+        for name in ("tokens", "checkpoints", "domains", "layers", "workers", "batch_size", "batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.rounds < 2:
+            raise ValueError(f"--rounds {self.rounds} must be at least 2: quartiles need them.")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"--top_k {self.top_k} must lie in [1, --experts {self.experts}].")
+
+
+def write_synthetic_trace(folder: Path, args: RoutingArguments, seed: int) -> None:
+    """A trace whose ids follow Zipf's law, and whose experts depend on the id in two of three tokens."""
+    layers = tuple(TraceLayer(f"layer.{at}", args.experts, args.top_k) for at in range(args.layers))
+    writer = TraceWriter(folder, TraceDescription(f"seed {seed}", None, layers, args.vocabulary, None, True, {}))
+    writer.begin()
+    number = 0
+    for domain in range(args.domains):
+        left = args.tokens * (domain + 1) // args.domains - args.tokens * domain // args.domains
+        while left:
+            size = min(left, TOKENS_PER_SHARD)
+            writer.write(number, f"domain {domain}", _synthetic_shard(args, size, number, seed))
+            number, left = number + 1, left - size
+    writer.finish(number)
+
+
+def _synthetic_shard(args: RoutingArguments, size: int, number: int, seed: int) -> dict[str, np.ndarray]:
+    text = np.random.default_rng(number)  # the same text in every checkpoint
+    ids = (text.zipf(1.2, size) % args.vocabulary).astype(np.int32)
+    arrays = {"token_ids": ids, "next_token_ids": np.append(ids[1:], np.int32(-1))}
+    random = np.random.default_rng((seed, number))
+    kind = np.uint8 if args.experts <= 256 else np.uint16
+    for layer in range(args.layers):
+        first = np.where(random.random(size) < 0.67, ids * 7919 + layer, random.integers(0, 1 << 30, size))
+        step = 1 + random.integers(0, max(1, (args.experts - 1) // args.top_k), size)
+        places = first[:, None] + step[:, None] * np.arange(args.top_k)  # distinct: K steps stay below E
+        gates = np.sort(random.random((size, args.top_k)).astype(np.float16) / args.top_k, axis=1)[:, ::-1]
+        arrays[f"layer_{layer:03d}.experts"] = (places % args.experts).astype(kind)
+        arrays[f"layer_{layer:03d}.probabilities"] = gates
+        arrays[f"layer_{layer:03d}.entropy"] = random.random(size).astype(np.float16)
+    return arrays
+
+
+def _analyse(folders: Sequence[Path], workers: int) -> dict[str, float]:
+    """Of this new process: seconds of opening with checksums and of all, CPU seconds, the most GiB it ever held."""
+    started, cpu_before = time.perf_counter(), time.process_time()
+    traces = {folder.name: RoutingTrace.open(folder) for folder in folders}
+    opened = time.perf_counter()
+    analyse_traces(traces, workers=workers)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return {
+        "opening_seconds": opened - started,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_before,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / tools.GIBIBYTE,
+    }
+
+
+def measure_analysis(args: RoutingArguments) -> dict[str, Any]:
+    """A row of the table; traces are written to a temporary folder and removed."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / f"checkpoint_{seed}" for seed in range(args.checkpoints)]
+        for seed, folder in enumerate(folders):
+            write_synthetic_trace(folder, args, seed)
+        size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(_analyse, folders, args.workers).result()
+    shape = f"{args.checkpoints} x {args.tokens:,} tokens, {args.layers} layers, {args.top_k} of {args.experts}"
+    return {
+        "part": "analysis",
+        "what": shape,
+        "trace_gib": size / tools.GIBIBYTE,
+        **found,
+        "verdict": _verdict(found["seconds"] <= SECONDS_BAR and found["peak_gib"] <= GIBIBYTES_BAR),
+    }
+
+
+def measure_collecting(args: RoutingArguments, device: torch.device) -> dict[str, Any]:
+    """Collecting / bare forward passes over the same batches: median over rounds, in which both take turns."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(args.model)).to(device, getattr(torch, args.dtype)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (args.batches, args.batch_size, args.length))
+    rows = [{"input_ids": row.numpy()} for row in tokens.flatten(0, 1)]
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in tokens:
+                ids = batch.to(device)
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
+
+    def collect() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            collect_routing(model, rows, folder, batch_size=args.batch_size, max_length=args.length, progress=False)
+
+    bare(), collect()
+    pairs = []
+    for turn in range(args.rounds):  # whoever comes second finds other caches and clocks: they swap
+        first, second = (bare, collect) if turn % 2 else (collect, bare)
+        times = {run: _seconds(run, device) for run in (first, second)}
+        pairs.append((times[bare], times[collect]))
+    ratios = [collecting / alone for alone, collecting in pairs]
+    lower, ratio, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "part": "collecting",
+        "what": f"{args.model}, {args.batches} batches of {args.batch_size} x {args.length}, {args.dtype}",
+        "clock": "wall" if device.type == "cuda" else "CPU",
+        "bare_seconds": statistics.median(alone for alone, _ in pairs),
+        "seconds": statistics.median(collecting for _, collecting in pairs),
+        "lower_quartile": lower,
+        "ratio": ratio,
+        "upper_quartile": upper,
+        "verdict": _verdict(ratio <= RATIO_BAR) if (lower <= RATIO_BAR) == (upper <= RATIO_BAR) else "undecided",
+    }
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Wall seconds on a GPU. On a CPU those of all threads at work: other processes slow a wall clock threefold."""
+    tools.synchronize(device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
+    run()
+    tools.synchronize(device)
+    return clock() - started
+
+
+def _verdict(holds: bool) -> str:
+    return "within the bar" if holds else "above the bar"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what was asked for, write routing.csv, print the table."""
+    (args,) = parse_arguments((RoutingArguments,), argv, program="bench_routing.py", description=__doc__)
+    device = tools.choose_device(args.device)
+    facts = tools.machine_facts(device, args.commit)
+    rows = []
+    for part in args.parts:
+        row = measure_analysis(args) if part == "analysis" else measure_collecting(args, device)
+        rows.append(row | facts)
+        tools.write_csv(Path(args.output_dir) / "routing.csv", rows)
+    columns = ["part", "what", "seconds", "cpu_seconds", "opening_seconds", "peak_gib", "trace_gib"]
+    columns += ["clock", "bare_seconds", "lower_quartile", "ratio", "upper_quartile", "verdict"]
+    print(f"\n{facts['device']}, torch {facts['torch']}; files: {args.output_dir}\n")
+    for row in rows:
+        shown = {name: row[name] for name in columns if name in row}
+        print("  ".join(f"{name}={v:.3f}" if isinstance(v, float) else f"{v}" for name, v in shown.items()))
+
+
+if __name__ == "__main__":
+    tools.run_script(main)
