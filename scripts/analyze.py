@@ -10,10 +10,12 @@ scripts/analyze.py ...` shares the text among devices. docs/analyze.md explains 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
@@ -23,14 +25,26 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 AVERAGES = ("occurrences", "ids")
 
 
+class Gather(argparse.Action):
+    """An option with several values that may be given several times: all of them count, over those of a file."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
+
+
 @dataclass
 class CheckpointArguments:
     """What is compared. Words before the first option are checkpoints too."""
 
-    checkpoints: list[str] = field(
+    checkpoints: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Hub ids, folders of models or of finished traces, each as PATH or NAME=PATH; the start first."
-        }
+            "action": Gather,
+            "help": "Hub ids, folders of models or of finished traces, each as PATH or NAME=PATH; the start first.",
+        },
     )
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the first model's."})
     dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
@@ -54,7 +68,8 @@ class TextArguments:
     data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Kinds of text as NAME=PATH: a .jsonl .json .parquet .arrow .txt .md file, a folder, a Hub id."
+            "action": Gather,
+            "help": "Kinds of text as NAME=PATH: a .jsonl .json .parquet .arrow .txt .md file, a folder, a Hub id.",
         },
     )
     text_column: str = field(default="text", metadata={"help": "Column of the text; input_ids is read as tokens."})
@@ -83,8 +98,9 @@ class ReportArguments:
     log_history: list[str] | None = field(
         default=None,
         metadata={
+            "action": Gather,
             "help": "Runs of ours whose logged MRI is shown by step, as NAME=RUN, or NAME=BEFORE,AFTER for a run that "
-            "went on from another: the data changes between the two."
+            "went on from another: the data changes between the two.",
         },
     )
     shift_step: int | None = field(
@@ -102,6 +118,12 @@ class ReportArguments:
 
     def __post_init__(self) -> None:
         check_names("--vocabulary_average", [self.vocabulary_average], AVERAGES)
+        for name in ("top_tokens", "min_occurrences", "num_ranks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1.")
+        if self.shift_step is not None and not self.log_history:
+            raise ValueError(f"--shift_step {self.shift_step} marks a step of --log_history, which is not given.")
 
 
 @dataclass
@@ -125,6 +147,7 @@ def run(job: Job) -> None:
     report = job.report
     training = training_curves(report.log_history or [], report.shift_step)
     work = Tracing(job.models, job.text, Path(report.output_dir))
+    work.check_ranks(report.num_ranks)
     traces = work.traces()
     if work.is_main_process:
         analysis = analyse_traces(

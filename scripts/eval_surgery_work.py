@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.data.surgery_bench_world import SETS
+from hf_moe_cpt.extras import require
 from hf_moe_cpt.scripts.benchmark_tools import choose_device, release_memory
 from hf_moe_cpt.scripts.eval_surgery_folder import SurgeryEvalFolder, checksum_of_files
 from hf_moe_cpt.scripts.eval_surgery_measure import Raw, evaluate_model
@@ -89,12 +91,17 @@ class SurgeryEvaluation:
         release_memory(self.device)
 
     def _load(self, side: str) -> PreTrainedModel:
-        return load_policy(self.job.models.given[side], self.options)
+        return load_whole(self.job.models.given[side], self.options)
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the measurements, up to rounding: neither batch size nor device."""
         given, bench = self.job.models.given, self.job.bench
         identity: dict[str, Any] = {f"{side}_files": checksum_of_files(name) for side, name in given.items()}
+        identity |= {
+            f"{side}_base_files": checksum_of_files(base_of_adapter(name))
+            for side, name in given.items()
+            if is_adapter(name)
+        }
         identity |= {side: name for side, name in given.items()}
         identity |= {name: getattr(bench, name) for name in ("bench", "num_subjects", "bench_seed", "documents")}
         identity["bench_content"] = checksum_of_bench(self.bench)
@@ -103,6 +110,28 @@ class SurgeryEvaluation:
         tokenizer = self.job.models.tokenizer
         identity |= {"tokenizer": tokenizer, "tokenizer_files": tokenizer and checksum_of_files(tokenizer)}
         return identity | settings | {"dtype": self.job.models.dtype}
+
+
+def load_whole(name: str, options: LoadOptions) -> PreTrainedModel:
+    """A causal LM on its device; the folder of an adapter is merged into its base, as it would be for use.
+
+    Side by side with its base an adapter would be rounded by itself, and relearning would leave it as it is.
+    """
+    if not is_adapter(name):
+        return load_policy(name, options)
+    peft = require("peft", needed_by=f"the adapter {name!r}")
+    base = load_policy(base_of_adapter(name), options)
+    return peft.PeftModel.from_pretrained(base, name).merge_and_unload().eval()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
+
+
+def base_of_adapter(name: str) -> str:
+    """The model that the adapter in a folder belongs to."""
+    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def checksum_of_bench(bench: SurgeryBench) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
@@ -82,17 +82,19 @@ def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
     return found
 
 
-def model_options(model: ModelConfig, surgery: SurgeryArguments) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that were chosen."""
+def with_model_options(training: SurgeryConfig, model: ModelConfig, surgery: SurgeryArguments) -> SurgeryConfig:
+    """The arguments with how the model is loaded; what `model_init_kwargs` says wins."""
     options: dict[str, Any] = {
         "revision": model.model_revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
-        "trust_remote_code": surgery.trust_remote_code,
+        "trust_remote_code": surgery.trust_remote_code or None,
         "experts_implementation": surgery.experts_implementation,
         "quantization_config": get_quantization_config(model),
     }
-    return {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    training.model_init_kwargs = {**chosen, **(training.model_init_kwargs or {})}
+    return training
 
 
 def check_arguments(model: ModelConfig, training: SurgeryConfig) -> None:
@@ -124,10 +126,9 @@ def run(surgery: SurgeryArguments, model: ModelConfig, training: SurgeryConfig) 
     """Everything after the arguments; nothing of it is alive afterwards."""
     sets = load_sets(surgery)
     check_sets(training, sets)
-    options = {**model_options(model, surgery), **(training.model_init_kwargs or {})}
-    trainer = SurgeryTrainer(
-        AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options),
-        args=training,
+    trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
+        model.model_name_or_path,
+        args=with_model_options(training, model, surgery),
         **{f"{name}_dataset": rows for name, rows in sets.items()},
         processing_class=AutoTokenizer.from_pretrained(
             surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
@@ -142,6 +143,7 @@ def run(surgery: SurgeryArguments, model: ModelConfig, training: SurgeryConfig) 
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.create_model_card(tags=list(trainer.model.model_tags))
     if training.push_to_hub:
         trainer.push_to_hub()
 

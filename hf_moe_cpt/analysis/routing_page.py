@@ -89,7 +89,8 @@ _SECTIONS: Sequence[tuple[str, str, str, Sequence[str]]] = (
         "What changed, in one look?",
         "One line for each checkpoint, means over the layers, on the text chosen above. MRI × E/K is how many times "
         "the mean load the busiest expert carries: 1 is perfect balance. 100 % in the column of same experts means "
-        "that every token still visits the experts that it visited in the first checkpoint.",
+        "that every token still visits the experts that it visited in the first checkpoint. Tokens and the last three "
+        "columns are those of all text.",
         "",
         ("summary",),
     ),

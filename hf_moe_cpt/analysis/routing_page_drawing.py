@@ -338,7 +338,7 @@ function tableOf(head, rows) {
     line
       .map(
         v =>
-          `<${tag}${typeof v === "number" ? ' class="number"' : ""}>` +
+          `<${tag}${typeof v === "number" || v === null || /^[\d.]+ %$|^–$/.test(v) ? ' class="number"' : ""}>` +
           (v && v.html !== undefined
             ? v.html
             : escapeText(typeof v === "number" ? number(v) : v === null ? "–" : v)) +

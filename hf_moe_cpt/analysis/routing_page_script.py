@@ -40,7 +40,7 @@ function readAddress() {
   for (const key of Object.keys(WORDS)) if (given.has(key)) state[key] = given.get(key);
   if (!data.domains.includes(state.domain)) state.domain = "all";
   if (!(state.measure in MEASURES)) state.measure = WORDS.measure;
-  if (given.has("layer")) state.layer = Math.max(0, Math.min(L - 1, Number(given.get("layer")) || 0));
+  if (given.has("layer")) state.layer = Math.max(0, Math.min(L - 1, Math.trunc(Number(given.get("layer"))) || 0));
   if (given.has("off")) state.off = new Set(given.get("off").split(",").filter(Boolean).map(Number));
 }
 function writeAddress() {
@@ -125,13 +125,16 @@ function drawTraining() {
     if (run.recovery_step !== null && run.recovery_step > 0) {
       note(
         run.shift_step + run.recovery_step,
-        `${run.name} has recovered after ${run.recovery_step.toLocaleString("en")} steps`
+        `${run.name} has recovered after ${run.recovery_step.toLocaleString("en")} step` +
+          (run.recovery_step > 1 ? "s" : "")
       );
     }
   }
   lineChart(
     byId("training"),
-    data.training.map((run, i) => ({name: run.name, color: i, x: run.steps, y: pick(run)})),
+    data.training
+      .map((run, i) => ({name: run.name, color: i, x: run.steps, y: pick(run)}))
+      .filter(line => line.y),
     {
       xLabel: "training step",
       yLabel: MEASURES.mri.label,
@@ -239,7 +242,7 @@ function fillSwitches() {
   options("domain", [["all", "all text"], ...data.domains.map(d => [d, d])]);
   options("step", [
     ["mean", "mean over layers"],
-    ...(data.training.length ? data.training[0].layers.map((_, l) => [l, "layer " + l]) : [])
+    ...[...Array(Math.max(0, ...data.training.map(run => run.layers.length))).keys()].map(l => [l, "layer " + l])
   ]);
   byId("set-layer").max = L - 1;
   byId("checkpoints").innerHTML = names

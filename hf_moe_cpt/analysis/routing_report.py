@@ -29,6 +29,14 @@ from hf_moe_cpt.analysis.routing_page import routing_page
 from hf_moe_cpt.analysis.routing_page_data import rounded
 
 
+CHARTS = (
+    "mri_by_layer",
+    "saturation_by_layer",
+    "coactivation_change_by_layer",
+    "vocabulary_input_by_layer",
+    "vocabulary_output_by_layer",
+    "mri_by_step",
+)
 MAX_JSON_NUMBERS = 2_000_000  # of co-activation; more go into a file of arrays
 Analysis = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -54,8 +62,12 @@ def write_routing_report(
         "training.csv": training_rows(analysis),
     }.items():
         _write_csv(target / name, rows)
-    for name, chart in charts(analysis).items():
-        _replace(target / f"{name}.svg", chart)
+    drawn = charts(analysis)
+    for name in CHARTS:
+        if name in drawn:
+            _replace(target / f"{name}.svg", drawn[name])
+        else:  # of an earlier analysis
+            (target / f"{name}.svg").unlink(missing_ok=True)
     _replace(target / "report.html", routing_page(analysis, title))
     return target / "report.html"
 
@@ -98,10 +110,12 @@ def token_rows(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
 
 def training_rows(analysis: Analysis) -> Iterator[dict[str, Any]]:
-    """MRI of every layer at every logged step of every run."""
+    """MRI of every layer at every logged step of every run; empty for layers that a run does not have."""
+    deepest = max((len(run["layers"]) for run in analysis.get("training") or []), default=0)
     for run in analysis.get("training") or []:
         for point, step in enumerate(run["steps"]):
-            of_layers = {f"mri/layer_{layer:02d}": values[point] for layer, values in enumerate(run["layers"])}
+            of_layers = dict.fromkeys(f"mri/layer_{layer:02d}" for layer in range(deepest))
+            of_layers |= {f"mri/layer_{layer:02d}": values[point] for layer, values in enumerate(run["layers"])}
             yield {"run": run["name"], "step": step, "mri": run["mean"][point], **of_layers}
 
 
@@ -201,6 +215,7 @@ def _write_json(analysis: Analysis, folder: Path) -> None:
         whole["coactivation"] = "coactivation.npz"
     else:
         whole["coactivation"] = rounded(analysis.get("coactivation"), digits=None)
+        (folder / "coactivation.npz").unlink(missing_ok=True)
     _replace(folder / "analysis.json", json.dumps(whole, ensure_ascii=False, allow_nan=False))
 
 

@@ -113,7 +113,9 @@ def _sequences_of_row(domain: str, place: int, row: Any, tokenizer: Callable[...
     if isinstance(row, Mapping) and "input_ids" in row:
         ids, mask = np.asarray(row["input_ids"]), row.get("attention_mask")
     elif isinstance(row, Mapping) and "text" in row and tokenizer is not None:
-        ids, mask = np.asarray(tokenizer(row["text"], add_special_tokens=False)["input_ids"]), None
+        # a text longer than the model's context is cut afterwards, so its length is no warning
+        quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        ids, mask = np.asarray(tokenizer(row["text"], add_special_tokens=False, **quiet)["input_ids"]), None
     else:
         has = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(

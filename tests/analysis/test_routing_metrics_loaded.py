@@ -153,6 +153,16 @@ REFUSED = {
         {"top_k_index": [[0, 1], [2]]},
         "top_k_index has rows of 1, 2 experts: give at least one token",
     ),
+    "an expert twice": (
+        ROUTING_IMBALANCE_FOLDER,
+        {"top_k_index": [[0, 1], [2, 2]]},
+        r"top_k_index has \[2, 2\] in row 1: the experts of a token are distinct",
+    ),
+    "a negative expert": (
+        ROUTER_SATURATION_FOLDER,
+        {"before": [[-1, 0]], "after": [[1, 0]]},
+        r"before has \[-1, 0\] in row 0: .* at least 0",
+    ),
     "an unknown input": (ROUTER_SATURATION_FOLDER, {"num_experts": 4}, "num_experts: no such input; there are before"),
     "other tokens": (ROUTER_SATURATION_FOLDER, {"before": _index(0), "after": _index(0)[:9]}, "Mismatch|same tokens"),
     "one expert a token": (

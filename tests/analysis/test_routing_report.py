@@ -242,6 +242,30 @@ def test_large_parts_are_thinned_and_the_page_says_so(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "analysis.json").read_text())["coactivation"] == "coactivation.npz"
 
 
+@needs_browser
+def test_runs_of_other_depths_are_drawn_where_they_have_the_layer(tmp_path):
+    analysis = random_analysis()
+    run = analysis["training"][0]
+    analysis["training"] = [run | {"name": "shallow", "layers": run["layers"][:1]}, run]
+    path = write_routing_report(analysis, tmp_path)
+    script = CURVES.format("training").replace(
+        "JSON.parse(path.dataset.points)", "JSON.parse(path.dataset.points).name"
+    )
+    names = ask_page(path, {"first": ("step=0", script), "last": ("step=2", script)})
+    assert names == {"first": ["shallow", run["name"]], "last": [run["name"]]}
+
+
+def test_what_an_earlier_analysis_left_is_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing_report, "MAX_JSON_NUMBERS", 10)
+    write_routing_report(random_analysis(), tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json", ".npz", ".csv", ".svg"}
+    write_routing_report(random_analysis(experts_per_token=1, checkpoints=("only",)) | {"training": []}, tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {
+        *("mri_by_layer", "vocabulary_input_by_layer", "vocabulary_output_by_layer")
+    }
+    assert not (tmp_path / "training.csv").exists() and not (tmp_path / "coactivation.npz").exists()
+
+
 @pytest.mark.slow
 def test_sixty_four_layers_of_256_experts_stay_below_ten_megabytes():
     assert len(routing_page(random_analysis(64, 256, 8, steps=5000), "large").encode()) < 10_000_000

@@ -1,5 +1,6 @@
 """The command analyze on tiny models: numbers against recorded router logits, two processes, logs, and refusals."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.analysis import collect_routing
 from hf_moe_cpt.scripts.analyze import main
 from hf_moe_cpt.scripts.analyze_log import training_curves
 from hf_moe_cpt.scripts.analyze_work import named_checkpoints, named_texts
@@ -34,12 +34,13 @@ def _save(folder: Path, tokenizer: Path, kind: str, noise: float = 0.0, **change
 
 @pytest.fixture(scope="module")
 def models(texts, tmp_path_factory) -> Path:
-    """A folder with start/ and later/, mixtures of one shape, and dense/, wide/ and foreign/, which do not fit."""
+    """A folder with start/ and later/, mixtures of one shape; dense/, wide/, single/ and foreign/ do not fit."""
     folder = tmp_path_factory.mktemp("models")
     _save(folder / "start", texts / "tokenizer", "mixtral")
     _save(folder / "later", texts / "tokenizer", "mixtral", noise=0.05)
     _save(folder / "dense", texts / "tokenizer", "llama")
     _save(folder / "wide", texts / "tokenizer", "mixtral", num_local_experts=5)
+    _save(folder / "single", texts / "tokenizer", "mixtral", num_experts_per_tok=1)
     _save(folder / "foreign", texts / "tokenizer", "mixtral")
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     tokenizer.add_tokens(["<new>"])
@@ -100,7 +101,10 @@ def test_the_numbers_are_those_of_recorded_logits(alone, models, texts):
 
 def test_tables_are_printed_and_finished_work_is_not_done_again(alone, models, texts, capsys, monkeypatch):
     before = _analysis(alone)
-    monkeypatch.setattr(collect_routing, "_trace_shard", None)  # would be called to trace anything
+    module = importlib.import_module(
+        "hf_moe_cpt.analysis.collect_routing"
+    )  # the package has its function by that name
+    monkeypatch.setattr(module, "_trace_shard", None)  # would be called to trace anything
     main(_arguments(models, texts, alone))
     assert _analysis(alone) == before
     lines = capsys.readouterr().out.splitlines()
@@ -142,6 +146,39 @@ def test_logs_become_curves_with_the_shift_where_runs_meet(tmp_path):
     assert single["name"] == "after" and single["shift_step"] == 3 and single["layers"][1] == want[4:]
 
 
+def test_an_option_given_twice_counts_twice_and_wins_over_the_file(models, texts, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: [other=nowhere.jsonl]\ntokens_per_domain: 40\n")
+    words = [str(models / "start"), "--config", str(tmp_path / "config.yaml"), "--device", "cpu"]
+    words += ["--data", f"code={texts / 'new.jsonl'}", "--data", f"tales={texts / 'old'}"]
+    main([*words, "--checkpoints", str(models / "later"), "--output_dir", str(tmp_path / "out")])
+    analysis = _analysis(tmp_path / "out")
+    assert analysis["domains"] == ["code", "tales"]
+    assert [checkpoint["name"] for checkpoint in analysis["checkpoints"]] == ["start", "later"]
+
+
+TRACES = {
+    "damaged": "is damaged, its checksum differs from the index's",
+    "unfinished": "holds no finished trace, trace.json is missing",
+    "of another shape": "wide has 2 MoE layers of 5 experts, 2 a token, trace has 2 MoE layers of 4 experts",
+    "of another tokenizer": "The trace trace has another tokenizer than .*foreign",
+}
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_traces_that_do_not_fit_are_refused_before_a_model_runs(alone, models, texts, tmp_path, kind):
+    trace = shutil.copytree(alone / "traces" / "start", tmp_path / "trace")
+    shard = trace / "shard_00001.safetensors"
+    if kind == "damaged":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    if kind == "unfinished":
+        (trace / "trace.json").unlink()
+    model = models / {"of another shape": "wide", "of another tokenizer": "foreign"}.get(kind, "later")
+    words = [f"trace={trace}", str(model), "--data", f"code={texts / 'new.jsonl'}", "--device", "cpu"]
+    with pytest.raises(ValueError, match=TRACES[kind]):
+        main([*words, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_are_as_long_as_they_must_be():
     names = [checkpoint.name for checkpoint in named_checkpoints(["a/run/last", "b/run/last", "x=c/last", "o/m"])]
     assert names == ["a/run/last", "b/run/last", "x", "o/m"]
@@ -154,8 +191,14 @@ REFUSED = {
     "another shape": (
         ["start", "wide"],
         [],
-        "wide has 2 MoE layers of 5 experts, start has 2 MoE layers of 4 experts",
+        "wide has 2 MoE layers of 5 experts, 2 a token, start has 2 MoE layers of 4 experts",
     ),
+    "another K": (["start", "single"], [], "single has 2 MoE layers of 4 experts, 1 a token, start has 2 MoE"),
+    "no checkpoint": ([], [], "No checkpoint was given: hf-moe-cpt analyze CHECKPOINT"),
+    "no such model": (["start", "nowhere"], [], "nowhere' is neither a finished trace nor a model"),
+    "too many ranks": (["start"], ["--num_ranks", "5"], r"--num_ranks 5 must lie in \[1, 4\]"),
+    "no tokens to list": (["start"], ["--top_tokens", "-1"], "--top_tokens -1 must be at least 1"),
+    "a shift of nothing": (["start"], ["--shift_step", "3"], "--shift_step 3 marks a step of --log_history, which"),
     "another tokenizer": (["start", "foreign"], [], "foreign has another tokenizer than start"),
     "the same name": (["start", "start"], [], "Two checkpoints are called .*start"),
     "no text": (["start"], ["--data"], "expected|--data is needed"),

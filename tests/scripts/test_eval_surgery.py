@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
@@ -192,6 +193,33 @@ def test_two_models_some_parts_and_own_texts(world, tmp_path, capsys):
     rows = _rows(tmp_path / "run")
     assert {set_name for _, set_name, _ in rows} == {"unlearn", "unseen"} and ("after", "unlearn", "auc_zlib") in rows
     assert not any(metric.startswith("score") for _, _, metric in rows)
+
+
+def test_an_adapter_is_judged_as_the_model_it_makes(world, tmp_path):
+    peft_model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(world / "before"), LoraConfig(target_modules="all-linear", r=4)
+    )
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    tokenizer = AutoTokenizer.from_pretrained(world / "before")
+    for folder in ("adapter", "merged"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    peft_model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    few = {"retrained": None, "sets": ["unlearn", "retain"], "kinds": ["mcq"], "dtype": "float32"}
+    few |= {"parts": ["questions", "divergence", "robustness"]}
+    runs = {}
+    for name in ("adapter", "merged"):
+        main(_arguments(world, tmp_path / f"run {name}", after=tmp_path / name, **few))
+        runs[name] = {key: row["value"] for key, row in _rows(tmp_path / f"run {name}").items() if key[0] == "after"}
+    assert runs["adapter"].keys() == runs["merged"].keys() and len(runs["merged"]) > 10
+    for key, value in runs["merged"].items():
+        assert float(runs["adapter"][key]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), key
+    assert float(runs["adapter"]["after", "retain", "kl"]) > 1e-3
+    settings = json.loads((tmp_path / "run adapter" / "eval_surgery.json").read_text())
+    assert settings["after_base_files"] == settings["before_files"]
 
 
 def test_attacks_can_be_left_out(world, tmp_path, capsys):

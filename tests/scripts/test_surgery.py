@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
 from hf_moe_cpt.scripts.surgery import SETS, main
-from tests.helpers.preference_runs import pairs, saved_model
+from tests.helpers.preference_runs import pairs, saved_model, word_tokenizer
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model
 
@@ -55,6 +55,10 @@ def test_a_model_is_operated_on_measured_and_saved(folder, tmp_path, capsys):
     assert metrics["eval_surgery_gap"] == pytest.approx(state["best_metric"], rel=1e-5)
     assert {"eval_unlearn_ce", "eval_update_ce", "eval_retain_kl", "eval_unseen_ce"} <= metrics.keys()
     assert "best model by surgery_gap = |CE(forgotten) - forget_target|" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "surgery.json").read_text())
+    assert record["step"] == state["best_global_step"] and record["gap"]["best"] == state["best_metric"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "## What was done" in card and record["objective"] in card and "trained from scratch" not in card
 
 
 def test_command_line_over_file_over_preset(folder, tmp_path):
@@ -115,6 +119,26 @@ def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
         main(_arguments(folder, tmp_path / "d", unlearn_dataset_name=bad, model_name_or_path="no-such-model"))
     with pytest.raises(ValueError, match="'gone.parquet'"):
         main(_arguments(folder, tmp_path / "e", unlearn_dataset_name="gone.parquet"))
+
+
+def test_every_row_is_looked_at_before_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    hidden = tmp_path / "hidden.jsonl"
+    hidden.write_text(json.dumps({"text": "w2 w3", "prefix": "w2 w3"}) + "\n")
+    with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its prefix covers the whole text"):
+        main(_arguments(folder, tmp_path / "a", unlearn_dataset_name=hidden))
+    named = {name: tmp_path / f"{name}.jsonl" for name in ("unlearn", "retain")}
+    for name, path in named.items():
+        path.write_text(json.dumps({"text": f"w2 {name}", "subject": "Ada"}) + "\n")
+    with pytest.raises(ValueError, match=r"1 subject\(s\) are in both unlearn_dataset and retain_dataset: 'Ada'"):
+        main(_arguments(folder, tmp_path / "b", **{f"{name}_dataset_name": path for name, path in named.items()}))
+    with pytest.raises(ValueError, match="max_length=99 is longer than the model's context of 64 tokens"):
+        main(_arguments(folder, tmp_path / "c", max_length=99))
+    adapter = tmp_path / "adapter"
+    word_tokenizer().save_pretrained(adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter, and a surgery changes whole models: merge it"):
+        main(_arguments(folder, tmp_path / "d", model_name_or_path=adapter))
 
 
 @pytest.mark.parametrize(

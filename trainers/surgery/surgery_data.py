@@ -35,10 +35,12 @@ Tokens = tuple[list[int], int]  # ids, and the place from which on they count
 
 def read_rows(path: str | Path) -> Dataset:
     """The rows of a .jsonl file, each checked. Raises ValueError that names file and line of the first bad one."""
-    rows = []
+    rows, forms = [], set()
     for number, row in json_lines(Path(path)):
         try:
-            form_of(row)
+            forms.add(form_of(row))
+            if len(forms) > 1:
+                raise ValueError(f"rows of the forms {' and '.join(sorted(forms))}: put each form into its own file.")
             _check_values(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None

@@ -21,26 +21,34 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from hf_moe_cpt.extras import require
 from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
 from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
 from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
+from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
 from hf_moe_cpt.trainers.surgery.counted_tokens import num_units
 from hf_moe_cpt.trainers.surgery.expert_targets import ExpertTargets
 from hf_moe_cpt.trainers.surgery.expert_watch import SelectionWatch, check_expert_settings, target_experts
-from hf_moe_cpt.trainers.surgery.model_checks import check_model, check_vocabulary, pad_token_of
+from hf_moe_cpt.trainers.surgery.model_checks import (
+    check_context,
+    check_sharding,
+    check_vocabulary,
+    config_of,
+    open_model,
+    pad_token_of,
+)
 from hf_moe_cpt.trainers.surgery.reference import Reference, build_reference, compared_rows
 from hf_moe_cpt.trainers.surgery.routers import RouterTap
 from hf_moe_cpt.trainers.surgery.set_mixture import SurgeryMixture, collate_sets, eval_batches
 from hf_moe_cpt.trainers.surgery.settings_checks import FORGET_SETS, UNSEEN, check_sets, losses_of_sets
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from hf_moe_cpt.trainers.surgery.surgery_probe import measure, stop_reason, surgery_gap
+from hf_moe_cpt.trainers.surgery.surgery_record import KeepsRecord
 from hf_moe_cpt.trainers.surgery.surgery_sets import prepare_sets, tokenized
 from hf_moe_cpt.trainers.surgery.surgery_terms import Batch, RouterPull, SurgeryTerms, counted_targets
 from hf_moe_cpt.trainers.surgery.term_gradients import TermGradients
@@ -51,7 +59,7 @@ logger = logging.getLogger(__name__)
 REFERENCE_FOLDER = "reference"  # in the output folder
 
 
-class SurgeryTrainer(Trainer):
+class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
     Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.objective`), and runs a
@@ -62,6 +70,7 @@ class SurgeryTrainer(Trainer):
     Overrides `training_step` (one backward per term), `get_batch_samples` (units of the whole optimizer batch),
     `compute_loss` (the sum of the terms: the definition), `evaluate`, `log`, `get_decay_parameter_names`, `train`
     (reference, targets, stop rules, resume) and `_save_checkpoint` (nothing is saved after a loss that is no number).
+    Every model is saved with `surgery.json`, which says what was done (`hf_moe_cpt.trainers.surgery.surgery_record`).
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
@@ -106,17 +115,14 @@ class SurgeryTrainer(Trainer):
                 f"One process sees {args.n_gpu} GPUs: start with torchrun or accelerate launch, one each."
             )
         check_sets(args, given)
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        if peft_config is not None:
-            model = require("peft", needed_by="peft_config").get_peft_model(model, peft_config)
-        check_model(model, processing_class, args.max_length)
+        options = args.model_init_kwargs or {}
+        config = config_of(model, options)
+        check_context(config, processing_class, args.max_length)
+        self._vocab_size = config.get_text_config().vocab_size
+        self.sets, self.measured_sets = prepare_sets(args, processing_class, self._vocab_size, given)
+        model = open_model(model, options, peft_config)
         if ref_model is not None:
             check_vocabulary(model, ref_model)
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags(["hf_moe_cpt", "llm-surgery"])
-        self._vocab_size = model.config.get_text_config().vocab_size
-        self.sets, self.measured_sets = prepare_sets(args, processing_class, self._vocab_size, given)
         self.pad_token_id = pad_token_of(processing_class)
         check_expert_settings(model, args)
         self.given_reference = ref_model
@@ -133,7 +139,7 @@ class SurgeryTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self._refuse_sharding()
+        check_sharding(args, is_deepspeed=self.is_deepspeed_enabled, is_fsdp=self.is_fsdp_enabled)
         self.term_gradients = TermGradients(())
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.targets: ExpertTargets | None = None
@@ -143,15 +149,6 @@ class SurgeryTrainer(Trainer):
         sizes = {name: getattr(args, f"{name}_batch_size") for name in self.sets}
         num_items = args.max_steps * args.gradient_accumulation_steps * args.world_size
         return SurgeryMixture(self.sets, sizes, num_items, args.seed if args.data_seed is None else args.data_seed)
-
-    def _refuse_sharding(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "DeepSpeed runs one backward pass a step, and a surgery one for each set: use FSDP or plain data "
-                "parallelism, or train an adapter."
-            )
-        if self.is_fsdp_enabled and self.args.target_experts:
-            raise ValueError("target_experts trains rows of whole tensors, which FSDP shards: use data parallelism.")
 
     # ---- data: the mixture is ordered already, position by position ----
 
@@ -288,8 +285,9 @@ class SurgeryTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if reason is not None and self.state.global_step:
+        if reason is not None and self.is_in_train and self.state.global_step:
             logger.warning("Stopping at step %d: %s.", self.state.global_step, reason)
+            self.stop_reason = reason
             self.control.should_training_stop = True
         return metrics
 
@@ -337,7 +335,7 @@ class SurgeryTrainer(Trainer):
                 raise FloatingPointError(f"{error} {self._restore_last_good()}") from error
 
     def _restore_last_good(self) -> str:
-        best = self.state.best_model_checkpoint
+        self.stop_reason, best = "a loss that is no number", self.state.best_model_checkpoint
         if best is None:
             return "No model was saved before: start again with a lower learning_rate or a bounded forget_loss."
         self._load_best_model()

@@ -12,7 +12,7 @@ def index_of_rows(name: str, rows: Sequence[Sequence[int]], num_experts: int | N
     """Rows of K expert numbers, one row a token: (T, K) int64.
 
     name: of the input, for messages. num_experts: what all numbers must be below; None does not look. Raises
-    ValueError for no rows and for rows of many lengths.
+    ValueError for no rows, for rows of many lengths, and for rows that name an expert twice or a negative one.
     """
     lists = [list(row) for row in rows]
     lengths = sorted({len(row) for row in lists})
@@ -21,6 +21,12 @@ def index_of_rows(name: str, rows: Sequence[Sequence[int]], num_experts: int | N
         raise ValueError(f"{name} has {found}: give at least one token, and every token the same number of experts.")
     index = torch.tensor(lists, dtype=torch.int64)
     check_top_k_index(index, num_experts)
+    ordered = index.sort(dim=1).values
+    wrong = ((ordered[:, 1:] == ordered[:, :-1]).any(1) | (ordered[:, 0] < 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{name} has {lists[wrong[0]]} in row {wrong[0]}: the experts of a token are distinct and at least 0."
+        )
     return index
 
 

@@ -116,6 +116,10 @@ def test_files_are_read_line_by_line(tmp_path):
         ('{"text": ', "line 2 is not valid JSON"),
         ('{"body": "w2"}', "line 2: the columns body are no text"),
         ('{"text": 5}', "line 2: 'text' is 5"),
+        (
+            '{"prompt": "w2", "completion": "w3"}',
+            "line 2: rows of the forms prompt and text: put each form into its own",
+        ),
         ('["w2"]', "line 2 is a JSON list"),
     ],
 )
