@@ -56,6 +56,10 @@ COMMANDS = {
     "analyze": Command(
         "hf_moe_cpt.scripts.analyze", "compare how checkpoints of a mixture of experts route the same text"
     ),
+    "upcycle": Command("hf_moe_cpt.scripts.upcycle", "make a mixture of experts out of a dense checkpoint"),
+    "convert": Command("hf_moe_cpt.scripts.convert", "write a mixture as Mixtral or Qwen2-MoE, or as cpt_moe"),
+    "push": Command("hf_moe_cpt.scripts.push", "check a finished folder and publish it on the Hub"),
+    "card": Command("hf_moe_cpt.scripts.card", "write the model card of a finished run from its files"),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }
 

@@ -1,1 +1,1 @@
-"""Templates of the cards that go to the Hub with a model, a room that imports nothing. None is needed so far."""
+"""Templates of the cards that go to the Hub with a model; the room imports nothing. facts.md says what they hold."""

@@ -51,6 +51,10 @@ ROOMS = {
         ours=_EVERY_ROOM,
         others=(*_SHARED_BY_TRAINERS, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml"),
     ),
+    "hf_moe_cpt.hub": Room(
+        ours=("hf_moe_cpt.analysis", "hf_moe_cpt.extras", "hf_moe_cpt.hub_cards", "hf_moe_cpt.modeling"),
+        others=("huggingface_hub", "safetensors", "torch", "tqdm", "transformers", "yaml"),
+    ),
     "hf_moe_cpt.hub_cards": Room(),
 }
 

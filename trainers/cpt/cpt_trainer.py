@@ -41,11 +41,13 @@ from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, Sourc
 from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
 from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
 from hf_moe_cpt.trainers.instruments.progress import shorten_console
+from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
 from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
+from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
 from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
 
 
-class CPTTrainer(Trainer):
+class CPTTrainer(ReadsStoredWeights, PublishedRun, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
     Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
@@ -61,6 +63,8 @@ class CPTTrainer(Trainer):
         processing_class: the tokenizer; may be left out when every data set is tokenised.
         callbacks: as in `Trainer`.
     """
+
+    run_method = "cpt"
 
     def __init__(
         self,

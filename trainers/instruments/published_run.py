@@ -66,14 +66,16 @@ class PublishedRun:
             write_run_file(Path(output_dir or self.args.output_dir), run_facts(self))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_always_push:  # the files of a push in progress must not be written over
+            self._finish_current_push()
         self._collect_failures()
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.push_in_progress is None:
             for path in (*Path(checkpoint_folder).glob("*.py"), Path(checkpoint_folder) / RUN_FILE):
                 if path.is_file():
                     shutil.copy(path, Path(self.args.output_dir) / path.name)
         try:
             super()._push_from_checkpoint(checkpoint_folder)
-        except Exception as error:  # whatever the network brings, training goes on
+        except OSError as error:  # the network's errors come later, from the background
             self._note(error)
 
     def _finish_current_push(self) -> None:

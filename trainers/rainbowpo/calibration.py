@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.trainers.rainbowpo.preference_data import AnyDataset
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 
 
 SCALE_FILE = "rainbowpo.json"
@@ -57,3 +58,15 @@ def read_scale(checkpoint: str | Path) -> float | None:
     """The scale kept with a checkpoint; None if there is none."""
     path = Path(checkpoint) / SCALE_FILE
     return json.loads(path.read_text(encoding="utf-8"))["dispersion_scale"] if path.exists() else None
+
+
+def add_components(args: RainbowPOConfig, scale: float | None) -> None:
+    """Append the components of the objective and the scale of phi to the card of a run, unless they are in it."""
+    card = Path(args.output_dir) / "README.md"
+    if args.process_index or not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if "## Components of the objective" not in text:
+        told = "" if scale is None else f"\n\nScale of phi: {scale:.4g}."
+        section = f"\n## Components of the objective\n\n```\n{args.components()}\n```{told}\n"
+        card.write_text(text + section, encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from hf_moe_cpt.trainers.instruments.checkpoints import resolve_resume
-from hf_moe_cpt.trainers.rainbowpo.calibration import read_scale, training_entropies, write_scale
+from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
+from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
+from hf_moe_cpt.trainers.rainbowpo.calibration import add_components, read_scale, training_entropies, write_scale
 from hf_moe_cpt.trainers.rainbowpo.completions import completion_lengths, completion_sums, mask_and_labels
 from hf_moe_cpt.trainers.rainbowpo.objective import (
     Pair,
@@ -64,7 +65,7 @@ SWITCHES = (
 _NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
 
 
-class RainbowPOTrainer(DPOTrainer):
+class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
     Data, adapters, references (a model, the adapter switched off, or precomputed columns) and saving are the parent's.
@@ -82,6 +83,7 @@ class RainbowPOTrainer(DPOTrainer):
         kwargs: the parent's other arguments, such as `peft_config` and `callbacks`.
     """
 
+    run_method = "rainbowpo"
     _tag_names = ["trl", "hf_moe_cpt", "rainbowpo"]
     _name = "RainbowPO"
     _paper = {
@@ -91,8 +93,7 @@ class RainbowPOTrainer(DPOTrainer):
         "    title     = {{RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization}},\n"
         "    author    = {Zhao, Hanyang and others},\n"
         "    booktitle = {International Conference on Learning Representations},\n"
-        "    year      = 2025,\n"
-        "}",
+        "    year      = 2025,\n}",
     }
 
     def __init__(
@@ -291,11 +292,11 @@ class RainbowPOTrainer(DPOTrainer):
         super()._save(output_dir, state_dict)
         write_scale(output_dir or self.args.output_dir, self.dispersion_scale)
 
+    def run_details(self) -> dict[str, str]:
+        """The row of the table of methods that the objective is, for training_run.json and the card."""
+        return {"components": str(self.args.components())}
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card with the components of the objective and the scale of phi."""
+        """The card with the components of the objective and the scale of phi, also before a model is saved."""
         super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and path.exists():
-            scale = "" if self.dispersion_scale is None else f"\n\nScale of phi: {self.dispersion_scale:.4g}."
-            section = f"\n## Components of the objective\n\n```\n{self.args.components()}\n```{scale}\n"
-            path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
+        add_components(self.args, self.dispersion_scale)

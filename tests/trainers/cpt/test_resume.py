@@ -62,6 +62,17 @@ class StopAt(TrainerCallback):
         return control
 
 
+def test_experts_that_are_stored_under_other_names_come_back(tmp_path):
+    options = {"model": "mixtral", "save_strategy": "steps", "save_steps": 3}
+    whole, stopped = (trainer(tmp_path / name, **options) for name in ("whole", "stopped"))
+    whole.train()
+    stopped.add_callback(StopAt(4))
+    stopped.train()
+    resumed = trainer(tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint="last")
+    _assert_same(resumed, whole.state.log_history, whole.model.state_dict())
+
+
 def _streaming(folder: Path, **changes: object) -> CPTTrainer:
     args = config(folder, max_steps=8, save_strategy="steps", save_steps=4, shuffle_buffer=8, **changes)
     streams = [tokenized(60, seed).to_iterable_dataset(num_shards=4) for seed in (1, 2)]

@@ -1,0 +1,1 @@
+"""From trainer to Hub and back: cards, checks before publishing, upcycling and conversion."""

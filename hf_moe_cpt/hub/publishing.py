@@ -1,0 +1,189 @@
+"""Publish a finished folder: checked first, uploaded in one commit, so that a repository is never half of a model.
+
+Large files that an interrupted upload has already sent are not sent again: the Hub knows them by their hash. Retries
+and the protocol are huggingface_hub's. Nothing is written into the folder. Source: ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import (
+    BadRequestError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from hf_moe_cpt.hub.cards import Card
+from hf_moe_cpt.hub.folder_checks import check_checkpoint, published_files
+
+
+CARD = "README.md"
+WAITS = (1, 4, 15)  # seconds before each new attempt
+PASSING = (408, 409, 429, 500, 502, 503, 504)  # 409: another commit came first
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What will be published: files of a folder by their path in the repository, and the texts made for it.
+
+    texts: the card and its plots by path; they take the place of files of the same name.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    texts: Mapping[str, str]
+
+    @property
+    def card(self) -> str:
+        """Text of README.md."""
+        return self.texts[CARD]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, the card among them."""
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        return {**sizes, **{name: len(text.encode()) for name, text in self.texts.items()}}
+
+    def operations(self) -> list[CommitOperationAdd]:
+        """The files as parts of one commit."""
+        of_folder = [CommitOperationAdd(name, self.folder / name) for name in self.files]
+        return [*of_folder, *(CommitOperationAdd(name, text.encode()) for name, text in self.texts.items())]
+
+
+def plan_upload(folder: str | Path, card: Card, needs_tokenizer: bool = True) -> Upload:
+    """Check a folder and list what of it is published. Raises ValueError for a folder that would not load elsewhere.
+
+    card: README.md and its plots. needs_tokenizer: whether a folder without a tokenizer is refused.
+    """
+    check_checkpoint(folder, needs_tokenizer)
+    texts = {CARD: card.text, **card.plots}
+    return Upload(Path(folder), tuple(name for name in published_files(folder) if name not in texts), texts)
+
+
+def publish(
+    upload: Upload,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model with hf_moe_cpt",
+) -> str:
+    """Upload in one commit and return the commit's address; an interrupted upload goes on when called again.
+
+    private: of a new repository. revision: a branch, made if it is missing. The token is that of `hf auth login` or
+    HF_TOKEN. Raises ValueError or ConnectionError in one line: no token, no permission, a name that is taken by
+    another type, files that the Hub refuses, a connection that stays broken.
+    """
+    _check_name(repository)
+    if not get_token():
+        raise ValueError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+    api = HfApi()
+    try:
+        _require_model_or_nothing(api, repository)
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = _commit(api, repository, upload.operations(), message, revision)
+    except Exception as error:
+        raise explained(error, repository) from error
+    return str(commit.commit_url)
+
+
+def _commit(
+    api: HfApi, repository: str, operations: list[CommitOperationAdd], message: str, revision: str | None
+) -> CommitInfo:
+    """The commit, tried anew while what went wrong may pass; uploads of large files are retried by huggingface_hub."""
+    for wait in WAITS:
+        try:
+            return api.create_commit(repository, operations, commit_message=message, revision=revision)
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            logger.warning("Publishing to %s failed (%s): trying again in %d s.", repository, brief(error), wait)
+            time.sleep(wait)
+    return api.create_commit(repository, operations, commit_message=message, revision=revision)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether an error is one of the moment: a broken connection, a server in trouble, too many requests."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return _is_of_connection(error) if status is None else status in PASSING
+
+
+def brief(error: BaseException) -> str:
+    """The kind and the first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _check_name(repository: str) -> None:
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"{repository!r} cannot be a repository: write it as owner/name ({error}).") from error
+
+
+def _require_model_or_nothing(api: HfApi, repository: str) -> None:
+    if api.repo_exists(repository):
+        return
+    for kind in ("dataset", "space"):
+        if api.repo_exists(repository, repo_type=kind):
+            raise ValueError(
+                f"{repository!r} is the name of a {kind} on the Hub: give the model another name, so that nobody "
+                "takes one for the other."
+            )
+
+
+def explained(error: Exception, repository: str) -> Exception:
+    """An error of huggingface_hub said in one line with what to do; others come back as they are."""
+    if isinstance(error, ValueError) and not isinstance(error, BadRequestError):
+        return error
+    if isinstance(error, HfHubHTTPError):
+        return _explained_answer(error, repository)
+    if _is_of_connection(error):
+        return ConnectionError(
+            f"the connection to the Hub broke while publishing to {repository!r} "
+            f"({type(error).__name__}): run the same command again, what has arrived is not sent twice."
+        )
+    return error
+
+
+def _explained_answer(error: HfHubHTTPError, repository: str) -> Exception:
+    status = getattr(error.response, "status_code", None)
+    said = error.server_message or str(error).splitlines()[0]
+    if status == 401:
+        return ValueError(f"the Hub does not know this token (401): log in again with `hf auth login`, said: {said}")
+    if status == 403:
+        return ValueError(
+            f"the token may not write to {repository!r} (403: {said}): use a token with write permission, or a name "
+            "below your own user or organisation."
+        )
+    if isinstance(error, RevisionNotFoundError | RepositoryNotFoundError):
+        return ValueError(f"{repository!r} was not found on the Hub ({said}): check the name and the token.")
+    if status == 409:
+        return ValueError(f"{repository!r} is in conflict with what the Hub holds (409: {said}): run it again.")
+    if status == 429:
+        return ConnectionError(f"the Hub asks for patience (429: {said}): wait, then run the same command again.")
+    if status is not None and status >= 500:
+        return ConnectionError(
+            f"the Hub failed ({status}: {said}): nothing was published; run the same command again, what has arrived "
+            "is not sent twice."
+        )
+    return ValueError(f"the Hub refused the upload to {repository!r} ({status}: {said}).")
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Also of the HTTP library, whichever of its versions huggingface_hub uses."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError) or bool(
+        names & {"TransportError", "RequestException", "TimeoutException"}
+    )

@@ -1,0 +1,312 @@
+"""A Hub on the loopback interface, spoken to by the unmodified huggingface_hub over HTTP, that can fail on demand.
+
+`HF_ENDPOINT` is read when huggingface_hub is imported, so whoever uses the Hub runs in a process of its own with
+`LoopbackHub.environment()`. The server runs in threads of the test, which looks into its store and orders failures:
+
+    with LoopbackHub() as hub:
+        hub.fail("PUT /lfs/", drop=True)            # cut the next upload of a large file in the middle
+        hub.fail("POST .*/commit/", status=503, times=2)
+
+Endpoints: create, preupload, LFS batch, PUT and verify, commit, branch, resolve, info, tree, whoami, validate-yaml.
+"""
+
+import json
+import re
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+from tests.helpers.loopback_store import Commit, Refused, Repository, Store, is_large, object_id
+
+
+WRITER, READER = "hf_writer", "hf_reader"  # tokens; the user of both is "someone"
+USER = "someone"
+KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests whose "METHOD /path" matches."""
+
+    pattern: re.Pattern
+    status: int | None
+    drop: bool
+    times: int
+    headers: dict[str, str]
+
+
+class LoopbackHub:
+    """A running server. `log` holds "METHOD /path" of each request, `store` what was published."""
+
+    def __init__(self) -> None:
+        self.store, self.log, self.faults = Store(), [], []
+        self.tokens_seen: set[str | None] = set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+
+    def __enter__(self) -> "LoopbackHub":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        """The address for HF_ENDPOINT."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
+        """Variables for a process that is to use this Hub, with an empty cache at `home`."""
+        variables = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        return {**variables, "HF_TOKEN": token} if token else {**variables, "HF_TOKEN": ""}
+
+    def fail(
+        self,
+        pattern: str,
+        status: int | None = None,
+        drop: bool = False,
+        times: int = 1,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Answer the next requests that match with a status, or read half of them and close the connection."""
+        self.faults.append(Fault(re.compile(pattern), status, drop, times, headers or {}))
+
+    def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
+        """What a repository holds."""
+        return self.store.find(kind, name).at(revision).files
+
+    def commits(self, name: str, kind: str = "model") -> list[Commit]:
+        """Commits of a repository, oldest first, without the one that created it."""
+        return self.store.find(kind, name).history()[1:]
+
+    def take_fault(self, request: str) -> Fault | None:
+        """The order for this request, used up by one."""
+        with self.store.lock:
+            self.log.append(request)
+            for fault in self.faults:
+                if fault.times > 0 and fault.pattern.search(request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        length = int(self.headers.get("Content-Length") or 0)
+        fault = self.hub.take_fault(f"{self.command} {path}")
+        if fault is not None and fault.drop:
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self._chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
+        self.hub.tokens_seen.add(self._token())
+        try:
+            if fault is not None:
+                raise Refused(fault.status, "Injected", f"injected {fault.status}")
+            with self.hub.store.lock:
+                self._route(path, body)
+        except Refused as refused:
+            extra = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+            facts = {**refused.facts, "url": f"{self.hub.url}/{refused.facts['name']}"} if refused.facts else {}
+            headers = {**extra, **(fault.headers if fault else {})}
+            self._answer({"error": refused.message, **facts}, refused.status, headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _chunks(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _answer(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _token(self) -> str | None:
+        value = self.headers.get("Authorization", "")
+        return value.removeprefix("Bearer ") or None
+
+    def _require_user(self) -> None:
+        if self._token() not in (WRITER, READER):
+            raise Refused(401, "Unauthorized", "Invalid username or password.")
+
+    def _require_writer(self, name: str) -> None:
+        self._require_user()
+        if self._token() != WRITER or name.partition("/")[0] != USER:
+            raise Refused(403, "Forbidden", f"You don't have the rights to write to {name}")
+
+    # ---- which request this is ----
+
+    def _route(self, path: str, body: bytes) -> None:
+        for methods, pattern, action in _ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in methods:
+                return action(self, body, **match.groupdict())
+        raise Refused(404, "NotFound", f"no such endpoint: {self.command} {path}")
+
+    def _whoami(self, body: bytes) -> None:
+        self._require_user()
+        role = "write" if self._token() == WRITER else "read"
+        token = {"accessToken": {"displayName": "test", "role": role}}
+        self._answer({"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token", **token}})
+
+    def _create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        self._require_user()
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        self._require_writer(name)
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.hub.store.create(asked.get("type") or "model", name, private)
+        self._answer({"url": f"{self.hub.url}/{name}", "name": name, "id": "0" * 24})
+
+    def _validate(self, body: bytes) -> None:
+        """What the Hub checks of a card: that its head is YAML, and what a `model-index` must have."""
+        content = json.loads(body)["content"]
+        errors = []
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", content, re.DOTALL)
+        try:
+            head = yaml.safe_load(match[1]) if match else {}
+        except yaml.YAMLError as error:
+            head, errors = {}, [{"message": f"YAML: {error}"}]
+        for entry in head.get("model-index") or []:
+            for result in entry.get("results") or [{}]:
+                missing = [name for name in ("task", "dataset", "metrics") if not result.get(name)]
+                errors += [{"message": f"model-index: {name} is required"} for name in missing]
+        self._answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def _info(self, body: bytes, kind: str, name: str, revision: str | None = None) -> None:
+        repository = self._readable(kind, name)
+        self._answer(repository.info(repository.at(revision or "main")))
+
+    def _tree(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        commit = self._readable(kind, name).at(revision)
+        entries = []
+        for path, content in sorted(commit.files.items()):
+            oid = object_id(content, path in commit.large)
+            entry = {"type": "file", "path": path, "size": len(content), "oid": oid}
+            entries.append(
+                {**entry, "lfs": {"oid": oid, "size": len(content), "pointerSize": 130}}
+                if path in commit.large
+                else entry
+            )
+        self._answer(entries)
+
+    def _readable(self, kind: str, name: str) -> Repository:
+        repository = self.hub.store.find(KINDS[kind], name)
+        if repository.private and self._token() not in (WRITER, READER):
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        return repository
+
+    def _preupload(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        self._require_writer(name)
+        there = self.hub.store.find(KINDS[kind], name).at(revision)
+        answers = []
+        for file in json.loads(body)["files"]:
+            path = file["path"]
+            old = there.files.get(path)
+            mode = "lfs" if is_large(path, file["size"]) else "regular"
+            oid = None if old is None else object_id(old, path in there.large)
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._answer({"files": answers})
+
+    def _batch(self, body: bytes, name: str, prefix: str | None = None) -> None:
+        self._require_writer(name)
+        objects = []
+        for wanted in json.loads(body)["objects"]:
+            entry = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.store.large_files:
+                links = {"upload": f"{self.hub.url}/lfs/{wanted['oid']}", "verify": f"{self.hub.url}/lfs-verify"}
+                entry["actions"] = {action: {"href": link, "header": {}} for action, link in links.items()}
+            objects.append(entry)
+        self._answer({"transfer": "basic", "objects": objects})
+
+    def _put(self, body: bytes, oid: str) -> None:
+        self.hub.store.put(oid, body)
+        self._answer({})
+
+    def _verify(self, body: bytes) -> None:
+        known = json.loads(body)["oid"] in self.hub.store.large_files
+        self._answer({}, 200 if known else 404)
+
+    def _commit(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        self._require_writer(name)
+        commit = self.hub.store.commit(self.hub.store.find(KINDS[kind], name), revision, body)
+        self._answer({"commitOid": commit.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}"})
+
+    def _branch(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        self._require_writer(name)
+        repository = self.hub.store.find(KINDS[kind], name)
+        if revision in repository.branches:
+            raise Refused(409, "BranchExists", "Reference already exists")
+        start = (json.loads(body or b"{}") or {}).get("startingPoint") or "main"
+        repository.branches[revision] = repository.at(start).oid
+        self._answer({})
+
+    def _resolve(self, body: bytes, name: str, revision: str, path: str, prefix: str | None = None) -> None:
+        commit = self._readable((prefix or "models/").rstrip("/"), name).at(revision)
+        headers = {"X-Repo-Commit": commit.oid}
+        if path not in commit.files:
+            self._answer({"error": "Entry not found"}, 404, {**headers, "X-Error-Code": "EntryNotFound"})
+            return
+        content, large = commit.files[path], path in commit.large
+        headers |= {"ETag": f'"{object_id(content, large)}"', "Accept-Ranges": "bytes"}
+        if large:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span is None:
+            self._answer(content, 200, headers)
+            return
+        first, last = int(span[1]), int(span[2] or len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self._answer(content[first : last + 1], 206, headers)
+
+
+_NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
+_API = rf"/api/(?P<kind>models|datasets|spaces)/{_NAME}"
+_PREFIX = r"/(?P<prefix>datasets/|spaces/)?"
+_ROUTES = (
+    (("GET",), "/api/whoami-v2", _Handler._whoami),
+    (("POST",), "/api/repos/create", _Handler._create),
+    (("POST",), "/api/validate-yaml", _Handler._validate),
+    (("GET",), rf"{_API}(/revision/(?P<revision>.+))?", _Handler._info),
+    (("GET",), rf"{_API}/tree/(?P<revision>[^/]+)", _Handler._tree),
+    (("POST",), rf"{_API}/preupload/(?P<revision>.+)", _Handler._preupload),
+    (("POST",), rf"{_API}/commit/(?P<revision>.+)", _Handler._commit),
+    (("POST",), rf"{_API}/branch/(?P<revision>.+)", _Handler._branch),
+    (("POST",), rf"{_PREFIX}{_NAME}\.git/info/lfs/objects/batch", _Handler._batch),
+    (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler._put),
+    (("POST",), "/lfs-verify", _Handler._verify),
+    (("GET", "HEAD"), rf"{_PREFIX}{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._resolve),
+)

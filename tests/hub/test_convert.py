@@ -1,0 +1,225 @@
+"""Converted checkpoints give the logits of transformers' own models, both ways; what cannot is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from hf_moe_cpt.hub.convert import convert
+from hf_moe_cpt.hub.convert_families import FAMILIES
+from hf_moe_cpt.scripts.convert import main
+from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved
+from tests.helpers.tolerances import assert_matches
+
+
+FULL_ROTATION = {"rope_theta": 10_000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+OURS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "num_shared_experts": 0,
+    "norm_topk_prob": True,
+    "rope_parameters": FULL_ROTATION,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def tensor_names(folder: Path) -> set[str]:
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def neutral_qwen2_moe(**changes: object) -> torch.nn.Module:
+    """A Qwen2-MoE whose gate on the shared expert does nothing."""
+    model = model_of("qwen2_moe", **changes)
+    for name, weight in model.named_parameters():
+        if "shared_expert_gate" in name:
+            torch.nn.init.zeros_(weight)
+    return model
+
+
+TO_OURS = {
+    "mixtral": lambda: model_of("mixtral"),
+    "mixtral, grouped heads of another size, tied, llama3 rope": lambda: model_of(
+        "mixtral", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "mixtral, tanh gelu": lambda: model_of("mixtral", hidden_act="gelu_pytorch_tanh"),
+    "qwen2_moe": neutral_qwen2_moe,
+    "qwen2_moe, normalised, zero biases": lambda: neutral_qwen2_moe(norm_topk_prob=True, qkv_bias=True),
+    "qwen2_moe, one expert": lambda: neutral_qwen2_moe(num_experts_per_tok=1),
+}
+
+
+@pytest.mark.parametrize("case", TO_OURS)
+def test_what_came_from_transformers_keeps_its_logits(case: str, tmp_path: Path) -> None:
+    model = TO_OURS[case]()
+    source = saved(model, tmp_path / "theirs", max_shard_size=10_000)
+    before = fingerprint(source)
+    made = convert(source, tmp_path / "ours", "cpt_moe", max_shard_size=20_000)
+    assert made.config.model_type == "cpt_moe"
+    assert_matches(case, logits_of(tmp_path / "ours"), logits_of(model))
+    assert fingerprint(source) == before
+
+
+FROM_OURS = {
+    "mixtral": ("mixtral", {}),
+    "mixtral, trained by a Sinkhorn plan, grouped, tied": (
+        "mixtral",
+        {"router_type": "sinkhorn", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "mixtral, heads of another size": ("mixtral", {"head_dim": 12}),
+    "qwen2_moe without shared experts": ("qwen2_moe", {}),
+    "qwen2_moe, two shared experts": ("qwen2_moe", {"num_shared_experts": 2, "norm_topk_prob": False}),
+    "qwen2_moe, switch": ("qwen2_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+}
+
+
+@pytest.mark.parametrize("case", FROM_OURS)
+def test_ours_keeps_its_logits_there_and_every_bit_when_it_comes_back(case: str, tmp_path: Path) -> None:
+    to, changes = FROM_OURS[case]
+    model = model_of("cpt_moe", **{**OURS, **changes})
+    saved(model, tmp_path / "ours")
+    made = convert(tmp_path / "ours", tmp_path / "theirs", to, max_shard_size=10_000)
+    assert AutoConfig.from_pretrained(tmp_path / "theirs").model_type == to
+    assert_matches(case, logits_of(tmp_path / "theirs"), logits_of(model))
+    assert any("Sinkhorn" in note for note in made.notes) == ("Sinkhorn" in case)
+    convert(tmp_path / "theirs", tmp_path / "back", "cpt_moe")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
+    assert_matches(f"{case}, back", logits_of(tmp_path / "back"), logits_of(model))
+
+
+@pytest.mark.parametrize("to", ["mixtral", "qwen2_moe"])
+def test_the_files_hold_the_names_that_transformers_itself_writes(to: str, tmp_path: Path) -> None:
+    saved(model_of("cpt_moe", **OURS), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", to)
+    theirs = model_of(to, num_experts=6, num_local_experts=6) if to == "mixtral" else model_of(to)
+    assert tensor_names(tmp_path / "theirs") == tensor_names(saved(theirs, tmp_path / "original"))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_agree_with_the_conversion_mapping(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    patterns = {
+        pattern
+        for entry in get_checkpoint_conversion_mapping(model_type)
+        for pattern in entry.source_patterns
+        if "experts" in pattern
+    }
+    want = {f"experts.*.{name}.weight" for name in (family.gate, family.up, family.down)}
+    assert {pattern[pattern.index("experts") :] for pattern in patterns} == want
+
+
+def test_the_balance_penalty_keeps_its_size_for_uniform_routing(tmp_path: Path) -> None:
+    """Theirs is coefficient x K when routing is uniform, ours coefficient x layers."""
+    saved(model_of("mixtral", router_aux_loss_coef=0.02, output_router_logits=True), tmp_path / "theirs")
+    ours = convert(tmp_path / "theirs", tmp_path / "ours", "cpt_moe").config
+    assert ours.router_aux_loss_coef * 2 == pytest.approx(0.02 * 2)
+    assert ours.output_router_logits and ours.router_z_loss_coef == 0
+    back = convert(tmp_path / "ours", tmp_path / "back", "mixtral").config
+    assert back.router_aux_loss_coef == pytest.approx(0.02)
+
+
+def test_what_training_will_do_otherwise_is_said(tmp_path: Path) -> None:
+    saved(model_of("cpt_moe", **OURS), tmp_path / "ours")
+    notes = convert(tmp_path / "ours", tmp_path / "theirs", "mixtral").notes
+    assert notes == ("router_z_loss_coef=0.001 has no counterpart",)
+    saved(model_of("mixtral", router_jitter_noise=0.1), tmp_path / "jitter")
+    notes = convert(tmp_path / "jitter", tmp_path / "calm", "cpt_moe").notes
+    assert notes == ("router_jitter_noise=0.1 has no counterpart",)
+
+
+REFUSED_FROM_OURS = {
+    "shared": ("mixtral", {"num_shared_experts": 1}, "num_shared_experts=1: mixtral has none; try qwen2_moe"),
+    "gates": ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=False: mixtral divides gates by their sum"),
+    "norm": ("mixtral", {"norm_type": "layernorm"}, "norm_type='layernorm': mixtral has RMSNorm"),
+    "rotation": (
+        "qwen2_moe",
+        {"rope_parameters": {**FULL_ROTATION, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5: qwen2_moe rotates whole heads",
+    ),
+    "sigmoid": (
+        "qwen2_moe",
+        {"router_type": "sinkhorn", "num_experts_per_tok": 1, "norm_topk_prob": False},
+        "router_type='sinkhorn' with one expert per token: qwen2_moe has no sigmoid gates",
+    ),
+    "heads": ("qwen2_moe", {"head_dim": 12}, "head_dim=12: qwen2_moe has heads of .* = 8"),
+    "olmoe": ("olmoe", {}, r"olmoe normalises queries and keys \(q_norm, k_norm\) and cpt_moe does not"),
+    "dense": (
+        "mixtral",
+        dict.fromkeys(("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"))
+        | {"num_experts": 0, "norm_topk_prob": False},
+        "num_experts=0: a dense model has no place in mixtral; upcycle it first",
+    ),
+    "itself": ("cpt_moe", {}, "is of type 'cpt_moe': only mixtral, olmoe, qwen2_moe, cpt_moe convert, to another"),
+    "unknown": ("gpt2", {}, "--to 'gpt2' is unknown: choose one of mixtral, olmoe, qwen2_moe, cpt_moe"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_FROM_OURS)
+def test_what_others_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
+    to, changes, message = REFUSED_FROM_OURS[case]
+    saved(model_of("cpt_moe", **{**OURS, **changes}), tmp_path / "ours")
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert(tmp_path / "ours", tmp_path / "theirs", to)
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+REFUSED_TO_OURS = {
+    "olmoe": ("olmoe", {}, "olmoe normalises queries and keys"),
+    "window": ("mixtral", {"sliding_window": 16}, "attends to the last 16 of 64 tokens and cpt_moe to all"),
+    "one expert": ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 and normalised gates"),
+    "shared gate": ("qwen2_moe", {}, "shared_expert_gate.weight weighs the shared expert by the token"),
+    "dense layers": ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] .* mixes dense layers"),
+    "family": ("llama", {}, "is of type 'llama': only mixtral"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_TO_OURS)
+def test_what_we_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
+    model_type, changes, message = REFUSED_TO_OURS[case]
+    saved(model_of(model_type, **changes), tmp_path / "theirs")
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert(tmp_path / "theirs", tmp_path / "ours", "cpt_moe")
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_biases_that_do_something_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = neutral_qwen2_moe(qkv_bias=True)
+    torch.nn.init.ones_(model.model.layers[1].self_attn.q_proj.bias)
+    saved(model, tmp_path / "biased")
+    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.bias cannot be carried over .*no such bias"):
+        convert(tmp_path / "biased", tmp_path / "ours", "cpt_moe")
+    saved(neutral_qwen2_moe(shared_expert_intermediate_size=12), tmp_path / "wide")
+    with pytest.raises(ValueError, match="shared_expert_intermediate_size=12 is no multiple of"):
+        convert(tmp_path / "wide", tmp_path / "ours", "cpt_moe")
+
+
+def test_two_foreign_families_need_two_steps(tmp_path: Path) -> None:
+    saved(model_of("mixtral"), tmp_path / "theirs")
+    with pytest.raises(ValueError, match="mixtral to qwen2_moe: one side must be cpt_moe; convert to it first"):
+        convert(tmp_path / "theirs", tmp_path / "other", "qwen2_moe")
+
+
+def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(model_of("cpt_moe", **OURS), tmp_path / "ours")
+    main([str(tmp_path / "ours"), "--to", "mixtral", "--output_dir", str(tmp_path / "theirs")])
+    printed = capsys.readouterr().out
+    assert "theirs: mixtral, the same logits" in printed
+    assert "trained further, it differs: router_z_loss_coef=0.001 has no counterpart" in printed

@@ -1,0 +1,270 @@
+"""At step 0 an upcycled model computes what its dense model does, as transformers runs both; the rest is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_moe_cpt.hub.upcycle import RECORD_FILE, upcycle
+from hf_moe_cpt.hub.upcycle_weights import UpcycleOptions
+from hf_moe_cpt.scripts.upcycle import main
+from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved
+from tests.helpers.source_tree import PROJECT
+from tests.helpers.tolerances import assert_matches, relative_rms_error
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DENSE = {
+    "llama": lambda: model_of("llama"),
+    "llama, grouped, tied, llama3 rope, heads of another size": lambda: model_of(
+        "llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "mistral": lambda: model_of("mistral", sliding_window=None, num_key_value_heads=1),
+    "mistral within its window": lambda: model_of("mistral", sliding_window=64),
+    "qwen2 whose biases are 0": lambda: model_of("qwen2"),
+    "llama whose biases are 0": lambda: model_of("llama", attention_bias=True, mlp_bias=True),
+    "ours": lambda: model_of("cpt_moe", num_experts=0),
+    "ours, layernorm": lambda: model_of("cpt_moe", num_experts=0, norm_type="layernorm"),
+}
+ZERO = UpcycleOptions(router_init="zero")
+STRONG = UpcycleOptions(router_std=3.0)  # logits such as a trained router's
+IN_PARTS = "parts, one of them shared, 31 experts in groups of 3"
+EXACT = {
+    "switch, zero router": ("switch", {}, ZERO),
+    "sinkhorn switch, zero router": ("sb-switch", {}, ZERO),
+    "copies, normalised gates": (
+        "switch",
+        {"num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 32},
+        STRONG,
+    ),
+    "copies with a shared one": ("granular", {"norm_topk_prob": True, "moe_intermediate_size": 32}, STRONG),
+    IN_PARTS: ("granular", {"norm_topk_prob": True}, STRONG),
+    "parts, two groups chosen": (
+        "granular",
+        {
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "num_shared_experts": 0,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+        },
+        STRONG,
+    ),
+    "parts, all experts chosen, raw gates": (
+        "granular",
+        {"num_experts": 4, "num_experts_per_tok": 4, "num_shared_experts": 0},
+        STRONG,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("dense", "case"), [("llama", case) for case in EXACT] + [(dense, IN_PARTS) for dense in DENSE]
+)
+def test_step_0_is_the_dense_model(dense: str, case: str, tmp_path: Path) -> None:
+    """float32, through the experts implementation that a user gets."""
+    to, overrides, options = EXACT[case]
+    model = DENSE[dense]()
+    before = fingerprint(saved(model, tmp_path / "dense"))
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", to, options, **overrides)
+    assert made.function == "the dense model's, up to rounding"
+    assert_matches(f"{dense}, {case}", logits_of(tmp_path / "moe"), logits_of(model))
+    assert fingerprint(tmp_path / "dense") == before
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_step_0_is_the_dense_model_in_float64(case: str, tmp_path: Path) -> None:
+    to, overrides, options = EXACT[case]
+    model = model_of("cpt_moe", torch.float64, num_experts=0)
+    saved(model, tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", to, options, **overrides)
+    logits = logits_of(tmp_path / "moe", experts_implementation="eager")
+    assert logits.dtype == torch.float64
+    assert_matches(case, logits, logits_of(model))
+
+
+@pytest.mark.parametrize("to", ["granular", "switch", "sb-granular", "sb-switch"])
+def test_raw_gates_come_closer_as_the_router_does_to_zero(to: str, tmp_path: Path) -> None:
+    """The error is of first order in the logits: a hundredth of the noise, about a hundredth of the error."""
+    model = model_of("cpt_moe", torch.float64, num_experts=0)
+    saved(model, tmp_path / "dense")
+    errors = []
+    for std in (1e-3, 1e-5):
+        made = upcycle(tmp_path / "dense", tmp_path / str(std), to, UpcycleOptions(router_std=std))
+        assert made.function.startswith("close to the dense model's")
+        logits = logits_of(tmp_path / str(std), experts_implementation="eager")
+        errors.append(relative_rms_error(logits, logits_of(model)))
+    assert 0 < errors[0] < 3e-2
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.1)
+
+
+def test_experts_left_over_are_not_chosen_at_step_0(tmp_path: Path) -> None:
+    """31 experts, 3 per token: ten groups, and number 30 whose router row is the mean of theirs."""
+    saved(model_of("llama"), tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", "granular", norm_topk_prob=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    tokens = torch.randint(48, (16, 60), generator=torch.Generator().manual_seed(2))
+    for index in model(tokens, output_router_logits=True).router_indices:
+        assert index.max() < 30
+        groups = index.sort(dim=-1).values
+        assert (groups // 3 == groups[:, :1] // 3).all()
+        assert len(groups[:, 0].unique()) > 3
+
+
+def test_a_first_update_does_not_tear_groups_apart(tmp_path: Path) -> None:
+    """Rows of a group drift as far as Adam's first step at 3e-4 takes them: groups are still chosen whole by default.
+
+    At a hundredth of the default deviation they are not, so the check can fail.
+    """
+    saved(model_of("llama"), tmp_path / "dense")
+    torn = {}
+    for std in (None, 0.01):
+        upcycle(
+            tmp_path / "dense", tmp_path / str(std), "granular", UpcycleOptions(router_std=std), norm_topk_prob=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(std)).eval()
+        generator = torch.Generator().manual_seed(3)
+        for layer in model.model.layers:
+            signs = torch.randint(2, layer.mlp.gate.weight.shape, generator=generator) * 2 - 1
+            layer.mlp.gate.weight.data += 3e-4 * signs
+        tokens = torch.randint(48, (16, 60), generator=generator)
+        index = torch.cat(model(tokens, output_router_logits=True).router_indices) // 3
+        torn[std] = (index != index[:, :1]).any(dim=-1).float().mean().item()
+    assert torn[None] < 0.02 < 0.1 < torn[0.01]
+
+
+def test_a_json_file_names_the_mixture(tmp_path: Path) -> None:
+    saved(model_of("llama"), tmp_path / "dense")
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "num_shared_experts": 0, "norm_topk_prob": True}
+    (tmp_path / "mixture.json").write_text(json.dumps(mixture))
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", str(tmp_path / "mixture.json"), router_aux_loss_coef=0.02)
+    assert (made.config.num_experts, made.config.moe_intermediate_size) == (6, 16)
+    assert made.config.router_aux_loss_coef == 0.02
+    again = upcycle(tmp_path / "dense", tmp_path / "again", str(tmp_path / "moe"))
+    fields = [made.config.to_dict(), again.config.to_dict()]
+    assert fields[0] | {"router_aux_loss_coef": 0.02} == fields[1]
+
+
+def test_it_can_be_repeated_and_follows_the_seed(tmp_path: Path) -> None:
+    saved(model_of("llama"), tmp_path / "dense")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = UpcycleOptions(expert_noise=0.1, drop_ratio=0.5, seed=seed)
+        upcycle(tmp_path / "dense", tmp_path / name, "granular", options)
+    prints = {name: fingerprint(tmp_path / name)["model.safetensors"] for name in "abc"}
+    assert prints["a"] == prints["b"] != prints["c"]
+
+
+def test_what_comes_along_and_what_is_recorded(tmp_path: Path) -> None:
+    """A folder as save_pretrained writes one, with code, tokenizer and licence, and the settings beside it."""
+    saved(model_of("llama"), tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE.txt"):
+        (tmp_path / "dense" / name).write_text(name)
+    upcycle(tmp_path / "dense", tmp_path / "moe", "switch")
+    want = {path.name for path in saved(model_of("cpt_moe"), tmp_path / "ours").iterdir()}
+    want |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE.txt", RECORD_FILE}
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == want
+    for path in (tmp_path / "moe").glob("*.py"):
+        assert path.read_text() == (PROJECT / "modeling" / path.name).read_text()
+    record = json.loads((tmp_path / "moe" / RECORD_FILE).read_text())
+    assert record["dense"] == "dense" and record["layout"]["routed_scale"] == 8.0
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert config["architectures"] == ["CptMoeForCausalLM"] and "AutoModelForCausalLM" in config["auto_map"]
+
+
+def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(model_of("llama"), tmp_path / "dense")
+    words = "--to granular --norm_topk_prob --num_experts 9 --seed 3 --max_shard_size 20KB".split()
+    main([str(tmp_path / "dense"), "--output_dir", str(tmp_path / "moe"), *words])
+    printed = capsys.readouterr().out
+    assert "9 experts, 3 per token, 1 shared, parts (1 of 4) of the dense block" in printed
+    assert "function at step 0: the dense model's, up to rounding" in printed
+
+
+REFUSED = {
+    "family": ("gpt2", {}, {}, "is of type 'gpt2': dense models of llama, mistral, qwen2, qwen3, cpt_moe can be"),
+    "mixture": ("cpt_moe", {}, {}, "is a mixture already"),
+    "qk norm": ("qwen3", {}, {}, r"qwen3 normalises queries and keys \(q_norm, k_norm\) and cpt_moe does not"),
+    "window": ("mistral", {"sliding_window": 16}, {}, "attends to the last 16 of 64 tokens .*: set max_position"),
+    "width": ("llama", {"intermediate_size": 30}, {}, r"intermediate_size=30 is not divisible by 4"),
+    "divisor": ("llama", {}, {"moe_intermediate_size": 12}, "=12 does not divide the dense block's .*=32"),
+    "cover": ("llama", {}, {"num_experts_per_tok": 2, "moe_intermediate_size": 8}, "4 parts .* 3 active experts"),
+    "too few": ("llama", {}, {"num_experts": 2}, r"num_experts_per_tok=3 must lie in 1\.\.2"),
+    "groups": ("llama", {}, {"num_experts": 5}, "num_experts=5 is neither a multiple of .*=3 nor at least 6"),
+    "switch gates": (
+        "llama",
+        {},
+        {"num_experts_per_tok": 1, "num_shared_experts": 0, "norm_topk_prob": True},
+        "makes every gate 1",
+    ),
+    "field": ("llama", {}, {"hidden_size": 8}, "hidden_size is no field of a mixture: choose from num_experts"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
+    model_type, changes, overrides, message = REFUSED[case]
+    saved(model_of(model_type, **changes), tmp_path / "dense")
+    with pytest.raises(ValueError, match=message) as refusal:
+        upcycle(tmp_path / "dense", tmp_path / "moe", "granular", **overrides)
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_zero_router_cannot_choose_between_parts(tmp_path: Path) -> None:
+    saved(model_of("llama"), tmp_path / "dense")
+    with pytest.raises(ValueError, match="router_init='zero' leaves it to chance which of the 4 parts"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", "granular", ZERO)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_biases_that_do_something_are_refused(model_type: str, tmp_path: Path) -> None:
+    model = model_of(model_type, **({"mlp_bias": True} if model_type == "llama" else {}))
+    layer = model.model.layers[1]
+    torch.nn.init.ones_((layer.mlp.up_proj if model_type == "llama" else layer.self_attn.k_proj).bias)
+    saved(model, tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"layers.1.*_proj.bias cannot be carried over \(the target has no such bias"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", "switch")
+
+
+TARGETS_REFUSED = {
+    "granulr": "--to 'granulr' is unknown: choose granular, switch, sb-granular, sb-switch, or name a JSON file",
+    "[1]": "must hold one JSON object of fields, got list",
+    "{": "is no JSON",
+    '{"num_expert": 4}': "sets num_expert, no field of CptMoeConfig: check the spelling",
+    '{"norm_topk_prob": true}': "names no experts: set num_experts",
+    '{"num_experts": 4, "hidden_size": 32}': "says hidden_size=32, the dense model has 16: upcycling keeps it",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS_REFUSED)
+def test_targets_that_are_wrong_are_refused(target: str, tmp_path: Path) -> None:
+    saved(model_of("llama"), tmp_path / "dense")
+    to = target
+    if target != "granulr":
+        to = str(tmp_path / "mixture.json")
+        Path(to).write_text(target)
+    with pytest.raises(ValueError, match=TARGETS_REFUSED[target]):
+        upcycle(tmp_path / "dense", tmp_path / "moe", to)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router_init": "ones"}, "router_init='ones' is unknown: choose one of noise, zero"),
+        ({"router_std": 0.0}, "router_std=0.0 must be above 0; for none use router_init='zero'"),
+        ({"expert_noise": -1.0}, "expert_noise=-1.0 must be at least 0"),
+        ({"drop_ratio": 1.5}, r"drop_ratio=1.5 must lie in \[0, 1\]"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UpcycleOptions(**options)
