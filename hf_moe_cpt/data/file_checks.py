@@ -116,7 +116,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict | None:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
-            "repair it and put one whole object on each line."
+            "repair or remove that line, and put one whole object on each line."
         ) from None
     if not isinstance(row, dict):
         raise ValueError(

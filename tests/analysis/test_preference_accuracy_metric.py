@@ -9,23 +9,20 @@ import pytest
 
 from hf_moe_cpt.analysis.preference_accuracy import METRIC_FOLDER, preference_accuracy
 from tests.helpers.fresh_process import run_python
+from tests.helpers.offline_metrics import PRELUDE
 
 
 evaluate = pytest.importorskip("evaluate")
 
-LOADED_ELSEWHERE = """
-import json, socket, sys
-
-def no_network(*arguments, **options):
-    raise OSError("this process has no network")
-
-socket.socket.connect = no_network
-import evaluate
+LOADED_ELSEWHERE = (
+    PRELUDE
+    + """
 from hf_moe_cpt.analysis.preference_accuracy import METRIC_FOLDER
 
 metric = evaluate.load(METRIC_FOLDER, sys.argv[1])
 print(json.dumps({"file": sys.modules[type(metric).__module__].__file__, **metric.compute(**json.loads(sys.argv[2]))}))
 """
+)
 
 
 def _columns(num: int = 60, reference: bool = False) -> dict[str, np.ndarray]:

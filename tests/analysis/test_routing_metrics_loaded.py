@@ -16,6 +16,7 @@ from hf_moe_cpt.analysis.routing_metrics import (
     VOCABULARY_SPECIALIZATION_FOLDER,
 )
 from tests.helpers.fresh_process import run_python
+from tests.helpers.offline_metrics import PRELUDE
 
 
 evaluate = pytest.importorskip("evaluate")
@@ -26,19 +27,14 @@ FOLDERS = [
     VOCABULARY_SPECIALIZATION_FOLDER,
     EXPERT_COACTIVATION_FOLDER,
 ]
-LOADED_ELSEWHERE = """
-import json, socket, sys
-
-def no_network(*arguments, **options):
-    raise OSError("this process has no network")
-
-socket.socket.connect = no_network
-import evaluate
-
+LOADED_ELSEWHERE = (
+    PRELUDE
+    + """
 for folder, inputs in json.loads(sys.argv[1]):
     metric = evaluate.load(folder)
     print(json.dumps({"file": sys.modules[type(metric).__module__].__file__, **metric.compute(**inputs)}))
 """
+)
 E, K, T = 5, 2, 40
 
 

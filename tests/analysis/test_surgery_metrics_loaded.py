@@ -17,6 +17,7 @@ from hf_moe_cpt.analysis import (
 )
 from hf_moe_cpt.analysis.bootstrap import bootstrap_interval, bootstrap_two_samples, ratio_of_sums
 from tests.helpers.fresh_process import run_python
+from tests.helpers.offline_metrics import PRELUDE
 from tests.helpers.source_tree import PROJECT
 
 
@@ -175,21 +176,16 @@ def test_retained_behaviour(tmp_path):
     assert got["num_texts"] == 0 and "kl" not in got and "locality" in got
 
 
-LOADED_ELSEWHERE = """
-import json, socket, sys
-
-def no_network(*arguments, **options):
-    raise OSError("this process has no network")
-
-socket.socket.connect = no_network
-import evaluate
-
+LOADED_ELSEWHERE = (
+    PRELUDE
+    + """
 found = {}
 for name, (folder, config_name, columns) in json.load(open(sys.argv[1])).items():
     metric = evaluate.load(folder, config_name)
     found[name] = {"file": sys.modules[type(metric).__module__].__file__, **metric.compute(**columns)}
 print(json.dumps(found))
 """
+)
 
 
 def test_a_process_without_network_gets_the_same_numbers(tmp_path, monkeypatch):

@@ -38,8 +38,12 @@ def launch(*words: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """One thread, and the packages of this process to be found, ours among them."""
-    paths = os.pathsep.join([str(PROJECT), *filter(None, sys.path)])
+    """One thread, and the packages of this process to be found, ours among them.
+
+    Not the folder that evaluate adds to the path for its copies of metrics: another process has copies of its own.
+    """
+    copies = os.environ["HF_MOE_CPT_TEST_CACHE"]
+    paths = os.pathsep.join([str(PROJECT), *(path for path in sys.path if path and not path.startswith(copies))])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
