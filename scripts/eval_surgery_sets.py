@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.permutation import derive_seed, permute
+from hf_moe_cpt.data.prefix_tokens import tokens_of_prefix
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.data.surgery_bench_grammar import SPLITS
 from hf_moe_cpt.data.surgery_bench_questions import QUESTION_KINDS, QUIZ_TEMPLATE, as_completions
@@ -153,8 +154,7 @@ def read_documents(
     for place, row in enumerate(rows):
         ids = found["input_ids"][place][:room]
         offsets = found["offset_mapping"][place] if row["prefix"] else []
-        covered = [number for number, (begin, end) in enumerate(offsets) if begin < min(end, len(row["prefix"]))]
-        start = max(1, max(covered, default=-1) + 1)
+        start = max(1, tokens_of_prefix(offsets, row["prefix"]))
         if start < len(ids):
             documents.append(ReadDocument(row, CountedText(ids, start)))
     return documents

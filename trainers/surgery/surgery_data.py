@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -235,8 +234,3 @@ def _check_ids(ids: list[int], mask: list[bool], vocab_size: int | None) -> None
 def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def mean_length(rows: Dataset) -> float:
-    """Mean number of tokens of the rows of a tokenised set."""
-    return float(np.mean([len(ids) for ids in rows["input_ids"]]))
