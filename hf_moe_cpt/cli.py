@@ -57,9 +57,12 @@ COMMANDS = {
         "hf_moe_cpt.scripts.analyze", "compare how checkpoints of a mixture of experts route the same text"
     ),
     "upcycle": Command("hf_moe_cpt.scripts.upcycle", "make a mixture of experts out of a dense checkpoint"),
-    "convert": Command("hf_moe_cpt.scripts.convert", "write a mixture as Mixtral or Qwen2-MoE, or as cpt_moe"),
+    "convert": Command(
+        "hf_moe_cpt.scripts.convert", "write a mixture as Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE, or as cpt_moe"
+    ),
     "push": Command("hf_moe_cpt.scripts.push", "check a finished folder and publish it on the Hub"),
     "card": Command("hf_moe_cpt.scripts.card", "write the model card of a finished run from its files"),
+    "plan": Command("hf_moe_cpt.scripts.plan", "estimate memory, time and cost of a run before it is started"),
     "schedule": Command("hf_moe_cpt.scripts.schedule", "print and plot a learning-rate schedule before it is run"),
 }
 

@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 ROUTER_TYPES = ("softmax_topk", "sinkhorn")
 NORM_TYPES = ("rmsnorm", "layernorm")
+QK_NORMS = ("head", "projection")
 LOAD_SCOPES = ("global", "rank")
 
 # Every Auto class that a saved checkpoint answers to, and the file beside the weights that holds the class.
@@ -27,6 +28,19 @@ AUTO_MAP = {
     "AutoModel": "modeling_cpt_moe.CptMoeModel",
     "AutoModelForCausalLM": "modeling_cpt_moe.CptMoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_cpt_moe.CptMoeForSequenceClassification",
+}
+
+# A norm over one head holds on every shard; one over the whole projection needs all heads, so they are gathered.
+_TP_PLAN_OF_QK_NORM = {
+    "head": dict.fromkeys(
+        ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"), "replicated_with_grad_allreduce"
+    ),
+    "projection": {
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+    },
 }
 
 # Keys that are no field here but that transformers itself writes into config.json or passes to a configuration.
@@ -94,6 +108,10 @@ class CptMoeConfig(PreTrainedConfig):
     norm_type: str = "rmsnorm"  # or "layernorm" (with bias)
     rms_norm_eps: float = 1e-5  # of either norm
     rope_parameters: RopeParameters | dict | None = None  # None: base 10,000 on the first quarter of each head
+    attention_bias: bool = False  # on queries, keys, values and the output projection, as in Llama and Qwen3
+    qkv_bias: bool = False  # on queries, keys and values alone, as in Qwen2
+    qk_norm: str | None = None  # RMSNorm before rotation: of each "head" (Qwen3) or the whole "projection" (OLMoE)
+    sliding_window: int | None = None  # how many tokens a token sees, itself included; None: all before it
     attention_dropout: float | int = 0.0
     initializer_range: float | None = None  # None: small_init for input matrices, wang_init for output projections
     tie_word_embeddings: bool = False
@@ -122,6 +140,8 @@ class CptMoeConfig(PreTrainedConfig):
         # A copy, because transformers completes the dictionary in place.
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         kwargs.setdefault("partial_rotary_factor", 0.25)
+        if self.qk_norm is not None:
+            self.base_model_tp_plan = self.base_model_tp_plan | _TP_PLAN_OF_QK_NORM[self.qk_norm]
         given_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
         self.auto_map = AUTO_MAP | given_map
@@ -165,6 +185,7 @@ class CptMoeConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         self._check_sizes()
+        self._check_attention()
         if self.is_moe:
             self._check_experts()
         else:
@@ -227,6 +248,16 @@ class CptMoeConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}: each key-value head serves the same number of heads."
             )
+
+    def _check_attention(self) -> None:
+        if self.qk_norm not in (None, *QK_NORMS):
+            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown: choose one of {', '.join(QK_NORMS)}, or None.")
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError(
+                "attention_bias=True has all biases of qkv_bias=True, and the output projection's: set one of the two."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or None for no window.")
 
     def _check_experts(self) -> None:
         E, K = self.num_experts, self.num_experts_per_tok

@@ -117,8 +117,9 @@ def eager_attention_forward(
 
 
 class CptMoeAttention(nn.Module):
-    """Causal self-attention with rotary positions, multi-head or grouped-query, without biases.
+    """Causal self-attention with rotary positions, multi-head or grouped-query.
 
+    Biases, norms of queries and keys, and a window are off unless the configuration has them.
     rotate_query_and_key: the seam for a fused rotation, which is set on one module.
     """
 
@@ -133,11 +134,17 @@ class CptMoeAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.sliding_window = config.sliding_window
+        query_width, key_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        has_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=has_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=has_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=has_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
         self.o_proj.is_output_projection = True
+        if config.qk_norm is not None:
+            widths = (self.head_dim,) * 2 if config.qk_norm == "head" else (query_width, key_width)
+            self.q_norm, self.k_norm = (CptMoeRMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
     def forward(
         self,
@@ -150,9 +157,13 @@ class CptMoeAttention(nn.Module):
         """(B, S, H) -> (B, S, H) and the attention weights, or None where the implementation does not form them."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.qk_norm == "projection":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.view(head_shape), key.view(head_shape), value.view(head_shape)
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = self.rotate_query_and_key(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -168,6 +179,7 @@ class CptMoeAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -208,7 +208,8 @@ class CptMoeModel(CptMoePreTrainedModel):
 
         # The mask is made from what the caller passed: a fresh cache would hide packed documents from it, and without
         # position ids there is nothing to look for, which saves a device synchronisation.
-        causal_mask = create_causal_mask(
+        create_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = create_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -24,7 +24,8 @@ NUMBERS = ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_inte
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-moe-cpt upcycle", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("dense", metavar="DENSE", help="folder of a dense checkpoint in safetensors")
+    parser.add_argument("dense", metavar="DENSE", help="a dense checkpoint in safetensors: a folder, or a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit, if DENSE is a Hub id")
     parser.add_argument(
         "--to", default="granular", help=f"{', '.join(TARGETS)}, or a JSON file of CptMoeConfig fields of the mixture"
     )
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = (*NUMBERS, "norm_topk_prob")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = UpcycleOptions(args.router_init, args.router_std, args.expert_noise, args.drop_ratio, args.seed)
-    made = upcycle(args.dense, args.output_dir, args.to, options, args.max_shard_size, **overrides)
+    made = upcycle(args.dense, args.output_dir, args.to, options, args.max_shard_size, args.revision, **overrides)
     layout, config = made.layout, made.config
     kind = "copies" if layout.num_parts == 1 else f"parts (1 of {layout.num_parts})"
     print(

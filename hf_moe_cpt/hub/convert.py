@@ -1,7 +1,7 @@
-"""Convert between `cpt_moe` and Mixtral or Qwen2-MoE: other names, the same numbers, the same logits.
+"""Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
 
-Read and written shard by shard; what one side cannot express is refused before anything is written. OLMoE is always
-refused, because it normalises queries and keys. E experts, H hidden size, m width of an expert, S shared experts.
+Read and written shard by shard; what one side cannot express is refused before anything is written.
+E experts, H hidden size, m width of an expert, S shared experts.
 Source: names and configurations, `convert_families`; docs/convert.md lists what fits.
 """
 
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_moe_cpt.hub.convert_families import FAMILIES, Family, config_from, config_to, lost_in_training
-from hf_moe_cpt.hub.convert_skeleton import empty_model, refuse_qk_norm, write_config
+from hf_moe_cpt.hub.convert_skeleton import empty_model, write_config
 from hf_moe_cpt.hub.streaming_output import (
     MAX_SHARD_SIZE,
     appearing_whole,
@@ -31,7 +31,7 @@ from hf_moe_cpt.hub.streaming_source import CheckpointReader
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 
 
-MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "cpt_moe")
+MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,26 @@ class Converted:
 
 
 def convert(
-    source: str | Path, output_dir: str | Path, to: str, max_shard_size: int | str = MAX_SHARD_SIZE
+    source: str | Path,
+    output_dir: str | Path,
+    to: str,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    revision: str | None = None,
 ) -> Converted:
-    """Write the checkpoint in a folder as one of another family, into a new folder.
+    """Write a checkpoint as one of another family, into a new folder.
 
-    to: one of `MODEL_TYPES`; one side must be cpt_moe. Raises ValueError, in one line and before anything is written,
-    for what the other family cannot compute.
+    source: a folder or a Hub id, revision: of the latter. to: one of `MODEL_TYPES`; one side must be cpt_moe. Raises
+    ValueError, in one line and before anything is written, for what the other family cannot compute.
     """
     if to not in MODEL_TYPES:
         raise ValueError(f"--to {to!r} is unknown: choose one of {', '.join(MODEL_TYPES)}.")
-    reader = CheckpointReader(source)
+    reader = CheckpointReader(source, revision)
     output = check_output(output_dir, reader.folder)
     of = reader.config.model_type
     if of not in MODEL_TYPES or of == to:
-        raise ValueError(f"{reader.folder} is of type {of!r}: only {', '.join(MODEL_TYPES)} convert, to another.")
+        raise ValueError(f"{reader.name} is of type {of!r}: only {', '.join(MODEL_TYPES)} convert, to another.")
     if "cpt_moe" not in (of, to):
         raise ValueError(f"{of} to {to}: one side must be cpt_moe; convert to it first.")
-    refuse_qk_norm(of)
     if to == "cpt_moe":
         config, plan, used = _plan_from(reader)
         notes = _notes_from(reader.config)
@@ -112,7 +115,7 @@ def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTens
 
 def _plan_to(reader: CheckpointReader, to: str) -> tuple[PreTrainedConfig, list[PlannedTensor], list[str]]:
     """The other family's configuration and tensors."""
-    family, ours = FAMILIES.get(to), reader.config
+    family, ours = FAMILIES[to], reader.config
     config = config_to(ours, to)
     plan = skeleton(reader, empty_model(ours))
     for layer in range(ours.num_hidden_layers):
@@ -203,7 +206,7 @@ def _neutral_shared_gates(reader: CheckpointReader) -> list[str]:
     for name in names:
         if reader.tensor(name).any():
             raise ValueError(
-                f"{reader.folder}: {name} weighs the shared expert by the token, and cpt_moe adds it with weight 1: "
+                f"{reader.name}: {name} weighs the shared expert by the token, and cpt_moe adds it with weight 1: "
                 "only models whose gate is 0 can be converted."
             )
     return names

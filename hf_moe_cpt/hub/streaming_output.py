@@ -20,6 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.hub.streaming_hub import COMPANIONS
 from hf_moe_cpt.hub.streaming_plan import PlannedTensor
 from hf_moe_cpt.hub.streaming_source import INDEX_FILE
 
@@ -27,19 +28,6 @@ from hf_moe_cpt.hub.streaming_source import INDEX_FILE
 MAX_SHARD_SIZE = "5GB"
 _PARTIAL = ".partial"
 _SPARE_BYTES = 32 * 2**20  # tokenizer, code and whatever the disk itself needs
-# What travels along unchanged: how text becomes tokens, how the model generates, what one may do with it.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def check_output(output_dir: str | Path, source: Path) -> Path:
@@ -103,7 +91,7 @@ def write_weights(folder: Path, plan: Sequence[PlannedTensor], max_shard_size: i
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copy tokenizer, generation settings and licence; returns the names."""
-    found = sorted({path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

@@ -88,4 +88,4 @@ def refuse_unused(reader: CheckpointReader, plan: Iterable[PlannedTensor], also_
             reason = "the target has no such bias"
         else:
             reason = "the target has no such tensor"
-        raise ValueError(f"{reader.folder}: {name} cannot be carried over ({reason}): this model stays what it is.")
+        raise ValueError(f"{reader.name}: {name} cannot be carried over ({reason}): this model stays what it is.")

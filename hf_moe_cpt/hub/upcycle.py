@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hf_moe_cpt.hub.convert_attention import ATTENTION_FIELDS
 from hf_moe_cpt.hub.convert_skeleton import empty_model, skeleton_fields, write_config
 from hf_moe_cpt.hub.streaming_output import (
     MAX_SHARD_SIZE,
@@ -47,7 +48,7 @@ MIXTURE_FIELDS = (
 ).split()
 RECORD_FILE = "upcycling.json"
 _SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-_SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings"]
+_SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings", *ATTENTION_FIELDS]
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,17 @@ def upcycle(
     to: str = "granular",
     options: UpcycleOptions | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    revision: str | None = None,
     **overrides: Any,
 ) -> Upcycled:
-    """Make a mixture of experts out of the dense checkpoint in a folder, and write it into a new folder.
+    """Make a mixture of experts out of a dense checkpoint, and write it into a new folder.
 
-    to: a key of `TARGETS`, or a JSON file (or folder with a config.json) that names `MIXTURE_FIELDS`; overrides: any
-    of these fields. Raises ValueError, before anything is written, for families, sizes and files that do not allow it.
+    dense: a folder or a Hub id, revision: of the latter. to: a key of `TARGETS`, or a JSON file (or folder with a
+    config.json) that names `MIXTURE_FIELDS`; overrides: any of these fields. Raises ValueError, before
+    anything is written, for families, sizes and files that do not allow it.
     """
     options = options or UpcycleOptions()
-    reader = CheckpointReader(dense)
+    reader = CheckpointReader(dense, revision)
     output = check_output(output_dir, reader.folder)
     config = target_config(reader, to, overrides)
     layout = plan_layout(config, config.intermediate_size)
@@ -91,7 +94,8 @@ def upcycle(
         write_weights(folder, plan, max_shard_size)
         copy_companions(reader.folder, folder)
         write_config(model, folder)
-        record = {"dense": reader.folder.resolve().name, "dense_family": reader.config.model_type, "to": to}
+        record = {"dense": reader.short_name, "dense_revision": reader.commit}
+        record |= {"dense_family": reader.config.model_type, "to": to}
         record |= {"options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return Upcycled(output, config, layout, model.num_parameters(), function, tuple(leftovers(output)))
@@ -102,7 +106,7 @@ def target_config(reader: CheckpointReader, to: str, overrides: dict[str, Any]) 
     dense = reader.config
     if dense.model_type not in DENSE_FAMILIES or getattr(dense, "num_experts", 0):
         kind = "a mixture already" if dense.model_type == "cpt_moe" else f"of type {dense.model_type!r}"
-        raise ValueError(f"{reader.folder} is {kind}: dense models of {', '.join(DENSE_FAMILIES)} can be upcycled.")
+        raise ValueError(f"{reader.name} is {kind}: dense models of {', '.join(DENSE_FAMILIES)} can be upcycled.")
     fields = skeleton_fields(dense) | {"intermediate_size": dense.intermediate_size}
     named = mixture_named(to)
     for name in _SIZES:

@@ -18,6 +18,7 @@ MIXTURES = {
         "shared_expert_intermediate_size": 16,
         "qkv_bias": False,
     },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "head_dim": 12},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -31,6 +32,14 @@ def model_of(model_type: str, dtype: torch.dtype = torch.float32, **changes: obj
         if weight.dim() == 1 and name.endswith("norm.weight"):  # all ones say nothing about where they went
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return model.eval()
+
+
+def biased(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with attention biases that matter."""
+    for name, weight in model.named_parameters():
+        if ".self_attn." in name and name.endswith(".bias"):
+            torch.nn.init.uniform_(weight, -1.0, 1.0)
+    return model
 
 
 def saved(model: PreTrainedModel, folder: Path, max_shard_size: int | str = "5GB") -> Path:

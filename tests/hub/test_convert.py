@@ -1,5 +1,6 @@
 """Converted checkpoints give the logits of transformers' own models, both ways; what cannot is refused in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from hf_moe_cpt.hub.convert import convert
 from hf_moe_cpt.hub.convert_families import FAMILIES
 from hf_moe_cpt.scripts.convert import main
-from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved
+from tests.helpers.hub_checkpoints import biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.tolerances import assert_matches
 
 
@@ -56,10 +57,26 @@ TO_OURS = {
     "mixtral, grouped heads of another size, tied, llama3 rope": lambda: model_of(
         "mixtral", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
     ),
+    "mixtral, window": lambda: model_of("mixtral", sliding_window=5),
     "mixtral, tanh gelu": lambda: model_of("mixtral", hidden_act="gelu_pytorch_tanh"),
     "qwen2_moe": neutral_qwen2_moe,
-    "qwen2_moe, normalised, zero biases": lambda: neutral_qwen2_moe(norm_topk_prob=True, qkv_bias=True),
+    "qwen2_moe, normalised, biases": lambda: biased(neutral_qwen2_moe(norm_topk_prob=True, qkv_bias=True)),
     "qwen2_moe, one expert": lambda: neutral_qwen2_moe(num_experts_per_tok=1),
+    "olmoe": lambda: model_of("olmoe"),
+    "olmoe, grouped, biases, normalised": lambda: biased(
+        model_of("olmoe", num_key_value_heads=1, attention_bias=True, norm_topk_prob=True)
+    ),
+    "qwen3_moe": lambda: model_of("qwen3_moe"),
+    "qwen3_moe, grouped, biases, normalised, window": lambda: biased(
+        model_of(
+            "qwen3_moe",
+            num_key_value_heads=1,
+            attention_bias=True,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=5,
+        )
+    ),
 }
 
 
@@ -80,9 +97,17 @@ FROM_OURS = {
         "mixtral",
         {"router_type": "sinkhorn", "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "mixtral, heads of another size": ("mixtral", {"head_dim": 12}),
+    "mixtral, heads of another size, window": ("mixtral", {"head_dim": 12, "sliding_window": 5}),
     "qwen2_moe without shared experts": ("qwen2_moe", {}),
     "qwen2_moe, two shared experts": ("qwen2_moe", {"num_shared_experts": 2, "norm_topk_prob": False}),
+    "qwen2_moe, biases": ("qwen2_moe", {"qkv_bias": True}),
+    "olmoe": ("olmoe", {"qk_norm": "projection"}),
+    "olmoe, grouped, biases, raw gates": (
+        "olmoe",
+        {"qk_norm": "projection", "attention_bias": True, "num_key_value_heads": 1, "norm_topk_prob": False},
+    ),
+    "qwen3_moe, heads of another size": ("qwen3_moe", {"qk_norm": "head", "head_dim": 12}),
+    "qwen3_moe, biases, window": ("qwen3_moe", {"qk_norm": "head", "attention_bias": True, "sliding_window": 5}),
     "qwen2_moe, switch": ("qwen2_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
 }
 
@@ -90,7 +115,7 @@ FROM_OURS = {
 @pytest.mark.parametrize("case", FROM_OURS)
 def test_ours_keeps_its_logits_there_and_every_bit_when_it_comes_back(case: str, tmp_path: Path) -> None:
     to, changes = FROM_OURS[case]
-    model = model_of("cpt_moe", **{**OURS, **changes})
+    model = biased(model_of("cpt_moe", **{**OURS, **changes}))
     saved(model, tmp_path / "ours")
     made = convert(tmp_path / "ours", tmp_path / "theirs", to, max_shard_size=10_000)
     assert AutoConfig.from_pretrained(tmp_path / "theirs").model_type == to
@@ -103,11 +128,12 @@ def test_ours_keeps_its_logits_there_and_every_bit_when_it_comes_back(case: str,
     assert_matches(f"{case}, back", logits_of(tmp_path / "back"), logits_of(model))
 
 
-@pytest.mark.parametrize("to", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("to", FAMILIES)
 def test_the_files_hold_the_names_that_transformers_itself_writes(to: str, tmp_path: Path) -> None:
-    saved(model_of("cpt_moe", **OURS), tmp_path / "ours")
+    norm = {"olmoe": "projection", "qwen3_moe": "head"}.get(to)
+    saved(model_of("cpt_moe", **OURS, qk_norm=norm), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", to)
-    theirs = model_of(to, num_experts=6, num_local_experts=6) if to == "mixtral" else model_of(to)
+    theirs = model_of(to, num_local_experts=6) if to == "mixtral" else model_of(to, num_experts=6)
     assert tensor_names(tmp_path / "theirs") == tensor_names(saved(theirs, tmp_path / "original"))
 
 
@@ -158,15 +184,42 @@ REFUSED_FROM_OURS = {
         "router_type='sinkhorn' with one expert per token: qwen2_moe has no sigmoid gates",
     ),
     "heads": ("qwen2_moe", {"head_dim": 12}, "head_dim=12: qwen2_moe has heads of .* = 8"),
-    "olmoe": ("olmoe", {}, r"olmoe normalises queries and keys \(q_norm, k_norm\) and cpt_moe does not"),
+    "norm that they lack": (
+        "qwen2_moe",
+        {"qk_norm": "head"},
+        "qk_norm='head' normalises each head of queries and keys, qwen2_moe neither queries nor keys: no weights make",
+    ),
+    "norm that we lack": ("olmoe", {}, "qk_norm=None normalises neither queries nor keys, olmoe all heads of queries"),
+    "other norm": ("olmoe", {"qk_norm": "head"}, "qk_norm='head' normalises each head of queries and keys, olmoe all"),
+    "olmoe, shared": (
+        "olmoe",
+        {"qk_norm": "projection", "num_shared_experts": 1},
+        "num_shared_experts=1: olmoe has none; try qwen2_moe",
+    ),
+    "olmoe, heads": ("olmoe", {"qk_norm": "projection", "head_dim": 12}, "head_dim=12: olmoe has heads of .* = 8"),
+    "no biases": ("mixtral", {"qkv_bias": True}, "qkv_bias=True: of biases, the attention of mixtral can have none"),
+    "other biases": (
+        "qwen2_moe",
+        {"attention_bias": True},
+        "attention_bias=True: of biases, the attention of qwen2_moe can have those of qkv_bias alone",
+    ),
+    "window": (
+        "olmoe",
+        {"qk_norm": "projection", "sliding_window": 5},
+        "sliding_window=5: olmoe has no window for all layers",
+    ),
     "dense": (
         "mixtral",
         dict.fromkeys(("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"))
         | {"num_experts": 0, "norm_topk_prob": False},
         "num_experts=0: a dense model has no place in mixtral; upcycle it first",
     ),
-    "itself": ("cpt_moe", {}, "is of type 'cpt_moe': only mixtral, olmoe, qwen2_moe, cpt_moe convert, to another"),
-    "unknown": ("gpt2", {}, "--to 'gpt2' is unknown: choose one of mixtral, olmoe, qwen2_moe, cpt_moe"),
+    "itself": (
+        "cpt_moe",
+        {},
+        "is of type 'cpt_moe': only mixtral, olmoe, qwen2_moe, qwen3_moe, cpt_moe convert",
+    ),
+    "unknown": ("gpt2", {}, "--to 'gpt2' is unknown: choose one of mixtral, olmoe, qwen2_moe, qwen3_moe, cpt_moe"),
 }
 
 
@@ -181,11 +234,20 @@ def test_what_others_cannot_compute_is_refused(case: str, tmp_path: Path) -> Non
 
 
 REFUSED_TO_OURS = {
-    "olmoe": ("olmoe", {}, "olmoe normalises queries and keys"),
-    "window": ("mixtral", {"sliding_window": 16}, "attends to the last 16 of 64 tokens and cpt_moe to all"),
+    "clipped": (
+        "olmoe",
+        {"clip_qkv": 8.0},
+        "clip_qkv=8.0: olmoe clips queries, keys and values, and cpt_moe does",
+    ),
+    "window of some layers": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 16},
+        "attends in some layers to the last 16 of 64 tokens and in others to all",
+    ),
     "one expert": ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 and normalised gates"),
     "shared gate": ("qwen2_moe", {}, "shared_expert_gate.weight weighs the shared expert by the token"),
     "dense layers": ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] .* mixes dense layers"),
+    "dense layers, qwen3": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 mixes dense layers"),
     "family": ("llama", {}, "is of type 'llama': only mixtral"),
 }
 
@@ -200,11 +262,11 @@ def test_what_we_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
-def test_biases_that_do_something_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    model = neutral_qwen2_moe(qkv_bias=True)
-    torch.nn.init.ones_(model.model.layers[1].self_attn.q_proj.bias)
-    saved(model, tmp_path / "biased")
-    with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.bias cannot be carried over .*no such bias"):
+def test_tensors_without_a_place_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    saved(biased(neutral_qwen2_moe(qkv_bias=True)), tmp_path / "biased")
+    config = json.loads((tmp_path / "biased" / "config.json").read_text())
+    (tmp_path / "biased" / "config.json").write_text(json.dumps(config | {"qkv_bias": False}))
+    with pytest.raises(ValueError, match="layers.0.self_attn.k_proj.bias cannot be carried over .*no such bias"):
         convert(tmp_path / "biased", tmp_path / "ours", "cpt_moe")
     saved(neutral_qwen2_moe(shared_expert_intermediate_size=12), tmp_path / "wide")
     with pytest.raises(ValueError, match="shared_expert_intermediate_size=12 is no multiple of"):

@@ -210,7 +210,10 @@ DAMAGE = {
         lambda folder: rewrite(folder, NORM, torch.ones(16, dtype=torch.int8)),
         "model.norm.weight has type I8, allowed are F64, F32, F16, BF16: save the model unquantised",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"is no checkpoint folder \(no config.json\)"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"is no checkpoint \(no config.json\): name a",
+    ),
     "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be used: "),
     "unknown family": (lambda folder: change_config(folder, model_type="nobody"), "cannot be used: .*nobody"),
     "quantised": (

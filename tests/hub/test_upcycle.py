@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_moe_cpt.hub.upcycle import RECORD_FILE, upcycle
 from hf_moe_cpt.hub.upcycle_weights import UpcycleOptions
 from hf_moe_cpt.scripts.upcycle import main
-from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved
+from tests.helpers.hub_checkpoints import biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.tolerances import assert_matches, relative_rms_error
 
@@ -23,16 +23,33 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 DENSE = {
     "llama": lambda: model_of("llama"),
     "llama, grouped, tied, llama3 rope, heads of another size": lambda: model_of(
         "llama", num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
     ),
     "mistral": lambda: model_of("mistral", sliding_window=None, num_key_value_heads=1),
-    "mistral within its window": lambda: model_of("mistral", sliding_window=64),
-    "qwen2 whose biases are 0": lambda: model_of("qwen2"),
-    "llama whose biases are 0": lambda: model_of("llama", attention_bias=True, mlp_bias=True),
+    "mistral, window": lambda: model_of("mistral", sliding_window=5),
+    "qwen2, grouped, tied": lambda: biased(model_of("qwen2", num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen2, yarn": lambda: biased(model_of("qwen2", rope_parameters=YARN_ROPE, max_position_embeddings=128)),
+    "qwen2, window in all layers": lambda: biased(
+        model_of("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0)
+    ),
+    "qwen2, a window as long as the context in some layers": lambda: biased(
+        model_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1)
+    ),
+    "qwen3, grouped, tied, heads of another size": lambda: model_of(
+        "qwen3", num_key_value_heads=1, tie_word_embeddings=True, head_dim=12
+    ),
+    "qwen3, biases": lambda: biased(model_of("qwen3", head_dim=8, attention_bias=True)),
+    "llama, biases of attention, those of its blocks are 0": lambda: biased(
+        model_of("llama", attention_bias=True, mlp_bias=True)
+    ),
     "ours": lambda: model_of("cpt_moe", num_experts=0),
+    "ours, with everything that attention can have": lambda: biased(
+        model_of("cpt_moe", num_experts=0, qkv_bias=True, qk_norm="projection", sliding_window=5, head_dim=16)
+    ),
     "ours, layernorm": lambda: model_of("cpt_moe", num_experts=0, norm_type="layernorm"),
 }
 ZERO = UpcycleOptions(router_init="zero")
@@ -192,8 +209,18 @@ def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFi
 REFUSED = {
     "family": ("gpt2", {}, {}, "is of type 'gpt2': dense models of llama, mistral, qwen2, qwen3, cpt_moe can be"),
     "mixture": ("cpt_moe", {}, {}, "is a mixture already"),
-    "qk norm": ("qwen3", {}, {}, r"qwen3 normalises queries and keys \(q_norm, k_norm\) and cpt_moe does not"),
-    "window": ("mistral", {"sliding_window": 16}, {}, "attends to the last 16 of 64 tokens .*: set max_position"),
+    "window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {},
+        "attends in some layers to the last 16 of 64 tokens and in others to all, .*: set max_position",
+    ),
+    "rotation": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {},
+        "llama with partial_rotary_factor below 1 is unknown: set it to 1.0",
+    ),
     "width": ("llama", {"intermediate_size": 30}, {}, r"intermediate_size=30 is not divisible by 4"),
     "divisor": ("llama", {}, {"moe_intermediate_size": 12}, "=12 does not divide the dense block's .*=32"),
     "cover": ("llama", {}, {"num_experts_per_tok": 2, "moe_intermediate_size": 8}, "4 parts .* 3 active experts"),
@@ -225,11 +252,9 @@ def test_a_zero_router_cannot_choose_between_parts(tmp_path: Path) -> None:
         upcycle(tmp_path / "dense", tmp_path / "moe", "granular", ZERO)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-def test_biases_that_do_something_are_refused(model_type: str, tmp_path: Path) -> None:
-    model = model_of(model_type, **({"mlp_bias": True} if model_type == "llama" else {}))
-    layer = model.model.layers[1]
-    torch.nn.init.ones_((layer.mlp.up_proj if model_type == "llama" else layer.self_attn.k_proj).bias)
+def test_biases_of_feed_forward_blocks_are_refused(tmp_path: Path) -> None:
+    model = model_of("llama", mlp_bias=True)
+    torch.nn.init.ones_(model.model.layers[1].mlp.up_proj.bias)
     saved(model, tmp_path / "dense")
     with pytest.raises(ValueError, match=r"layers.1.*_proj.bias cannot be carried over \(the target has no such bias"):
         upcycle(tmp_path / "dense", tmp_path / "moe", "switch")
@@ -241,6 +266,7 @@ TARGETS_REFUSED = {
     "{": "is no JSON",
     '{"num_expert": 4}': "sets num_expert, no field of CptMoeConfig: check the spelling",
     '{"norm_topk_prob": true}': "names no experts: set num_experts",
+    '{"num_experts": 4, "qkv_bias": true}': "says qkv_bias=True, the dense model has False: upcycling keeps it",
     '{"num_experts": 4, "hidden_size": 32}': "says hidden_size=32, the dense model has 16: upcycling keeps it",
 }
 

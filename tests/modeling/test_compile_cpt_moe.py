@@ -12,13 +12,22 @@ from tests.helpers.tolerances import assert_matches
 EXPERTS = "grouped_mm" if hasattr(torch.ops.transformers, "grouped_mm_fallback_backward") else "batched_mm"
 
 
+ATTENTION = {"qkv_bias": True, "qk_norm": "head", "sliding_window": 6}
+
+
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    ("preset", "training"),
-    [("pb-granular-tiny", True), ("pb-granular-tiny", False), ("sb-switch-tiny", True), ("dense-tiny", True)],
+    ("preset", "training", "fields"),
+    [
+        ("pb-granular-tiny", True, {}),
+        ("pb-granular-tiny", False, {}),
+        ("sb-switch-tiny", True, {}),
+        ("dense-tiny", True, {}),
+        ("dense-tiny", True, ATTENTION),
+    ],
 )
-def test_one_graph(preset: str, training: bool) -> None:
-    config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1)
+def test_one_graph(preset: str, training: bool, fields: dict) -> None:
+    config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1, **fields)
     model = CptMoeForCausalLM(config).train(training)
     model.set_experts_implementation(EXPERTS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

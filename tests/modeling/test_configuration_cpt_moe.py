@@ -28,6 +28,12 @@ REFUSED = {
     "grouped heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
     "router": ({"router_type": "softmax"}, "router_type='softmax' is unknown: choose one of softmax_topk, sinkhorn"),
     "norm": ({"norm_type": "batchnorm"}, "norm_type='batchnorm' is unknown"),
+    "query-key norm": ({"qk_norm": "heads"}, "qk_norm='heads' is unknown: choose one of head, projection, or None"),
+    "two kinds of bias": (
+        {"attention_bias": True, "qkv_bias": True},
+        "attention_bias=True has all biases of qkv_bias=True, .*: set one of the two",
+    ),
+    "empty window": ({"sliding_window": 0}, "sliding_window=0 must be at least 1, or None for no window"),
     "load scope": ({"load_scope": "node"}, "load_scope='node' is unknown: choose one of global, rank"),
     "gate of one": (
         {"num_experts_per_tok": 1, "norm_topk_prob": True},

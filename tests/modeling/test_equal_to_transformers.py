@@ -5,17 +5,28 @@ Each case pairs a preset of ours with a model nobody here wrote and says how nam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -53,7 +64,41 @@ def shared_fields(config: CptMoeConfig) -> dict:
 
 
 def llama(config: CptMoeConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**shared_fields(config)))
+    return LlamaForCausalLM(LlamaConfig(**shared_fields(config), attention_bias=config.attention_bias))
+
+
+def mistral(config: CptMoeConfig) -> MistralForCausalLM:
+    return MistralForCausalLM(MistralConfig(**shared_fields(config), sliding_window=config.sliding_window))
+
+
+def qwen2(config: CptMoeConfig, **window: object) -> Qwen2ForCausalLM:
+    """Qwen2's biases are no choice."""
+    return Qwen2ForCausalLM(Qwen2Config(**shared_fields(config), **window))
+
+
+def qwen3(config: CptMoeConfig) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(**shared_fields(config), head_dim=config.head_dim, attention_bias=config.attention_bias)
+    )
+
+
+def olmoe(config: CptMoeConfig) -> OlmoeForCausalLM:
+    fields = shared_fields(config) | {"intermediate_size": config.moe_intermediate_size}
+    experts = {"num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    return OlmoeForCausalLM(OlmoeConfig(**fields, **experts))
+
+
+def qwen3_moe(config: CptMoeConfig) -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **shared_fields(config),
+            head_dim=config.head_dim,
+            moe_intermediate_size=config.moe_intermediate_size,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+        )
+    )
 
 
 def stablelm(config: CptMoeConfig) -> StableLmForCausalLM:
@@ -93,6 +138,63 @@ TWINS = {
     "grouped-query = Llama": Twin(
         "dense-tiny", {"num_key_value_heads": 2, "rope_parameters": FULL_ROTATION}, llama, lambda name: name
     ),
+    "biases on all of attention = Llama": Twin(
+        "dense-tiny", {"attention_bias": True, "rope_parameters": FULL_ROTATION}, llama, lambda name: name
+    ),
+    "window = Mistral": Twin(
+        "dense-tiny",
+        {"sliding_window": 7, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
+        mistral,
+        lambda name: name,
+    ),
+    "biases = Qwen2": Twin(
+        "dense-tiny",
+        {"qkv_bias": True, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
+        qwen2,
+        lambda name: name,
+    ),
+    "biases, window in all layers = Qwen2": Twin(
+        "dense-tiny",
+        {"qkv_bias": True, "sliding_window": 7, "rope_parameters": FULL_ROTATION},
+        partial(qwen2, use_sliding_window=True, sliding_window=7, max_window_layers=0),
+        lambda name: name,
+    ),
+    "norms of heads, heads of another size = Qwen3": Twin(
+        "dense-tiny",
+        {"qk_norm": "head", "head_dim": 48, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
+        qwen3,
+        lambda name: name,
+    ),
+    "norms of heads, biases = Qwen3": Twin(
+        "dense-tiny",
+        {"qk_norm": "head", "attention_bias": True, "rope_parameters": FULL_ROTATION},
+        qwen3,
+        lambda name: name,
+    ),
+    "norms of projections = OLMoE": Twin(
+        "pb-switch-tiny",
+        {
+            "qk_norm": "projection",
+            "num_key_value_heads": 2,
+            "num_experts_per_tok": 2,
+            "rope_parameters": FULL_ROTATION,
+        },
+        olmoe,
+        lambda name: name,
+    ),
+    "norms of heads, experts = Qwen3-MoE": Twin(
+        "pb-switch-tiny",
+        {
+            "qk_norm": "head",
+            "head_dim": 48,
+            "num_key_value_heads": 2,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "rope_parameters": FULL_ROTATION,
+        },
+        qwen3_moe,
+        lambda name: name,
+    ),
     "layernorm, 1/4 rotation = StableLM": Twin("dense-tiny", {"norm_type": "layernorm"}, stablelm, lambda name: name),
     "granular = Qwen2-MoE": Twin(
         "pb-granular-tiny",
@@ -127,6 +229,9 @@ def build(case: Twin) -> tuple[CptMoeForCausalLM, PreTrainedModel]:
     values = dict(ours.named_parameters())
     with torch.no_grad():
         values["lm_head.weight"].mul_(4)  # logits and gradients of a size that shows errors
+        for name, value in values.items():  # biases of 0 and norms of 1 say nothing about where they went
+            if value.dim() == 1:
+                value.uniform_(-0.5, 0.5).add_(0.0 if name.endswith("bias") else 1.0)
         for name, parameter in twin.named_parameters():
             mapped = case.our_name(name)
             parameter.copy_(torch.zeros_like(parameter) if mapped is None else case.scale(name) * values[mapped])

@@ -20,6 +20,11 @@ from tests.helpers.tolerances import relative_rms_error
 
 
 PLANS = {"tensor parallel": {"tp_size": 2}, "expert parallel": {"fsdp_size": 2, "ep_size": 2}}
+ATTENTION = {
+    "biases, norms of heads": {"qkv_bias": True, "qk_norm": "head", "num_key_value_heads": 2},
+    "all biases, norms of projections": {"attention_bias": True, "qk_norm": "projection", "num_key_value_heads": 2},
+}
+PLANS |= {name: {"tp_size": 2} for name in ATTENTION}
 if "ep_size" not in inspect.signature(DistributedConfig).parameters:  # before transformers 5.23
     del PLANS["expert parallel"]
 if Version(torch.__version__) < Version("2.13"):  # torch 2.11 cannot gather the gradient of a packed shard
@@ -70,6 +75,7 @@ def logits_and_gradients(model: CptMoeForCausalLM) -> dict[str, torch.Tensor]:
         "experts": layer.mlp.experts.gate_up_proj,
         "shared": layer.mlp.shared_experts.down_proj.weight,
         "query": layer.self_attn.q_proj.weight,
+        **{name: value for name, value in layer.self_attn.named_parameters() if value.dim() == 1},
     }
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
@@ -87,7 +93,7 @@ def worker(rank: int, port: int, folder: str, out: str) -> None:
     results = {scope: gradients_of_a_half(rank, scope) for scope in ("global", "rank")}
     results["uneven"] = uneven_evaluation_ends(rank)
     for plan, sizes in PLANS.items():
-        results[plan] = sharded(folder, **sizes)
+        results[plan] = sharded(f"{folder}/{plan if plan in ATTENTION else 'plain'}", **sizes)
     torch.save(results, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -96,15 +102,21 @@ def worker(rank: int, port: int, folder: str, out: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("two_ranks")
     torch.manual_seed(0)
-    config = CptMoeConfig.from_preset("pb-granular-tiny", vocab_size=64, num_hidden_layers=2, num_experts=8)
-    CptMoeForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_experts": 8}
+    for name, fields in {"plain": {}, **ATTENTION}.items():
+        model = CptMoeForCausalLM(CptMoeConfig.from_preset("pb-granular-tiny", **sizes, **fields))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(folder / name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo on the CPU, also where there is one GPU for two ranks
         mp.spawn(worker, args=(port, str(folder), str(folder)), nprocs=2)
-    want = logits_and_gradients(AutoModelForCausalLM.from_pretrained(folder))
+    names = {"plain", *ATTENTION}
+    want = {name: logits_and_gradients(AutoModelForCausalLM.from_pretrained(folder / name)) for name in names}
     return [torch.load(folder / f"rank{rank}.pt") | {"single": want} for rank in range(2)]
 
 
@@ -124,5 +136,6 @@ def test_evaluation_has_no_collective(results: list[dict]) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_parallel_plans_compute_the_same(plan: str, results: list[dict]) -> None:
     for result in results:
-        errors = {name: relative_rms_error(result[plan][name], want) for name, want in result["single"].items()}
+        single = result["single"][plan if plan in ATTENTION else "plain"]
+        errors = {name: relative_rms_error(result[plan][name], want) for name, want in single.items()}
         assert max(errors.values()) < 4e-6, errors

@@ -1,0 +1,148 @@
+"""Estimate whether a training run fits on the GPUs, how long it takes and what it costs, before anything is started.
+
+hf-moe-cpt plan --preset pb-granular-2b --gpus 8 --gpu-memory 80 --tokens 200e9
+
+Nothing is loaded: parameters are counted on a model without weights, what the layers keep for the backward pass on
+tensors without memory, and speed is scaled from committed benchmarks. docs/scaling.md tells the arithmetic and its
+errors. The table goes to the screen; `--json` prints the same as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from hf_moe_cpt.analysis.training_memory import ENGINES, KERNELS, OPTIMIZERS, PRECISIONS, TRAINERS, TrainingSetup
+from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.scripts.plan_model import measure_kept, measure_size, read_config
+from hf_moe_cpt.scripts.plan_report import as_json, as_text
+from hf_moe_cpt.scripts.plan_search import make_plan
+from hf_moe_cpt.scripts.plan_speeds import SPEED_OF_GPU
+
+
+REFERENCES = {"cpt": ("none",), "rainbowpo": ("copy", "none"), "surgery": ("cache", "copy", "none")}
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"One of {', '.join(names)}."
+
+
+@dataclass
+class PlanArguments:
+    """What is trained, on what, and how."""
+
+    preset: str | None = field(default=None, metadata={"help": "One of our presets, or a stock model of bench_step."})
+    model: str | None = field(
+        default=None, metadata={"help": "Or the folder or Hub id of any causal LM; only its config.json is read."}
+    )
+    gpus: int = field(default=1, metadata={"help": "GPUs of all nodes."})
+    gpus_per_node: int = field(default=8, metadata={"help": "GPUs that share a fast connection."})
+    gpu_memory: float = field(default=80.0, metadata={"help": "Of one GPU, in GiB; 6 %% are left to the rest."})
+    gpu: str | None = field(
+        default=None, metadata={"help": f"Whose speed: {', '.join(SPEED_OF_GPU)}; by default by --gpu_memory."}
+    )
+    tokens: float | None = field(default=None, metadata={"help": "To train on, such as 200e9: adds days and cost."})
+    engine: str | None = field(
+        default=None, metadata={"help": f"{_one_of(ENGINES)} By default the simplest that fits."}
+    )
+    trainer: str = field(default="cpt", metadata={"help": _one_of(TRAINERS)})
+    batch_size: int = field(
+        default=8, metadata={"help": "Of one GPU and pass: sequences, pairs (rainbowpo), rows of each term (surgery)."}
+    )
+    seq_length: int = field(default=2048, metadata={"help": "Tokens of a sequence."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes of an optimizer step."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
+    precision: str = field(
+        default="mixed", metadata={"help": f"{_one_of(list(PRECISIONS))} mixed: float32 weights, bfloat16 autocast."}
+    )
+    optimizer: str = field(default="adamw", metadata={"help": _one_of(OPTIMIZERS)})
+    kernels: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{_one_of(KERNELS)} fused: Liger's layers, our experts, a fused head; default for our "
+            "models, plain for others."
+        },
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "none, copy (rainbowpo's default) or cache (surgery's default)."}
+    )
+    terms: int = field(default=5, metadata={"help": "Sets of text of a surgery, each with a backward pass."})
+    price_per_gpu_hour: float | None = field(default=None, metadata={"help": "In any currency: adds the cost."})
+    bandwidth: float = field(default=450.0, metadata={"help": "GB/s that a GPU sends inside its node."})
+    network_bandwidth: float = field(default=50.0, metadata={"help": "GB/s that a GPU sends to other nodes."})
+    json: bool = field(default=False, metadata={"help": "Print JSON in place of tables."})
+
+    def __post_init__(self) -> None:
+        if (self.preset is None) == (self.model is None):
+            given = "neither" if self.preset is None else "both"
+            raise ValueError(f"--preset and --model: {given} given; give one, such as --preset pb-granular-2b.")
+        for name in ("gpu_memory", "bandwidth", "network_bandwidth"):
+            self._check_positive(name)
+        for name in ("tokens", "price_per_gpu_hour"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
+        if self.gpu not in (None, *SPEED_OF_GPU):
+            raise ValueError(f"--gpu {self.gpu!r} is unknown: choose from {', '.join(SPEED_OF_GPU)}.")
+        if self.engine == "single" and self.gpus > 1:
+            raise ValueError(f"--engine single is one GPU, got --gpus {self.gpus}: leave it out, or name another.")
+        self.setup()
+
+    def setup(self) -> TrainingSetup:
+        """The same for the arithmetic, with "single" for no engine and "plain" for no kernels. Raises ValueError."""
+        allowed = REFERENCES.get(self.trainer, ("none",))
+        reference = allowed[0] if self.reference is None else self.reference
+        if reference not in allowed:
+            raise ValueError(
+                f"--reference {reference!r} with --trainer {self.trainer}: choose from {', '.join(allowed)}."
+            )
+        return TrainingSetup(
+            engine=self.engine or "single",
+            gpus=self.gpus,
+            gpus_per_node=self.gpus_per_node,
+            batch_size=self.batch_size,
+            sequence_length=self.seq_length,
+            accumulation=self.gradient_accumulation_steps,
+            checkpointing=self.gradient_checkpointing,
+            precision=self.precision,
+            optimizer=self.optimizer,
+            kernels=self.kernels or "plain",
+            trainer=self.trainer,
+            reference=reference,
+            terms=self.terms if self.trainer == "surgery" else 1,
+        )
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name} {value} must be a number above 0.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count, compute, print."""
+    (args,) = parse_arguments((PlanArguments,), argv, program="hf-moe-cpt plan", description=" ".join(__doc__.split()))
+    setup = args.setup()
+    config = read_config(args.preset, args.model)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and args.seq_length > longest:
+        raise ValueError(
+            f"--seq_length {args.seq_length} is longer than the {longest} positions of the model: choose at most that."
+        )
+    if args.kernels is None and config.model_type == "cpt_moe":
+        setup = replace(setup, kernels="fused")
+    size = measure_size(config, args.preset or args.model)
+    kept = measure_kept(config, setup.sequence_length, setup.precision, setup.kernels)
+    plan = make_plan(
+        size,
+        kept,
+        setup,
+        engine=args.engine,
+        gpu_gib=args.gpu_memory,
+        gpu=args.gpu or ("h100" if args.gpu_memory <= 80 else "h200"),
+        bandwidths=(args.bandwidth * 1e9, args.network_bandwidth * 1e9),
+    )
+    show = as_json if args.json else as_text
+    print(show(plan, args.tokens, args.price_per_gpu_hour))
+
+
+if __name__ == "__main__":
+    main()
