@@ -122,10 +122,31 @@ def _ratio_row(row: dict[str, str]) -> dict[str, str]:
     }
 
 
+def sharding_table(rows: Sequence[dict[str, str]]) -> str:
+    """Milliseconds, memory and losses of every engine of a model."""
+    return markdown_table(
+        [
+            {
+                "engine": row["engine"],
+                "step ms (range)": f"{float(row['step ms']):.1f} "
+                f"({float(row['least ms']):.1f} to {float(row['most ms']):.1f})",
+                "peak GiB": f"{float(row['peak GiB']):.1f}" if row["peak GiB"] else "not taken",
+                "first loss": row["first loss"],
+                "last loss": row["last loss"],
+                "model, layers": f"{row['model']}, {row['layers']}",
+                "blocks of a step x tokens": f"{row['rows']} x {row['length']}",
+            }
+            for row in rows
+            if row["status"] == "ok"
+        ]
+    )
+
+
 COMPARISON = "results.json"  # of compare_preference_methods.py or compare_surgery_methods.py
 TABLES = (
     ("experts*.csv", experts_table),
     ("preference*.csv", contenders_table),
+    ("sharding.csv", sharding_table),
     ("step.csv", step_table),
     ("surgery*.csv", contenders_table),
 )

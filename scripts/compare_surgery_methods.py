@@ -55,6 +55,9 @@ class CompareArguments:
     seeds: int | None = field(
         default=None, metadata={"help": "Final runs of each method; the setting's own if unset. More can be added."}
     )
+    first_seed: int = field(
+        default=TUNING_SEED + 1, metadata={"help": "Seed of the first final run; the others follow it."}
+    )
     tune: bool = field(
         default=False,
         metadata={"help": "Choose settings by the grid, on a seed of its own, instead of taking the stored choice."},
@@ -96,6 +99,10 @@ def make_comparison(args: CompareArguments) -> Comparison:
         check_names(option, names, known)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least one process must do the work.")
+    if args.first_seed <= TUNING_SEED:
+        raise ValueError(
+            f"--first_seed {args.first_seed}: settings were chosen on seed {TUNING_SEED}; take a later one."
+        )
     scale = SETTINGS[args.setting]
     if args.seeds is not None:
         if args.seeds < 1:
@@ -103,7 +110,7 @@ def make_comparison(args: CompareArguments) -> Comparison:
         scale = replace(scale, seeds=dict.fromkeys(scale.seeds, args.seeds))
     is_small = args.setting == "small" and args.device == "auto"
     device = "cpu" if is_small else choose_device(args.device).type
-    return Comparison(args.setting, scale, device)
+    return Comparison(args.setting, scale, device, args.first_seed)
 
 
 def compare(comparison: Comparison, args: CompareArguments, folder: ComparisonFolder) -> dict[str, Any]:

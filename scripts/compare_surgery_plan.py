@@ -68,6 +68,8 @@ class Scale:
     # --- the operation ---
     steps: int
     rows: int  # of each set in a step
+    eval_steps: int  # between two measurements of "safe", whose stop rules need them
+    eval_rows: int  # of each set in such a measurement
     learning_rates: tuple[float, ...]
     strengths: tuple[float, ...]
     # --- the questions ---
@@ -108,12 +110,14 @@ SETTINGS = {
         seeds={"llama": 3, "cpt_moe": 3},
         steps=120,
         rows=2,
-        learning_rates=(5e-4, 1e-3, 2e-3),
-        strengths=(1.0, 3.0),
+        eval_steps=20,
+        eval_rows=32,
+        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        strengths=(1.0, 3.0, 10.0),
         max_questions=200,
         max_documents=64,
         relearn_steps=40,
-        relearn_every=5,
+        relearn_every=10,
         relearn_rate=5e-4,
     ),
     "gpu": Scale(
@@ -132,36 +136,50 @@ SETTINGS = {
         seeds={"llama": 3, "cpt_moe": 1},
         steps=240,
         rows=16,
-        learning_rates=(1.5e-4, 3e-4, 6e-4),
-        strengths=(1.0, 3.0),
+        eval_steps=40,
+        eval_rows=64,
+        learning_rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+        strengths=(1.0, 3.0, 10.0),
         max_questions=600,
         max_documents=300,
         relearn_steps=40,
-        relearn_every=5,
+        relearn_every=10,
         relearn_rate=1.5e-4,
     ),
 }
 
-# (learning rate, strength) that `--tune` chose for the small Llama; the mixture takes them over, and the gpu setting
-# does so in the same ratio to its rate of training: neither was tuned.
-_SMALL = {
-    "paper": (5e-4, 1.0),
-    "safe": (2e-3, 3.0),
-    "descent-kl": (2e-3, 1.0),
-    "ascent-only": (5e-4, 1.0),
-    "npo-retain": (1e-3, 3.0),
+Choices = dict[str, dict[str, tuple[float, float]]]  # (learning rate, strength) by architecture and method
+
+# What `--tune` chose, each architecture for itself.
+_SMALL: Choices = {
+    "llama": {
+        "paper": (1e-3, 3.0),
+        "safe": (2e-3, 3.0),
+        "descent-kl": (4e-3, 3.0),
+        "ascent-only": (4e-3, 1.0),
+        "npo-retain": (2e-3, 3.0),
+    },
+    "cpt_moe": {
+        "paper": (2e-3, 1.0),
+        "safe": (2e-3, 1.0),
+        "descent-kl": (4e-3, 1.0),
+        "ascent-only": (4e-3, 10.0),
+        "npo-retain": (4e-3, 1.0),
+    },
 }
-_GPU = {
-    "paper": (1.5e-4, 1.0),
-    "safe": (6e-4, 3.0),
-    "descent-kl": (6e-4, 1.0),
-    "ascent-only": (1.5e-4, 1.0),
-    "npo-retain": (3e-4, 3.0),
-}
-CHOSEN: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
-    "small": dict.fromkeys(("llama", "cpt_moe"), _SMALL),
-    "gpu": dict.fromkeys(("llama", "cpt_moe"), _GPU),
-}
+
+
+def _scaled(choices: Choices, share: float) -> Choices:
+    """The same strengths with a share of the learning rates."""
+    return {
+        architecture: {name: (share * rate, strength) for name, (rate, strength) in methods.items()}
+        for architecture, methods in choices.items()
+    }
+
+
+# The gpu setting was not tuned: it takes the small one's choices, in the ratio of the rates of training.
+_SHARE = SETTINGS["gpu"].training_rate / SETTINGS["small"].training_rate
+CHOSEN: dict[str, Choices] = {"small": _SMALL, "gpu": _scaled(_SMALL, _SHARE)}
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,7 @@ class Comparison:
     setting: str
     scale: Scale
     device: str  # "cpu" or "cuda"
+    first_seed: int = TUNING_SEED + 1  # of the final runs
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a folder that is taken up again, as JSON can hold it."""
@@ -213,7 +232,7 @@ class Comparison:
 
     def final_runs(self, architecture: str, method: str, rate: float = 0.0, strength: float = 1.0) -> list[Run]:
         """Runs of one method, or of BEFORE or RETRAINED, with the seeds that no choice has seen."""
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.scale.seeds[architecture])
+        seeds = range(self.first_seed, self.first_seed + self.scale.seeds[architecture])
         return [Run(method, architecture, seed, "test", rate, strength) for seed in seeds]
 
     def surgery_settings(self, run: Run) -> dict[str, Any]:
@@ -227,6 +246,8 @@ class Comparison:
         return settings | {
             **{f"{name}_batch_size": scale.rows for name in sets},
             "max_steps": scale.steps,
+            "eval_steps": scale.eval_steps,  # only where a preset measures at all
+            "eval_rows": scale.eval_rows,
             "max_length": scale.max_length,
             "gradient_checkpointing": False,  # the same numbers in less time
             "seed": run.seed,
