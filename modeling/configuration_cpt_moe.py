@@ -21,6 +21,7 @@ ROUTER_TYPES = ("softmax_topk", "sinkhorn")
 NORM_TYPES = ("rmsnorm", "layernorm")
 QK_NORMS = ("head", "projection")
 LOAD_SCOPES = ("global", "rank")
+PADDED_SHARD = "cpt_moe_padded_experts"  # transformers' own "grouped_gemm" refuses what it cannot deal evenly
 
 # Every Auto class that a saved checkpoint answers to, and the file beside the weights that holds the class.
 AUTO_MAP = {
@@ -86,8 +87,8 @@ class CptMoeConfig(PreTrainedConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
     base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.gate_up_proj": PADDED_SHARD,
+        "layers.*.mlp.experts.down_proj": PADDED_SHARD,
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .routers_cpt_moe import ROUTER_CLASSES, is_under_autocast
+from .expert_shards_cpt_moe import register_padded_shard
+from .routers_cpt_moe import ROUTER_CLASSES, dtype_of_autocast
 
 
 class CptMoeMLP(nn.Module):
@@ -89,9 +90,13 @@ class CptMoeSparseMoeBlock(nn.Module):
         Autocast knows linear layers and not grouped products: float32 weights would be multiplied in float32, which
         halved the speed of the training step on an H200 (LOG.md) and waited for the device in every layer.
         """
-        device_type = tokens.device.type
-        if not is_under_autocast(device_type):
+        dtype = dtype_of_autocast(tokens.device.type)
+        if dtype is None:
             return self.experts(tokens, index, gates)
-        dtype = torch.get_autocast_dtype(device_type)
+        if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
+            return self.experts(tokens.to(dtype), index, gates)
         weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
         return torch.func.functional_call(self.experts, weights, (tokens.to(dtype), index, gates))
+
+
+register_padded_shard(dtype_of_autocast)

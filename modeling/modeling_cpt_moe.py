@@ -279,6 +279,7 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         routers; in training with labels it adds the penalties to `loss`, with their coefficients and `penalty_weight`.
         skip_logits: for a fused head, see `head_and_loss`.
         """
+        is_asked = bool(output_router_logits)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         output_router_indices = kwargs.pop("output_router_indices", False) or output_router_logits
@@ -300,7 +301,9 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         if outputs.get("router_logits"):
             is_trained_on = self.training and labels is not None
             token_mask = token_mask_of(attention_mask, outputs.last_hidden_state.shape[1])
-            over_all_ranks = is_trained_on and self._counts_over_all_ranks()
+            # Who asks in training without labels weighs the penalties himself, as a trainer of several terms does.
+            is_needed = is_trained_on or (is_asked and self.training and torch.is_grad_enabled())
+            over_all_ranks = is_needed and self._counts_over_all_ranks()
             aux_loss, z_loss = self._router_penalties(outputs, token_mask, is_trained_on, over_all_ranks)
             if is_trained_on:
                 counted = (kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), token_mask)

@@ -135,5 +135,10 @@ def is_under_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def dtype_of_autocast(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes products in on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if is_under_autocast(device_type) else None
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if is_under_autocast(device_type) else nullcontext()

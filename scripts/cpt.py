@@ -11,7 +11,7 @@ The same job is `hf-moe-cpt cpt ...`; `--config recipes/x.yaml` reads arguments 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_moe_cpt.extras import require
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.describe import describe_schedule
 from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
@@ -79,8 +80,16 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
 
 
-def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The named model, or a fresh one of the preset with the tokenizer's vocabulary and special tokens."""
+def load_model(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    parallel: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The named model, or a fresh one of the preset with the tokenizer's vocabulary and special tokens.
+
+    parallel: of `parallel_options`; the named model is cut while it is read.
+    """
     chosen = {"attn_implementation": args.attn_implementation, "experts_implementation": args.experts_implementation}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if args.model_name_or_path is not None:
@@ -90,6 +99,7 @@ def load_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: i
             dtype=args.dtype,
             trust_remote_code=args.trust_remote_code,
             **options,
+            **(parallel or {}),
         )
     fitting = {
         "vocab_size": len(tokenizer),
@@ -153,8 +163,13 @@ def _hold_out(data: Dataset | IterableDataset, fraction: float, seed: int) -> tu
     return parts["train"], parts["test"]
 
 
-def check_arguments(model: ModelArguments, training: CPTConfig) -> None:
+def check_arguments(model: ModelArguments, training: CPTConfig, parallel: Mapping[str, Any] | None = None) -> None:
     """Refuse what cannot work before anything is loaded."""
+    if parallel and model.preset is not None:
+        raise ValueError(
+            f"--preset {model.preset} makes a whole model on every rank, and parts are wanted: save it first, "
+            "AutoModelForCausalLM.from_config(config).save_pretrained(folder), and name it with --model_name_or_path."
+        )
     if (model.model_name_or_path is None) == (model.preset is None):
         raise ValueError(
             f"Give one of --model_name_or_path ({model.model_name_or_path}) and --preset ({model.preset}): the first "
@@ -170,23 +185,29 @@ def check_arguments(model: ModelArguments, training: CPTConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, train, evaluate, save."""
-    model_args, data_args, training = parse_arguments(
-        (ModelArguments, DataArguments, CPTConfig),
+    model_args, data_args, parallel_args, training = parse_arguments(
+        (ModelArguments, DataArguments, ParallelArguments, CPTConfig),
         argv,
         program="hf-moe-cpt cpt",
         description="Continue pre-training a causal language model on new text, with replay of the old.",
     )
-    check_arguments(model_args, training)
-    run(model_args, data_args, training)
+    parallel = parallel_options(parallel_args, training)
+    check_arguments(model_args, training, parallel)
+    run(model_args, data_args, training, parallel)
     leave_process_group()
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, training: CPTConfig) -> None:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training: CPTConfig,
+    parallel: Mapping[str, Any] | None = None,
+) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     data = load_data(data_args, training)
     tokenizer = load_tokenizer(model_args)
     trainer = CPTTrainer(
-        load_model(model_args, tokenizer, training.seed), training, **data, processing_class=tokenizer
+        load_model(model_args, tokenizer, training.seed, parallel), training, **data, processing_class=tokenizer
     )
     if trainer.is_world_process_zero():
         settings = training.schedule_settings(trainer.starting_phase)

@@ -20,6 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.scripts.arguments import given_values, parse_arguments
+from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
@@ -94,14 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = {} if given["preset"] is None else preset_settings(given["preset"])
     if given["simpo_gamma"] is not None:
         defaults.pop("home_advantage", None)
-    preferences, model, training = parse_arguments(
-        (PreferenceArguments, ModelConfig, RainbowPOConfig),
+    preferences, model, parallel, training = parse_arguments(
+        (PreferenceArguments, ModelConfig, ParallelArguments, RainbowPOConfig),
         argv,
         program="hf-moe-cpt rainbowpo",
         description="Train a causal language model on preference pairs, with RainbowPO or a method it contains.",
         defaults=defaults,
     )
     check_arguments(model, training)
+    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
     run(preferences, model, training)
     leave_process_group()
 

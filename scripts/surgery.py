@@ -24,6 +24,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.scripts.arguments import given_values, parse_arguments
+from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
@@ -110,14 +111,15 @@ def check_arguments(model: ModelConfig, training: SurgeryConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, operate, measure, save."""
     preset = given_values(argv, "preset")["preset"]
-    surgery, model, training = parse_arguments(
-        (SurgeryArguments, ModelConfig, SurgeryConfig),
+    surgery, model, parallel, training = parse_arguments(
+        (SurgeryArguments, ModelConfig, ParallelArguments, SurgeryConfig),
         argv,
         program="hf-moe-cpt surgery",
         description="Unlearn, update and retain in one operation, for any causal language model.",
         defaults={} if preset is None else preset_settings(preset),
     )
     check_arguments(model, training)
+    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
     run(surgery, model, training)
     leave_process_group()
 

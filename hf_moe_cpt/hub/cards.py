@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,14 +99,28 @@ def build_card(folder: str | Path, told: Told | None = None, method: str | None 
 
 
 def write_card(folder: str | Path, told: Told | None = None, method: str | None = None) -> Path:
-    """Write README.md and its plots into a finished folder, over what is there; returns the card's path."""
+    """Write README.md and its plots into a finished folder, over what is there; returns the card's path.
+
+    Each file is replaced whole or not at all; OSError says in one line that the disk took no more.
+    """
     card = build_card(folder, told, method)
-    for path, text in card.plots.items():
-        (Path(folder) / path).parent.mkdir(exist_ok=True)
-        (Path(folder) / path).write_text(text, encoding="utf-8")
-    path = Path(folder) / "README.md"
-    path.write_text(card.text, encoding="utf-8")
-    return path
+    for path, text in {**card.plots, "README.md": card.text}.items():
+        _replace(Path(folder) / path, text)
+    return Path(folder) / "README.md"
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): make room or allow writing; the file that "
+            "was there stands."
+        ) from error
 
 
 def check_metadata(text: str) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (
@@ -31,6 +32,7 @@ WAITS = (1, 4, 15)  # seconds before each new attempt
 PASSING = (408, 409, 429, 500, 502, 503, 504)  # 409: another commit came first
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,34 +86,35 @@ def publish(
     HF_TOKEN. Raises ValueError or ConnectionError in one line: no token, no permission, a name that is taken by
     another type, files that the Hub refuses, a connection that stays broken.
     """
-    _check_name(repository)
-    if not get_token():
-        raise ValueError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     api = HfApi()
+    require_place(repository)
     try:
-        _require_model_or_nothing(api, repository)
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = _commit(api, repository, upload.operations(), message, revision)
+        operations = upload.operations()
+        commit = retried(
+            lambda: api.create_commit(repository, operations, commit_message=message, revision=revision), repository
+        )
     except Exception as error:
         raise explained(error, repository) from error
     return str(commit.commit_url)
 
 
-def _commit(
-    api: HfApi, repository: str, operations: list[CommitOperationAdd], message: str, revision: str | None
-) -> CommitInfo:
-    """The commit, tried anew while what went wrong may pass; uploads of large files are retried by huggingface_hub."""
+def retried(action: Callable[[], T], repository: str) -> T:
+    """What `action` returns; it is called anew while what went wrong may pass. huggingface_hub retries large files.
+
+    repository: for the warnings. Raises the last error as it came.
+    """
     for wait in WAITS:
         try:
-            return api.create_commit(repository, operations, commit_message=message, revision=revision)
+            return action()
         except Exception as error:
             if not may_pass(error):
                 raise
             logger.warning("Publishing to %s failed (%s): trying again in %d s.", repository, brief(error), wait)
             time.sleep(wait)
-    return api.create_commit(repository, operations, commit_message=message, revision=revision)
+    return action()
 
 
 def may_pass(error: Exception) -> bool:
@@ -125,22 +128,56 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _check_name(repository: str) -> None:
+def make_branch(repository: str, branch: str, token: str | None = None) -> None:
+    """Make a branch of a repository unless there is one."""
+    HfApi().create_branch(repository, branch=branch, token=token, exist_ok=True)
+
+
+def upload_run(folder: str, repository: str, message: str, revision: str | None, token: str | None) -> CommitInfo:
+    """What `Trainer.push_to_hub` uploads of its output folder, in one commit, tried anew as `retried` does."""
+    return retried(
+        lambda: HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            token=token,
+            ignore_patterns=["_*", "checkpoint-*"],
+        ),
+        repository,
+    )
+
+
+def require_place(repository: str, token: str | None = None) -> None:
+    """Raise ValueError or ConnectionError, in one line, where a model cannot be published under this name.
+
+    repository: owner/name; a name alone is the user's own. token: by default the one of the machine.
+    """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ValueError(f"{repository!r} cannot be a repository: write it as owner/name ({error}).") from error
-
-
-def _require_model_or_nothing(api: HfApi, repository: str) -> None:
-    if api.repo_exists(repository):
+    if not (token or get_token()):
+        raise ValueError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+    if "/" not in repository:
         return
-    for kind in ("dataset", "space"):
-        if api.repo_exists(repository, repo_type=kind):
-            raise ValueError(
-                f"{repository!r} is the name of a {kind} on the Hub: give the model another name, so that nobody "
-                "takes one for the other."
-            )
+    try:
+        kind = _taken_by(HfApi(), repository, token)
+    except Exception as error:
+        raise explained(error, repository) from error
+    if kind is not None:
+        raise ValueError(
+            f"{repository!r} is the name of a {kind} on the Hub: give the model another name, so that nobody "
+            "takes one for the other."
+        )
+
+
+def _taken_by(api: HfApi, repository: str, token: str | None) -> str | None:
+    """The kind of repository, other than a model, that has this name and no model beside it."""
+    if api.repo_exists(repository, token=token):
+        return None
+    kinds = ("dataset", "space")
+    return next((kind for kind in kinds if api.repo_exists(repository, repo_type=kind, token=token)), None)
 
 
 def explained(error: Exception, repository: str) -> Exception:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_moe_cpt.hub.folder_checks import ADAPTER_CONFIG, CONFIG, read_json
+from hf_moe_cpt.hub.folder_checks import ADAPTER_CONFIG, CONFIG, HUB_ID, read_json
 
 
 RUN_FILE = "training_run.json"
@@ -47,8 +47,10 @@ class RunFacts:
 
     @property
     def parent(self) -> str | None:
-        """Hub id or name of the checkpoint that the run started from."""
+        """Hub id or name of the checkpoint that the run started from; of an adapter first the base that it names."""
         of_adapter = self.adapter.get("base_model_name_or_path")
+        if of_adapter and HUB_ID.fullmatch(of_adapter) and not Path(of_adapter).exists():
+            return str(of_adapter)
         return self.run.get("started_from") or self.kept.get("started_from") or of_adapter or None
 
     @property

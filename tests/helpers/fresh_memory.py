@@ -14,6 +14,11 @@ _ALLOCATORS = (
     (torch.Tensor, "new_empty"),
 )
 
+# torch lists its allocators, by identity, when a device is first set as the default. That must happen before others
+# stand in their place, or tensors "on meta" would take real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def fill_fresh_memory_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends; only floating-point memory, and only if the caller is a module of the package."""

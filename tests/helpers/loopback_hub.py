@@ -7,12 +7,14 @@
         hub.fail("PUT /lfs/", drop=True)            # cut the next upload of a large file in the middle
         hub.fail("POST .*/commit/", status=503, times=2)
 
-Endpoints: create, preupload, LFS batch, PUT and verify, commit, branch, resolve, info, tree, whoami, validate-yaml.
+Endpoints: create, delete, preupload, LFS batch, PUT and verify, commit, commits, branch, resolve, info, tree, whoami,
+validate-yaml.
 """
 
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +39,7 @@ class Fault:
     drop: bool
     times: int
     headers: dict[str, str]
+    meanwhile: Callable[[], None] | None
 
 
 class LoopbackHub:
@@ -55,6 +58,12 @@ class LoopbackHub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def reset(self) -> None:
+        """Forget everything: what was published, what was asked, which failures were ordered."""
+        with self.store.lock:
+            self.store, self.log, self.faults = Store(), [], []
+            self.tokens_seen = set()
 
     @property
     def url(self) -> str:
@@ -82,9 +91,13 @@ class LoopbackHub:
         drop: bool = False,
         times: int = 1,
         headers: dict[str, str] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Answer the next requests that match with a status, or read half of them and close the connection."""
-        self.faults.append(Fault(re.compile(pattern), status, drop, times, headers or {}))
+        """Answer the next requests that match with a status, or read half of them and close the connection.
+
+        meanwhile: called when half of a dropped request has come.
+        """
+        self.faults.append(Fault(re.compile(pattern), status, drop, times, headers or {}, meanwhile))
 
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
@@ -118,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(f"{self.command} {path}")
         if fault is not None and fault.drop:
             self.rfile.read(length // 2)
+            if fault.meanwhile is not None:
+                fault.meanwhile()
             self.close_connection = True
             self.connection.close()
             return
@@ -190,6 +205,15 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.store.create(asked.get("type") or "model", name, private)
         self._answer({"url": f"{self.hub.url}/{name}", "name": name, "id": "0" * 24})
+
+    def _delete(self, body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        self._require_writer(name)
+        kind = asked.get("type") or "model"
+        self.hub.store.find(kind, name)
+        del self.hub.store.repositories[kind, name]
+        self._answer({})
 
     def _validate(self, body: bytes) -> None:
         """What the Hub checks of a card: that its head is YAML, and what a `model-index` must have."""
@@ -265,6 +289,13 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.hub.store.commit(self.hub.store.find(KINDS[kind], name), revision, body)
         self._answer({"commitOid": commit.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}"})
 
+    def _commits(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        """Newest first; of one branch only, as the tests make them."""
+        repository = self._readable(kind, name)
+        repository.at(revision)
+        told = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "message": ""}
+        self._answer([{**told, "id": c.oid, "title": c.message} for c in reversed(repository.history())])
+
     def _branch(self, body: bytes, kind: str, name: str, revision: str) -> None:
         self._require_writer(name)
         repository = self.hub.store.find(KINDS[kind], name)
@@ -299,11 +330,13 @@ _PREFIX = r"/(?P<prefix>datasets/|spaces/)?"
 _ROUTES = (
     (("GET",), "/api/whoami-v2", _Handler._whoami),
     (("POST",), "/api/repos/create", _Handler._create),
+    (("DELETE",), "/api/repos/delete", _Handler._delete),
     (("POST",), "/api/validate-yaml", _Handler._validate),
     (("GET",), rf"{_API}(/revision/(?P<revision>.+))?", _Handler._info),
     (("GET",), rf"{_API}/tree/(?P<revision>[^/]+)", _Handler._tree),
     (("POST",), rf"{_API}/preupload/(?P<revision>.+)", _Handler._preupload),
     (("POST",), rf"{_API}/commit/(?P<revision>.+)", _Handler._commit),
+    (("GET",), rf"{_API}/commits/(?P<revision>[^/]+)", _Handler._commits),
     (("POST",), rf"{_API}/branch/(?P<revision>.+)", _Handler._branch),
     (("POST",), rf"{_PREFIX}{_NAME}\.git/info/lfs/objects/batch", _Handler._batch),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler._put),

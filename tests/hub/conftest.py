@@ -2,73 +2,126 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from hf_moe_cpt.scripts.quickstart_data import prepare_data
+from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
+from hf_moe_cpt.scripts.quickstart_plan import Scale, make_plan
+from hf_moe_cpt.scripts.quickstart_stage import run_stage
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.loopback_hub import WRITER, LoopbackHub
 from tests.helpers.source_tree import PROJECT
+from tests.helpers.warm_process import WarmProcess
 
 
-WITHOUT_THE_PACKAGE = """
-import sys
+LIBRARIES = ("torch", "transformers.pipelines", "transformers.generation", "transformers.trainer", "peft")
+OF_THE_PACKAGE = (
+    "hf_moe_cpt.cli",
+    "hf_moe_cpt.scripts.push",
+    "tests.helpers.cpt_runs",
+    "tests.helpers.preference_runs",
+    "tests.helpers.surgery_runs",
+)
+NOT_INSTALLED = ("hf_moe_cpt", "triton")
 
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("hf_moe_cpt", "triton"):
-            raise ModuleNotFoundError(name)
 
-sys.meta_path.insert(0, NotInstalled())
-"""
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    """A Hub that nobody has used."""
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[LoopbackHub]:
+    """The one server of this process, since the warm processes know one address."""
     with LoopbackHub() as running:
         yield running
 
 
 @pytest.fixture
-def elsewhere(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script in a process with an empty cache that reaches this Hub, by default one without the package."""
+def hub(running_hub: LoopbackHub) -> LoopbackHub:
+    """A Hub that nobody has used."""
+    running_hub.reset()
+    return running_hub
 
-    def run(script: str, *arguments: str, token: str | None = WRITER, package: bool = False, check: bool = True):
-        number = len(list(tmp_path.glob("script_*.py")))
-        file = tmp_path / f"script_{number}.py"
-        file.write_text(script if package else WITHOUT_THE_PACKAGE + script)
-        variables = hub.environment(tmp_path / f"home_{number}", token)
-        path = str(PROJECT) if package else ""
-        done = subprocess.run(
-            [sys.executable, str(file), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+
+class Processes:
+    """Warm processes, with and without the package, that use one Hub, each with an empty cache of its own.
+
+    of_hub: variables of a process that uses the Hub, from the folder of its caches and a token.
+    """
+
+    def __init__(self, of_hub: Callable[[Path, str | None], dict[str, str]], folder: Path) -> None:
+        self.of_hub, self.folder = of_hub, folder
+        self.servers: dict[bool, WarmProcess] = {}
+
+    def run(
+        self, script: Path, arguments: list[str], token: str | None, package: bool, **how: int
+    ) -> subprocess.CompletedProcess:
+        """As `WarmProcess.run`."""
+        home = self.folder / ("with" if package else "without")
+        shutil.rmtree(home, ignore_errors=True)
+        if package not in self.servers:
+            modules = (*LIBRARIES, *(OF_THE_PACKAGE if package else ()))
+            hidden = () if package else NOT_INSTALLED
+            self.servers[package] = WarmProcess(self._environment(home, None, package), modules, hidden)
+        return self.servers[package].run(script, arguments, self._environment(home, token, package), **how)
+
+    def _environment(self, home: Path, token: str | None, package: bool) -> dict[str, str]:
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT) if package else ""}
+        return {**os.environ, **self.of_hub(home, token), **settings}
+
+    def close(self) -> None:
+        """End them."""
+        for server in self.servers.values():
+            server.close()
+
+
+@pytest.fixture(scope="session")
+def processes(running_hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Those that use the Hub on loopback."""
+    started = Processes(running_hub.environment, tmp_path_factory.mktemp("homes"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def elsewhere(hub: LoopbackHub, processes: Processes, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script in a process with an empty cache that reaches this Hub, by default one without the package."""
+    return runner(processes, tmp_path, WRITER)
+
+
+def runner(processes: Processes, folder: Path, writer: str) -> Callable[..., subprocess.CompletedProcess]:
+    """Run scripts, kept in `folder`, with the token `writer` unless told otherwise; a failure is the test's."""
+
+    def run(
+        script: str,
+        *arguments: object,
+        token: str | None = writer,
+        package: bool = False,
+        check: bool = True,
+        **how: int,
+    ) -> subprocess.CompletedProcess:
+        file = folder / f"script_{len(list(folder.glob('script_*.py')))}.py"
+        file.write_text(script)
+        done = processes.run(file, [*map(str, arguments)], token, package, **how)
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
 
     return run
 
 
+COMMAND = "import sys\nfrom hf_moe_cpt.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+
+
 @pytest.fixture
 def command(elsewhere) -> Callable[..., subprocess.CompletedProcess]:
     """Run a command line of ours, such as "push", against this Hub."""
-    script = "import sys\nfrom hf_moe_cpt.cli import Command, COMMANDS, main\n"
-    for name in ("card", "push"):
-        script += f"COMMANDS.setdefault({name!r}, Command('hf_moe_cpt.scripts.{name}', ''))\n"
-    script += "sys.exit(main(sys.argv[1:]))\n"
 
     def run(*arguments: str, token: str | None = WRITER, check: bool = True) -> subprocess.CompletedProcess:
-        return elsewhere(script, *arguments, token=token, package=True, check=check)
+        return elsewhere(COMMAND, *arguments, token=token, package=True, check=check)
 
     return run
 
@@ -96,6 +149,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = folders[name] = Path(run.args.output_dir)
         preference_runs.word_tokenizer().save_pretrained(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first model of a quickstart on two small folders of text, four steps."""
+    root, draw = tmp_path_factory.mktemp("quickstart"), random.Random(0)
+    for domain, letters in (("1-words", "abcdefgh"), ("2-numbers", "12345678")):
+        (root / "text" / domain).mkdir(parents=True)
+        for number in range(40):
+            words = ["".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(160)]
+            (root / "text" / domain / f"{number}.txt").write_text(" ".join(words))
+    scale = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
+    plan = replace(make_plan("pb-granular-tiny", None, 0, "cpu", str(root / "text")), scale=scale)
+    target, stage = QuickstartFolder(root / "output"), plan.stages[0]
+    target.claim(plan.settings())
+    with tqdm(total=stage.steps, disable=True) as bar:
+        run_stage(stage, plan, prepare_data(plan, target), target, bar)
+    return target.model(stage.name)
 
 
 @pytest.fixture

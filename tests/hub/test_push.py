@@ -36,9 +36,12 @@ def _state(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery"])
-def test_a_published_run_loads_without_the_package_bit_for_bit(method, finished, hub, command, elsewhere, tmp_path):
-    folder = finished[method]
+@pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery", "quickstart"])
+def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, hub, command, elsewhere, tmp_path):
+    is_quickstart = method == "quickstart"
+    folder = (
+        request.getfixturevalue("quickstart_model") if is_quickstart else request.getfixturevalue("finished")[method]
+    )
     before = _state(folder)
     shown = command("push", folder, f"someone/{method}", "--license", "apache-2.0", "--dataset_name", "me/texts")
     assert "published" in shown.stdout
@@ -246,48 +249,3 @@ def test_a_card_that_the_hub_refuses_publishes_nothing(folder, hub, command):
     refused = command("push", folder, "someone/tiny", check=False)
     assert refused.returncode == 2 and "README.md" in refused.stderr
     assert "config.json" not in (hub.files("someone/tiny") if hub.store.repositories else {})
-
-
-def test_an_adapter_is_published_onto_a_base_that_others_can_load(folder, hub, command, elsewhere, tmp_path):
-    command("push", folder, "someone/base")
-    peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    options = {"r": 2, "target_modules": ["q_proj"], "target_parameters": experts}
-    adapted = peft.get_peft_model(base, peft.LoraConfig(**options, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.05)
-    adapted.save_pretrained(tmp_path / "adapter")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, tmp_path / "adapter" / name)
-    with pytest.raises(ValueError, match="which is no Hub id: publish the base"):
-        push([str(tmp_path / "adapter"), "someone/adapter", "--method", "cpt"])
-
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "someone/base"}))
-    named = json.loads(config.read_text())
-    library = {"auto_mapping": {"parent_library": type(base).__module__, "base_model_class": type(base).__name__}}
-    config.write_text(json.dumps({**named, **library}))
-    with pytest.raises(ValueError, match='give the adapter task_type="CAUSAL_LM"'):
-        push([str(tmp_path / "adapter"), "someone/adapter", "--method", "cpt"])
-
-    config.write_text(json.dumps(named))
-    command("push", tmp_path / "adapter", "someone/adapter", "--method", "cpt")
-    card = hub.files("someone/adapter")["README.md"].decode()
-    assert (
-        "library_name: peft" in card and "base_model: someone/base" in card and "base_model_relation: adapter" in card
-    )
-    script = """
-import sys, torch
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("someone/adapter", trust_remote_code=True).eval()
-tokens = torch.arange(24).view(2, 12)
-merged = model.merge_and_unload()
-torch.save(merged(input_ids=tokens).logits.detach(), sys.argv[1])
-"""
-    elsewhere(script, tmp_path / "out.pt")
-    with torch.no_grad():
-        want = adapted.merge_and_unload().eval()(input_ids=torch.arange(24).view(2, 12)).logits
-    assert torch.equal(torch.load(tmp_path / "out.pt"), want)

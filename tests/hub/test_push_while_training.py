@@ -107,5 +107,8 @@ def test_the_token_is_in_no_file_and_no_output(hub, elsewhere, tmp_path):
 
 
 def test_a_branch_and_a_private_repository(hub, elsewhere, tmp_path):
-    _train(elsewhere, tmp_path / "run", "final", hub_private_repo=True, hub_strategy="end")
-    assert hub.store.find("model", "someone/live").private
+    _train(elsewhere, tmp_path / "run", "final", hub_private_repo=True, hub_revision="trial")
+    repository = hub.store.find("model", "someone/live")
+    assert repository.private and set(repository.at("main").files) == {".gitattributes"}
+    assert {"model.safetensors", "modeling_cpt_moe.py", "README.md"} <= set(repository.at("trial").files)
+    elsewhere(LOAD, "someone/live", "trial")

@@ -28,12 +28,7 @@ from hf_moe_cpt.trainers.cpt.liger_switch import decide_liger
 from hf_moe_cpt.trainers.cpt.objective import corrected_loss, foreign_penalty, penalty_share, reported_terms
 from hf_moe_cpt.trainers.cpt.starting_point import detect_starting_phase, load_moments, write_state
 from hf_moe_cpt.trainers.cpt.step_callback import StepCallback
-from hf_moe_cpt.trainers.instruments.checkpoints import (
-    discard_half_written,
-    require_free_space,
-    require_unused,
-    resolve_resume,
-)
+from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_free_space, require_unused
 from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter
 from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
 from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
@@ -43,11 +38,11 @@ from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
 from hf_moe_cpt.trainers.instruments.progress import shorten_console
 from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
 from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
-from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
+from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
 from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
 
 
-class CPTTrainer(ReadsStoredWeights, PublishedRun, Trainer):
+class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
     Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
@@ -95,7 +90,7 @@ class CPTTrainer(ReadsStoredWeights, PublishedRun, Trainer):
         self.loss_tap.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
         self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
-        self.term_meter, self.loss_guard = MeanMeter(), LossGuard()
+        self.term_meter, self.loss_guard = MeanMeter(), LossGuard(args.bad_step_policy == "stop")
         super().__init__(
             model=model,
             args=args,
@@ -257,7 +252,7 @@ class CPTTrainer(ReadsStoredWeights, PublishedRun, Trainer):
         a disk that is too small.
         """
         output_dir = self.args.output_dir
-        checkpoint = resolve_resume(output_dir, resume_from_checkpoint or self.args.resume_from_checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.is_world_process_zero():
             if checkpoint is None:
                 require_unused(output_dir)
@@ -283,11 +278,6 @@ class CPTTrainer(ReadsStoredWeights, PublishedRun, Trainer):
         self.loss_guard.check(self._describe_batch)
         with self.throughput.pause():
             super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json is written next and says that the checkpoint is whole: all ranks must be through.
-        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

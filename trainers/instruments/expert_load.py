@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_moe_cpt.analysis.moe_layers import find_experts, moe_layers
 from hf_moe_cpt.analysis.routing import max_routing_imbalance_from_load
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+from hf_moe_cpt.trainers.instruments.sharded_experts import num_experts_of
 
 
 MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
@@ -55,7 +56,7 @@ class ExpertLoadMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self.experts = find_experts(model)
-        self._widths = [module.num_experts for module in self.experts]
+        self._widths = [num_experts_of(module) for module in self.experts]
         self._observing = False
         self._pending: list[tuple[int, Tensor]] = []  # layer, its (T, K) experts, not counted yet
         self._pending_numbers = 0

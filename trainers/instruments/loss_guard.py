@@ -15,14 +15,18 @@ NEVER = 2**62
 class LossGuard:
     """Remembers the first optimizer step with a non-finite loss; `check` raises for it.
 
-    `record` costs no host synchronisation on an accelerator. On the CPU it checks at once.
+    `record` costs no host synchronisation on an accelerator. On the CPU it checks at once. is_active: False where
+    another policy than to stop is in force (bad_steps.py).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_active: bool = True) -> None:
+        self._is_active = is_active
         self._first_bad_step: Tensor | None = None
 
     def record(self, loss: Tensor, step: int, batch: str) -> None:
         """Note the loss of a micro-batch of optimizer step `step` (1-based); `batch` says what it was made of."""
+        if not self._is_active:
+            return
         loss = loss.detach()
         bad = torch.where(torch.isfinite(loss), NEVER, step)
         self._first_bad_step = bad if self._first_bad_step is None else torch.minimum(self._first_bad_step, bad)

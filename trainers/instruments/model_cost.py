@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_moe_cpt.analysis.moe_layers import find_experts
+from hf_moe_cpt.trainers.instruments.sharded_experts import num_experts_of
 
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")
@@ -38,7 +39,7 @@ def active_parameters(model: nn.Module) -> int:
     inactive = 0
     if experts:
         chosen = experts_per_token(model.config)
-        inactive = sum(_routed(module) * (1 - chosen / module.num_experts) for module in experts)
+        inactive = sum(_routed(module) * (1 - chosen / num_experts_of(module)) for module in experts)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding

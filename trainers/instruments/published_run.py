@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_moe_cpt.hub.cards import Told, is_generated, write_card
 from hf_moe_cpt.hub.folder_checks import ADAPTER_CONFIG, CONFIG
-from hf_moe_cpt.hub.publishing import CARD, brief
+from hf_moe_cpt.hub.publishing import CARD, brief, explained, make_branch, may_pass, require_place, upload_run
 from hf_moe_cpt.hub.run_facts import RUN_FILE
+from hf_moe_cpt.trainers.instruments.write_failures import WriteFailures, free_space
 
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,10 @@ class UnsavedToken(str):
 class PublishedRun:
     """For a subclass of `Trainer`, before it among the bases: `class CPTTrainer(PublishedRun, Trainer)`.
 
-    Every saved model gets training_run.json; with `push_to_hub` every push carries the code, and a push that fails is
-    logged and tried again by the next one, never raised before training has ended.
+    Every saved model gets training_run.json and the log so far; with `push_to_hub` every push carries the code, and a
+    push that fails is logged and made up for by the next one, never raised before training has ended. Overrides
+    `init_hf_repo` (refusals before compute, `hub_revision`), `_push_from_checkpoint`, `_finish_current_push`,
+    `push_to_hub` (retries, report), `create_model_card` and `_save`.
     """
 
     run_method = ""  # cpt, rainbowpo or surgery
@@ -60,23 +65,55 @@ class PublishedRun:
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
 
+    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
+        """As the parent's, with the branch `hub_revision`; says in one line what is wrong with name, token or Hub."""
+        if not self.is_world_process_zero():
+            return
+        asked = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        token = token or self.args.hub_token
+        require_place(asked, token)
+        try:
+            super().init_hf_repo(token=token, **kwargs)
+            if self.args.hub_revision is not None:
+                make_branch(self.hub_model_id, self.args.hub_revision, token)
+        except Exception as error:
+            raise explained(error, asked) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder, failures = Path(output_dir or self.args.output_dir), WriteFailures()
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # whoever writes checkpoints tells what went wrong
+            self._save_with_facts(folder, state_dict)
+            return
+        failures.call(self._save_with_facts, folder, state_dict, log=True)
+        if failures.first is not None:
+            raise OSError(
+                f"the model was not saved to {str(folder)!r} ({failures.first}; {free_space(folder)}): make room, "
+                "then save again; checkpoints and what is on the Hub stand."
+            )
+
+    def _save_with_facts(self, folder: Path, state_dict: dict | None, log: bool = False) -> None:
+        super()._save(str(folder), state_dict)
         if self.args.should_save:
-            write_run_file(Path(output_dir or self.args.output_dir), run_facts(self))
+            write_run_file(folder, run_facts(self))
+            if log:  # a card needs it, and a checkpoint has it
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_always_push:  # the files of a push in progress must not be written over
             self._finish_current_push()
         self._collect_failures()
+        failures = WriteFailures()  # of a disk that is full; the network's come later, from the background
+        failures.call(self._copy_and_push, checkpoint_folder)
+        if failures.first is not None:
+            self._note(failures.first)
+            _remove_cut_weights(Path(self.args.output_dir), Path(checkpoint_folder))
+
+    def _copy_and_push(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.push_in_progress is None:
             for path in (*Path(checkpoint_folder).glob("*.py"), Path(checkpoint_folder) / RUN_FILE):
                 if path.is_file():
                     shutil.copy(path, Path(self.args.output_dir) / path.name)
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        except OSError as error:  # the network's errors come later, from the background
-            self._note(error)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -90,11 +127,11 @@ class PublishedRun:
         for job in pushes.jobs:
             error = job.exception()
             if error is not None:
-                self._note(error)
+                self._note(brief(error))
         self.push_in_progress = None
 
-    def _note(self, error: BaseException) -> None:
-        self.failed_pushes.append(brief(error))
+    def _note(self, failure: str) -> None:
+        self.failed_pushes.append(failure)
         logger.warning(
             "Push %d that failed, at step %d (%s): training goes on. `hf-moe-cpt push %s %s` publishes the folder.",
             len(self.failed_pushes),
@@ -103,6 +140,42 @@ class PublishedRun:
             self.args.output_dir,
             self.hub_model_id,
         )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, tried again while what went wrong may pass; tells what failed during training.
+
+        Raises ValueError, ConnectionError or OSError in one line, which says whether the model is saved.
+        """
+        try:
+            commit = super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            if not may_pass(error):
+                raise self._told(error) from error
+            commit = self._upload_again(*args, **kwargs)
+        if self.failed_pushes and self.is_world_process_zero():
+            logger.warning(
+                "%d pushes to %s failed during training (the last: %s): this one brought the model as it is now.",
+                len(self.failed_pushes),
+                self.hub_model_id,
+                self.failed_pushes[-1],
+            )
+        return commit
+
+    def _upload_again(self, commit_message: str = "End of training", *_: Any, **kwargs: Any) -> Any:
+        """The upload of the parent's `push_to_hub`, which has saved the model and written the card already."""
+        revision = kwargs.get("revision") or self.args.hub_revision
+        token = kwargs.get("token") or self.args.hub_token
+        try:
+            return upload_run(self.args.output_dir, self.hub_model_id, commit_message, revision, token)
+        except Exception as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> Exception:
+        told = explained(error, str(self.hub_model_id))
+        if told is error:
+            return error
+        publish = f"`hf-moe-cpt push {self.args.output_dir} {self.hub_model_id}` publishes it"
+        return type(told)(f"{told} The trained model is saved, and {publish}.")
 
     def create_model_card(
         self,
@@ -140,6 +213,14 @@ class PublishedRun:
     def run_details(self) -> dict[str, Any]:
         """What else a method keeps in training_run.json, beside what `run_facts` finds in any trainer."""
         return {}
+
+
+def _remove_cut_weights(folder: Path, checkpoint: Path) -> None:
+    """Take out of `folder` the weights that a copy from `checkpoint` left unfinished: they are whole over there."""
+    for path in checkpoint.glob("*model*.safetensors"):
+        copy = folder / path.name
+        if copy.is_file() and copy.stat().st_size != path.stat().st_size:
+            copy.unlink()
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -1,15 +1,41 @@
-"""Whether this process is one of several ranks that must meet in collectives, and how it leaves them. Source: ours."""
+"""Whether this process is one of several ranks, what of a model is sharded over them, and how they are left.
+
+Source: ours.
+"""
 
 from __future__ import annotations
 
 import gc
 
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def has_process_group() -> bool:
     """Whether torch.distributed is initialised, so that sums have to be taken over ranks."""
     return dist.is_available() and dist.is_initialized()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every part of a model that FSDP2 shards hold its shards again, of which optimizers are made.
+
+    A pass without a backward leaves the last part gathered: an optimizer made then would train tensors that are thrown
+    away.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reduce_at_once(model: nn.Module) -> None:
+    """Let FSDP2 reduce the gradients of the next backward pass in it, also where accumulation would put it off.
+
+    What is put off lies where nobody can take it apart again.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(True)
+        model.set_requires_all_reduce(True)
 
 
 def leave_process_group() -> None:

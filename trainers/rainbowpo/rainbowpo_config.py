@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import DPOConfig
 
+from hf_moe_cpt.trainers.instruments.fault_settings import FaultSettings
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.settings_checks import (
     CHOICES,
@@ -23,8 +24,8 @@ DEFAULT_HOME_ADVANTAGE = 0.1
 
 
 @dataclass
-class RainbowPOConfig(DPOConfig):
-    """Arguments of `RainbowPOTrainer`; everything that `trl.DPOConfig` has, and the fields below.
+class RainbowPOConfig(FaultSettings, DPOConfig):
+    """Arguments of `RainbowPOTrainer`; everything that `trl.DPOConfig` and `FaultSettings` have, and the fields below.
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
     loss_weights, ld_alpha, f_divergence_type, use_weighting, discopop_tau) are refused: the switches below replace

@@ -22,9 +22,8 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from hf_moe_cpt.trainers.instruments.checkpoints import resolve_resume
 from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
-from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
+from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
 from hf_moe_cpt.trainers.rainbowpo.calibration import add_components, read_scale, training_entropies, write_scale
 from hf_moe_cpt.trainers.rainbowpo.completions import completion_lengths, completion_sums, mask_and_labels
 from hf_moe_cpt.trainers.rainbowpo.objective import (
@@ -47,6 +46,7 @@ from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter, pair
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.reference_head import add_entropy_head, in_evaluation
 from hf_moe_cpt.trainers.rainbowpo.request_checks import check_end_of_text, check_request
+from hf_moe_cpt.trainers.rainbowpo.router_balance import balance_of_batch, recorded_router_logits
 from hf_moe_cpt.trainers.rainbowpo.runaway_watch import RunawayWatch
 
 
@@ -65,7 +65,7 @@ SWITCHES = (
 _NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
 
 
-class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
+class RainbowPOTrainer(SurvivesFaults, PublishedRun, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
     Data, adapters, references (a model, the adapter switched off, or precomputed columns) and saving are the parent's.
@@ -92,8 +92,7 @@ class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
         "citation": "@inproceedings{zhao2025rainbowpo,\n"
         "    title     = {{RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization}},\n"
         "    author    = {Zhao, Hanyang and others},\n"
-        "    booktitle = {International Conference on Learning Representations},\n"
-        "    year      = 2025,\n}",
+        "    booktitle = {International Conference on Learning Representations},\n    year      = 2025,\n}",
     }
 
     def __init__(
@@ -214,8 +213,8 @@ class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         mask, labels = mask_and_labels(inputs)
-        model_inputs = self._model_inputs(inputs, with_router=self.aux_loss_enabled)
-        outputs = model(**model_inputs, labels=labels, fused_lm_head=True)
+        with recorded_router_logits(self.accelerator.unwrap_model(self.model)) as router_logits:
+            outputs = model(**self._model_inputs(inputs, self.aux_loss_enabled), labels=labels, fused_lm_head=True)
         logps, lengths = completion_sums(outputs.log_probs, mask), completion_lengths(mask)
         ref_logps, entropy = self._reference(inputs)
         phi = mallows_phi(entropy, self.dispersion_scale) if self.args.needs_reference_entropy else 1.0
@@ -228,9 +227,10 @@ class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
         if self.args.sft_weight:
             statistics["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
         if self.aux_loss_enabled and isinstance(outputs.aux_loss, Tensor):
-            penalty = (self.router_aux_loss_coef if self.model.training else 0.0) * outputs.aux_loss
+            aux_loss = balance_of_batch(self.model, outputs.aux_loss, router_logits, inputs["attention_mask"])
+            penalty = (self.router_aux_loss_coef if self.model.training else 0.0) * aux_loss
             loss = loss + penalty.to(loss.device)  # never in the evaluation loss
-            statistics |= {"aux_loss": (outputs.aux_loss, 1), "loss/aux": (penalty, 1)}
+            statistics |= {"aux_loss": (aux_loss, 1), "loss/aux": (penalty, 1)}
         meter = self.meters["train" if self.model.training else "eval"]
         if self.args.needs_reference_entropy:
             statistics |= {"phi/mean": (phi.sum(), len(phi)), "ref_entropy": (entropy.sum(), len(entropy))}
@@ -241,8 +241,7 @@ class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _model_inputs(self, inputs: dict[str, Tensor], with_router: bool) -> dict[str, Any]:
-        kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
-        kept["use_cache"] = False
+        kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL} | {"use_cache": False}
         if hasattr(self.model.config.get_text_config(), "output_router_logits"):
             kept["output_router_logits"] = with_router
         return kept
@@ -251,15 +250,15 @@ class RainbowPOTrainer(ReadsStoredWeights, PublishedRun, DPOTrainer):
         if self.args.home_advantage_from == "length":
             return length_advantage(lengths, self.args.home_advantage)
         if self.args.home_advantage_from == "score":
-            scores = Pair(*inputs["scores"].unbind(1))
-            return score_advantage(scores, self.args.home_advantage, self.args.score_transform)
+            pair = Pair(*inputs["scores"].unbind(1))
+            return score_advantage(pair, self.args.home_advantage, self.args.score_transform)
         return self.args.home_advantage
 
     # ---- calibration, running, reporting ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`."""
-        checkpoint = resolve_resume(self.args.output_dir, resume_from_checkpoint or self.args.resume_from_checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.dispersion_scale is None and checkpoint is not None:
             self.dispersion_scale = read_scale(checkpoint)
         self._calibrate()

@@ -75,6 +75,19 @@ def seqcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tenso
     return -loss_of_text.masked_fill(loss_of_text >= target, target).masked_fill(~mask.any(1), 0.0)
 
 
+def aim(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
+    """(L/n - tau)^2 / (2 tau) (B,), at least 0, w = 1 - L/(n tau): ascent that fades out at tau, descent beyond it.
+
+    A text comes to rest at tau from either side. With a bound on one side alone, texts that are forgotten already
+    drift on with those that are not: they are of one kind, and share what the ascent takes away. Beyond 2 tau the loss
+    goes on as a straight line with w = -1, so that no text pulls harder than the first step does.
+    """
+    target = _target(settings, "aim")
+    loss_of_text = -log_likelihood(logp, mask) / token_count(mask)
+    loss = functional.huber_loss(loss_of_text, torch.full_like(loss_of_text, target), reduction="none", delta=target)
+    return loss.div(target).masked_fill(~mask.any(1), 0.0)
+
+
 def expcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
     """-(tau/n) sum (1 - e^(-l/tau)) (B,) in [-tau, 0], w = p^(1/tau): ascent that fades out beyond tau."""
     target = _target(settings, "expcap")
@@ -216,6 +229,16 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
             bound="-tau",
             gradient_weight="1 while L/n < tau, else 0",
             source="ours",
+            needs_target=True,
+            is_bounded=True,
+        ),
+        ForgetLoss(
+            name="aim",
+            function=aim,
+            formula="(L/n - tau)^2 / (2 tau)",
+            bound="0",
+            gradient_weight="max(1 - L/(n tau), -1)",
+            source="ours; Huber 1964 for the straight line",
             needs_target=True,
             is_bounded=True,
         ),

@@ -11,6 +11,7 @@ Sources: Yu et al. 2020 (PCGrad, arXiv 2001.06782); GRU, as in the code of tmlr-
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def inner_products(gradients: Sequence[Gradient]) -> Tensor:
     for i, left in enumerate(parts):
         for j in range(i, len(parts)):
             pairs = [(a, b) for a, b in zip(left, parts[j], strict=True) if a is not None and b is not None]
-            products[i, j] = sum((_inner_product(a, b) for a, b in pairs), _zero(parts))
+            products[i, j] = _sum_over_meshes([_inner_product(a, b) for a, b in pairs], _zero(parts))
     rows = [[products[min(i, j), max(i, j)] for j in range(len(parts))] for i in range(len(parts))]
     return torch.stack([torch.stack(row) for row in rows])
 
@@ -166,11 +167,21 @@ def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     return (left.to(wide) * right.to(wide)).sum()
 
 
+def _sum_over_meshes(values: Sequence[Tensor], zero: Tensor) -> Tensor:
+    """The sum of scalars, a plain one also where they are of sharded tensors: ranks meet once for each mesh."""
+    by_mesh: dict[Any, Tensor] = {}
+    for value in values:
+        mesh = getattr(value, "device_mesh", None)
+        by_mesh[mesh] = by_mesh[mesh] + value if mesh in by_mesh else value
+    return sum((total if mesh is None else total.full_tensor() for mesh, total in by_mesh.items()), zero)
+
+
 def _zero(parts: list[list[Tensor | None]]) -> Tensor:
     tensors = [tensor for part in parts for tensor in part if tensor is not None]
     if not tensors:
         return torch.zeros(())
-    return tensors[0].new_zeros((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=tensors[0].device)
 
 
 def _weighted_sum(column: tuple[Tensor | None, ...], coefficients: Tensor | Sequence[float]) -> Tensor | None:

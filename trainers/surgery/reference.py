@@ -297,7 +297,8 @@ def _cached(
         return found
 
     made_by = {"weights": weights_fingerprint(model), "mixed_precision": accelerator.mixed_precision}
-    states = fill_states(states_of, rows, accelerator, folder, made_by, batch_size)
+    is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    states = fill_states(states_of, rows, accelerator, folder, made_by, batch_size, together=is_sharded)
     weight, bias, form = head_of(model)
     head = LanguageHead(weight.detach().clone(), None if bias is None else bias.detach().clone(), form)
     return CachedReference(states, head, len(tap.layers) if tap is not None else 0, chunk_tokens)

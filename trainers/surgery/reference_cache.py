@@ -37,6 +37,7 @@ FORMAT = 1
 SHARD_BYTES = 64 * 2**20
 # What a configuration says about where a model came from and who asked for it, not about what it computes.
 _NO_MATTER = ("_name_or_path", "transformers_version", "use_cache", "architectures", "output_router_logits")
+_NO_MATTER += ("distributed_config",)
 
 States = dict[str, Tensor]
 StatesOf = Callable[[dict[str, Tensor]], States]  # a batch (B, S) on the device -> (B, S, ...) each
@@ -133,8 +134,11 @@ def fill_states(
     folder: Path,
     made_by: Mapping[str, Any],
     batch_size: int,
+    together: bool = False,
 ) -> dict[str, RowStates]:
-    """The states of every set, after what is missing was made; every rank makes a share of the shards.
+    """The states of every set, after what is missing was made; every rank makes a share of the files.
+
+    together: the model is sharded, so that its ranks meet in every pass: all make every file and one writes it.
 
     rows: token ids by set. made_by: what, besides the rows, decides the states. Raises ValueError for a disk that
     cannot hold what is missing, and if the ranks do not see each other's files.
@@ -146,9 +150,14 @@ def fill_states(
     jobs = [(states, number) for states in found.values() for number in states.missing()]
     _require_space(folder, sum(states.num_tokens(number) * bytes_per_token for states, number in jobs))
     accelerator.wait_for_everyone()  # all have seen the same gaps
-    own = jobs[accelerator.process_index :: accelerator.num_processes]
-    for states, number in tqdm(own, desc="Reference states", disable=not (own and accelerator.is_main_process)):
-        states.write(number, _states_of_shard(states_of, states, number, batch_size, accelerator.device))
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    own = [
+        (place % num_ranks == rank, *job) for place, job in enumerate(jobs) if together or place % num_ranks == rank
+    ]
+    for is_writer, states, number in tqdm(own, "Reference states", disable=not (own and accelerator.is_main_process)):
+        made = _states_of_shard(states_of, states, number, batch_size, accelerator.device)
+        if is_writer:
+            states.write(number, made)
     accelerator.wait_for_everyone()
     if any(states.missing() for states in found.values()):
         raise ValueError(
@@ -166,7 +175,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _NO_MATTER}, sort_keys=True).encode())
     for name, value in (*inner.named_parameters(), *inner.named_buffers()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return broadcast_object_list([digest.hexdigest()])[0]
 
 

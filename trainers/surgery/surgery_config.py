@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_moe_cpt.trainers.instruments.fault_settings import FaultSettings
 from hf_moe_cpt.trainers.surgery.divergence import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.forget_losses import FORGET_LOSSES, ForgetSettings
 from hf_moe_cpt.trainers.surgery.objective import TERMS
 from hf_moe_cpt.trainers.surgery.pair_losses import PAIR_LOSSES
-from hf_moe_cpt.trainers.surgery.settings_checks import CHOICES, check_settings
+from hf_moe_cpt.trainers.surgery.settings_checks import CHOICES, UNSEEN, check_settings
 from hf_moe_cpt.trainers.surgery.surgery_presets import preset_settings
 
 
@@ -22,8 +23,8 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(TrainingArguments):
-    """Arguments of `SurgeryTrainer`; everything that `TrainingArguments` has, and the fields below.
+class SurgeryConfig(FaultSettings, TrainingArguments):
+    """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and `FaultSettings`, and the fields below.
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
     logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps and loads the
@@ -63,7 +64,7 @@ class SurgeryConfig(TrainingArguments):
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on retain_dataset."})
     neighbour_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on neighbour_dataset."})
     forget_loss: str = field(
-        default="seqcap", metadata={"help": f"Forget loss: {LOSS_NAMES}; in Python also a function."}
+        default="aim", metadata={"help": f"Forget loss: {LOSS_NAMES}; in Python also a function."}
     )
     obsolete_loss: str | None = field(
         default=None, metadata={"help": "Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."}
@@ -73,7 +74,14 @@ class SurgeryConfig(TrainingArguments):
         default="unseen",
         metadata={
             "help": "Nats per token that forgetting aims at: a number, or unseen: the loss of unseen_dataset before "
-            "step 1. Bound of cap, seqcap, expcap and simnpo, and a stop rule."
+            "step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, and a stop rule."
+        },
+    )
+    follow_unseen: bool = field(
+        default=True,
+        metadata={
+            "help": "With forget_target unseen: aim at the loss of unseen_dataset as it is at each measurement, since "
+            "the surgery moves it too; false: as it was before step 1."
         },
     )
     forget_beta: float | None = field(default=None, metadata={"help": "Beta of the forget loss; unset: its own."})
@@ -184,6 +192,11 @@ class SurgeryConfig(TrainingArguments):
     def from_preset(cls, name: str, **overrides: Any) -> SurgeryConfig:
         """The settings "paper" or "safe"; `overrides` are any fields, and win. ValueError for another name."""
         return cls(**{**preset_settings(name), **overrides})
+
+    @property
+    def follows_unseen(self) -> bool:
+        """Whether the target is measured again with every measurement."""
+        return self.follow_unseen and self.forget_target == UNSEEN
 
     @property
     def weights(self) -> dict[str, float]:

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 from hf_moe_cpt.trainers.surgery.counted_tokens import num_units, reduce_tokens
 from hf_moe_cpt.trainers.surgery.model_pass import head_of, next_token_kl, run_model, token_logp
-from hf_moe_cpt.trainers.surgery.settings_checks import ANCHOR_SETS, FORGET_SETS
+from hf_moe_cpt.trainers.surgery.settings_checks import ANCHOR_SETS, FORGET_SETS, UNSEEN
 from hf_moe_cpt.trainers.surgery.surgery_terms import Batch, SurgeryTerms, counted_targets
 
 
+UNSEEN_LOSS = f"eval_{UNSEEN}_ce"
 GAP_FORMULA = (
     "surgery_gap = |CE(forgotten) - forget_target| + max(0, CE(update) - update_target) + KL(retain) + KL(neighbour)"
 )
@@ -114,3 +118,9 @@ def stop_reason(
     if "update_ce" in measured:
         reached.append(f"update {measured['update_ce']:.4g} nats (target {update_target:.4g})")
     return f"every set has reached its target: {', '.join(reached)}" if reached else None
+
+
+def last_unseen_loss(checkpoint: str | Path, default: float | None) -> float | None:
+    """The loss of unseen text that a checkpoint's log ends with, in nats per token; default if it was not measured."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return next((entry[UNSEEN_LOSS] for entry in reversed(state.log_history) if UNSEEN_LOSS in entry), default)

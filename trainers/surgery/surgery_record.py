@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
 from hf_moe_cpt.trainers.surgery.settings_checks import ANCHOR_SETS, FORGET_SETS, UNSEEN, losses_of_sets
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
-from hf_moe_cpt.trainers.surgery.surgery_probe import GAP_FORMULA
+from hf_moe_cpt.trainers.surgery.surgery_probe import GAP_FORMULA, UNSEEN_LOSS
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class KeepsRecord(PublishedRun):
 
 def record_of(trainer: Any) -> dict[str, Any]:
     """The record of the weights that a `SurgeryTrainer` holds, for JSON; docs/surgery.md explains its keys."""
-    args, state = trainer.args, trainer.state
+    args, state, target = trainer.args, trainer.state, trainer.forget_target
     gaps = [(entry["step"], entry[GAP]) for entry in state.log_history if GAP in entry]
     at_the_end = f"max_steps={args.max_steps}" if state.global_step >= args.max_steps else None
     step = state.best_global_step if trainer.holds_best else state.global_step
@@ -81,7 +81,7 @@ def record_of(trainer: Any) -> dict[str, Any]:
         "source": "LLM Surgery, arXiv 2409.13054",
         "objective": objective_text(args, list(trainer.sets)),
         "rows": {name: len(rows) for name, rows in (trainer.measured_sets | trainer.sets).items()},
-        "forget_target": _as_json(trainer.forget_target),
+        "forget_target": _as_json(measured.get(UNSEEN_LOSS, target) if args.follows_unseen else target),
         "forget_target_is": UNSEEN if args.forget_target == UNSEEN else "given",
         "step": step,
         "steps_made": state.global_step,

@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_moe_cpt.trainers.surgery.counted_tokens import reduce_sequences, reduce_tokens, token_weights
+from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+from hf_moe_cpt.trainers.surgery.counted_tokens import num_units, reduce_sequences, reduce_tokens, token_weights
 from hf_moe_cpt.trainers.surgery.expert_targets import Expert, expert_anchor
 from hf_moe_cpt.trainers.surgery.forget_losses import ForgetLoss, ForgetSettings
 from hf_moe_cpt.trainers.surgery.model_pass import ModelPass, head_of, next_token_kl, run_model, token_logp
@@ -63,6 +66,7 @@ class SurgeryTerms:
     chunk_tokens: int = 512
     penalised_set: str | None = None  # the set whose pass pays the routers' penalties
     routers: RouterPull | None = None
+    routed_tokens: Tensor | None = None  # of the penalised set in the optimizer batch; None: those of the batch
 
     def of(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None = None) -> Term:
         """The term of the set `name` on a batch of it; total: units of its optimizer batch, None: of this batch."""
@@ -96,7 +100,7 @@ class SurgeryTerms:
         passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
         logp = self._logp(passed, model, batch)
         value = reduce_tokens(-logp, mask, self.normalization, total)
-        return Term(value, passed.router_penalty, self._cross_entropy(name, logp, mask, total))
+        return Term(value, self._share_of_penalty(passed, batch), self._cross_entropy(name, logp, mask, total))
 
     def _anchor(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
         mask = counted_targets(batch)
@@ -112,13 +116,19 @@ class SurgeryTerms:
             direction=self.kl_direction,
             chunk_tokens=self.chunk_tokens,
         )
-        measures = {f"{name}/kl": value.detach()}
+        measures, penalty = {f"{name}/kl": value.detach()}, self._share_of_penalty(passed, batch)
         if not is_held:
-            return Term(value, passed.router_penalty, measures)
+            return Term(value, penalty, measures)
         before = self.reference.router_probs(batch, name)
         drift = router_kl(routing.logits, before, *self._routed_tokens(mask, total))
-        extra = self.routers.anchor * drift + (0.0 if passed.router_penalty is None else passed.router_penalty)
+        extra = self.routers.anchor * drift + (0.0 if penalty is None else penalty)
         return Term(value, extra, measures | {f"{name}/router_kl": drift.detach()})
+
+    def _share_of_penalty(self, passed: ModelPass, batch: Batch) -> Tensor | None:
+        """A penalty is a mean over routed tokens: weighted by them, micro-batches and ranks add up to one mean."""
+        if passed.router_penalty is None or self.routed_tokens is None:
+            return passed.router_penalty
+        return passed.router_penalty * (num_routed(batch) / self.routed_tokens)
 
     def _listening(self, wanted: bool) -> AbstractContextManager[Routing | None]:
         return self.routers.tap.record() if wanted else nullcontext()
@@ -133,6 +143,29 @@ class SurgeryTerms:
 
     def _cross_entropy(self, name: str, logp: Tensor, mask: Tensor, total: Tensor | int | None) -> dict[str, Tensor]:
         return {f"{name}/ce": reduce_tokens(-logp.detach(), mask, self.normalization, total)}
+
+
+def units_of_step(
+    samples: Sequence[Mapping[str, Batch]], names: Sequence[str], normalization: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Units of each set in all micro-batches of all ranks, 0-d int64; a collective when a process group exists.
+
+    `<set>/routed` besides: the tokens of a set that routers see.
+    """
+    counts = {}
+    for name in names:
+        masks = [counted_targets(sample[name]).to(device) for sample in samples]
+        counts[name] = torch.stack([num_units(mask, normalization) for mask in masks]).sum()
+        counts[f"{name}/routed"] = torch.stack([num_routed(sample[name]).to(device) for sample in samples]).sum()
+    totals = torch.stack(list(counts.values()))
+    if has_process_group():
+        dist.all_reduce(totals)
+    return dict(zip(counts, totals.unbind(), strict=True))
+
+
+def num_routed(batch: Batch) -> Tensor:
+    """How many tokens of a batch are no padding, 0-d."""
+    return batch["attention_mask"].sum()
 
 
 def counted_targets(batch: Batch) -> Tensor:

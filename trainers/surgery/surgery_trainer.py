@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
@@ -24,14 +23,13 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_unused, resolve_resume
+from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_unused
 from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
 from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
 from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
-from hf_moe_cpt.trainers.instruments.ranks import has_process_group
+from hf_moe_cpt.trainers.instruments.ranks import reduce_at_once
 from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
-from hf_moe_cpt.trainers.instruments.stored_weights import ReadsStoredWeights
-from hf_moe_cpt.trainers.surgery.counted_tokens import num_units
+from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
 from hf_moe_cpt.trainers.surgery.expert_targets import ExpertTargets
 from hf_moe_cpt.trainers.surgery.expert_watch import SelectionWatch, check_expert_settings, target_experts
 from hf_moe_cpt.trainers.surgery.model_checks import (
@@ -47,10 +45,10 @@ from hf_moe_cpt.trainers.surgery.routers import RouterTap
 from hf_moe_cpt.trainers.surgery.set_mixture import SurgeryMixture, collate_sets, eval_batches
 from hf_moe_cpt.trainers.surgery.settings_checks import FORGET_SETS, UNSEEN, check_sets, losses_of_sets
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
-from hf_moe_cpt.trainers.surgery.surgery_probe import measure, stop_reason, surgery_gap
+from hf_moe_cpt.trainers.surgery.surgery_probe import last_unseen_loss, measure, stop_reason, surgery_gap
 from hf_moe_cpt.trainers.surgery.surgery_record import KeepsRecord
 from hf_moe_cpt.trainers.surgery.surgery_sets import prepare_sets, tokenized
-from hf_moe_cpt.trainers.surgery.surgery_terms import Batch, RouterPull, SurgeryTerms, counted_targets
+from hf_moe_cpt.trainers.surgery.surgery_terms import Batch, RouterPull, SurgeryTerms, units_of_step
 from hf_moe_cpt.trainers.surgery.term_gradients import TermGradients
 
 
@@ -59,7 +57,7 @@ logger = logging.getLogger(__name__)
 REFERENCE_FOLDER = "reference"  # in the output folder
 
 
-class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
+class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
     Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.objective`), and runs a
@@ -128,7 +126,8 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         self.given_reference = ref_model
         self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
-        self.term_meter, self.gradient_meter, self.loss_guard = MeanMeter(), MeanMeter(), LossGuard()
+        self.term_meter, self.gradient_meter = MeanMeter(), MeanMeter()
+        self.loss_guard = LossGuard(args.bad_step_policy == "stop")
         self.units: dict[str, Tensor] = {}  # of each set in the optimizer batch
         super().__init__(
             model=model,
@@ -139,8 +138,9 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        check_sharding(args, is_deepspeed=self.is_deepspeed_enabled, is_fsdp=self.is_fsdp_enabled)
-        self.term_gradients = TermGradients(())
+        is_sharded = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
+        check_sharding(args, is_deepspeed=self.is_deepspeed_enabled, is_fsdp=is_sharded)
+        self.term_gradients: TermGradients | None = None  # of the step, where it wants them apart
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.targets: ExpertTargets | None = None
         self.selections: SelectionWatch | None = None
@@ -160,11 +160,9 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
     ) -> tuple[list[Any], None]:
         """The micro-batches of an optimizer step; counts the units of each set in all of them on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for name in self.sets if samples else ():
-            own = [num_units(counted_targets(sample[name]).to(device), self.args.normalization) for sample in samples]
-            self.units[name] = torch.stack(own).sum()
-            if has_process_group():
-                dist.all_reduce(self.units[name])
+        if samples:
+            self.units = units_of_step(samples, self.sets, self.args.normalization, device)
+            self.terms.routed_tokens = self.units.get(f"{self.terms.penalised_set}/routed")
         return samples, None
 
     # ---- the step ----
@@ -178,11 +176,15 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         apart = self._wants_terms_apart()
+        if apart:
+            reduce_at_once(model)
+            self.term_gradients = self.term_gradients or TermGradients.of(self.optimizer)
         loss_of_step, measures = torch.zeros((), device=self.args.device), {}
         for place, name in enumerate(self.sets):
             is_last = place == len(self.sets) - 1
             held = self.term_gradients.collect(name) if apart else nullcontext()
-            with held, self._synchronised(model, apart or is_last):
+            synchronised = nullcontext() if apart or is_last else self.accelerator.no_sync(model)
+            with held, synchronised:
                 with self.accelerator.autocast():
                     loss, found = self._weighted_term(name, model, inputs[name])
                 self.accelerator.backward(loss)
@@ -219,21 +221,16 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         step = self.state.global_step + 1
         self.loss_guard.record(loss, step, self._describe_batch(step))
 
-    def _synchronised(self, model: nn.Module, wanted: bool) -> AbstractContextManager:
-        return nullcontext() if wanted else self.accelerator.no_sync(model)
-
     def _wants_terms_apart(self) -> bool:
         """Whether this step needs every term's gradient by itself: to change it, or to log it."""
         args = self.args
-        is_logged = args.log_term_gradients and (self.state.global_step + 1) % self.state.logging_steps == 0
+        is_logged = args.log_term_gradients and not (self.state.global_step + 1) % self.state.logging_steps
         return is_logged or args.gradient_surgery != "none" or args.max_term_grad_norm is not None
 
     def _merge_terms(self) -> None:
-        args = self.args
-        facts = self.term_gradients.merge(
-            args.gradient_surgery, args.max_term_grad_norm, args.seed, self.state.global_step
-        )
-        self.gradient_meter.add(facts)
+        args, step = self.args, self.state.global_step
+        merged = self.term_gradients.merge(args.gradient_surgery, args.max_term_grad_norm, args.seed, step)
+        self.gradient_meter.add(merged)
 
     def _describe_batch(self, step: int) -> str:
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -268,8 +265,9 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         (`hf_moe_cpt.trainers.surgery.surgery_probe`). eval_dataset: other sets by name; then only their losses.
         """
         self._prepare()
+        args = self.args
         own = eval_dataset is None or eval_dataset is self.measured_sets
-        sets = self.measured_sets if own else self._tokenized(eval_dataset)
+        sets = self.measured_sets if own else tokenized(args, self.processing_class, self._vocab_size, eval_dataset)
         with self.accelerator.autocast():
             terms = self.terms if own else replace(self.terms, reference=None)
             measured = measure(self.model, partial(self._batches, sets), list(sets), terms)
@@ -278,13 +276,15 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
             raise FloatingPointError(f"{bad[0]} is {measured[bad[0]]} at step {self.state.global_step}.")
         reason = None
         if own:
-            rules = self.forget_target, self.args.update_target, self.args.max_retain_kl
+            if args.follows_unseen and f"{UNSEEN}_ce" in measured:
+                self._aim_at(measured[f"{UNSEEN}_ce"])
+            rules = self.forget_target, args.update_target, args.max_retain_kl
             measured["surgery_gap"] = surgery_gap(measured, *rules)
             reason = stop_reason(measured, *rules)
             measured |= self.selections.measure(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         if reason is not None and self.is_in_train and self.state.global_step:
             logger.warning("Stopping at step %d: %s.", self.state.global_step, reason)
             self.stop_reason = reason
@@ -303,9 +303,6 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         )
         return map(self._prepare_inputs, rows)
 
-    def _tokenized(self, sets: dict[str, Dataset]) -> dict[str, Dataset]:
-        return tokenized(self.args, self.processing_class, self._vocab_size, sets)
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Model FLOPs of the trained passes of a micro-batch."""
         return int(self._flops_per_token * sum(inputs[name]["input_ids"].numel() for name in self.sets))
@@ -320,15 +317,14 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         that is not whole; FloatingPointError for a loss that is no number, after the last good weights are back.
         """
         output_dir = self.args.output_dir
-        checkpoint = resolve_resume(output_dir, resume_from_checkpoint or self.args.resume_from_checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.is_world_process_zero():
-            require_unused(output_dir, besides=(REFERENCE_FOLDER,)) if checkpoint is None else discard_half_written(
-                output_dir
-            )
+            fresh = partial(require_unused, besides=(REFERENCE_FOLDER,))
+            (fresh if checkpoint is None else discard_half_written)(output_dir)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         with repeatable_on_cpu(self.args.device):
             self._prepare()
-            self.term_gradients = TermGradients(self.model.parameters())
+            self.term_gradients = None
             try:
                 return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except FloatingPointError as error:
@@ -360,9 +356,12 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         if args.forget_target == UNSEEN and UNSEEN in self.measured_sets:
             with self.accelerator.autocast():
                 found = measure(self.model, partial(self._batches, self.measured_sets), [UNSEEN], self.terms)
-            self.forget_target = found[f"{UNSEEN}_ce"]
-            self.terms.forget = args.forget_settings(self.forget_target)
+            self._aim_at(found[f"{UNSEEN}_ce"])
             logger.info("Unseen text has a loss of %.4g nats per token: forgetting aims at it.", self.forget_target)
+
+    def _aim_at(self, target: float | None) -> None:
+        self.forget_target = target
+        self.terms.forget = self.args.forget_settings(target)
 
     def _build_reference(self) -> Reference | None:
         args = self.args
@@ -392,7 +391,8 @@ class SurgeryTrainer(KeepsRecord, ReadsStoredWeights, Trainer):
         self.loss_guard.check(self._describe_batch)
         super()._save_checkpoint(model, trial)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json is written next and says that the checkpoint is whole: all ranks must be through.
-        self.accelerator.wait_for_everyone()
+    def read_beside_state(self, checkpoint: Path | None) -> None:
+        """Take up the target of a checkpoint, also when the run goes back to it."""
+        super().read_beside_state(checkpoint)
+        if checkpoint is not None and self.args.follows_unseen:
+            self._aim_at(last_unseen_loss(checkpoint, self.forget_target))

@@ -32,6 +32,11 @@ class TermGradients:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._of_term: dict[str, list[Tensor | None]] = {}
 
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> TermGradients:
+        """Of the tensors that an optimizer steps: those of a model are other ones once FSDP has sharded it."""
+        return cls(parameter for group in optimizer.param_groups for parameter in group["params"])
+
     @contextmanager
     def collect(self, term: str) -> Iterator[None]:
         """Backward passes in here add to the gradient of `term` and to no other."""

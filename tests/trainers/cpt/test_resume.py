@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.instruments.checkpoints import checkpoints_in, is_whole
+from hf_moe_cpt.trainers.instruments.checkpoints import UNFINISHED, checkpoints_in, is_whole
 from tests.helpers.cpt_runs import config, saved_history, trainer, without_clocks
 from tests.helpers.killed_run import settings
 from tests.helpers.source_tree import PROJECT
@@ -45,8 +45,8 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, moment, 
         timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    broken = [path for path in checkpoints_in(folder) if not is_whole(path)]
-    assert [path.name for path in broken] == ([f"checkpoint-{step}"] if moment == "saving" else [])
+    assert [path for path in checkpoints_in(folder) if not is_whole(path)] == []
+    assert (folder / UNFINISHED / f"checkpoint-{step}").is_dir() == (moment == "saving")
     assert saved_history(folder / f"checkpoint-{last_whole}")
     resumed = trainer(folder, **settings())
     resumed.train(resume_from_checkpoint="last")

@@ -13,6 +13,7 @@ from hf_moe_cpt.trainers.surgery.forget_losses import (
     FORGET_LOSSES,
     ForgetLoss,
     ForgetSettings,
+    aim,
     cap,
     expcap,
     ga,
@@ -54,6 +55,12 @@ DEFINITIONS: dict[str, tuple[Callable, Callable]] = {
     "seqcap": (
         lambda p, r: -min(-math.log(math.prod(p)) / len(p), TAU),
         lambda p, r: [float(-math.log(math.prod(p)) / len(p) < TAU) for _ in p],
+    ),
+    "aim": (
+        lambda p, r: (
+            (d := abs(math.log(math.prod(p)) / len(p) + TAU)) and (d * d / (2.0 * TAU) if d < TAU else d - TAU / 2.0)
+        ),
+        lambda p, r: [max(1.0 + math.log(math.prod(p)) / (len(p) * TAU), -1.0) for _ in p],
     ),
     "expcap": (
         lambda p, r: -TAU * sum(1.0 - math.exp(math.log(x) / TAU) for x in p) / len(p),
@@ -137,6 +144,13 @@ def test_seqcap_lets_single_tokens_pass_the_target_and_stops_whole_texts():
     assert loss.tolist() == pytest.approx([-2.05, -TAU]) and got.tolist() == [[0.5, 0.5], [0.0, 0.0]]
 
 
+def test_aim_pulls_a_text_to_the_target_from_either_side():
+    logp = torch.tensor([[-0.1, -4.0], [-2.5, -2.5], [-2.0, -4.0]], dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(aim(logp, torch.ones(3, 2, dtype=torch.bool), SETTINGS).sum(), logp)
+    assert TAU == 2.5  # means of the texts: 2.05, 2.5 and 3
+    assert_matches("gradient", got, torch.tensor([[0.09, 0.09], [0.0, 0.0], [-0.1, -0.1]], dtype=torch.float64))
+
+
 def test_wga_descends_the_mean_probability():
     logp = torch.tensor([[-0.01, -0.7, -3.0, -9.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 4, dtype=torch.bool)
@@ -148,6 +162,7 @@ def test_wga_descends_the_mean_probability():
 BOUND = {
     "cap": -TAU,
     "seqcap": -TAU,
+    "aim": 0.0,
     "expcap": -TAU,
     "npo": 0.0,
     "simnpo": 0.0,
@@ -169,7 +184,7 @@ def test_bounded_losses_stay_above_their_bound(name, values):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
 def test_far_out_only_ga_keeps_pulling(name, dtype):
-    """At p = e^-1000 the bounded ones have no pull left; plain ascent pulls as on the first step."""
+    """At p = e^-1000 the bounded ones have no pull left, or pull back; plain ascent pulls as on the first step."""
     mask = torch.ones(1, 5, dtype=torch.bool)
     logp = torch.full((1, 5), -1000.0, dtype=dtype, requires_grad=True)
     loss = FORGET_LOSSES[name](logp, mask, SETTINGS, torch.full((1, 5), -0.1, dtype=dtype))
@@ -177,6 +192,8 @@ def test_far_out_only_ga_keeps_pulling(name, dtype):
     assert FORGET_LOSSES[name].is_bounded == (name != "ga")
     if name == "ga":
         assert loss.item() == pytest.approx(-1000.0) and logp.grad.tolist() == [pytest.approx([0.2] * 5)]
+    elif name == "aim":
+        assert loss.item() == pytest.approx(1000 - 1.5 * TAU) and logp.grad.tolist() == [pytest.approx([-0.2] * 5)]
     else:
         assert abs(loss.item()) <= TAU + 1e-6 and logp.grad.abs().max() < 1e-12
 
@@ -310,7 +327,7 @@ def test_records_say_what_the_functions_need():
                 loss(logp, mask, SETTINGS)
         loss(logp, mask, SETTINGS, logp if loss.needs_reference else None)
     assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_reference} == {"npo"}
-    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"cap", "seqcap", "expcap"}
+    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"aim", "cap", "seqcap", "expcap"}
 
 
 def test_a_function_that_forgets_the_batch_is_refused():

@@ -59,7 +59,7 @@ def test_overrides_win_over_a_preset(tmp_path):
         ({"forget_loss": "pair_dpo"}, "needs a new version of each text"),
         ({"forget_target": "soon"}, "must be a number of nats per token above 0, 'unseen', or None"),
         ({"forget_target": -2.0}, "forget_target=-2.0 must be a number"),
-        ({"forget_target": None}, "cap needs forget_target"),
+        ({"forget_target": None}, "aim needs forget_target"),
         ({"forget_beta": 0.0}, "beta=0.0 must be a finite number above 0"),
         ({"update_batch_size": 0}, "update_batch_size=0 must be at least 1"),
         ({"max_retain_kl": 0.0}, "max_retain_kl=0.0 must be above 0, or unset"),

@@ -30,13 +30,24 @@ def _weights(run):
 
 
 def test_unseen_text_sets_the_target_before_the_first_step(tmp_path):
-    run = trainer(tmp_path / "run", **MEASURED)
+    run = trainer(tmp_path / "run", follow_unseen=False, **MEASURED)
     assert run.forget_target is None
     run.train()
     start = run.state.log_history[0]
     assert run.forget_target == start["eval_unseen_ce"] == run.terms.forget.target
+    assert logged(run.state.log_history, "eval_unseen_ce")[-1] != run.forget_target
     want = sum(abs(start[f"eval_{name}_ce"] - run.forget_target) for name in ("unlearn", "obsolete"))
     assert start["eval_surgery_gap"] == pytest.approx(want + start["eval_update_ce"], rel=1e-5)
+
+
+def test_the_target_follows_unseen_text_and_so_does_the_gap(tmp_path):
+    run = trainer(tmp_path / "run", **MEASURED)
+    run.train()
+    end = [entry for entry in run.state.log_history if "eval_unseen_ce" in entry][-1]
+    assert end["step"] > 0 and run.forget_target == end["eval_unseen_ce"] == run.terms.forget.target
+    want = sum(abs(end[f"eval_{name}_ce"] - end["eval_unseen_ce"]) for name in ("unlearn", "obsolete"))
+    kl = sum(max(0.0, end.get(f"eval_{name}_kl", 0.0)) for name in ("retain", "neighbour"))
+    assert end["eval_surgery_gap"] == pytest.approx(want + end["eval_update_ce"] + kl, rel=1e-5)
 
 
 def test_a_run_stops_when_the_anchor_slips(tmp_path, caplog):

@@ -104,6 +104,8 @@ def _by_hand(name, logp, ref_logp):
         return -nll.clamp(max=tau).mean()
     if name == "seqcap":
         return -nll.mean().clamp(max=tau)
+    if name == "aim":
+        return (nll.mean() - tau) ** 2 / (2 * tau)
     if name == "expcap":
         return -tau * (1 - (-nll / tau).exp()).mean()
     if name == "npo":

@@ -1,0 +1,52 @@
+"""What the trainers do on one, two and four ranks: each number of ranks is one start of torchrun, for all tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.distributed.jobs import FOUR_RANKS, ONE_RANK, TWO_RANKS
+from tests.helpers.fresh_process import launch
+from tests.helpers.rank_runs import save_model
+
+
+Results = dict[str, dict]
+JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}
+
+
+@pytest.fixture(scope="session")
+def rank_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where the model lies that all ranks start from, and their results: one folder for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "ranks"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "model.lock"):
+        if not (folder / "model").exists():
+            save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results_of(rank_folder: Path) -> Callable[[int], Results]:
+    """The results of the jobs of 1, 2 or 4 ranks, started when they are first asked for; a failure is kept too."""
+
+    def results(num_ranks: int) -> Results:
+        done, failed = rank_folder / f"{num_ranks}.json", rank_folder / f"{num_ranks}.failed"
+        with FileLock(rank_folder / f"{num_ranks}.lock"):
+            if failed.exists():
+                pytest.fail(failed.read_text())
+            if not done.exists():
+                failed.write_text(f"the runs on {num_ranks} rank(s) failed before")
+                _start(num_ranks, rank_folder, done.name)
+                failed.unlink()
+        return json.loads(done.read_text())
+
+    return results
+
+
+def _start(num_ranks: int, folder: Path, results: str) -> None:
+    asked = json.dumps({"folder": str(folder), "results": results, "jobs": JOBS[num_ranks]})
+    torchrun = ("torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone", "-m")
+    launch(*(() if num_ranks == 1 else torchrun), "tests.helpers.rank_runs", asked)

@@ -1,0 +1,74 @@
+"""31 experts on 2 and 4 ranks, which no number of ranks divides: the step of one process, and whole checkpoints."""
+
+import pytest
+import torch
+
+from hf_moe_cpt.modeling.expert_shards_cpt_moe import experts_per_rank, with_padding
+from tests.distributed.jobs import HAS_EP, STEPS
+from tests.helpers.tolerances import relative_rms_error
+
+
+pytestmark = pytest.mark.skipif(not HAS_EP, reason="expert parallelism needs transformers 5.23 and torch 2.13")
+CELLS = [(num_ranks, name) for num_ranks, steps in STEPS.items() for name in steps]
+DEALT = {2: [16, 15], 4: [8, 8, 8, 7]}
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: cell[1])
+def step(request, results_of):
+    num_ranks, name = request.param
+    return STEPS[num_ranks][name], results_of(num_ranks)[name]["ranks"]
+
+
+def test_gradients_and_logits_are_those_of_one_process(step):
+    job, ranks = step
+    limit = 3e-2 if job.get("bf16") else 4e-6
+    for rank in ranks:
+        assert rank["errors"].keys() >= {"logits", "model.layers.0.mlp.experts.down_proj", "lm_head.weight"}
+        assert max(rank["errors"].values()) < limit, rank["errors"]
+
+
+def test_what_is_saved_has_no_padding_and_every_bit(step):
+    assert all(rank["is_saved_whole"] for rank in step[1])
+
+
+def test_experts_are_dealt_in_order_and_evenly(step):
+    job, ranks = step
+    held = [rank["experts"] for rank in ranks]
+    parts = DEALT[job["sizes"]["ep_size"]]
+    copies = len(ranks) // len(parts)
+    if job["sizes"].get("dp_replicate_size", 1) == copies:  # every copy holds every expert
+        assert held == parts * copies
+    else:  # the ranks of a copy share its experts once more
+        assert held == [8, 8, 8, 7] and sum(held) == 31
+    assert sum(ranks[0]["tokens"]) == 4 * 16 * 3  # no pair is lost, none goes to padding
+    assert len(ranks[0]["tokens"]) == len(parts)
+
+
+def test_padding_adds_zeros_and_passes_gradients():
+    weight = torch.randn(3, 2, 4, requires_grad=True)
+    padded = with_padding(weight, 5)
+    assert padded.shape == (5, 2, 4)
+    assert torch.equal(padded[:3], weight) and not padded[3:].any()
+    padded.square().sum().backward()
+    assert relative_rms_error(weight.grad, 2 * weight.detach()) < 1e-7
+    assert with_padding(weight, 3) is weight
+
+
+@pytest.mark.parametrize("num_ranks, parts", [(1, [31]), (2, [16, 15]), (4, [8, 8, 8, 7]), (8, [4] * 7 + [3])])
+def test_parts_differ_by_one_expert_at_most(num_ranks, parts):
+    dealt = experts_per_rank(31, num_ranks)
+    assert [min(dealt, 31 - first) for first in range(0, 31, dealt)] == parts
+
+
+def test_a_rank_without_experts_is_refused():
+    with pytest.raises(ValueError, match=r"5 experts on ep_size=4 ranks, 2 on each .* choose a smaller ep_size"):
+        experts_per_rank(5, 4)
+
+
+def test_the_style_is_known_to_transformers():
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    from hf_moe_cpt.modeling.configuration_cpt_moe import PADDED_SHARD, CptMoeConfig
+
+    assert PADDED_SHARD in CptMoeConfig.base_model_ep_plan.values()
+    assert PADDED_SHARD in ALL_PARALLEL_STYLES

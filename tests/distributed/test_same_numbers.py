@@ -1,0 +1,89 @@
+"""Any number of ranks, any engine and any accumulation give the numbers of one process with the same global batch."""
+
+import pytest
+
+from tests.distributed.jobs import FOUR_RANKS, ONE_RANK, TWO_RANKS
+from tests.helpers.rank_runs import TRAINERS
+
+
+LOSS = 1e-5  # relative, of every logged loss
+OTHERS = 5e-5  # of the largest value that a key takes in the run: differences of near numbers are logged too
+COSINE = 1e-3  # absolute, between gradients that are more than rounding
+ROUNDING = 1e-3  # norm below which a gradient is
+NOT_OF_THE_MODEL = {"total_flos"}  # it counts padding, which depends on the micro-batch
+
+ALL = [(4, name) for name in FOUR_RANKS if "step" not in FOUR_RANKS[name]]
+ALL = [(2, name) for name in TWO_RANKS if "step" not in TWO_RANKS[name]] + ALL
+JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}
+
+
+@pytest.fixture(params=[(1, "accumulated"), *ALL], ids=lambda cell: cell[1])
+def cell(request, results_of):
+    """Runs of one engine on some ranks, and those of one process that they must repeat."""
+    num_ranks, name = request.param
+    job = JOBS[num_ranks][name]
+    want = results_of(1)["whole" if job.get("balance", True) else "without balance"]
+    return job, results_of(num_ranks)[name], want
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_ranks_repeat_the_losses_of_one(cell, kind):
+    _, got, want = cell
+    for entry, other in _entries(got[kind], want[kind]):
+        for key in entry.keys() & {"loss", "lm_loss", "eval_loss", "eval_new_loss", "update/ce", "unlearn/ce"}:
+            assert other[key] == pytest.approx(entry[key], rel=LOSS), (key, entry.get("step"))
+    assert got[kind]["weights"] == pytest.approx(want[kind]["weights"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_ranks_repeat_every_number_of_one(cell, kind):
+    """Penalties, MRI, losses by source, phi, rewards, terms, norms and cosines of their gradients, and evaluations."""
+    job, got, want = cell
+    scale = {}
+    for pair in _entries(got[kind], want[kind]):
+        for entry in pair:
+            scale |= {k: max(scale.get(k, 0.0), abs(v)) for k, v in entry.items() if isinstance(v, int | float)}
+    compared = set()
+    for entry, other in _entries(got[kind], want[kind]):
+        assert entry.keys() == other.keys()
+        for key in entry.keys() - NOT_OF_THE_MODEL - _unsettled(entry, job):
+            tolerance = COSINE if "cosine" in key else OTHERS * scale.get(key, 0.0)
+            assert other[key] == pytest.approx(entry[key], abs=tolerance), (key, entry.get("step"))
+            compared.add(key)
+    assert compared >= NAMES[kind] - ({"aux_loss"} if job.get("accumulation") else set())
+    if kind == "rainbowpo":
+        assert got[kind]["dispersion_scale"] == pytest.approx(want[kind]["dispersion_scale"], rel=1e-6)
+
+
+def test_the_engine_is_the_one_that_was_asked_for(cell):
+    job, got, _ = cell
+    if job == ONE_RANK["accumulated"]:
+        assert {found["engine"] for found in got.values()} == {"CptMoeForCausalLM"}
+        return
+    is_sharded = any(name in job for name in ("fsdp", "accelerate", "sharded"))
+    engines = {found["engine"] for found in got.values()}
+    assert engines == {"FSDPCptMoeForCausalLM" if is_sharded else "DistributedDataParallel"}
+
+
+NAMES = {
+    "cpt": {"loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "mri", "eval_new_loss", "forgetting"},
+    "rainbowpo": {"loss", "aux_loss", "phi/mean", "phi/min", "ref_entropy", "rewards/margins", "num_tokens"},
+    "surgery": {"unlearn/loss", "update/ce", "retain/kl", "retain/router_kl", "grad_norm/update", "eval_retain_kl"},
+}
+
+
+def _entries(got, want):
+    return zip(want["log"], got["log"], strict=True)
+
+
+def _unsettled(entry, job):
+    """Keys whose value rounding decides, and the balance of a micro-batch, which is not that of the batch."""
+    keys = {key for key, value in entry.items() if not isinstance(value, int | float)}
+    for key in entry:
+        prefix, _, name = key.rpartition("rewards/")
+        if name == "accuracies" and abs(entry[f"{prefix}rewards/margins"]) < 1e-4:
+            keys.add(key)  # policy and reference are still the same model
+        if key.startswith("grad_cosine/"):
+            terms = key.removeprefix("grad_cosine/").split("_")
+            keys |= {key} if any(entry[f"grad_norm/{term}"] < ROUNDING for term in terms) else set()
+    return keys | ({"aux_loss", "loss/aux"} if job.get("accumulation") else set())

@@ -1,0 +1,180 @@
+"""The three trainers on any number of ranks, with the same global batch, by one program for one process or torchrun.
+
+A job names an engine and how many micro-batches an optimizer step has; the rows of a rank follow from the number of
+ranks, so that every step of every job sees the same rows. Run as a program, this file does all jobs of its argument
+in turn and writes one JSON file: logs, and a checksum of the trained weights. Source: ours.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+
+import hf_moe_cpt.modeling.modeling_cpt_moe  # noqa: F401  registers the model type with the Auto classes
+from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+from tests.helpers import cpt_runs, preference_runs, surgery_runs
+from tests.helpers.expert_shards import sharded_step
+from tests.helpers.source_tree import PROJECT
+from tests.helpers.tiny_models import tiny_model
+
+
+ROWS = 4  # of each optimizer step: pairs, blocks, rows of a set
+STEPS = 3
+TRAINERS = ("cpt", "rainbowpo", "surgery")
+ACCELERATE = PROJECT / "scripts" / "accelerate"
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["CptMoeDecoderLayer"],
+    },
+}
+
+
+def save_model(folder: Path, name: str = "model", **changes: Any) -> None:
+    """The model that jobs start from, granular, with an output that is neither uniform nor certain."""
+    model = tiny_model("cpt_moe", **{"num_experts": 31, **changes})
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4.0)
+    model.save_pretrained(folder / name)
+    preference_runs.word_tokenizer().save_pretrained(folder / name)
+
+
+def open_model(folder: Path, sharded: dict[str, int] | None) -> PreTrainedModel:
+    """The saved model, cut by transformers where sizes of a `DistributedConfig` are given."""
+    options = {}
+    if sharded:
+        from transformers.distributed import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(**sharded)}
+    return AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+
+
+def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) -> Trainer:
+    """A trainer of one kind whose ranks take `rows` rows in each micro-batch."""
+    shared = {"max_steps": STEPS, "gradient_accumulation_steps": job.get("accumulation", 1), "learning_rate": 1e-2}
+    # Adam's first steps are the signs of the gradients, which rounding decides where one is nearly 0: not with this.
+    shared |= {"adam_epsilon": 1e-3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    if _has_fsdp(job):
+        shared |= {"accelerator_config": {"use_configured_state": True}, **(FSDP2 if job.get("fsdp") else {})}
+    model = open_model(folder, job.get("sharded"))
+    if not job.get("balance", True):  # it is no sum over micro-batches
+        model.config.router_aux_loss_coef = 0.0
+    if kind == "cpt":
+        return cpt_runs.trainer(out, model, True, per_device_train_batch_size=rows, **shared)
+    if kind == "rainbowpo":
+        own = {"preset": "rainbowpo", "dispersion_scale": "auto", "eval_dataset": preference_runs.pairs(8, seed=1)}
+        own |= {"output_dir": str(out), "per_device_train_batch_size": rows}
+        return preference_runs.trainer(folder, model, **own, **shared)
+    sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS[:5]}
+    terms = {"log_term_gradients": True, "router_anchor": 0.5, "max_term_grad_norm": 5.0}
+    return surgery_runs.trainer(out, model, **terms, **sizes, **shared)
+
+
+def _has_fsdp(job: dict[str, Any]) -> bool:
+    return "fsdp" in job or "accelerate" in job
+
+
+@contextmanager
+def clean_accelerate(job: dict[str, Any]) -> Iterator[None]:
+    """One process is several runs here: each finds accelerate as a new process does, with its own environment.
+
+    accelerate leaves FSDP out, without a word, where its processes have no GPU. Jobs with FSDP tell it that they have
+    one; all that follows is accelerate's own, on gloo.
+    """
+    before = dict(os.environ)
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    if "accelerate" in job:
+        os.environ.update(launcher_environment(ACCELERATE / job["accelerate"]))
+    if _has_fsdp(job):
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+
+def launcher_environment(config: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file config` tells the processes, in float32."""
+    words = ["--config_file", str(config), "--mixed_precision", "no", "script.py"]
+    before = dict(os.environ)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    told = prepare_multi_gpu_env(args)
+    os.environ.clear()  # the launcher writes into that of its own process too
+    os.environ.update(before)
+    return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
+
+
+def checksum(model: PreTrainedModel) -> float:
+    """Root of the mean square of all weights, gathered: a number that a wrong step changes."""
+    total, count = 0.0, 0
+    for parameter in model.parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        total += whole.detach().double().square().sum().item()
+        count += whole.numel()
+    return (total / count) ** 0.5
+
+
+def run(kind: str, folder: Path, out: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Train and report: the log without clocks, the engine, the checksum, the scale of phi."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rows, rest = divmod(ROWS, ranks * job.get("accumulation", 1))
+    if rest:
+        raise ValueError(f"{ROWS} rows do not go into the micro-batches of {ranks} ranks evenly.")
+    trainer = build(kind, folder, out, rows, job)
+    trainer.train()
+    found = {"log": cpt_runs.without_clocks(trainer.state.log_history), "weights": checksum(trainer.model)}
+    found["engine"] = type(trainer.model_wrapped).__name__
+    if kind == "rainbowpo":
+        found["dispersion_scale"] = trainer.dispersion_scale
+    return found
+
+
+def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by job, and by trainer where it trains."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, job in jobs.items():
+        if "step" in job:
+            results[name] = sharded_step(folder, name, **job["step"])
+            continue
+        results[name] = {}
+        for kind in TRAINERS:
+            with clean_accelerate(job):
+                results[name][kind] = run(kind, folder, folder / name / kind, job)
+    return results
+
+
+def main() -> None:
+    """Do the jobs of the argument, JSON, and write what they found from the first rank."""
+    asked = json.loads(sys.argv[1])
+    folder = Path(asked["folder"])
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:  # else this is one process without a group
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = run_jobs(folder, asked["jobs"])
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (folder / asked["results"]).write_text(json.dumps(results))
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()
