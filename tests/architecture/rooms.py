@@ -35,7 +35,7 @@ ROOMS = {
     "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
     "hf_moe_cpt.data": Room(
         ours=("hf_moe_cpt.extras",),
-        others=("datasets", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),
+        others=("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),
     ),
     "hf_moe_cpt.optim": Room(others=("torch",)),
     "hf_moe_cpt.kernels": Room(
