@@ -23,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hf_moe_cpt.trainers.instruments.checkpoints import UNFINISHED, last_whole_checkpoint
@@ -37,16 +38,26 @@ EARLY_KILLS = 0.15  # share of kills before the first step: while resuming
 
 
 class Rank:
-    """A process that starts one rank of the run again and again (scripts/soak_run.py)."""
+    """A process that starts one rank of the run again and again (scripts/soak_run.py).
 
-    def __init__(self, rank: int, world_size: int, port: int) -> None:
+    on: words in front of its command, such as those that start it on another host. settings: environment of the run.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        port: int,
+        on: Sequence[str] = (),
+        settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         command = [sys.executable, "-m", "hf_moe_cpt.scripts.soak_run", f"--rank={rank}", f"--world_size={world_size}"]
-        settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
+        settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **settings}
         if world_size > 1:
             settings |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         changed = [f"{name}={value}" for name, value in settings.items()]
-        self.server = subprocess.Popen(["env", *changed, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.server = subprocess.Popen([*on, "env", *changed, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.pid: int | None = None
         self.exit_code: int | None = None
         self.saved = 0
