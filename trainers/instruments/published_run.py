@@ -11,6 +11,7 @@ import json
 import logging
 import platform
 import shutil
+from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ class PublishedRun:
         if self.args.should_save:
             write_run_file(folder, run_facts(self))
             if log:  # a card needs it, and a checkpoint has it
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                state = copy(self.state)
+                state.best_model_checkpoint = None  # a folder of this machine
+                state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_always_push:  # the files of a push in progress must not be written over

@@ -71,6 +71,9 @@ def test_the_best_model_is_the_one_that_stays(tmp_path):
     gaps = logged(run.state.log_history, "eval_surgery_gap")
     assert run.state.best_metric == pytest.approx(min(gaps[1:]))
     assert run.evaluate()["eval_surgery_gap"] == pytest.approx(run.state.best_metric, rel=1e-5)
+    run.save_model()
+    assert str(tmp_path) in run.state.best_model_checkpoint
+    assert str(tmp_path) not in (tmp_path / "run" / "trainer_state.json").read_text()
 
 
 class StopAt(TrainerCallback):
