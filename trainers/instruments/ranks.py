@@ -5,11 +5,14 @@ Source: ours.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
+import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 
 def has_process_group() -> bool:
@@ -26,6 +29,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def reduce_in_float32(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let FSDP2 sum gradients over ranks in float32, and hand out losses as they are.
+
+    accelerate's policy for mixed precision does both in the short type, and a loss of 12.2488 is logged as 12.25. A
+    policy that somebody chose stays as it is.
+    """
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if not isinstance(policy, MixedPrecisionPolicy) or policy.param_dtype not in (torch.bfloat16, torch.float16):
+        return
+    if policy.param_dtype == policy.reduce_dtype == policy.output_dtype:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def reduce_at_once(model: nn.Module) -> None:

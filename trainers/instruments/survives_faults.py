@@ -21,7 +21,7 @@ from hf_moe_cpt.trainers.instruments.bad_steps import BadSteps, RewindRequested
 from hf_moe_cpt.trainers.instruments.hang_watch import HangWatch
 from hf_moe_cpt.trainers.instruments.preemption import Preempted, PreemptionWatch
 from hf_moe_cpt.trainers.instruments.rank_agreement import RankAgreement
-from hf_moe_cpt.trainers.instruments.ranks import leave_process_group, reshard
+from hf_moe_cpt.trainers.instruments.ranks import leave_process_group, reduce_in_float32, reshard
 from hf_moe_cpt.trainers.instruments.step_timing import StepTiming
 from hf_moe_cpt.trainers.instruments.whole_checkpoints import WholeCheckpoints
 
@@ -37,6 +37,7 @@ class SurvivesFaults(WholeCheckpoints):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         faults = self.args
+        reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
         if faults.bad_step_policy != "stop" and self.is_deepspeed_enabled:
             raise ValueError(
                 f"bad_step_policy={faults.bad_step_policy!r} drops gradients, which DeepSpeed keeps to itself: use "
