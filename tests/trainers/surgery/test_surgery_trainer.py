@@ -76,7 +76,7 @@ def test_accumulation_does_not_change_the_step(tmp_path, normalization):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["llama", "cpt_moe"])
+@pytest.mark.parametrize("model", ["llama"])  # the mixture: tests/distributed
 def test_two_ranks_make_the_steps_of_one(tmp_path, model):
     sizes = {f"{name}_batch_size": 2 for name in ("unlearn", "obsolete", "update", "retain", "neighbour")}
     # the penalty of a batch's balance is taken by each rank on its own half
