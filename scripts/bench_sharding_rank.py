@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback,
 
 from hf_moe_cpt.scripts.bench_step_models import config_of
 from hf_moe_cpt.scripts.benchmark_tools import GIBIBYTE, synchronize
+from hf_moe_cpt.scripts.parallelism import fsdp2_arguments
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
@@ -84,14 +85,6 @@ def random_blocks(job: ShardingJob, ranks: int, vocab_size: int) -> Dataset:
 
 def train(job: ShardingJob, layer: str, folder: str) -> dict[str, Any]:
     """Seconds of the steps, peak memory of the fullest rank in GiB (None on a CPU), losses of two steps."""
-    sharding = {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": [layer],
-        },
-    }
     on_gpu = job.device == "cuda"
     args = CPTConfig(
         output_dir=folder,
@@ -106,7 +99,7 @@ def train(job: ShardingJob, layer: str, folder: str) -> dict[str, Any]:
         report_to="none",
         disable_tqdm=True,
         starting_phase="scratch",
-        **(sharding if job.kind == "fsdp2" else {}),
+        **(fsdp2_arguments(layer) if job.kind == "fsdp2" else {}),
     )
     model = build_model(job, args.device)
     clock = StepClock(args.device, job.warmup)

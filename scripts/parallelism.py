@@ -28,6 +28,12 @@ class ParallelArguments:
     )
 
 
+def fsdp2_arguments(layer_class: str, **more: Any) -> dict[str, Any]:
+    """Fields of `TrainingArguments` that shard a model by FSDP2, layer by layer; `more` goes into `fsdp_config`."""
+    wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer_class]}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **wrapped, **more}}
+
+
 def parallel_options(
     args: ParallelArguments, training: TrainingArguments, num_ranks: int | None = None
 ) -> dict[str, Any]:

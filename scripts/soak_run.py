@@ -27,20 +27,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 import hf_moe_cpt.trainers.cpt.cpt_trainer
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.scripts.parallelism import fsdp2_arguments
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.instruments.checkpoints import checkpoints_in
 
 
 VOCABULARY, LENGTH = 64, 16
 SHARDED = {
-    "fsdp": True,
     "accelerator_config": {"use_configured_state": True},
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["CptMoeDecoderLayer"],
-        "state_dict_type": "SHARDED_STATE_DICT",
-    },
+    **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
 }
 CLOCKS = ("runtime", "per_second", "tflops", "train_loss")  # of which two runs may differ
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import hf_moe_cpt.modeling.modeling_cpt_moe  # noqa: F401  registers the model type with the Auto classes
+from hf_moe_cpt.scripts.parallelism import fsdp2_arguments
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.expert_shards import sharded_step
@@ -35,14 +36,7 @@ ROWS = 4  # of each optimizer step: pairs, blocks, rows of a set
 STEPS = 3
 TRAINERS = ("cpt", "rainbowpo", "surgery")
 ACCELERATE = PROJECT / "scripts" / "accelerate"
-FSDP2 = {
-    "fsdp": True,
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["CptMoeDecoderLayer"],
-    },
-}
+FSDP2 = fsdp2_arguments("CptMoeDecoderLayer")
 
 
 def save_model(folder: Path, name: str = "model", **changes: Any) -> None:
