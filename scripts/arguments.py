@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_moe_cpt.recipes import path_of_config
+
 
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 
@@ -36,7 +38,7 @@ def parse_arguments(
     parser = HfArgumentParser(
         list(dataclass_types), prog=program, description=description, allow_abbrev=False, conflict_handler="resolve"
     )
-    parser.add_argument("--config", help="YAML file with arguments; the command line wins over it.")
+    parser.add_argument("--config", help="YAML file with arguments, or recipe:NAME; the command line wins over it.")
     known = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     parser.set_defaults(**(defaults or {}))
     path = _given(argv, "config").config
@@ -87,7 +89,11 @@ def given_values(argv: Sequence[str] | None, *names: str) -> dict[str, Any]:
 
 
 def _given(argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
+    """Text of `config` and other arguments on the command line; a recipe's name has become its path."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         finder.add_argument(f"--{name}")
-    return finder.parse_known_args(None if argv is None else list(argv))[0]
+    found = finder.parse_known_args(None if argv is None else list(argv))[0]
+    if found.config is not None:
+        found.config = path_of_config(found.config)
+    return found

@@ -1,10 +1,12 @@
 """YAML under the command line: who wins, and what is refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 
 import pytest
+import yaml
 
 from hf_moe_cpt.scripts.arguments import parse_arguments
+from tests.helpers.source_tree import PROJECT
 
 
 @dataclass
@@ -46,3 +48,18 @@ def test_bad_files_are_refused_with_one_line(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="missing.yaml' cannot be read: No such file"):
         _parse("--config", str(tmp_path / "missing.yaml"))
+
+
+def test_a_recipe_is_found_by_its_name():
+    """Its own keys come back: the file itself, read by YAML alone, is the reference."""
+    recipe = PROJECT / "scripts/recipes/surgery_paper.yaml"
+    kinds = [(key, type(value), None) for key, value in yaml.safe_load(recipe.read_text()).items()]
+    (found,) = parse_arguments(
+        (make_dataclass("Wanted", kinds),), ["--config", "recipe:surgery_paper"], program="test", description=""
+    )
+    assert vars(found) == yaml.safe_load(recipe.read_text())
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match="'recipe:surgery_saef': no recipe has this name, choose from cpt_code,"):
+        _parse("--config", "recipe:surgery_saef")
