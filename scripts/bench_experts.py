@@ -18,8 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts import benchmark_tools as tools
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.bench_experts_case import (
     DTYPES,
     ERROR_LIMITS,

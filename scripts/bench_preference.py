@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts import benchmark_tools as tools
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.bench_preference_contenders import (
     CONTENDERS,
     DTYPES,

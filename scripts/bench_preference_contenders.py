@@ -29,10 +29,10 @@ from transformers import (
     PrinterCallback,
 )
 
+from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_step_models import MODELS, config_of
-from hf_moe_cpt.scripts.json_option import json_object
 
 
 NUM_BATCHES = 4

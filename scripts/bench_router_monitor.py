@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import choose_device, machine_facts, run_script, synchronize
 from hf_moe_cpt.trainers.instruments.router_monitor import RouterMonitorCallback
 

@@ -31,8 +31,8 @@ from hf_moe_cpt.analysis.collect_routing import collect_routing
 from hf_moe_cpt.analysis.routing_trace import RoutingTrace, TraceDescription, TraceLayer
 from hf_moe_cpt.analysis.trace_analysis import analyse_traces
 from hf_moe_cpt.analysis.trace_writer import TraceWriter
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts import benchmark_tools as tools
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.bench_step_models import MODELS, config_of
 
 

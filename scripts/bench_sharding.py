@@ -21,8 +21,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts import benchmark_tools as tools
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.bench_sharding_rank import KINDS, ShardingJob, layer_class
 from hf_moe_cpt.scripts.bench_step_models import MODELS
 from hf_moe_cpt.scripts.quickstart_results import text_table

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
 
+from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.scripts.bench_step_models import config_of
 from hf_moe_cpt.scripts.benchmark_tools import GIBIBYTE, synchronize
-from hf_moe_cpt.scripts.parallelism import fsdp2_arguments
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.data.preference_world import PreferenceWorld
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import machine_facts, run_script
 from hf_moe_cpt.scripts.compare_preference_evaluation import best_frontier
 from hf_moe_cpt.scripts.compare_preference_plan import (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, machine_facts, run_script
 from hf_moe_cpt.scripts.compare_preference_methods import ComparisonFolder
 from hf_moe_cpt.scripts.compare_preference_run import quiet_libraries

@@ -24,13 +24,12 @@ from transformers import (
     set_seed,
 )
 
+from hf_moe_cpt.arguments import ParallelArguments, parallel_options, parse_arguments
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.data.sources import load_text_dataset
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.describe import describe_schedule
-from hf_moe_cpt.scripts.arguments import parse_arguments
-from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume

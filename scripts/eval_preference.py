@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
-from hf_moe_cpt.scripts.json_option import json_object
 from hf_moe_cpt.scripts.rejection_sample import DTYPES, RewardArguments
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.scripts.benchmark_tools import choose_device, release_memory
 from hf_moe_cpt.scripts.eval_preference_folder import EvaluationFolder, MakeRows, Row
@@ -25,7 +26,6 @@ from hf_moe_cpt.scripts.eval_preference_inputs import (
 )
 from hf_moe_cpt.scripts.eval_preference_logps import answer_scores, is_readable, tokenize_answers
 from hf_moe_cpt.scripts.eval_preference_results import SIDES
-from hf_moe_cpt.scripts.json_option import json_object
 from hf_moe_cpt.scripts.rejection_sample_data import Columns, PromptRow, load_table, read_rows
 from hf_moe_cpt.scripts.rejection_sample_generation import (
     Request,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
 from hf_moe_cpt.scripts.rejection_sample import DTYPES
 

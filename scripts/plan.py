@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from hf_moe_cpt.analysis.training_memory import ENGINES, KERNELS, OPTIMIZERS, PRECISIONS, TRAINERS, TrainingSetup
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts.plan_model import measure_kept, measure_size, read_config
 from hf_moe_cpt.scripts.plan_report import as_json, as_text
 from hf_moe_cpt.scripts.plan_search import make_plan

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.scripts.quickstart_data import QuickstartData, prepare_data
 from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
 from hf_moe_cpt.scripts.quickstart_plan import MOE_PRESETS, SCALES, Plan, make_plan

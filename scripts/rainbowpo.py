@@ -18,9 +18,8 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.scripts.arguments import given_values, parse_arguments
-from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
 from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, SelectionRule
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, release_memory, run_script
 
 

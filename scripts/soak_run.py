@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_moe_cpt.trainers.cpt.cpt_trainer
+from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.scripts.parallelism import fsdp2_arguments
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.instruments.checkpoints import checkpoints_in
 

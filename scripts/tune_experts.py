@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.kernels.gated_backward import gated_backward
 from hf_moe_cpt.kernels.gated_up import gated_up
 from hf_moe_cpt.kernels.grouped_product import grouped_product
@@ -31,7 +32,6 @@ from hf_moe_cpt.kernels.routing_table import routing_table
 from hf_moe_cpt.kernels.tiles import Tile
 from hf_moe_cpt.kernels.weight_gradient import weight_gradient
 from hf_moe_cpt.scripts import benchmark_tools as tools
-from hf_moe_cpt.scripts.arguments import parse_arguments
 from hf_moe_cpt.scripts.bench_experts_case import DTYPES, SHAPES, Shape, chosen_shapes, make_case
 from hf_moe_cpt.scripts.quickstart_results import text_table
 

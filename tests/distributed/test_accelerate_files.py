@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from hf_moe_cpt.scripts.parallelism import ParallelArguments, parallel_options
+from hf_moe_cpt.arguments import ParallelArguments, parallel_options
 from tests.distributed.jobs import HAS_EP
 from tests.helpers.fresh_process import launch
 from tests.helpers.rank_runs import ACCELERATE, launcher_environment

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, make_dataclass
 import pytest
 import yaml
 
-from hf_moe_cpt.scripts.arguments import parse_arguments
+from hf_moe_cpt.arguments import parse_arguments
 from tests.helpers.source_tree import PROJECT
 
 

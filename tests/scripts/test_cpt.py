@@ -134,7 +134,7 @@ def test_an_output_folder_in_use_is_refused_first(texts, tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted((PROJECT / "scripts" / "recipes").glob("cpt_*.yaml")), ids=lambda p: p.stem)
 def test_recipes_name_arguments_that_exist(recipe, tmp_path):
-    from hf_moe_cpt.scripts.arguments import parse_arguments
+    from hf_moe_cpt.arguments import parse_arguments
     from hf_moe_cpt.scripts.cpt import DataArguments, ModelArguments
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
