@@ -8,8 +8,7 @@ from tests.helpers.rank_runs import TRAINERS
 
 LOSS = 1e-5  # relative, of every logged loss
 OTHERS = 5e-5  # of the largest value that a key takes in the run: differences of near numbers are logged too
-COSINE = 1e-3  # absolute, between gradients that are more than rounding
-ROUNDING = 1e-3  # norm below which a gradient is
+COSINE = 1e-3  # absolute, between gradients that are more than rounding: others are not logged
 NOT_OF_THE_MODEL = {"total_flos"}  # it counts padding, which depends on the micro-batch
 
 ALL = [(4, name) for name in FOUR_RANKS if "step" not in FOUR_RANKS[name]]
@@ -83,7 +82,4 @@ def _unsettled(entry, job):
         prefix, _, name = key.rpartition("rewards/")
         if name == "accuracies" and abs(entry[f"{prefix}rewards/margins"]) < 1e-4:
             keys.add(key)  # policy and reference are still the same model
-        if key.startswith("grad_cosine/"):
-            terms = key.removeprefix("grad_cosine/").split("_")
-            keys |= {key} if any(entry[f"grad_norm/{term}"] < ROUNDING for term in terms) else set()
     return keys | ({"aux_loss", "loss/aux"} if job.get("accumulation") else set())

@@ -10,6 +10,7 @@ Sources: Yu et al. 2020 (PCGrad, arXiv 2001.06782); GRU, as in the code of tmlr-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,10 +43,25 @@ def norms(products: Tensor) -> Tensor:
     return products.diagonal().sqrt()
 
 
-def cosines(products: Tensor) -> Tensor:
-    """Cosines (T, T) in [-1, 1] up to rounding; 0 with a gradient that is 0."""
+def is_noise(lengths: Tensor, rounding: float, weights: Tensor | None = None) -> Tensor:
+    """Which gradients (T,) of these norms have no direction: they are 0, or what rounding left of 0.
+
+    |g_i| / w_i <= rounding * max_j |g_j| / w_j. rounding: eps of the type that the passes compute in; weights: (T,)
+    of the terms, above 0; None: 1. The bound: a pass rounds a logit z by eps |z| / 2, so the gradient of a divergence
+    that is 0 holds p eps |z| / 2 in place of p - p, where a likelihood's holds p - 1, of order 1; tokens err with
+    random signs, so over n of them the two compare as eps |z| / (2 sqrt(n)), at most eps for |z| <= 8 and n >= 16.
+    Measured where model and reference are the same: 0.01 to 0.25 eps in float32, 0.001 to 0.03 in bfloat16; in
+    float32 one step at a rate of 1e-5 later 100 eps and more. With a NaN none is noise, so that nothing is hidden.
+    """
+    sizes = lengths if weights is None else lengths / weights
+    return sizes <= rounding * sizes.max()
+
+
+def cosines(products: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Cosines (T, T) in [-1, 1] up to rounding; NaN with a gradient that is 0 or `noise` (T,): it has no direction."""
     lengths = norms(products)
-    return _ratio(products, lengths[:, None] * lengths)
+    absent = lengths == 0 if noise is None else noise | (lengths == 0)
+    return (products / (lengths[:, None] * lengths)).masked_fill(absent | absent[:, None], math.nan)
 
 
 def combine(gradients: Sequence[Gradient], coefficients: Tensor | Sequence[float]) -> Gradient:

@@ -178,7 +178,8 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
         apart = self._wants_terms_apart()
         if apart:
             reduce_at_once(model)
-            self.term_gradients = self.term_gradients or TermGradients.of(self.optimizer)
+            if self.term_gradients is None:
+                self.term_gradients = TermGradients.of(self.optimizer, self.accelerator.mixed_precision)
         loss_of_step, measures = torch.zeros((), device=self.args.device), {}
         for place, name in enumerate(self.sets):
             is_last = place == len(self.sets) - 1
@@ -229,8 +230,8 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
 
     def _merge_terms(self) -> None:
         args, step = self.args, self.state.global_step
-        merged = self.term_gradients.merge(args.gradient_surgery, args.max_term_grad_norm, args.seed, step)
-        self.gradient_meter.add(merged)
+        rules = args.gradient_surgery, args.max_term_grad_norm, args.seed, step
+        self.gradient_meter.add(*self.term_gradients.merge(*rules, args.weights))
 
     def _describe_batch(self, step: int) -> str:
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes

@@ -1,5 +1,6 @@
 """Guard, means and clocks of the trainers."""
 
+import math
 import time
 
 import pytest
@@ -26,6 +27,16 @@ def test_means_over_calls_and_reset():
     meter.add({"aux_loss": torch.tensor(3.0), "z_loss": torch.tensor(6.0)})
     assert meter.pop() == {"aux_loss": 2.0, "z_loss": 5.0}
     assert meter.pop() == {}
+
+
+def test_what_is_absent_does_not_count():
+    meter, there, absent = MeanMeter(), torch.tensor(True), torch.tensor(False)
+    for value, is_there in ((3.0, there), (math.nan, absent), (5.0, there)):
+        values = {"loss": torch.tensor(1.0), "cosine": torch.tensor(value), "never": torch.tensor(value)}
+        meter.add(values, {"cosine": is_there, "never": absent})
+    assert meter.pop() == {"loss": 1.0, "cosine": 4.0}
+    meter.add({"loss": torch.tensor(2.0), "cosine": torch.tensor(7.0)}, {"cosine": there})
+    assert meter.pop() == {"loss": 2.0, "cosine": 7.0}
 
 
 def test_paused_time_does_not_count_even_when_nested():

@@ -14,6 +14,7 @@ from hf_moe_cpt.trainers.surgery.gradient_surgery import (
     conflict_coefficients,
     cosines,
     inner_products,
+    is_noise,
     norms,
     project_away,
     project_conflicts,
@@ -112,9 +113,28 @@ def test_norms_and_cosines():
     gradients = [*_gradients(3, 7, seed=6), torch.zeros(7).double()]
     products = inner_products(gradients)
     assert_matches("norms", norms(products), torch.stack([g.norm() for g in gradients]))
-    want = [[torch.nn.functional.cosine_similarity(a, b, dim=0).item() for b in gradients] for a in gradients]
-    assert_matches("cosines", cosines(products), torch.tensor(want, dtype=torch.float64))
-    assert cosines(products)[3].tolist() == [0.0] * 4
+    want = [[torch.nn.functional.cosine_similarity(a, b, dim=0) for b in gradients[:3]] for a in gradients[:3]]
+    assert_matches("cosines", cosines(products)[:3, :3], torch.tensor(want, dtype=torch.float64))
+    assert cosines(products)[3].isnan().all(), "0 has no direction"
+    without = cosines(products, torch.tensor([False, True, False, False]))
+    assert without[1].isnan().all() and without[0, 2] == cosines(products)[0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_leaves_of_a_divergence_that_is_zero_is_noise_and_a_small_one_is_not(dtype):
+    """Of logits (64, 100): p - p where p is computed twice from rounded logits, against likelihood, p - 1."""
+    generator, eps = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
+    logits = 2.0 * torch.randn(64, 100, generator=generator, dtype=torch.float64)
+    exact = logits.softmax(-1)
+    likelihood = exact - torch.nn.functional.one_hot(torch.arange(64), 100)
+    rounded = [(scale * logits).to(dtype).double() / scale for scale in (1.0, 1.1)]
+    noise = rounded[0].softmax(-1) - rounded[1].softmax(-1)
+    moved = (logits + 10 * eps * torch.randn(64, 100, generator=generator, dtype=torch.float64)).softmax(-1) - exact
+    lengths = norms(inner_products([likelihood, noise, moved, torch.zeros_like(noise)]))
+    assert 0 < lengths[1] and is_noise(lengths, eps).tolist() == [False, True, False, True]
+    weights = torch.tensor([1.0, 1e4, 1e4, 1.0])
+    assert is_noise(lengths * weights, eps, weights).tolist() == [False, True, False, True]
+    assert not is_noise(torch.tensor([math.nan, 1.0, 0.0]), eps).any(), "nothing is hidden by a NaN"
 
 
 def test_half_precision_is_added_up_in_float32():
