@@ -76,10 +76,6 @@ def _entries(got, want):
 
 
 def _unsettled(entry, job):
-    """Keys whose value rounding decides, and the balance of a micro-batch, which is not that of the batch."""
+    """Keys without a number, and the balance of a micro-batch, which is not that of the batch."""
     keys = {key for key, value in entry.items() if not isinstance(value, int | float)}
-    for key in entry:
-        prefix, _, name = key.rpartition("rewards/")
-        if name == "accuracies" and abs(entry[f"{prefix}rewards/margins"]) < 1e-4:
-            keys.add(key)  # policy and reference are still the same model
     return keys | ({"aux_loss", "loss/aux"} if job.get("accumulation") else set())

@@ -17,6 +17,9 @@ from hf_moe_cpt.trainers.instruments.ranks import has_process_group
 from hf_moe_cpt.trainers.rainbowpo.objective import Pair, PreferenceTerms, per_token
 
 
+ROUNDINGS = 4  # in a log-probability of a text
+
+
 class PreferenceMeter:
     """Weighted means, minima and maxima by name between two logs; `pop` is the one host synchronisation."""
 
@@ -76,7 +79,9 @@ def pair_statistics(
     """Means over pairs: rewards in the units of the objective, log-probabilities summed and per token, lengths.
 
     A reward is beta * (log-probability - reference's), of sums or per token as the objective has it; without a
-    reference beta * log-probability.
+    reference beta * log-probability. A pair whose rewards differ by no more than rounding is half a hit, as where the
+    policy still is its reference: ROUNDINGS times eps of the largest value that the four log-probabilities can reach
+    between them, their sum, as each is a sum over tokens and holds some roundings of its own size.
     """
     normed = per_token(logps, lengths)
     own = normed if is_per_token else logps
@@ -84,11 +89,13 @@ def pair_statistics(
     rewards = own if reference is None else Pair(*(ours - theirs for ours, theirs in zip(own, reference, strict=True)))
     rewards = Pair(*(beta * reward for reward in rewards))
     prefers_chosen = own.chosen > own.rejected
+    margins, taken = rewards.chosen - rewards.rejected, [*own, *(reference or ())]
+    noise = ROUNDINGS * torch.finfo(margins.dtype).eps * beta * sum(value.abs() for value in taken)
     values = {
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
-        "rewards/accuracies": (rewards.chosen > rewards.rejected).double(),
-        "rewards/margins": rewards.chosen - rewards.rejected,
+        "rewards/accuracies": ((margins > noise).double() + (margins >= -noise)) / 2,
+        "rewards/margins": margins,
         "logps/chosen": logps.chosen,
         "logps/rejected": logps.rejected,
         "logps_norm/chosen": normed.chosen,

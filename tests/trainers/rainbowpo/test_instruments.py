@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter
+from hf_moe_cpt.trainers.rainbowpo.objective import Pair, preference_terms
+from hf_moe_cpt.trainers.rainbowpo.preference_meter import PreferenceMeter, pair_statistics
 from hf_moe_cpt.trainers.rainbowpo.reference_head import in_evaluation
 from hf_moe_cpt.trainers.rainbowpo.runaway_watch import WINDOW, RunawayWatch
 
@@ -17,6 +18,24 @@ def test_means_are_weighted_and_ranges_cover_everything():
     meter.add_range("phi", torch.tensor([2.0, 0.7]))
     assert meter.pop() == {"a": 2.5, "b": 0.5, "phi/min": 0.5, "phi/max": 2.0}
     assert meter.pop() == {}
+
+
+def _accuracy(differences: list[float], reference: bool = True) -> float:
+    """Of chosen sequences that became likelier than in the reference by so many nats, all of -100 nats before."""
+    before = torch.full((len(differences),), -100.0)
+    logps, lengths = Pair(before + torch.tensor(differences), before), Pair(*[torch.full_like(before, 20.0)] * 2)
+    ref_logps = Pair(before, before) if reference else None
+    options = {"beta": 0.1, "mixing_alpha": 0.0, "mix_home_advantage": False, "length_normalization": False}
+    options |= {"link": "logistic", "label_smoothing": 0.0, "sft_weight": 0.0}
+    terms = preference_terms(logps, lengths, ref_logps, 0.0, 1.0, **options)
+    total, number = pair_statistics(terms, logps, ref_logps, lengths, 0.1, False)["rewards/accuracies"]
+    return total.item() / number
+
+
+def test_a_pair_that_rounding_ranks_is_half_a_hit():
+    assert _accuracy([0.0, 0.0]) == _accuracy([1e-5, 1e-5]) == _accuracy([-1e-5, 0.0]) == 0.5
+    assert _accuracy([1e-2, 1.0]) == 1.0 and _accuracy([-1e-2, -1.0]) == 0.0 and _accuracy([0.0, 0.1]) == 0.75
+    assert _accuracy([1e-2], reference=False) == 1.0 and _accuracy([1e-5], reference=False) == 0.5
 
 
 def _log(chosen: float, preferred: float = 10.0) -> dict[str, float]:
