@@ -86,6 +86,8 @@ class HangWatch(TrainerCallback):
         self.interval = min(5.0, timeout / 5)
         self.end: Callable[[str], None] = self._end_process
         self._events, self._step, self._doing = 0, 0, "starting"
+        self._beats, self._seen_events, self._since = 0, -1, 0.0
+        self._earlier, self._earlier_at = None, 0.0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -114,21 +116,26 @@ class HangWatch(TrainerCallback):
     # ---- the thread ----
 
     def _watch(self) -> None:
-        beats, seen_events, since = 0, -1, time.monotonic()
-        earlier, earlier_at = None, 0.0
         while not self._over.wait(self.interval):
-            beats += 1
-            self._write(Heartbeat(beats, self._events, self._step, self._doing))
-            now = time.monotonic()
-            if self._events != seen_events:
-                seen_events, since, earlier = self._events, now, None
-                continue
-            if earlier is None and now - since > self.timeout / 2:
-                earlier, earlier_at = self._read_all(), now
-            if earlier is not None and now - since > self.timeout:
-                cause = blame(earlier, self._read_all(), now - earlier_at)
-                self.end(f"Nothing has moved on rank {self.rank} for {now - since:.0f} s (hang_timeout): {cause}.")
+            message = self.beat(time.monotonic())
+            if message is not None:
+                self.end(message)
                 return
+
+    def beat(self, now: float) -> str | None:
+        """One round at `now` seconds: write the line of this rank; returns why the run is to end, or None."""
+        self._beats += 1
+        self._write(Heartbeat(self._beats, self._events, self._step, self._doing))
+        if self._events != self._seen_events:
+            self._seen_events, self._since, self._earlier = self._events, now, None
+            return None
+        waited = now - self._since
+        if self._earlier is None and waited > self.timeout / 2:
+            self._earlier, self._earlier_at = self._read_all(), now
+        if self._earlier is None or waited <= self.timeout:
+            return None
+        cause = blame(self._earlier, self._read_all(), now - self._earlier_at)
+        return f"Nothing has moved on rank {self.rank} for {waited:.0f} s (hang_timeout): {cause}."
 
     def _write(self, beat: Heartbeat) -> None:
         path = self.folder / f"rank-{self.rank}"

@@ -1,6 +1,6 @@
 """Who is to blame when nothing moves, and where the seconds of a step go."""
 
-import time
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
+from hf_moe_cpt.trainers.instruments import step_timing
 from hf_moe_cpt.trainers.instruments.checkpoints import HEARTBEATS
 from hf_moe_cpt.trainers.instruments.hang_watch import HangWatch, Heartbeat, blame
 from hf_moe_cpt.trainers.instruments.step_timing import StepTiming
@@ -45,33 +46,52 @@ def test_what_holds_the_run_up_is_told(before, now, said):
 
 
 def test_a_watch_ends_what_stands_still_and_nothing_else(tmp_path):
-    watches = [HangWatch(tmp_path, 0.5, rank, 2) for rank in range(2)]
-    said = {0: [], 1: []}
-    for rank, watch in enumerate(watches):
-        watch.end = said[rank].append
-        watch.start()
+    """On a clock of the test, so that a busy machine decides nothing: a round every 2 s, a timeout of 10 s."""
+    watches = [HangWatch(tmp_path, 10.0, rank, 2) for rank in range(2)]
+    for watch in watches:
+        watch.folder.mkdir(parents=True, exist_ok=True)
     for step in range(12):  # longer than the timeout, but in steps
         for watch in watches:
             watch.did(step, "in the step")
-        time.sleep(0.1)
-    assert said == {0: [], 1: []}
+        assert [watch.beat(2.0 * step) for watch in watches] == [None, None]
     watches[0].did(12, "in the step")  # and rank 1 waits for its data
-    time.sleep(1.5)
-    for watch in watches:
-        watch.stop()
-    assert len(said[0]) == len(said[1]) == 1
-    assert "Nothing has moved on rank 0 for 1 s" in said[0][0]
-    assert "(hang_timeout): rank 1 is behind, at step 11 (in the step)." in said[0][0]
+    said = [[watch.beat(now) for watch in watches] for now in range(24, 38, 2)]
+    assert said[:5] == [[None, None]] * 5 and said[5][0] is None  # rank 0 did something a round later than rank 1
+    cause = "(hang_timeout): rank 1 is behind, at step 11 (in the step)."
+    assert said[5][1] == f"Nothing has moved on rank 1 for 12 s {cause}"
+    assert said[6][0] == f"Nothing has moved on rank 0 for 12 s {cause}"
+
+
+def test_the_thread_of_a_watch_ends_the_process_once_and_cleans_up(tmp_path):
+    watch, said, told = HangWatch(tmp_path, 0.1, 0, 1), [], threading.Event()
+    watch.end = lambda message: (said.append(message), told.set())
+    watch.start()
+    assert told.wait(120.0)
+    watch.stop()
+    assert len(said) == 1 and "all ranks are alive and none moves, at step 0 (starting)" in said[0]
     assert not (tmp_path / HEARTBEATS).exists()
 
 
-class Slow(nn.Module):
+class Clock:
+    """What `time` is to the code under test: it goes on when a test says so."""
+
     def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Slow(nn.Module):
+    """A forward pass that takes as long as its input says."""
+
+    def __init__(self, clock):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
+        self.clock = clock
 
     def forward(self, seconds):
-        time.sleep(seconds)
+        self.clock.now += seconds
         return self.weight
 
 
@@ -83,27 +103,27 @@ class ThreeRanks:
         return torch.stack([own, own + torch.tensor([0.0, 0.1, 0.25]), own])
 
 
-def test_seconds_of_a_step_and_the_slowest_rank():
-    model = Slow()
+def test_seconds_of_a_step_and_the_slowest_rank(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(step_timing, "time", clock)
+    model = Slow(clock)
     timing = StepTiming(model)
     step = SimpleNamespace(args=None, state=TrainerState(), control=TrainerControl())
     assert timing.pop() == {}
     for _ in range(2):
         with timing.waiting_for_data():
-            time.sleep(0.1)
+            clock.now += 0.1
         model(0.05)
         model.eval()(0.1)  # a reference's or an evaluation's
         model.train()
         timing.on_step_end(step.args, step.state, step.control)
-    alone = timing.pop()
-    assert alone.keys() == {"runtime/step", "runtime/data_wait"}
-    assert 0.25 <= alone["runtime/step"] < 0.4 and 0.1 <= alone["runtime/data_wait"] < 0.15
+    clock.now += 0.02  # in which the loss is read
+    assert timing.pop() == pytest.approx({"runtime/step": 0.26, "runtime/data_wait": 0.1})
     timing.agreement = ThreeRanks()
     with timing.waiting_for_data():
         pass
     model(0.05)
     timing.on_step_end(step.args, step.state, step.control)
     ranks = timing.pop()
-    assert 0.05 <= ranks["runtime/rank_min"] < 0.1 and ranks["runtime/slowest_rank"] == 1
-    assert ranks["runtime/rank_max"] == pytest.approx(ranks["runtime/rank_min"] + 0.25, abs=1e-4)
-    assert ranks["runtime/data_wait"] == pytest.approx(0.1, abs=0.02)
+    wanted = {"runtime/step": 0.05, "runtime/data_wait": 0.1, "runtime/slowest_rank": 1}
+    assert ranks == pytest.approx(wanted | {"runtime/rank_min": 0.05, "runtime/rank_max": 0.3})

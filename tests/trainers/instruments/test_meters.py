@@ -1,11 +1,12 @@
 """Guard, means and clocks of the trainers."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hf_moe_cpt.trainers.instruments import throughput
 from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
 from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
 from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
@@ -39,21 +40,25 @@ def test_what_is_absent_does_not_count():
     assert meter.pop() == {"loss": 2.0, "cosine": 7.0}
 
 
-def test_paused_time_does_not_count_even_when_nested():
+def test_paused_time_does_not_count_even_when_nested(monkeypatch):
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(throughput, "time", clock)
+
+    def wait(seconds: float) -> None:
+        clock.now += seconds
+
     meter = ThroughputMeter(tokens_per_step=100, flops_per_token=1e12, num_devices=2)
     assert meter.pop() == {}
     with meter.pause():  # before the clock runs, as the evaluation at the start
-        time.sleep(0.3)
+        wait(0.3)
     meter.begin()
     meter.end_step()
-    time.sleep(0.05)
+    wait(0.05)
     with meter.pause():
-        time.sleep(0.2)
+        wait(0.2)
         with meter.pause():
-            time.sleep(0.2)
-    rates = meter.pop()
-    assert 100 / 0.15 < rates["tokens_per_second"] < 100 / 0.05
-    assert rates["model_tflops"] == pytest.approx(rates["tokens_per_second"] / 2, rel=1e-3)
+            wait(0.2)
+    assert meter.pop() == pytest.approx({"tokens_per_second": 2000.0, "model_tflops": 1000.0})
 
 
 def test_starting_losses_are_the_first_at_step_zero():
