@@ -1,6 +1,7 @@
-"""Arguments of the scripts: dataclasses on the command line, defaults from a YAML file given with `--config`.
+"""The command line of every command and script: dataclasses of settings, and a YAML file given with `--config`.
 
-The command line wins over the file, the file over the defaults of the dataclasses. Source: ours, after TRL's scripts.
+The command line wins over the file, the file over the defaults of the dataclasses. `--help` is of
+`hf_moe_cpt.command_help`. Source: ours, on transformers' HfArgumentParser.
 """
 
 from __future__ import annotations
@@ -11,19 +12,81 @@ import difflib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_moe_cpt.cli import USER_ERROR
+from hf_moe_cpt.command_help import HELP_ALL_WORDS, HELP_WORDS, format_help
 from hf_moe_cpt.recipes import path_of_config
 
 
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
+
+
+class SettingsParser(HfArgumentParser):
+    """Options of dataclasses, each as --with_underscores and --with-dashes; one line and exit code 2 for an error.
+
+    A field whose metadata has `positional` is a word without a name.
+    """
+
+    def __init__(self, kinds: Sequence[type], program: str) -> None:
+        super().__init__(list(kinds), prog=program, add_help=False, allow_abbrev=False, conflict_handler="resolve")
+        self.add_argument("--config")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        if "positional" in field.metadata:
+            parser.add_argument(field.name)
+        else:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take other defaults; what has one need not be given."""
+        self.set_defaults(**values)
+        for action in self._actions:
+            if action.dest in values:
+                action.required = False
+                action.nargs = action.nargs if action.option_strings else "?"
+
+    def parse(self, words: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses, filled; an option that nobody has is told with those whose names are near."""
+        for word in words[: words.index("--")] if "--" in words else words:
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                self._refuse_unknown(word.partition("=")[0])
+        _, left = self.parse_known_args(words)
+        if left:
+            self.error(f"{left[0]!r} belongs to no option: {self.prog} --help lists them.")
+        *parsed, _ = self.parse_args_into_dataclasses(words)
+        return tuple(parsed)
+
+    def _refuse_unknown(self, option: str) -> None:
+        known = [name for name in self._option_string_actions if name.startswith("--") and "-" not in name[2:]]
+        near = difflib.get_close_matches(f"--{option[2:].replace('-', '_')}", known)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"{self.prog} --help lists the options."
+        self.error(f"{option} is no option of {self.prog}: {remedy}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{str(value)!r} is unknown: choose from {allowed}.")
+
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line, with one spelling of an option, and end the process with exit code 2."""
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split())).removeprefix("argument ")
+        message = re.sub(r"^(--\w+): invalid (\w+) value: (.*)", r"\1 \3 is no \2.", message)
+        message = re.sub(r"^(--\w+): (?=')", r"\1 ", message)
+        if (missing := message.removeprefix("the following arguments are required: ")) != message:
+            first = missing.partition(", ")[0]
+            first = first if first.startswith("--") else first.upper()
+            message = f"{first} is missing: give it, {self.prog} --help says what it is."
+        self.exit(USER_ERROR, f"error: {message}\n")
 
 
 def parse_arguments(
@@ -36,23 +99,21 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """One instance of each dataclass, filled from `argv` (of the process if None) over the file of `--config`.
 
-    defaults: other defaults than the dataclasses'; file and command line win over them. Raises ValueError for a file
-    that cannot be read and for keys in it that no argument has.
+    defaults: other defaults than the dataclasses'; file and command line win over them. Ends the process for `--help`
+    (code 0) and for words that no option takes (code 2). Raises ValueError for a file that cannot be read, for keys in
+    it that no argument has, and for what the dataclasses refuse.
     """
-    parser = HfArgumentParser(
-        list(dataclass_types), prog=program, description=description, allow_abbrev=False, conflict_handler="resolve"
-    )
-    parser.add_argument("--config", help="YAML file with arguments, or recipe:NAME; the command line wins over it.")
-    known = {option.name for kind in dataclass_types for option in dataclasses.fields(kind) if option.init}
-    parser.set_defaults(**(defaults or {}))
-    path = _given(argv, "config").config
+    words = list(sys.argv[1:] if argv is None else argv)
+    if asked := next((word for word in words if word in (*HELP_WORDS, *HELP_ALL_WORDS)), None):
+        print(format_help(program, description, dataclass_types, everything=asked in HELP_ALL_WORDS))
+        sys.exit(0)
+    parser = SettingsParser(dataclass_types, program)
+    parser.set_values(defaults or {})
+    path = _given(words, "config").config
     if path is not None:
-        values = read_config(path, known)
-        parser.set_defaults(**values)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-    *parsed, _ = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-    return tuple(parsed)
+        known = {option.name for kind in dataclass_types for option in dataclasses.fields(kind) if option.init}
+        parser.set_values(read_config(path, known))
+    return parser.parse(words)
 
 
 def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
@@ -96,7 +157,7 @@ def _given(argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
     """Text of `config` and other arguments on the command line; a recipe's name has become its path."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
-        finder.add_argument(f"--{name}")
+        finder.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
     found = finder.parse_known_args(None if argv is None else list(argv))[0]
     if found.config is not None:
         found.config = path_of_config(found.config)

@@ -8,10 +8,12 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from hf_moe_cpt import __version__
+from hf_moe_cpt.command_help import HELP_WORDS, command_help
 from hf_moe_cpt.extras import require
 
 
@@ -77,17 +79,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     if options.command not in COMMANDS:
         return _refuse(f"unknown command {options.command!r}: {_advice(options.command)}")
-    command = COMMANDS[options.command]
+    return exit_code(lambda: _run(options.command, options.arguments), options.traceback)
+
+
+def _run(name: str, words: Sequence[str]) -> None:
+    command = COMMANDS[name]
+    if any(word in HELP_WORDS for word in words):
+        print(command_help(command.module, f"hf-moe-cpt {name}"))
+        return
+    if command.package is not None:
+        require(command.package, needed_by=f"hf-moe-cpt {name}")
+    importlib.import_module(command.module).main(words)
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Call the `main` of a script that was started by itself, and end the process with what `exit_code` says."""
+    sys.exit(exit_code(main))
+
+
+def exit_code(call: Callable[[], None], with_traceback: bool = False) -> int:
+    """Call, print what a user did wrong as one line, and return the exit code that `main` describes.
+
+    with_traceback: raise such errors instead.
+    """
     try:
-        if command.package is not None:
-            require(command.package, needed_by=f"hf-moe-cpt {options.command}")
-        importlib.import_module(command.module).main(options.arguments)
+        call()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if options.traceback:
+        if with_traceback:
             raise
         return _refuse(_one_line(error))
     except KeyboardInterrupt:

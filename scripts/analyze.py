@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.scripts.benchmark_tools import check_names
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -126,6 +127,9 @@ class ReportArguments:
             raise ValueError(f"--shift_step {self.shift_step} marks a step of --log_history, which is not given.")
 
 
+ARGUMENTS = (CheckpointArguments, TextArguments, ReportArguments)
+
+
 @dataclass
 class Job:
     """All arguments of a run."""
@@ -172,11 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first_option = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     checkpoints = ["--checkpoints", *words[:first_option]] if first_option else []
     arguments = parse_arguments(
-        (CheckpointArguments, TextArguments, ReportArguments),
-        checkpoints + words[first_option:],
-        program="hf-moe-cpt analyze",
-        description="Compare how checkpoints of a mixture of experts route the same text: hf-moe-cpt analyze "
-        "CHECKPOINT [CHECKPOINT ...] --data NAME=PATH ... Tables, and a page that opens offline. Killed work goes on.",
+        ARGUMENTS, checkpoints + words[first_option:], program="hf-moe-cpt analyze", description=__doc__
     )
     run(Job(*arguments))
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_experts_case import (
     DTYPES,
@@ -277,4 +278,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

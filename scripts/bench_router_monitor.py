@@ -22,9 +22,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
-from hf_moe_cpt.scripts.benchmark_tools import choose_device, machine_facts, run_script, synchronize
+from hf_moe_cpt.scripts.benchmark_tools import choose_device, machine_facts, synchronize
 from hf_moe_cpt.trainers.instruments.router_monitor import RouterMonitorCallback
 
 

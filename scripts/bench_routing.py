@@ -32,6 +32,7 @@ from hf_moe_cpt.analysis.routing_trace import RoutingTrace, TraceDescription, Tr
 from hf_moe_cpt.analysis.trace_analysis import analyse_traces
 from hf_moe_cpt.analysis.trace_writer import TraceWriter
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_step_models import MODELS, config_of
 
@@ -214,4 +215,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

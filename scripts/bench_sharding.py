@@ -22,6 +22,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_sharding_rank import KINDS, ShardingJob, layer_class
 from hf_moe_cpt.scripts.bench_step_models import MODELS
@@ -139,4 +140,4 @@ def shown(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

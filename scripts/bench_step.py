@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_step_models import (
     MODELS,
@@ -340,4 +341,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts import benchmark_tools as tools
 from hf_moe_cpt.scripts.bench_preference import (
     Comparison,
@@ -160,4 +161,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_moe_cpt.scripts import benchmark_tools as tools
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.compare_preference_report import comparison_table
 from hf_moe_cpt.scripts.compare_surgery_report import comparison_text
 
@@ -204,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

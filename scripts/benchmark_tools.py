@@ -16,7 +16,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ import torch
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 MIN_REPEATS, MAX_REPEATS = 3, 500
-USER_ERROR = 2
 _REASON_LENGTH = 300
 
 
@@ -68,15 +66,6 @@ def one_line(error: Exception) -> str:
     elif not (type(error) in (Unavailable, ValueError) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return message if len(message) <= _REASON_LENGTH else f"{message[:_REASON_LENGTH]} ..."
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; what a user did wrong is one line on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
 
 
 def check_names(option: str, names: Sequence[str] | None, known: Collection[str]) -> None:

@@ -21,8 +21,9 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.preference_world import PreferenceWorld
-from hf_moe_cpt.scripts.benchmark_tools import machine_facts, run_script
+from hf_moe_cpt.scripts.benchmark_tools import machine_facts
 from hf_moe_cpt.scripts.compare_preference_evaluation import best_frontier
 from hf_moe_cpt.scripts.compare_preference_plan import (
     METHODS,

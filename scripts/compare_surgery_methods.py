@@ -18,7 +18,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, machine_facts, run_script
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, machine_facts
 from hf_moe_cpt.scripts.compare_preference_methods import ComparisonFolder
 from hf_moe_cpt.scripts.compare_preference_run import quiet_libraries
 from hf_moe_cpt.scripts.compare_surgery_plan import (

@@ -1,6 +1,6 @@
 """Write a mixture-of-experts checkpoint as one of another family, with the same logits.
 
-python scripts/convert.py my-moe --to qwen2_moe --output_dir my-qwen2-moe
+hf-moe-cpt convert my-moe --to qwen2_moe --output_dir my-qwen2-moe
 
 One side is cpt_moe, the other mixtral, olmoe, qwen2_moe or qwen3_moe. What the other family cannot compute is refused
 before anything is written; docs/convert.md lists what fits.
@@ -8,28 +8,33 @@ before anything is written; docs/convert.md lists what fits.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.hub.convert import MODEL_TYPES, convert
 from hf_moe_cpt.hub.streaming_output import MAX_SHARD_SIZE
-from hf_moe_cpt.scripts.benchmark_tools import run_script
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-moe-cpt convert", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("source", metavar="PATH", help="a checkpoint in safetensors: a folder, or a Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit, if PATH is a Hub id")
-    parser.add_argument("--to", required=True, choices=MODEL_TYPES, help="the family to convert to")
-    parser.add_argument("--output_dir", required=True, help="a new or empty folder")
-    parser.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="of the files written, such as 2GB")
-    return parser
+@dataclass
+class ConvertArguments:
+    """What is written where"""
+
+    source: str = field(metadata={"positional": True, "help": "A checkpoint in safetensors: a folder, or a Hub id."})
+    to: str = field(metadata={"help": "The family to convert to.", "choices": list(MODEL_TYPES)})
+    output_dir: str = field(metadata={"help": "A new or empty folder."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, if SOURCE is a Hub id."})
+    max_shard_size: str = field(default=MAX_SHARD_SIZE, metadata={"help": "Of the files written, such as 2GB."})
+
+
+ARGUMENTS = (ConvertArguments,)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert and say what came out."""
-    args = _parser().parse_args(argv)
+    (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt convert", description=__doc__)
     made = convert(args.source, args.output_dir, args.to, args.max_shard_size, args.revision)
     print(f"{made.folder}: {made.config.model_type}, the same logits")
     for note in made.notes:

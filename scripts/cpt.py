@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_moe_cpt.arguments import ParallelArguments, parallel_options, parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.data.sources import load_text_dataset
 from hf_moe_cpt.extras import require
@@ -77,6 +78,9 @@ class DataArguments:
         default=0.0, metadata={"help": "Share of the documents to hold out where no held-out text is named."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
+
+
+ARGUMENTS = (ModelArguments, DataArguments, CPTConfig, ParallelArguments)
 
 
 def load_model(
@@ -184,11 +188,8 @@ def check_arguments(model: ModelArguments, training: CPTConfig, parallel: Mappin
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, train, evaluate, save."""
-    model_args, data_args, parallel_args, training = parse_arguments(
-        (ModelArguments, DataArguments, ParallelArguments, CPTConfig),
-        argv,
-        program="hf-moe-cpt cpt",
-        description="Continue pre-training a causal language model on new text, with replay of the old.",
+    model_args, data_args, training, parallel_args = parse_arguments(
+        ARGUMENTS, argv, program="hf-moe-cpt cpt", description=__doc__
     )
     parallel = parallel_options(parallel_args, training)
     check_arguments(model_args, training, parallel)
@@ -223,4 +224,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

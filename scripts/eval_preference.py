@@ -1,6 +1,6 @@
 """Judge a policy against a reference by a reward model, and by how it ranks the answers of preference pairs.
 
-python scripts/eval_preference.py \\
+hf-moe-cpt eval-preference \\
     --model_name_or_path my-policy --ref_model_name_or_path my-start --reward_model_name_or_path my-reward-model \\
     --prompts prompts.jsonl --dataset_name my-preference-pairs --output_dir evaluation
 
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_moe_cpt.arguments import json_object, parse_arguments
-from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.scripts.benchmark_tools import check_names
 from hf_moe_cpt.scripts.rejection_sample import DTYPES, RewardArguments
 
 
@@ -124,6 +125,9 @@ class OutputArguments:
             raise ValueError(f"--tie_margin {self.tie_margin} must be at least 0.")
 
 
+ARGUMENTS = (PolicyArguments, DataArguments, RewardArguments, OutputArguments)
+
+
 @dataclass
 class Job:
     """All arguments of a run."""
@@ -218,14 +222,7 @@ def run(job: Job) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, respond, judge, score, write."""
-    arguments = parse_arguments(
-        (PolicyArguments, DataArguments, RewardArguments, OutputArguments),
-        argv,
-        program="eval_preference",
-        description="Win rate of a policy against a reference under a reward model, and accuracies of its "
-        "log-probabilities on preference pairs. A run that was killed continues when it is started again.",
-    )
-    run(Job(*arguments))
+    run(Job(*parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt eval-preference", description=__doc__)))
 
 
 if __name__ == "__main__":

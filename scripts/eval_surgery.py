@@ -1,6 +1,6 @@
 """Judge a surgery: what was forgotten, learnt and kept, and whether it stays so under attack.
 
-python scripts/eval_surgery.py --before my-model --after my-model-operated --retrained my-model-retrained \\
+hf-moe-cpt surgery-eval --before my-model --after my-model-operated --retrained my-model-retrained \\
     --bench my-surgery-bench --output_dir evaluation
 
 The model before surgery, the one after it and, if there is one, a model that was trained from scratch on what was to
@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.scripts.benchmark_tools import check_names, run_script
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.scripts.benchmark_tools import check_names
 from hf_moe_cpt.scripts.rejection_sample import DTYPES
 
 
@@ -124,6 +125,9 @@ class OutputArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
 
+ARGUMENTS = (ModelArguments, BenchArguments, MeasureArguments, OutputArguments)
+
+
 @dataclass
 class Job:
     """All arguments of a run."""
@@ -171,14 +175,7 @@ def run(job: Job) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, measure, write."""
-    arguments = parse_arguments(
-        (ModelArguments, BenchArguments, MeasureArguments, OutputArguments),
-        argv,
-        program="eval_surgery",
-        description="What a surgery made a model forget, learn and keep, before, after and against a model retrained "
-        "from scratch. A run that was killed continues when it is started again.",
-    )
-    run(Job(*arguments))
+    run(Job(*parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt surgery-eval", description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from hf_moe_cpt.analysis.training_memory import ENGINES, KERNELS, OPTIMIZERS, PRECISIONS, TRAINERS, TrainingSetup
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.plan_model import measure_kept, measure_size, read_config
 from hf_moe_cpt.scripts.plan_report import as_json, as_text
 from hf_moe_cpt.scripts.plan_search import make_plan
@@ -117,9 +118,12 @@ class PlanArguments:
             raise ValueError(f"--{name} {value} must be a number above 0.")
 
 
+ARGUMENTS = (PlanArguments,)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Count, compute, print."""
-    (args,) = parse_arguments((PlanArguments,), argv, program="hf-moe-cpt plan", description=" ".join(__doc__.split()))
+    (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt plan", description=__doc__)
     setup = args.setup()
     config = read_config(args.preset, args.model)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -145,4 +149,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

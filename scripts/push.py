@@ -8,24 +8,40 @@ command goes on. A README.md that somebody wrote is published as it is, any othe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_moe_cpt.hub.cards import Card, build_card, check_metadata, is_generated
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.hub.cards import Card, CardArguments, build_card, check_metadata, is_generated
 from hf_moe_cpt.hub.publishing import CARD, Upload, plan_upload, publish
-from hf_moe_cpt.scripts.card import add_card_arguments, told_by
 
 
-def card_to_publish(options: argparse.Namespace) -> Card:
+@dataclass
+class PushArguments:
+    """Where it goes"""
+
+    repository: str = field(metadata={"positional": True, "help": "owner/name on the Hub; made if it does not exist."})
+    private: bool = field(default=False, metadata={"help": "If the repository is new, only you can see it."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to publish to; made if it does not exist."})
+    commit_message: str = field(default="Upload model with hf_moe_cpt", metadata={"help": "Message of the commit."})
+    without_tokenizer: bool = field(default=False, metadata={"help": "Publish a folder that has no tokenizer."})
+    dry_run: bool = field(default=False, metadata={"help": "Check, print files and card, publish nothing."})
+
+
+ARGUMENTS = (CardArguments, PushArguments)
+
+
+def card_to_publish(card: CardArguments, repository: str) -> Card:
     """The README.md of the folder if a person wrote it, else a new one."""
-    path = Path(options.folder) / CARD
+    path = Path(card.folder) / CARD
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if not is_generated(text):
             check_metadata(text)
             return Card(text, {})
-    return build_card(options.folder, told_by(options, options.repository), options.method)
+    return build_card(card.folder, card.told(repository), card.method)
 
 
 def describe(upload: Upload, repository: str) -> str:
@@ -38,31 +54,17 @@ def describe(upload: Upload, repository: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, then print or publish."""
-    parser = argparse.ArgumentParser(
-        prog="hf-moe-cpt push", description="Publish a finished folder on the Hub.", allow_abbrev=False
-    )
-    add_card_arguments(parser)
-    parser.add_argument("repository", help="owner/name on the Hub; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
-    parser.add_argument("--revision", help="branch to publish to; made if it does not exist")
-    parser.add_argument("--commit_message", default="Upload model with hf_moe_cpt", help="message of the commit")
-    parser.add_argument("--without_tokenizer", action="store_true", help="publish a folder that has no tokenizer")
-    parser.add_argument("--dry_run", action="store_true", help="check, print files and card, publish nothing")
-    options = parser.parse_args(argv)
-    plan_upload(options.folder, Card("", {}), not options.without_tokenizer)  # a wrong folder is told before the card
-    upload = plan_upload(options.folder, card_to_publish(options), not options.without_tokenizer)
-    if options.dry_run:
-        print(describe(upload, options.repository))
+    card, push = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt push", description=__doc__)
+    plan_upload(card.folder, Card("", {}), not push.without_tokenizer)  # a wrong folder is told before the card
+    upload = plan_upload(card.folder, card_to_publish(card, push.repository), not push.without_tokenizer)
+    if push.dry_run:
+        print(describe(upload, push.repository))
         return
     address = publish(
-        upload,
-        options.repository,
-        private=options.private,
-        revision=options.revision,
-        message=options.commit_message,
+        upload, push.repository, private=push.private, revision=push.revision, message=push.commit_message
     )
     print(f"published {len(upload.sizes())} files: {address}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

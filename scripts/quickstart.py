@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.quickstart_data import QuickstartData, prepare_data
 from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
 from hf_moe_cpt.scripts.quickstart_plan import MOE_PRESETS, SCALES, Plan, make_plan
@@ -64,11 +65,12 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Decides the split of the text, the weights and the data order."})
 
 
+ARGUMENTS = (QuickstartArguments,)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare the text, run the six stages, print the table, write the report."""
-    (args,) = parse_arguments(
-        (QuickstartArguments,), argv, program="hf-moe-cpt quickstart", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt quickstart", description=__doc__)
     plan = make_plan(args.preset, args.steps, args.seed, resolve_device(args.device), args.data_dir)
     folder = QuickstartFolder(args.output_dir)
     folder.claim(plan.settings())
@@ -181,4 +183,4 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from datasets import Dataset
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
-from hf_moe_cpt.extras import require
+from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
-from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
@@ -45,9 +44,9 @@ class PreferenceArguments:
         default=None, metadata={"help": "Held-out pairs from elsewhere; their split is the train split if not named."}
     )
     max_train_pairs: int | None = field(default=None, metadata={"help": "Take the first pairs only."})
-    experts_implementation: str | None = field(
-        default=None, metadata={"help": "Of a mixture of experts: eager, grouped_mm, hf_moe_cpt, ..."}
-    )
+
+
+ARGUMENTS = (ModelArguments, PreferenceArguments, RainbowPOConfig, ParallelArguments)
 
 
 def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
@@ -65,53 +64,26 @@ def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
     return {"train_dataset": train, "eval_dataset": held_out}
 
 
-def with_model_options(training: RainbowPOConfig, model: ModelConfig, experts: str | None) -> RainbowPOConfig:
-    """The arguments with how the model is loaded; what `model_init_kwargs` says wins."""
-    options: dict[str, Any] = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "experts_implementation": experts,
-    }
-    chosen = {name: value for name, value in options.items() if value is not None}
-    training.model_init_kwargs = {**chosen, **(training.model_init_kwargs or {})}
-    return training
-
-
-def check_arguments(model: ModelConfig, training: RainbowPOConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    if model.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: name the model to train, a Hub id or a folder.")
-    if model.use_peft:
-        require("peft", needed_by="--use_peft")
-    if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
-        require_unused(training.output_dir)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, train, evaluate, save."""
     given = given_values(argv, "preset", "simpo_gamma")
     defaults = {} if given["preset"] is None else preset_settings(given["preset"])
     if given["simpo_gamma"] is not None:
         defaults.pop("home_advantage", None)
-    preferences, model, parallel, training = parse_arguments(
-        (PreferenceArguments, ModelConfig, ParallelArguments, RainbowPOConfig),
-        argv,
-        program="hf-moe-cpt rainbowpo",
-        description="Train a causal language model on preference pairs, with RainbowPO or a method it contains.",
-        defaults=defaults,
+    model, preferences, training, parallel = parse_arguments(
+        ARGUMENTS, argv, program="hf-moe-cpt rainbowpo", description=__doc__, defaults=defaults
     )
-    check_arguments(model, training)
+    model.check(training)
     training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
     run(preferences, model, training)
     leave_process_group()
 
 
-def run(preferences: PreferenceArguments, model: ModelConfig, training: RainbowPOConfig) -> None:
+def run(preferences: PreferenceArguments, model: ModelArguments, training: RainbowPOConfig) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     trainer = RainbowPOTrainer(
         model.model_name_or_path,
-        args=with_model_options(training, model, preferences.experts_implementation),
+        args=model.given_to(training),
         **load_pairs(preferences),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
@@ -131,4 +103,4 @@ def run(preferences: PreferenceArguments, model: ModelConfig, training: RainbowP
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

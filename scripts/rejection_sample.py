@@ -1,6 +1,6 @@
 """Make preference pairs: sample N responses to each prompt, score them, keep some by rejection sampling, pair these.
 
-python scripts/rejection_sample.py \\
+hf-moe-cpt rejection-sample \\
     --dataset_name my_prompts.jsonl --model_name_or_path my-policy --reward_model_name_or_path my-reward-model \\
     --num_samples 8 --num_accepted 4 --rewards percentile --tau 0.5 --output_dir pairs
 
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, SelectionRule
-from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, release_memory, run_script
+from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, release_memory
 
 
 if TYPE_CHECKING:  # these import transformers' models: --help does not wait for them
@@ -194,6 +195,9 @@ class OutputArguments:
         return int(which) - 1, int(many)
 
 
+ARGUMENTS = (DataArguments, PolicyArguments, RewardArguments, SelectionArguments, OutputArguments)
+
+
 @dataclass
 class Job:
     """All arguments of a run."""
@@ -273,15 +277,7 @@ def run(job: Job) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, sample, score, select, write."""
-    groups = (DataArguments, PolicyArguments, RewardArguments, SelectionArguments, OutputArguments)
-    arguments = parse_arguments(
-        groups,
-        argv,
-        program="rejection_sample",
-        description="Make preference pairs: sample N responses to each prompt, score them, keep some by statistical "
-        "rejection sampling, pair these. A run that was killed continues when it is started again.",
-    )
-    run(Job(*arguments))
+    run(Job(*parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt rejection-sample", description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,53 @@
-"""Print a learning-rate schedule, and plot it into an SVG file, before a run is started."""
+"""Print a learning-rate schedule, and plot it into an SVG file, before a run is started.
+
+hf-moe-cpt schedule --max_steps 1000 --starting_phase decayed --plot schedule.svg
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from hf_moe_cpt.analysis.schedule_plot import plot_schedule
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.optim.describe import describe_schedule, schedule_curve
 from hf_moe_cpt.optim.schedules import PHASE_NAMES, SCHEDULES, STARTING_PHASES, Phases, default_phases
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-moe-cpt schedule", description=__doc__)
-    parser.add_argument("--schedule", default="cosine_inf", choices=list(SCHEDULES))
-    parser.add_argument("--max-steps", type=int, required=True, help="optimizer steps of the run")
-    parser.add_argument(
-        "--starting-phase", default="scratch", choices=STARTING_PHASES, help="where the model comes from"
+@dataclass
+class ScheduleArguments:
+    """The schedule"""
+
+    max_steps: int = field(metadata={"help": "Optimizer steps of the run."})
+    schedule: str = field(default="cosine_inf", metadata={"help": "Its name.", "choices": list(SCHEDULES)})
+    starting_phase: str = field(
+        default="scratch", metadata={"help": "Where the model comes from.", "choices": list(STARTING_PHASES)}
     )
-    parser.add_argument(
-        "--phases", type=float, nargs=4, metavar=[name.upper() for name in PHASE_NAMES], help="shares of max-steps"
+    phases: list[float] | None = field(
+        default=None,
+        metadata={"help": f"Shares of max_steps: {', '.join(PHASE_NAMES)}; unset: the paper's."},
     )
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="peak rate")
-    parser.add_argument("--constant-learning-rate", type=float, help="default: midway between peak and minimum")
-    parser.add_argument("--min-learning-rate", type=float, help="default: a tenth of the peak")
-    parser.add_argument("--steepness", type=float, default=10.0, help="of inv_sqrt_inf's cooldown")
-    parser.add_argument("--tokens-per-step", type=int, help="adds a column of tokens")
-    parser.add_argument("--plot", metavar="FILE.svg", help="also draw the curve into this file")
-    return parser
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak rate."})
+    constant_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the constant phase; unset: midway between peak and minimum."}
+    )
+    min_learning_rate: float | None = field(default=None, metadata={"help": "At the end; unset: a tenth of the peak."})
+    steepness: float = field(default=10.0, metadata={"help": "Of inv_sqrt_inf's cooldown."})
+    tokens_per_step: int | None = field(default=None, metadata={"help": "Adds a column of tokens."})
+    plot: str | None = field(default=None, metadata={"help": "Also draw the curve into this SVG file."})
+
+    def __post_init__(self) -> None:
+        if self.phases is not None and len(self.phases) != len(PHASE_NAMES):
+            raise ValueError(f"--phases takes {', '.join(PHASE_NAMES)}, got {len(self.phases)} number(s).")
+
+
+ARGUMENTS = (ScheduleArguments,)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Describe the schedule that the arguments mean."""
-    args = _parser().parse_args(argv)
+    (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt schedule", description=__doc__)
     min_lr = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
     constant_lr = args.constant_learning_rate
     settings = {
@@ -49,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,17 +15,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
-from hf_moe_cpt.extras import require
+from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
-from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
 from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 from hf_moe_cpt.trainers.surgery.objective import TERMS
 from hf_moe_cpt.trainers.surgery.settings_checks import UNSEEN, check_sets
@@ -61,10 +60,10 @@ class SurgeryArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
-    experts_implementation: str | None = field(
-        default=None, metadata={"help": "Of a mixture of experts: eager, grouped_mm, hf_moe_cpt, ..."}
-    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+
+
+ARGUMENTS = (ModelArguments, SurgeryArguments, SurgeryConfig, ParallelArguments)
 
 
 def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
@@ -82,54 +81,30 @@ def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
     return found
 
 
-def with_model_options(training: SurgeryConfig, model: ModelConfig, surgery: SurgeryArguments) -> SurgeryConfig:
-    """The arguments with how the model is loaded; what `model_init_kwargs` says wins."""
-    options: dict[str, Any] = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": surgery.trust_remote_code or None,
-        "experts_implementation": surgery.experts_implementation,
-        "quantization_config": get_quantization_config(model),
-    }
-    chosen = {name: value for name, value in options.items() if value is not None}
-    training.model_init_kwargs = {**chosen, **(training.model_init_kwargs or {})}
-    return training
-
-
-def check_arguments(model: ModelConfig, training: SurgeryConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    if model.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: name the model to operate on, a Hub id or a folder.")
-    if model.use_peft:
-        require("peft", needed_by="--use_peft")
-    if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
-        require_unused(training.output_dir, besides=(REFERENCE_FOLDER,))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, operate, measure, save."""
     preset = given_values(argv, "preset")["preset"]
-    surgery, model, parallel, training = parse_arguments(
-        (SurgeryArguments, ModelConfig, ParallelArguments, SurgeryConfig),
-        argv,
-        program="hf-moe-cpt surgery",
-        description="Unlearn, update and retain in one operation, for any causal language model.",
-        defaults={} if preset is None else preset_settings(preset),
+    defaults = {} if preset is None else preset_settings(preset)
+    model, surgery, training, parallel = parse_arguments(
+        ARGUMENTS, argv, program="hf-moe-cpt surgery", description=__doc__, defaults=defaults
     )
-    check_arguments(model, training)
+    model.check(training, besides=(REFERENCE_FOLDER,))
     training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
     run(surgery, model, training)
     leave_process_group()
 
 
-def run(surgery: SurgeryArguments, model: ModelConfig, training: SurgeryConfig) -> None:
+def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfig) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     sets = load_sets(surgery)
     check_sets(training, sets)
     trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
         model.model_name_or_path,
-        args=with_model_options(training, model, surgery),
+        args=model.given_to(
+            training,
+            trust_remote_code=surgery.trust_remote_code or None,
+            quantization_config=get_quantization_config(model),
+        ),
         **{f"{name}_dataset": rows for name, rows in sets.items()},
         processing_class=AutoTokenizer.from_pretrained(
             surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
@@ -150,4 +125,4 @@ def run(surgery: SurgeryArguments, model: ModelConfig, training: SurgeryConfig) 
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.kernels.gated_backward import gated_backward
 from hf_moe_cpt.kernels.gated_up import gated_up
 from hf_moe_cpt.kernels.grouped_product import grouped_product
@@ -244,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tools.run_script(main)
+    run_script(main)

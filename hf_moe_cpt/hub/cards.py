@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_moe_cpt.hub import card_tables
 from hf_moe_cpt.hub.folder_checks import HUB_ID
-from hf_moe_cpt.hub.run_facts import RunFacts, read_facts
+from hf_moe_cpt.hub.run_facts import METHODS, RunFacts, read_facts
 
 
 TEMPLATES = "hf_moe_cpt.hub_cards"
@@ -53,6 +53,30 @@ class Told:
     base_model: str | None = None
     title: str | None = None
     tags: Sequence[str] = field(default_factory=tuple)
+
+
+@dataclass
+class CardArguments:
+    """The run, and what no file of it tells"""
+
+    folder: str = field(metadata={"positional": True, "help": "Folder of a saved model."})
+    method: str | None = field(
+        default=None, metadata={"help": "What made the model, if the folder does not say.", "choices": list(METHODS)}
+    )
+    dataset_name: list[str] = field(
+        default_factory=list, metadata={"help": "What it was trained on: Hub ids, or names."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the model that it was made from, if the run had a copy on disk."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Identifier of the licence, such as apache-2.0."})
+    language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
+    title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
+
+    def told(self, repository: str | None) -> Told:
+        """The same for `build_card`, with the name that people load."""
+        told = {name: getattr(self, name) for name in ("license", "language", "base_model", "title")}
+        return Told(repository=repository, datasets=self.dataset_name, **told)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def test_every_command_has_its_script(name: str) -> None:
 def test_words_after_the_command_reach_the_script(script: ModuleType) -> None:
     received = []
     script.main = received.extend
-    assert cli.main(["job", "--help", "--traceback", "x", "--", "y"]) == 0
-    assert received == ["--help", "--traceback", "x", "--", "y"]
+    assert cli.main(["job", "--traceback", "x", "--", "y"]) == 0
+    assert received == ["--traceback", "x", "--", "y"]
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,7 @@ def test_reader_that_has_enough_sees_no_complaint() -> None:
     program = f"{shlex.quote(sys.executable)} -m hf_moe_cpt.cli schedule --max-steps 9 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_the_package_is_the_command() -> None:
+    assert run_python("-m", "hf_moe_cpt", "--version").stdout == f"hf-moe-cpt {hf_moe_cpt.__version__}\n"

@@ -51,7 +51,7 @@ def test_a_name_that_needs_an_extra_says_so_where_it_is_missing() -> None:
         "from hf_moe_cpt import cli\n"
         "try:\n    from hf_moe_cpt import RainbowPOTrainer\n"
         "except ImportError as error:\n    print(error)\n"
-        "print(cli.main(['rainbowpo', '--help']))"
+        "print(cli.main(['rainbowpo', '--dataset_name', 'pairs']))"
     )
     done = run_python("-c", program)
     remedy = "needs the package trl, which is not installed: pip install 'hf_moe_cpt[rainbowpo]'."

@@ -11,6 +11,7 @@ from hf_moe_cpt.trainers.instruments.bad_steps import POLICIES
 class FaultSettings:
     """For a subclass of `TrainingArguments`, before it among the bases: `class CPTConfig(FaultSettings, ...)`."""
 
+    # --- when a machine, a disk, a rank or a batch goes bad ---
     snapshot_dir: str | None = field(
         default=None,
         metadata={
