@@ -2,23 +2,25 @@
 #
 #   make quickstart                 the main job; pass options as QUICKSTART="--steps 50 --output-dir runs/mine"
 #   make test                       lint and the whole test suite; WORKERS=4 for more processes, TESTS=tests/data for a part
+#   make test-versions              the wheel on the lowest, pinned and newest versions; LANES=lowest for one of them
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-versions lint format clean
 
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
+LANES ?=
 QUICKSTART ?=
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
-WHAT_TO_INSTALL := setup.cfg pyproject.toml constraints.txt
+WHAT_TO_INSTALL := setup.cfg setup.py pyproject.toml constraints.txt
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(VENV)/installed  ## install if needed, then train, continue and compare two tiny models on local text
 	@echo "== hf-moe-cpt quickstart $(QUICKSTART)"
@@ -27,6 +29,10 @@ quickstart: $(VENV)/installed  ## install if needed, then train, continue and co
 test: lint  ## install if needed, lint, then run the test suite
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+
+test-versions: $(VENV)/installed-test  ## run what matters most on the lowest, pinned and newest versions of what we need
+	@echo "== lanes $(LANES)"
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/versions.py $(LANES)
 
 lint: $(VENV)/installed-test  ## check style and formatting with ruff
 	@echo "== ruff check"
@@ -40,7 +46,7 @@ format: $(VENV)/installed-test  ## let ruff repair style and formatting
 
 clean:  ## remove the virtual environment and caches, never a run's output
 	@echo "== removing $(VENV) and caches"
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
 
 $(VENV_PYTHON):
 	@echo "== creating the virtual environment $(VENV) with $(PYTHON)"

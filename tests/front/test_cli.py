@@ -10,6 +10,7 @@ import pytest
 
 import hf_moe_cpt
 from hf_moe_cpt import cli
+from tests.helpers.fresh_process import run_python
 from tests.helpers.source_tree import PROJECT
 
 

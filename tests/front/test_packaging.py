@@ -1,8 +1,8 @@
-"""setup.cfg lists what is in the folders, and a wheel holds it under our own name only."""
+"""Requirements are what is imported; wheel and source distribution hold what git does, under our own name only."""
 
 import configparser
 import re
-import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +14,7 @@ from hf_moe_cpt.extras import EXTRA_OF_PACKAGE
 from tests.architecture.rooms import ROOMS
 from tests.helpers.fresh_process import run_python
 from tests.helpers.source_tree import PACKAGE_OF_FOLDER, PROJECT, read_project
+from tests.versions import SUITE, build
 
 
 NEEDED_BY_OTHERS = {"accelerate"}  # transformers' Trainer asks for it
@@ -28,30 +29,17 @@ def setup() -> configparser.ConfigParser:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel, built from a copy so that nothing is left in the checkout."""
-    copy, built = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
-    for folder in SHIPPED:
-        shutil.copytree(PROJECT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(PROJECT / file, copy)
-    run_python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(built), str(copy))
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
-        return archive.namelist()
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The unpacked source distribution, and the wheel that was built from it."""
+    return build(tmp_path_factory.mktemp("built"))
 
 
-def _is_scratch(path: Path) -> bool:
-    """Caches of Python and of tools, wherever they lie."""
-    return any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(PROJECT).parts)
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-def test_every_folder_with_code_is_a_listed_package(setup: configparser.ConfigParser) -> None:
-    found = {file.package for file in read_project() if not file.is_test}
-    assert set(words(setup["options"]["packages"])) == found
+@pytest.fixture(scope="module")
+def files_of_git() -> set[str]:
+    """Paths that git tracks or would add."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name for name in listed if (PROJECT / name).is_file()}
 
 
 def test_every_package_opens_with_its_init() -> None:
@@ -95,19 +83,46 @@ def test_requirements_have_exact_versions_in_the_constraints(setup: configparser
     assert "+" not in "".join(pinned.values()), "a local version such as +cpu exists on one index only"
 
 
-def test_wheel_holds_every_file_and_only_our_name(wheel: list[str]) -> None:
+def test_wheel_holds_every_file_and_only_our_name(built: tuple[Path, Path], files_of_git: set[str]) -> None:
+    names = zipfile.ZipFile(built[1]).namelist()
+    folders = {path: path.partition("/")[0] for path in files_of_git}
     expected = {
-        f"{SHIPPED[folder].replace('.', '/')}/{path.relative_to(PROJECT / folder).as_posix()}"
-        for folder in SHIPPED
-        for path in (PROJECT / folder).rglob("*")
-        if path.is_file() and not _is_scratch(path)
+        path.replace(folder, SHIPPED[folder].replace(".", "/"), 1)
+        for path, folder in folders.items()
+        if folder in SHIPPED
     }
-    shipped = {name for name in wheel if ".dist-info/" not in name}
-    assert shipped == expected
-    assert {name.partition("/")[0] for name in wheel} == {
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert {name.partition("/")[0] for name in names} == {
         "hf_moe_cpt",
         f"hf_moe_cpt-{hf_moe_cpt.__version__}.dist-info",
     }
+
+
+def test_source_distribution_holds_what_git_does(built: tuple[Path, Path], files_of_git: set[str]) -> None:
+    missing = {path for path in files_of_git if not (built[0] / path).is_file()}
+    assert missing == {".gitignore"}
+
+
+def test_links_of_the_readme_hold_on_an_index(built: tuple[Path, Path]) -> None:
+    """Its renderer knows no files of ours, so a link is an address or a heading of the same page."""
+    archive = zipfile.ZipFile(built[1])
+    metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
+    assert "start here (`docs/index.md`)" in metadata
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", metadata) if not re.match(r"https?://|#", link)] == []
+
+
+def test_recipes_are_found_in_an_installed_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
+    zipfile.ZipFile(built[1]).extractall(tmp_path)
+    code = "import hf_moe_cpt.recipes as r; print(r.path_of_config('recipe:surgery_safe'))"
+    printed = run_python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").stdout.strip()
+    assert Path(printed) == tmp_path / "hf_moe_cpt/scripts/recipes/surgery_safe.yaml"
+    assert Path(printed).read_bytes() == (PROJECT / "scripts/recipes/surgery_safe.yaml").read_bytes()
+
+
+def test_every_test_of_the_lanes_exists() -> None:
+    for node in SUITE:
+        path, _, name = node.partition("::")
+        assert (PROJECT / path).is_dir() or f"def {name}(" in (PROJECT / path).read_text(), node
 
 
 def test_ci_runs_what_a_person_runs() -> None:
