@@ -17,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .releases_cpt_moe import takes_either_cache_name
+
 
 @use_kernel_forward_from_hub("RMSNorm")
 class CptMoeRMSNorm(nn.Module):
@@ -146,6 +148,7 @@ class CptMoeAttention(nn.Module):
             widths = (self.head_dim,) * 2 if config.qk_norm == "head" else (query_width, key_width)
             self.q_norm, self.k_norm = (CptMoeRMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
+    @takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -166,7 +169,7 @@ class CptMoeAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = self.rotate_query_and_key(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
