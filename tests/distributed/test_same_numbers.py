@@ -6,6 +6,9 @@ from tests.distributed.jobs import FOUR_RANKS, ONE_RANK, TWO_RANKS
 from tests.helpers.rank_runs import TRAINERS
 
 
+pytestmark = pytest.mark.slow
+
+
 LOSS = 1e-5  # relative, of every logged loss
 OTHERS = 5e-5  # of the largest value that a key takes in the run: differences of near numbers are logged too
 COSINE = 1e-3  # absolute, between gradients that are more than rounding: others are not logged

@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from hf_moe_cpt.scripts.soak_checkpoints import PATIENCE, Rank
 from hf_moe_cpt.trainers.instruments.checkpoints import checkpoints_in
 from tests.helpers.two_hosts import two_hosts
+
+
+pytestmark = pytest.mark.slow
 
 
 STEPS = 300  # some ten seconds: the cable is cut in the middle also on a busy machine

@@ -18,6 +18,9 @@ from hf_moe_cpt.trainers.instruments.checkpoints import HEARTBEATS, checkpoints_
 from tests.helpers.small_disk import small_disk
 
 
+pytestmark = pytest.mark.slow
+
+
 SETTINGS = {"max_steps": 12, "save_steps": 3}
 MANY_STEPS = 60  # seconds of work, so that a signal arrives in the middle of them also on a busy machine
 

@@ -66,6 +66,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_push_that_is_killed_leaves_nothing_and_goes_on(folder, hub, elsewhere, command, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink(missing_ok=True)

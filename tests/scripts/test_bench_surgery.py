@@ -29,6 +29,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_writes_times_and_ratios_and_prints_them_last(tmp_path):
     printed = io.StringIO()
     words = ["--memory_steps", "0", "--commit", "abc1234", "--output_dir", str(tmp_path), "--preset", "paper"]
@@ -51,6 +52,7 @@ def test_a_run_writes_times_and_ratios_and_prints_them_last(tmp_path):
     assert printed.getvalue().rstrip("\n").split("\n")[-1].startswith("by-term-logged / by-term")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["by-term", "summed", "by-term-logged"])
 def test_a_timed_step_is_the_step_of_the_training_loop(name):
     """Three steps leave the weights that `train()` leaves, whichever way they are made."""

@@ -176,6 +176,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_as_one_never_killed(alone, world, tmp_path):
     run = tmp_path / "run"
     for moment, finished in {"generate/00002-": ("generate", 2), "score/00001-": ("score", 1)}.items():
@@ -316,6 +317,7 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, hub, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
