@@ -51,7 +51,7 @@ class BenchArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Time every engine that can run here; write and print the rows."""
     (args,) = parse_arguments(
-        (BenchArguments,), argv, program="bench_sharding.py", description=" ".join(__doc__.split())
+        (BenchArguments,), argv, program="bench_sharding.py", description=__doc__
     )
     jobs = make_jobs(args)
     rows = []

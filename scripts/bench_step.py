@@ -310,7 +310,7 @@ def show_profiles(measurements: Sequence[StepMeasurement], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure run by run; the results so far are on disk after each."""
-    (args,) = parse_arguments((StepArguments,), argv, program="bench_step.py", description=" ".join(__doc__.split()))
+    (args,) = parse_arguments((StepArguments,), argv, program="bench_step.py", description=__doc__)
     device = tools.choose_device(args.device)
     facts, folder = tools.machine_facts(device, args.commit), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def kept_rows(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure memory, then time; write after each."""
     (args,) = parse_arguments(
-        (SurgeryBenchArguments,), argv, program="bench_surgery.py", description=" ".join(__doc__.split())
+        (SurgeryBenchArguments,), argv, program="bench_surgery.py", description=__doc__
     )
     device = tools.choose_device(args.device)
     workload, folder = args.workload(device), Path(args.output_dir)

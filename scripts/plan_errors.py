@@ -9,7 +9,6 @@ Source: ours.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import functools
@@ -19,10 +18,12 @@ from pathlib import Path
 
 from hf_moe_cpt.analysis.kept_tensors import KeptBytes
 from hf_moe_cpt.analysis.training_memory import TrainingSetup, training_memory
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.bench_step_models import config_of
 from hf_moe_cpt.scripts.plan_model import measure_kept
 from hf_moe_cpt.scripts.plan_search import GIBIBYTE
-from hf_moe_cpt.scripts.plan_table import BENCHMARKS, kernels_of, size_of
+from hf_moe_cpt.scripts.plan_table import TableArguments, kernels_of, size_of
 
 
 PREFERENCES = ("h200/preference_full.csv", "h100/preference_full.csv")
@@ -107,10 +108,9 @@ def _kept(model: str, length: int, precision: str, kernels: str) -> KeptBytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="plan_errors.py", description=" ".join(__doc__.split()))
-    parser.add_argument("--benchmarks", type=Path, default=BENCHMARKS, help="folder of the committed results")
-    print(error_table(parser.parse_args(argv).benchmarks))
+    (args,) = parse_arguments((TableArguments,), argv, program="plan_errors.py", description=__doc__)
+    print(error_table(Path(args.benchmarks)))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

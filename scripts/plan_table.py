@@ -8,15 +8,17 @@ writes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_moe_cpt.analysis.training_memory import ModelSize
 from hf_moe_cpt.analysis.training_time import flops_per_token
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.bench_step_models import config_of
 from hf_moe_cpt.scripts.plan_model import measure_size
 
@@ -93,15 +95,20 @@ def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
+@dataclass
+class TableArguments:
+    """What the table is made of."""
+
+    benchmarks: str = field(default=str(BENCHMARKS), metadata={"help": "Folder of the committed results."})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the module beside this script."""
-    parser = argparse.ArgumentParser(prog="plan_table.py", description=" ".join(__doc__.split()))
-    parser.add_argument("--benchmarks", type=Path, default=BENCHMARKS, help="folder of the committed results")
-    args = parser.parse_args(argv)
+    (args,) = parse_arguments((TableArguments,), argv, program="plan_table.py", description=__doc__)
     path = Path(__file__).with_name("plan_speeds.py")
-    path.write_text(table(args.benchmarks))
+    path.write_text(table(Path(args.benchmarks)))
     print(f"written: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

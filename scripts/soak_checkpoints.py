@@ -10,7 +10,6 @@ bit for bit; then it starts anew, until there were enough kills. Exits with 1 if
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -29,6 +28,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.trainers.instruments.checkpoints import UNFINISHED, last_whole_checkpoint
 
 
@@ -286,27 +287,32 @@ def _newest_log(folder: Path, rank: int) -> Path:
     return max(folder.glob(f"log-*-{rank}"), default=folder)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="how many")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of the run, with gloo")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of the run")
-    parser.add_argument("--save-steps", type=int, default=4, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--sharded", action="store_true", help="FSDP2 with sharded checkpoints; needs several ranks")
-    parser.add_argument("--snapshots", action="store_true", help="save in the background (snapshot_dir)")
-    parser.add_argument("--folder", help="where to work, on the disk that is to be tried; default: a temporary one")
-    return parser
+@dataclass
+class SoakArguments:
+    """How long, and what is killed."""
+
+    kills: int = field(default=100, metadata={"help": "How many."})
+    ranks: int = field(default=1, metadata={"help": "Processes of the run, with gloo."})
+    seed: int = field(default=0, metadata={"help": "Of the moments."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps of the run."})
+    save_steps: int = field(default=4, metadata={"help": "Steps from checkpoint to checkpoint."})
+    sharded: bool = field(default=False, metadata={"help": "FSDP2 with sharded checkpoints; needs several ranks."})
+    snapshots: bool = field(default=False, metadata={"help": "Save in the background (snapshot_dir)."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Where to work, on the disk that is to be tried; unset: a temporary one."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("kills", "ranks", "steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.sharded and self.ranks < 2:
+            raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Soak, print the table, and exit with 1 unless it is clean."""
-    args = _parser().parse_args(argv)
-    for name in ("kills", "ranks", "steps", "save_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if args.sharded and args.ranks < 2:
-        raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
+    (args,) = parse_arguments((SoakArguments,), argv, program="soak_checkpoints.py", description=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
     settings = {"max_steps": args.steps, "save_steps": args.save_steps}
     if args.sharded:
@@ -328,4 +334,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

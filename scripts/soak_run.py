@@ -6,13 +6,13 @@ each thing that happens: {"pid"}, {"began"}, {"saved": step}, {"exit": code, neg
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_moe_cpt.trainers.cpt.cpt_trainer
-from hf_moe_cpt.arguments import fsdp2_arguments
+from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.data.permutation import derive_seed
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
@@ -190,12 +190,17 @@ def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
         os._exit(code)  # the parent's exit handlers are not ours
 
 
+@dataclass
+class RankArguments:
+    """Which rank this is."""
+
+    rank: int = field(default=0, metadata={"help": "Counted from 0."})
+    world_size: int = field(default=1, metadata={"help": "Of how many."})
+
+
 def main() -> None:
     """Serve orders until standard input ends."""
-    parser = argparse.ArgumentParser(description="One rank of scripts/soak_checkpoints.py, which starts it.")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--world_size", type=int, default=1)
-    args = parser.parse_args()
+    (args,) = parse_arguments((RankArguments,), None, program="soak_run.py", description=__doc__)
     torch.set_num_threads(1)
     tell(1, ready=args.rank)
     for line in sys.stdin:

@@ -28,9 +28,9 @@ _TRAINER = Room(
     others=_SHARED_BY_TRAINERS,
 )
 
-# The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
+# The longest matching package decides. What the front door imports at its top is a rule of its own.
 ROOMS = {
-    "hf_moe_cpt": Room(ours=_EVERY_ROOM),
+    "hf_moe_cpt": Room(ours=_EVERY_ROOM, others=("accelerate", "transformers", "trl", "yaml")),
     "hf_moe_cpt.analysis": Room(others=("numpy", "safetensors", "torch", "tqdm")),
     "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
     "hf_moe_cpt.data": Room(

@@ -3,18 +3,12 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_moe_cpt.scripts.rejection_sample import (
-    DataArguments,
-    OutputArguments,
-    PolicyArguments,
-    RewardArguments,
-    SelectionArguments,
     main,
 )
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
@@ -224,12 +218,3 @@ def test_saved_data_sets_are_read_by_split(tmp_path):
         load_table(str(tmp_path / "saved"), "test")
     with pytest.raises(ValueError, match="a saved data set cannot be sliced, use --max_prompts"):
         load_table(str(tmp_path / "saved"), "train[:1]")
-
-
-def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert left.value.code == 0 and "train[:1%]" in text
-    for group in (DataArguments, PolicyArguments, RewardArguments, SelectionArguments, OutputArguments):
-        assert all(f"--{field.name}" in text and field.metadata["help"] for field in fields(group))
