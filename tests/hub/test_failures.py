@@ -206,7 +206,7 @@ assert run.args.world_size == 2 and run.failed_pushes == []
 
 
 def test_of_two_ranks_one_uploads(hub, elsewhere, tmp_path):
-    elsewhere(FROM_TWO_RANKS, tmp_path / "run", package=True, ranks=2, seconds=100)
+    elsewhere(FROM_TWO_RANKS, tmp_path / "run", package=True, ranks=2)
     assert WRITER in hub.tokens_seen and "hf_of_rank_1" not in hub.tokens_seen
     steps = [commit.message for commit in hub.commits("someone/live")]
     assert steps == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
