@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_moe_cpt.scripts.rejection_sample import (
-    main,
-)
+from hf_moe_cpt.scripts.rejection_sample import main
 from hf_moe_cpt.scripts.rejection_sample_data import load_table
 from hf_moe_cpt.scripts.rejection_sample_folder import SampleFolder
 from tests.helpers.fresh_process import run_python
