@@ -129,7 +129,7 @@ def test_what_rounding_leaves_of_a_divergence_that_is_zero_is_noise_and_a_small_
     likelihood = exact - torch.nn.functional.one_hot(torch.arange(64), 100)
     rounded = [(scale * logits).to(dtype).double() / scale for scale in (1.0, 1.1)]
     noise = rounded[0].softmax(-1) - rounded[1].softmax(-1)
-    moved = (logits + 10 * eps * torch.randn(64, 100, generator=generator, dtype=torch.float64)).softmax(-1) - exact
+    moved = (logits + 100 * eps * torch.randn(64, 100, generator=generator, dtype=torch.float64)).softmax(-1) - exact
     lengths = norms(inner_products([likelihood, noise, moved, torch.zeros_like(noise)]))
     assert 0 < lengths[1] and is_noise(lengths, eps).tolist() == [False, True, False, True]
     weights = torch.tensor([1.0, 1e4, 1e4, 1.0])
