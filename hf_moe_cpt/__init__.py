@@ -15,9 +15,9 @@ from hf_moe_cpt.registration import register_kernels, register_model_type
 if TYPE_CHECKING:
     from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
     from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+    from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
     from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-    from hf_moe_cpt.trainers.instruments.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
     from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -49,7 +49,7 @@ _HOME_OF_NAME = {
     "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
     "RainbowPOConfig": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config",
     "RainbowPOTrainer": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer",
-    "RouterMonitorCallback": "hf_moe_cpt.trainers.instruments.router_monitor",
+    "RouterMonitorCallback": "hf_moe_cpt.trainers.common.router_monitor",
     "SurgeryConfig": "hf_moe_cpt.trainers.surgery.surgery_config",
     "SurgeryTrainer": "hf_moe_cpt.trainers.surgery.surgery_trainer",
     "register_kernels": "hf_moe_cpt.registration",

@@ -48,15 +48,15 @@ def register_kernels() -> None:
     """
     _run_after_import("transformers.integrations.moe", _register_experts)
     _run_after_import("liger_kernel.transformers.monkey_patch", _register_with_liger)
-    _run_after_import("hf_moe_cpt.modeling.routers_cpt_moe", _register_router_operators)
+    _run_after_import("hf_moe_cpt.modeling.modeling_cpt_moe", _register_router_operators)
 
 
 def _register_experts() -> None:
-    importlib.import_module("hf_moe_cpt.kernels.experts_implementation").register_experts_implementations()
+    importlib.import_module("hf_moe_cpt.kernels.experts").register_experts_implementations()
 
 
 def _register_with_liger() -> None:
-    importlib.import_module("hf_moe_cpt.kernels.liger").register_with_liger()
+    importlib.import_module("hf_moe_cpt.kernels.cross_entropy").register_with_liger()
 
 
 def _register_router_operators() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.benchmark_tools import check_names
+from hf_moe_cpt.scripts.benchmarks.harness import check_names
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -141,12 +141,9 @@ class Job:
 
 def run(job: Job) -> None:
     """Check everything, trace what is not traced yet, analyse, write, print."""
-    from hf_moe_cpt.analysis.routing_report import write_routing_report
-    from hf_moe_cpt.analysis.trace_analysis import analyse_traces
-    from hf_moe_cpt.scripts.analyze_log import training_curves
-    from hf_moe_cpt.scripts.analyze_tables import tables
-    from hf_moe_cpt.scripts.analyze_work import Tracing
-    from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+    from hf_moe_cpt.routing.compare import Tracing, analyse_traces, training_curves
+    from hf_moe_cpt.routing.report import tables, write_routing_report
+    from hf_moe_cpt.trainers.common.distributed import leave_process_group
 
     report = job.report
     training = training_curves(report.log_history or [], report.shift_step)

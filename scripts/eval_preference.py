@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.benchmark_tools import check_names
+from hf_moe_cpt.scripts.benchmarks.harness import check_names
 from hf_moe_cpt.scripts.rejection_sample import DTYPES, RewardArguments
 
 
@@ -179,16 +179,17 @@ class Job:
 
 def run(job: Job) -> None:
     """Check everything, make what is missing, write, and print the table."""
-    from hf_moe_cpt.scripts.benchmark_tools import machine_facts
-    from hf_moe_cpt.scripts.eval_preference_results import (
+    from hf_moe_cpt.evaluation.preference import (
+        Evaluation,
+        Stopped,
         accuracy_measures,
         judge,
         table_rows,
         win_measures,
         write_results,
     )
-    from hf_moe_cpt.scripts.eval_preference_work import Evaluation, Stopped
-    from hf_moe_cpt.scripts.quickstart_results import text_table
+    from hf_moe_cpt.machine import machine_facts
+    from hf_moe_cpt.reports.tables import text_table
 
     work = Evaluation(job)
     work.folder.claim()

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.benchmark_tools import check_names
+from hf_moe_cpt.scripts.benchmarks.harness import check_names
 from hf_moe_cpt.scripts.rejection_sample import DTYPES
 
 
@@ -156,11 +156,10 @@ class Job:
 
 def run(job: Job) -> None:
     """Check everything, measure what is missing, write, and print the table."""
-    from hf_moe_cpt.scripts.benchmark_tools import machine_facts
-    from hf_moe_cpt.scripts.eval_surgery_report import text_report, write_files
-    from hf_moe_cpt.scripts.eval_surgery_results import summarise
-    from hf_moe_cpt.scripts.eval_surgery_work import SurgeryEvaluation
-    from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+    from hf_moe_cpt.evaluation.surgery import SurgeryEvaluation, summarise
+    from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
+    from hf_moe_cpt.machine import machine_facts
+    from hf_moe_cpt.trainers.common.distributed import leave_process_group
 
     work = SurgeryEvaluation(job)
     raws = work.measurements()

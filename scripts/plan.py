@@ -12,13 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from hf_moe_cpt.analysis.training_memory import ENGINES, KERNELS, OPTIMIZERS, PRECISIONS, TRAINERS, TrainingSetup
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.plan_model import measure_kept, measure_size, read_config
-from hf_moe_cpt.scripts.plan_report import as_json, as_text
-from hf_moe_cpt.scripts.plan_search import make_plan
-from hf_moe_cpt.scripts.plan_speeds import SPEED_OF_GPU
+from hf_moe_cpt.planning.memory import (
+    ENGINES,
+    KERNELS,
+    OPTIMIZERS,
+    PRECISIONS,
+    TRAINERS,
+    TrainingSetup,
+    measure_kept,
+    measure_size,
+    read_config,
+)
+from hf_moe_cpt.planning.plan import SPEED_OF_GPU, as_json, as_text, make_plan
 
 
 REFERENCES = {"cpt": ("none",), "rainbowpo": ("copy", "none"), "surgery": ("cache", "copy", "none")}

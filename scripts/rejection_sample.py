@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, SelectionRule
-from hf_moe_cpt.scripts.benchmark_tools import check_names, choose_device, release_memory
+from hf_moe_cpt.machine import choose_device, release_memory
+from hf_moe_cpt.scripts.benchmarks.harness import check_names
 
 
 if TYPE_CHECKING:  # these import transformers' models: --help does not wait for them
-    from hf_moe_cpt.scripts.rejection_sample_work import Work
+    from hf_moe_cpt.generation.pairs import Work
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -253,8 +255,7 @@ def run_stage(work: Work, stage: str, numbers: Sequence[int], load: Callable[[],
 
 def run(job: Job) -> None:
     """Check everything, then make what is missing, stage by stage."""
-    from hf_moe_cpt.scripts.rejection_sample_output import publish, write_output
-    from hf_moe_cpt.scripts.rejection_sample_work import Work
+    from hf_moe_cpt.generation.pairs import Work, publish, write_output
 
     work = Work(job)
     work.folder.claim()

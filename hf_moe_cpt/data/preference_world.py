@@ -33,7 +33,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from hf_moe_cpt.data.permutation import derive_seed, permute
+from hf_moe_cpt.data.random import derive_seed, permute
 
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", ":")

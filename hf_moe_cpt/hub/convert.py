@@ -1,4 +1,21 @@
-"""Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
+"""Biases, norms of queries and keys, and windows of the attention of each family, and our fields for them.
+
+Biases: `attention_bias` on all four projections, `qkv_bias` on queries, keys and values. Source: transformers'
+configurations and modelling code.
+
+The part of a decoder that upcycling and conversion leave alone, as fields of `CptMoeConfig` and back.
+
+Skeleton: embeddings, attention (`convert_attention`), norms, head, sizes and rotary positions. What `cpt_moe` cannot
+express is refused.
+Source: transformers' configurations and modelling code.
+
+Where other mixtures keep, in a checkpoint, what `cpt_moe` keeps: names, configuration, what has no place.
+
+E experts, K per token, S shared ones, L layers, m width of an expert. Source: transformers' configurations, modelling
+code and conversion mappings. The names are those of files (one matrix per expert), which other tools read as well; a
+test compares them with transformers' mapping from files to its fused parameters.
+
+Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
 
 Read and written shard by shard; what one side cannot express is refused before anything is written.
 E experts, H hidden size, m width of an expert, S shared experts.
@@ -11,24 +28,349 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
-from hf_moe_cpt.hub.convert_families import FAMILIES, Family, config_from, config_to, lost_in_training
-from hf_moe_cpt.hub.convert_skeleton import empty_model, write_config
-from hf_moe_cpt.hub.streaming_output import (
+from hf_moe_cpt.hub.checkpoint_io import (
     MAX_SHARD_SIZE,
+    CheckpointReader,
+    PlannedTensor,
     appearing_whole,
     check_disk_space,
     check_output,
+    constant,
+    copied,
     copy_companions,
     leftovers,
+    refuse_unused,
+    skeleton,
     write_weights,
 )
-from hf_moe_cpt.hub.streaming_plan import PlannedTensor, constant, copied, refuse_unused, skeleton
-from hf_moe_cpt.hub.streaming_source import CheckpointReader
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+
+
+BIASES = ("attention_bias", "qkv_bias")
+ATTENTION_FIELDS = (*BIASES, "qk_norm", "sliding_window")
+_WHAT_IS_NORMALISED = {
+    "head": "each head of queries and keys",
+    "projection": "all heads of queries and keys together",
+    None: "neither queries nor keys",
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """bias: the one of `BIASES` that the family can have. qk_norm: our field's value. has_window: for all layers."""
+
+    bias: str | None = None
+    qk_norm: str | None = None
+    has_window: bool = False
+
+
+ATTENTION = {
+    "llama": Attention("attention_bias"),
+    "mistral": Attention(has_window=True),
+    "mixtral": Attention(has_window=True),
+    "qwen2": Attention("qkv_bias"),
+    "qwen2_moe": Attention("qkv_bias"),
+    "qwen3": Attention("attention_bias", "head"),
+    "qwen3_moe": Attention("attention_bias", "head", has_window=True),
+    "olmoe": Attention("attention_bias", "projection"),
+}
+
+
+def attention_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """`ATTENTION_FIELDS` of another family's model, or of one of ours.
+
+    Raises ValueError for clipped queries, keys and values, and for a window that only some layers have.
+    """
+    if isinstance(config, CptMoeConfig):
+        return {name: getattr(config, name) for name in ATTENTION_FIELDS}
+    if (limit := getattr(config, "clip_qkv", None)) is not None:
+        raise ValueError(
+            f"clip_qkv={limit}: {config.model_type} clips queries, keys and values, and cpt_moe does not; "
+            "only models with clip_qkv=None can be carried over."
+        )
+    family = ATTENTION[config.model_type]
+    fields = dict.fromkeys(BIASES, False) | {"qk_norm": family.qk_norm, "sliding_window": _window_of(config)}
+    if family.bias is not None:
+        fields[family.bias] = getattr(config, family.bias, True)  # Qwen2 has no switch for it: always
+    return fields
+
+
+def foreign_attention_fields(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
+    """Fields of another family that give the attention of a model of ours. Raises ValueError for what it lacks."""
+    family = ATTENTION[model_type]
+    for name in BIASES:
+        if getattr(config, name) and name != family.bias:
+            has = f"those of {family.bias} alone" if family.bias else "none"
+            raise ValueError(f"{name}=True: of biases, the attention of {model_type} can have {has}.")
+    if config.qk_norm != family.qk_norm:
+        raise ValueError(
+            f"qk_norm={config.qk_norm!r} normalises {_WHAT_IS_NORMALISED[config.qk_norm]}, {model_type} "
+            f"{_WHAT_IS_NORMALISED[family.qk_norm]}: no weights make the two equal."
+        )
+    if config.sliding_window is not None and not family.has_window:
+        raise ValueError(f"sliding_window={config.sliding_window}: {model_type} has no window for all layers.")
+    fields: dict[str, Any] = {} if family.bias is None else {family.bias: getattr(config, family.bias)}
+    if family.has_window:
+        has_window = config.sliding_window is not None
+        fields |= {"sliding_window": config.sliding_window}
+        fields |= {"use_sliding_window": has_window} if model_type == "qwen3_moe" else {}
+    return fields
+
+
+def _window_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a token sees; None for all. Raises ValueError if layers differ within the context."""
+    window = getattr(config, "sliding_window", None) or None
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    if ATTENTION[config.model_type].has_window:
+        return window
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"sliding_attention"}:
+        return window
+    if "sliding_attention" in kinds and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{config.model_type} attends in some layers to the last {window} of {config.max_position_embeddings} "
+            "tokens and in others to all, and cpt_moe is the same in all layers: set max_position_embeddings to "
+            f"{window} in its config.json, and keep texts within that."
+        )
+    return None
+
+
+SHARED_FIELDS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps attention_dropout tie_word_embeddings initializer_range use_cache "
+    "pad_token_id bos_token_id eos_token_id dtype"
+).split()
+
+
+def skeleton_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of `CptMoeConfig` that give the skeleton of another family's model, or of one of ours.
+
+    Raises ValueError for what `attention_fields` refuses, and for a head of which only a part is rotated although the
+    family rotates all of it.
+    """
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    fields["head_dim"] = head_dim_of(config)
+    fields["rope_parameters"] = dict(config.rope_parameters)
+    fields |= attention_fields(config)
+    if isinstance(config, CptMoeConfig):
+        return fields | {"norm_type": config.norm_type}
+    if fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{config.model_type} with partial_rotary_factor below 1 is unknown: set it to 1.0.")
+    return fields
+
+
+def foreign_fields(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
+    """Fields of a Llama-like family's configuration that give the skeleton of one of ours.
+
+    Raises ValueError for LayerNorm, for rotation of a part of each head and for attention that the family lacks.
+    """
+    if config.norm_type != "rmsnorm":
+        raise ValueError(f"norm_type={config.norm_type!r}: {model_type} has RMSNorm and no biases.")
+    rope = dict(config.rope_parameters)
+    if (factor := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor={factor}: {model_type} rotates whole heads; only models that were trained with "
+            "1.0 can become one."
+        )
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS} | {"rope_parameters": rope}
+    fields |= foreign_attention_fields(config, model_type)
+    if fields["initializer_range"] is None:  # our own initialisation, which no number stands for
+        del fields["initializer_range"]
+    return fields
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Size of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model without memory, to ask for names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json as `save_pretrained` does and, for a model of ours, the code beside it."""
+    model.config.architectures = [type(model).__name__]
+    if isinstance(model, CptMoeForCausalLM):
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+
+
+DEAD_SHARED_WIDTH = 64  # at most; Qwen2-MoE always has a shared expert, and zeros of this width stand for none
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in files, after `model.layers.<layer>.`: block holds the mixture, the others name matrices in it."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+FAMILIES = {
+    "mixtral": Family("block_sparse_moe", "w1", "w3", "w2"),
+    "olmoe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def config_from(config: PreTrainedConfig) -> CptMoeConfig:
+    """Our configuration of a model of another family. Raises ValueError for what we cannot express."""
+    fields = skeleton_fields(config) | {"router_type": "softmax_topk", "router_z_loss_coef": 0.0}
+    fields |= _MIXTURE_OF[config.model_type](config)
+    fields["num_experts_per_tok"] = config.num_experts_per_tok
+    # Theirs is K if uniform, over all layers at once; ours is 1 per layer, summed over layers.
+    scale = config.num_experts_per_tok / config.num_hidden_layers
+    fields["router_aux_loss_coef"] = config.router_aux_loss_coef * scale
+    fields["output_router_logits"] = config.output_router_logits
+    if fields["norm_topk_prob"] and config.num_experts_per_tok == 1:
+        raise ValueError(
+            f"{config.model_type} with num_experts_per_tok=1 and normalised gates: every gate is 1 whatever the "
+            "router says, which cpt_moe refuses."
+        )
+    return CptMoeConfig(**fields)
+
+
+def config_to(config: CptMoeConfig, model_type: str) -> PreTrainedConfig:
+    """Another family's configuration of a model of ours. Raises ValueError for what it cannot express."""
+    if not config.is_moe:
+        raise ValueError(f"num_experts=0: a dense model has no place in {model_type}; upcycle it first.")
+    if config.router_type == "sinkhorn" and config.num_experts_per_tok == 1:
+        raise ValueError(f"router_type='sinkhorn' with one expert per token: {model_type} has no sigmoid gates.")
+    fields = foreign_fields(config, model_type)
+    fields |= {"num_experts_per_tok": config.num_experts_per_tok, "output_router_logits": config.output_router_logits}
+    fields["router_aux_loss_coef"] = (
+        config.router_aux_loss_coef * config.num_hidden_layers / config.num_experts_per_tok
+    )
+    fields |= _MIXTURE_TO[model_type](config)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def lost_in_training(config: CptMoeConfig) -> list[str]:
+    """What of a model of ours another family does not do when it is trained further; logits do not depend on it."""
+    lost = []
+    if config.router_type == "sinkhorn":
+        lost.append("experts are no longer chosen by a Sinkhorn plan")
+    if config.router_z_loss_coef > 0:
+        lost.append(f"router_z_loss_coef={config.router_z_loss_coef} has no counterpart")
+    return lost
+
+
+def _mixture_of_mixtral(config: PreTrainedConfig) -> dict[str, Any]:
+    return _experts_alone(config) | {"num_experts": config.num_local_experts, "norm_topk_prob": True}
+
+
+def _mixture_of_olmoe(config: PreTrainedConfig) -> dict[str, Any]:
+    return _experts_alone(config) | {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
+
+
+def _experts_alone(config: PreTrainedConfig) -> dict[str, Any]:
+    """Of families whose `intermediate_size` is the width of an expert, and that share none."""
+    width = config.intermediate_size
+    return {
+        "num_shared_experts": 0,
+        "intermediate_size": width * config.num_experts_per_tok,
+        "moe_intermediate_size": width,
+    }
+
+
+def _mixture_of_qwen_moe(config: PreTrainedConfig) -> dict[str, Any]:
+    """Of Qwen2-MoE and Qwen3-MoE, of which only the former has shared experts."""
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise ValueError(
+            f"{config.model_type} with mlp_only_layers={config.mlp_only_layers} and decoder_sparse_step="
+            f"{config.decoder_sparse_step} mixes dense layers and mixtures: in cpt_moe all layers are alike."
+        )
+    width = config.moe_intermediate_size
+    return {
+        "num_experts": config.num_experts,
+        "num_shared_experts": getattr(config, "shared_expert_intermediate_size", 0) // width,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def _mixtral_of(config: CptMoeConfig) -> dict[str, Any]:
+    _refuse_shared_experts(config, "mixtral")
+    if not config.norm_topk_prob:
+        raise ValueError("norm_topk_prob=False: mixtral divides gates by their sum; try qwen2_moe.")
+    return {
+        "num_local_experts": config.num_experts,
+        "intermediate_size": config.moe_intermediate_size,
+        "head_dim": config.head_dim,
+    }
+
+
+def _olmoe_of(config: CptMoeConfig) -> dict[str, Any]:
+    _refuse_shared_experts(config, "olmoe")
+    _refuse_other_heads(config, "olmoe")
+    return {
+        "num_experts": config.num_experts,
+        "intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def _qwen2_moe_of(config: CptMoeConfig) -> dict[str, Any]:
+    _refuse_other_heads(config, "qwen2_moe")
+    width = config.moe_intermediate_size
+    shared_width = config.num_shared_experts * width or min(DEAD_SHARED_WIDTH, width)
+    return _experts_of_qwen_moe(config) | {"shared_expert_intermediate_size": shared_width}
+
+
+def _qwen3_moe_of(config: CptMoeConfig) -> dict[str, Any]:
+    _refuse_shared_experts(config, "qwen3_moe")
+    return _experts_of_qwen_moe(config) | {"head_dim": config.head_dim}
+
+
+def _experts_of_qwen_moe(config: CptMoeConfig) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_experts,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def _refuse_shared_experts(config: CptMoeConfig, model_type: str) -> None:
+    if config.num_shared_experts:
+        raise ValueError(f"num_shared_experts={config.num_shared_experts}: {model_type} has none; try qwen2_moe.")
+
+
+def _refuse_other_heads(config: CptMoeConfig, model_type: str) -> None:
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"head_dim={head_dim_of(config)}: {model_type} has heads of hidden_size / num_attention_heads = "
+            f"{config.hidden_size / config.num_attention_heads:g}."
+        )
+
+
+_MIXTURE_OF = {
+    "mixtral": _mixture_of_mixtral,
+    "olmoe": _mixture_of_olmoe,
+    "qwen2_moe": _mixture_of_qwen_moe,
+    "qwen3_moe": _mixture_of_qwen_moe,
+}
+_MIXTURE_TO = {
+    "mixtral": _mixtral_of,
+    "olmoe": _olmoe_of,
+    "qwen2_moe": _qwen2_moe_of,
+    "qwen3_moe": _qwen3_moe_of,
+}
 
 
 MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")

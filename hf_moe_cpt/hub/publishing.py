@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.folder_checks import check_checkpoint, published_files
+from hf_moe_cpt.hub.folder import check_checkpoint, published_files
 
 
 CARD = "README.md"

@@ -32,7 +32,7 @@ _TRAINER = Room(
 ROOMS = {
     "hf_moe_cpt": Room(ours=_EVERY_ROOM),
     "hf_moe_cpt.analysis": Room(others=("numpy", "safetensors", "torch", "tqdm")),
-    "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
+    "hf_moe_cpt.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
     "hf_moe_cpt.data": Room(
         ours=("hf_moe_cpt.extras",),
         others=("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),

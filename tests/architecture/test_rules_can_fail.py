@@ -53,7 +53,7 @@ CASES = [
     (
         import_rules.trainers_never_import_modeling_or_each_other,
         "trainers/surgery/a.py",
-        "from hf_moe_cpt.trainers.cpt.objective import x",
+        "from hf_moe_cpt.trainers.cpt.cpt_trainer import x",
         "trainers.cpt",
         "from hf_moe_cpt.trainers.instruments.meter import x",
     ),

@@ -1,15 +1,439 @@
-"""The corpus of a small installation written by hand, and of the real one with a small limit."""
+"""A stored corpus comes back as it was, or not at all.
+
+Copies and near copies: closed cases, and shingles against a set of word tuples.
+
+A user's own two folders of text.
+
+Code keeps its meaning and loses its English: judged by hand-written results, by `ast` and by `tokenize`.
+
+The corpus of a small installation written by hand, and of the real one with a small limit.
+
+English out of docstrings: hand-written texts, and `ast` as the judge of what a docstring is.
+
+A tokenizer trained on a few texts: nothing is lost, nothing is added, and it is the same on every run.
+"""
 
 import ast
+import io
+import json
 import random
+import subprocess
+import sys
 import sysconfig
+import textwrap
+import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from hf_moe_cpt.data.deduplication import shingles
-from hf_moe_cpt.data.python_corpus import build_python_corpus
-from hf_moe_cpt.data.python_files import installation_roots, list_files
+from hf_moe_cpt.data.python_corpus import (
+    SeenTexts,
+    build_python_corpus,
+    clean_paragraphs,
+    compiles,
+    contains_licence_text,
+    content_key,
+    cut_to_pieces,
+    description_body,
+    docstrings,
+    installation_roots,
+    is_english,
+    is_generated,
+    is_worth_learning,
+    list_files,
+    load_corpus,
+    load_folder_corpus,
+    positions_without_leaks,
+    save_corpus,
+    shingles,
+    strip_docstrings_and_comments,
+    topic_texts,
+    train_byte_level_bpe,
+)
+
+
+def rows_of(text: str) -> Dataset:
+    return Dataset.from_list([{"text": f"{text} ä", "path": "a.py"}] * 3)
+
+
+CORPUS = {
+    domain: {side: rows_of(f"{domain} {side}") for side in ("train", "held_out")} for domain in ("prose", "code")
+}
+
+
+def as_lists(corpus):
+    return {domain: {side: rows.to_list() for side, rows in sides.items()} for domain, sides in corpus.items()}
+
+
+def test_saved_corpus_comes_back(tmp_path):
+    save_corpus(CORPUS, tmp_path, "key")
+    loaded = load_corpus(tmp_path, "key")
+    assert as_lists(loaded) == as_lists(CORPUS)
+    assert list(loaded) == ["prose", "code"]
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_tokenised_copies_that_datasets_keeps_beside_the_text_do_no_harm(tmp_path):
+    save_corpus(CORPUS, tmp_path, "key")
+    load_corpus(tmp_path, "key")["code"]["train"].map(lambda row: {"length": len(row["text"])})
+    assert len(list((tmp_path / "key/code").iterdir())) == 3
+    assert as_lists(load_corpus(tmp_path, "key")) == as_lists(CORPUS)
+
+
+def test_unknown_key_gives_nothing(tmp_path):
+    assert load_corpus(tmp_path, "key") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest", "no manifest"])
+def test_damaged_corpus_is_not_used_and_can_be_replaced(tmp_path, damage):
+    save_corpus(CORPUS, tmp_path, "key")
+    file, manifest = tmp_path / "key/code/train.arrow", tmp_path / "key/manifest.json"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:-10])
+    elif damage == "flip":
+        file.write_bytes(content.replace(b"code train", b"code trairn"[:10]))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text(json.dumps([1]))
+    else:
+        manifest.unlink()
+    assert load_corpus(tmp_path, "key") is None
+    save_corpus(CORPUS, tmp_path, "key")
+    assert as_lists(load_corpus(tmp_path, "key")) == as_lists(CORPUS)
+
+
+def test_failed_saving_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(*_arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_moe_cpt.data.python_corpus._write_arrow", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_corpus(CORPUS, tmp_path, "key")
+    assert list(tmp_path.iterdir()) == []
+
+
+def words(start: int, stop: int) -> str:
+    return " ".join(f"word{number}" for number in range(start, stop))
+
+
+def test_content_key_ignores_case_and_white_space_only():
+    assert content_key("A  b\n") == content_key("a b")
+    assert content_key("a b") != content_key("ab")
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=30))
+def test_shingles_count_the_distinct_n_grams(text: list[str]):
+    expected = {tuple(text[start : start + 3]) for start in range(len(text) - 2)}
+    assert len(shingles(" ".join(text), words_per_shingle=3, keep_one_in=1)) == len(expected)
+
+
+def test_thinning_keeps_the_same_shingles_everywhere():
+    whole, part = shingles(words(0, 3000)), shingles(words(500, 1500))
+    assert set(part.tolist()) <= set(whole.tolist())
+    assert len(whole) == pytest.approx(3000 / 4, rel=0.1)
+
+
+def test_shingles_are_the_same_in_another_process():
+    command = "from hf_moe_cpt.data.python_corpus import shingles; print(shingles('a b c d e', 2, 1).tolist())"
+    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str(shingles("a b c d e", 2, 1).tolist())
+
+
+def test_overlap_is_the_share_of_the_new_text_seen_before():
+    seen = SeenTexts()
+    assert seen.overlap(shingles(words(0, 2000))) == 0.0
+    seen.add(shingles(words(0, 2000)))
+    assert seen.overlap(shingles(words(0, 2000))) == 1.0
+    assert seen.overlap(shingles(words(1000, 3000))) == pytest.approx(0.5, abs=0.05)
+    assert seen.overlap(np.empty(0, dtype=np.uint64)) == 0.0
+
+
+def test_add_exact_says_whether_a_text_is_new():
+    seen = SeenTexts()
+    assert [seen.add_exact(text) for text in ("a b", "A B ", "a c")] == [True, False, True]
+
+
+def test_a_held_out_text_spread_over_several_train_texts_is_a_leak():
+    held_out = [shingles(words(0, 1000)), shingles(words(5000, 6000)), shingles(words(7000, 8000))]
+    train = [shingles(words(0, 500)), shingles(words(500, 3000)), shingles(words(7970, 9000))]
+    assert positions_without_leaks(held_out, train) == [1, 2]
+    assert positions_without_leaks(held_out, train, largest_overlap=0.0) == [1]
+    assert positions_without_leaks(held_out, train, largest_overlap=1.0) == [0, 1, 2]
+
+
+def test_largest_overlap_is_a_share():
+    with pytest.raises(ValueError, match=r"largest_overlap=1.5 is a share: pass a number in \[0, 1\]"):
+        positions_without_leaks([], [], largest_overlap=1.5)
+
+
+def text_of(seed: int, characters: int = 30_000) -> str:
+    rng = random.Random(seed)
+    lines = (" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(10)) for _ in range(characters // 60 + 1))
+    return "\n".join(lines)
+
+
+def write(root, folder: str, *texts: str) -> None:
+    (root / folder).mkdir(parents=True)
+    for number, text in enumerate(texts):
+        (root / folder / f"{number}.txt").write_text(text)
+
+
+def test_two_folders_become_two_domains_in_the_order_of_their_names(tmp_path):
+    write(tmp_path, "2-code", *(text_of(seed, 9_000) for seed in range(10)))
+    (tmp_path / "1-wiki").mkdir()
+    rows = [json.dumps({"text": text_of(seed, 9_000)}) for seed in range(20, 30)]
+    (tmp_path / "1-wiki/wiki.jsonl").write_text("\n".join(rows) + "\n")
+    corpus = load_folder_corpus(tmp_path, held_out_fraction=0.2)
+    assert list(corpus) == ["1-wiki", "2-code"]
+    for sides in corpus.values():
+        assert (len(sides["train"]), len(sides["held_out"])) == (8, 2)
+        assert not set(sides["train"]["text"]) & set(sides["held_out"]["text"])
+
+
+def test_old_comes_before_new(tmp_path):
+    write(tmp_path, "new", text_of(1))
+    write(tmp_path, "old", text_of(2))
+    assert list(load_folder_corpus(tmp_path, held_out_fraction=0.3)) == ["old", "new"]
+
+
+def test_split_does_not_depend_on_file_names(tmp_path):
+    texts = [text_of(seed, 5_000) for seed in range(10)]
+    sides = []
+    for root, order in ((tmp_path / "a", texts), (tmp_path / "b", texts[::-1])):
+        write(root, "1", *order)
+        write(root, "2", text_of(77))
+        sides.append(set(load_folder_corpus(root, held_out_fraction=0.3)["1"]["held_out"]["text"]))
+    assert sides[0] == sides[1]
+
+
+def test_copies_count_once(tmp_path):
+    texts = [text_of(seed, 5_000) for seed in range(10)]
+    write(tmp_path, "1", *texts, *(text + "\nend" for text in texts))
+    write(tmp_path, "2", text_of(77))
+    corpus = load_folder_corpus(tmp_path, held_out_fraction=0.3)["1"]
+    assert len(corpus["train"]) + len(corpus["held_out"]) <= 10
+
+
+@given(st.text(alphabet="ab\n", max_size=80), st.integers(1, 20))
+def test_pieces_are_short_and_lose_nothing(text: str, longest: int):
+    pieces = cut_to_pieces(text, longest)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= longest
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    {
+        "none": ((), r"has 0 subfolders .*the older first by name"),
+        "three": (("a", "b", "c"), r"has 3 subfolders \(a, b, c\)"),
+    }.values(),
+)
+def test_other_than_two_folders_are_refused(tmp_path, folders, message):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_folder_corpus(tmp_path)
+
+
+def test_missing_and_small_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no folder: give a folder with two subfolders"):
+        load_folder_corpus(tmp_path / "absent")
+    with pytest.raises(ValueError, match="held_out_fraction=0.0 must lie between 0 and 1"):
+        load_folder_corpus(tmp_path, held_out_fraction=0.0)
+    write(tmp_path, "1", "too short")
+    write(tmp_path, "2", text_of(2))
+    with pytest.raises(ValueError, match="holds 9 characters of text and a domain needs 20000: add files"):
+        load_folder_corpus(tmp_path)
+
+
+def test_folders_of_tokens_or_of_copies_are_refused(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/tokens.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    write(tmp_path, "2", text_of(2))
+    with pytest.raises(ValueError, match="holds tokens and not text"):
+        load_folder_corpus(tmp_path)
+    write(tmp_path / "other", "1", text_of(1, 9_900), text_of(1, 9_900), text_of(1, 9_900))
+    write(tmp_path / "other", "2", text_of(2))
+    with pytest.raises(ValueError, match="leaves no text for train once copies are dropped"):
+        load_folder_corpus(tmp_path / "other")
+
+
+SOURCE = '''\
+#!/usr/bin/env python
+# Copyright (c) 2001 Somebody. All rights reserved.
+"""Module text."""
+
+import os  # why
+
+
+# about SIZE
+SIZE = 3
+
+
+"""A string used as a comment
+over two lines."""
+
+
+def shout(text, mark="#"):  # signature
+    """Docs with "quotes" and a # sign."""
+    # inside
+    url = 'http://x/#anchor'  # tail # twice
+    table = """
+# kept: this is data
+"""
+    return f"{text}#{mark}" + url + table
+
+
+class Empty(Exception):
+    """Nothing but this."""
+
+
+def one_line(): "doc"
+
+
+def two(): """doc"""; return 2
+'''
+STRIPPED = '''\
+import os
+
+
+SIZE = 3
+
+
+def shout(text, mark="#"):
+    url = 'http://x/#anchor'
+    table = """
+# kept: this is data
+"""
+    return f"{text}#{mark}" + url + table
+
+
+class Empty(Exception):
+    pass
+
+
+def one_line(): pass
+
+
+def two(): pass; return 2
+'''
+
+
+def strip(source: str) -> str | None:
+    return strip_docstrings_and_comments(source, ast.parse(source))
+
+
+def dump_without_texts(source: str) -> str:
+    """What `ast` sees of a source, less its bare strings and `pass`: an independent measure of what the code does."""
+
+    class Remover(ast.NodeTransformer):
+        def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+            return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+        def visit_Pass(self, node: ast.Pass) -> None:
+            return None
+
+    return ast.dump(Remover().visit(ast.parse(source)))
+
+
+def comments_of(source: str) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+def test_stripped_source_is_the_one_written_by_hand():
+    assert strip(SOURCE) == STRIPPED
+
+
+def test_stripped_module_does_the_same():
+    namespaces = [{}, {}]
+    for source, namespace in zip((SOURCE, strip(SOURCE)), namespaces, strict=True):
+        exec(source, namespace)
+    assert namespaces[0]["shout"]("a") == namespaces[1]["shout"]("a")
+    assert namespaces[1]["shout"].__doc__ is None
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    {
+        "docstring after non-ascii on its line": ("def ä(): 'ö'\n", "def ä(): pass\n"),
+        "second string becomes no docstring": ('"""one"""\n"""two"""\nx = 1\n', "x = 1\n"),
+        "comment inside brackets": ("x = [1,  # one\n     # two\n     2]\n", "x = [1,\n     2]\n"),
+        "hash in every kind of string": (
+            "x = ['#', \"#\", '''#''', \"\"\"#\"\"\", rb'\\#', '\\'#']\n",
+            "x = ['#', \"#\", '''#''', \"\"\"#\"\"\", rb'\\#', '\\'#']\n",
+        ),
+        "quote in a comment": ("x = 1  # don't\ny = '#'  # isn't\n", "x = 1\ny = '#'\n"),
+        "empty lines of a string stay": ('x = """a\n\n\n\n\n\nb"""\n', 'x = """a\n\n\n\n\n\nb"""\n'),
+        "gap of many empty lines": ("x = 1\n\n\n\n\n\ny = 2\n", "x = 1\n\n\ny = 2\n"),
+        "two strings on one line": ("if x:\n    'a'; 'b'\n", "if x:\n    pass; pass\n"),
+        "handlers and cases": (
+            "try:\n    'a'\nexcept E:\n    'b'\nmatch x:\n    case 1:\n        'c'\n",
+            "try:\n    pass\nexcept E:\n    pass\nmatch x:\n    case 1:\n        pass\n",
+        ),
+    }.values(),
+)
+def test_edges_of_stripping(source: str, expected: str):
+    assert strip(source) == expected
+
+
+def test_standard_library_keeps_its_syntax_tree_and_loses_its_comments():
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(folder.glob("*.py"))[::6] + sorted(folder.glob("asyncio/*.py"))[::4]
+    checked = 0
+    for path in paths:
+        source = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+        code = strip(source)
+        if code is None:
+            continue
+        assert dump_without_texts(code) == dump_without_texts(source), path.name
+        assert comments_of(code) == [], path.name
+        checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("code, expected", {"fine": ("x = 1\n", True), "open": ("x = (\n", False)}.values())
+def test_compiles(code: str, expected: bool):
+    assert compiles(code) is expected
+
+
+def test_code_that_no_longer_compiles_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_moe_cpt.data.python_corpus._without_comments", lambda source: source + "(")
+    assert strip("x = 1\n") is None
+
+
+def test_tables_fragments_and_minified_code_are_not_worth_learning():
+    function = textwrap.dedent("""
+        def area_of(width, height):
+            if width < 0 or height < 0:
+                raise ValueError("negative side")
+            return width * height
+    """)
+    assert is_worth_learning(function * 5)
+    assert not is_worth_learning(function)
+    assert not is_worth_learning("table = [\n" + "    0x00, 0x01, 0x1f, 12, 13,\n" * 50 + "]\n")
+    assert not is_worth_learning(function * 5 + "x = '" + "word " * 100 + "'\n")
+    assert not is_worth_learning("value = first_name(argument) + second_name(argument)".ljust(110, "x") + "\n" * 1)
+
+
+@pytest.mark.parametrize(
+    "opening, expected",
+    {
+        "protobuf": ("# Generated by the protocol buffer compiler.  DO NOT EDIT!\n", True),
+        "marker": ("# @generated\n", True),
+        "sphinx": ("# Autogenerated by Sphinx on Mon\n", True),
+        "generator": ("def numbers():\n    '''A generator of numbers.'''\n", False),
+    }.values(),
+)
+def test_generated_files_say_so(opening: str, expected: bool):
+    assert is_generated(opening) is expected
 
 
 SIDES = ("train", "held_out")
@@ -202,3 +626,173 @@ def test_real_standard_library():
         ast.parse(code)
     words = " ".join(corpus["prose"]["train"]["text"]).lower().split()
     assert words.count("the") / len(words) > 0.03  # 0.05 to 0.07 in edited English
+
+
+SOURCE_PYTHON_PROSE = '''\
+# "no docstring"
+"""First line.
+
+    Indented detail.
+"""
+TEXT = """
+class Fake:
+    "not a docstring, but data"
+"""
+
+
+class Real:  # "comment"
+    r"""A class\\d."""
+
+    def method(self, text="x:"):
+
+        # a comment first
+        \'\'\'One "quoted"\\tword.\'\'\'
+        return {"key": "a value"}, text
+'''
+
+
+def docstrings_by_ast(source: str) -> list[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
+
+
+def test_docstrings_are_found_dedented_and_unescaped():
+    assert docstrings(SOURCE_PYTHON_PROSE) == [
+        "First line.\n\nIndented detail.",
+        "A class\\d.",
+        'One "quoted"    word.',
+    ]
+    assert docstrings(SOURCE_PYTHON_PROSE) == docstrings_by_ast(SOURCE_PYTHON_PROSE)
+
+
+def test_docstrings_of_the_standard_library_are_those_of_ast():
+    folder = Path(sysconfig.get_path("stdlib"))
+    found = expected = common = 0
+    for path in sorted(folder.glob("*.py"))[::5]:
+        source = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+        ours, theirs = docstrings(source), docstrings_by_ast(source)
+        found, expected = found + len(ours), expected + len(theirs)
+        common += len(set(ours) & set(theirs)) + len(theirs) - len(set(theirs))
+    assert expected > 300
+    assert common >= 0.995 * expected and found <= 1.005 * expected
+
+
+def test_cleaning_keeps_sentences_and_drops_code():
+    text = (
+        "Return the mean of the values.\n\n"
+        "Parameters\n----------\nvalues : list of float\n    The numbers to take the mean of.\n\n"
+        ">>> mean([1, 2, 3])\n2\n\n"
+        "```python\nmean([1, 2, 3]) is a call of the function\n```\n\n"
+        "An example follows::\n\n    this indented block would be words too\n\n"
+        "x = {k: v[0] for (k, v) in a.items() if v[1] != '(%s)' % k}\n\n"
+        "Licensed under the Apache License, Version 2.0.\n\n"
+        "The empty list has no mean, and is refused.\n"
+    )
+    assert clean_paragraphs(text) == [
+        "Return the mean of the values.",
+        "Parameters\nvalues : list of float\n    The numbers to take the mean of.",
+        "An example follows::",
+        "The empty list has no mean, and is refused.",
+    ]
+
+
+def test_short_text_gives_nothing():
+    assert clean_paragraphs("Return x.") == []
+
+
+@pytest.mark.parametrize(
+    "paragraph, expected",
+    {
+        "sentence": ("Wait until the lock is free, then take it.", True),
+        "other language": ("Die Größe der Fläche wird in Pixeln gezählt.", True),
+        "figures": ("0.1 0.2 0.3 | 0.4 0.5 | 1e-3 2e-3", False),
+        "doctest": (">>> print the words of this line", False),
+        "call": ("result = f(a[0], b[1])(c)  # {0: 1}", False),
+    }.values(),
+)
+def test_is_english(paragraph: str, expected: bool):
+    assert is_english(paragraph) is expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    {
+        "wrapped over lines": ("Permission is hereby\n  granted, free of charge, to any person", True),
+        "copyright": ("Copyright (c) 2020 The Authors", True),
+        "licence by name": ("see the BSD 3-clause license for details", True),
+        "spdx": ("SPDX-License-Identifier: MIT", True),
+        "permission of a file": ("Return the permission bits of the file.", False),
+        "a function about licences": ("Show the licence page of the wizard.", False),
+    }.values(),
+)
+def test_contains_licence_text(text: str, expected: bool):
+    assert contains_licence_text(text) is expected
+
+
+def test_topics_and_descriptions():
+    assert topic_texts(ast.parse("topics = {'if': 'The if statement', 'n': 3}\n")) == {"if": "The if statement"}
+    assert topic_texts(ast.parse("other = 3\n")) == {}
+    assert description_body("Name: x\nVersion: 1\n\nWhat x is.\n\nMore.\n") == "What x is.\n\nMore.\n"
+    assert description_body("Name: x\n") == ""
+
+
+TEXTS = ["def area(width, height):\n    return width * height\n", "The area is the width times the height.\n"] * 20
+SOME_VOCABULARY = 280
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_byte_level_bpe(TEXTS, SOME_VOCABULARY, model_max_length=64, progress=False)
+
+
+@given(st.text(max_size=60))
+def test_every_text_comes_back(tokenizer, text: str):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_special_tokens_have_fixed_places_and_are_not_added(tokenizer):
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|pad|>", 1)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("area")["input_ids"]) == ["are", "a"]
+    assert tokenizer("<|endoftext|>")["input_ids"] == [0]
+    assert tokenizer.decode(tokenizer("area<|endoftext|>")["input_ids"], skip_special_tokens=True) == "area"
+
+
+def test_words_numbers_and_indentation_are_cut_apart(tokenizer):
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("if x12345:\n        return it's")
+    shown = [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in pieces]
+    assert shown == ["if", " x", "123", "45", ":\n", "       ", " return", " it", "'s"]
+
+
+def test_two_trainings_give_the_same_tokenizer(tokenizer):
+    again = train_byte_level_bpe(iter(TEXTS), SOME_VOCABULARY, progress=False)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_vocabulary_is_as_large_as_asked_or_as_the_texts_allow(tokenizer):
+    assert len(tokenizer) == SOME_VOCABULARY
+    assert 258 < len(train_byte_level_bpe(TEXTS, 5000, progress=False)) < 5000
+
+
+def test_saved_tokenizer_is_loaded_by_transformers(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "  The height,\n\n\twidth ² and 中文  \n"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert (loaded.model_max_length, loaded.eos_token_id, loaded.pad_token_id) == (64, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "texts, vocab_size, length, message",
+    {
+        "no room for bytes": (TEXTS, 257, 8, "vocab_size=257 has no room for 256 bytes and 2 special tokens"),
+        "no text": (["", ""], 300, 8, "there is no text to train the tokenizer on"),
+        "no length": (TEXTS, 300, 0, "model_max_length=0 must be at least 1 token"),
+    }.values(),
+)
+def test_bad_arguments_are_refused__tokenizer_training(texts, vocab_size, length, message):
+    with pytest.raises(ValueError, match=message):
+        train_byte_level_bpe(texts, vocab_size, model_max_length=length, progress=False)

@@ -43,7 +43,7 @@ class SourceFile:
 
     @property
     def module(self) -> str:
-        """Dotted name it is imported as, such as "hf_moe_cpt.trainers.cpt.objective"."""
+        """Dotted name it is imported as, such as "hf_moe_cpt.trainers.cpt.cpt_trainer"."""
         folder, _, rest = self.path.partition("/")
         parts = [PACKAGE_OF_FOLDER[folder], *rest.removesuffix(".py").split("/")]
         return ".".join(parts).removesuffix(".__init__")

@@ -8,8 +8,8 @@ an error: then a person could misread it too.
 import re
 from functools import lru_cache
 
-from hf_moe_cpt.data.surgery_bench_grammar import Attribute, Kind, own_slot
-from hf_moe_cpt.data.surgery_bench_world import HUB_KINDS, KINDS
+from hf_moe_cpt.data.surgery_bench.templates import Attribute, Kind, own_slot
+from hf_moe_cpt.data.surgery_bench.world import HUB_KINDS, KINDS
 
 
 ALL_KINDS = KINDS | HUB_KINDS

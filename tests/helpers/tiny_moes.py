@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_moe_cpt.trainers.surgery.routers import find_routers
+from hf_moe_cpt.trainers.surgery.experts import find_routers
 from tests.helpers.tiny_models import SIZES, VOCABULARY, tiny_model
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from hf_moe_cpt.scripts.quickstart_data import prepare_data
-from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
-from hf_moe_cpt.scripts.quickstart_plan import Scale, make_plan
-from hf_moe_cpt.scripts.quickstart_stage import run_stage
+from hf_moe_cpt.evaluation.resumable import QuickstartFolder
+from hf_moe_cpt.quickstart import Scale, make_plan, prepare_data, run_stage
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.loopback_hub import WRITER, LoopbackHub
 from tests.helpers.source_tree import PROJECT

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.hub.cards import Told, build_card, check_metadata, count_parameters, is_generated
 from hf_moe_cpt.scripts.card import main
-from hf_moe_cpt.scripts.example_cards import RUNS
+from tests.helpers.example_cards import RUNS
 from tests.helpers.source_tree import PROJECT
 from tests.hub.conftest import log_of
 

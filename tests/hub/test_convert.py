@@ -9,8 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hf_moe_cpt.hub.convert import convert
-from hf_moe_cpt.hub.convert_families import FAMILIES
+from hf_moe_cpt.hub.convert import FAMILIES, convert
 from hf_moe_cpt.scripts.convert import main
 from tests.helpers.hub_checkpoints import biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.tolerances import assert_matches

@@ -5,9 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_moe_cpt.kernels import logit_blocks, sinkhorn
+from hf_moe_cpt.kernels import sinkhorn
+from hf_moe_cpt.kernels import sinkhorn as logit_blocks
 from hf_moe_cpt.kernels.sinkhorn import plain_sinkhorn_plan, sinkhorn_plan
-from hf_moe_cpt.modeling import routers_cpt_moe
+from hf_moe_cpt.modeling import modeling_cpt_moe as routers_cpt_moe
 from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
 from tests.helpers.tolerances import assert_matches
 

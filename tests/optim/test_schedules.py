@@ -1,6 +1,13 @@
-"""Schedules against the paper's values, transformers' cosine and torch's annealing, and their own limits."""
+"""The printed schedule tells the numbers of the schedule itself, and the manual's example runs.
+
+Schedules against the paper's values, transformers' cosine and torch's annealing, and their own limits.
+
+The LambdaLR around the schedules: values, state, resuming with the same and with other arguments.
+"""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +20,87 @@ from hf_moe_cpt.optim.schedules import (
     DEFAULT_PHASES,
     SCHEDULES,
     Phases,
+    build_lr_scheduler,
     check_schedule,
     cosine,
     cosine_inf,
     default_phases,
+    describe_schedule,
     inv_sqrt_inf,
     learning_rate_at,
     phase_at,
+    schedule_curve,
 )
+
+
+PAPER = {
+    "schedule": "cosine_inf",
+    "num_steps": 192_720,
+    "phases": DEFAULT_PHASES["scratch"],
+    "max_lr": 3e-4,
+    "constant_lr": 1.65e-4,
+    "min_lr": 3e-5,
+}
+
+
+def rows_of(text):
+    table = text.split("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table}
+
+
+def test_table_has_steps_tokens_and_rates_of_each_phase():
+    rows = rows_of(describe_schedule(**PAPER, tokens_per_step=2_097_152))
+    assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
+    assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
+    assert rows["total"][-3:-2] == ["404,163,133,440"]
+
+
+def test_tokens_and_empty_phases_are_left_out():
+    rows = rows_of(describe_schedule(**{**PAPER, "phases": DEFAULT_PHASES["constant"]}))
+    assert set(rows) == {"phase", "constant", "anneal", "total"}
+    assert "tokens" not in rows["phase"]
+
+
+def test_plot_columns_rise_and_fall_with_the_rate():
+    text = describe_schedule(**{**PAPER, "phases": Phases(0.5, 0.0, 0.0, 0.5)}, width=41, height=6)
+    plot = [line[11:] for line in text.splitlines() if "┤" in line]
+    heights = [sum(8 if line[i] == "█" else " ▁▂▃▄▅▆▇".index(line[i]) for line in plot) for i in range(41)]
+    assert len(plot) == 6 and heights[0] == 0 and max(heights) == heights[20] == 48
+    assert heights[:21] == sorted(heights[:21]) and heights[20:] == sorted(heights[20:], reverse=True)
+
+
+def test_curve_hits_phase_boundaries_and_equals_the_schedule():
+    curve = schedule_curve(**PAPER, num_points=50)
+    assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
+    assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
+    settings = {name: value for name, value in PAPER.items() if name != "schedule"}
+    assert curve.rates == [cosine_inf(step, **settings) for step in curve.steps]
+
+
+def test_one_step_run_can_be_described():
+    assert "1 steps" in describe_schedule(**{**PAPER, "num_steps": 1})
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="without steps"):
+        describe_schedule(**{**PAPER, "num_steps": 0})
+
+
+def test_examples_of_the_manual_run(tmp_path, monkeypatch, capsys):
+    manual = Path(__file__).parents[2] / "docs" / "schedules.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, str(manual), "exec"), {})
+    assert "156,103" in capsys.readouterr().out
+    assert (tmp_path / "schedule.svg").stat().st_size > 1_000
 
 
 MAX, CONST, MIN = 3e-4, 1.65e-4, 3e-5
 PAPER_STEPS = 192_720
 SCRATCH = DEFAULT_PHASES["scratch"]
-PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+PAPER_SCHEDULES = {"num_steps": PAPER_STEPS, "phases": SCRATCH, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
 
 
 def fraction(share):
@@ -50,22 +124,22 @@ def test_phase_ends_are_rounded_half_up_and_lose_no_step():
     [(0.01, 3.0e-4), (0.20, 2.77e-4), (0.36, 2.325e-4), (0.50, 1.93e-4), (0.90, 7.36e-5), (1.0, 3.0e-5)],
 )
 def test_paper_check_values(share, want):
-    got = cosine_inf(fraction(share), **PAPER)
+    got = cosine_inf(fraction(share), **PAPER_SCHEDULES)
     assert got == pytest.approx(want, rel=2e-3)  # the sheet gives three digits
 
 
 def test_constant_phase_is_exact():
-    assert {cosine_inf(step, **PAPER) for step in range(136_831, 156_103, 97)} == {CONST}
+    assert {cosine_inf(step, **PAPER_SCHEDULES) for step in range(136_831, 156_103, 97)} == {CONST}
 
 
 def test_warmup_is_linear_from_zero():
-    assert cosine_inf(0, **PAPER) == 0.0
-    assert cosine_inf(1_000, **PAPER) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
-    assert cosine_inf(1_927, **PAPER) == MAX
+    assert cosine_inf(0, **PAPER_SCHEDULES) == 0.0
+    assert cosine_inf(1_000, **PAPER_SCHEDULES) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
+    assert cosine_inf(1_927, **PAPER_SCHEDULES) == MAX
 
 
 def test_anneal_multiplies_by_the_same_factor_every_step():
-    rates = [cosine_inf(step, **PAPER) for step in range(160_000, 160_050)]
+    rates = [cosine_inf(step, **PAPER_SCHEDULES) for step in range(160_000, 160_050)]
     ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
     assert ratios == pytest.approx([(MIN / CONST) ** (1 / 36_617)] * len(ratios), rel=1e-12)
 
@@ -161,7 +235,7 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
 
 @pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf"])
 def test_phases_join_without_a_jump(schedule):
-    settings = {**PAPER, "schedule": schedule, "num_steps": 10**8}
+    settings = {**PAPER_SCHEDULES, "schedule": schedule, "num_steps": 10**8}
     for end in SCRATCH.boundaries(10**8):
         before, after = (learning_rate_at(step, **settings) for step in (end - 1, end))
         assert after == pytest.approx(before, rel=2e-6)
@@ -189,7 +263,7 @@ def test_phase_names():
 )
 def test_refusals_name_field_value_and_remedy(change, text):
     with pytest.raises(ValueError, match=text):
-        check_schedule(**{"schedule": "cosine_inf", **PAPER, **change})
+        check_schedule(**{"schedule": "cosine_inf", **PAPER_SCHEDULES, **change})
 
 
 def test_phases_must_be_fractions_that_sum_to_one():
@@ -199,3 +273,89 @@ def test_phases_must_be_fractions_that_sum_to_one():
         Phases(0.2, 0.5, 0.5, -0.2)
     with pytest.raises(ValueError, match=r"'warm' is unknown: choose one of scratch, constant, decayed"):
         default_phases("cosine_inf", "warm")
+
+
+RATES = {"max_lr": 3e-4, "constant_lr": 1.65e-4, "min_lr": 3e-5}
+
+
+def build(schedule="cosine_inf", num_steps=40, lr=3e-4, **rates):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=lr)
+    settings = {"schedule": schedule, "num_steps": num_steps, "phases": default_phases(schedule, "scratch")}
+    return weight, optimizer, build_lr_scheduler(optimizer, **settings, **{**RATES, **rates})
+
+
+def train(weight, optimizer, scheduler, steps):
+    rates = []
+    for _ in range(steps):
+        weight.grad = weight.detach().clone()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_update_k_uses_the_rate_at_step_k_minus_one(schedule):
+    got = train(*build(schedule), steps=45)
+    settings = {"schedule": schedule, "num_steps": 40, "phases": default_phases(schedule, "scratch"), **RATES}
+    assert got == pytest.approx([learning_rate_at(step, **settings) for step in range(45)], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 17, 39])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tmp_path):
+    whole_weight, *whole = build()
+    want = train(whole_weight, *whole, steps=40)
+    weight, optimizer, scheduler = build()
+    first = train(weight, optimizer, scheduler, steps=stop)
+    torch.save((weight, optimizer.state_dict(), scheduler.state_dict()), tmp_path / "state.pt")
+    saved_weight, saved_optimizer, saved_scheduler = torch.load(tmp_path / "state.pt", weights_only=True)
+    weight, optimizer, scheduler = build()
+    weight.data.copy_(saved_weight)
+    optimizer.load_state_dict(saved_optimizer)
+    scheduler.load_state_dict(saved_scheduler)
+    assert first + train(weight, optimizer, scheduler, steps=40 - stop) == want
+    assert torch.equal(weight, whole_weight)
+
+
+def test_changed_arguments_take_effect_on_resume():
+    weight, optimizer, scheduler = build()
+    train(weight, optimizer, scheduler, steps=20)
+    optimizer_state, state = optimizer.state_dict(), scheduler.state_dict()
+    assert set(state) == {"last_epoch", "_step_count"}
+    weight, optimizer, scheduler = build(num_steps=80, lr=6e-4, max_lr=6e-4)
+    optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(state)
+    changed = {"num_steps": 80, **RATES, "max_lr": 6e-4}
+    want = [
+        learning_rate_at(step, schedule="cosine_inf", phases=default_phases("cosine_inf", "scratch"), **changed)
+        for step in range(20, 80)
+    ]
+    assert scheduler.get_last_lr() == pytest.approx(want[:1], rel=1e-12)
+    assert train(weight, optimizer, scheduler, steps=60) == pytest.approx(want, rel=1e-12)
+
+
+def test_tensor_learning_rate_is_updated_in_place():
+    weight, optimizer, scheduler = build(lr=torch.tensor(3e-4))
+    rate = optimizer.param_groups[0]["lr"]
+    scheduler.load_state_dict({"last_epoch": 30})
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(float(scheduler.get_last_lr()[0]), rel=1e-6)
+    assert 0 < float(rate) < 3e-4
+
+
+def test_groups_keep_their_proportion():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (3e-4, 3e-5)]
+    optimizer = torch.optim.AdamW(groups)
+    phases = default_phases("cosine_inf", "scratch")
+    scheduler = build_lr_scheduler(optimizer, schedule="cosine_inf", num_steps=40, phases=phases, **RATES)
+    for _ in range(25):
+        optimizer.step()
+        scheduler.step()
+    first, second = scheduler.get_last_lr()
+    assert second == pytest.approx(first / 10, rel=1e-12)
+
+
+def test_bad_arguments_are_refused_before_the_optimizer_is_touched():
+    with pytest.raises(ValueError, match="without steps"):
+        build(num_steps=0)

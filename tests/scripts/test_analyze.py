@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_moe_cpt.routing.compare import named_checkpoints, named_texts, training_curves
 from hf_moe_cpt.scripts.analyze import main
-from hf_moe_cpt.scripts.analyze_log import training_curves
-from hf_moe_cpt.scripts.analyze_work import named_checkpoints, named_texts
 from tests.helpers.cpt_runs import trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python
 from tests.helpers.tiny_models import tiny_model
@@ -101,9 +100,7 @@ def test_the_numbers_are_those_of_recorded_logits(alone, models, texts):
 
 def test_tables_are_printed_and_finished_work_is_not_done_again(alone, models, texts, capsys, monkeypatch):
     before = _analysis(alone)
-    module = importlib.import_module(
-        "hf_moe_cpt.analysis.collect_routing"
-    )  # the package has its function by that name
+    module = importlib.import_module("hf_moe_cpt.routing.trace")  # the package has its function by that name
     monkeypatch.setattr(module, "_trace_shard", None)  # would be called to trace anything
     main(_arguments(models, texts, alone))
     assert _analysis(alone) == before

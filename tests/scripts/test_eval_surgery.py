@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.data.surgery_bench import SurgeryBench
-from hf_moe_cpt.data.surgery_bench_questions import QUIZ_TEMPLATE
-from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
-from hf_moe_cpt.scripts import eval_surgery_work
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
+from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench.text import QUIZ_TEMPLATE
+from hf_moe_cpt.evaluation import surgery as eval_surgery_work
 from hf_moe_cpt.scripts.eval_surgery import main
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python
 from tests.helpers.tiny_models import tiny_model
@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_p
     program = (
         "import os, signal, sys\n"
         "from hf_moe_cpt.scripts.eval_surgery import main\n"
-        "from hf_moe_cpt.scripts.eval_surgery_folder import SurgeryEvalFolder\n"
+        "from hf_moe_cpt.evaluation.resumable import SurgeryEvalFolder\n"
         "write, count = SurgeryEvalFolder.write, []\n"
         "def killed(folder, model, part, measurements):\n"
         "    count.append(part)\n"

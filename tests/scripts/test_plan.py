@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from hf_moe_cpt.analysis.training_memory import TrainingSetup
-from hf_moe_cpt.scripts import plan, plan_errors, plan_search, plan_table
-from hf_moe_cpt.scripts.bench_step_models import config_of
-from hf_moe_cpt.scripts.plan_model import measure_kept
-from hf_moe_cpt.scripts.plan_report import start_command
+from hf_moe_cpt.planning import plan as plan_errors
+from hf_moe_cpt.planning import plan as plan_search
+from hf_moe_cpt.planning import plan as plan_table
+from hf_moe_cpt.planning.memory import TrainingSetup, measure_kept
+from hf_moe_cpt.planning.plan import start_command
+from hf_moe_cpt.scripts import plan
+from hf_moe_cpt.scripts.benchmarks.step import config_of
 from tests.helpers.source_tree import PROJECT
 
 
@@ -44,8 +46,8 @@ def test_two_layers_stand_for_all_where_layers_are_equal() -> None:
 
 
 def test_the_table_of_speeds_is_what_its_script_writes() -> None:
-    committed = (PROJECT / "scripts/plan_speeds.py").read_text(encoding="utf-8")
-    assert committed == plan_table.table(BENCHMARKS), "run `python scripts/plan_table.py`"
+    committed = (PROJECT / "hf_moe_cpt/planning/plan.py").read_text(encoding="utf-8")
+    assert committed == plan_table.table(BENCHMARKS), "run `python hf_moe_cpt/planning/plan.py`"
 
 
 def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture) -> None:

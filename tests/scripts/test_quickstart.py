@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.analysis.report import format_cell
-from hf_moe_cpt.scripts import analyze, quickstart, quickstart_plan
-from hf_moe_cpt.scripts.quickstart_plan import Scale
-from hf_moe_cpt.scripts.quickstart_results import table_rows
-from hf_moe_cpt.scripts.quickstart_stage import BarCallback
+from hf_moe_cpt import quickstart as quickstart_plan
+from hf_moe_cpt.quickstart import BarCallback, Scale, table_rows
+from hf_moe_cpt.reports.tables import format_cell
+from hf_moe_cpt.scripts import analyze, quickstart
 
 
 STAGES = ["moe-pretrained", "dense-pretrained", "moe-replay-30", "moe-no-replay", "dense-replay-30", "dense-no-replay"]

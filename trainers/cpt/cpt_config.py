@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
-from hf_moe_cpt.trainers.instruments.fault_settings import FaultSettings
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultSettings
 
 
 PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
@@ -22,7 +22,7 @@ class CPTConfig(FaultSettings, TrainingArguments):
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
     every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting),
-    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.liger_switch`).
+    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.cpt_trainer`).
     """
 
     # --- the run: `max_steps` optimizer steps fix the token budget, whatever the replay ratio ---

@@ -1,10 +1,30 @@
-"""The trainer of continual pre-training: wiring of data, schedule, objective and instruments into Trainer.
+"""From what the user passed to what the Trainer iterates: tokenised, packed, mixed with replay. Source: ours.
+
+What continual pre-training minimises: the language-model loss and, once per optimizer batch, the router penalties.
+
+Our models put their penalties into `loss` with the right weight and report `lm_loss`, `aux_loss` and `z_loss` beside
+it. Other MoEs of transformers add `coef * aux_loss` to every micro-batch of every rank, and also while evaluating; the
+functions here take that back to once per batch and never in evaluation. Source: ours; the defect was measured.
+
+What a run starts from: the phase in which its checkpoint was saved, and that checkpoint's Adam moments.
+
+Every model that `CPTTrainer` saves carries `cpt_state.json`, a few facts about where on its schedule it stood. A later
+run reads them to decide whether to warm up again. Source: paper 1, sections 3.2 and 5.
+
+What happens at the edges of an optimizer step: clocks, expert loads, and a log wherever a checkpoint is saved.
+
+Whether a run uses Liger-Kernel: what `use_liger_kernel` means for a model, and what is refused. Source: ours.
+
+The trainer of continual pre-training: wiring of data, schedule, objective and instruments into Trainer.
 
 Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029); data law, schedules and metrics live in their own rooms.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import logging
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,34 +32,300 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import cached_file
 
-from hf_moe_cpt.analysis.forgetting import adaptation, forgetting
-from hf_moe_cpt.data.collate import stack_blocks
-from hf_moe_cpt.data.replay import SOURCES
+from hf_moe_cpt.data.packing import (
+    IGNORED_LABEL,
+    SOURCES,
+    PackedDataset,
+    ReplayMixture,
+    StreamingReplayMixture,
+    stack_blocks,
+)
+from hf_moe_cpt.data.text import tokenize_documents
+from hf_moe_cpt.extras import is_installed
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
+from hf_moe_cpt.routing.metrics import adaptation, forgetting
+from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
+from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
+from hf_moe_cpt.trainers.common.fault_tolerance import LossGuard, SurvivesFaults
+from hf_moe_cpt.trainers.common.hub_mixin import PublishedRun
+from hf_moe_cpt.trainers.common.metrics import (
+    HeldOutLoss,
+    LossTap,
+    MeanMeter,
+    SourceLosses,
+    ThroughputMeter,
+    flops_per_token,
+    shorten_console,
+    starting_losses,
+)
+from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
-from hf_moe_cpt.trainers.cpt.cpt_data import build_eval_dataset, build_train_dataset, check_model_fits
-from hf_moe_cpt.trainers.cpt.liger_switch import decide_liger
-from hf_moe_cpt.trainers.cpt.objective import corrected_loss, foreign_penalty, penalty_share, reported_terms
-from hf_moe_cpt.trainers.cpt.starting_point import detect_starting_phase, load_moments, write_state
-from hf_moe_cpt.trainers.cpt.step_callback import StepCallback
-from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_free_space, require_unused
-from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter
-from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
-from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
-from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, SourceLosses
-from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
-from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
-from hf_moe_cpt.trainers.instruments.progress import shorten_console
-from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
-from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
-from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
-from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
+
+
+class NumberedBlocks(TorchDataset):
+    """Blocks that carry their position as "block", so that each is counted once however it is batched."""
+
+    def __init__(self, blocks: PackedDataset) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.blocks[position], "block": position}
+
+
+def check_model_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: CPTConfig) -> None:
+    """Refuse a tokenizer with more tokens than the model, and blocks longer than its context."""
+    config = model.config.get_text_config()
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
+            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and args.max_length > context:
+        raise ValueError(
+            f"max_length={args.max_length} is longer than the model's context of {context} tokens: lower max_length."
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if args.packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
+        )
+
+
+def build_train_dataset(
+    args: CPTConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    new: Dataset | IterableDataset,
+    replay: Dataset | IterableDataset | None,
+) -> TorchDataset:
+    """The mixture of both sources, exactly `max_steps` optimizer batches long (endless when streaming)."""
+    _check_sources(args, new, replay)
+    global_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    with args.main_process_first(desc="tokenising"):
+        sources = [None if data is None else _tokenize(data, args, tokenizer, vocab_size) for data in (new, replay)]
+    common: dict[str, Any] = {
+        "replay_ratio": args.replay_ratio,
+        "batch_size": global_batch,
+        "num_batches": args.max_steps,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+    }
+    if isinstance(new, IterableDataset):
+        return StreamingReplayMixture(
+            *sources,
+            **common,
+            max_length=args.max_length,
+            packing=args.packing,
+            micro_batch_size=args.train_batch_size,
+            shuffle_buffer=args.shuffle_buffer,
+        )
+    packed = [None if data is None else PackedDataset(data, args.max_length, args.packing) for data in sources]
+    return ReplayMixture(*packed, **common)
+
+
+def build_eval_dataset(
+    args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, held_out: Dataset
+) -> NumberedBlocks:
+    """Held-out text packed like the training text, in its own order."""
+    if isinstance(held_out, IterableDataset):
+        raise ValueError(
+            "eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset."
+        )
+    with args.main_process_first(desc="tokenising held-out text"):
+        blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
+    return NumberedBlocks(blocks)
+
+
+def _tokenize(
+    data: Dataset | IterableDataset, args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> Dataset | IterableDataset:
+    return tokenize_documents(
+        data,
+        tokenizer,
+        text_column=args.text_column,
+        num_proc=args.dataset_num_proc,
+        add_eos=tokenizer is not None,
+        vocab_size=vocab_size,
+    )
+
+
+def _check_sources(args: CPTConfig, new: object, replay: object) -> None:
+    if args.replay_ratio > 0 and replay is None:
+        raise ValueError(
+            f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0."
+        )
+    if args.replay_ratio == 0 and replay is not None:
+        raise ValueError("replay_dataset without replay_ratio: set replay_ratio above 0, or leave replay_dataset out.")
+    for name, data in (("train_dataset", new), ("replay_dataset", replay)):
+        if data is not None and not isinstance(data, Dataset | IterableDataset):
+            raise ValueError(
+                f"{name} is a {type(data).__name__}: pass a datasets.Dataset or IterableDataset "
+                "(datasets.Dataset.from_dict({'text': [...]}) makes one from a list)."
+            )
+    if replay is not None and isinstance(new, IterableDataset) != isinstance(replay, IterableDataset):
+        raise ValueError("train_dataset and replay_dataset must both be streams, or both not: load them the same way.")
+
+
+def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Share in [0, 1] of the optimizer batch's predicted tokens that these labels (B, T) hold; 1 if it is unknown.
+
+    The shares of all micro-batches of all ranks sum to 1, so a penalty weighted by them counts once per batch.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return labels[..., 1:].ne(IGNORED_LABEL).sum() / num_items_in_batch
+
+
+def foreign_penalty(outputs: Any, coefficient: float) -> Tensor | None:
+    """The penalty that a model other than ours has added to `outputs.loss`, or None if it adds none.
+
+    coefficient: `router_aux_loss_coef` of its configuration.
+    """
+    if getattr(outputs, "lm_loss", None) is not None or not coefficient:
+        return None
+    aux_loss = getattr(outputs, "aux_loss", None)
+    return coefficient * aux_loss if isinstance(aux_loss, Tensor) else None
+
+
+def corrected_loss(loss: Tensor, penalty: Tensor, share: Tensor | float, loss_scale: float) -> Tensor:
+    """`loss`, which holds `loss_scale * penalty`, with the penalty weighted by `share` instead of 1."""
+    return loss + loss_scale * (share - 1.0) * penalty.to(loss.device)
+
+
+def reported_terms(outputs: Any) -> dict[str, Tensor]:
+    """The router losses of a forward pass that exist, detached: raw, before their coefficients."""
+    terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}
+    return {name: value.detach().float() for name, value in terms.items() if isinstance(value, torch.Tensor)}
+
+
+STATE_FILE = "cpt_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
+# Saved in this phase of a schedule -> the starting phase of a run that continues from it.
+CONTINUES_AS = {"warmup": "constant", "cooldown": "constant", "constant": "constant", "anneal": "decayed"}
+
+logger = logging.getLogger(__name__)
+
+
+def write_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Write `cpt_state.json` into a saved model."""
+    (Path(folder) / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_state(name_or_path: str) -> dict[str, Any] | None:
+    """The facts saved with a model, by folder or Hub id; None if it was not saved by `CPTTrainer`."""
+    try:
+        path = cached_file(
+            name_or_path,
+            STATE_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone since the model was loaded
+        return None
+    return None if path is None else json.loads(Path(path).read_text())
+
+
+def detect_starting_phase(name_or_path: str | None) -> str:
+    """ "scratch" without a checkpoint; else "constant" or "decayed", as the checkpoint says ("decayed" if silent)."""
+    if not name_or_path:
+        return "scratch"
+    state = read_state(name_or_path)
+    if state is None:
+        logger.info("%s does not say where its schedule stood: it counts as decayed and warms up again.", name_or_path)
+        return "decayed"
+    return CONTINUES_AS[state["phase"]]
+
+
+def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
+    """Give `optimizer` the moments saved in `checkpoint`; its learning rates and other settings stay as they are.
+
+    Raises ValueError if there are none, or if they belong to other parameters.
+    """
+    path = Path(checkpoint) / OPTIMIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"keep_optimizer_state: {str(checkpoint)!r} holds no {OPTIMIZER_FILE}. Start from a checkpoint-N folder "
+            "that was saved without save_only_model, or set keep_optimizer_state=False."
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    current = optimizer.state_dict()
+    shapes_now = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved["state"].items() if "exp_avg" in entry}
+    if len(shapes_saved) != len(shapes_now) or any(shapes_now[i] != shape for i, shape in shapes_saved.items()):
+        raise ValueError(
+            f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} "
+            f"against {len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+    logger.info("Adam moments of %d parameters carried over from %s.", len(shapes_now), path)
+
+
+class StepCallback(TrainerCallback):
+    """Tells the instruments where steps begin and end.
+
+    It also logs at every step that is saved: means between logs are not part of a checkpoint, so a resumed run has the
+    same log as an uninterrupted one only if no mean spans a checkpoint.
+    """
+
+    def __init__(self, throughput: ThroughputMeter, load_meter: ExpertLoadMeter | None) -> None:
+        self.throughput = throughput
+        self.load_meter = load_meter
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.throughput.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Close the step and log if it will be saved."""
+        self.throughput.end_step()
+        if self.load_meter is not None:
+            self.load_meter.end_step()
+        control.should_log = control.should_log or control.should_save
+        return control
+
+
+# Its entry in Liger's table is ours, and its fused head hands the losses of tokens on.
+OUR_MODEL_TYPE = "cpt_moe"
+
+
+def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
+    """True or False as asked for; unset: on for a `cpt_moe` on one CUDA device per process, if Liger is installed.
+
+    Several devices in one process (`DataParallel`) copy a model, and Liger's methods stay with the original. Raises
+    ValueError where another model's loss would be fused into its head.
+    """
+    is_ours = model.config.get_text_config().model_type == OUR_MODEL_TYPE
+    if args.use_liger_kernel is None:
+        return is_ours and args.device.type == "cuda" and args.n_gpu == 1 and is_installed("liger_kernel")
+    is_head_fused = (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    if args.use_liger_kernel and is_head_fused and not is_ours:
+        raise ValueError(
+            "use_liger_kernel fuses the loss into the output head, where losses per source cannot be seen: set "
+            'liger_kernel_config={"fused_linear_cross_entropy": False}.'
+        )
+    return args.use_liger_kernel
 
 
 class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):

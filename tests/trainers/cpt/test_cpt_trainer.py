@@ -1,17 +1,37 @@
-"""What a run logs, learns, saves and refuses, for models of ours and of transformers."""
+"""What a run logs, learns, saves and refuses, for models of ours and of transformers.
+
+When a run uses Liger-Kernel, and that a run with it logs and learns what a run without it does.
+
+The router penalty counts once per optimizer batch and never in evaluation, in models of ours and of transformers.
+
+All blocks are alike, so the penalty of a micro-batch is that of the whole batch and any way of splitting must agree.
+
+Which checkpoints warm up again, and Adam moments that travel to the next run.
+"""
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.cpt.starting_point import read_state
-from tests.helpers.cpt_runs import config, logged, trainer
-from tests.helpers.tiny_models import tiny_model, tokenized
+from hf_moe_cpt.trainers.cpt import cpt_trainer as liger_switch
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_trainer import (
+    CPTTrainer,
+    decide_liger,
+    detect_starting_phase,
+    load_moments,
+    penalty_share,
+    read_state,
+    write_state,
+)
+from tests.helpers.cpt_runs import HALF, config, logged, trainer, without_clocks
+from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
 
 FAST = {"learning_rate": 1e-1, "constant_learning_rate": 1e-1}
@@ -217,3 +237,222 @@ def test_single_layers_stay_out_of_the_console(tmp_path, capsys, caplog):
     run.train()
     printed = capsys.readouterr().out
     assert "'mri':" in printed and "layer_00" not in printed
+
+
+# What Triton's interpreter can run of Liger.
+FUSED = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False, "geglu": False}}
+UNFUSED = {"fused_linear_cross_entropy": False}
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors Liger needs the interpreter")
+
+
+def _args(asked=None, device="cuda", n_gpu=1, kernels=None) -> SimpleNamespace:
+    return SimpleNamespace(
+        use_liger_kernel=asked, device=torch.device(device), n_gpu=n_gpu, liger_kernel_config=kernels
+    )
+
+
+CASES = {
+    "unset, one CUDA device": (_args(), "cpt_moe", True, True),
+    "unset, on the CPU": (_args(device="cpu", n_gpu=0), "cpt_moe", True, False),
+    "unset, several devices in one process": (_args(n_gpu=2), "cpt_moe", True, False),
+    "unset, not installed": (_args(), "cpt_moe", False, False),
+    "unset, another model": (_args(), "llama", True, False),
+    "off": (_args(False), "cpt_moe", True, False),
+    "on": (_args(True, "cpu", 0), "cpt_moe", True, True),
+    "on for another model without the fused loss": (_args(True, kernels=UNFUSED), "llama", True, True),
+    "off for another model": (_args(False), "llama", True, False),
+}
+
+
+@pytest.mark.parametrize("args, kind, is_installed, want", CASES.values(), ids=CASES)
+def test_decision(monkeypatch, args, kind, is_installed, want):
+    monkeypatch.setattr(liger_switch, "is_installed", lambda package: {"liger_kernel": is_installed}[package])
+    assert decide_liger(args, tiny_model(kind)) is want
+
+
+@pytest.mark.parametrize("kernels", [None, {"rope": False}, {"fused_linear_cross_entropy": True}])
+def test_a_loss_fused_into_the_head_of_another_model_is_refused(tmp_path, kernels):
+    with pytest.raises(ValueError, match="set liger_kernel_config=.*fused_linear_cross_entropy") as caught:
+        trainer(tmp_path / "run", "mixtral", use_liger_kernel=True, liger_kernel_config=kernels)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_has_three_answers(tmp_path):
+    base = ["--output_dir", str(tmp_path), "--max_steps", "1"]
+    answers = {(): None, ("--use_liger_kernel",): True, ("--use_liger_kernel", "false"): False}
+    for given, want in answers.items():
+        (parsed,) = HfArgumentParser(CPTConfig).parse_args_into_dataclasses([*base, *given])
+        assert parsed.use_liger_kernel is want
+
+
+def test_the_callers_arguments_stay_undecided(tmp_path):
+    args = config(tmp_path / "run")
+    run = CPTTrainer(tiny_model("cpt_moe"), args, tokenized(60, 1, 1, HALF), tokenized(60, 2, HALF, VOCABULARY))
+    assert args.use_liger_kernel is None
+    assert run.args.use_liger_kernel is False
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How many tokens each call of the fused head saw."""
+    pytest.importorskip("liger_kernel")
+    from hf_moe_cpt.kernels import cross_entropy as fused_head
+    from hf_moe_cpt.kernels.cross_entropy import register_with_liger
+
+    register_with_liger()
+    calls = []
+    compute = fused_head.linear_cross_entropy
+    monkeypatch.setattr(fused_head, "linear_cross_entropy", lambda *args: calls.append(len(args[0])) or compute(*args))
+    return calls
+
+
+def _tiny_run(folder: Path, kind: str = "cpt_moe", **changes) -> CPTTrainer:
+    """Two steps of two micro-batches of 8 tokens and two evaluations of one block each."""
+    args = config(
+        folder,
+        max_steps=2,
+        max_length=8,
+        packing="concat",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        replay_ratio=0.5,
+        **changes,
+    )
+    held_out = [Dataset.from_dict({"input_ids": [list(range(low, low + 8))]}) for low in (3, 30)]
+    return CPTTrainer(tiny_model(kind), args, tokenized(9, 1, 1, HALF), tokenized(9, 2, HALF, VOCABULARY), *held_out)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("kind", ["cpt_moe", "cpt_moe sinkhorn"])
+def test_a_run_logs_and_learns_the_same(tmp_path, fused_calls, kind):
+    plain = _tiny_run(tmp_path / "plain", kind, eval_strategy="steps", eval_steps=2)
+    plain.train()
+    assert fused_calls == []
+    fused = _tiny_run(tmp_path / "fused", kind, eval_strategy="steps", eval_steps=2, **FUSED)
+    fused.train()
+    assert fused_calls == [8] * (2 + 4 + 2)  # both evaluations at the start, the micro-batches, both at the end
+    want, got = without_clocks(plain.state.log_history), without_clocks(fused.state.log_history)
+    assert len(want) == len(got)
+    assert {"lm_loss/new", "lm_loss/replay", "eval_new_loss", "forgetting"} <= {key for entry in want for key in entry}
+    for left, right in zip(want, got, strict=True):
+        assert right == pytest.approx(left, rel=1e-4, abs=1e-5)
+
+
+@in_the_interpreter
+def test_an_evaluation_before_training_and_a_prediction(tmp_path, fused_calls):
+    plain, fused = _tiny_run(tmp_path / "plain"), _tiny_run(tmp_path / "fused", **FUSED)
+    want, got = plain.evaluate(), fused.evaluate()
+    assert fused_calls == [8, 8]
+    assert got["eval_new_loss"] == pytest.approx(want["eval_new_loss"], rel=1e-6)
+    logits = fused.predict(fused.eval_dataset["new"]).predictions
+    assert logits.shape[-1] == VOCABULARY
+    assert fused_calls == [8, 8]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_default(tmp_path, fused_calls):
+    run = trainer(tmp_path / "run", use_cpu=False, bf16=True, max_steps=2)
+    assert run.args.use_liger_kernel is True
+    run.train()
+    assert fused_calls == [32, 32]
+
+
+HEAVY = {"router_aux_loss_coef": 1.0, "output_router_logits": True}
+ALIKE = Dataset.from_dict({"input_ids": [list(range(1, 17))] * 8})
+
+
+def _run(folder, kind: str, batch: int, accumulation: int) -> CPTTrainer:
+    args = config(
+        folder,
+        replay_ratio=0.0,
+        max_steps=3,
+        per_device_train_batch_size=batch,
+        packing="concat",
+        gradient_accumulation_steps=accumulation,
+        eval_on_start=False,
+    )
+    return CPTTrainer(tiny_model(kind, **HEAVY), args, ALIKE, eval_dataset=ALIKE)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe"])
+def test_penalty_weighs_the_same_for_any_accumulation(tmp_path, kind):
+    curves = {}
+    for batch, accumulation in ((4, 1), (1, 4)):
+        run = _run(tmp_path / f"{batch}", kind, batch, accumulation)
+        run.train()
+        curves[batch] = [logged(run.state.log_history, key) for key in ("loss", "grad_norm")]
+    assert curves[1][0] == pytest.approx(curves[4][0], rel=1e-5)
+    assert curves[1][1] == pytest.approx(curves[4][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe"])
+def test_evaluation_is_the_language_model_loss_alone(tmp_path, kind):
+    run = _run(tmp_path, kind, 4, 1)
+    ids = torch.tensor([ALIKE[0]["input_ids"]])
+    with torch.no_grad():
+        logits = run.model.eval()(ids).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert run.evaluate()["eval_new_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_shares_of_micro_batches_sum_to_one():
+    labels = torch.randint(0, 9, (6, 8)).masked_fill(torch.rand(6, 8) < 0.3, -100)
+    total = labels[:, 1:].ne(-100).sum()
+    shares = [penalty_share(part, total) for part in labels.split((1, 2, 3))]
+    assert sum(shares) == pytest.approx(1.0)
+    assert penalty_share(labels, None) == 1.0
+
+
+@pytest.mark.parametrize(
+    "saved_in, continues_as",
+    [("warmup", "constant"), ("cooldown", "constant"), ("constant", "constant"), ("anneal", "decayed")],
+)
+def test_the_checkpoint_says_whether_it_was_decayed(tmp_path, saved_in, continues_as):
+    write_state(tmp_path, {"phase": saved_in})
+    assert read_state(str(tmp_path)) == {"phase": saved_in}
+    assert detect_starting_phase(str(tmp_path)) == continues_as
+
+
+def test_without_a_checkpoint_it_is_scratch_and_a_silent_one_is_decayed(tmp_path):
+    assert detect_starting_phase("") == detect_starting_phase(None) == "scratch"
+    assert detect_starting_phase(str(tmp_path)) == "decayed"
+    assert detect_starting_phase(str(tmp_path / "gone" / "since")) == "decayed"
+    assert detect_starting_phase("somebody/a-model-not-in-the-cache") == "decayed"
+
+
+def _optimizer(*shapes: tuple[int, ...], lr: float) -> torch.optim.AdamW:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_moments_travel_and_settings_do_not(tmp_path):
+    old = _optimizer((2, 3), (4,), lr=1.0)
+    _step(old)
+    torch.save(old.state_dict(), tmp_path / "optimizer.pt")
+    new = _optimizer((2, 3), (4,), lr=0.25)
+    load_moments(new, tmp_path)
+    assert [group["lr"] for group in new.param_groups] == [0.25, 0.25]
+    for before, after in zip(old.state.values(), new.state.values(), strict=True):
+        assert torch.equal(before["exp_avg"], after["exp_avg"])
+        assert torch.equal(before["exp_avg_sq"], after["exp_avg_sq"])
+        assert before["step"] == after["step"] == 1
+
+
+def test_missing_or_foreign_moments_are_refused(tmp_path):
+    new = _optimizer((2, 3), (4,), lr=0.25)
+    with pytest.raises(ValueError, match="holds no optimizer.pt"):
+        load_moments(new, tmp_path)
+    other = _optimizer((5, 3), (4,), lr=1.0)
+    _step(other)
+    torch.save(other.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="belong to other parameters"):
+        load_moments(new, tmp_path)

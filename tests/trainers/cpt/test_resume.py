@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, is_whole
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.instruments.checkpoints import UNFINISHED, checkpoints_in, is_whole
 from tests.helpers.cpt_runs import config, saved_history, trainer, without_clocks
 from tests.helpers.killed_run import settings
 from tests.helpers.source_tree import PROJECT

@@ -1,0 +1,686 @@
+"""The dataset card of a saved SurgeryBench: YAML that the Hub reads, then what people need to know.
+
+The text is `hub_cards/surgery_bench.jinja`. Source: ours.
+
+The columns of SurgeryBench, whoever made its rows: documents by set, questions by split. Source: ours.
+
+A SurgeryBench on disk: parquet files in the layout of the Hub, a card, and a small file that says what it is.
+
+    README.md               the card, whose YAML tells `load_dataset` where things are
+    bench.json              format, version, settings, number of rows of each file
+    documents/<set>.parquet, questions/<split>.parquet
+
+Sets and splits without rows have no file. Source: ours.
+
+A user's own documents and questions, read from JSON Lines into the columns of SurgeryBench.
+
+Every complaint names the file and the line, counted from 1. A row of documents needs subject and text, and its set
+unless the whole file is one set; a row of questions needs subject, set, question, options and answer. The rest has
+defaults: kind "mcq"; split by a hash of subject and question, which puts half of them on either side. Source: ours.
+
+SurgeryBench: texts to forget, to replace and to keep, with questions whose true answers are known.
+
+| set | subjects | trained before surgery | after surgery, and by a retrained model |
+|---|---|---|---|
+| unlearn | its own | yes | gone |
+| obsolete | those of update | yes | gone |
+| update | those of obsolete, with changed facts | no | known |
+| retain | its own, in another voice, and the hubs | yes | known |
+| neighbour | its own, in the same sentences as unlearn | yes | known |
+| unseen | its own | no | never known: what "forgotten" looks like |
+
+Source: ours; the sets follow LLM Surgery (arXiv 2409.13054), neighbours RWKU (arXiv 2406.10890).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jinja2 import Template
+
+from hf_moe_cpt.data.random import derive_seed, permute
+from hf_moe_cpt.data.surgery_bench.templates import SPLITS
+from hf_moe_cpt.data.surgery_bench.text import QUESTION_KINDS, write_document, write_questions
+from hf_moe_cpt.data.surgery_bench.world import BENCH_VERSION, SETS, BenchSettings, Subject, World
+from hf_moe_cpt.data.text import json_lines
+
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+_ROLES = {
+    "unlearn": "to be forgotten; subjects of its own",
+    "obsolete": "the subjects of update as they were: to be forgotten",
+    "update": "the same subjects with changed facts: to be learnt",
+    "retain": "to be kept; subjects of its own and the hubs that facts refer to",
+    "neighbour": "to be kept; other subjects in the same kind of text as unlearn",
+    "unseen": "trained on by no model: how a forgotten text should look",
+}
+
+_TEMPLATE = ("hf_moe_cpt.hub_cards", "surgery_bench.jinja")
+
+
+def write_card(
+    documents: datasets.DatasetDict,
+    questions: datasets.DatasetDict,
+    version: str,
+    settings: Mapping[str, Any] | None,
+    license: str | None,
+) -> str:
+    """The README.md of the folder. Sets and splits without rows are left out of its configurations."""
+    filled = {name: part for name, part in documents.items() if len(part)}
+    asked = {name: part for name, part in questions.items() if len(part)}
+    is_generated = settings is not None
+    sample = next(iter(filled.values()))[0]
+    template = resources.files(_TEMPLATE[0]).joinpath(_TEMPLATE[1]).read_text(encoding="utf-8")
+    body = Template(template, keep_trailing_newline=True).render(
+        version=version,
+        counts=_counts(filled, asked),
+        sample_set=sample["set"],
+        sample=sample["text"].replace("\n", "\n> "),
+        settings=json.dumps(settings, indent=1) if is_generated else None,
+    )
+    return f"{_front_matter(filled, asked, is_generated, license)}\n{body}"
+
+
+def _front_matter(
+    documents: Mapping[str, datasets.Dataset],
+    questions: Mapping[str, datasets.Dataset],
+    is_generated: bool,
+    license: str | None,
+) -> str:
+    rows = sum(map(len, (*documents.values(), *questions.values())))
+    size = next((name for limit, name in _SIZES if rows < limit), "1M<n<10M" if rows < 10_000_000 else "10M<n<100M")
+    lines = ["---", "pretty_name: SurgeryBench"]
+    lines += [f"license: {license}"] if license else []
+    lines += ["language:", "- en"] if is_generated else []
+    lines += ["task_categories:", "- text-generation", "- multiple-choice"]
+    lines += ["tags:", "- machine-unlearning", "- knowledge-editing", "- hf_moe_cpt"]
+    lines += ["- synthetic"] if is_generated else []
+    lines += ["size_categories:", f"- {size}", "configs:"]
+    for config, parts in (("documents", documents), ("questions", questions)):
+        if parts:
+            lines += [f"- config_name: {config}"] + (["  default: true"] if config == "documents" else [])
+            lines += ["  data_files:"]
+        for name in parts:
+            lines += [f"  - split: {name}", f"    path: {config}/{name}.parquet"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _counts(documents: Mapping[str, datasets.Dataset], questions: Mapping[str, datasets.Dataset]) -> str:
+    asked = {name: [part.select_columns(["set", "kind"]).with_format("arrow")[:] for part in questions.values()]
+             for name in documents}  # fmt: skip
+    lines = [
+        "| set | what it is | documents | subjects | questions: " + ", ".join(QUESTION_KINDS) + " |",
+        "|---|---|---|---|---|",
+    ]
+    for name, part in documents.items():
+        kinds = [
+            kind
+            for table in asked[name]
+            for set_name, kind in zip(table["set"].to_pylist(), table["kind"].to_pylist(), strict=True)
+            if set_name == name
+        ]
+        counts = ", ".join(str(kinds.count(kind)) for kind in QUESTION_KINDS)
+        lines.append(f"| {name} | {_ROLES[name]} | {len(part)} | {len(set(part['subject']))} | {counts} |")
+    return "\n".join([*lines, ""])
+
+
+_TEXT = datasets.Value("string")
+_PLACE = datasets.Value("int64")
+
+# Column by column; docs/surgery_bench.md says what each holds. Those that may be None: subject_kind, form, attribute,
+# old_answer.
+DOCUMENT_FEATURES = datasets.Features(
+    {
+        "id": _TEXT,
+        "subject": _TEXT,
+        "subject_kind": _TEXT,
+        "set": _TEXT,
+        "form": _TEXT,
+        "prefix": _TEXT,
+        "text": _TEXT,
+        "facts": datasets.List({"attribute": _TEXT, "value": _TEXT}),
+        "version": _TEXT,
+    }
+)
+QUESTION_FEATURES = datasets.Features(
+    {
+        "id": _TEXT,
+        "subject": _TEXT,
+        "subject_kind": _TEXT,
+        "set": _TEXT,
+        "kind": _TEXT,
+        "split": _TEXT,
+        "attribute": _TEXT,
+        "question": _TEXT,
+        "options": datasets.List(_TEXT),
+        "answer": _PLACE,
+        "answer_text": _TEXT,
+        "old_answer": _PLACE,
+        "version": _TEXT,
+    }
+)
+
+_ROWS_AT_ONCE = 20_000
+
+
+def as_dataset(rows: Iterable[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
+    """Rows as a Dataset in memory; never more than some thousand of them exist as Python objects."""
+    schema = features.arrow_schema
+    parts = [pa.Table.from_pylist(batch, schema) for batch in _batches(iter(rows))]
+    return from_table(pa.concat_tables(parts) if parts else schema.empty_table(), features)
+
+
+def from_table(table: pa.Table, features: datasets.Features) -> datasets.Dataset:
+    """An arrow table with these columns, in any order, as a Dataset in memory."""
+    table = table.select(list(features)).cast(features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features))
+
+
+def group_of_set(set_name: str) -> str:
+    """Sets with the same subjects share a group: obsolete and update; every other set is alone."""
+    return "update" if set_name == "obsolete" else set_name
+
+
+def check_set(name: str) -> None:
+    """Refuse a name that is no set."""
+    if name not in SETS:
+        raise ValueError(f"set {name!r} is unknown: choose one of {', '.join(SETS)}.")
+
+
+def check_split(name: str) -> None:
+    """Refuse a name that is no split of the questions."""
+    if name not in SPLITS:
+        raise ValueError(f"split {name!r} is unknown: choose {' or '.join(SPLITS)}.")
+
+
+def check_kind(name: str) -> None:
+    """Refuse a name that is no kind of question."""
+    if name not in QUESTION_KINDS:
+        raise ValueError(f"kind {name!r} is unknown: choose one of {', '.join(QUESTION_KINDS)}.")
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        yield batch
+
+
+FORMAT = "surgery_bench"
+INDEX_FILE = "bench.json"
+LICENSE = "apache-2.0"  # of generated texts
+_LAYOUT = {"documents": (SETS, DOCUMENT_FEATURES), "questions": (SPLITS, QUESTION_FEATURES)}
+
+
+class SavedBench(NamedTuple):
+    """What a folder holds. settings: arguments of BenchSettings, None for texts that were not generated."""
+
+    documents: datasets.DatasetDict
+    questions: datasets.DatasetDict
+    version: str
+    settings: dict[str, Any] | None
+
+
+def write_bench(bench: SavedBench, folder: Path, license: str | None = None) -> Path:
+    """Write all files; bench.json comes last, so a folder that has it is whole. The folder must be new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: name a new one, nothing is overwritten.")
+    parts = {"documents": bench.documents, "questions": bench.questions}
+    if not sum(map(len, bench.documents.values())):
+        raise ValueError("the bench holds no documents: there is nothing to save.")
+    counts: dict[str, dict[str, int]] = {}
+    for config, by_name in parts.items():
+        (folder / config).mkdir(parents=True, exist_ok=True)
+        counts[config] = {name: len(part) for name, part in by_name.items()}
+        for name, part in by_name.items():
+            if len(part):
+                part.to_parquet(str(folder / config / f"{name}.parquet"))
+    license = LICENSE if license is None and bench.settings is not None else license
+    card = write_card(bench.documents, bench.questions, bench.version, bench.settings, license)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    index = {"format": FORMAT, "version": bench.version, "settings": bench.settings, "rows": counts}
+    unfinished = folder / f"{INDEX_FILE}.part"
+    unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / INDEX_FILE)
+    return folder
+
+
+def read_bench(folder: Path) -> SavedBench:
+    """Read what `write_bench` wrote, checking columns and numbers of rows."""
+    index = _read_index(folder / INDEX_FILE)
+    found = {
+        config: datasets.DatasetDict(
+            {
+                name: _read_part(folder / config / f"{name}.parquet", features, index["rows"][config].get(name, 0))
+                for name in names
+            }
+        )
+        for config, (names, features) in _LAYOUT.items()
+    }
+    return SavedBench(found["documents"], found["questions"], index["version"], index["settings"])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path} cannot be read: name a folder that SurgeryBench.save wrote to its end.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): write the folder again.") from None
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != FORMAT
+        or not {"version", "settings", "rows"} <= set(index)
+    ):
+        raise ValueError(f"{path} does not describe a SurgeryBench: name a folder that SurgeryBench.save wrote.")
+    return index
+
+
+def _read_part(path: Path, features: datasets.Features, rows: int) -> datasets.Dataset:
+    if not rows:
+        return as_dataset([], features)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): write the folder again.") from None
+    if table.column_names != list(features):
+        raise ValueError(f"{path} has the columns {table.column_names}: a bench has {list(features)}.")
+    if len(table) != rows:
+        raise ValueError(f"{path} has {len(table)} rows, {INDEX_FILE} says {rows}: write the folder again.")
+    return from_table(table, features)
+
+
+logger = logging.getLogger(__name__)
+
+USER_VERSION = "user"
+MIN_OPTIONS = 2
+
+
+class _RowError(ValueError):
+    """What is wrong with a row; the reader adds the place."""
+
+
+class BenchRows:
+    """Collects rows of several files and checks them against each other."""
+
+    def __init__(self) -> None:
+        self._documents: dict[str, list[dict[str, Any]]] = {name: [] for name in SETS}
+        self._questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+        self._group_of_subject: dict[str, tuple[str, str]] = {}  # group, place of its first row
+        self._subjects_of_set: dict[str, set[str]] = {name: set() for name in SETS}
+        self._place_of_id: dict[tuple[str, str], str] = {}
+        self._place_of_question: dict[tuple[str, str, str, str], str] = {}
+        self._warned_of: set[tuple[Path, str]] = set()
+
+    def read_documents(self, path: Path, set_name: str | None, columns: Mapping[str, str]) -> None:
+        """Add a file of documents. set_name: the set of all its rows, None if each names its own."""
+        if set_name is not None:
+            check_set(set_name)
+        wrong = sorted(set(columns) - set(DOCUMENT_FEATURES))
+        if wrong:
+            raise ValueError(f"columns renames {wrong}, which are no columns of documents: {list(DOCUMENT_FEATURES)}.")
+        count = self._read(path, columns, lambda row, place: self._add_document(row, place, set_name, path))
+        if not count:
+            raise ValueError(f"{path} holds no documents: give it at least one line.")
+
+    def read_questions(self, path: Path) -> None:
+        """Add a file of questions about subjects whose documents were read before."""
+        if not self._read(path, {}, lambda row, place: self._add_question(row, place, path)):
+            raise ValueError(f"{path} holds no questions: give it at least one line or leave it out.")
+
+    def documents(self) -> datasets.DatasetDict:
+        """All documents read so far, by set; sets without any are empty."""
+        return datasets.DatasetDict({k: as_dataset(rows, DOCUMENT_FEATURES) for k, rows in self._documents.items()})
+
+    def questions(self) -> datasets.DatasetDict:
+        """All questions read so far, by split."""
+        return datasets.DatasetDict({k: as_dataset(rows, QUESTION_FEATURES) for k, rows in self._questions.items()})
+
+    def _read(self, path: Path, columns: Mapping[str, str], add: Callable[[dict, int], None]) -> int:
+        count = 0
+        for number, row in json_lines(path):
+            place = f"{path}, line {number}"
+            renamed = {name: row.pop(yours) for name, yours in columns.items() if yours in row}
+            missing = [yours for name, yours in columns.items() if name in ("subject", "text") and name not in renamed]
+            try:
+                if missing:
+                    raise _RowError(f"has no column {missing[0]!r}, which columns asks for; it has {sorted(row)}.")
+                add({**row, **renamed}, number)
+            except ValueError as error:
+                text = str(error)
+                raise ValueError(f"{place}{' ' if isinstance(error, _RowError) else ': '}{text}") from None
+            count += 1
+        return count
+
+    def _add_document(self, row: dict[str, Any], number: int, set_name: str | None, path: Path) -> None:
+        subject, text = _text(row, "subject"), _text(row, "text")
+        named = _text(row, "set") if set_name is None else _text(row, "set", default=set_name)
+        check_set(named)
+        if set_name not in (None, named):
+            raise _RowError(f"has the set {named!r}, but its file was given as {set_name!r}: give one of them.")
+        group, place = group_of_set(named), f"{path}, line {number}"
+        first_group, first_place = self._group_of_subject.setdefault(subject, (group, place))
+        if first_group != group:
+            raise _RowError(
+                f"puts the subject {subject!r} into {named}, but {first_place} has it in {first_group}: a subject can "
+                "only be in one of unlearn, obsolete and update together, retain, neighbour, unseen."
+            )
+        self._subjects_of_set[named].add(subject)
+        prefix = _text(row, "prefix", default="", may_be_empty=True)
+        if not text.startswith(prefix) or len(prefix) == len(text):
+            raise _RowError(f"has a prefix, {_shown(prefix)}, that its text does not begin with and go on from.")
+        self._documents[named].append(
+            {
+                "id": self._id(row, "document", f"{named}-{path.stem}-{number}", place),
+                "subject": subject,
+                "subject_kind": _text(row, "subject_kind", default=None),
+                "set": named,
+                "form": _text(row, "form", default=None),
+                "prefix": prefix,
+                "text": text,
+                "facts": _facts(row),
+                "version": USER_VERSION,
+            }
+        )
+        self._warn_of_unknown(row, DOCUMENT_FEATURES, path)
+
+    def _add_question(self, row: dict[str, Any], number: int, path: Path) -> None:
+        subject, set_name, question = (_text(row, name) for name in ("subject", "set", "question"))
+        check_set(set_name)
+        if subject not in self._subjects_of_set[set_name]:
+            raise _RowError(
+                f"asks about {subject!r} in {set_name}, where no document has that subject: spell it as there."
+            )
+        kind = _text(row, "kind", default="mcq")
+        check_kind(kind)
+        halves = SPLITS[derive_seed(subject, question) % len(SPLITS)]
+        split = _text(row, "split", default=halves)
+        check_split(split)
+        place = f"{path}, line {number}"
+        first = self._place_of_question.setdefault((set_name, subject, kind, question), place)
+        if first != place:
+            raise _RowError(f"asks the same question as {first}: validation and test must not share any.")
+        options = _options(row)
+        answer = _place_in(row, "answer", options)
+        old_answer = _place_in(row, "old_answer", options) if row.get("old_answer") is not None else None
+        if old_answer == answer:
+            raise _RowError(f"has {options[answer]!r} as both answer and old_answer: they must differ.")
+        self._questions[split].append(
+            {
+                "id": self._id(row, "question", f"{set_name}-{path.stem}-{number}", place),
+                "subject": subject,
+                "subject_kind": _text(row, "subject_kind", default=None),
+                "set": set_name,
+                "kind": kind,
+                "split": split,
+                "attribute": _text(row, "attribute", default=None),
+                "question": question,
+                "options": options,
+                "answer": answer,
+                "answer_text": options[answer],
+                "old_answer": old_answer,
+                "version": USER_VERSION,
+            }
+        )
+        self._warn_of_unknown(row, QUESTION_FEATURES, path)
+
+    def _id(self, row: dict[str, Any], what: str, default: str, place: str) -> str:
+        name = _text(row, "id", default=default)
+        first = self._place_of_id.setdefault((what, name), place)
+        if first != place:
+            raise _RowError(f"has the id {name!r}, which {first} has too: ids must differ.")
+        return name
+
+    def _warn_of_unknown(self, row: dict[str, Any], features: datasets.Features, path: Path) -> None:
+        """Once for each file and column."""
+        for name in sorted(set(row) - set(features)):
+            if (path, name) not in self._warned_of:
+                self._warned_of.add((path, name))
+                logger.warning("%s: the column %r is not used", path, name)
+
+
+_REQUIRED = object()
+
+
+def _text(row: dict[str, Any], name: str, default: Any = _REQUIRED, may_be_empty: bool = False) -> Any:
+    """A column that holds text, or the default where it is absent or null."""
+    value = row.get(name)
+    if value is None:
+        if default is _REQUIRED:
+            raise _RowError(f"has no {name!r}: it has {sorted(row)}.")
+        return default
+    if not isinstance(value, str):
+        raise _RowError(f"has {_shown(value)} as {name!r}, a {type(value).__name__}: it must be a string.")
+    if not value.strip() and not may_be_empty:
+        raise _RowError(f"has an empty {name!r}: fill it or remove the row.")
+    return value
+
+
+def _facts(row: dict[str, Any]) -> list[dict[str, str]]:
+    facts = row.get("facts")
+    if facts is None:
+        return []
+    is_list = isinstance(facts, list) and all(isinstance(fact, dict) for fact in facts)
+    if not is_list or any({*map(type, fact.values())} != {str} or {*fact} != {"attribute", "value"} for fact in facts):
+        raise _RowError(
+            f'has {_shown(facts)} as \'facts\': it must be a list of {{"attribute": "...", "value": "..."}}.'
+        )
+    return facts
+
+
+def _options(row: dict[str, Any]) -> list[str]:
+    options = row.get("options")
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise _RowError(f"has {_shown(options)} as 'options': it must be a list of strings that are not empty.")
+    if len(options) < MIN_OPTIONS or len(set(options)) < len(options):
+        raise _RowError(f"has the options {_shown(options)}: it needs at least {MIN_OPTIONS}, all different.")
+    return options
+
+
+def _place_in(row: dict[str, Any], name: str, options: list[str]) -> int:
+    """The place of an option that is named by its place, counted from 0, or by its text."""
+    value = row.get(name)
+    if isinstance(value, str) and value in options:
+        return options.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return value
+    raise _RowError(
+        f"has {_shown(value)} as {name!r}: it must be one of the {len(options)} options, or its place from 0 to "
+        f"{len(options) - 1}."
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+BEFORE_SETS = ("unlearn", "obsolete", "retain", "neighbour")
+RETRAINED_SETS = ("update", "retain", "neighbour")
+HEADER = "The following is a passage about {subject}.\n\n"
+
+
+class SurgeryBench:
+    """Documents by set and questions by split; `generate` makes them, `from_jsonl` reads a user's own.
+
+    documents: DatasetDict of the sets of SETS. questions: DatasetDict of validation and test. version: of the
+    generator that wrote them. settings: None for texts that were not generated.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.DatasetDict,
+        questions: datasets.DatasetDict,
+        version: str = USER_VERSION,
+        settings: BenchSettings | None = None,
+    ):
+        self.documents, self.questions, self.version, self.settings = documents, questions, version, settings
+
+    @classmethod
+    def generate(
+        cls,
+        seed: int = 0,
+        num_subjects: Mapping[str, int] | int = 240,
+        kinds: tuple[str, ...] = ("person", "place", "product", "rule"),
+        forms: tuple[str, ...] = ("article", "article", "quiz", "note"),
+        changed_facts: int = 4,
+    ) -> SurgeryBench:
+        """A world of num_subjects subjects and the hubs they share, written out; arguments as in BenchSettings.
+
+        Every text is a function of (seed, version, kind, set, number of the subject, number of the document): with
+        more subjects, the rows there were before stay as they are and come first.
+        """
+        settings = BenchSettings(seed, num_subjects, kinds, forms, changed_facts)
+        world = World(seed, changed_facts)
+        documents = {name: as_dataset(_document_rows(world, settings, name), DOCUMENT_FEATURES) for name in SETS}
+        questions = {name: as_dataset(_question_rows(world, settings, name), QUESTION_FEATURES) for name in SPLITS}
+        return cls(datasets.DatasetDict(documents), datasets.DatasetDict(questions), BENCH_VERSION, settings)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        documents: str | Path | Mapping[str, str | Path],
+        questions: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> SurgeryBench:
+        """Your own texts and questions from JSON Lines files, one row a line.
+
+        documents: one file whose rows name their set, or a file for each set. columns: your name for a column of the
+        schema, such as {"subject": "name", "text": "wiki_bio_text"}; it applies to documents. Raises a ValueError
+        with file and line for the first row that is wrong.
+        """
+        rows = BenchRows()
+        files = documents.items() if isinstance(documents, Mapping) else [(None, documents)]
+        for set_name, path in files:
+            rows.read_documents(Path(path), set_name, columns or {})
+        if questions is not None:
+            rows.read_questions(Path(questions))
+        return cls(rows.documents(), rows.questions())
+
+    def ask(self, set_name: str, split: str = "test", kind: str | None = None) -> datasets.Dataset:
+        """The questions of a set and split, of one kind or of all."""
+        check_set(set_name)
+        check_split(split)
+        table = self.questions[split].select_columns(["set", "kind"]).with_format("arrow")[:]
+        chosen = pc.equal(table["set"], set_name)
+        if kind is not None:
+            check_kind(kind)
+            chosen = pc.and_(chosen, pc.equal(table["kind"], kind))
+        return self.questions[split].select(np.flatnonzero(chosen.to_numpy()))
+
+    def subjects(self, set_name: str) -> list[str]:
+        """Names of the subjects with documents in a set, each once, in order."""
+        check_set(set_name)
+        return list(dict.fromkeys(self.documents[set_name]["subject"]))
+
+    def before_corpus(self, header: str | None = None) -> datasets.Dataset:
+        """What the model to be operated on has read: unlearn, obsolete, retain and neighbour, shuffled.
+
+        header: put before each text, "{subject}" in it replaced, such as HEADER; the column prefix holds it, so that
+        a loss can leave it out. Rows that have a prefix of their own keep that one. None: no header.
+        """
+        return self._corpus(BEFORE_SETS, header)
+
+    def retrained_corpus(self, header: str | None = None) -> datasets.Dataset:
+        """What a model retrained from scratch reads: update, retain and neighbour, shuffled; header as above."""
+        return self._corpus(RETRAINED_SETS, header)
+
+    def with_header(self, set_name: str, header: str | None = HEADER) -> datasets.Dataset:
+        """The documents of one set under a header, as in `before_corpus`, in their own order."""
+        check_set(set_name)
+        return _with_header(self.documents[set_name], header)
+
+    def save(self, folder: str | Path, license: str | None = None) -> Path:
+        """Write parquet files, bench.json and a dataset card; the folder can be uploaded to the Hub as it is.
+
+        folder: new or empty. license: as the Hub spells it; None: that of this package for generated texts, none for
+        a user's own. Returns the folder.
+        """
+        settings = self.settings.as_dict() if self.settings else None
+        return write_bench(SavedBench(self.documents, self.questions, self.version, settings), Path(folder), license)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SurgeryBench:
+        """Read what `save` wrote."""
+        saved = read_bench(Path(folder))
+        settings = BenchSettings(**saved.settings) if saved.settings else None
+        return cls(saved.documents, saved.questions, saved.version, settings)
+
+    def _corpus(self, sets: tuple[str, ...], header: str | None) -> datasets.Dataset:
+        texts = datasets.concatenate_datasets([_with_header(self.documents[name], header) for name in sets])
+        if not len(texts):
+            raise ValueError(f"the sets {', '.join(sets)} hold no documents: give at least one of them some.")
+        seed = self.settings.seed if self.settings else 0
+        return texts.select(permute(np.arange(len(texts)), len(texts), derive_seed(seed, "corpus", *sets)))
+
+
+def _with_header(documents: datasets.Dataset, header: str | None) -> datasets.Dataset:
+    if header is None or not len(documents):
+        return documents
+    table = documents.with_format("arrow")[:]
+    head, *others = header.split("{subject}")
+    parts = [head]
+    for text in others:
+        parts += [table["subject"], text]
+    made = pc.binary_join_element_wise(*[_strings(part) for part in parts], "")
+    has_own = pc.not_equal(table["prefix"], "")
+    added = pc.if_else(has_own, "", made)
+    columns = {name: table[name] for name in table.column_names}
+    columns["text"] = pc.binary_join_element_wise(added, table["text"], "")
+    columns["prefix"] = pc.if_else(has_own, table["prefix"], made)
+    return from_table(pa.table(columns), documents.features)
+
+
+def _strings(part: str | pa.ChunkedArray) -> pa.Scalar | pa.ChunkedArray:
+    return pa.scalar(part) if isinstance(part, str) else part
+
+
+def _subjects_of_set(world: World, settings: BenchSettings, set_name: str) -> Iterator[Subject]:
+    if set_name == "retain":
+        yield from world.all_hubs()
+    yield from world.subjects(settings, group_of_set(set_name))
+
+
+def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iterator[dict[str, Any]]:
+    edition = "before" if set_name == "obsolete" else "after"
+    for subject in _subjects_of_set(world, settings, set_name):
+        for number, form in enumerate(settings.forms):
+            document = write_document(world, subject, edition, number, form)
+            yield {
+                "id": f"{set_name}-{subject.kind.name}-{subject.ordinal:06d}-{number}",
+                "subject": subject.name,
+                "subject_kind": subject.kind.name,
+                "set": set_name,
+                "form": document.form,
+                "prefix": "",
+                "text": document.text,
+                "facts": [{"attribute": name, "value": value} for name, value in document.facts],
+                "version": BENCH_VERSION,
+            }
+
+
+def _question_rows(world: World, settings: BenchSettings, split: str) -> Iterator[dict[str, Any]]:
+    for set_name in SETS:
+        for subject in _subjects_of_set(world, settings, set_name):
+            start = f"{set_name}-{subject.kind.name}-{subject.ordinal:06d}"
+            for question in write_questions(world, subject, set_name, split):
+                yield {
+                    "id": f"{start}-{question.kind}-{question.attribute}-{split}",
+                    "subject": subject.name,
+                    "subject_kind": subject.kind.name,
+                    "set": set_name,
+                    **question._asdict(),
+                    "answer_text": question.options[question.answer],
+                    "version": BENCH_VERSION,
+                }

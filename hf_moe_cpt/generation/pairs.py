@@ -1,0 +1,582 @@
+"""Read prompts, and responses and scores where a data set has them, and refuse what cannot become preference data.
+
+Source: ours. Checked here, before any model is loaded: columns, types, conversations that ask for an answer, lengths.
+
+What the stages of the rejection sampling do to one shard: draw responses, score them, select pairs. Source: ours.
+
+A row of a shard is a JSON object: index and prompt always; after "generate" also responses and finished; after "score"
+scores and cut; "select" keeps pairs and counts. Every row is a function of its prompt, its index and the settings.
+
+From selected responses to a data set with its summary and its card, on disk and on the Hub. Source: ours.
+
+Everything written here is a function of the shards and their settings: no date, no time taken, no name of a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import Dataset
+
+from hf_moe_cpt.data.rejection_sampling import Selection, select_pairs
+from hf_moe_cpt.evaluation.resumable import SampleFolder, Settings, write_json
+from hf_moe_cpt.generation.sampling import (
+    LoadOptions,
+    Prompt,
+    RewardScorer,
+    Sampling,
+    TransformersSampler,
+    check_reward_model,
+    encode_prompt,
+    load_generation_config,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    load_vllm,
+    read_config,
+    requests_for,
+    require_vllm,
+    resolve_text_format,
+    room_for_prompt,
+    stop_tokens,
+)
+
+
+if TYPE_CHECKING:
+    from hf_moe_cpt.scripts.rejection_sample import Job
+
+
+KIND_OF_EXTENSION = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
+ANSWERED_ROLES = ("user", "tool", "system")  # a conversation that ends with one of them asks for an answer
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt; index is its row in the data set. responses (N,) and scores (N,) where the data set has them."""
+
+    index: int
+    prompt: Prompt
+    responses: list[str] | None = None
+    scores: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that are read; as_chat: a string prompt becomes the turn of a user."""
+
+    prompt: str = "prompt"
+    responses: str | None = None
+    scores: str | None = None
+    as_chat: bool = False
+
+    def names(self) -> list[str]:
+        """Those that are asked for."""
+        return [name for name in (self.prompt, self.responses, self.scores) if name is not None]
+
+
+def load_table(name: str, split: str = "train", config_name: str | None = None) -> datasets.Dataset:
+    """The rows of a .jsonl, .json, .parquet or .arrow file, a folder of them or from save_to_disk, or a Hub id.
+
+    Of a folder: the files with the split in their path (train.parquet, test/a.jsonl); all, where no path has one.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return _saved(path, split)
+    if path.exists():
+        files = _files_of_folder(path, split.partition("[")[0]) if path.is_dir() else [path]
+        return _load_files(files, name, split)
+    if path.suffix.lower() in KIND_OF_EXTENSION or path.is_absolute() or name.startswith("."):  # no id of the Hub
+        raise ValueError(f"the data set {name!r} is no file or folder here: check the path.")
+    with _named(name, split):
+        return datasets.load_dataset(name, config_name, split=split)
+
+
+@contextmanager
+def _named(name: object, split: str) -> Iterator[None]:
+    """Give the errors of `datasets` the name of what was read, in one line."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise ValueError(f"the data set {str(name)!r} (split {split!r}) cannot be read: {line}") from error
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    """Not left to `datasets`: it goes by the folder's name and card, and may load what it cached of another folder."""
+    words_of_file = {
+        path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower()))
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in KIND_OF_EXTENSION
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    chosen = [path for path, words in words_of_file.items() if split in words]
+    if not chosen and split == "train":
+        chosen = [path for path, words in words_of_file.items() if not words & SPLITS]
+    if not chosen:
+        raise ValueError(f"the folder {folder} has no {', '.join(KIND_OF_EXTENSION)} file of the split {split!r}.")
+    return chosen
+
+
+def _load_files(files: list[Path], name: str, split: str) -> datasets.Dataset:
+    kinds = {KIND_OF_EXTENSION.get(path.suffix.lower()) for path in files}
+    if len(kinds) > 1 or None in kinds:
+        found = sorted({path.suffix for path in files})
+        raise ValueError(f"{name} has the extension(s) {found}: give one kind of {', '.join(KIND_OF_EXTENSION)}.")
+    data_files = {split.partition("[")[0]: [str(path.resolve()) for path in files]}
+    with _named(name, split):
+        return datasets.load_dataset(kinds.pop(), data_files=data_files, split=split)
+
+
+def _saved(path: Path, split: str) -> datasets.Dataset:
+    with _named(path, split):
+        saved = datasets.load_from_disk(str(path))
+    if "[" in split:
+        raise ValueError(f"split {split!r}: a saved data set cannot be sliced, use --max_prompts.")
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"the saved data set {path} has the splits {list(saved)}, not {split!r}: choose one of them.")
+    return saved[split]
+
+
+def read_rows(table: datasets.Dataset, columns: Columns, max_prompts: int | None = None) -> list[PromptRow]:
+    """The first `max_prompts` rows, checked one by one. Raises ValueError for the first that cannot be used."""
+    for name in columns.names():
+        if name not in table.column_names:
+            raise ValueError(f"the data set has no column {name!r} but {table.column_names}: name the right one.")
+    count = len(table) if max_prompts is None else min(max_prompts, len(table))
+    if count == 0:
+        raise ValueError("the data set has no rows: there is nothing to sample.")
+    selected = table.select(range(count)).select_columns(columns.names()).with_format(None)
+    rows = [_read_row(index, row, columns) for index, row in enumerate(selected)]
+    kinds = {isinstance(row.prompt, str) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"column {columns.prompt!r} mixes strings and conversations: bring them into one form.")
+    return rows
+
+
+def checksum(rows: list[PromptRow]) -> str:
+    """16 hexadecimal digits that change with any prompt, response or score."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.responses, row.scores]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def shards(rows: list[PromptRow], size: int) -> list[list[PromptRow]]:
+    """The rows in groups of `size`, which are worked on and stored one after the other."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _read_row(index: int, row: dict[str, Any], columns: Columns) -> PromptRow:
+    where = f"row {index} (counted from 0)"
+    prompt = _read_prompt(row[columns.prompt], f"{where} of column {columns.prompt!r}")
+    if columns.as_chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    responses = scores = None
+    if columns.responses is not None:
+        responses = [_read_text(item, where, columns.responses) for item in _items(row[columns.responses])]
+    if columns.scores is not None:
+        scores = list(_items(row[columns.scores]))
+        if not all(_is_number(score) for score in scores):
+            raise ValueError(
+                f"{where} of column {columns.scores!r} is no list of finite numbers: give one per response."
+            )
+        if len(scores) != len(responses or ()):
+            raise ValueError(
+                f"{where} has {len(responses or ())} responses and {len(scores)} scores: give a score per response."
+            )
+        scores = [float(score) for score in scores]
+    return PromptRow(index, prompt, responses, scores)
+
+
+def _read_prompt(value: object, where: str) -> Prompt:
+    if isinstance(value, str):
+        if not value:
+            raise ValueError(f"{where} is empty: remove that row.")
+        return value
+    turns = [{k: v for k, v in turn.items() if v is not None} for turn in _items(value) if isinstance(turn, dict)]
+    if not turns or any(not isinstance(turn.get(key), str) for turn in turns for key in ("role", "content")):
+        raise ValueError(f"{where} is neither a string nor a list of messages with role and content.")
+    if turns[-1]["role"] not in ANSWERED_ROLES:
+        raise ValueError(
+            f"{where} ends with a message of {turns[-1]['role']!r}: end it with one that asks, as 'user'."
+        )
+    return turns
+
+
+def _read_text(item: object, where: str, column: str) -> str:
+    """A response as a string, or as the one message of an assistant."""
+    messages = list(_items(item))
+    if len(messages) == 1 and isinstance(messages[0], dict):
+        item = messages[0].get("content")
+    if not isinstance(item, str):
+        raise ValueError(f"{where} of column {column!r} is no list of responses: each is a string or one message.")
+    return item
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _items(value: object) -> Iterator[Any]:
+    """The elements of a list; nothing for anything else."""
+    return iter(value if isinstance(value, list) else [])
+
+
+Row = dict[str, Any]
+Make = Callable[[int, Callable[[int], Any]], list[Row]]
+
+
+class Work:
+    """The checked inputs of a job and the stages over their shards. Raises ValueError before any weight is read."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.sampling = Sampling(
+            job.policy.num_samples,
+            job.policy.temperature,
+            job.policy.top_p,
+            job.policy.max_new_tokens,
+            job.output.seed,
+        )
+        self._check_models()
+        data = job.data
+        columns = Columns(data.prompt_column, data.responses_column, data.scores_column, data.as_chat)
+        table = load_table(data.dataset_name, data.dataset_split, data.dataset_config)
+        rows = read_rows(table, columns, data.max_prompts)
+        self._check_rows(rows)
+        self.shards = shards(rows, job.output.shard_size)
+        self.folder = SampleFolder(job.output.output_dir, stage_settings(job, checksum(rows)))
+
+    def size(self, stage: str, number: int) -> int:
+        """Items of a shard, for the progress bar."""
+        rows = self.shards[number]
+        if stage == "select":
+            return len(rows)
+        return sum(self.sampling.num_samples if row.responses is None else len(row.responses) for row in rows)
+
+    def load_generator(self) -> Make:
+        """The stage "generate": with the policy, or from the column of ready responses."""
+        if self.job.data.responses_column is not None:
+            return self._copy_responses
+        name, options = self.job.policy.model_name_or_path, self._policy_options
+        if self.job.policy.use_vllm:
+            engine = self.job.policy.engine_options()
+            sampler = load_vllm(name, options, engine, self.tokenizer, self.sampling, self.stop)
+        else:
+            model = load_policy(name, options)
+            batch_size = self.job.policy.batch_size
+            sampler = TransformersSampler(model, self.tokenizer, self.sampling, self.stop, batch_size)
+
+        def generate(number: int, progress: Callable[[int], Any]) -> list[Row]:
+            ids = {row.index: encode_prompt(row.prompt, self.tokenizer) for row in self.shards[number]}
+            fitting = {index: tokens for index, tokens in ids.items() if self.room is None or len(tokens) <= self.room}
+            requests = [r for index, tokens in fitting.items() for r in requests_for(index, tokens, self.sampling)]
+            progress((len(ids) - len(fitting)) * self.sampling.num_samples)
+            drawn: dict[int, list] = {index: [] for index in ids}
+            for request, response in zip(requests, sampler(requests, progress), strict=True):
+                drawn[request.prompt_index].append(response)
+            return [
+                _row(row)
+                | {"responses": [response.text for response in drawn[row.index]]}
+                | {"finished": [response.finished for response in drawn[row.index]]}
+                | {"too_long": row.index not in fitting}
+                for row in self.shards[number]
+            ]
+
+        return generate
+
+    def _copy_responses(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
+        progress(self.size("generate", number))
+        return [_row(row) | {"responses": row.responses} for row in self.shards[number]]
+
+    def load_scorer(self) -> Make:
+        """The stage "score": with the reward model, or from the column of ready scores."""
+        if self.job.data.scores_column is not None:
+            return self._copy_scores
+        reward = self.job.reward
+        model = load_reward_model(reward.reward_model_name_or_path, self._reward_options)
+        scorer = RewardScorer(
+            model, self.reward_tokenizer, reward.reward_batch_size, reward.reward_max_length, self.text_format
+        )
+
+        def score(number: int, progress: Callable[[int], Any]) -> list[Row]:
+            rows = self.folder.read("generate", number)
+            scores = iter(scorer([(row["prompt"], text) for row in rows for text in row["responses"]], progress))
+            scored = [[next(scores) for _ in row["responses"]] for row in rows]
+            return [
+                row | {"scores": [score.reward for score in mine], "cut": sum(score.was_cut for score in mine)}
+                for row, mine in zip(rows, scored, strict=True)
+            ]
+
+        return score
+
+    def _copy_scores(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
+        progress(self.size("score", number))
+        rows = zip(self.folder.read("generate", number), self.shards[number], strict=True)
+        return [row | {"scores": source.scores} for row, source in rows]
+
+    def select(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
+        """The stage "select": pairs of each prompt, with the counts of the summary."""
+        rule, drop = self.job.rule(), self.job.selection.drop_unfinished
+        rows = []
+        for row in self.folder.read("score", number):
+            finished = row.get("finished") or [True] * len(row["responses"])
+            places = [place for place, is_finished in enumerate(finished) if is_finished or not drop]
+            texts = [row["responses"][place] for place in places]
+            scores = [row["scores"][place] for place in places]
+            rows.append(_selected(row, texts, scores, select_pairs(texts, scores, row["index"], rule)))
+            progress(1)
+        return rows
+
+    def _check_models(self) -> None:
+        policy, reward = self.job.policy, self.job.reward
+        device, trust = self.job.output.device, policy.trust_remote_code
+        if policy.model_name_or_path is not None:
+            if policy.use_vllm:
+                require_vllm()
+            options = LoadOptions(policy.model_revision, policy.dtype, policy.attn_implementation, trust, device)
+            self._policy_options = options
+            self.tokenizer = load_tokenizer(policy.model_name_or_path, options)
+            generation = load_generation_config(policy.model_name_or_path, options)
+            self.stop = stop_tokens(generation, self.tokenizer)
+            config = read_config(policy.model_name_or_path, options)
+            self.room = room_for_prompt(config, policy.max_new_tokens, policy.max_prompt_length)
+        if reward.reward_model_name_or_path is not None:
+            name = reward.reward_model_name_or_path
+            options = LoadOptions(reward.reward_model_revision, reward.reward_dtype, None, trust, device)
+            self._reward_options = options
+            check_reward_model(name, options)
+            self.reward_tokenizer = load_tokenizer(name, options)
+            self.text_format = resolve_text_format(reward.reward_text_format, self.reward_tokenizer)
+
+    def _check_rows(self, rows: list[PromptRow]) -> None:
+        if self.job.data.responses_column is not None:
+            most = max(len(row.responses) for row in rows)
+            if self.job.selection.num_accepted > most:
+                raise ValueError(
+                    f"--num_accepted {self.job.selection.num_accepted} is more than the {most} response(s) that "
+                    f"column {self.job.data.responses_column!r} has at most: accept fewer."
+                )
+        elif not isinstance(rows[0].prompt, str) and not self.tokenizer.chat_template:
+            raise ValueError(
+                "the prompts are conversations and the policy's tokenizer has no chat template: set "
+                "tokenizer.chat_template and save it with the policy, or give strings."
+            )
+
+
+def stage_settings(job: Job, data_checksum: str) -> Settings:
+    """Everything that decides what a stage writes, up to rounding: neither batch sizes nor the device are in it."""
+    data, policy, reward = job.data, job.policy, job.reward
+    generate: Row = {
+        name: getattr(data, name)
+        for name in ("dataset_name", "dataset_config", "dataset_split", "prompt_column", "as_chat", "max_prompts")
+    } | {"data_checksum": data_checksum, "shard_size": job.output.shard_size}
+    if data.responses_column is not None:
+        generate["responses_column"] = data.responses_column
+    else:
+        names = ("model_name_or_path", "model_revision", "dtype", "use_vllm", "num_samples", "temperature", "top_p")
+        names += ("max_new_tokens", "max_prompt_length")
+        generate |= {name: getattr(policy, name) for name in names} | {"seed": job.output.seed}
+    if data.scores_column is not None:
+        score: Row = {"scores_column": data.scores_column}
+    else:
+        names = ("reward_model_name_or_path", "reward_model_revision", "reward_dtype", "reward_text_format")
+        score = {name: getattr(reward, name) for name in (*names, "reward_max_length")}
+    select = {**vars(job.selection), "seed": job.output.seed}
+    return {"generate": generate, "score": score, "select": select}
+
+
+def _row(row: PromptRow) -> Row:
+    return {"index": row.index, "prompt": row.prompt}
+
+
+def _selected(row: Row, texts: list[str], scores: list[float], selection: Selection) -> Row:
+    pairs = [
+        {
+            "chosen": texts[pair.chosen],
+            "rejected": texts[pair.rejected],
+            "score_chosen": scores[pair.chosen],
+            "score_rejected": scores[pair.rejected],
+        }
+        for pair in selection.pairs
+    ]
+    filled = sum(bool(text.strip()) for text in texts)
+    return _row(PromptRow(row["index"], row["prompt"])) | {
+        "pairs": pairs,
+        "scores": scores,
+        "acceptance": selection.acceptance,
+        "responses": len(row["responses"]),
+        "unfinished": sum(not finished for finished in row.get("finished", ())),
+        "cut": row.get("cut", 0),
+        "too_long": row.get("too_long", False),
+        "dropped_unfinished": len(row["responses"]) - len(texts),
+        "dropped_empty": len(texts) - filled,
+        "dropped_identical": filled - len(selection.distinct),
+        "distinct": len(selection.distinct),
+        "accepted": len(selection.accepted),
+    }
+
+
+DATA_FILE = "data/train.parquet"
+PUBLISHED = ["README.md", "summary.json", DATA_FILE]
+
+
+def preference_rows(selected: Iterable[Row]) -> list[Row]:
+    """One row per pair, in the explicit-prompt format of TRL: strings, or messages where the prompt is messages."""
+    rows = []
+    for prompt in selected:
+        for pair in prompt["pairs"]:
+            texts = {side: pair[side] for side in ("chosen", "rejected")}
+            if not isinstance(prompt["prompt"], str):
+                texts = {side: [{"role": "assistant", "content": text}] for side, text in texts.items()}
+            scores = {name: pair[name] for name in ("score_chosen", "score_rejected")}
+            rows.append({"prompt": prompt["prompt"], **texts, **scores})
+    return rows
+
+
+def summarize(selected: Sequence[Row]) -> dict[str, Any]:
+    """Counts and means of a run. Means over pairs or prompts of which there are none are None."""
+    pairs = [pair for row in selected for pair in row["pairs"]]
+    with_pairs = [row for row in selected if row["pairs"]]
+
+    def total(name: str) -> int:
+        return sum(row[name] for row in selected)
+
+    def over_pairs(value: Callable[[Row], float]) -> float | None:
+        return statistics.fmean(map(value, pairs)) if pairs else None
+
+    rates = [row["acceptance"] for row in selected if row["acceptance"] is not None]
+    scores = [score for row in selected for score in row["scores"]]
+    return {
+        "prompts": len(selected),
+        "prompts_with_pairs": len(with_pairs),
+        "prompts_too_long": sum(row["too_long"] for row in selected),
+        "prompts_with_fewer_than_two_distinct": sum(row["distinct"] < 2 and not row["too_long"] for row in selected),
+        "prompts_without_margin": sum(row["distinct"] >= 2 and not row["pairs"] for row in selected),
+        "responses": total("responses"),
+        "responses_unfinished": total("unfinished"),
+        "responses_cut_for_reward_model": total("cut"),
+        "dropped_unfinished": total("dropped_unfinished"),
+        "dropped_empty": total("dropped_empty"),
+        "dropped_identical": total("dropped_identical"),
+        "accepted": total("accepted"),
+        "acceptance_rate": statistics.fmean(rates) if rates else None,
+        "pairs": len(pairs),
+        "mean_score": statistics.fmean(scores) if scores else None,
+        "mean_score_chosen": over_pairs(lambda pair: pair["score_chosen"]),
+        "mean_score_rejected": over_pairs(lambda pair: pair["score_rejected"]),
+        "mean_characters_chosen": over_pairs(lambda pair: len(pair["chosen"])),
+        "mean_characters_rejected": over_pairs(lambda pair: len(pair["rejected"])),
+        "share_of_pairs_with_longer_chosen": over_pairs(lambda pair: len(pair["chosen"]) > len(pair["rejected"])),
+    }
+
+
+def write_output(root: Path, selected: Sequence[Row], settings: Settings, save_to_disk: bool) -> dict[str, Any]:
+    """Write data, card and summary, in that order, and return the summary.
+
+    save_to_disk: also write the folder arrow/ for `datasets.load_from_disk`. Raises ValueError if no pair is left.
+    """
+    summary = summarize(selected)
+    if not summary["pairs"]:
+        raise ValueError(
+            f"no pair is left of {summary['prompts']} prompts: {summary['prompts_with_fewer_than_two_distinct']} with "
+            f"fewer than two distinct responses, {summary['prompts_without_margin']} without the margin, "
+            f"{summary['prompts_too_long']} too long; sample more, or hotter, or ask for a smaller margin."
+        )
+    data = Dataset.from_list(preference_rows(selected))
+    path = root / DATA_FILE
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    data.to_parquet(str(partial))
+    os.replace(partial, path)
+    if save_to_disk:
+        _save_to_disk(data, root / "arrow")
+    (root / "README.md").write_text(card(settings, summary), encoding="utf-8")
+    write_json(root / "summary.json", summary)
+    return summary
+
+
+def _save_to_disk(data: Dataset, folder: Path) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    data.save_to_disk(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+# No `configs:` in the head: `datasets` 5.2 takes two local folders of one name with the same `configs:` for one data
+# set and loads the cached rows of the first for both. It finds data/train.parquet by its name.
+CARD = """---
+tags:
+- preference
+- rejection-sampling
+- hf_moe_cpt
+---
+# Preference pairs by rejection sampling
+
+{pairs} pairs for {prompts_with_pairs} of {prompts} prompts. Columns: `prompt`, `chosen`, `rejected`, `score_chosen`,
+`score_rejected`. Made by `scripts/rejection_sample.py` of hf_moe_cpt {version}; the same settings on the same machine
+make the same file.
+
+## How the responses were made
+{generate}
+
+## How they were scored
+{score}
+
+## How the pairs were chosen
+{select}
+
+A response is accepted with probability `exp((r - r_max) / tau)` among those that are left (statistical rejection
+sampling, Liu et al. 2024, arXiv 2309.06657); `percentile` rewards are ranks within a prompt (RainbowPO, arXiv
+2410.04203). Scores in the columns are those of the reward model or of the column named above, never ranks.
+
+## Counts
+{counts}
+"""
+
+
+def card(settings: Settings, summary: dict[str, Any]) -> str:
+    """The README.md of the data set: what it was made of."""
+    from hf_moe_cpt import __version__
+
+    tables = {stage: _table("setting", settings[stage]) for stage in settings}
+    return CARD.format(version=__version__, counts=_table("count", summary), **tables, **summary)
+
+
+def _table(head: str, values: dict[str, Any]) -> str:
+    shown = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    lines = [f"| `{name}` | {text.replace('|', '&#124;')} |" for name, text in shown.items() if text != "None"]
+    return "\n".join([f"| {head} | value |", "|---|---|", *lines])
+
+
+def publish(root: Path, repo_id: str, private: bool) -> str:
+    """Upload data, card and summary to a data set on the Hub, made if it is new; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=root,
+        allow_patterns=PUBLISHED,
+        commit_message="Preference pairs by rejection sampling",
+    )
+    return str(address)

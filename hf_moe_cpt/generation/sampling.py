@@ -1,0 +1,492 @@
+"""Load the two models of preference data, the policy and the reward model, after checking that each can do its part.
+
+What can be refused is refused from the configuration and the tokenizer, before weights are read. A Prompt is a string,
+or a conversation as a list of {"role": ..., "content": ...}. Source: ours.
+
+Sample responses so that each depends on (seed, prompt index, sample number) and not on what is sampled beside it.
+
+The random numbers are drawn before generation: token t of sample j to prompt i takes number t of a stream keyed by
+(seed, i, j), and is the token whose stretch of the cumulative distribution holds that number. So neither the batch,
+nor its order, nor the number of samples per prompt changes a response; what remains is the rounding of the logits,
+which depends on the shape of the batch. vLLM draws its own numbers from a seed of the same key.
+
+Letters: B rows of a batch, V vocabulary, T new tokens. Source: ours.
+
+Score responses with a reward model: any sequence classifier with one label, whose logit is the reward.
+
+Source: ours. The text that is scored is a chat through the reward model's own template, or prompt and response one
+after the other, or as the two texts of a pair; `TEXT_FORMATS` says which is which.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.machine import choose_device
+
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is read. dtype: float32, bfloat16, float16 or auto. device: auto, cpu or cuda."""
+
+    revision: str = "main"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+
+    def source(self) -> dict[str, Any]:
+        """What configuration, tokenizer and weights have in common."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_tokenizer(name: str, options: LoadOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; where texts must be cut, their beginning goes, not the response at their end."""
+    return AutoTokenizer.from_pretrained(name, truncation_side="left", **options.source())
+
+
+def read_config(name: str, options: LoadOptions) -> PreTrainedConfig:
+    """The configuration alone."""
+    return AutoConfig.from_pretrained(name, **options.source())
+
+
+def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
+    """A causal LM on its device, ready to generate."""
+    return _load(AutoModelForCausalLM, name, options)
+
+
+def load_reward_model(name: str, options: LoadOptions) -> PreTrainedModel:
+    """A sequence classifier with one label on its device; see `check_reward_model`."""
+    return _load(AutoModelForSequenceClassification, name, options)
+
+
+def _load(auto_class: type, name: str, options: LoadOptions) -> PreTrainedModel:
+    attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    model = auto_class.from_pretrained(name, dtype=options.dtype, **attention, **options.source())
+    return model.to(choose_device(options.device)).eval()
+
+
+def check_reward_model(name: str, options: LoadOptions) -> None:
+    """Raise ValueError unless the configuration announces one label, whose logit is the reward."""
+    config = read_config(name, options)
+    if config.num_labels != 1:
+        raise ValueError(
+            f"the reward model {name!r} has {config.num_labels} labels and must have one, whose logit is the reward: "
+            "name another model, or score the responses yourself and name their columns."
+        )
+
+
+def load_generation_config(name: str, options: LoadOptions) -> GenerationConfig:
+    """The generation configuration of a model, or what its configuration says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(name, revision=options.revision)
+    except OSError:  # many checkpoints come without that file
+        return GenerationConfig.from_model_config(read_config(name, options))
+
+
+def stop_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: those of the generation configuration, and the tokenizer's EOS.
+
+    Raises ValueError if there is none: every response would run to its limit.
+    """
+    known = generation.eos_token_id
+    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} has no EOS token and the policy's generation configuration has "
+            "none: no response would ever end; set tokenizer.eos_token and save the tokenizer with the policy."
+        )
+    return sorted(set(ids))
+
+
+def room_for_prompt(config: PreTrainedConfig, max_new_tokens: int, max_prompt_length: int | None) -> int | None:
+    """Most tokens that a prompt may have beside its response; None where the model has no limit.
+
+    Raises ValueError if a response alone fills the model.
+    """
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return max_prompt_length
+    if max_new_tokens >= window:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the policy has {window} positions."
+        )
+    room = window - max_new_tokens
+    return room if max_prompt_length is None else min(room, max_prompt_length)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn for each prompt."""
+
+    num_samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+class Request(NamedTuple):
+    """One response to draw: to which prompt, the how-manieth, and the tokens it continues."""
+
+    prompt_index: int
+    sample: int
+    prompt_ids: list[int]
+
+
+class Response(NamedTuple):
+    """A response without its end token. finished: it ended itself before max_new_tokens."""
+
+    text: str
+    finished: bool
+    num_tokens: int
+
+
+Progress = Callable[[int], Any]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that the response continues; a conversation goes through the chat template up to the answer."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    if not ids:
+        raise ValueError(f"the prompt {prompt!r} has no token: remove it.")
+    return ids
+
+
+def requests_for(prompt_index: int, prompt_ids: list[int], sampling: Sampling) -> list[Request]:
+    """The num_samples requests of one prompt."""
+    return [Request(prompt_index, sample, prompt_ids) for sample in range(sampling.num_samples)]
+
+
+def uniform_numbers(requests: Sequence[Request], sampling: Sampling) -> np.ndarray:
+    """(B, T) numbers in [0, 1): row b belongs to the key (seed, prompt index, sample) of request b alone."""
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(_seed_of(request, sampling))).random(sampling.max_new_tokens)
+            for request in requests
+        ]
+    )
+
+
+def tokens_at(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token (B,) at which the cumulative distribution of logits (B, V) passes uniform (B,), numbers in [0, 1).
+
+    A token of probability 0 is never chosen.
+    """
+    cumulative = logits.to(uniform.dtype).softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    place = torch.minimum(uniform[:, None] * total, below_total)
+    return torch.searchsorted(cumulative, place, right=True).squeeze(-1)
+
+
+class _ChosenByNumber(LogitsProcessor):
+    """Leave one token in each row: the one at that step's number. Greedy search then has no choice."""
+
+    def __init__(self, uniform: torch.Tensor, prompt_width: int) -> None:
+        self.uniform, self.prompt_width = uniform, prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens = tokens_at(scores, self.uniform[:, input_ids.shape[1] - self.prompt_width])
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class TransformersSampler:
+    """Samples with `generate`, in batches of rows of similar length, padded on the left.
+
+    The model's own generation configuration (penalties, top-k, ...) is replaced: what is drawn is the policy at
+    `sampling`'s temperature and top_p. stop: ids that end a response, which also pad.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        stop: list[int],
+        batch_size: int,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.stop, self.batch_size = stop, batch_size
+        pad = tokenizer.pad_token_id
+        self.pad = stop[0] if pad is None else pad
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=stop,
+            pad_token_id=self.pad,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+
+    def __call__(self, requests: Sequence[Request], progress: Progress = lambda count: None) -> list[Response]:
+        """One response for each request, in their order; progress gets the size of each finished batch."""
+        # The longest first: a batch that does not fit into memory fails at once.
+        order = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt_ids))
+        responses: dict[int, Response] = {}
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            responses |= zip(places, self._batch([requests[place] for place in places]), strict=True)
+            progress(len(places))
+        return [responses[place] for place in range(len(requests))]
+
+    @torch.inference_mode()
+    def _batch(self, requests: list[Request]) -> list[Response]:
+        device = self.model.device
+        width = max(len(request.prompt_ids) for request in requests)
+        ids = torch.full((len(requests), width), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, width - len(request.prompt_ids) :] = 1
+        # MPS has no float64: there a token of probability below 1e-7 may never be drawn.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        uniform = torch.from_numpy(uniform_numbers(requests, self.sampling)).to(device, dtype)
+        output = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            logits_processor=LogitsProcessorList([*self._warpers(), _ChosenByNumber(uniform, width)]),
+        )
+        rows = zip(requests, output[:, width:].tolist(), strict=True)
+        return [read_response(request.prompt_ids, ids, self.stop, self.tokenizer) for request, ids in rows]
+
+    def _warpers(self) -> list[LogitsProcessor]:
+        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(self.sampling.temperature)]
+        return warpers + ([TopPLogitsWarper(self.sampling.top_p)] if self.sampling.top_p < 1 else [])
+
+
+def read_response(
+    prompt_ids: list[int], new_ids: Sequence[int], stop: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Response:
+    """The text before the first stop token.
+
+    It is what the text of prompt and response has over that of the prompt, because some tokenizers drop a space at
+    the beginning of what they decode.
+    """
+    ends = [place for place, token in enumerate(new_ids) if token in stop]
+    kept = list(new_ids[: ends[0]] if ends else new_ids)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt_ids, **options)
+    whole = tokenizer.decode([*prompt_ids, *kept], **options)
+    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(kept, **options)
+    return Response(text, bool(ends), len(kept))
+
+
+class VllmSampler:
+    """Samples with vLLM, which batches by itself; each request carries a seed of its own.
+
+    engine: a vllm.LLM. parameters: the class vllm.SamplingParams.
+    """
+
+    def __init__(
+        self, engine: Any, parameters: type, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stop: list[int]
+    ) -> None:
+        self.engine, self.parameters, self.tokenizer = engine, parameters, tokenizer
+        self.sampling, self.stop = sampling, stop
+
+    def __call__(self, requests: Sequence[Request], progress: Progress = lambda count: None) -> list[Response]:
+        """One response for each request, in their order; progress is called once."""
+        parameters = [
+            self.parameters(
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                max_tokens=self.sampling.max_new_tokens,
+                stop_token_ids=self.stop,
+                seed=_seed_of(request, self.sampling) % 2**32,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        progress(len(requests))
+        return [
+            read_response(request.prompt_ids, output.outputs[0].token_ids, self.stop, self.tokenizer)._replace(
+                finished=output.outputs[0].finish_reason == "stop"
+            )
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+
+def require_vllm() -> Any:
+    """The module vllm. Raises ImportError, in one line, where it is not installed."""
+    try:
+        return importlib.import_module("vllm")
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ImportError(
+            "--use_vllm needs the package vllm, which is not installed: pip install vllm, or leave --use_vllm out."
+        ) from error
+
+
+def load_vllm(
+    name: str,
+    options: LoadOptions,
+    engine_options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    stop: list[int],
+) -> VllmSampler:
+    """A sampler on a new vLLM engine. engine_options: further arguments of vllm.LLM, such as tensor_parallel_size."""
+    vllm = require_vllm()
+    engine = vllm.LLM(model=name, dtype=options.dtype, **{**options.source(), **engine_options})
+    return VllmSampler(engine, vllm.SamplingParams, tokenizer, sampling, stop)
+
+
+def _seed_of(request: Request, sampling: Sampling) -> int:
+    return derive_seed(sampling.seed, "response", request.prompt_index, request.sample)
+
+
+TEXT_FORMATS = {
+    "auto": "chat where the reward model's tokenizer has a chat template, plain otherwise",
+    "chat": "the reward model's chat template; a string prompt is the turn of a user",
+    "plain": "prompt + response + EOS in one text",
+    "pair": "prompt and response as the two texts of a pair, as encoders with a separator expect",
+}
+UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
+
+
+class Score(NamedTuple):
+    """A reward. was_cut: the text was longer than the reward model reads and lost its beginning."""
+
+    reward: float
+    was_cut: bool
+
+
+class RewardScorer:
+    """Rewards of (prompt, response) pairs, in batches of similar length, padded on the right.
+
+    A classifier that reads the last token finds it by the padding token of its configuration. Where that names none,
+    the tokenizer's serves, if it is not also EOS; where there is none, texts are scored one at a time.
+    max_length: tokens of a text; None takes the tokenizer's limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_length: int | None = None,
+        text_format: str = "auto",
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.text_format = resolve_text_format(text_format, tokenizer)
+        limit = tokenizer.model_max_length if max_length is None else max_length
+        self.max_length = limit if limit < UNBOUNDED else None
+        config = model.config.get_text_config()
+        if config.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+            config.pad_token_id = tokenizer.pad_token_id
+        self.pad = config.pad_token_id
+        self.batch_size = 1 if self.pad is None else batch_size
+        self._accepted = set(inspect.signature(model.forward).parameters)
+        self._adds_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+    def __call__(
+        self, pairs: Sequence[tuple[Prompt, str]], progress: Callable[[int], Any] = lambda count: None
+    ) -> list[Score]:
+        """One score for each pair, in their order; progress gets the size of each finished batch.
+
+        Raises ValueError for a reward that is not finite.
+        """
+        encoded = [self._encode(prompt, response) for prompt, response in pairs]
+        order = sorted(range(len(pairs)), key=lambda place: -len(encoded[place][0]["input_ids"]))
+        rewards: dict[int, float] = {}
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            rewards |= zip(places, self._batch([encoded[place][0] for place in places]), strict=True)
+            progress(len(places))
+        for place, reward in rewards.items():
+            if not math.isfinite(reward):
+                raise ValueError(
+                    f"the reward model gives {reward} for the response {pairs[place][1][:40]!r}: load it in another "
+                    "dtype, such as float32."
+                )
+        return [Score(rewards[place], encoded[place][1]) for place in range(len(pairs))]
+
+    def text_of(self, prompt: Prompt, response: str) -> str | tuple[str, str]:
+        """The text that is scored; the two texts in format "pair"."""
+        if self.text_format == "chat":
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": response}], tokenize=False
+            )
+        text = prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
+        if self.text_format == "pair":
+            return text, response
+        joint = "" if isinstance(prompt, str) else "\n\n"
+        end = "" if self._adds_eos or self.tokenizer.eos_token is None else self.tokenizer.eos_token
+        return f"{text}{joint}{response}{end}"
+
+    def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
+        """Token ids and their like, and whether they were cut."""
+        text = self.text_of(prompt, response)
+        texts = (text,) if isinstance(text, str) else text
+        special = self.text_format != "chat"  # the template has written them
+        whole = self.tokenizer(*texts, add_special_tokens=special, verbose=False)
+        if self.max_length is None or len(whole["input_ids"]) <= self.max_length:
+            return dict(whole), False
+        cut = self.tokenizer(
+            *texts,
+            add_special_tokens=special,
+            max_length=self.max_length,
+            truncation="only_first" if self.text_format == "pair" else True,
+        )
+        return dict(cut), True
+
+    @torch.inference_mode()
+    def _batch(self, rows: list[dict[str, list[int]]]) -> list[float]:
+        width = max(len(row["input_ids"]) for row in rows)
+        # Some tokenizers give token types to models that know none.
+        fill = {name: 0 for name in rows[0] if name in self._accepted} | {"input_ids": self.pad or 0}
+        batch = {
+            name: torch.tensor([row[name] + [fill[name]] * (width - len(row[name])) for row in rows]) for name in fill
+        }
+        batch["attention_mask"] = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+        )
+        logits = self.model(**{name: values.to(self.model.device) for name, values in batch.items()}).logits
+        return logits.float().squeeze(-1).tolist()
+
+
+def resolve_text_format(text_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The format meant by "auto"; the others as they are. Raises ValueError for "chat" without a chat template."""
+    if text_format == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    if text_format == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            "the reward model's tokenizer has no chat template for text format 'chat': choose plain, pair or auto."
+        )
+    return text_format

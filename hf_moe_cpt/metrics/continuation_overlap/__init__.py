@@ -1,0 +1,1 @@
+"""The metric `continuation_overlap`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
