@@ -233,7 +233,7 @@ _CITATIONS = {
 
 
 @dataclass(frozen=True)
-class Told:
+class CardOverrides:
     """What no file of a run tells and its owner may: names of data sets, licence, languages, parent, title."""
 
     repository: str | None = None
@@ -263,10 +263,10 @@ class CardArguments:
     language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
     title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
 
-    def told(self, repository: str | None) -> Told:
+    def told(self, repository: str | None) -> CardOverrides:
         """The same for `build_card`, with the name that people load."""
         told = {name: getattr(self, name) for name in ("license", "language", "base_model", "title")}
-        return Told(repository=repository, datasets=self.dataset_name, **told)
+        return CardOverrides(repository=repository, datasets=self.dataset_name, **told)
 
 
 @dataclass(frozen=True)
@@ -277,13 +277,13 @@ class Card:
     plots: dict[str, str]
 
 
-def build_card(folder: str | Path, told: Told | None = None, method: str | None = None) -> Card:
+def build_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
     """The card of a finished folder.
 
     told: what the owner adds. method: "cpt", "rainbowpo" or "surgery", if the folder does not say. Raises ValueError
     for a folder without a model or a method, and for files that cannot be read.
     """
-    told = told or Told()
+    told = told or CardOverrides()
     facts = read_facts(folder, method)
     plots = curves(facts)
     parent = told.base_model or facts.parent
@@ -312,7 +312,7 @@ def build_card(folder: str | Path, told: Told | None = None, method: str | None 
     return Card(str(card.content).strip() + "\n", plots)
 
 
-def write_card(folder: str | Path, told: Told | None = None, method: str | None = None) -> Path:
+def write_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Path:
     """Write README.md and its plots into a finished folder, over what is there; returns the card's path.
 
     Each file is replaced whole or not at all; OSError says in one line that the disk took no more.
@@ -378,7 +378,7 @@ def _template(name: str) -> str:
     return resources.files(TEMPLATES).joinpath(name).read_text(encoding="utf-8")
 
 
-def _metadata(facts: RunFacts, told: Told, parent: str | None, title: str) -> ModelCardData:
+def _metadata(facts: RunFacts, told: CardOverrides, parent: str | None, title: str) -> ModelCardData:
     results = _eval_results(facts, told)
     values: dict[str, Any] = {
         "license": told.license,
@@ -395,14 +395,14 @@ def _metadata(facts: RunFacts, told: Told, parent: str | None, title: str) -> Mo
     return ModelCardData(**values)
 
 
-def _tags(facts: RunFacts, told: Told) -> list[str]:
+def _tags(facts: RunFacts, told: CardOverrides) -> list[str]:
     own = ["hf_moe_cpt", *_TAGS[facts.method]]
     own += ["moe"] if _num_experts(facts) else []
     own += ["arxiv:2503.05029"] if facts.method == "cpt" else []
     return [*dict.fromkeys([*own, *told.tags, "generated_from_trainer"])]
 
 
-def _eval_results(facts: RunFacts, told: Told) -> list[EvalResult]:
+def _eval_results(facts: RunFacts, told: CardOverrides) -> list[EvalResult]:
     name = told.datasets[0] if len(told.datasets) == 1 else None
     return [
         EvalResult(

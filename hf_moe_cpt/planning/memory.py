@@ -22,7 +22,7 @@ own buffers; when it has ended all gradients are there, and little else:
 memory in pieces is lost memory. Letters: T tokens of a pass, V vocabulary, H hidden size. Source: ours; the errors
 against measured peaks are in docs/scaling.md.
 
-Stand-ins for kernels while kept tensors are counted: the same tensors saved, nothing computed.
+Stand-ins for kernels while saved activations are counted: the same tensors saved, nothing computed.
 
 Fused kernels cannot run on tensors without memory. What matters to the count is which tensors an operation saves for
 its backward pass, and that is written down here, kernel by kernel. Letters: T tokens, H hidden size, K experts per
@@ -31,7 +31,7 @@ are compared with the real ones in the tests.
 
 What a plan needs to know of a model: its parameters by part, and what its layers keep, without any weights.
 
-Source: ours. Both are counted on tensors without memory, as in analysis/kept_tensors.py.
+Source: ours. Both are counted on tensors without memory.
 """
 
 from __future__ import annotations

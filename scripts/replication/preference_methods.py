@@ -506,7 +506,7 @@ def best_frontier(rewards: np.ndarray, slopes: Sequence[float] = FRONTIER_SLOPES
     return points
 
 
-class Workshop:
+class Worker:
     """Trains and grades the runs of one comparison, from the policy saved in `policy_folder`."""
 
     def __init__(self, comparison: Comparison, policy_folder: Path) -> None:
@@ -595,15 +595,15 @@ def _arguments(settings: dict[str, Any], folder: str) -> RainbowPOConfig:
     )
 
 
-_workshop: Workshop | None = None
+_worker: Worker | None = None
 
 
-def open_workshop(comparison: Comparison, policy_folder: Path) -> None:
-    """Make this process a worker: one thread, no bars of libraries, and the workshop for `carry_out_here`."""
-    global _workshop
+def start_worker(comparison: Comparison, policy_folder: Path) -> None:
+    """Make this process a worker: one thread, no bars of libraries, and what `run_one` needs."""
+    global _worker
     torch.set_num_threads(1)
     quiet_libraries()
-    _workshop = Workshop(comparison, policy_folder)
+    _worker = Worker(comparison, policy_folder)
 
 
 def quiet_libraries() -> None:
@@ -613,10 +613,10 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def carry_out_here(run: Run) -> tuple[Run, dict[str, Any]]:
+def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
     """The run's record from this process's workshop; of a run that failed, {"error": one line}."""
     with Attempt() as attempt:
-        return run, _workshop.carry_out(run)
+        return run, _worker.carry_out(run)
     return run, {"error": attempt.reason}
 
 
@@ -934,7 +934,7 @@ def compare(comparison: Comparison, methods: Sequence[str], folder: ComparisonFo
         final = {method: comparison.final_runs(run) if run else [] for method, run in chosen.items()}
         records |= crew.records([run for runs in final.values() for run in runs], bar)
         bar.set_description("done")
-    exam = Workshop(comparison, folder.policy).exam("test")
+    exam = Worker(comparison, folder.policy).exam("test")
     samples = comparison.scale.frontier_samples
     judged = exam.sample(exam.reference, samples, "frontier", seed=0)
     graded = {run.name: run for grid in grids.values() for run in grid if "grades" in records[run.name]}
@@ -985,14 +985,14 @@ class Crew:
         if not runs:
             return
         if self.workers == 1:
-            open_workshop(*start)
-            yield from map(carry_out_here, runs)
+            start_worker(*start)
+            yield from map(run_one, runs)
             return
         if self.pool is None:
             self.pool = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=open_workshop, initargs=start
+                self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=start
             )
-        for future in as_completed([self.pool.submit(carry_out_here, run) for run in runs]):
+        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
             yield future.result()
 
 

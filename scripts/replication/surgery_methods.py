@@ -530,7 +530,7 @@ SURGERY_SETS = ("unlearn", "update", "retain", "obsolete", "neighbour", "unseen"
 EVAL_BATCH_SIZE = 32
 
 
-class Workshop:
+class Worker:
     """Trains, operates on and examines the models of one comparison; models before are kept under `root`."""
 
     def __init__(self, comparison: Comparison, root: Path) -> None:
@@ -653,21 +653,21 @@ def _arguments(settings: dict[str, Any], folder: str, device: torch.device) -> S
     )
 
 
-_workshop: Workshop | None = None
+_worker: Worker | None = None
 
 
-def open_workshop(comparison: Comparison, root: Path) -> None:
-    """Make this process a worker: one thread, no bars of libraries, and the workshop for `carry_out_here`."""
-    global _workshop
+def start_worker(comparison: Comparison, root: Path) -> None:
+    """Make this process a worker: one thread, no bars of libraries, and what `run_one` needs."""
+    global _worker
     torch.set_num_threads(1)
     quiet_libraries()
-    _workshop = Workshop(comparison, root)
+    _worker = Worker(comparison, root)
 
 
-def carry_out_here(run: Run) -> tuple[Run, dict[str, Any]]:
+def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
     """The run's record from this process's workshop; of a run that failed, {"error": one line}."""
     with Attempt() as attempt:
-        return run, _workshop.carry_out(run)
+        return run, _worker.carry_out(run)
     return run, {"error": attempt.reason}
 
 
@@ -1182,14 +1182,14 @@ class Crew:
     def _carry_out(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         if self.workers == 1:
             if runs:
-                open_workshop(*self.start)
-            yield from map(carry_out_here, runs)
+                start_worker(*self.start)
+            yield from map(run_one, runs)
             return
         if self.pool is None and runs:
             self.pool = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=open_workshop, initargs=self.start
+                self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=self.start
             )
-        for future in as_completed([self.pool.submit(carry_out_here, run) for run in runs]):
+        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
             yield future.result()
 
 

@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
-from hf_moe_cpt.hub.cards import Told, build_card
+from hf_moe_cpt.hub.cards import CardOverrides, build_card
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
 
 
@@ -99,7 +99,7 @@ def _words(folder: Path, **arguments: Any) -> list[str]:
 
 def write_example(run: Path, folder: Path, method: str) -> None:
     """The card of a run with its plots, in a folder of its own."""
-    told = Told(repository=f"your-name/{run.name}", datasets=[DATASET], license="apache-2.0", language=["en"])
+    told = CardOverrides(repository=f"your-name/{run.name}", datasets=[DATASET], license="apache-2.0", language=["en"])
     card = build_card(run, told, method)
     shutil.rmtree(folder, ignore_errors=True)
     for path, text in {"README.md": card.text, **card.plots}.items():

@@ -30,7 +30,7 @@ from hf_moe_cpt.kernels.cross_entropy import (
 )
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeAttention, CptMoeForCausalLM, CptMoeRMSNorm, rotate
-from hf_moe_cpt.trainers.common.metrics import LossTap, SourceLosses
+from hf_moe_cpt.trainers.common.metrics import LossRecorder, SourceLosses
 from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
 from tests.helpers.tiny_models import CONFIGS, VOCABULARY, tiny_model
 from tests.helpers.tolerances import assert_matches
@@ -131,7 +131,7 @@ def test_logits_are_there_where_they_are_wanted(calls):
 def test_losses_per_source_are_the_same(calls, is_training):
     measured = []
     for model in pair():
-        tap, meter = LossTap(), SourceLosses(("new", "replay"))
+        tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
         tap.attach(model.train(is_training))
         for seed in range(2):
             ids, labels = batch(seed=seed)

@@ -1,8 +1,8 @@
-"""Kept tensors are counted right: against what operations are known to save. S tokens, H states, W width.
+"""Saved activations are counted right: against what operations are known to save. S tokens, H states, W width.
 
 Memory arithmetic: states against a real optimizer, sharding against division, moments against each other.
 
-What a plan knows of a model: parameters against loaded ones, kept tensors against a pass with contents.
+What a plan knows of a model: parameters against loaded ones, saved activations against a pass with contents.
 """
 
 from dataclasses import replace

@@ -242,9 +242,9 @@ def test_results_are_those_of_the_records(finished):
 
 def test_what_is_finished_is_not_run_again(finished, tmp_path, monkeypatch):
     made = []
-    carry_out = compare_preference_run.Workshop.carry_out
+    carry_out = compare_preference_run.Worker.carry_out
     monkeypatch.setattr(
-        compare_preference_run.Workshop, "carry_out", lambda self, run: made.append(run.name) or carry_out(self, run)
+        compare_preference_run.Worker, "carry_out", lambda self, run: made.append(run.name) or carry_out(self, run)
     )
     monkeypatch.setattr(compare_preference_methods, "train_policy", None)
     before = results_of(finished[0])
@@ -302,7 +302,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
             raise RuntimeError("the loss of step 1\nis not a number")
         return json.loads(next((finished[0] / "runs").glob(f"{run.method}-{run.split}-*")).read_text())
 
-    monkeypatch.setattr(compare_preference_run.Workshop, "carry_out", fail)
+    monkeypatch.setattr(compare_preference_run.Worker, "carry_out", fail)
     printed = start(tmp_path / "out", "--methods", *METHODS_RUN)
     assert printed.splitlines()[-1] == "rainbowpo failed: every run of its grid failed"
     assert not list((tmp_path / "out/runs").glob("rainbowpo*"))
@@ -312,7 +312,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
 def test_pairs_can_come_from_the_reference(finished, tmp_path):
     """Then both answers are samples of the model, which the base policy may find impossible."""
     comparison = make_comparison(CompareArguments(pairs_from="reference"))
-    workshop = compare_preference_run.Workshop(comparison, finished[0] / "policy")
+    workshop = compare_preference_run.Worker(comparison, finished[0] / "policy")
     rows, world = workshop.training_pairs(1), comparison.world
     tokenizer = world.tokenizer()
     begin = comparison.first_pair(1)

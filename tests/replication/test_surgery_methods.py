@@ -192,9 +192,9 @@ def test_measures_are_those_of_the_contract(finished):
 
 def test_what_is_finished_is_not_run_again(finished, monkeypatch):
     made = []
-    carry_out = compare_surgery_run.Workshop.carry_out
+    carry_out = compare_surgery_run.Worker.carry_out
     monkeypatch.setattr(
-        compare_surgery_run.Workshop, "carry_out", lambda self, run: made.append(run) or carry_out(self, run)
+        compare_surgery_run.Worker, "carry_out", lambda self, run: made.append(run) or carry_out(self, run)
     )
     before = results_of(finished[0])
     start(finished[0], "--methods", *RUN)
@@ -234,7 +234,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
             raise FloatingPointError("the loss of step 1\nis not a number")
         return json.loads(next((finished[0] / "runs").glob(f"*test-{run.method}*")).read_text())
 
-    monkeypatch.setattr(compare_surgery_run.Workshop, "carry_out", fail)
+    monkeypatch.setattr(compare_surgery_run.Worker, "carry_out", fail)
     printed = start(tmp_path / "out", "--methods", *RUN)
     assert printed.splitlines()[-1].endswith("failed: FloatingPointError: the loss of step 1 is not a number")
     assert not list((tmp_path / "out/runs").glob("*safe*"))

@@ -457,7 +457,7 @@ def stored_names(checkpoint: str | Path) -> set[str]:
     return names
 
 
-class WholeCheckpoints(ReadsStoredWeights):
+class AtomicCheckpointMixin(ReadsStoredWeights):
     """Mixin in front of `Trainer` and of every mixin that saves.
 
     Overrides `_save_checkpoint` (write apart, then rename), `_get_output_dir` (where the parent writes meanwhile),

@@ -60,7 +60,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, WholeCheckpoints
+from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, AtomicCheckpointMixin
 from hf_moe_cpt.trainers.common.distributed import (
     RankAgreement,
     has_process_group,
@@ -121,7 +121,7 @@ class RewindRequested(Exception):
         self.step, self.harm = step, harm
 
 
-class BadSteps(TrainerCallback):
+class BadStepCallback(TrainerCallback):
     """Watches the loss of each optimizer step, the mean over ranks, as `Trainer` adds it up in `_tr_loss`.
 
     trainer: its `_tr_loss`, and `_describe_batch(step)` where it has one, for what a message calls the data.
@@ -273,7 +273,7 @@ class Preempted(SystemExit):
         self.step = step
 
 
-class PreemptionWatch(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     """Between steps, saves and stops if any rank was sent SIGTERM."""
 
     def __init__(self) -> None:
@@ -320,7 +320,7 @@ class PreemptionWatch(TrainerCallback):
         raise Preempted(state.global_step)
 
 
-EXIT_CODE_HANG_WATCH = 1
+WATCHDOG_EXIT_CODE = 1
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def blame(before: list[Heartbeat | None], now: list[Heartbeat | None], waited: f
     return "; ".join(f"rank {rank} is behind, at step {now[rank].step} ({now[rank].doing})" for rank in behind)
 
 
-class HangWatch(TrainerCallback):
+class Watchdog(TrainerCallback):
     """Ends this process with EXIT_CODE and a message when it has done nothing for `timeout` seconds.
 
     timeout: seconds; longer than the longest save and the longest evaluation of other trainers, which do not tell how
@@ -446,7 +446,7 @@ class HangWatch(TrainerCallback):
     def _end_process(self, message: str) -> None:
         logger.critical("%s The process ends; start again with resume_from_checkpoint='last'.", message)
         logging.shutdown()
-        os._exit(EXIT_CODE_HANG_WATCH)  # the main thread waits in a collective and cannot be told
+        os._exit(WATCHDOG_EXIT_CODE)  # the main thread waits in a collective and cannot be told
 
     # ---- what a rank does ----
 
@@ -482,8 +482,8 @@ class HangWatch(TrainerCallback):
         self.did(state.global_step, "waiting for data")
 
 
-class SurvivesFaults(WholeCheckpoints):
-    """Mixin in front of `Trainer`, whose arguments are a `FaultSettings`.
+class FaultTolerantMixin(AtomicCheckpointMixin):
+    """Mixin in front of `Trainer`, whose arguments are a `FaultToleranceArguments`.
 
     Overrides `train` (watches begin and end; a rewind starts the loop again), `log` and `_save_checkpoint` (bad steps
     are looked for first), `get_batch_samples` (time without data), `_get_grad_norm` (a norm that is no number) and
@@ -499,19 +499,17 @@ class SurvivesFaults(WholeCheckpoints):
                 f"bad_step_policy={faults.bad_step_policy!r} drops gradients, which DeepSpeed keeps to itself: use "
                 "stop, or FSDP."
             )
-        self.bad_steps = BadSteps(
+        self.bad_steps = BadStepCallback(
             self, faults.bad_step_policy, faults.spike_sigmas, faults.spike_window, faults.bad_step_limit
         )
-        self.preemption, self._logged_at = PreemptionWatch(), 0
+        self.preemption, self._logged_at = PreemptionCallback(), 0
         self.step_timing = StepTiming(self.model) if faults.log_step_timing else None
-        self.hang_watch = None
+        self.watchdog = None
         if faults.world_size > 1 and faults.hang_timeout:
-            self.hang_watch = HangWatch(
-                faults.output_dir, faults.hang_timeout, faults.process_index, faults.world_size
-            )
+            self.watchdog = Watchdog(faults.output_dir, faults.hang_timeout, faults.process_index, faults.world_size)
         saves = str(getattr(faults.save_strategy, "value", faults.save_strategy)) != "no"
         self._listens = faults.save_on_sigterm and saves
-        found = (self.bad_steps, self.step_timing, self.hang_watch, self.preemption if self._listens else None)
+        found = (self.bad_steps, self.step_timing, self.watchdog, self.preemption if self._listens else None)
         for callback in (*found, _EndOfEpoch(self)):
             if callback is not None:
                 self.add_callback(callback)
@@ -542,8 +540,8 @@ class SurvivesFaults(WholeCheckpoints):
             for watch in (self.bad_steps, self.preemption, self.step_timing):
                 if watch is not None:
                     watch.agreement = agreement
-        if self.hang_watch is not None:
-            self.hang_watch.start()
+        if self.watchdog is not None:
+            self.watchdog.start()
         try:
             if self._listens:
                 with self.preemption.listening():
@@ -555,8 +553,8 @@ class SurvivesFaults(WholeCheckpoints):
             leave_process_group()
             raise
         finally:
-            if self.hang_watch is not None:
-                self.hang_watch.stop()
+            if self.watchdog is not None:
+                self.watchdog.stop()
             self.wait_for_checkpoint()
 
     def get_batch_samples(
@@ -604,7 +602,7 @@ class SurvivesFaults(WholeCheckpoints):
 class _EndOfEpoch(TrainerCallback):
     """Before the parent tidies its checkpoints up, the one in progress must be there."""
 
-    def __init__(self, trainer: SurvivesFaults) -> None:
+    def __init__(self, trainer: FaultTolerantMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -615,8 +613,8 @@ class _EndOfEpoch(TrainerCallback):
 
 
 @dataclass
-class FaultSettings:
-    """For a subclass of `TrainingArguments`, before it among the bases: `class CPTConfig(FaultSettings, ...)`."""
+class FaultToleranceArguments:
+    """For a subclass of `TrainingArguments`, before it among the bases: `class CPTConfig(FaultToleranceArguments, ...)`."""
 
     # --- when a machine, a disk, a rank or a batch goes bad ---
     snapshot_dir: str | None = field(

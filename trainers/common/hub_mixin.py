@@ -20,7 +20,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_moe_cpt.hub.cards import Told, is_generated, write_card
+from hf_moe_cpt.hub.cards import CardOverrides, is_generated, write_card
 from hf_moe_cpt.hub.folder import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from hf_moe_cpt.hub.publishing import CARD, brief, explained, make_branch, may_pass, require_place, upload_run
 from hf_moe_cpt.trainers.common.checkpointing import WriteFailures, free_space
@@ -46,8 +46,8 @@ class UnsavedToken(str):
         return "'<HUB_TOKEN>'"
 
 
-class PublishedRun:
-    """For a subclass of `Trainer`, before it among the bases: `class CPTTrainer(PublishedRun, Trainer)`.
+class HubMixin:
+    """For a subclass of `Trainer`, before it among the bases: `class CPTTrainer(HubMixin, Trainer)`.
 
     Every saved model gets training_run.json and the log so far; with `push_to_hub` every push carries the code, and a
     push that fails is logged and made up for by the next one, never raised before training has ended. Overrides
@@ -201,7 +201,7 @@ class PublishedRun:
         if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):  # somebody wrote it
             return
         self.save_state()
-        told = Told(
+        told = CardOverrides(
             repository=self.hub_model_id,
             datasets=_listed(dataset_name or dataset),
             license=license,

@@ -1,6 +1,6 @@
 """Loss per sequence, per data source and per held-out block, from the one cross-entropy that is computed anyway.
 
-A causal LM of transformers computes its loss through `self.loss_function`. `LossTap.attach` puts the tap there, which
+A causal LM of transformers computes its loss through `self.loss_function`. `LossRecorder.attach` puts the tap there, which
 returns the same number as `ForCausalLMLoss` and hands the sums of each sequence to whoever listens. A head that is
 fused with its loss has no logits to pass on and gives the tap its token losses instead (`of_tokens`). No second pass
 over the logits, no host synchronisation.
@@ -80,7 +80,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return flat.view(targets.shape)
 
 
-class LossTap:
+class LossRecorder:
     """Stands where a model computes its loss and tells a listener the loss of each sequence."""
 
     def __init__(self) -> None:

@@ -62,11 +62,11 @@ from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
-from hf_moe_cpt.trainers.common.fault_tolerance import LossGuard, SurvivesFaults
-from hf_moe_cpt.trainers.common.hub_mixin import PublishedRun
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin, LossGuard
+from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
-    LossTap,
+    LossRecorder,
     MeanMeter,
     SourceLosses,
     ThroughputMeter,
@@ -328,7 +328,7 @@ def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
     return args.use_liger_kernel
 
 
-class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
+class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
     Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
@@ -372,8 +372,8 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
         self.starting_phase = (
             detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
         )
-        self.loss_tap, self.source_losses = LossTap(), SourceLosses(SOURCES)
-        self.loss_tap.attach(model)
+        self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(SOURCES)
+        self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
         self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
         self.term_meter, self.loss_guard = MeanMeter(), LossGuard(args.bad_step_policy == "stop")
@@ -433,10 +433,10 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Language-model loss plus, in training, the router penalties once per optimizer batch."""
         if not model.training:
-            with self.loss_tap.tell(self._held_out.listener(inputs.pop("block"))):
+            with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block"))):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        with self.loss_tap.tell(self.source_losses.listener(inputs.pop("source"))), self._observe_experts(inputs):
+        with self.loss_recorder.tell(self.source_losses.listener(inputs.pop("source"))), self._observe_experts(inputs):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         share = penalty_share(inputs["labels"], num_items_in_batch)
         loss = self._correct_penalty(loss, outputs, share, scaled=num_items_in_batch is not None)

@@ -17,7 +17,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultSettings
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
 
@@ -196,8 +196,8 @@ DEFAULT_HOME_ADVANTAGE = 0.1
 
 
 @dataclass
-class RainbowPOConfig(FaultSettings, DPOConfig):
-    """Arguments of `RainbowPOTrainer`; everything that `trl.DPOConfig` and `FaultSettings` have, and the fields below.
+class RainbowPOConfig(FaultToleranceArguments, DPOConfig):
+    """Arguments of `RainbowPOTrainer`; everything that `trl.DPOConfig` and `FaultToleranceArguments` have, and the fields below.
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
     loss_weights, ld_alpha, f_divergence_type, use_weighting, discopop_tau) are refused: the switches below replace

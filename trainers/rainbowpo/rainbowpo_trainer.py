@@ -74,8 +74,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.trainers.common.distributed import has_process_group
-from hf_moe_cpt.trainers.common.fault_tolerance import SurvivesFaults
-from hf_moe_cpt.trainers.common.hub_mixin import PublishedRun
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.rainbowpo.losses import (
     Pair,
     PreferenceTerms,
@@ -607,7 +607,7 @@ SWITCHES = (
 _NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
 
 
-class RainbowPOTrainer(SurvivesFaults, PublishedRun, DPOTrainer):
+class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
     Data, adapters, references (a model, the adapter switched off, or precomputed columns) and saving are the parent's.

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultSettings
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
 from hf_moe_cpt.trainers.surgery.losses import (
     FORGET_LOSSES,
     KL_DIRECTIONS,
@@ -198,8 +198,8 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(FaultSettings, TrainingArguments):
-    """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and `FaultSettings`, and the fields below.
+class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
+    """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and `FaultToleranceArguments`, and the fields below.
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
     logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps and loads the

@@ -53,8 +53,8 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
 from hf_moe_cpt.trainers.common.distributed import has_process_group, reduce_at_once, repeatable_on_cpu
-from hf_moe_cpt.trainers.common.fault_tolerance import LossGuard, SurvivesFaults
-from hf_moe_cpt.trainers.common.hub_mixin import PublishedRun
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin, LossGuard
+from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.surgery.chunked import (
     ModelPass,
@@ -359,7 +359,7 @@ NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of
 PLACES = ("reference_cache_dir", "model_init_kwargs", "dataset_num_proc")  # of the machine, not of the run
 
 
-class KeepsRecord(PublishedRun):
+class KeepsRecord(HubMixin):
     """Mixin in front of `Trainer`: every model that it saves has its record, and the card tells it."""
 
     run_method = "surgery"
@@ -490,7 +490,7 @@ def _as_json(value: Any) -> Any:
 REFERENCE_FOLDER = "reference"  # in the output folder
 
 
-class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
+class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
     Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.losses`), and runs a

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_moe_cpt.trainers.common import metrics as step_timing
 from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS
-from hf_moe_cpt.trainers.common.fault_tolerance import LEAST_LOSSES, HangWatch, Heartbeat, LossHistory, blame
+from hf_moe_cpt.trainers.common.fault_tolerance import LEAST_LOSSES, Heartbeat, LossHistory, Watchdog, blame
 from hf_moe_cpt.trainers.common.metrics import StepTiming
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
@@ -230,7 +230,7 @@ def test_what_holds_the_run_up_is_told(before, now, said):
 
 def test_a_watch_ends_what_stands_still_and_nothing_else(tmp_path):
     """On a clock of the test, so that a busy machine decides nothing: a round every 2 s, a timeout of 10 s."""
-    watches = [HangWatch(tmp_path, 10.0, rank, 2) for rank in range(2)]
+    watches = [Watchdog(tmp_path, 10.0, rank, 2) for rank in range(2)]
     for watch in watches:
         watch.folder.mkdir(parents=True, exist_ok=True)
     for step in range(12):  # longer than the timeout, but in steps
@@ -246,7 +246,7 @@ def test_a_watch_ends_what_stands_still_and_nothing_else(tmp_path):
 
 
 def test_the_thread_of_a_watch_ends_the_process_once_and_cleans_up(tmp_path):
-    watch, said, told = HangWatch(tmp_path, 0.1, 0, 1), [], threading.Event()
+    watch, said, told = Watchdog(tmp_path, 0.1, 0, 1), [], threading.Event()
     watch.end = lambda message: (said.append(message), told.set())
     watch.start()
     assert told.wait(120.0)

@@ -20,7 +20,7 @@ from hf_moe_cpt.trainers.common import metrics as throughput
 from hf_moe_cpt.trainers.common.fault_tolerance import LossGuard
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
-    LossTap,
+    LossRecorder,
     MeanMeter,
     SourceLosses,
     ThroughputMeter,
@@ -48,7 +48,7 @@ def test_loss_is_that_of_transformers(sequences, tokens, seed, num_items):
     logits, labels, _ = _batch(sequences, tokens, seed)
     labels[0, 1] = 3  # at least one counted token
     num_items = torch.tensor(5) if num_items == "tensor" else num_items
-    ours = LossTap()(logits, labels, VOCAB, num_items)
+    ours = LossRecorder()(logits, labels, VOCAB, num_items)
     theirs = ForCausalLMLoss(logits, labels, VOCAB, num_items)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_loss_is_that_of_transformers(sequences, tokens, seed, num_items):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 10_000))
 def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
-    tap, meter = LossTap(), SourceLosses(("new", "replay"))
+    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
     nats, count = [0.0, 0.0], [0, 0]
     for call in range(2):
         logits, labels, source = _batch(sequences, tokens, seed + call)
@@ -78,7 +78,7 @@ def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
 
 
 def test_nobody_is_told_outside_of_tell():
-    tap, meter = LossTap(), SourceLosses(("new", "replay"))
+    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
     logits, labels, source = _batch(2, 4, 0)
     with tap.tell(meter.listener(source)):
         pass
@@ -88,7 +88,7 @@ def test_nobody_is_told_outside_of_tell():
 
 def test_held_out_blocks_count_once_in_any_order_and_batch():
     logits, labels, _ = _batch(5, 9, 3)
-    tap, held_out = LossTap(), HeldOutLoss(5)
+    tap, held_out = LossRecorder(), HeldOutLoss(5)
     for blocks in ([4, 2], [0, 1, 3], [3, 0]):  # the last batch repeats, as data loaders do to fill it
         with tap.tell(held_out.listener(torch.tensor(blocks))):
             tap(logits[blocks], labels[blocks], VOCAB)
@@ -110,7 +110,7 @@ def test_attached_model_returns_the_same_loss_and_gradients():
     ids = torch.randint(0, 32, (2, 6))
     before = model(ids, labels=ids).loss
     (want,) = torch.autograd.grad(before, model.lm_head.weight)
-    tap, meter = LossTap(), SourceLosses(("new", "replay"))
+    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
     tap.attach(model)
     with tap.tell(meter.listener(torch.tensor([0, 1]))):
         after = model(ids, labels=ids).loss
@@ -122,7 +122,7 @@ def test_attached_model_returns_the_same_loss_and_gradients():
 
 def test_a_model_that_is_not_of_transformers_is_refused():
     with pytest.raises(ValueError, match="is a Linear, which has no `loss_function`: pass a causal LM"):
-        LossTap().attach(torch.nn.Linear(2, 2))
+        LossRecorder().attach(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
