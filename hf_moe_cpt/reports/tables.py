@@ -33,8 +33,8 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Se
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CHART_CSS}{PAGE_CSS}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>{body}</main><script>{CHART_JS}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CHART_CSS}\n{PAGE_CSS}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>{body}</main><script>\n{CHART_JS}</script></body></html>\n"
     )
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(page, encoding="utf-8")

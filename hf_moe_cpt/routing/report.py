@@ -41,7 +41,6 @@ import numpy as np
 
 from hf_moe_cpt.reports.charts import CHART_CSS, NUM_COLORS, PAGE_CSS, Mark, Series, line_chart
 from hf_moe_cpt.reports.tables import text_table
-from hf_moe_cpt.routing.page_scripts import CURVES_JS, DRAWING_JS, MAPS_JS, SWITCHES_JS
 
 
 DIGITS = 5
@@ -49,6 +48,9 @@ MAX_MATRIX_NUMBERS = 400_000  # of all co-activation matrices together
 LEAST_MATRIX_EXPERTS, MOST_MATRIX_EXPERTS = 16, 64
 MAX_TOKENS = 120_000  # entries of the lists of tokens, all experts together
 MAX_STEPS = 500  # points of a training curve
+
+_PAGE = Path(__file__).with_name("page")
+PAGE_SCRIPTS = ("drawing.js", "curves.js", "maps.js", "switches.js")  # one script of the page, in this order
 
 Analysis = Mapping[str, Any]
 
@@ -166,49 +168,6 @@ def _thinned(run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         "layers": [[layer[i] for i in order] for layer in run["layers"]],
     }
 
-
-ROUTING_PAGE_CSS = """
-main{max-width:1120px}
-.switches{position:sticky;top:0;z-index:2;background:var(--paper);border-bottom:1px solid var(--grid);padding:10px 0;
-  display:flex;flex-wrap:wrap;gap:8px 22px;align-items:center;font-size:.9rem}
-.switches label,.inline{display:inline-flex;gap:7px;align-items:center;font-size:.9rem}
-#checkpoints{display:inline-flex;flex-wrap:wrap;gap:6px}
-button,select,input{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--grid);
-  border-radius:6px;padding:3px 9px}
-button{cursor:pointer}
-button[aria-pressed=false]{opacity:.4;text-decoration:line-through}
-#set-layer{padding:0;width:150px}
-.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}
-.lead,.how{max-width:95ch}
-.how{color:var(--faint)}
-.quiet{color:var(--faint);font-style:italic}
-.drawing{margin:1em 0}
-.chart .dots{stroke-width:5}
-.chart .bar{stroke:none}
-.chart .strong{font-weight:600}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin-left:64px;font-size:.82rem}
-.legend span{display:inline-flex;align-items:center;gap:6px}
-.stroke{display:inline-block;width:18px;border-top:3px solid}
-.stroke.broken{border-top-style:dashed}
-#summary th{white-space:normal;vertical-align:bottom;min-width:64px}
-.heats{display:flex;flex-wrap:wrap;gap:14px 22px}
-.heat{position:relative;margin:4px 0 10px}
-.heat canvas{position:absolute;image-rendering:pixelated;outline:1px solid var(--grid);cursor:crosshair}
-.heat svg.chart{max-width:none}
-.scale{display:flex;gap:8px;align-items:center;font-size:.82rem;color:var(--faint);margin:.2em 0 1.2em}
-.scale b{width:150px;height:11px;border:1px solid var(--grid)}
-.scale em{font-style:normal;margin-left:10px}
-#tokens .table{max-height:480px;overflow:auto}
-#tokens td{white-space:normal;vertical-align:top}
-#tokens th{position:sticky;top:0;background:var(--paper)}
-#parallel td{white-space:normal}
-#tip{z-index:3}
-.token{display:inline-block;border:1px solid var(--grid);border-radius:5px;padding:0 6px;margin:1px 0;
-  font:.85em ui-monospace,Menlo,Consolas,monospace}
-.token b{font-weight:400;color:var(--faint)}
-.terms dt{font-weight:600;margin-top:.5em}
-.terms dd{margin:0;max-width:90ch}
-""" + "".join(f".chart .b{i}{{fill:var(--c{i})}}i.b{i}{{background:var(--c{i})}}\n" for i in range(NUM_COLORS))
 
 _SWITCHES = """
 <div class="switches"><span id="checkpoints"></span>
@@ -335,11 +294,12 @@ def routing_page(analysis: Mapping[str, Any], title: str) -> str:
     data = page_data(analysis)
     embedded = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     sections = "".join(_section(*section) for section in _SECTIONS)
-    script = f'"use strict";\nconst PALETTE = {NUM_COLORS};{DRAWING_JS}{CURVES_JS}{MAPS_JS}{SWITCHES_JS}'
+    style, *scripts = ((_PAGE / name).read_text(encoding="utf-8") for name in ("page.css", *PAGE_SCRIPTS))
+    script = "\n".join(['"use strict";', f"const PALETTE = {NUM_COLORS};", *scripts])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CHART_CSS}{PAGE_CSS}{ROUTING_PAGE_CSS}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{CHART_CSS}\n{PAGE_CSS}\n{style}</style></head>\n"
         f"<body><main><h1>{escape(title)}</h1><p class='lead'>{escape(_lead(analysis))}</p>{_SWITCHES}{sections}"
         f"{_footnotes(analysis, data['notes'])}</main>\n"
         f'<script type="application/json" id="routing-data">{embedded}</script>\n'

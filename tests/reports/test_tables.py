@@ -1,12 +1,15 @@
 """The report is one well-formed page that loads nothing and holds the numbers it was given."""
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 
 from hf_moe_cpt.reports.charts import Series, line_chart
 from hf_moe_cpt.reports.tables import Section, format_cell, write_report
+from tests.helpers.source_tree import PROJECT
 
 
 VOID = {"meta", "br", "img", "link", "input"}
@@ -83,3 +86,10 @@ def test_rewriting_replaces_and_leaves_no_scrap(tmp_path):
 )
 def test_cells(value, text):
     assert format_cell(value) == text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@pytest.mark.parametrize("script", sorted((PROJECT / "hf_moe_cpt").glob("*/page/*.js")), ids=lambda path: path.name)
+def test_scripts_of_pages_are_javascript(script):
+    done = subprocess.run(["node", "--check", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
