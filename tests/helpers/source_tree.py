@@ -80,6 +80,19 @@ class SourceFile:
                 found.append(Import(node.module or "", names, node.level, node.lineno, at_top))
         return found
 
+    def imported_modules(self) -> set[str]:
+        """Absolute dotted names of everything imported; `from a import b` gives both a and a.b."""
+        names = set()
+        for found in self.imports():
+            base = _absolute(self.package, found.module, found.level)
+            names |= {base, *(f"{base}.{name}" for name in found.names)}
+        return names
+
+
+def _absolute(package: str, module: str, level: int) -> str:
+    parts = package.split(".")
+    return ".".join([*(parts[: len(parts) - level + 1] if level else []), *([module] if module else [])])
+
 
 def _runs_late(node: ast.AST) -> bool:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
