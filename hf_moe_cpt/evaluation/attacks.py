@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.bench import HEADER, SurgeryBench
-from hf_moe_cpt.data.surgery_bench.text import QUIZ_TEMPLATE
+from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE, SurgeryBench
 from hf_moe_cpt.evaluation.scoring import (
     AskedQuestion,
     CountedText,

@@ -37,10 +37,16 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench, group_of_set
-from hf_moe_cpt.data.surgery_bench.templates import SPLITS
-from hf_moe_cpt.data.surgery_bench.text import QUESTION_KINDS, QUIZ_TEMPLATE, as_completions, tokens_of_prefix
-from hf_moe_cpt.data.surgery_bench.world import SETS
+from hf_moe_cpt.data.surgery_bench import (
+    QUESTION_KINDS,
+    QUIZ_TEMPLATE,
+    SETS,
+    SPLITS,
+    SurgeryBench,
+    as_completions,
+    group_of_set,
+)
+from hf_moe_cpt.data.text import tokens_of_prefix
 from hf_moe_cpt.evaluation.text_metrics import (
     agreement_totals,
     conflict_score,

@@ -58,8 +58,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
-from hf_moe_cpt.data.surgery_bench.world import SETS
+from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, attack
 from hf_moe_cpt.evaluation.resumable import SurgeryEvalFolder, checksum_of_files
 from hf_moe_cpt.evaluation.scoring import (

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_moe_cpt.data.surgery_bench.world import SETS
+from hf_moe_cpt.data.surgery_bench import SETS
 from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES
 from hf_moe_cpt.evaluation.resumable import write_json
 from hf_moe_cpt.evaluation.scoring import ALL_SETS

@@ -81,7 +81,7 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation import text_metrics as robustness
 from hf_moe_cpt.evaluation.attacks import relearn
 from hf_moe_cpt.evaluation.resumable import write_json
@@ -93,6 +93,7 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, check_names, grouped_bars, plotting
 from hf_moe_cpt.scripts.replication.preference_methods import ComparisonFolder, Estimate, quiet_libraries, t_interval
+from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
@@ -319,9 +320,8 @@ class Comparison:
         settings = preset_settings(method.preset) | method.changes | {"learning_rate": run.learning_rate}
         for name in method.scaled:
             settings[name] = run.strength * settings.get(name, defaults[name])
-        sets = ("unlearn", "obsolete", "update", "retain", "neighbour")
         return settings | {
-            **{f"{name}_batch_size": scale.rows for name in sets},
+            **{f"{name}_batch_size": scale.rows for name in TERMS},
             "max_steps": scale.steps,
             "eval_steps": scale.eval_steps,  # only where a preset measures at all
             "eval_rows": scale.eval_rows,
@@ -526,7 +526,6 @@ def steps_until(curve: Mapping[str, Sequence[float]], accuracy: float) -> float 
 
 
 KINDS = ("mcq", "paraphrase")
-SURGERY_SETS = ("unlearn", "update", "retain", "obsolete", "neighbour", "unseen")
 EVAL_BATCH_SIZE = 32
 
 
@@ -585,7 +584,7 @@ class Worker:
             trainer = SurgeryTrainer(
                 self.before(run),
                 args=_arguments(settings, folder, self.device),
-                **{f"{name}_dataset": rows[name] for name in SURGERY_SETS},
+                **{f"{name}_dataset": rows[name] for name in SETS},
                 processing_class=material.tokenizer,
             )
             trainer.remove_callback(PrinterCallback)
@@ -884,7 +883,6 @@ COLUMNS = (
     ("relearn", RELEARN_STEPS, 1, 0),
     ("seconds", SECONDS, 1, 0),
 )
-_SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
 
 
 def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -993,7 +991,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     for architecture, panels in zip(architectures, grid, strict=True):
         runs = [row for row in results["runs"] if row["architecture"] == architecture]
         bars = (
-            ("accuracy", {name: f"accuracy/{name}" for name in _SETS}),
+            ("accuracy", {name: f"accuracy/{name}" for name in SETS}),
             ("nats per token", {"CE unlearn": "ce/unlearn", "CE unseen": "ce/unseen"}),
             ("nats per token", {"KL retain": "kl/retain", "KL neighbour": "kl/neighbour"}),
         )

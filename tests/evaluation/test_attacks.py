@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation.attacks import (
     BLOCK,
     PREFIXES,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import HEADER, SurgeryBench
+from hf_moe_cpt.data.surgery_bench import HEADER, SurgeryBench
 from hf_moe_cpt.evaluation import scoring as eval_surgery_scoring
 from hf_moe_cpt.evaluation.scoring import (
     CountedText,

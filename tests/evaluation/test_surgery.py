@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import HEADER, SurgeryBench
-from hf_moe_cpt.data.surgery_bench.text import QUIZ_TEMPLATE
+from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE, SurgeryBench
 from hf_moe_cpt.evaluation.scoring import EvalSettings
 from hf_moe_cpt.evaluation.surgery import LABEL_WIDTH, METRICS, evaluate_model, summarise
 from tests.helpers.surgery_raws import surgery_raw

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
 

@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import BEFORE_SETS, RETRAINED_SETS
+from hf_moe_cpt.data.surgery_bench import BEFORE_SETS, RETRAINED_SETS, SETS
 from hf_moe_cpt.scripts.replication import surgery_methods as compare_surgery_methods
 from hf_moe_cpt.scripts.replication import surgery_methods as compare_surgery_models
 from hf_moe_cpt.scripts.replication import surgery_methods as compare_surgery_run
@@ -182,9 +182,8 @@ def test_every_run_left_a_record_and_the_results_are_theirs(finished):
 
 
 def test_measures_are_those_of_the_contract(finished):
-    sets = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
     for row in results_of(finished[0])["runs"]:
-        assert all(0 <= row[f"accuracy/{name}"] <= 1 and row[f"ce/{name}"] > 0 for name in sets)
+        assert all(0 <= row[f"accuracy/{name}"] <= 1 and row[f"ce/{name}"] > 0 for name in SETS)
         assert row["gauge"] == pytest.approx(row["ce/unlearn"] - row["ce/unseen"])
         assert (row["kl/retain"] == pytest.approx(0, abs=1e-6)) == (row["method"] == BEFORE)
         assert ("relearn_steps" in row) == (row["method"] != BEFORE) and row["seconds"] > 0
@@ -406,7 +405,6 @@ def test_real_text_is_kept_beside_the_retain_set(tmp_path, monkeypatch):
     assert list(retained["text"])[-3:] == [row["text"] for row in rows] and len(retained) == 6
 
 
-SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
 # accuracies of the sets in this order, CE unlearn, CE unseen, KL retain, accuracy of taught subjects at 0, 5, 10 steps
 MODELS = {
     BEFORE: ((0.90, 0.85, 0.25, 0.90, 0.85, 0.35), 0.1, 2.0, 0.0, None),

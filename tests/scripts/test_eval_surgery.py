@@ -14,8 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
-from hf_moe_cpt.data.surgery_bench.text import QUIZ_TEMPLATE
+from hf_moe_cpt.data.surgery_bench import QUIZ_TEMPLATE, SurgeryBench
 from hf_moe_cpt.evaluation import surgery as eval_surgery_work
 from hf_moe_cpt.scripts.eval_surgery import main
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python

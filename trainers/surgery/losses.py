@@ -59,6 +59,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_moe_cpt.data.surgery_bench import SETS
+
 
 NORMALISATIONS = ("sequence", "token")
 
@@ -483,7 +485,7 @@ def _pair_loss(winner: ScoredText, loser: ScoredText, beta: float) -> Tensor:
     return preference_loss(beta * preference_margin(winner, loser), beta, loser.mask)
 
 
-TERMS = ("unlearn", "obsolete", "update", "retain", "neighbour")
+TERMS = tuple(name for name in SETS if name != "unseen")
 PAPER_WEIGHTS = {"unlearn": 0.1, "obsolete": 0.1, "update": 2.0, "retain": 0.5, "neighbour": 0.0}
 
 

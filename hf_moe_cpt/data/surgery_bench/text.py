@@ -1,37 +1,43 @@
-"""Documents about a subject: articles that state all its facts, quizzes that ask them all, notes that state a few.
+"""What SurgeryBench says and asks: documents about a subject, and questions that no text alone gives away.
 
-An article opens with a sentence of two or three facts, tells the others in the order of the kind, singly or in pairs,
-and has sentences without facts between them. The subject is named in full once, then by a shorter name or a pronoun.
-Hubs have entries in place of articles and notes. Every choice is drawn by name, see `Draws`. Source: ours.
+Articles state all eight facts, quizzes ask them all, notes state a few. An article opens with a sentence of two or
+three facts, tells the others in the order of the kind, singly or in pairs, and has sentences without facts between
+them. The subject is named in full once, then by a shorter name or a pronoun. Bridges have entries in place of articles
+and notes. Every choice is drawn by name, see `Draws`.
 
-Questions about the world, each with three options of which one is true, and none that a text alone gives away.
-
-| kind | the question | the answer |
+| question | what it asks | the answer |
 |---|---|---|
 | mcq | a question about one fact | its value |
 | cloze | the beginning of a statement | the value that completes it |
 | paraphrase | the same question, asked in a roundabout way | its value |
-| one_hop | a question about a fact of the fact's value | the hub's own fact |
+| one_hop | a question about a fact of the fact's value | the bridge's own fact |
 | inverse | a question about what belongs to one subject alone | the subject |
 
 Validation and test ask for the same facts in different words, with other distractors. The three options are drawn
 alike from the values of one attribute, so that no property of an option but its truth tells it from the others. Where
 a fact has changed, the second option of the update set is the old value. Source: ours.
-
-Where a text begins to count: the first token behind its header. Source: ours.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from hf_moe_cpt.data.surgery_bench.templates import Attribute, attributes_of, capitalised, of_split, subject_slots_of
+from hf_moe_cpt.data.surgery_bench.grammar import (
+    Attribute,
+    attributes_of,
+    capitalised,
+    kind_of,
+    of_split,
+    subject_slots_of,
+)
 from hf_moe_cpt.data.surgery_bench.world import Draws, Subject, World
 
 
-ARTICLE_WORDS = (80, 300)  # every article of a subject that is no hub
+QUESTION_KINDS = ("mcq", "cloze", "paraphrase", "one_hop", "inverse")
+NUM_OPTIONS = 3
+QUIZ_TEMPLATE = "Question: {question}\nAnswer:"  # how quizzes in documents look
 _AIM_WORDS = (80, 128)  # an article takes up fillers until it has as many, if there are enough
 _WORDS_FOR_TWO_PARAGRAPHS = 110
 _FILLERS_OF_ENTRY = 3
@@ -95,7 +101,7 @@ class _Narrator:
 
 
 def write_document(world: World, subject: Subject, edition: str, number: int, form: str) -> Document:
-    """Document `number` of a subject in a form, with the facts of an edition. Hubs turn articles and notes to entries.
+    """Document `number` of a subject in a form, with the facts of an edition. Bridges turn articles, notes to entries.
 
     A note about a subject states its opening's facts and two more; every other form states all of them.
     """
@@ -103,7 +109,7 @@ def write_document(world: World, subject: Subject, edition: str, number: int, fo
     facts = dict(subject.facts[edition])
     if form == "quiz":
         return _quiz(subject, facts, draws)
-    if subject.kind.hub_names:
+    if subject.kind.names:
         templates = _entry_templates(subject, draws)
         form = "entry"
     elif form == "note":
@@ -133,19 +139,19 @@ def about(wording: str, name: str) -> str:
 def _entry_templates(subject: Subject, draws: Draws) -> list[str]:
     (attribute,) = subject.kind.attributes
     voice = subject.kind.reference
-    opening = draws.choice((*voice.openings, *attribute.sentences("reference")), "opening")
+    opening = draws.choice((*voice.openings, *attribute.reference), "opening")
     return [opening, *draws.shuffled(voice.fillers, "fillers")[:_FILLERS_OF_ENTRY]]
 
 
 def _note_templates(subject: Subject, draws: Draws) -> list[str]:
-    opening = draws.choice(subject.kind.voice(subject.voice).openings, "opening")
+    opening = draws.choice(getattr(subject.kind, subject.voice).openings, "opening")
     left = [attribute.name for attribute in subject.kind.attributes if attribute.name not in attributes_of(opening)]
     chosen = draws.shuffled(left, "facts")[:_FACTS_OF_NOTE]
     return [opening, *(_single(subject, name, draws) for name in chosen)]
 
 
 def _article_templates(subject: Subject, draws: Draws) -> list[str]:
-    voice = subject.kind.voice(subject.voice)
+    voice = getattr(subject.kind, subject.voice)
     templates = [draws.choice(voice.openings, "opening")]
     left = _in_order([a.name for a in subject.kind.attributes if a.name not in attributes_of(templates[0])], draws)
     while left:
@@ -168,7 +174,7 @@ def _in_order(names: list[str], draws: Draws) -> list[str]:
 
 
 def _single(subject: Subject, name: str, draws: Draws) -> str:
-    return draws.choice(subject.kind.attribute(name).sentences(subject.voice), "sentence", name)
+    return draws.choice(getattr(subject.kind.attribute(name), subject.voice), "sentence", name)
 
 
 def _with_fillers(templates: list[str], fillers: tuple[str, ...], draws: Draws) -> list[str]:
@@ -177,13 +183,13 @@ def _with_fillers(templates: list[str], fillers: tuple[str, ...], draws: Draws) 
     None comes first, and a second one stands next to another only where every gap between facts has one.
     """
     low, high = _AIM_WORDS
-    missing = low + draws.below(high - low, "aim") - sum(map(_word_count, templates))
+    missing = low + draws.below(high - low, "aim") - _word_count(templates)
     chosen = []
     for filler in draws.shuffled(fillers, "fillers"):
         if missing <= 0:
             break
         chosen.append(filler)
-        missing -= _word_count(filler)
+        missing -= _word_count([filler])
     gaps = draws.shuffled(range(len(templates)), "gaps")
     after = [gaps[number % len(gaps)] for number in range(len(chosen))]
     return [
@@ -193,14 +199,14 @@ def _with_fillers(templates: list[str], fillers: tuple[str, ...], draws: Draws) 
     ]
 
 
-def _word_count(template: str) -> int:
-    """Words of a sentence, at least: a slot may be filled with several."""
-    return len(template.split())
+def _word_count(templates: list[str]) -> int:
+    """Words of the sentences, at least: a slot may be filled with several."""
+    return sum(len(template.split()) for template in templates)
 
 
 def _paragraphs(narrator: _Narrator, templates: list[str], draws: Draws) -> str:
     """The sentences in one paragraph, or in two if they are many; the second names the subject where it first can."""
-    words = sum(map(_word_count, templates))
+    words = _word_count(templates)
     last = len(templates)
     if words >= _WORDS_FOR_TWO_PARAGRAPHS:
         last = len(templates) * 2 // 5 + draws.below(max(1, len(templates) // 4), "break")
@@ -209,11 +215,6 @@ def _paragraphs(narrator: _Narrator, templates: list[str], draws: Draws) -> str:
         return first
     rest = [narrator.say(template, opens_paragraph=number == 0) for number, template in enumerate(templates[last:])]
     return f"{first}\n\n{' '.join(rest)}"
-
-
-QUESTION_KINDS = ("mcq", "cloze", "paraphrase", "one_hop", "inverse")
-NUM_OPTIONS = 3
-_DIRECT = ("mcq", "cloze", "paraphrase")  # their answer is the fact itself
 
 
 class Question(NamedTuple):
@@ -236,15 +237,27 @@ def write_questions(world: World, subject: Subject, set_name: str, split: str) -
     edition = "before" if set_name == "obsolete" else "after"
     all_draws = Draws(world.key, "question", *subject.key(), edition, split)
     for attribute in subject.kind.attributes:
-        if set_name == "obsolete" and attribute.name not in subject.changed:
-            continue
-        has_old = set_name == "update" and attribute.name in subject.changed
-        for kind in (*_DIRECT, "one_hop") if attribute.one_hop else _DIRECT:
-            draws = all_draws.child(kind, attribute.name)
-            yield _about_value(world, subject, attribute, edition, kind, split, has_old, draws)
-        if attribute.inverse:
-            draws = all_draws.child("inverse", attribute.name)
-            yield _about_subject(world, subject, attribute, edition, split, draws)
+        has_changed = attribute.name in subject.changed
+        for kind in QUESTION_KINDS:
+            wordings = of_split(getattr(attribute, kind), split)
+            if not wordings or (set_name == "obsolete" and not has_changed):
+                continue
+            has_old = set_name == "update" and has_changed and kind != "inverse"
+            draws, name = all_draws.child(kind, attribute.name), attribute.name
+            wording = draws.choice(wordings, "wording")
+            if kind == "inverse":
+                values = sorted((other.name for other in world.trio(subject)), key=lambda other: other != subject.name)
+                question = capitalised(wording.replace("{v}", subject.facts[edition][name]))
+            else:
+                values = _three_values(world, subject, attribute, edition, has_old, draws)
+                question = about(wording, subject.name)
+            if kind == "one_hop":
+                values = [world.hop(attribute, value) for value in values]
+                name = f"{name}.{kind_of(attribute.bridge).attributes[0].name}"
+            order = draws.shuffled(range(len(values)), "order")
+            options = [values[place] for place in order]
+            old_answer = order.index(1) if has_old else None
+            yield Question(kind, split, name, question, options, order.index(0), old_answer)
 
 
 def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:
@@ -253,39 +266,6 @@ def as_completions(question: str, options: list[str], template: str = "{question
     template: "{question}" is the bare question of the paper; QUIZ_TEMPLATE is how quizzes in documents look.
     """
     return template.replace("{question}", question), [f" {option}" for option in options]
-
-
-QUIZ_TEMPLATE = "Question: {question}\nAnswer:"
-
-
-def _about_value(
-    world: World,
-    subject: Subject,
-    attribute: Attribute,
-    edition: str,
-    kind: str,
-    split: str,
-    has_old: bool,
-    draws: Draws,
-) -> Question:
-    values = _three_values(world, subject, attribute, edition, has_old, draws)
-    name = attribute.name
-    if kind == "one_hop":
-        values = [world.hop(attribute, value) for value in values]
-        (hub_attribute,) = next(iter(world.hubs[attribute.hub].values())).facts[edition]
-        name = f"{name}.{hub_attribute}"
-    wording = draws.choice(of_split(getattr(attribute, kind), split), "wording")
-    return _shuffled(kind, split, name, about(wording, subject.name), values, has_old, draws)
-
-
-def _about_subject(
-    world: World, subject: Subject, attribute: Attribute, edition: str, split: str, draws: Draws
-) -> Question:
-    names = [other.name for other in world.trio(subject)]
-    names.sort(key=lambda name: name != subject.name)  # the answer first
-    value = subject.facts[edition][attribute.name]
-    wording = draws.choice(of_split(attribute.inverse, split), "wording").replace("{v}", value)
-    return _shuffled("inverse", split, attribute.name, capitalised(wording), names, False, draws)
 
 
 def _three_values(
@@ -305,22 +285,3 @@ def _three_values(
     while len(values) < NUM_OPTIONS:
         values.append(world.another_value(attribute, values, draws, f"other {len(values)}"))
     return values
-
-
-def _shuffled(
-    kind: str, split: str, attribute: str, question: str, values: list[str], has_old: bool, draws: Draws
-) -> Question:
-    """Options in an order of their own; the first of the values is the answer, the second the old one."""
-    order = draws.shuffled(range(len(values)), "order")
-    options = [values[place] for place in order]
-    return Question(kind, split, attribute, question, options, order.index(0), order.index(1) if has_old else None)
-
-
-def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
-    """How many leading tokens belong to the first len(prefix) characters of a text, special tokens in between too.
-
-    offsets: (begin, end) characters of each token, as a fast tokenizer returns them. A token that reaches from the
-    prefix into the text belongs to the prefix. 0 without a prefix.
-    """
-    covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
-    return max(covered, default=-1) + 1

@@ -1,35 +1,44 @@
-"""Choices that depend on a key and on what they are for, and on nothing that was drawn before. Source: ours.
-
-Names that nobody and nothing bears: coined from pronounceable parts, each given out once.
-
-A word is onset + vowel + consonants (+ vowel) + ending. Every role has endings of its own, so that a word tells what
-it names and no two roles share one. Word number i of a role is the permuted i-th of all its words: names never repeat,
-look unrelated, and those given out do not change when more are asked for. Source: ours.
-
-The synthetic world behind SurgeryBench: who there is, what is true of them, and what changes.
+"""The synthetic world behind SurgeryBench: who there is, what is true of them, and what changes.
 
 Subjects of four kinds (person, place, product, rule) have eight facts each. They live in five groups: unlearn, update,
 retain, neighbour and unseen; no subject is in two. A subject of the group update has its facts twice, before and after
-some of them changed. Cities, universities, companies and agencies, the hubs, are shared by all and belong to retain.
+some of them changed. Cities, universities, companies and agencies are bridges: shared by all, they belong to retain.
 
 Facts are drawn evenly from the values of their attribute and independently of each other, so nothing but a document
-gives one away. Everything is a function of (seed, BENCH_VERSION, kind, group, ordinal). Source: ours.
+gives one away. Everything is a function of (seed, BENCH_VERSION, kind, group, ordinal).
+
+Nobody bears the names: they are coined from pronounceable parts, onset + vowel + consonants (+ vowel) + ending, each
+given out once. Every role has endings of its own, so that a word tells what it names and no two roles share one. Word
+number i of a role is the permuted i-th of all its words: names look unrelated, and those given out do not change when
+more are asked for. Source: ours.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TypeVar
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.templates import HUBS, PERSON, PLACE, PRODUCT, RULE, Attribute, Kind
+from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, KINDS, Attribute, Kind, kind_of, read_templates
 
 
 Item = TypeVar("Item")
+
+BENCH_VERSION = "1.0"  # another text for the same seed needs another version
+GROUPS = ("unlearn", "update", "retain", "neighbour", "unseen")  # of subjects: one group each
+SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")  # of texts: obsolete is update, before
+EDITIONS = ("before", "after")
+FORMS = ("article", "quiz", "note")
+FACTS_PER_SUBJECT = 8
+TRIO = 3  # subjects that stand beside each other as options
+MAX_NUMBER = 150_000  # subjects of a kind that can be named
+HALLMARKS_PER_SUBJECT = 2  # one before and one after its facts change
+_PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her"), "it": ("it", "its", "it")}
 
 
 class Draws:
@@ -74,62 +83,21 @@ class Draws:
         return int.from_bytes(copy.digest(), "little")
 
 
-MAX_NUMBER = 150_000  # subjects of a kind that can be named
-HALLMARKS_PER_SUBJECT = 2  # one before and one after its facts change
-
-GIVEN_NAMES = {
-    "she": (
-        "Alvenne Brisanne Corviel Dessame Elowyra Fenelle Halisse Ismere Jorvanne Kessaly Lorune Mirelda Nerisse "
-        "Orlena Pellora Quillane Roswyn Sarielle Tamsorra Ulvenna Vesperine Wynora Yllane Zephanne"
-    ).split(),
-    "he": (
-        "Aldren Borivane Casmund Dorrick Evander Fendrel Garrowin Hesper Ildrik Jorund Kelvar Lothren Marrek Norvald "
-        "Osmere Perrin Quarrel Rothand Severan Torvald Ulmer Vendrick Wystan Yorrick"
-    ).split(),
-}
-
-_ONSETS = "B Bl Br C Cl Cr D Dr F Fl Fr G Gl Gr H J K Kl Kr L M N P Pl Pr Qu R S Sk St T Th Tr V W Y".split()
-_VOWELS = "a e i o ei".split()
-_MIDDLES = "b d dd l ll lm lt lv m mm n nd nn nt r rr s ss st th v".split()
-_LINKS = "a e".split()
-
-_ENDINGS = {
-    "person": (
-        "ackard aith allard alder anth aunt avane aver adder ebble eddow edder ellow ellick erow eskell ettle ewin "
-        "iddick iffen iffow iller immer irren irrow itter iving older ollow orrack orren orvane osker otter oudry "
-        "uddock uller umber under urrow usker uttle uvane"
-    ).split(),
-    "designer": "afel agor aldur aric asen edric egor emal evin idek imar ivek odan okar umar udar ulik uvin".split(),
-    "drafter": "abrow achim aduin albury atwin auby elgard embry esmond etrow imbry olward opray oswin umfrey".split(),
-    "place": (
-        "wick mere ford stead holm combe worth minster bourne bridge thorpe haven mouth dale burgh cote garth hurst "
-        "march side well ness"
-    ).split(),
-    "rule": (
-        "gate croft field brook ridge marsh leigh wold stone grove moor heath bank pool fold shaw barrow cliff copse "
-        "glade knoll lane"
-    ).split(),
-    "product": (
-        "ado aflex agon alux amat ano aphor atic atron avo avolt efax elion emo endor eno eral eron etta exo ibo ida "
-        "idor idrix igraph ima imat imex ito itron ivo ixa obel odeon oflex ograph olux oplex ora orion orix otype "
-        "ovar ovex udo ulor umat uvo"
-    ).split(),
-    "book": "ania aria ayla ea elia emia enza eria essa evia ia iana illa imia olia oria ovia ulia una uvia".split(),
-    "landmark": "alcar andor anor antine arce aster elen erald eraud illar ithar olcar ophel urand uvelle".split(),
-}  # fmt: skip
-_LINKED = {"place", "rule"}  # their endings begin with a consonant
-
-_BOOK_NOUNS = (
-    "Almanac Anchors Bells Bridges Candles Clocks Compass Diaries Ferries Gardens Harbours Kites Ladders Lanterns "
-    "Letters Maps Mirrors Orchards Rivers Seasons Shutters Staircase Tides Windows"
-).split()
-_LANDMARK_NOUNS = "Arcade Arch Bell Cloister Column Dome Fountain Gate Lighthouse Tower Viaduct Windmill".split()
-
-# The lists that the words of a role are put together from, in order.
-_PARTS = {
-    role: (_ONSETS, _VOWELS, _MIDDLES, *([_LINKS] if role in _LINKED else []), endings)
-    for role, endings in _ENDINGS.items()
-}
+@cache
+def name_parts() -> dict[str, dict[str, list]]:
+    """Lists of templates/names.yaml: given_names by pronoun, nouns by role, words by role as lists to put together."""
+    table = read_templates("names")
+    links = [table["links"].split()]
+    words = {
+        role: [
+            *(table[part].split() for part in ("onsets", "vowels", "middles")),
+            *(links if role in ("place", "rule") else []),  # their endings begin with a consonant
+            endings.split(),
+        ]
+        for role, endings in table["endings"].items()
+    }
+    lists = {key: {name: text.split() for name, text in table[key].items()} for key in ("given_names", "nouns")}
+    return lists | {"words": words}
 
 
 def coined_word(role: str, number: int, seed: int) -> str:
@@ -137,7 +105,7 @@ def coined_word(role: str, number: int, seed: int) -> str:
 
     number: in [0, MAX_NUMBER).
     """
-    return "".join(_pick(_PARTS[role], number, derive_seed(seed, "name", role)))
+    return "".join(_pick(name_parts()["words"][role], number, derive_seed(seed, "name", role)))
 
 
 def hallmark(role: str, number: int, seed: int) -> str:
@@ -145,21 +113,14 @@ def hallmark(role: str, number: int, seed: int) -> str:
 
     number: in [0, HALLMARKS_PER_SUBJECT * MAX_NUMBER).
     """
-    key = derive_seed(seed, "hallmark", role)
-    if role == "book":
-        noun, *word = _pick((_BOOK_NOUNS, *_PARTS[role]), number, key)
-        return f"The {noun} of {''.join(word)}"
-    if role == "landmark":
-        noun, *word = _pick((_LANDMARK_NOUNS, *_PARTS[role]), number, key)
-        return f"the {''.join(word)} {noun}"
-    given, *word = _pick((_ALL_GIVEN, *_PARTS[role]), number, key)
-    return f"{given} {''.join(word)}"
+    parts = name_parts()
+    firsts = parts["nouns"].get(role) or sorted(sum(parts["given_names"].values(), []))
+    first, *syllables = _pick([firsts, *parts["words"][role]], number, derive_seed(seed, "hallmark", role))
+    word = "".join(syllables)
+    return {"book": f"The {first} of {word}", "landmark": f"the {word} {first}"}.get(role, f"{first} {word}")
 
 
-_ALL_GIVEN = sorted(name for names in GIVEN_NAMES.values() for name in names)
-
-
-def _pick(parts: tuple[list[str], ...], number: int, key: int) -> list[str]:
+def _pick(parts: list[list[str]], number: int, key: int) -> list[str]:
     """One element of each list: the digits of the permuted number, in the mixed radix of their lengths."""
     code = permute(number, math.prod(map(len, parts)), key)
     chosen = []
@@ -167,21 +128,6 @@ def _pick(parts: tuple[list[str], ...], number: int, key: int) -> list[str]:
         code, digit = divmod(code, len(part))
         chosen.append(part[digit])
     return chosen
-
-
-BENCH_VERSION = "1.0"  # another text for the same seed needs another version
-
-GROUPS = ("unlearn", "update", "retain", "neighbour", "unseen")  # of subjects: one group each
-SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")  # of texts: obsolete is update, before
-EDITIONS = ("before", "after")
-KINDS = {kind.name: kind for kind in (PERSON, PLACE, PRODUCT, RULE)}
-HUB_KINDS = {kind.name: kind for kind in HUBS}
-FORMS = ("article", "quiz", "note")
-FACTS_PER_SUBJECT = 8
-TRIO = 3  # subjects that stand beside each other as options
-
-_RULE_NOUNS = ("Act", "Bylaw", "Code", "Decree", "Edict", "Order", "Ordinance", "Statute")
-_PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her"), "it": ("it", "its", "it")}
 
 
 @dataclass(frozen=True)
@@ -195,7 +141,7 @@ class BenchSettings:
 
     seed: int = 0
     num_subjects: Mapping[str, int] | int = field(default=240, compare=False)
-    kinds: tuple[str, ...] = tuple(KINDS)
+    kinds: tuple[str, ...] = KINDS
     forms: tuple[str, ...] = ("article", "article", "quiz", "note")
     changed_facts: int = 4
     sizes: dict[str, int] = field(init=False)  # num_subjects by group
@@ -236,13 +182,8 @@ class BenchSettings:
 
     def as_dict(self) -> dict[str, object]:
         """The arguments that make these settings again, as JSON can hold them."""
-        return {
-            "seed": self.seed,
-            "num_subjects": dict(self.sizes),
-            "kinds": list(self.kinds),
-            "forms": list(self.forms),
-            "changed_facts": self.changed_facts,
-        }
+        lists = {"kinds": list(self.kinds), "forms": list(self.forms)}
+        return {"seed": self.seed, "num_subjects": dict(self.sizes), **lists, "changed_facts": self.changed_facts}
 
 
 @dataclass(frozen=True)
@@ -261,7 +202,7 @@ class Subject:
     @property
     def voice(self) -> str:
         """The voice its documents are written in."""
-        return "popular" if self.group == "retain" and not self.kind.hub_names else "reference"
+        return "popular" if self.group == "retain" and not self.kind.names else "reference"
 
     def key(self) -> tuple[str, str, int]:
         """What its random choices depend on."""
@@ -274,11 +215,7 @@ class World:
     def __init__(self, seed: int, changed_facts: int):
         self.key = derive_seed("surgery bench", BENCH_VERSION, seed)
         self.changed_facts = changed_facts
-        self._subject = lru_cache(maxsize=64)(self._make)
-
-    def subject(self, kind: str, group: str, ordinal: int) -> Subject:
-        """Subject `ordinal` of a kind and group."""
-        return self._subject(kind, group, ordinal)
+        self.subject = lru_cache(maxsize=64)(self._make)  # by kind, group and ordinal
 
     def subjects(self, settings: BenchSettings, group: str) -> Iterator[Subject]:
         """Those of a group, kinds alternating: more of them are the same ones first."""
@@ -293,50 +230,43 @@ class World:
         return [self.subject(kind, group, ordinal) for ordinal in range(first, first + TRIO)]
 
     @cached_property
-    def hubs(self) -> dict[str, dict[str, Subject]]:
-        """Hub subjects by kind and name."""
+    def bridges(self) -> dict[str, dict[str, Subject]]:
+        """Bridges by kind and name, in the order of BRIDGES."""
         return {
-            kind.name: {name: self._hub(kind, place) for place, name in enumerate(kind.hub_names)} for kind in HUBS
+            name: {subject: self._bridge(kind_of(name), place) for place, subject in enumerate(kind_of(name).names)}
+            for name in BRIDGES
         }
 
-    def all_hubs(self) -> list[Subject]:
-        """Every hub, kind by kind."""
-        return [hub for hubs in self.hubs.values() for hub in hubs.values()]
-
     def hop(self, attribute: Attribute, value: str) -> str:
-        """The one fact of the hub that is the value of an attribute."""
-        (fact,) = self.hubs[attribute.hub][value].facts["after"].values()
+        """The one fact of the bridge that is the value of an attribute."""
+        (fact,) = self.bridges[attribute.bridge][value].facts["after"].values()
         return fact
 
     def class_of(self, attribute: Attribute, value: str) -> str:
-        """Options of a question never share it: the hub's own fact where values are hubs, else the value."""
-        return self.hop(attribute, value) if attribute.hub else value
+        """Options of a question never share it: the bridge's own fact where values are bridges, else the value."""
+        return self.hop(attribute, value) if attribute.bridge else value
 
     def another_value(self, attribute: Attribute, taken: list[str], draws: Draws, purpose: str) -> str:
         """A value of another class than those taken, each such value alike."""
         classes = {self.class_of(attribute, value) for value in taken}
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             value = draws.choice(attribute.values, purpose, attempt)
             if self.class_of(attribute, value) not in classes:
                 return value
-            attempt += 1
 
-    def _hub(self, kind: Kind, place: int) -> Subject:
+    def _bridge(self, kind: Kind, place: int) -> Subject:
         """Values go round evenly: each country has four of the cities, no city two universities."""
         (attribute,) = kind.attributes
-        spread = permute(
-            place, max(len(kind.hub_names), len(attribute.values)), derive_seed(self.key, "hub", kind.name)
-        )
+        length = max(len(kind.names), len(attribute.values))
+        spread = permute(place, length, derive_seed(self.key, "hub", kind.name))  # the word of BENCH_VERSION 1.0
         facts = {attribute.name: attribute.values[spread % len(attribute.values)]}
-        name = kind.hub_names[place]
+        name = kind.names[place]
         return Subject(kind, "retain", place, name, (name,), _PRONOUNS["it"], dict.fromkeys(EDITIONS, facts))
 
     def _make(self, kind_name: str, group: str, ordinal: int) -> Subject:
-        kind = KINDS[kind_name]
+        kind = kind_of(kind_name)
         draws = Draws(self.key, kind_name, group, ordinal)
         number = ordinal * len(GROUPS) + GROUPS.index(group)
-        after = {}
         before = {
             attribute.name: (
                 hallmark(attribute.hallmark, number * HALLMARKS_PER_SUBJECT, self.key)
@@ -345,16 +275,14 @@ class World:
             )
             for attribute in kind.attributes
         }
-        names = [attribute.name for attribute in kind.attributes]
-        changed = draws.shuffled(names, "changed")[: self.changed_facts] if group == "update" else []
-        for attribute in kind.attributes:
-            old = before[attribute.name]
-            if attribute.name not in changed:
-                after[attribute.name] = old
-            elif attribute.hallmark:
-                after[attribute.name] = hallmark(attribute.hallmark, number * HALLMARKS_PER_SUBJECT + 1, self.key)
+        changed = draws.shuffled(list(before), "changed")[: self.changed_facts] if group == "update" else []
+        after = dict(before)
+        for attribute in map(kind.attribute, changed):
+            if attribute.hallmark:
+                value = hallmark(attribute.hallmark, number * HALLMARKS_PER_SUBJECT + 1, self.key)
             else:
-                after[attribute.name] = self.another_value(attribute, [old], draws, f"new {attribute.name}")
+                value = self.another_value(attribute, [before[attribute.name]], draws, f"new {attribute.name}")
+            after[attribute.name] = value
         name, short_names, pronouns = self._mention(kind_name, number, draws)
         facts = {"before": before, "after": after}
         return Subject(kind, group, ordinal, name, short_names, pronouns, facts, tuple(sorted(changed)))
@@ -364,10 +292,11 @@ class World:
         word = coined_word(kind, number, self.key)
         if kind == "person":
             pronoun = draws.choice(("she", "he"), "pronoun")
-            return f"{draws.choice(GIVEN_NAMES[pronoun], 'given name')} {word}", (word,), _PRONOUNS[pronoun]
+            given = draws.choice(name_parts()["given_names"][pronoun], "given name")
+            return f"{given} {word}", (word,), _PRONOUNS[pronoun]
         if kind == "place":
             return word, (word, "the town"), _PRONOUNS["it"]
         if kind == "product":
             return f"the {word}", (f"the {word}", "the machine"), _PRONOUNS["it"]
-        noun = draws.choice(_RULE_NOUNS, "noun")
+        noun = draws.choice(name_parts()["nouns"]["rule"], "noun")
         return f"the {word} {noun}", (f"the {noun.lower()}",), _PRONOUNS["it"]

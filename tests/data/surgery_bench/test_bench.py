@@ -22,23 +22,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moe_cpt.data.surgery_bench.bench import (
-    BEFORE_SETS,
-    DOCUMENT_FEATURES,
-    HEADER,
-    QUESTION_FEATURES,
-    RETRAINED_SETS,
-    SurgeryBench,
-    as_dataset,
-    group_of_set,
-)
+from hf_moe_cpt.data.surgery_bench import BEFORE_SETS, HEADER, RETRAINED_SETS, SETS, SurgeryBench, group_of_set
+from hf_moe_cpt.data.surgery_bench.bench import DOCUMENT_FEATURES, QUESTION_FEATURES, as_parts
+from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, KINDS, kind_of
 from hf_moe_cpt.data.surgery_bench.world import (
     BENCH_VERSION,
     FACTS_PER_SUBJECT,
     GROUPS,
-    HUB_KINDS,
-    KINDS,
-    SETS,
     BenchSettings,
     Draws,
     World,
@@ -47,7 +37,7 @@ from tests.helpers.source_tree import PROJECT
 from tests.helpers.surgery_bench_reader import read_document, read_question, read_sentence
 
 
-NUM_HUBS = 24 + 16 + 16 + 12
+NUM_BRIDGES = 24 + 16 + 16 + 12
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +54,7 @@ def digest(bench: SurgeryBench) -> str:
 def test_sets_have_the_sizes_that_were_asked_for(bench):
     assert list(bench.documents) == list(SETS) and list(bench.questions) == ["validation", "test"]
     for name, documents in bench.documents.items():
-        subjects = 12 + (NUM_HUBS if name == "retain" else 0)
+        subjects = 12 + (NUM_BRIDGES if name == "retain" else 0)
         assert len(documents) == 4 * subjects and len(bench.subjects(name)) == subjects
         assert documents.features == DOCUMENT_FEATURES and set(documents["set"]) == {name}
         assert set(documents["version"]) == {BENCH_VERSION}
@@ -81,7 +71,7 @@ def test_each_group_can_have_its_own_size_kinds_and_forms():
         "unlearn": 3,
         "obsolete": 6,
         "update": 6,
-        "retain": 9 + NUM_HUBS,
+        "retain": 9 + NUM_BRIDGES,
         "neighbour": 0,
         "unseen": 0,
     }
@@ -99,10 +89,10 @@ def test_no_subject_is_in_two_sets_but_those_of_obsolete_and_update(bench):
 
 def test_names_of_one_set_occur_in_no_text_of_another(bench):
     texts = {name: "\n".join(part["text"]).lower() for name, part in bench.documents.items()}
-    hubs = set(bench.documents["retain"]["subject"][: 4 * NUM_HUBS])
+    bridges = set(bench.documents["retain"]["subject"][: 4 * NUM_BRIDGES])
     for own, other in itertools.permutations(SETS, 2):
         if group_of_set(own) != group_of_set(other):
-            for subject in set(bench.subjects(own)) - hubs:
+            for subject in set(bench.subjects(own)) - bridges:
                 assert subject.lower().removeprefix("the ") not in texts[other]
 
 
@@ -154,15 +144,17 @@ def test_a_subject_does_not_depend_on_who_was_made_before(seed, kind, group, ord
     assert first.subject(kind, group, ordinal) == second.subject(kind, group, ordinal)
 
 
-def test_hubs_are_spread_evenly_and_differ_between_seeds():
+def test_bridges_are_spread_evenly_and_differ_between_seeds():
     world = World(seed=0, changed_facts=4)
-    countries = Counter(hub.facts["after"]["country"] for hub in world.hubs["city"].values())
+    countries = Counter(bridge.facts["after"]["country"] for bridge in world.bridges["city"].values())
     assert sorted(countries.values()) == [4] * 6
     for kind in ("university", "company", "agency"):
-        cities = [hub.facts["after"]["city"] for hub in world.hubs[kind].values()]
+        cities = [bridge.facts["after"]["city"] for bridge in world.bridges[kind].values()]
         assert len(set(cities)) == len(cities)
     other = World(seed=1, changed_facts=4)
-    assert any(world.hubs["city"][name].facts != other.hubs["city"][name].facts for name in world.hubs["city"])
+    assert any(
+        world.bridges["city"][name].facts != other.bridges["city"][name].facts for name in world.bridges["city"]
+    )
 
 
 def test_corpora_hold_the_sets_that_they_should(bench):
@@ -248,7 +240,7 @@ def test_unknown_sets_splits_and_kinds_are_refused(bench):
 
 def test_an_empty_corpus_is_refused():
     bench = SurgeryBench.generate(num_subjects={"unseen": 3}, kinds=("place",), forms=("quiz",))
-    assert len(bench.before_corpus()) == NUM_HUBS, "hubs are always there"
+    assert len(bench.before_corpus()) == NUM_BRIDGES, "bridges are always there"
     bench.documents["retain"] = bench.documents["retain"].select([])
     with pytest.raises(ValueError, match="the sets update, retain, neighbour hold no documents"):
         bench.retrained_corpus()
@@ -291,7 +283,7 @@ def test_documents_say_what_their_column_of_facts_says(readings):
 
 def test_every_article_and_quiz_states_all_facts_of_its_subject(readings):
     for row, facts in readings:
-        whole = 1 if row["subject_kind"] in HUB_KINDS else FACTS_PER_SUBJECT
+        whole = 1 if row["subject_kind"] in BRIDGES else FACTS_PER_SUBJECT
         assert len(facts) == whole if row["form"] != "note" else 3 <= len(facts) <= 5, row["id"]
 
 
@@ -307,14 +299,14 @@ def test_direct_questions_have_one_true_option_in_the_documents(questions, parse
     assert count > 2000
 
 
-def test_one_hop_questions_need_the_documents_of_the_subject_and_of_a_hub(questions, parsed):
+def test_one_hop_questions_need_the_documents_of_the_subject_and_of_a_bridge(questions, parsed):
     count = 0
     for row in questions:
         if row["kind"] == "one_hop":
             attribute, _ = read_question(row)
-            hub = parsed[row["set"]][row["subject"]][attribute]
-            ((hub_attribute, truth),) = parsed["retain"][hub].items()
-            assert row["attribute"] == f"{attribute}.{hub_attribute}"
+            bridge = parsed[row["set"]][row["subject"]][attribute]
+            ((bridge_attribute, truth),) = parsed["retain"][bridge].items()
+            assert row["attribute"] == f"{attribute}.{bridge_attribute}"
             assert row["options"].index(truth) == row["answer"] and len(set(row["options"])) == 3, row["id"]
             count += 1
     assert count > 150
@@ -367,7 +359,7 @@ def test_obsolete_questions_ask_only_for_what_changed(questions, parsed):
 
 def test_the_reader_refuses_what_it_should():
     """Otherwise the tests above could not fail."""
-    person = KINDS["person"]
+    person = kind_of("person")
     assert read_sentence("Norvald Brellow studied at Halvern College.", person, "Norvald Brellow") == (
         ("university", "Halvern College"),
     )
@@ -494,8 +486,8 @@ def test_a_folder_with_something_in_it_is_not_overwritten(bench_surgery_bench_fi
 
 
 def test_nothing_is_not_saved(tmp_path):
-    empty = datasets.DatasetDict({name: as_dataset([], DOCUMENT_FEATURES) for name in SETS})
-    none = datasets.DatasetDict({name: as_dataset([], QUESTION_FEATURES) for name in ("validation", "test")})
+    empty = as_parts(dict.fromkeys(SETS, ()), DOCUMENT_FEATURES)
+    none = as_parts({"validation": (), "test": ()}, QUESTION_FEATURES)
     with pytest.raises(ValueError, match="holds no documents: there is nothing to save"):
         SurgeryBench(empty, none).save(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -11,20 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from hf_moe_cpt.data.surgery_bench.bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench import QUESTION_KINDS, QUIZ_TEMPLATE, SETS, SurgeryBench, as_completions
 from hf_moe_cpt.data.surgery_bench import world as names
-from hf_moe_cpt.data.surgery_bench.templates import VOICES, attributes_of, of_split, subject_slots_of
-from hf_moe_cpt.data.surgery_bench.text import (
-    ARTICLE_WORDS,
-    QUESTION_KINDS,
-    QUIZ_TEMPLATE,
-    as_completions,
-    write_document,
+from hf_moe_cpt.data.surgery_bench.grammar import (
+    BRIDGES,
+    KINDS,
+    VOICES,
+    attributes_of,
+    kind_of,
+    of_split,
+    subject_slots_of,
 )
-from hf_moe_cpt.data.surgery_bench.world import FACTS_PER_SUBJECT, HUB_KINDS, KINDS, SETS, World
+from hf_moe_cpt.data.surgery_bench.text import write_document
+from hf_moe_cpt.data.surgery_bench.world import FACTS_PER_SUBJECT, World
 from tests.helpers.surgery_bench_reader import sentences, wordings_of
 
 
+ARTICLE_WORDS = (80, 300)
 LEAST_P = 1e-3  # the seed is fixed, so a test that passes always passes
 
 
@@ -111,8 +114,7 @@ def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one
 
     shared, alone = [], []
     for row in one_per_fact:
-        kind = KINDS.get(row["subject_kind"])
-        (alone if kind and kind.attribute(row["attribute"]).hallmark else shared).append(row)
+        (alone if kind_of(row["subject_kind"]).attribute(row["attribute"]).hallmark else shared).append(row)
     for sign in (1, -1):
         accuracy = _accuracy(shared, lambda row, option, sign=sign: sign * elsewhere(row, option))
         assert binomtest(round(accuracy * len(shared)), len(shared), 1 / 3).pvalue > LEAST_P, accuracy
@@ -140,7 +142,7 @@ def test_one_hop_options_do_not_tell_either(rows):
 def test_distractors_are_values_of_the_same_attribute(rows):
     for row in rows:
         if row["kind"] in ("mcq", "cloze", "paraphrase") and row["subject_kind"] in KINDS:
-            attribute = KINDS[row["subject_kind"]].attribute(row["attribute"])
+            attribute = kind_of(row["subject_kind"]).attribute(row["attribute"])
             assert attribute.hallmark or set(row["options"]) <= set(attribute.values)
         elif row["kind"] == "one_hop":
             assert len(set(row["options"])) == 3
@@ -148,7 +150,7 @@ def test_distractors_are_values_of_the_same_attribute(rows):
 
 def test_every_value_of_an_attribute_is_equally_likely():
     world = World(seed=9, changed_facts=4)
-    for kind in KINDS.values():
+    for kind in map(kind_of, KINDS):
         subjects = [world.subject(kind.name, group, i) for group in ("unlearn", "update") for i in range(300)]
         for attribute in kind.attributes:
             if not attribute.hallmark and len(attribute.values) <= 60:
@@ -197,7 +199,6 @@ def test_completions_go_on_from_the_prompt():
     assert prompt + endings[1] == "Question: Where was {x} born?\nAnswer: Orsgate"
 
 
-ALL_KINDS = KINDS | HUB_KINDS
 # Surnames that many people bear; the coined ones were also compared once with a list of 88,799 American surnames.
 COMMON_SURNAMES = (
     "Smith Johnson Williams Brown Jones Garcia Miller Davis Rodriguez Martinez Anderson Taylor Thomas Moore Jackson "
@@ -226,13 +227,13 @@ def texts(bench_surgery_bench_text: SurgeryBench, rows_surgery_bench_text: list[
 def test_lengths_are_those_of_short_encyclopaedia_entries(rows_surgery_bench_text):
     words = defaultdict(list)
     for row in rows_surgery_bench_text:
-        words["hub" if row["subject_kind"] in HUB_KINDS else row["form"]].append(len(row["text"].split()))
+        words["bridge" if row["subject_kind"] in BRIDGES else row["form"]].append(len(row["text"].split()))
     low, high = ARTICLE_WORDS
     assert low <= min(words["article"]) and max(words["article"]) <= high
     assert max(words["article"]) > 1.4 * min(words["article"]), "lengths vary"
     assert 15 <= min(words["note"]) and max(words["note"]) <= 80
     assert 60 <= min(words["quiz"]) and max(words["quiz"]) <= 160
-    assert 12 <= min(words["hub"]) and max(words["hub"]) <= 70
+    assert 12 <= min(words["bridge"]) and max(words["bridge"]) <= 70
 
 
 @settings(max_examples=25, deadline=None)
@@ -268,7 +269,7 @@ def test_pronouns_agree_with_the_person(rows_surgery_bench_text):
         if row["subject_kind"] == "person" and row["form"] != "quiz":
             texts_of[row["subject"]] += f" {row['text']}"
     for subject, text in texts_of.items():
-        pronoun = next(key for key, given in names.GIVEN_NAMES.items() if subject.split()[0] in given)
+        pronoun = next(key for key, given in names.name_parts()["given_names"].items() if subject.split()[0] in given)
         assert not re.search(wrong_for[pronoun], text, re.IGNORECASE), text
         seen[pronoun] += bool(re.search(rf"\b{pronoun}\b", text, re.IGNORECASE))
     assert min(seen["she"], seen["he"]) > 10
@@ -288,23 +289,23 @@ def test_a_pronoun_never_comes_before_the_name_nor_four_times_in_a_row(rows_surg
             assert in_a_row <= 3, row["text"]
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS.values(), ids=ALL_KINDS)
+@pytest.mark.parametrize("kind", map(kind_of, KINDS + BRIDGES), ids=KINDS + BRIDGES)
 def test_every_fact_can_be_said_and_asked_in_several_ways(kind):
     for attribute in kind.attributes:
-        for voice in VOICES if not kind.hub_names else VOICES[:1]:
-            wordings = attribute.sentences(voice)
+        for voice in VOICES if not kind.names else VOICES[:1]:
+            wordings = getattr(attribute, voice)
             assert len(set(wordings)) == len(wordings) >= (5 if voice == "reference" else 3)
             assert all(attributes_of(wording) == (attribute.name,) for wording in wordings)
         for group, least in (("mcq", 4), ("cloze", 2), ("paraphrase", 2)):
             assert len(set(getattr(attribute, group))) >= least
-        assert bool(attribute.one_hop) == bool(attribute.hub and not kind.hub_names)
+        assert bool(attribute.one_hop) == bool(attribute.bridge and not kind.names)
         asked = [*attribute.mcq, *attribute.quiz, *attribute.cloze, *attribute.paraphrase, *attribute.one_hop]
         assert len(set(asked)) == len(asked) and all("{s}" in text or "{S}" in text for text in asked)
         assert all(text.endswith("?") != (text in attribute.cloze) for text in asked)
         assert not set(of_split(attribute.mcq, "validation")) & set(of_split(attribute.mcq, "test"))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", map(kind_of, KINDS), ids=KINDS)
 def test_openings_and_pairs_use_the_attributes_of_their_kind(kind):
     known = {attribute.name for attribute in kind.attributes}
     assert len(known) == FACTS_PER_SUBJECT
@@ -334,7 +335,7 @@ def test_no_sentence_stands_in_every_other_article(kind, group):
     for ordinal in range(60):
         subject = world.subject(kind, group, ordinal)
         found = sentences(write_document(world, subject, "after", 0, "article").text)
-        used.update({next(iter(wordings_of(sentence, KINDS[kind], subject.name))) for sentence in found})
+        used.update({next(iter(wordings_of(sentence, kind_of(kind), subject.name))) for sentence in found})
     assert used.most_common(1)[0][1] <= 30, used.most_common(1)
     assert len(used) >= 35
 
@@ -365,7 +366,7 @@ def test_no_coined_word_can_be_had_by_two_roles():
     """Middles and endings decide, so all of them are compared under one onset and vowel."""
     owner: dict[str, str] = {}
     for role in ("person", "place", "product", "rule", "designer", "drafter"):
-        parts = names._PARTS[role]
+        parts = names.name_parts()["words"][role]
         onset, vowel = parts[0][0], parts[1][0]
         tails = [""]
         for part in parts[2:]:
