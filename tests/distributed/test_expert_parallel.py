@@ -19,6 +19,7 @@ def step(request, results_of):
     return STEPS[num_ranks][name], results_of(num_ranks)[name]["ranks"]
 
 
+@pytest.mark.slow
 def test_gradients_and_logits_are_those_of_one_process(step):
     job, ranks = step
     limit = 3e-2 if job.get("bf16") else 4e-6
@@ -27,10 +28,12 @@ def test_gradients_and_logits_are_those_of_one_process(step):
         assert max(rank["errors"].values()) < limit, rank["errors"]
 
 
+@pytest.mark.slow
 def test_what_is_saved_has_no_padding_and_every_bit(step):
     assert all(rank["is_saved_whole"] for rank in step[1])
 
 
+@pytest.mark.slow
 def test_experts_are_dealt_in_order_and_evenly(step):
     job, ranks = step
     held = [rank["experts"] for rank in ranks]

@@ -1,16 +1,15 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare it with one never killed.
 
-python tests/faults/soak.py --kills 100 --ranks 2
+    python -m tests.faults.soak --kills 100 --ranks 2
 
 A run of a tiny mixture of experts in float32 on the CPU, with dropout, replay, and a checkpoint every few steps. At
 every kill one rank, drawn at random, is killed; the others follow, as they would under torchrun. When the run has
 come to its end its log of losses, its weights and the order of its rows must be those of the run that nobody killed,
 bit for bit; then it starts anew, until there were enough kills. Exits with 1 if anything differs or is lost.
 
-One rank of the soak: imports everything once, and forks a process for every start of the run.
-
-Reads a line of JSON for each start from standard input: {"folder", "attempt", "max_steps", ...}; writes a line for
-each thing that happens: {"pid"}, {"began"}, {"saved": step}, {"exit": code, negative for a signal}. Source: ours.
+With --rank this file serves one rank: it imports everything once, and forks a process for every start of the run. It
+reads a line of JSON for each start, {"folder", "attempt", "max_steps", ...}, and writes one for each thing that
+happens: {"pid"}, {"began"}, {"saved": step}, {"exit": code, negative for a signal}. Source: ours.
 """
 
 from __future__ import annotations
@@ -44,21 +43,177 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import hf_moe_cpt.trainers.cpt.cpt_trainer
 from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, last_whole_checkpoint
+from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, last_whole_checkpoint, step_of
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
 PATIENCE = 180.0  # seconds in which the processes must answer, also on a machine that is busy
 GRACE = 3.0  # seconds that the other ranks have to end by themselves
 EARLY_KILLS = 0.15  # share of kills before the first step: while resuming
+VOCABULARY, LENGTH = 64, 16
+SHARDED = {
+    "accelerator_config": {"use_configured_state": True},
+    **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
+}
+CLOCKS = ("runtime", "per_second", "tflops", "train_loss")  # of which two runs may differ
+
+
+class Recorded(CPTTrainer):
+    """Writes down which rows each step is given."""
+
+    rows_file: Path
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The parent's; a line with the step and a fingerprint of each row."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [fingerprint(row) for sample in samples for row in sample["input_ids"]]
+        with self.rows_file.open("a") as file:
+            file.write(json.dumps([self.state.global_step + 1, rows]) + "\n")
+        return samples, num_items
+
+
+class Tells(TrainerCallback):
+    """Says on standard output how far the run is."""
+
+    def __init__(self, output: int) -> None:
+        self._output = output
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step is next."""
+        tell(self._output, began=state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint is complete, unless it is being copied in the background."""
+        if args.snapshot_dir is None:
+            tell(self._output, saved=state.global_step)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint that was copied may have come to its place."""
+        found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
+        if found:
+            tell(self._output, saved=step_of(found[-1]))
+
+
+def tell(output: int, **what: Any) -> None:
+    """Write one line, in one piece."""
+    os.write(output, (json.dumps(what) + "\n").encode())
+
+
+def fingerprint(values: torch.Tensor) -> str:
+    """Eleven bytes of the hash of a tensor's bits."""
+    return hashlib.sha256(values.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:22]
+
+
+def documents(count: int, seed: int) -> Dataset:
+    """Random tokens, so that no two rows of the run are alike."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "soak") % 2**63)
+    lengths = torch.randint(5, 40, (count,), generator=generator).tolist()
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]}
+    )
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate leaves FSDP out, without a word, where its processes have no GPU: tell it that they have one."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor, put together if it is in parts. A collective then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def build(
+    folder: Path,
+    world_size: int,
+    max_steps: int,
+    dropout: float = 0.1,
+    save_total_limit: int | None = 2,
+    **changes: Any,
+) -> Recorded:
+    """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": dropout}
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(
+        CptMoeConfig(**sizes, **heads, **tokens, num_experts=7, num_experts_per_tok=3, max_position_embeddings=64)
+    )
+    args = CPTConfig(
+        output_dir=str(folder / "run"),
+        max_steps=max_steps,
+        max_length=LENGTH,
+        per_device_train_batch_size=4 // world_size,
+        replay_ratio=0.25,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="steps",
+        save_total_limit=save_total_limit,
+        eval_on_start=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **changes,
+    )
+    needed = max_steps * 4 * LENGTH // 20
+    return Recorded(model, args, documents(needed, 1), documents(needed, 2))
+
+
+def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
+    """Train to the end, from the newest whole checkpoint if there is one, and write what came out."""
+    folder, attempt = Path(order.pop("folder")), order.pop("attempt")
+    if world_size > 1:
+        meeting = f"file://{(folder / f'meeting-{attempt}').resolve()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    if order.pop("is_sharded", False):
+        shard_on_the_cpu()
+        order |= SHARDED
+    trainer = build(folder, world_size, **order)
+    trainer.rows_file = folder / f"rows-{attempt:05d}-{rank}.jsonl"
+    if rank == 0:
+        trainer.add_callback(Tells(output))
+    trainer.train(resume_from_checkpoint="auto")
+    weights = {name: fingerprint(whole(value)) for name, value in trainer.model.state_dict().items()}
+    if rank == 0:
+        history = [
+            {k: v for k, v in entry.items() if not any(clock in k for clock in CLOCKS)}
+            for entry in trainer.state.log_history[:-1]  # the last is a summary of this start
+        ]
+        (folder / "result.json").write_text(json.dumps({"history": history, "weights": weights}))
+
+
+def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
+    """Fork the run; what it prints goes to log-<attempt>-<rank> in its folder. Returns the process id."""
+    output = os.dup(1)
+    pid = os.fork()
+    if pid:
+        os.close(output)
+        return pid
+    log = os.open(f"{order['folder']}/log-{order['attempt']:05d}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run(rank, world_size, output, order)
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the parent's exit handlers are not ours
 
 
 class Rank:
-    """A process that starts one rank of the run again and again (tests/faults/soak.py).
+    """A process that starts one rank of the run again and again.
 
     on: words in front of its command, such as those that start it on another host. settings: environment of the run.
     """
@@ -71,7 +226,7 @@ class Rank:
         on: Sequence[str] = (),
         settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        command = [sys.executable, "-m", "tests.faults.soak", f"--rank={rank}", f"--world_size={world_size}"]
+        command = [sys.executable, "-m", "tests.faults.soak", f"--rank={rank}", f"--ranks={world_size}"]
         settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **settings}
         if world_size > 1:
             settings |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -254,16 +409,13 @@ class Soak:
         tally.while_resuming += is_early
         tally.while_saving += not is_early and (run / UNFINISHED).exists()  # a resumed run tidies it up first
         whole = last_whole_checkpoint(run, read_back=True)
-        whole_step = 0 if whole is None else int(whole.name.rpartition("-")[2])
-        announced = max(self.ranks[0].saved, self._announced_before(folder))
-        (folder / "announced").write_text(str(announced))
+        whole_step = 0 if whole is None else step_of(whole)
+        before = folder / "announced"
+        announced = max(self.ranks[0].saved, int(before.read_text()) if before.exists() else 0)
+        before.write_text(str(announced))
         tally.checkpoints_lost += whole_step < announced
         done = [step for step, _ in _rows(folder, attempt, 0)]
         tally.most_steps_again = max(tally.most_steps_again, max(done, default=whole_step) - whole_step)
-
-    def _announced_before(self, folder: Path) -> int:
-        path = folder / "announced"
-        return int(path.read_text()) if path.exists() else 0
 
     def _wait_for_end(self, folder: Path) -> None:
         for number, rank in enumerate(self.ranks):
@@ -288,13 +440,9 @@ class Soak:
 
 def _rows(folder: Path, attempt: int | str, rank: int) -> list[tuple[int, list[str]]]:
     """What a start was given, in order; a line that a kill cut short counts for nothing."""
-    found = []
-    name = f"rows-{attempt:05d}-{rank}.jsonl" if isinstance(attempt, int) else f"rows-{attempt}-{rank}.jsonl"
-    for path in sorted(folder.glob(name)):
-        for line in path.read_text().splitlines():
-            if line.endswith("]]"):
-                found.append(tuple(json.loads(line)))
-    return found
+    name = f"rows-{attempt if isinstance(attempt, str) else format(attempt, '05d')}-{rank}.jsonl"
+    lines = [line for path in sorted(folder.glob(name)) for line in path.read_text().splitlines()]
+    return [tuple(json.loads(line)) for line in lines if line.endswith("]]")]
 
 
 def _lineage(folder: Path, rank: int) -> dict[int, list[str]]:
@@ -306,8 +454,20 @@ def _newest_log(folder: Path, rank: int) -> Path:
     return max(folder.glob(f"log-*-{rank}"), default=folder)
 
 
+def serve(rank: int, world_size: int) -> None:
+    """Serve the orders of a `Rank` until standard input ends."""
+    torch.set_num_threads(1)
+    tell(1, ready=rank)
+    for line in sys.stdin:
+        pid = start(rank, world_size, json.loads(line))
+        tell(1, pid=pid)
+        _, status = os.waitpid(pid, 0)
+        tell(1, exit=os.waitstatus_to_exitcode(status))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how a soak starts its ranks
     parser.add_argument("--kills", type=int, default=100, help="how many")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run, with gloo")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -322,17 +482,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Soak, print the table, and exit with 1 unless it is clean."""
     args = _parser().parse_args(argv)
+    if args.rank is not None:
+        serve(args.rank, args.ranks)
+        return
     for name in ("kills", "ranks", "steps", "save_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
     if args.sharded and args.ranks < 2:
         raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
-    settings = {"max_steps": args.steps, "save_steps": args.save_steps}
-    if args.sharded:
-        settings["is_sharded"] = True
-    if args.snapshots:
-        settings["snapshot_dir"] = str(folder / "snapshots")
+    settings = {"max_steps": args.steps, "save_steps": args.save_steps, "is_sharded": args.sharded}
+    settings["snapshot_dir"] = str(folder / "snapshots") if args.snapshots else None
     began = time.monotonic()
     soak = Soak(folder, args.ranks, args.seed, settings)
     try:
@@ -349,180 +509,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-VOCABULARY, LENGTH = 64, 16
-SHARDED = {
-    "accelerator_config": {"use_configured_state": True},
-    **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
-}
-CLOCKS = ("runtime", "per_second", "tflops", "train_loss")  # of which two runs may differ
-
-
-class Recorded(hf_moe_cpt.trainers.cpt.cpt_trainer.CPTTrainer):
-    """Writes down which rows each step is given."""
-
-    rows_file: Path
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The parent's; a line with the step and a fingerprint of each row."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = [fingerprint(row) for sample in samples for row in sample["input_ids"]]
-        with self.rows_file.open("a") as file:
-            file.write(json.dumps([self.state.global_step + 1, rows]) + "\n")
-        return samples, num_items
-
-
-class Tells(TrainerCallback):
-    """Says on standard output how far the run is."""
-
-    def __init__(self, output: int) -> None:
-        self._output = output
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first step is next."""
-        tell(self._output, began=state.global_step)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A checkpoint is complete, unless it is being copied in the background."""
-        if args.snapshot_dir is None:
-            tell(self._output, saved=state.global_step)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A checkpoint that was copied may have come to its place."""
-        found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
-        if found:
-            tell(self._output, saved=int(found[-1].name.rpartition("-")[2]))
-
-
-def tell(output: int, **what: Any) -> None:
-    """Write one line, in one piece."""
-    os.write(output, (json.dumps(what) + "\n").encode())
-
-
-def fingerprint(values: torch.Tensor) -> str:
-    """Eleven bytes of the hash of a tensor's bits."""
-    return hashlib.sha256(values.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:22]
-
-
-def documents(count: int, seed: int) -> Dataset:
-    """Random tokens, so that no two rows of the run are alike."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "soak") % 2**63)
-    lengths = torch.randint(5, 40, (count,), generator=generator).tolist()
-    return Dataset.from_dict(
-        {"input_ids": [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]}
-    )
-
-
-def shard_on_the_cpu() -> None:
-    """accelerate leaves FSDP out, without a word, where its processes have no GPU: tell it that they have one."""
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor, put together if it is in parts. A collective then."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def build(
-    folder: Path,
-    world_size: int,
-    max_steps: int,
-    dropout: float = 0.1,
-    save_total_limit: int | None = 2,
-    **changes: Any,
-) -> Recorded:
-    """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": dropout}
-    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(
-        CptMoeConfig(**sizes, **heads, **tokens, num_experts=7, num_experts_per_tok=3, max_position_embeddings=64)
-    )
-    args = CPTConfig(
-        output_dir=str(folder / "run"),
-        max_steps=max_steps,
-        max_length=LENGTH,
-        per_device_train_batch_size=4 // world_size,
-        replay_ratio=0.25,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="steps",
-        save_total_limit=save_total_limit,
-        eval_on_start=False,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **changes,
-    )
-    needed = max_steps * 4 * LENGTH // 20
-    return Recorded(model, args, documents(needed, 1), documents(needed, 2))
-
-
-def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
-    """Train to the end, from the newest whole checkpoint if there is one, and write what came out."""
-    folder, attempt = Path(order.pop("folder")), order.pop("attempt")
-    if world_size > 1:
-        meeting = f"file://{(folder / f'meeting-{attempt}').resolve()}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-    if order.pop("is_sharded", False):
-        shard_on_the_cpu()
-        order |= SHARDED
-    trainer = build(folder, world_size, **order)
-    trainer.rows_file = folder / f"rows-{attempt:05d}-{rank}.jsonl"
-    if rank == 0:
-        trainer.add_callback(Tells(output))
-    trainer.train(resume_from_checkpoint="auto")
-    weights = {name: fingerprint(whole(value)) for name, value in trainer.model.state_dict().items()}
-    if rank == 0:
-        history = [
-            {k: v for k, v in entry.items() if not any(clock in k for clock in CLOCKS)}
-            for entry in trainer.state.log_history[:-1]  # the last is a summary of this start
-        ]
-        (folder / "result.json").write_text(json.dumps({"history": history, "weights": weights}))
-
-
-def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
-    """Fork the run; what it prints goes to log-<attempt>-<rank> in its folder. Returns the process id."""
-    output = os.dup(1)
-    pid = os.fork()
-    if pid:
-        os.close(output)
-        return pid
-    log = os.open(f"{order['folder']}/log-{order['attempt']:05d}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run(rank, world_size, output, order)
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the parent's exit handlers are not ours
-
-
-def run_main() -> None:
-    """Serve orders until standard input ends."""
-    parser = argparse.ArgumentParser(description="One rank of tests/faults/soak.py, which starts it.")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--world_size", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    tell(1, ready=args.rank)
-    for line in sys.stdin:
-        pid = start(args.rank, args.world_size, json.loads(line))
-        tell(1, pid=pid)
-        _, status = os.waitpid(pid, 0)
-        tell(1, exit=os.waitstatus_to_exitcode(status))
-
-
-if __name__ == "__main__":
-    run_main()

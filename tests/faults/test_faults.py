@@ -1,8 +1,4 @@
-"""Two hosts whose network is cut in mid-run: both ends notice, and the run goes on when the cable is back.
-
-A disk that is full during a save: one line is said, training goes on, and the old checkpoint stands.
-
-Real processes that are killed, stopped, asked to leave, and come back in another number.
+"""Faults that are real: full disks, processes that are killed, stopped or asked to leave, a network that is cut.
 
 The servers of tests/faults/soak.py fork the runs, so that a start costs no imports.
 """
@@ -22,51 +18,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, UNFINISHED, checkpoints_in, is_whole
+from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, UNFINISHED, checkpoints_in, is_whole, step_of
 from tests.faults.soak import Rank, Soak
 from tests.helpers.cpt_runs import logged, trainer
 from tests.helpers.small_disk import small_disk
 from tests.helpers.two_hosts import two_hosts
-
-
-STEPS = 300  # some ten seconds
-
-
-def _start(ranks: list[Rank], folder: Path, attempt: int) -> None:
-    for rank in ranks:
-        rank.start(
-            {"folder": str(folder), "attempt": attempt, "max_steps": STEPS, "save_steps": 5, "hang_timeout": 4.0}
-        )
-
-
-def test_a_cut_network_ends_both_ranks_and_costs_the_steps_since_the_last_checkpoint(tmp_path):
-    with two_hosts() as hosts:
-        settings = {"GLOO_SOCKET_IFNAME": hosts.interface}
-        ranks = [Rank(rank, 2, port=29501, on=hosts.command(rank), settings=settings) for rank in (0, 1)]
-        try:
-            _start(ranks, tmp_path, attempt=0)
-            assert ranks[0].wait_for("saved", 90)["saved"] == 5
-            hosts.plug(False)
-            cut_at = time.monotonic()
-            for rank in ranks:
-                rank.wait_for("exit", 60)
-                assert rank.exit_code == 1
-            assert time.monotonic() - cut_at < 30.0
-            logs = [(tmp_path / f"log-00000-{rank}").read_text() for rank in (0, 1)]
-            assert any("(hang_timeout)" in log for log in logs)
-            last = checkpoints_in(tmp_path / "run")[-1]
-
-            hosts.plug(True)
-            _start(ranks, tmp_path, attempt=1)
-            assert ranks[0].wait_for("began", 90)["began"] == int(last.name.rpartition("-")[2])
-            for rank in ranks:
-                rank.wait_for("exit", 90)
-                assert rank.exit_code == 0
-        finally:
-            for rank in ranks:
-                rank.close()
-    history = json.loads((tmp_path / "result.json").read_text())["history"]
-    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -149,6 +105,7 @@ def test_a_snapshot_is_the_run_at_its_step_and_old_ones_go(tmp_path):
 
 
 SETTINGS = {"max_steps": 12, "save_steps": 3}
+STEPS = 300  # some ten seconds
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +127,9 @@ def two(soaks: list[Soak]) -> Soak:
     return soaks[1]
 
 
-def _start_ranks_that_die(soak: Soak, folder: Path, attempt: int = 0, **changes: object) -> None:
+def _start(ranks: list[Rank], folder: Path, attempt: int = 0, **changes: object) -> None:
     folder.mkdir(exist_ok=True)
-    for rank in soak.ranks:
+    for rank in ranks:
         rank.start({"folder": str(folder), "attempt": attempt, **SETTINGS, **changes})
 
 
@@ -191,6 +148,7 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in _result(folder)["history"]]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(one, tmp_path):
     reference = one.reference()
     while one.tally.kills < 5:
@@ -209,13 +167,14 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(one, tmp_path):
     assert not one.tally.is_clean
 
 
+@pytest.mark.slow
 def test_sigterm_to_any_rank_saves_on_all_and_they_leave(one, two, tmp_path):
     for soak, told in ((one, 0), (two, 1)):
         name = f"ranks-{len(soak.ranks)}"
-        _start_ranks_that_die(soak, tmp_path / f"{name}-whole")
+        _start(soak.ranks, tmp_path / f"{name}-whole")
         soak._wait_for_end(tmp_path / f"{name}-whole")
         folder = tmp_path / name
-        _start_ranks_that_die(soak, folder)
+        _start(soak.ranks, folder)
         assert "began" in soak.ranks[0].wait_for("began", 60)
         os.kill(soak.ranks[told].pid, signal.SIGTERM)
         began = time.monotonic()
@@ -224,21 +183,22 @@ def test_sigterm_to_any_rank_saves_on_all_and_they_leave(one, two, tmp_path):
         assert time.monotonic() - began < 15.0
         assert [rank.exit_code for rank in soak.ranks] == [143] * len(soak.ranks)
         last = checkpoints_in(folder / "run")[-1]
-        step = int(last.name.rpartition("-")[2])
+        step = step_of(last)
         assert is_whole(last) and 1 <= step < 12
         said = f"SIGTERM: stopped after step {step} of 12 and saved. Go on with resume_from_checkpoint='last'."
         assert said in (folder / "log-00000-0").read_text()
-        _start_ranks_that_die(soak, folder, attempt=1)
+        _start(soak.ranks, folder, attempt=1)
         soak._wait_for_end(folder)
         assert _result(folder) == _result(tmp_path / f"{name}-whole")
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_losses(one, two, tmp_path):
     plain, elastic = tmp_path / "plain", tmp_path / "elastic"
-    _start_ranks_that_die(one, plain, dropout=0.0)
+    _start(one.ranks, plain, dropout=0.0)
     one._wait_for_end(plain)
     for attempt, soak in enumerate((one, two, one)):
-        _start_ranks_that_die(soak, elastic, attempt, dropout=0.0)
+        _start(soak.ranks, elastic, attempt, dropout=0.0)
         if attempt < 2:
             _kill_after_save(soak)
     one._wait_for_end(elastic)
@@ -254,9 +214,10 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(one, two, tmp_path
     assert lineage == want
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named(two, tmp_path):
     folder = tmp_path / "run"
-    _start_ranks_that_die(two, folder, hang_timeout=3.0, max_steps=2000)
+    _start(two.ranks, folder, hang_timeout=3.0, max_steps=2000)
     assert "began" in two.ranks[0].wait_for("began", 60)
     time.sleep(1.5)  # so that every rank has shown a sign of life
     os.kill(two.ranks[1].pid, signal.SIGSTOP)
@@ -272,16 +233,17 @@ def test_a_rank_that_stands_still_is_named(two, tmp_path):
     assert (folder / "run" / HEARTBEATS / "rank-0").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole weights", "sharded"])
 def test_ranks_outlive_a_full_disk_together(two, tmp_path, is_sharded):
     roomy, narrow = tmp_path / "roomy", tmp_path / "narrow"
     settings = {"is_sharded": is_sharded, "save_total_limit": None, "max_steps": 6}
-    _start_ranks_that_die(two, roomy, **settings)
+    _start(two.ranks, roomy, **settings)
     two._wait_for_end(roomy)
     checkpoint = roomy / "run" / "checkpoint-3"
     size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
     with small_disk(narrow / "run", int(1.6 * size)):
-        _start_ranks_that_die(two, narrow, **settings)
+        _start(two.ranks, narrow, **settings)
         two._wait_for_end(narrow)
         assert [path.name for path in checkpoints_in(narrow / "run")] == ["checkpoint-3"]
         assert is_whole(narrow / "run" / "checkpoint-3")
@@ -290,3 +252,35 @@ def test_ranks_outlive_a_full_disk_together(two, tmp_path, is_sharded):
     assert "No space left on device" in log
     assert _result(narrow) == _result(roomy)
     assert (checkpoint / "pytorch_model_fsdp_0" / "__1_0.distcp").exists() == is_sharded
+
+
+@pytest.mark.slow
+def test_a_cut_network_ends_both_ranks_and_costs_the_steps_since_the_last_checkpoint(tmp_path):
+    order = {"max_steps": STEPS, "save_steps": 5, "hang_timeout": 4.0}
+    with two_hosts() as hosts:
+        settings = {"GLOO_SOCKET_IFNAME": hosts.interface}
+        ranks = [Rank(rank, 2, port=29501, on=hosts.command(rank), settings=settings) for rank in (0, 1)]
+        try:
+            _start(ranks, tmp_path, **order)
+            assert ranks[0].wait_for("saved", 90)["saved"] == 5
+            hosts.plug(False)
+            cut_at = time.monotonic()
+            for rank in ranks:
+                rank.wait_for("exit", 60)
+                assert rank.exit_code == 1
+            assert time.monotonic() - cut_at < 30.0
+            logs = [(tmp_path / f"log-00000-{rank}").read_text() for rank in (0, 1)]
+            assert any("(hang_timeout)" in log for log in logs)
+            last = checkpoints_in(tmp_path / "run")[-1]
+
+            hosts.plug(True)
+            _start(ranks, tmp_path, attempt=1, **order)
+            assert ranks[0].wait_for("began", 90)["began"] == step_of(last)
+            for rank in ranks:
+                rank.wait_for("exit", 90)
+                assert rank.exit_code == 0
+        finally:
+            for rank in ranks:
+                rank.close()
+    history = json.loads((tmp_path / "result.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))

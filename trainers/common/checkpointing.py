@@ -1,38 +1,17 @@
-"""The list of a checkpoint's files with sizes and checksums, written last: it says that all is there, and unharmed.
-
-Source: ours. Checksums are CRC-32: they find what a disk or a copy did to a file, not what a person did.
-
-Which checkpoints are whole, whether an output folder may be used, and whether the disk can hold what will come.
-
-A checkpoint is whole when every file of its list is there (checkpoint_manifest.py). One without a list, which others
-wrote, is whole when `trainer_state.json`, the last file that the Trainer writes, parses and names the step of its
-folder, and every safetensors file opens (its header is checked against the size of the file). What a killed process
-left unfinished fails this test or lies in `_unfinished`; it is never resumed from. Source: ours.
-
-How a checkpoint appears in its run's folder, and how old ones go: in one rename each, so never in part.
-
-What is being written or removed lies in `_unfinished` of the run's folder meanwhile; pushes to the Hub leave it out,
-since its name begins with an underscore. Source: ours.
-
-Which errors mean that a checkpoint could not be written, which a run survives, and how they are told. Source: ours.
-
-A full disk shows in many ways: as OSError, as SafetensorError, as RuntimeError of torch's zip writer, and as
-CheckpointException of torch.distributed.checkpoint, which is no Exception.
-
-Bring a checkpoint from a fast local folder to where it belongs while training goes on. Source: ours.
-
-Read a checkpoint back whose weights are stored under other names than the model in memory has them.
-
-Mixtral, OLMoE, Qwen's mixtures and others keep the experts of a layer in one tensor and save each expert by itself,
-as they were published. `from_pretrained` translates between the two; `Trainer` (transformers 5.23), when it resumes or
-goes back to the best model, does not: it warns of missing keys and leaves every expert and router as it happens to be.
-Source: ours.
-
-Checkpoints that are whole or not there at all, and a run that outlives a disk that is full.
+"""Checkpoints that are whole or not there at all, and a run that outlives a disk that is full.
 
 The Trainer writes each checkpoint into `_unfinished` of the output folder. When all ranks are through, the list of its
-files is written (checkpoint_manifest.py), and one rename makes it a checkpoint of the run; only then do old ones go.
-Source: ours; `Trainer._save_checkpoint` of transformers 5.17 to 5.23 for the order of what it writes.
+files with sizes and checksums is written, and one rename makes it a checkpoint of the run; only then do old ones go,
+in one rename each. What a killed process leaves lies in `_unfinished` and is never resumed from; pushes to the Hub
+leave it out, since its name begins with an underscore. With `snapshot_dir` each host writes to a fast local folder,
+and a thread brings it from there while training goes on.
+
+A checkpoint is whole when every file of its list is there. One without a list, which others wrote, is whole when
+`trainer_state.json`, the last file that the Trainer writes, parses and names the step of its folder, and every
+safetensors file opens (its header is checked against the size of the file). Checksums are CRC-32: they find what a
+disk or a copy did to a file, not what a person did.
+
+Source: ours; `Trainer._save_checkpoint` of transformers 5.17 to 5.24 for the order of what it writes.
 """
 
 from __future__ import annotations
@@ -58,13 +37,25 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed import broadcast_object_list
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint_files.json"
+CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
+UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
+HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
+NEWEST = ("last", "auto", "True", "true")
 CHUNK_BYTES = 1 << 24
 THREADS = 4  # zlib leaves the interpreter to others while it works
+BYTES_PER_MOMENT_PAIR = 8  # Adam keeps two float32 numbers per trained parameter
+# A full disk shows in many ways: RuntimeError of torch's zip writer is one more, told by its text.
+WRITING_FAILED = (OSError, SafetensorError, CheckpointException)
+OF_TORCH_SAVE = ("PytorchStreamWriter", "file write failed", "inline_container")
+DONE = "copied-by-host-"  # beside the checkpoint in `_unfinished`: one mark for each host
+POLL_SECONDS = 0.1
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -136,15 +127,6 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
-UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
-HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
-NEWEST = ("last", "auto", "True", "true")
-BYTES_PER_MOMENT_PAIR = 8  # Adam keeps two float32 numbers per trained parameter
-
-
 def is_whole(checkpoint: Path) -> bool:
     """Whether all files of `checkpoint` are there, of the right size; their contents are not read."""
     match = CHECKPOINT_FOLDER.match(checkpoint.name)
@@ -161,10 +143,15 @@ def is_whole(checkpoint: Path) -> bool:
     return match is None or state.get("global_step") == int(match[1])
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, oldest step first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_FOLDER.match(path.name)]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folders, key=step_of)
 
 
 def last_whole_checkpoint(output_dir: str | Path, before: float = math.inf, read_back: bool = False) -> Path | None:
@@ -173,7 +160,7 @@ def last_whole_checkpoint(output_dir: str | Path, before: float = math.inf, read
     read_back: also read it and compare checksums. What is passed over is said in one line each.
     """
     for path in reversed(checkpoints_in(output_dir)):
-        if int(path.name.rpartition("-")[2]) >= before:
+        if step_of(path) >= before:
             continue
         harm = _harm(path, read_back)
         if harm is None:
@@ -281,16 +268,12 @@ def remove_old(run_dir: Path, limit: int | None, kept: Collection[Path]) -> list
         return []
     folders = checkpoints_in(run_dir)
     newest_whole = next((path for path in reversed(folders) if is_whole(path)), None)
-    stay = {_resolved(path) for path in kept} | ({_resolved(newest_whole)} if newest_whole else set())
-    removable = [path for path in folders if _resolved(path) not in stay]
+    stay = {os.path.realpath(path) for path in (*kept, *([newest_whole] if newest_whole else []))}
+    removable = [path for path in folders if os.path.realpath(path) not in stay]
     gone = removable[: max(0, len(folders) - max(limit, len(stay)))]
     for path in gone:
         _set_aside(path)
     return gone
-
-
-def _resolved(path: Path) -> str:
-    return os.path.realpath(path)
 
 
 def _set_aside(folder: Path) -> None:
@@ -302,12 +285,8 @@ def _set_aside(folder: Path) -> None:
     shutil.rmtree(bin_folder, ignore_errors=True)
 
 
-WRITING_FAILED = (OSError, SafetensorError, CheckpointException)
-OF_TORCH_SAVE = ("PytorchStreamWriter", "file write failed", "inline_container")
-
-
 class WriteFailures:
-    """Keeps the first failure of this rank, so that it takes part in what all ranks do together until the end."""
+    """Keeps this rank's first failure to write, so that it takes part in what all ranks do together until the end."""
 
     def __init__(self) -> None:
         self.first: str | None = None
@@ -354,10 +333,6 @@ def _text_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # of many ranks
         return next((f"{failure[0]!r} on rank {rank}" for rank, failure in sorted(error.failures.items())), "")
     return str(error)
-
-
-DONE = "copied-by-host-"  # beside the checkpoint in `_unfinished`: one mark for each host
-POLL_SECONDS = 0.1
 
 
 class BackgroundCopy:
@@ -415,28 +390,12 @@ def wait_for_hosts(unfinished: Path, num_hosts: int, timeout: float) -> None:
             time.sleep(POLL_SECONDS)
 
 
-class ReadsStoredWeights:
-    """Mixin in front of `Trainer`: resuming and going back to the best model bring all weights back.
-
-    Not with FSDP and DeepSpeed, which store in their own way. Overrides `_load_from_checkpoint` and
-    `_load_best_model`; where names agree they are the parent's.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._is_sharded() or not load_translated(self.model, self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
 def load_translated(model: nn.Module, checkpoint: str | Path) -> bool:
     """Load the weights of a checkpoint that needs translation into `model`; False, and nothing done, where none is.
 
+    Mixtral, OLMoE, Qwen's mixtures and others keep the experts of a layer in one tensor and save each by itself, as
+    they were published. `from_pretrained` translates between the two; `Trainer` (transformers 5.24), when it resumes
+    or goes back to the best model, does not: it warns of missing keys and leaves every expert and router as it is.
     A copy of the weights is in the host's memory meanwhile. Raises RuntimeError if a weight is missing.
     """
     if not isinstance(model, PreTrainedModel) or stored_names(checkpoint) <= model.state_dict().keys():
@@ -457,11 +416,12 @@ def stored_names(checkpoint: str | Path) -> set[str]:
     return names
 
 
-class AtomicCheckpointMixin(ReadsStoredWeights):
+class AtomicCheckpointMixin:
     """Mixin in front of `Trainer` and of every mixin that saves.
 
     Overrides `_save_checkpoint` (write apart, then rename), `_get_output_dir` (where the parent writes meanwhile),
-    `_push_from_checkpoint` and `_load_best_model` (after the rename), and, to note failures, the writing methods.
+    `_push_from_checkpoint` and `_load_best_model` (after the rename), `_load_from_checkpoint` (translated weights, as
+    in `_load_best_model`; FSDP and DeepSpeed store in their own way), and, to note failures, the writing methods.
     """
 
     _written_to: Path | None = None  # the folder that the parent writes into, during a save
@@ -471,6 +431,7 @@ class AtomicCheckpointMixin(ReadsStoredWeights):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._copy = BackgroundCopy()
         super().__init__(*args, **kwargs)
+        self.add_callback(_WaitsAtEpochEnd(self))
 
     # ---- resuming ----
 
@@ -492,6 +453,19 @@ class AtomicCheckpointMixin(ReadsStoredWeights):
         if self.is_world_process_zero():
             found = [last_whole_checkpoint(self.args.output_dir, before=step)]
         return self._from_first_rank(found)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self.wait_for_checkpoint()
+        self.accelerator.wait_for_everyone()
+        if self._is_sharded() or not load_translated(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _from_first_rank(self, found: list[Any]) -> Path | None:
         if self.args.world_size > 1:
@@ -610,11 +584,6 @@ class AtomicCheckpointMixin(ReadsStoredWeights):
         if not self._push_waits:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _load_best_model(self) -> None:
-        self.wait_for_checkpoint()
-        self.accelerator.wait_for_everyone()
-        super()._load_best_model()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the parent's; inside a checkpoint a failure to write is noted and the run goes on."""
         self._noting(super().save_model, output_dir, _internal_call)
@@ -632,6 +601,16 @@ class AtomicCheckpointMixin(ReadsStoredWeights):
         write(*args) if self._failures is None else self._failures.call(write, *args)
 
 
+class _WaitsAtEpochEnd(TrainerCallback):
+    """Before the parent tidies its checkpoints up, the one in progress must be there."""
+
+    def __init__(self, trainer: AtomicCheckpointMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.wait_for_checkpoint()
+
+
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -639,7 +618,7 @@ def _make_empty(folder: Path) -> None:
 
 def _publish(written: Path, run_dir: Path, limit: int | None, best: str | None) -> None:
     """Complete a written checkpoint, make it one of the run, and let old ones go."""
-    write_manifest(written, int(written.name.rpartition("-")[2]))
+    write_manifest(written, step_of(written))
     final = publish(written, run_dir)
     remove_old(run_dir, limit, [final, *([] if best is None else [Path(best)])])
     shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)

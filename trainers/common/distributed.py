@@ -1,14 +1,4 @@
-"""Whether this process is one of several ranks, what of a model is sharded over them, and how they are left.
-
-Source: ours.
-
-What the ranks of a run tell each other on the CPU, beside the collectives of training, at no cost to a device.
-
-A question is asked at the end of a step and answered at the end of the next, so nobody waits; all ranks get the same
-answer at the same step. In one process the answers are its own. Source: ours.
-
-The same numbers in every run on the CPU, whatever the number of threads. Source: ours, a measured difference.
-"""
+"""Several ranks: what is sharded over them, what they tell each other beside training, and how they are left. Ours."""
 
 from __future__ import annotations
 
@@ -78,7 +68,11 @@ def leave_process_group() -> None:
 
 
 class RankAgreement:
-    """Small exchanges over a gloo group of their own. To be made on all ranks at the same place."""
+    """Small exchanges over a gloo group of their own, on the CPU. To be made on all ranks at the same place.
+
+    A question is asked at the end of a step and answered at the end of the next, so nobody waits; all ranks get the
+    same answer at the same step.
+    """
 
     def __init__(self, timeout: timedelta) -> None:
         self.world_size = dist.get_world_size() if has_process_group() else 1
@@ -86,24 +80,15 @@ class RankAgreement:
         self._asked: tuple[Tensor, Any] | None = None
 
     def any_of(self, flag: bool) -> bool:
-        """Ask whether any rank has `flag` set, and answer the question of the call before. A collective, once a step.
-
-        In one process the question is answered at once.
-        """
+        """Whether any rank had `flag` set at the call before; in one process, whether it is now. A collective."""
         if self._group is None:
             return flag
-        answer = self.answer()
+        answer = self._asked
+        if answer is not None:
+            answer[1].wait()
         asked = torch.tensor(int(flag))
         self._asked = asked, dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return answer
-
-    def answer(self) -> bool:
-        """The answer to the last question, once; False if there is none."""
-        if self._asked is None:
-            return False
-        (flag, work), self._asked = self._asked, None
-        work.wait()
-        return bool(flag)
+        return answer is not None and bool(answer[0])
 
     def of_all(self, values: list[float]) -> Tensor:
         """(ranks, values): the values of every rank, in double precision, on the CPU. A collective."""
@@ -117,7 +102,7 @@ class RankAgreement:
 
 @contextmanager
 def repeatable_on_cpu(device: torch.device) -> Iterator[None]:
-    """Use torch's deterministic algorithms inside, if `device` is the CPU, and put the setting back afterwards.
+    """The same numbers in every run on the CPU, whatever the number of threads: torch's deterministic algorithms.
 
     The backward pass of the gather in front of grouped experts adds rows in the order in which threads come by, unless
     told otherwise; the switch costs nothing measurable. On CUDA it would ask for an environment variable of cuBLAS, so

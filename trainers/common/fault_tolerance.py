@@ -1,41 +1,14 @@
-"""Which losses are bad: no number, or far above the last ones. Source: ours; the rule is the usual z-score.
+"""The trainers' common answer to a machine, a disk, a rank or a batch that goes bad. Source: ours, but for:
 
-A loss is a spike if it exceeds m + k * max(s, m / 1000), m and s being mean and standard deviation of the last n good
-losses, k `spike_sigmas` and n `window`; the least s keeps a loss that hardly moves from making every step a spike.
-
-What happens at an optimizer step whose loss is no number or leaps: the run stops, leaves it out, or goes back.
-
-stop: FloatingPointError, when the step is logged or before it is saved. skip: the step's gradients are dropped before
-the optimizer sees them, so weights and moments stay as they were; data and learning rate go on. rewind: the run goes
-back to the last whole checkpoint before the step and leaves the step out when it comes by again; this also helps
-where the weights are harmed already. skip reads the loss from the device at every step, the others when something is
-logged or saved. Source: ours; leaving batches out after going back is what PaLM did (arXiv 2204.02311, section 5.1).
-
-SIGTERM, as schedulers send it before they take a machine back: save, and leave with an exit code that says so.
-
-The step in progress is finished (with several ranks one more, in which they agree), a checkpoint is saved, and the
-process ends with 143 = 128 + SIGTERM. A measurement that is due at that step is left out. Source: ours;
-`enable_jit_checkpoint` of transformers does it for one rank, three seconds after the signal.
-
-Notice that no rank gets on any more, say which one is to blame, and end the run instead of waiting for hours.
-
-Every rank has a thread that writes a line into `_heartbeats` of the output folder: a counter, which grows as long as
-the process runs, how many things the rank has done, its step, and what it does. When a rank has done nothing for
-`timeout` seconds its thread reads the lines of all: a counter that stands still belongs to a process that is stopped
-or dead; otherwise the ranks that have done least are the ones that the others wait for. Source: ours.
-
-The trainers' common answer to faults: whole checkpoints, SIGTERM, ranks that hang, bad steps, and slow ranks.
-
-Each of them has a file of its own beside this one, which wires them into `Trainer`. Source: ours.
-
-Arguments that all trainers share: what to do when a machine, a disk, a rank or a batch goes bad. Source: ours.
-
-Stop a run whose loss is no longer a number, before anything is saved over a good checkpoint. Source: ours.
+- A loss is a spike if it exceeds m + k * max(s, m / 1000), m and s being mean and standard deviation of the last n
+  good losses, k `spike_sigmas` and n `window`; the least s keeps a loss that hardly moves from making every step a
+  spike. The rule is the usual z-score.
+- Leaving batches out after going back is what PaLM did (arXiv 2204.02311, section 5.1).
+- `enable_jit_checkpoint` of transformers saves on SIGTERM on one rank, three seconds after the signal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -46,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +27,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -71,8 +43,14 @@ from hf_moe_cpt.trainers.common.distributed import (
 from hf_moe_cpt.trainers.common.metrics import StepTiming
 
 
+logger = logging.getLogger(__name__)
+
+POLICIES = ("stop", "skip", "rewind")
+FILE = "bad_steps.json"  # in a checkpoint
 LEAST_LOSSES = 8  # before so many are known nothing is a spike
 LEAST_SPREAD = 1e-3  # of the mean
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+WATCHDOG_EXIT_CODE = 1
 
 
 class LossHistory:
@@ -107,12 +85,6 @@ class LossHistory:
         self.losses.append(loss)
 
 
-logger = logging.getLogger(__name__)
-
-POLICIES = ("stop", "skip", "rewind")
-FILE = "bad_steps.json"  # in a checkpoint
-
-
 class RewindRequested(Exception):
     """The run has to go back to before `step`."""
 
@@ -122,7 +94,14 @@ class RewindRequested(Exception):
 
 
 class BadStepCallback(TrainerCallback):
-    """Watches the loss of each optimizer step, the mean over ranks, as `Trainer` adds it up in `_tr_loss`.
+    """What happens at an optimizer step whose loss or gradient norm is no number, or whose loss leaps.
+
+    Watches the loss of each step, the mean over ranks, as `Trainer` adds it up in `_tr_loss`.
+    stop: FloatingPointError, when the step is logged or before it is saved, on the CPU at once.
+    skip: the step's gradients are dropped before the optimizer sees them, so weights and moments stay as they were;
+    data and learning rate go on. It reads the loss from the device at every step.
+    rewind: the run goes back to the last whole checkpoint before the step and leaves the step out when it comes by
+    again; this also helps where the weights are harmed already.
 
     trainer: its `_tr_loss`, and `_describe_batch(step)` where it has one, for what a message calls the data.
     """
@@ -137,7 +116,7 @@ class BadStepCallback(TrainerCallback):
         self._before: Tensor | None = None  # _tr_loss at the begin of the step
         self._unread: list[tuple[int, Tensor, Tensor | float]] = []  # step, loss, norm; on the device
         self._in_a_row = self._rewinds = 0
-        self._left_out_since_log = 0
+        self._left_out_since_log = self._logged_at = 0
 
     # ---- the state that goes with a checkpoint ----
 
@@ -157,6 +136,10 @@ class BadStepCallback(TrainerCallback):
         self._before, self._unread, self._left_out_since_log = None, [], 0
 
     # ---- in the step ----
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember where the log stands."""
+        self._logged_at = state.global_step
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remember where the sum of losses stands."""
@@ -189,6 +172,8 @@ class BadStepCallback(TrainerCallback):
         else:
             norm = self.grad_norm
             self._unread.append((step, loss, norm.detach().clone() if isinstance(norm, Tensor) else norm))
+            if self.policy == "stop" and loss.device.type == "cpu" and not has_process_group():
+                self.check()
 
     def _leave_out(self, step: int, harm: str, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
@@ -216,11 +201,12 @@ class BadStepCallback(TrainerCallback):
             else:
                 self._raise(step, harm, "and nothing was saved after it")
 
-    def corrected(self, logs: dict[str, float], steps: int) -> dict[str, float]:
-        """What is to be added to a log entry over `steps` steps: the mean loss of those that count, and how many not.
+    def corrected(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        """What is to be added to the log entry of `step`: the mean loss of the steps that count, and how many do not.
 
         The sum of losses has nothing of a step that was left out, but was divided by all.
         """
+        steps, self._logged_at = step - self._logged_at, step
         left_out, self._left_out_since_log = self._left_out_since_log, 0
         if not left_out:
             return {}
@@ -262,19 +248,20 @@ class BadStepCallback(TrainerCallback):
         return list(zip(values[::2], values[1::2], strict=True))
 
 
-EXIT_CODE = 128 + signal.SIGTERM
-
-
 class Preempted(SystemExit):
-    """Ends the process with EXIT_CODE, unless it is caught; `step` is where the run stopped."""
+    """Ends the process with 143 = 128 + SIGTERM, unless it is caught; `step` is where the run stopped."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(SIGTERM_EXIT_CODE)
         self.step = step
 
 
 class PreemptionCallback(TrainerCallback):
-    """Between steps, saves and stops if any rank was sent SIGTERM."""
+    """Saves and stops if any rank was sent SIGTERM, as schedulers do before they take a machine back.
+
+    The step in progress is finished (with several ranks one more, in which they agree), a checkpoint is saved, and the
+    process ends with `Preempted`. A measurement that is due at that step is left out.
+    """
 
     def __init__(self) -> None:
         self.agreement: RankAgreement | None = None
@@ -318,9 +305,6 @@ class PreemptionCallback(TrainerCallback):
                 state.max_steps,
             )
         raise Preempted(state.global_step)
-
-
-WATCHDOG_EXIT_CODE = 1
 
 
 @dataclass(frozen=True)
@@ -368,8 +352,22 @@ def blame(before: list[Heartbeat | None], now: list[Heartbeat | None], waited: f
     return "; ".join(f"rank {rank} is behind, at step {now[rank].step} ({now[rank].doing})" for rank in behind)
 
 
+def _event(doing: str) -> Callable[..., None]:
+    """A method of `Watchdog` for an event of the Trainer, after which the rank does what `doing` says."""
+
+    def tell(self: Watchdog, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.did(state.global_step, doing)
+
+    return tell
+
+
 class Watchdog(TrainerCallback):
-    """Ends this process with EXIT_CODE and a message when it has done nothing for `timeout` seconds.
+    """Ends this process with WATCHDOG_EXIT_CODE and a message when it has done nothing for `timeout` seconds.
+
+    Every rank has a thread that writes a line into `_heartbeats` of the output folder: a counter, which grows as long
+    as the process runs, how many things the rank has done, its step, and what it does. When a rank has done nothing
+    for `timeout` its thread reads the lines of all: a counter that stands still belongs to a process that is stopped
+    or dead; otherwise the ranks that have done least are the ones that the others wait for.
 
     timeout: seconds; longer than the longest save and the longest evaluation of other trainers, which do not tell how
     far they are. end: what is called with the message, for tests.
@@ -390,7 +388,7 @@ class Watchdog(TrainerCallback):
         """Begin to watch."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -400,7 +398,7 @@ class Watchdog(TrainerCallback):
             self._thread.join()
             self._thread = None
             (self.folder / f"rank-{self.rank}").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others are still there
+            with suppress(OSError):  # others are still there
                 self.folder.rmdir()
 
     def did(self, step: int, doing: str) -> None:
@@ -450,40 +448,20 @@ class Watchdog(TrainerCallback):
 
     # ---- what a rank does ----
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that training begins."""
-        self.did(state.global_step, "before the first step")
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that the batch is there."""
-        self.did(state.global_step, "in the step")
-
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that a micro-batch is through."""
-        self.did(state.global_step, "in the step")
+    on_train_begin = _event("before the first step")
+    on_step_begin = on_substep_end = _event("in the step")
+    on_prediction_step = _event("measuring")
+    on_log = _event("after a log")
+    on_save = _event("waiting for data")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that the step is through, and what comes now."""
+        """The step is through; tell what comes now."""
         doing = "logging or saving" if control.should_log or control.should_save else "waiting for data"
         self.did(state.global_step, "measuring" if control.should_evaluate else doing)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Tell that a batch is measured."""
-        self.did(state.global_step, "measuring")
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that something was logged."""
-        self.did(state.global_step, "after a log")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell that a checkpoint is saved."""
-        self.did(state.global_step, "waiting for data")
-
 
 class FaultTolerantMixin(AtomicCheckpointMixin):
-    """Mixin in front of `Trainer`, whose arguments are a `FaultToleranceArguments`.
+    """Mixin in front of `Trainer`, whose arguments are `FaultToleranceArguments`.
 
     Overrides `train` (watches begin and end; a rewind starts the loop again), `log` and `_save_checkpoint` (bad steps
     are looked for first), `get_batch_samples` (time without data), `_get_grad_norm` (a norm that is no number) and
@@ -492,25 +470,25 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        faults = self.args
+        settings = self.args
         reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
-        if faults.bad_step_policy != "stop" and self.is_deepspeed_enabled:
+        policy = settings.bad_step_policy
+        if policy != "stop" and self.is_deepspeed_enabled:
             raise ValueError(
-                f"bad_step_policy={faults.bad_step_policy!r} drops gradients, which DeepSpeed keeps to itself: use "
-                "stop, or FSDP."
+                f"bad_step_policy={policy!r} drops gradients, which DeepSpeed keeps to itself: use stop, or FSDP."
             )
         self.bad_steps = BadStepCallback(
-            self, faults.bad_step_policy, faults.spike_sigmas, faults.spike_window, faults.bad_step_limit
+            self, policy, settings.spike_sigmas, settings.spike_window, settings.bad_step_limit
         )
-        self.preemption, self._logged_at = PreemptionCallback(), 0
-        self.step_timing = StepTiming(self.model) if faults.log_step_timing else None
+        self.step_timing = StepTiming(self.model) if settings.log_step_timing else None
         self.watchdog = None
-        if faults.world_size > 1 and faults.hang_timeout:
-            self.watchdog = Watchdog(faults.output_dir, faults.hang_timeout, faults.process_index, faults.world_size)
-        saves = str(getattr(faults.save_strategy, "value", faults.save_strategy)) != "no"
-        self._listens = faults.save_on_sigterm and saves
-        found = (self.bad_steps, self.step_timing, self.watchdog, self.preemption if self._listens else None)
-        for callback in (*found, _EndOfEpoch(self)):
+        if settings.world_size > 1 and settings.hang_timeout:
+            self.watchdog = Watchdog(
+                settings.output_dir, settings.hang_timeout, settings.process_index, settings.world_size
+            )
+        listens = settings.save_on_sigterm and settings.save_strategy != "no"
+        self.preemption = PreemptionCallback() if listens else None
+        for callback in (self.bad_steps, self.step_timing, self.watchdog, self.preemption):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -543,10 +521,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         if self.watchdog is not None:
             self.watchdog.start()
         try:
-            if self._listens:
-                with self.preemption.listening():
-                    yield
-            else:
+            with nullcontext() if self.preemption is None else self.preemption.listening():
                 yield
         except Preempted:
             self.wait_for_checkpoint()
@@ -561,9 +536,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The parent's, timed."""
-        if self.step_timing is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        with self.step_timing.waiting_for_data():
+        with nullcontext() if self.step_timing is None else self.step_timing.waiting_for_data():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
@@ -578,8 +551,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         """The parent's; a training log is corrected for steps that were left out, and tells where the time went."""
         if "loss" in logs:
             self.bad_steps.check()
-            logs.update(self.bad_steps.corrected(logs, self.state.global_step - self._logged_at))
-            self._logged_at = self.state.global_step
+            logs.update(self.bad_steps.corrected(logs, self.state.global_step))
             if self.step_timing is not None:
                 logs.update(self.step_timing.pop())
         super().log(logs, start_time)
@@ -599,24 +571,10 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         self.bad_steps.load(checkpoint)
 
 
-class _EndOfEpoch(TrainerCallback):
-    """Before the parent tidies its checkpoints up, the one in progress must be there."""
-
-    def __init__(self, trainer: FaultTolerantMixin) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._trainer._logged_at = state.global_step
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._trainer.wait_for_checkpoint()
-
-
 @dataclass
 class FaultToleranceArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases: `class CPTConfig(FaultToleranceArguments, ...)`."""
+    """For a subclass of `TrainingArguments`, before it among the bases; says what to do when something goes bad."""
 
-    # --- when a machine, a disk, a rank or a batch goes bad ---
     snapshot_dir: str | None = field(
         default=None,
         metadata={
@@ -657,6 +615,10 @@ class FaultToleranceArguments:
     log_step_timing: bool = field(
         default=True, metadata={"help": "Log seconds of a step, of waiting for data, and of the slowest rank."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Replace a loss that is no number in the log, which hides it from the policy."},
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
@@ -673,45 +635,3 @@ class FaultToleranceArguments:
         if self.snapshot_dir is not None and self.snapshot_dir == getattr(self, "output_dir", None):
             raise ValueError(f"snapshot_dir={self.snapshot_dir!r} is output_dir: name a folder on a faster disk.")
         super().__post_init__()
-
-
-NEVER = 2**62
-
-
-class LossGuard:
-    """Remembers the first optimizer step with a non-finite loss; `check` raises for it.
-
-    `record` costs no host synchronisation on an accelerator. On the CPU it checks at once. is_active: False where
-    another policy than to stop is in force (bad_steps.py).
-    """
-
-    def __init__(self, is_active: bool = True) -> None:
-        self._is_active = is_active
-        self._first_bad_step: Tensor | None = None
-
-    def record(self, loss: Tensor, step: int, batch: str) -> None:
-        """Note the loss of a micro-batch of optimizer step `step` (1-based); `batch` says what it was made of."""
-        if not self._is_active:
-            return
-        loss = loss.detach()
-        bad = torch.where(torch.isfinite(loss), NEVER, step)
-        self._first_bad_step = bad if self._first_bad_step is None else torch.minimum(self._first_bad_step, bad)
-        if loss.device.type == "cpu" and not has_process_group():
-            self.check(lambda _: batch)
-
-    def check(self, describe_batch) -> None:
-        """Raise FloatingPointError if any loss since the last check was not finite, on any rank.
-
-        describe_batch: function of the step (int) that says which data the batch held. A collective.
-        """
-        if self._first_bad_step is None:
-            return
-        first, self._first_bad_step = self._first_bad_step, None
-        if has_process_group():
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        step = int(first)
-        if step < NEVER:
-            raise FloatingPointError(
-                f"The loss of step {step} is not finite ({describe_batch(step)}). Training stopped and nothing was "
-                "saved after it: resume from the last checkpoint with a lower learning_rate, or look at that batch."
-            )

@@ -1,6 +1,6 @@
 """What our trainers add to publishing: code files in every push, facts for the card, failures that stop nothing.
 
-transformers 5.23 copies configuration and weights of a checkpoint before it pushes it, but not the code that
+transformers 5.24 copies configuration and weights of a checkpoint before it pushes it, but not the code that
 `auto_map` names, drops the errors of pushes in the background, and pickles the token into training_args.bin. Source:
 ours; `Trainer._push_from_checkpoint`, `Trainer._finish_current_push`.
 """

@@ -1,33 +1,7 @@
-"""Loss per sequence, per data source and per held-out block, from the one cross-entropy that is computed anyway.
+"""What trainers measure while they train: losses by sequence, means, speed, where the seconds go, what a token costs.
 
-A causal LM of transformers computes its loss through `self.loss_function`. `LossRecorder.attach` puts the tap there, which
-returns the same number as `ForCausalLMLoss` and hands the sums of each sequence to whoever listens. A head that is
-fused with its loss has no logits to pass on and gives the tap its token losses instead (`of_tokens`). No second pass
-over the logits, no host synchronisation.
-
+Nothing here waits for the device before a log is written; `pop` is the one synchronisation of each meter.
 Letters: B sequences, T tokens, V vocabulary, S sources, N held-out blocks. Source: ours.
-
-Means of device scalars between two logs, without waiting for the device in between. Source: ours.
-
-Tokens and model FLOPs per second between two logs, without evaluation and saving. Source: ours.
-
-Where the seconds of a step go, and which rank is slow: waiting for data, the forward pass, the step as a whole.
-
-Ranks wait for each other in the backward pass, so their steps take equally long and only what a rank does by itself
-tells a straggler: the seconds that it waits for data and those of its forward passes. On CUDA the passes are timed by
-events that are read when something is logged; nothing waits for the device. Under FSDP a forward pass also holds what
-it gathers from others. Source: ours.
-
-The console shows the means; values of single layers go to the trackers and the log file only. Source: ours.
-
-The losses that forgetting and adaptation are measured against, from a Trainer's log. Source: ours.
-
-What a token costs: active parameters and model FLOPs of any causal LM of transformers.
-
-Letters: N parameters a token multiplies with, L layers, A attention heads x head width, T sequence length, E experts,
-K experts per token. FLOPs of forward and backward per token: 6 N for the matrices and 6 L A T for causal attention
-(12 L A T halved, because a token sees half of the sequence on average). Source: Kaplan et al. 2020 for 6 N; PaLM,
-appendix B, for the attention term.
 """
 
 from __future__ import annotations
@@ -81,13 +55,18 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class LossRecorder:
-    """Stands where a model computes its loss and tells a listener the loss of each sequence."""
+    """Stands where a model computes its loss and tells a listener the loss of each sequence.
+
+    A causal LM of transformers computes its loss through `self.loss_function`, where `attach` puts the recorder: it
+    returns the same number as `ForCausalLMLoss`. A head that is fused with its loss has no logits to pass on and gives
+    its token losses instead (`of_tokens`).
+    """
 
     def __init__(self) -> None:
         self._listener: Listener | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Let `model` compute its loss through this tap; models without `loss_function` are refused."""
+        """Let `model` compute its loss through this recorder; models without `loss_function` are refused."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(base, PreTrainedModel):
             raise ValueError(
@@ -195,38 +174,41 @@ class HeldOutLoss:
 
 
 class MeanMeter:
-    """Running means by name; `pop` averages over calls and ranks and is the one host synchronisation."""
+    """Running means by name, summed in double precision; `pop` averages over calls and ranks."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # of names that are not there in every call
-        self._calls = 0
+        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}  # sum of values, their number
 
-    def add(self, values: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> None:
-        """Add one value (a 0-d tensor without gradient) for each name; the names must stay the same until `pop`.
+    def add(
+        self,
+        values: Mapping[str, Tensor | tuple[Tensor, Tensor | int]],
+        present: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add for each name a value (a 0-d tensor), or the sum of several values and their number.
 
         present: for names that there is nothing to say of at times, whether there is (0-d bool): else the value does
         not count, whatever it is.
         """
-        for name, there in (present or {}).items():
-            self._counts[name] = self._counts[name] + there if name in self._counts else there.to(torch.int64)
         for name, value in values.items():
-            value = torch.where(present[name], value, 0.0) if present and name in present else value
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._calls += 1
+            total, number = value if isinstance(value, tuple) else (value, 1)
+            if present is not None and name in present:
+                total, number = torch.where(present[name], total, 0.0), present[name].to(torch.int64)
+            sums = self._sums.get(name, (0, 0))
+            self._sums[name] = sums[0] + total.detach().double(), sums[1] + number
 
     def pop(self) -> dict[str, float]:
         """Mean of each name since the last call, without names that never counted; a collective with several ranks."""
         if not self._sums:
             return {}
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name] for name in names]).double()
-        counts = torch.stack([self._counts.get(name, sums.new_tensor(self._calls)).double() for name in names])
-        self._sums, self._counts, self._calls = {}, {}, 0
-        both = torch.stack([sums, counts])
+        totals = torch.stack([total for total, _ in self._sums.values()])
+        numbers = [
+            torch.as_tensor(number, dtype=totals.dtype, device=totals.device) for _, number in self._sums.values()
+        ]
+        both = torch.stack([totals, torch.stack(numbers)])
+        names, self._sums = list(self._sums), {}
         if has_process_group():
             dist.all_reduce(both)
-        return {name: total / count for name, total, count in zip(names, *both.tolist(), strict=True) if count}
+        return {name: total / number for name, total, number in zip(names, *both.tolist(), strict=True) if number}
 
 
 class ThroughputMeter:
@@ -280,12 +262,17 @@ class ThroughputMeter:
 
 
 class StepTiming(TrainerCallback):
-    """Seconds for each optimizer step, means since the last log; evaluation and saving are not in them."""
+    """Seconds for each optimizer step, means since the last log, and the slowest rank; no evaluation and no saving.
+
+    Ranks wait for each other in the backward pass, so their steps take equally long and only what a rank does by
+    itself tells a straggler: the seconds that it waits for data and those of its forward passes. On CUDA the passes
+    are timed by events. Under FSDP a forward pass also holds what it gathers from others.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.agreement: RankAgreement | None = None
         self._on_cuda = next(model.parameters()).is_cuda
-        self._began: list[Any] = []
+        self._began: list[Any] = []  # of passes under way: seconds, or an event
         self._passes: list[tuple[Any, Any]] = []
         self._waited = self._stepped = 0.0
         self._since: float | None = None
@@ -356,28 +343,23 @@ class StepTiming(TrainerCallback):
 PER_LAYER = "/layer_"
 
 
-def _readable(logs: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (logs or {}).items() if PER_LAYER not in name}
+class _WithoutLayers:
+    """For a callback that prints logs: without the keys of single layers, which go to trackers and the log file."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Print the short line."""
+        short = {name: value for name, value in (logs or {}).items() if PER_LAYER not in name}
+        super().on_log(args, state, control, logs=short, **kwargs)
 
 
-class ShortProgress(ProgressCallback):
+class ShortProgress(_WithoutLayers, ProgressCallback):
     """transformers' progress bar without the keys of single layers."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """Print the short line."""
-        super().on_log(args, state, control, logs=_readable(logs), **kwargs)
 
-
-class ShortPrinter(PrinterCallback):
+class ShortPrinter(_WithoutLayers, PrinterCallback):
     """transformers' printed log without the keys of single layers."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """Print the short line."""
-        super().on_log(args, state, control, logs=_readable(logs), **kwargs)
 
 
 def shorten_console(trainer: Trainer) -> None:
@@ -424,7 +406,8 @@ def active_parameters(model: nn.Module) -> int:
     inactive = 0
     if experts:
         chosen = experts_per_token(model.config)
-        inactive = sum(_routed(module) * (1 - chosen / num_experts_of(module)) for module in experts)
+        routed = [(sum(weight.numel() for weight in module.parameters()), module) for module in experts]
+        inactive = sum(number * (1 - chosen / num_experts_of(module)) for number, module in routed)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
@@ -432,12 +415,12 @@ def active_parameters(model: nn.Module) -> int:
     return round(total - inactive) - (0 if tied else embedding.numel())
 
 
-def _routed(experts: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in experts.parameters())
-
-
 def flops_per_token(model: nn.Module, sequence_length: int) -> float:
-    """Model FLOPs of forward and backward for one token of a sequence of `sequence_length`, without recomputation."""
+    """Model FLOPs of forward and backward for one token of a sequence of `sequence_length`, without recomputation.
+
+    6 for each active parameter (Kaplan et al. 2020), and for causal attention 6 x layers x heads x head width x
+    length: 12 halved, since a token sees half of the sequence on average (PaLM, appendix B).
+    """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

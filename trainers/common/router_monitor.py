@@ -1,30 +1,11 @@
-"""How many experts a layer has when its module holds those of one rank only. Source: ours.
+"""How many tokens each expert gets while any Trainer trains any mixture of experts, and how far its routers drift.
 
-Under expert parallelism `num_experts` of an experts module is what the rank serves, because the implementations count
-by it; the sharded weights still know all of them.
+Every forward pass with gradient counts, once: passes of an evaluation, of a reference model, of a generation and of
+recomputation do not. Works with accumulation, several ranks, adapters and checkpointing. Counts stay on the device
+until the trainer logs.
 
-How many tokens each expert of each layer gets, counted while any MoE of transformers trains.
-
-Experts modules of transformers are called as `experts(hidden_states, top_k_index, top_k_weights)`: a pre-hook there
-sees the experts that were really chosen, whatever the router did to choose them. Counting is a scatter-add on the
-device; the host waits for it only in `pop`.
-
-Letters: L MoE layers, E experts, K experts per token, T tokens of a call. Source: paper 1, Eq. 1 (MRI).
-
-Router saturation against the starting model on a fixed probe: a few batches that are run again and again.
-
-The experts that the starting model chose are kept in a file beside the checkpoints, so a resumed run is still compared
-with the model that training began with. Letters: L MoE layers, K experts per token, B sequences, S tokens, T tokens
-that count. Source: router saturation as in paper 1 (arXiv 2503.05029); the probe is ours.
-
-Watch the routers of any mixture of experts while any Trainer trains it: balance of experts, drift of routers.
-
-Works with our trainers, transformers' and TRL's, with accumulation, several ranks, adapters and checkpointing. Every
-forward pass with gradient counts, once: passes of an evaluation, of a reference model, of a generation and of
-recomputation do not. Counts stay on the device until the trainer logs.
-
-Letters: L MoE layers, E experts, K experts per token, B sequences, S tokens of the longest of them.
-Source: MRI and router saturation are metrics of paper 1 (arXiv 2503.05029); the callback is ours.
+Letters: L MoE layers, E experts, K experts per token, B sequences, S tokens of the longest, T tokens of a call.
+Source: MRI (Eq. 1) and router saturation are metrics of paper 1 (arXiv 2503.05029); the rest is ours.
 """
 
 from __future__ import annotations
@@ -34,7 +15,6 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,27 +33,35 @@ from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load
 from hf_moe_cpt.trainers.common.distributed import has_process_group
 
 
+logger = logging.getLogger(__name__)
+
+PROBE_FILE = "router_probe.safetensors"
+MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
+Batch = Mapping[str, Tensor]
+
+
 def num_experts_of(experts: nn.Module) -> int:
-    """E of an experts module, over all ranks."""
+    """E of an experts module, over all ranks.
+
+    Under expert parallelism its `num_experts` is what the rank serves, because the implementations count by it; the
+    sharded weights still know all of them.
+    """
     if not getattr(experts, "_is_expert_parallel", False):
         return experts.num_experts
     return max(weight.shape[0] for weight in experts.parameters(recurse=False) if weight.ndim == 3)
 
 
-MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
+BALANCE = ("mri", "mri_normalized", "load_entropy")  # of a layer, as the log names them
 
 
-@dataclass(frozen=True)
-class ImbalanceSummary:
-    """Balance of the experts since the last `pop`, averaged over optimizer steps; one value per layer.
-
-    mri: in [K/E, 1]. normalized: mri x E/K, 1 when perfectly balanced. load_entropy: over log E, in [0, 1], 1 when
-    perfectly balanced.
-    """
-
-    mri: list[float]
-    normalized: list[float]
-    load_entropy: list[float]
+def by_layer(found: Mapping[str, list[float]], per_layer: bool = True) -> dict[str, float]:
+    """Log entries of values of layers, by name: the mean as `name`, with `per_layer` also each as `name/layer_00`."""
+    entries = {}
+    for name, values in found.items():
+        entries[name] = sum(values) / len(values)
+        if per_layer:
+            entries |= {f"{name}/layer_{layer:02d}": value for layer, value in enumerate(values)}
+    return entries
 
 
 def _takes_states_only(experts: nn.Module) -> bool:
@@ -83,6 +71,8 @@ def _takes_states_only(experts: nn.Module) -> bool:
 class ExpertLoadMeter:
     """Expert loads of each optimizer step, and from them the balance of the experts in each layer.
 
+    Experts modules of transformers are called as `experts(hidden_states, top_k_index, top_k_weights)`: a pre-hook
+    there sees the experts that were really chosen, whatever the router did to choose them.
     A step may consist of several micro-batches on several ranks: loads are added over all of them before the maximum
     is taken, so MRI means the same for any way of splitting the batch. Layers are counted together, a few kernels for
     all of them: one by one, the launches alone cost a training step of a small model some percent.
@@ -208,20 +198,24 @@ class ExpertLoadMeter:
             self._num_experts = torch.tensor(self._widths, device=device)
         return self._num_experts
 
-    def pop(self) -> ImbalanceSummary | None:
-        """Mean over the steps since the last call, or None if there were none; the one host synchronisation."""
+    def pop(self) -> dict[str, list[float]]:
+        """Means over the steps since the last call, one per layer, empty if there were none; the one host sync.
+
+        mri: in [K/E, 1]. mri_normalized: mri x E/K, 1 when perfectly balanced. load_entropy: over log E, in [0, 1], 1
+        when perfectly balanced.
+        """
         if not self._balance_of_steps:
-            return None
+            return {}
         mean = torch.stack(self._balance_of_steps).mean(0)
         self._balance_of_steps = []
-        return ImbalanceSummary(*mean.T.tolist())
-
-
-logger = logging.getLogger(__name__)
+        return dict(zip(BALANCE, mean.T.tolist(), strict=True))
 
 
 class RoutingProbe:
     """Fixed batches, and the experts that the starting model chose for their tokens.
+
+    The choices are kept in a file beside the checkpoints, so a resumed run is still compared with the model that
+    training began with.
 
     batches: input_ids (B, S) and, where there is padding, attention_mask (B, S). Raises ValueError for anything else.
     """
@@ -312,10 +306,6 @@ def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-PROBE_FILE = "router_probe.safetensors"
-Batch = Mapping[str, Tensor]
-
-
 class RouterMonitorCallback(TrainerCallback):
     """Adds to the training log, per layer and as the mean over layers:
 
@@ -403,7 +393,11 @@ class RouterMonitorCallback(TrainerCallback):
         is_due = self.every is None or state.global_step % self.every == 0
         if self.meter is None or not is_due or not logs or "loss" not in logs:
             return
-        values = self._balance() | self._saturation(state.global_step, model)
+        found = self.meter.pop()
+        if self.probe is not None and state.global_step - self._probed_at >= self.probe_every:
+            self._probed_at = state.global_step
+            found["router_saturation"] = self.probe.saturation(model)
+        values = by_layer(found, self.per_layer)
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
@@ -411,23 +405,6 @@ class RouterMonitorCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model as it was."""
         self._stop()
-
-    def _balance(self) -> dict[str, float]:
-        summary = self.meter.pop()
-        if summary is None:
-            return {}
-        found = {"mri": summary.mri, "mri_normalized": summary.normalized, "load_entropy": summary.load_entropy}
-        return {key: value for name, values in found.items() for key, value in self._entries(name, values).items()}
-
-    def _saturation(self, step: int, model: nn.Module) -> dict[str, float]:
-        if self.probe is None or step - self._probed_at < self.probe_every:
-            return {}
-        self._probed_at = step
-        return self._entries("router_saturation", self.probe.saturation(model))
-
-    def _entries(self, name: str, values: list[float]) -> dict[str, float]:
-        layers = {f"{name}/layer_{layer:02d}": value for layer, value in enumerate(values)} if self.per_layer else {}
-        return {name: sum(values) / len(values), **layers}
 
     # ---- which forward passes count ----
 

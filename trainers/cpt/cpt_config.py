@@ -17,7 +17,7 @@ PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "an
 
 @dataclass
 class CPTConfig(FaultToleranceArguments, TrainingArguments):
-    """Arguments of `CPTTrainer`; everything that `TrainingArguments` and `FaultToleranceArguments` have, and the fields below.
+    """Arguments of `CPTTrainer`: all of `TrainingArguments` and `FaultToleranceArguments`, and the fields below.
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
@@ -31,9 +31,6 @@ class CPTConfig(FaultToleranceArguments, TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "Decoupled weight decay of matrices."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a column names the source."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: a loss that is no number stops the run instead."}
-    )
     eval_on_start: bool = field(
         default=True, metadata={"help": "Evaluate before step 1, the reference of forgetting and adaptation."}
     )
@@ -138,7 +135,7 @@ class CPTConfig(FaultToleranceArguments, TrainingArguments):
                 f"max_steps={self.max_steps}: {self.cpt_schedule} without steps has no phases and the run no token "
                 "budget; set max_steps to the number of optimizer steps."
             )
-        if self.warmup_steps or str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear":
+        if self.warmup_steps or self.lr_scheduler_type != "linear":
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply "
                 f"here: choose cpt_schedule and set {', '.join(PHASE_FIELDS)}."

@@ -1,30 +1,15 @@
-"""From what the user passed to what the Trainer iterates: tokenised, packed, mixed with replay. Source: ours.
+"""The trainer of continual pre-training: data, schedule, losses and meters wired into transformers' Trainer.
 
-What continual pre-training minimises: the language-model loss and, once per optimizer batch, the router penalties.
-
-Our models put their penalties into `loss` with the right weight and report `lm_loss`, `aux_loss` and `z_loss` beside
-it. Other MoEs of transformers add `coef * aux_loss` to every micro-batch of every rank, and also while evaluating; the
-functions here take that back to once per batch and never in evaluation. Source: ours; the defect was measured.
-
-What a run starts from: the phase in which its checkpoint was saved, and that checkpoint's Adam moments.
-
-Every model that `CPTTrainer` saves carries `cpt_state.json`, a few facts about where on its schedule it stood. A later
-run reads them to decide whether to warm up again. Source: paper 1, sections 3.2 and 5.
-
-What happens at the edges of an optimizer step: clocks, expert loads, and a log wherever a checkpoint is saved.
-
-Whether a run uses Liger-Kernel: what `use_liger_kernel` means for a model, and what is refused. Source: ours.
-
-The trainer of continual pre-training: wiring of data, schedule, objective and instruments into Trainer.
-
-Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029); data law, schedules and metrics live in their own rooms.
+The loss is the language-model loss and, once per optimizer batch, the router penalties. Our models put their penalties
+into `loss` with the right weight and report `lm_loss`, `aux_loss` and `z_loss` beside it. Other MoEs of transformers
+add `coef * aux_loss` to every micro-batch of every rank, and also while evaluating; the functions here take that back
+to once per batch and never in evaluation (ours; the defect was measured).
+Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import logging
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -32,7 +17,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
@@ -46,23 +30,15 @@ from transformers import (
 )
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import cached_file
 
-from hf_moe_cpt.data.packing import (
-    IGNORED_LABEL,
-    SOURCES,
-    PackedDataset,
-    ReplayMixture,
-    StreamingReplayMixture,
-    stack_blocks,
-)
-from hf_moe_cpt.data.text import tokenize_documents
+from hf_moe_cpt.data.packing import IGNORED_LABEL, SOURCES, stack_blocks
+from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.extras import is_installed
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin, LossGuard
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
@@ -74,115 +50,19 @@ from hf_moe_cpt.trainers.common.metrics import (
     shorten_console,
     starting_losses,
 )
-from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter
+from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_data import (
+    build_eval_dataset,
+    build_train_dataset,
+    detect_starting_phase,
+    load_moments,
+    named_eval_sets,
+    write_state,
+)
 
 
-class NumberedBlocks(TorchDataset):
-    """Blocks that carry their position as "block", so that each is counted once however it is batched."""
-
-    def __init__(self, blocks: PackedDataset) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self.blocks[position], "block": position}
-
-
-def check_model_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: CPTConfig) -> None:
-    """Refuse a tokenizer with more tokens than the model, and blocks longer than its context."""
-    config = model.config.get_text_config()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
-            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
-        )
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and args.max_length > context:
-        raise ValueError(
-            f"max_length={args.max_length} is longer than the model's context of {context} tokens: lower max_length."
-        )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if args.packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
-        raise ValueError(
-            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
-        )
-
-
-def build_train_dataset(
-    args: CPTConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int,
-    new: Dataset | IterableDataset,
-    replay: Dataset | IterableDataset | None,
-) -> TorchDataset:
-    """The mixture of both sources, exactly `max_steps` optimizer batches long (endless when streaming)."""
-    _check_sources(args, new, replay)
-    global_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    with args.main_process_first(desc="tokenising"):
-        sources = [None if data is None else _tokenize(data, args, tokenizer, vocab_size) for data in (new, replay)]
-    common: dict[str, Any] = {
-        "replay_ratio": args.replay_ratio,
-        "batch_size": global_batch,
-        "num_batches": args.max_steps,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-    }
-    if isinstance(new, IterableDataset):
-        return StreamingReplayMixture(
-            *sources,
-            **common,
-            max_length=args.max_length,
-            packing=args.packing,
-            micro_batch_size=args.train_batch_size,
-            shuffle_buffer=args.shuffle_buffer,
-        )
-    packed = [None if data is None else PackedDataset(data, args.max_length, args.packing) for data in sources]
-    return ReplayMixture(*packed, **common)
-
-
-def build_eval_dataset(
-    args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, held_out: Dataset
-) -> NumberedBlocks:
-    """Held-out text packed like the training text, in its own order."""
-    if isinstance(held_out, IterableDataset):
-        raise ValueError(
-            "eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset."
-        )
-    with args.main_process_first(desc="tokenising held-out text"):
-        blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
-    return NumberedBlocks(blocks)
-
-
-def _tokenize(
-    data: Dataset | IterableDataset, args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> Dataset | IterableDataset:
-    return tokenize_documents(
-        data,
-        tokenizer,
-        text_column=args.text_column,
-        num_proc=args.dataset_num_proc,
-        add_eos=tokenizer is not None,
-        vocab_size=vocab_size,
-    )
-
-
-def _check_sources(args: CPTConfig, new: object, replay: object) -> None:
-    if args.replay_ratio > 0 and replay is None:
-        raise ValueError(
-            f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0."
-        )
-    if args.replay_ratio == 0 and replay is not None:
-        raise ValueError("replay_dataset without replay_ratio: set replay_ratio above 0, or leave replay_dataset out.")
-    for name, data in (("train_dataset", new), ("replay_dataset", replay)):
-        if data is not None and not isinstance(data, Dataset | IterableDataset):
-            raise ValueError(
-                f"{name} is a {type(data).__name__}: pass a datasets.Dataset or IterableDataset "
-                "(datasets.Dataset.from_dict({'text': [...]}) makes one from a list)."
-            )
-    if replay is not None and isinstance(new, IterableDataset) != isinstance(replay, IterableDataset):
-        raise ValueError("train_dataset and replay_dataset must both be streams, or both not: load them the same way.")
+OUR_MODEL_TYPE = "cpt_moe"  # its entry in Liger's table is ours, and its fused head hands the losses of tokens on
 
 
 def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
@@ -217,67 +97,13 @@ def reported_terms(outputs: Any) -> dict[str, Tensor]:
     return {name: value.detach().float() for name, value in terms.items() if isinstance(value, torch.Tensor)}
 
 
-STATE_FILE = "cpt_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
-# Saved in this phase of a schedule -> the starting phase of a run that continues from it.
-CONTINUES_AS = {"warmup": "constant", "cooldown": "constant", "constant": "constant", "anneal": "decayed"}
-
-logger = logging.getLogger(__name__)
-
-
-def write_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write `cpt_state.json` into a saved model."""
-    (Path(folder) / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-
-
-def read_state(name_or_path: str) -> dict[str, Any] | None:
-    """The facts saved with a model, by folder or Hub id; None if it was not saved by `CPTTrainer`."""
-    try:
-        path = cached_file(
-            name_or_path,
-            STATE_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # a folder that is gone since the model was loaded
-        return None
-    return None if path is None else json.loads(Path(path).read_text())
-
-
-def detect_starting_phase(name_or_path: str | None) -> str:
-    """ "scratch" without a checkpoint; else "constant" or "decayed", as the checkpoint says ("decayed" if silent)."""
-    if not name_or_path:
-        return "scratch"
-    state = read_state(name_or_path)
-    if state is None:
-        logger.info("%s does not say where its schedule stood: it counts as decayed and warms up again.", name_or_path)
-        return "decayed"
-    return CONTINUES_AS[state["phase"]]
-
-
-def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
-    """Give `optimizer` the moments saved in `checkpoint`; its learning rates and other settings stay as they are.
-
-    Raises ValueError if there are none, or if they belong to other parameters.
-    """
-    path = Path(checkpoint) / OPTIMIZER_FILE
-    if not path.is_file():
+def check_packing(model: nn.Module, packing: str) -> None:
+    """Refuse packed documents for a model that could not tell them apart."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
         raise ValueError(
-            f"keep_optimizer_state: {str(checkpoint)!r} holds no {OPTIMIZER_FILE}. Start from a checkpoint-N folder "
-            "that was saved without save_only_model, or set keep_optimizer_state=False."
+            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
         )
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    current = optimizer.state_dict()
-    shapes_now = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved["state"].items() if "exp_avg" in entry}
-    if len(shapes_saved) != len(shapes_now) or any(shapes_now[i] != shape for i, shape in shapes_saved.items()):
-        raise ValueError(
-            f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} "
-            f"against {len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
-        )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
-    logger.info("Adam moments of %d parameters carried over from %s.", len(shapes_now), path)
 
 
 class StepCallback(TrainerCallback):
@@ -304,10 +130,6 @@ class StepCallback(TrainerCallback):
             self.load_meter.end_step()
         control.should_log = control.should_log or control.should_save
         return control
-
-
-# Its entry in Liger's table is ours, and its fused head hands the losses of tokens on.
-OUR_MODEL_TYPE = "cpt_moe"
 
 
 def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
@@ -360,13 +182,14 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
     ) -> None:
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        check_model_fits(model, processing_class, args)
+        check_context(model.config, processing_class, args.max_length)
+        check_packing(model, args.packing)
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.use_liger_kernel = decide_liger(args, model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
-        held_out = _named_eval_sets(eval_dataset, replay_eval_dataset)
+        held_out = named_eval_sets(eval_dataset, replay_eval_dataset)
         self.mixture = build_train_dataset(args, processing_class, vocab_size, train_dataset, replay_dataset)
         self.starting_checkpoint = model.config._name_or_path
         self.starting_phase = (
@@ -376,7 +199,7 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
         self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
         self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
-        self.term_meter, self.loss_guard = MeanMeter(), LossGuard(args.bad_step_policy == "stop")
+        self.term_meter = MeanMeter()
         super().__init__(
             model=model,
             args=args,
@@ -441,7 +264,6 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
         share = penalty_share(inputs["labels"], num_items_in_batch)
         loss = self._correct_penalty(loss, outputs, share, scaled=num_items_in_batch is not None)
         self.term_meter.add(reported_terms(outputs))
-        self.loss_guard.record(loss, self.state.global_step + 1, self._describe_batch(self.state.global_step + 1))
         return (loss, outputs) if return_outputs else loss
 
     def _correct_penalty(self, loss: Tensor, outputs: Any, share: Tensor | float, scaled: bool) -> Tensor:
@@ -464,25 +286,13 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the instruments saw since the last training log: losses per source, MRI, rates."""
         if "loss" in logs:
-            self.loss_guard.check(self._describe_batch)
             logs.update(self.source_losses.pop())
             logs.update(self.term_meter.pop())
-            logs.update(self._pop_imbalance())
+            balance = self.load_meter.pop() if self.load_meter else {}
+            logs.update(by_layer({name: values for name, values in balance.items() if name.startswith("mri")}))
             logs["tokens_seen"] = self.state.global_step * self.throughput.tokens_per_step
             logs.update(self.throughput.pop())
         super().log(logs, start_time)
-
-    def _pop_imbalance(self) -> dict[str, float]:
-        summary = self.load_meter.pop() if self.load_meter else None
-        if summary is None:
-            return {}
-        layers = range(len(summary.mri))
-        return {
-            "mri": sum(summary.mri) / len(summary.mri),
-            "mri_normalized": sum(summary.normalized) / len(summary.normalized),
-            **{f"mri/layer_{layer:02d}": summary.mri[layer] for layer in layers},
-            **{f"mri_normalized/layer_{layer:02d}": summary.normalized[layer] for layer in layers},
-        }
 
     def evaluate(
         self,
@@ -550,7 +360,7 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _require_disk(self) -> None:
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
+        if self.args.save_strategy == "no":
             return
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = (
@@ -561,7 +371,6 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
         require_free_space(self.args.output_dir, weight_bytes, trained, copies)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.loss_guard.check(self._describe_batch)
         with self.throughput.pause():
             super()._save_checkpoint(model, trial)
 
@@ -583,8 +392,3 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
         }
-
-
-def _named_eval_sets(new: Dataset | dict[str, Dataset] | None, replay: Dataset | None) -> dict[str, Dataset]:
-    named = dict(new) if isinstance(new, dict) else ({} if new is None else {"new": new})
-    return named if replay is None else {**named, "replay": replay}

@@ -1,47 +1,9 @@
-"""What preference pairs must be before TRL tokenises them, which of them teach nothing, and their scores in a batch.
+"""The trainer of RainbowPO: TRL's DPOTrainer with another loss, on the forward passes that TRL makes anyway.
 
-Source: ours, around TRL's `DPOTrainer`.
-
-What a preference trainer logs: sums kept on the device and divided when somebody looks.
-
-B pairs, S tokens of the padded sequences. Rows of a batch are the chosen sequences, then the rejected ones.
-Source: names of TRL's `DPOTrainer` where it has them; the others ours.
-
-What a `RainbowPOTrainer` cannot do, refused before a model is loaded where that can be known.
-
-Source: ours, around TRL's `DPOTrainer`.
-
-The scale of phi: the reference's entropies on training pairs, and the file that keeps the number with a checkpoint.
-
-Source: the authors' constant 0.29 is 1 / mean(-ln H) of their model and data; here it is measured. docs/rainbowpo.md.
-
-The load balance loss of a preference batch that lies on several ranks: that of one process with all of its pairs.
-
-TRL takes Mixtral's loss of the rank's own pairs, E sum_i f_i P_i over all layers together; it is not linear in the
-batch, so that its mean over ranks is another number than that of the whole batch. Here f counts over all ranks and P
-is divided by all tokens.
-
-Letters: L layers, T tokens of a rank, E experts, K experts per token. Source: Mixtral's loss as transformers has it.
-
-Notice a policy that runs away: chosen text becomes unlikely, or longer text is preferred than the data prefers.
-
-Log-probabilities are nats per token. Source: the regimes that blow up in the paper's own runs, docs/rainbowpo.md.
-
-A frozen model that answers with log-probabilities and entropies of its tokens, without forming logits.
-
-TRL gives the policy a fused head with entropies and the reference one without. Here the reference gets a second one
-beneath TRL's, asked for by name, so that contextual scaling rides on the forward pass that is there anyway.
-Source: ours, on TRL's `add_fused_lm_head`.
-
-Which tokens of a preference batch are completions, their sums and numbers.
-
-B pairs, S tokens of the padded sequences; rows are the B chosen sequences, then the rejected ones. A token is counted
-where it is predicted, so masks have S - 1 columns. Source: the layout of TRL's `DataCollatorForPreference`.
-
-The trainer of RainbowPO: TRL's DPOTrainer with another loss, on the forward passes that TRL makes anyway.
-
-B pairs, S tokens of the padded sequences, H the reference's entropy of a pair. Rows of a batch are the chosen
-sequences, then the rejected ones. Source: Zhao et al. 2025 (RainbowPO, arXiv 2410.04203); TRL 1.16.
+B pairs, S tokens of the padded sequences, H the reference's entropy of a pair. Rows of a batch are the B chosen
+sequences, then the rejected ones, as TRL's `DataCollatorForPreference` lays them out; a token is counted where it is
+predicted, so masks have S - 1 columns. Names of the log are TRL's where it has them.
+Source: Zhao et al. 2025 (RainbowPO, arXiv 2410.04203); TRL 1.16.
 """
 
 from __future__ import annotations
@@ -54,7 +16,6 @@ import numbers
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +37,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config
 from hf_moe_cpt.trainers.common.distributed import has_process_group
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.rainbowpo.losses import (
     Pair,
     PreferenceTerms,
@@ -95,6 +57,23 @@ logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected")
+NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "scores"}
+OPTIONS_OF_CONFIG = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")  # of those of a model
+SWITCHES = (  # of the configuration, as `preference_terms` takes them
+    "beta",
+    "mixing_alpha",
+    "mix_home_advantage",
+    "length_normalization",
+    "link",
+    "label_smoothing",
+    "sft_weight",
+)
+SCALE_FILE = "rainbowpo.json"
+ROUNDINGS = 4  # in a log-probability of a text
+WINDOW = 3  # logs that are averaged before they are compared
+MAX_FALL = 1.0  # nats per token: every chosen token e times less likely than at the first log
+MAX_GROWTH = 1.3  # length of what the policy prefers / length of what the data prefers, beyond that of the first log
+_NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
 
 
 def first_row(dataset: AnyDataset, name: str) -> dict[str, Any]:
@@ -246,45 +225,30 @@ class CollatorWithScores:
         return self.collate(rows) | {"scores": scores}
 
 
-ROUNDINGS = 4  # in a log-probability of a text
-
-
-class PreferenceMeter:
-    """Weighted means, minima and maxima by name between two logs; `pop` is the one host synchronisation."""
+class PreferenceMeter(MeanMeter):
+    """Means, and minima and maxima, by name between two logs."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # (2,) sum of values, sum of weights
-        self._ranges: dict[str, Tensor] = {}  # (2,) least, most
-
-    def add(self, values: Mapping[str, tuple[Tensor, Tensor | int]]) -> None:
-        """Add (sum of values, number of values) for each name, 0-d tensors or numbers."""
-        for name, (total, weight) in values.items():
-            both = torch.stack([total.detach().double(), torch.as_tensor(weight, device=total.device).double()])
-            self._sums[name] = self._sums[name] + both if name in self._sums else both
+        super().__init__()
+        self._ranges: dict[str, Tensor] = {}  # (2,) least, -most
 
     def add_range(self, name: str, values: Tensor) -> None:
         """Widen the range of a name by values of any shape."""
         low, high = torch.aminmax(values.detach().double())
-        if name in self._ranges:
-            low = torch.minimum(low, self._ranges[name][0])
-            high = torch.maximum(high, self._ranges[name][1])
-        self._ranges[name] = torch.stack([low, high])
+        sides = torch.stack([low, -high])
+        self._ranges[name] = torch.minimum(self._ranges[name], sides) if name in self._ranges else sides
 
     def pop(self) -> dict[str, float]:
         """Means by name, `<name>/min` and `<name>/max` of ranges; a collective when a process group exists."""
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values()))
-        ranges = torch.stack(list(self._ranges.values())) if self._ranges else sums.new_zeros(0, 2)
+        means = super().pop()
+        if not self._ranges:
+            return means
+        sides = torch.stack(list(self._ranges.values()))
         if has_process_group():
-            dist.all_reduce(sums)
-            ranges = torch.stack([ranges[:, 0], -ranges[:, 1]])
-            dist.all_reduce(ranges, op=dist.ReduceOp.MIN)
-            ranges = torch.stack([ranges[0], -ranges[1]], dim=1)
-        means = dict(zip(self._sums, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
-        for name, (low, high) in zip(self._ranges, ranges.tolist(), strict=True):
-            means |= {f"{name}/min": low, f"{name}/max": high}
-        self._sums, self._ranges = {}, {}
+            dist.all_reduce(sides, op=dist.ReduceOp.MIN)
+        for name, (low, high) in zip(self._ranges, sides.tolist(), strict=True):
+            means |= {f"{name}/min": low, f"{name}/max": -high}
+        self._ranges = {}
         return means
 
 
@@ -336,9 +300,6 @@ def pair_statistics(
         "length/preferred": torch.where(prefers_chosen, lengths.chosen, lengths.rejected),
     }
     return {name: (value.sum(), value.numel()) for name, value in values.items()}
-
-
-OPTIONS_OF_CONFIG = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")  # of those of a model
 
 
 def check_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -402,9 +363,6 @@ def _config_of(model: str | nn.Module, args: RainbowPOConfig) -> Any:
     return AutoConfig.from_pretrained(model, **options)
 
 
-SCALE_FILE = "rainbowpo.json"
-
-
 def calibration_sample(dataset: AnyDataset, count: int | None) -> Dataset:
     """`count` pairs spread evenly over a data set, all for None; of a stream the first ones."""
     if isinstance(dataset, IterableDataset):
@@ -417,7 +375,10 @@ def calibration_sample(dataset: AnyDataset, count: int | None) -> Dataset:
 
 
 def training_entropies(trainer: Any) -> Tensor:
-    """H (N,) of training pairs under the reference of a `RainbowPOTrainer`; from its columns where precomputed."""
+    """H (N,) of training pairs under the reference of a `RainbowPOTrainer`; from its columns where precomputed.
+
+    The authors' constant scale of phi, 0.29, is 1 / mean(-ln H) of their model and data; here it is measured.
+    """
     args = trainer.args
     data = calibration_sample(trainer.train_dataset, args.calibration_pairs)
     if "ref_chosen_logps" in data.column_names:
@@ -455,7 +416,7 @@ def add_components(args: RainbowPOConfig, scale: float | None) -> None:
         card.write_text(text + section, encoding="utf-8")
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
     """The list that a causal LM's router logits, one (T, E) per layer, are put into by a pass inside this context."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -469,17 +430,13 @@ def recorded_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def balance_of_batch(
-    model: nn.Module, aux_loss: Tensor, router_logits: Sequence[Tensor], attention_mask: Tensor
-) -> Tensor:
-    """TRL's load balance loss; in training that of the pairs of all ranks, which meet for it."""
-    if not (model.training and router_logits and has_process_group() and dist.get_world_size() > 1):
-        return aux_loss
-    return balance_over_ranks(router_logits, model.config.get_text_config().num_experts_per_tok, attention_mask)
-
-
 def balance_over_ranks(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor) -> Tensor:
-    """A scalar whose mean over ranks, and the mean of whose gradients, are those of the loss of the whole batch.
+    """The load balance loss of a batch that lies on several ranks: that of one process with all of its pairs.
+
+    Mixtral's loss, E sum_i f_i P_i over all layers together, as TRL takes it of the rank's own pairs, is not linear in
+    the batch, so that its mean over ranks is another number than that of the whole batch. Here f counts over all ranks
+    and P is divided by all tokens: the mean over ranks of what is returned, and of its gradients, is the batch's.
+    Letters: L layers, T tokens of a rank, E experts, K experts per token.
 
     router_logits: one (T, E) per layer; attention_mask: whatever has T elements, 0 for padding. A collective.
     """
@@ -496,13 +453,12 @@ def balance_over_ranks(router_logits: Sequence[Tensor], top_k: int, attention_ma
     return dist.get_world_size() * num_experts * (share * own).sum()
 
 
-WINDOW = 3  # logs that are averaged before they are compared
-MAX_FALL = 1.0  # nats per token: every chosen token e times less likely than at the first log
-MAX_GROWTH = 1.3  # length of what the policy prefers / length of what the data prefers, beyond that of the first log
-
-
 class RunawayWatch:
-    """Compares the mean of the latest training logs with that of the first, and warns once about each of the two."""
+    """Warns once when chosen text becomes unlikely, and once when longer text is preferred than the data prefers.
+
+    The latest training logs are compared with the first. Source: the regimes that blow up in the paper's own runs,
+    docs/rainbowpo.md.
+    """
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
@@ -546,7 +502,9 @@ class RunawayWatch:
 def add_entropy_head(model: PreTrainedModel) -> None:
     """Afterwards `model(..., labels=labels, with_entropy=True)` returns `log_probs` and `entropy`, both (B, S - 1).
 
-    Must come before TRL adds its own head and before the model is wrapped; a second call does nothing.
+    TRL gives the policy a fused head with entropies and the reference one without; this is a second one beneath TRL's,
+    so that contextual scaling rides on the forward pass that is there anyway. Must come before TRL adds its own head
+    and before the model is wrapped; a second call does nothing.
     """
     if getattr(model, "has_entropy_head", False):
         return
@@ -592,19 +550,6 @@ def completion_sums(values: Tensor, mask: Tensor) -> Pair:
 def completion_lengths(mask: Tensor) -> Pair:
     """Tokens of each completion."""
     return Pair(*mask.sum(dim=1).chunk(2))
-
-
-NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "scores"}
-SWITCHES = (
-    "beta",
-    "mixing_alpha",
-    "mix_home_advantage",
-    "length_normalization",
-    "link",
-    "label_smoothing",
-    "sft_weight",
-)
-_NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
 
 
 class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
@@ -769,7 +714,10 @@ class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
         if self.args.sft_weight:
             statistics["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
         if self.aux_loss_enabled and isinstance(outputs.aux_loss, Tensor):
-            aux_loss = balance_of_batch(self.model, outputs.aux_loss, router_logits, inputs["attention_mask"])
+            aux_loss = outputs.aux_loss  # TRL's, of the rank's own pairs
+            if self.model.training and router_logits and self.accelerator.num_processes > 1:
+                top_k = self.model.config.get_text_config().num_experts_per_tok
+                aux_loss = balance_over_ranks(router_logits, top_k, inputs["attention_mask"])
             penalty = (self.router_aux_loss_coef if self.model.training else 0.0) * aux_loss
             loss = loss + penalty.to(loss.device)  # never in the evaluation loss
             statistics |= {"aux_loss": (aux_loss, 1), "loss/aux": (penalty, 1)}

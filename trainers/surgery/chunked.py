@@ -528,21 +528,6 @@ def open_model(model: str | nn.Module, options: Mapping[str, Any], peft_config: 
     return model
 
 
-def check_context(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> None:
-    """Raise ValueError for a tokenizer with more tokens than the model has, and for rows beyond its context."""
-    config = config.get_text_config()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
-            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
-        )
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise ValueError(
-            f"max_length={max_length} is longer than the model's context of {context} tokens: lower max_length."
-        )
-
-
 def check_sharding(args: Any, *, is_deepspeed: bool, is_fsdp: bool) -> None:
     """Raise ValueError for ways to share a model that a surgery cannot go."""
     if is_deepspeed:

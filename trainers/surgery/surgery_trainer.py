@@ -51,14 +51,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
 from hf_moe_cpt.trainers.common.distributed import has_process_group, reduce_at_once, repeatable_on_cpu
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin, LossGuard
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.surgery.chunked import (
     ModelPass,
-    check_context,
     check_sharding,
     check_vocabulary,
     config_of,
@@ -500,7 +500,7 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
 
     Overrides `training_step` (one backward per term), `get_batch_samples` (units of the whole optimizer batch),
     `compute_loss` (the sum of the terms: the definition), `evaluate`, `log`, `get_decay_parameter_names`, `train`
-    (reference, targets, stop rules, resume) and `_save_checkpoint` (nothing is saved after a loss that is no number).
+    (reference, targets, stop rules, resume).
     Every model is saved with `surgery.json`, which says what was done (`hf_moe_cpt.trainers.surgery.surgery_trainer`).
 
     Args:
@@ -560,7 +560,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
         self.term_meter, self.gradient_meter = MeanMeter(), MeanMeter()
-        self.loss_guard = LossGuard(args.bad_step_policy == "stop")
         self.units: dict[str, Tensor] = {}  # of each set in the optimizer batch
         super().__init__(
             model=model,
@@ -627,7 +626,9 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             del loss
         if apart and self.accelerator.sync_gradients:
             self._merge_terms()
-        self._record(loss_of_step, measures)
+        # shares of a step's mean: the meter takes the mean over ranks and micro-batches, and wants their sum
+        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        self.term_meter.add({name: parts * value for name, value in measures.items()})
         return loss_of_step
 
     def compute_loss(
@@ -647,13 +648,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         loss = self.args.weights[name] * term.loss
         loss = loss if term.extra is None else loss + term.extra
         return self.accelerator.num_processes * loss, term.measures
-
-    def _record(self, loss: Tensor, measures: dict[str, Tensor]) -> None:
-        # shares of a step's mean: the meter takes the mean over ranks and micro-batches, and wants their sum
-        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        self.term_meter.add({name: parts * value for name, value in measures.items()})
-        step = self.state.global_step + 1
-        self.loss_guard.record(loss, step, self._describe_batch(step))
 
     def _wants_terms_apart(self) -> bool:
         """Whether this step needs every term's gradient by itself: to change it, or to log it."""
@@ -682,7 +676,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the terms were since the last training log, and norms and cosines of their gradients."""
         if "loss" in logs:
-            self.loss_guard.check(self._describe_batch)
             logs.update(self.term_meter.pop())
             logs.update(self.gradient_meter.pop())
         super().log(logs, start_time)
@@ -820,10 +813,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             return None
         chosen = [] if self.targets is None else self.targets.chosen
         return RouterPull(RouterTap(self.model), args.router_anchor, args.expert_anchor, chosen)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.loss_guard.check(self._describe_batch)
-        super()._save_checkpoint(model, trial)
 
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """Take up the target of a checkpoint, also when the run goes back to it."""

@@ -1,8 +1,6 @@
-"""The measured loss is transformers' loss, and its parts by source are what a loop over tokens gives.
+"""Losses by source and block against transformers' and loops over tokens; means, clocks; parameters and FLOPs.
 
-Guard, means and clocks of the trainers.
-
-Active parameters and FLOPs against closed forms and torch's own FLOP counter.
+Active parameters are compared with closed forms, FLOPs with torch's own counter.
 """
 
 import math
@@ -13,11 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe_cpt.trainers.common import metrics as throughput
-from hf_moe_cpt.trainers.common.fault_tolerance import LossGuard
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
@@ -29,6 +25,7 @@ from hf_moe_cpt.trainers.common.metrics import (
     flops_per_token,
     starting_losses,
 )
+from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
 VOCAB = 11
@@ -97,16 +94,7 @@ def test_held_out_blocks_count_once_in_any_order_and_batch():
 
 
 def test_attached_model_returns_the_same_loss_and_gradients():
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = tiny_model("llama")
     ids = torch.randint(0, 32, (2, 6))
     before = model(ids, labels=ids).loss
     (want,) = torch.autograd.grad(before, model.lm_head.weight)
@@ -123,15 +111,6 @@ def test_attached_model_returns_the_same_loss_and_gradients():
 def test_a_model_that_is_not_of_transformers_is_refused():
     with pytest.raises(ValueError, match="is a Linear, which has no `loss_function`: pass a causal LM"):
         LossRecorder().attach(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_guard_names_step_and_batch(value):
-    guard = LossGuard()
-    guard.record(torch.tensor(1.0), 6, "blocks 40 to 47")
-    guard.check(str)
-    with pytest.raises(FloatingPointError, match=r"step 7 is not finite \(blocks 48 to 55\)"):
-        guard.record(torch.tensor(value), 7, "blocks 48 to 55")
 
 
 def test_means_over_calls_and_reset():
@@ -184,37 +163,19 @@ def test_starting_losses_are_the_first_at_step_zero():
     assert starting_losses(history[3:], ("new", "replay")) == {}
 
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
-
-def test_dense_counts_everything_but_the_embedding():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
-    assert active_parameters(model) == sum(p.numel() for p in model.parameters()) - 48 * 16
-
-
-def test_tied_head_counts_once_as_the_head():
-    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-    untied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
-    assert active_parameters(tied) == active_parameters(untied)
-
-
-def test_moe_counts_the_chosen_share_of_its_experts():
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2))
-    one_expert = 3 * 16 * 40
-    total = sum(p.numel() for p in model.parameters())
-    assert active_parameters(model) == total - 48 * 16 - 3 * (8 - 2) * one_expert
+def test_active_parameters_are_those_that_a_token_multiplies_with():
+    embedding, one_expert = VOCABULARY * 16, 3 * 16 * 32
+    dense, tied = (tiny_model("llama", tie_word_embeddings=is_tied) for is_tied in (False, True))
+    assert active_parameters(dense) == sum(p.numel() for p in dense.parameters()) - embedding
+    assert active_parameters(tied) == active_parameters(dense)  # the head counts once, as the head
+    mixture = tiny_model("mixtral")
+    total = sum(p.numel() for p in mixture.parameters())
+    assert active_parameters(mixture) == total - embedding - 2 * (4 - 2) * one_expert
 
 
 def test_flops_agree_with_what_torch_counts_for_a_dense_model():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
-    ids = torch.randint(0, 48, (1, 32))
+    model = tiny_model("llama", attn_implementation="eager", num_hidden_layers=3)
+    ids = torch.randint(0, VOCABULARY, (1, 32))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()
     full_attention = 6 * 3 * 16 * 32  # torch counts the masked half of the scores as well
@@ -226,4 +187,4 @@ def test_flops_agree_with_what_torch_counts_for_a_dense_model():
 
 def test_a_configuration_without_a_known_name_is_refused():
     with pytest.raises(ValueError, match="names its experts per token by none of num_experts_per_tok"):
-        experts_per_token(LlamaConfig(**SIZES))
+        experts_per_token(tiny_model("llama").config)

@@ -32,6 +32,7 @@ def _assert_same(run: CPTTrainer, history: list, weights: dict[str, torch.Tensor
         assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment, step, last_whole", [("step", 5, 3), ("saving", 9, 6)])
 def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, moment, step, last_whole):
     folder = tmp_path / "run"

@@ -138,22 +138,22 @@ def test_units_hold_only_where_they_are_per_token(tmp_path):
     assert _config(tmp_path, home_advantage_from="score", home_advantage=2.0).home_advantage == 2.0
 
 
-DOUBTS = {
+WARNINGS = {
     "summed beta": ({"beta": 0.1}, "beta=0.1 is of the scale of summed log-probabilities"),
     "beta per token": ({"beta": 10.0, "length_normalization": False}, "beta=10 is of the scale .* per token, and wi"),
     "moving reference": ({"sync_ref_model": True}, "sync_ref_model moves the reference .* watch phi/mean"),
 }
 
 
-@pytest.mark.parametrize("changes, message", DOUBTS.values(), ids=DOUBTS)
-def test_doubts_are_spoken_and_allowed(tmp_path, changes, message):
+@pytest.mark.parametrize("changes, message", WARNINGS.values(), ids=WARNINGS)
+def test_what_is_probably_not_meant_is_warned_of_and_allowed(tmp_path, changes, message):
     with pytest.warns(UserWarning, match=message) as caught:
         _config(tmp_path, **changes)
     assert [warning.filename for warning in caught if warning.category is UserWarning] == [__file__]
 
 
 @pytest.mark.parametrize("name, changes", [*((name, {}) for name in PRESETS), ("slic-hf", {"beta": 10.0})])
-def test_presets_raise_no_doubt(tmp_path, name, changes):
+def test_presets_warn_of_nothing(tmp_path, name, changes):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         RainbowPOConfig.from_preset(name, output_dir=str(tmp_path), **ON_CPU, **changes)

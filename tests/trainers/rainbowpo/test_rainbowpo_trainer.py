@@ -1,8 +1,6 @@
-"""The meter's means and ranges, the watch for policies that run away, and a model put into evaluation for a while.
+"""The trainer against TRL's losses, a computation from full logits, and itself under other references and batches.
 
-Which requests and pairs are refused or dropped before training, and what the collator adds.
-
-The trainer against TRL's losses, a computation from full logits, and itself under other references and batches.
+Which requests and pairs are refused or dropped before training; meters, and the watch for policies that run away.
 """
 
 import inspect
@@ -403,9 +401,13 @@ def _expected(run, batch) -> float:
     return LINKS[args.link](args.beta * phi * margin).mean().item()
 
 
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("length_normalization", [True, False])
-@pytest.mark.parametrize("alpha, scaling", [(0.25, "mallows"), (0.0, "mallows"), (1.0, "none"), (0.0, "none")])
+REFERENCES = [(0.25, "mallows"), (0.0, "mallows"), (1.0, "none"), (0.0, "none")]
+# Every link once, and every use of the reference with and without length normalisation
+COMBINATIONS = [*((link, True, *REFERENCES[0]) for link in LINKS), *(("hinge", False, *one) for one in REFERENCES)]
+COMBINATIONS += [("logistic", True, *one) for one in REFERENCES[1:]]
+
+
+@pytest.mark.parametrize("link, length_normalization, alpha, scaling", COMBINATIONS)
 def test_loss_is_that_of_the_full_logits(tmp_path, link, length_normalization, alpha, scaling):
     run = trainer(
         tmp_path,
