@@ -1,12 +1,13 @@
 # The commands of a checkout. Everything is installed into .venv; a second call installs nothing.
 #
 #   make quickstart                 the main job; pass options as QUICKSTART="--steps 50 --output-dir runs/mine"
-#   make test                       lint and the whole test suite; WORKERS=4 for more processes, TESTS=tests/data for a part
+#   make test                       lint and the tests, some minutes; WORKERS=4 for more processes, TESTS=tests/data for a part
+#   make test-slow                  what make test leaves out: kills, ranks, soaks, benchmarks, full sweeps
 #   make test-versions              the wheel on the lowest, pinned and newest versions; LANES=lowest for one of them
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-versions lint format clean
+.PHONY: help quickstart test test-slow test-versions lint format clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -26,9 +27,13 @@ quickstart: $(VENV)/installed  ## install if needed, then train, continue and co
 	@echo "== hf-moe-cpt quickstart $(QUICKSTART)"
 	@$(VENV)/bin/hf-moe-cpt quickstart $(QUICKSTART)
 
-test: lint  ## install if needed, lint, then run the test suite
+test: lint  ## install if needed, lint, then run the tests that are not marked slow
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/installed-test  ## run the tests that are: kills, ranks, soaks, benchmarks, full sweeps
+	@echo "== pytest $(TESTS), slow ones, $(WORKERS) processes of one thread each"
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) -m slow $(TESTS)
 
 test-versions: $(VENV)/installed-test  ## run what matters most on the lowest, pinned and newest versions of what we need
 	@echo "== lanes $(LANES)"

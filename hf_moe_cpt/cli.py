@@ -118,10 +118,15 @@ def exit_code(call: Callable[[], None], with_traceback: bool = False) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_refuse(f"{message}; hf-moe-cpt --help lists the commands."))
+
+
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-moe-cpt",
         description="Change a language model that you own, above all a mixture of experts, without breaking it.",
         epilog="commands:\n" + "\n".join(lines) + "\n\n'hf-moe-cpt <command> --help' lists the options of a command.",

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +171,20 @@ def format_help(program: str, description: str, kinds: Sequence[type], everythin
             if everything or not _is_foreign(owner):
                 lines = [line for field in members for line in _option_lines(field, width)]
                 parts.append("\n".join([textwrap.fill(f"{topic[0].upper()}{topic[1:]}:", width), *lines]))
-    parts.append("\n".join(["General:", *_general_lines(kinds, {field.name for field in fields}, width)]))
+    parts.append("\n".join(["General:", *_general_lines(kinds, width)]))
     return "\n\n".join(filter(None, parts))
 
 
-def _general_lines(kinds: Sequence[type], names: Collection[str], width: int) -> list[str]:
-    """What every command takes; names: options that are shown elsewhere."""
+def _general_lines(kinds: Sequence[type], width: int) -> list[str]:
+    """What every command takes."""
     lines = [*_lines("--config FILE", f"{CONFIG_HELP}.", width), *_lines("-h, --help", "This text.", width)]
     bases = dict.fromkeys(name for kind in kinds for name in _foreign_bases(kind))
     if bases:
-        used = ", ".join(f"--{name}" for name in MOST_USED if name not in names)
+        owners = [owner for kind in kinds for owner in kind.__mro__ if not _is_foreign(owner)]
+        ours = {name for owner in owners for name in inspect.get_annotations(owner)}
+        used = ", ".join(f"--{name}" for name in MOST_USED if name not in ours)
         text = f"Also the options of {' and '.join(bases)}, which are taken as well"
-        lines += _lines("--help_all", f"{text}, such as {used}." if used else f"{text}.", width)
+        lines += _lines("--help_all", f"{text}, such as {used}.", width)
     return lines
 
 

@@ -184,8 +184,7 @@ class CptMoeConfig(PreTrainedConfig):
         # A copy, because transformers completes the dictionary in place.
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         kwargs.setdefault("partial_rotary_factor", 0.25)
-        if self.qk_norm is not None:
-            self.base_model_tp_plan = self.base_model_tp_plan | _TP_PLAN_OF_QK_NORM[self.qk_norm]
+        self.base_model_tp_plan = self._tp_plan_of_parts() | _TP_PLAN_OF_QK_NORM.get(self.qk_norm, {})
         given_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
         self.auto_map = AUTO_MAP | given_map
@@ -268,6 +267,14 @@ class CptMoeConfig(PreTrainedConfig):
             self.router_z_loss_coef = 0.001 if has_penalties else 0.0
         if self.output_router_logits is None:
             self.output_router_logits = self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
+
+    def _tp_plan_of_parts(self) -> dict[str, str]:
+        """The family's plan without entries of feed-forward blocks that this model lacks."""
+        absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.is_moe else ["mlp.experts"]
+        if not self.num_shared_experts:
+            absent.append("mlp.shared_experts")
+        missing = tuple(f"layers.*.{name}" for name in absent)
+        return {name: style for name, style in type(self).base_model_tp_plan.items() if not name.startswith(missing)}
 
     def _divided(self, name: str, divisor: int, divisor_name: str, derived_name: str = "head_dim") -> int:
         value = getattr(self, name)

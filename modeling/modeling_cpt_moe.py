@@ -38,6 +38,7 @@ Source: arXiv 2503.05029 (architecture); code form: transformers' own MoE models
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_cpt_moe import PADDED_SHARD, CptMoeConfig
+from .releases_cpt_moe import CACHE_NAME, refuses_unread_keywords, takes_either_cache_name, warn_of_untested_release
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -192,6 +194,7 @@ class CptMoeAttention(nn.Module):
             widths = (self.head_dim,) * 2 if config.qk_norm == "head" else (query_width, key_width)
             self.q_norm, self.k_norm = (CptMoeRMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
+    @takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -212,7 +215,7 @@ class CptMoeAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = self.rotate_query_and_key(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -616,6 +619,8 @@ def _mean_over_tokens(values: torch.Tensor, token_mask: torch.Tensor | None) -> 
 
 logger = logging.get_logger(__name__)
 
+warn_of_untested_release()
+
 
 @dataclass
 class CptMoeCausalLMOutput(MoeCausalLMOutputWithPast):
@@ -644,6 +649,7 @@ class CptMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = norm_of(config)
         self.post_attention_layernorm = norm_of(config)
 
+    @takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -750,6 +756,17 @@ class CptMoePreTrainedModel(PreTrainedModel):
         return total
 
 
+def records_routers_on_request(forward: Callable) -> Callable:
+    """For the decoder: `output_router_logits` of the configuration is a wish of the language model, for its loss."""
+
+    @wraps(forward)
+    def on_request(self: nn.Module, *args, **kwargs):
+        kwargs.setdefault("output_router_logits", False)
+        return forward(self, *args, **kwargs)
+
+    return on_request
+
+
 class CptMoeModel(CptMoePreTrainedModel):
     """Decoder without a head."""
 
@@ -768,6 +785,9 @@ class CptMoeModel(CptMoePreTrainedModel):
             # transformers would do so when the routers are first recorded, which torch.compile cannot trace.
             maybe_install_capturing_hooks(self)
 
+    @takes_either_cache_name
+    @refuses_unread_keywords
+    @records_routers_on_request
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -797,8 +817,8 @@ class CptMoeModel(CptMoePreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -815,14 +835,14 @@ class CptMoeModel(CptMoePreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 token_mask=token_mask,
+                **{CACHE_NAME: past_key_values},  # by this name gradient checkpointing looks for it
                 **kwargs,
             )
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -842,6 +862,8 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_either_cache_name
+    @refuses_unread_keywords
     @can_return_tuple
     def forward(
         self,
@@ -859,13 +881,14 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
     ) -> CptMoeCausalLMOutput:
         """Logits (B, S, V), or of the last `logits_to_keep` positions, and with `labels` (B, S) the losses.
 
-        labels are shifted here, -100 is ignored. output_router_logits (default: the configuration's) records the
-        routers; in training with labels it adds the penalties to `loss`, with their coefficients and `penalty_weight`.
+        labels are shifted here, -100 is ignored. output_router_logits records the routers; the default is that of the
+        configuration in training with labels, else False. In training with labels the penalties are added to `loss`,
+        with their coefficients and `penalty_weight`.
         skip_logits: for a fused head, see `head_and_loss`.
         """
         is_asked = bool(output_router_logits)
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = self.training and labels is not None and self.config.output_router_logits
         output_router_indices = kwargs.pop("output_router_indices", False) or output_router_logits
         outputs = self.model(
             input_ids=input_ids,
@@ -899,11 +922,11 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             z_loss=z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits") or None,
             router_indices=outputs.get("router_indices") or None,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
     def head_and_loss(
@@ -960,10 +983,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
 
     def _has_penalty_coefficient(self) -> bool:
         return self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
-
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """Generation does not record routers unless asked: no step of it uses them."""
-        return {"output_router_logits": False} | super().prepare_inputs_for_generation(*args, **kwargs)
 
 
 class CptMoeForSequenceClassification(GenericForSequenceClassification, CptMoePreTrainedModel):

@@ -5,7 +5,7 @@ accelerate launch scripts/cpt.py \\
     --replay_dataset_name allenai/dolma_sample.jsonl --replay_ratio 0.3 \\
     --max_steps 2000 --max_length 2048 --output_dir olmoe-on-my-texts
 
-The same job is `hf-moe-cpt cpt ...`; `--config recipes/x.yaml` reads arguments from a file.
+The same job is `hf-moe-cpt cpt ...`; `--config recipe:NAME` reads arguments from a file.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ accelerate launch scripts/rainbowpo.py \\
     --dataset_name princeton-nlp/llama3-ultrafeedback-armorm --dataset_test_split test \\
     --preset rainbowpo --per_device_train_batch_size 2 --gradient_accumulation_steps 16 --output_dir llama-rainbowpo
 
-The same job is `hf-moe-cpt rainbowpo ...`; `--config recipes/x.yaml` reads arguments from a file, `--use_peft` trains
+The same job is `hf-moe-cpt rainbowpo ...`; `--config recipe:NAME` reads arguments from a file, `--use_peft` trains
 an adapter. `--preset` sets the switches of a method; what the file or the command line say wins over it.
 """
 

@@ -6,7 +6,7 @@ accelerate launch scripts/surgery.py --model_name_or_path Qwen/Qwen3-1.7B \\
     --unlearn_dataset_name gone.jsonl --obsolete_dataset_name old.jsonl --update_dataset_name new.jsonl \\
     --retain_dataset_name kept.jsonl --unseen_dataset_name never_read.jsonl --use_peft --output_dir qwen3-operated
 
-The same job is `hf-moe-cpt surgery ...`; `--config recipes/x.yaml` reads arguments from a file, `--use_peft` trains an
+The same job is `hf-moe-cpt surgery ...`; `--config recipe:NAME` reads arguments from a file, `--use_peft` trains an
 adapter. `--preset paper` sets what the authors' code does; what the file or the command line say wins over it.
 """
 

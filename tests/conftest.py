@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 
 if not torch.cuda.is_available():  # then kernels run in Triton's interpreter, which must be chosen before the import
@@ -30,6 +31,9 @@ from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
 
 
 torch.set_num_threads(1)
+# The same examples in every run, and as long as they take: a suite that passed once passes again.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,9 @@ def run_suite(python: Path, source: Path, report: Path) -> tuple[int, int, int, 
     if code > 1:
         raise SystemExit(f"error: pytest stopped with exit code {code} in lane {report.stem}.")
     suite = next(ElementTree.parse(report).iter("testsuite"))
+    ran = {case.get("name") for case in suite.iter("testcase")}
+    if left_out := [node for node in SUITE if "::" in node and node.rpartition("::")[2] not in ran]:
+        raise SystemExit(f"error: {', '.join(left_out)} did not run: a mark such as slow keeps it out of the lanes.")
     tests, skipped, *failed = (int(suite.get(key)) for key in ("tests", "skipped", "failures", "errors"))
     site = next((python.parent.parent / "lib").glob("python3*/site-packages"))
     found = {item.name.lower().replace("-", "_"): item.version for item in distributions(path=[str(site)])}

@@ -31,17 +31,18 @@ Source: ours.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import functools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.planning.memory import (
     COMPUTED,
     PRECISIONS,
@@ -636,18 +637,23 @@ def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
+@dataclass
+class TableArguments:
+    """What the table is made of."""
+
+    benchmarks: str = field(default=str(BENCHMARKS), metadata={"help": "Folder of the committed results."})
+
+
 def table_main(argv: Sequence[str] | None = None) -> None:
     """Write the module beside this script."""
-    parser = argparse.ArgumentParser(prog="plan_table.py", description=" ".join(__doc__.split()))
-    parser.add_argument("--benchmarks", type=Path, default=BENCHMARKS, help="folder of the committed results")
-    args = parser.parse_args(argv)
+    (args,) = parse_arguments((TableArguments,), argv, program="plan_table.py", description=__doc__)
     path = Path(__file__).with_name("plan_speeds.py")
-    path.write_text(table(args.benchmarks))
+    path.write_text(table(Path(args.benchmarks)))
     print(f"written: {path}")
 
 
 if __name__ == "__main__":
-    table_main()
+    run_script(table_main)
 
 
 PREFERENCES = ("h200/preference_full.csv", "h100/preference_full.csv")
@@ -732,10 +738,9 @@ def _kept(model: str, length: int, precision: str, kernels: str) -> KeptBytes:
 
 def errors_main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="plan_errors.py", description=" ".join(__doc__.split()))
-    parser.add_argument("--benchmarks", type=Path, default=BENCHMARKS, help="folder of the committed results")
-    print(error_table(parser.parse_args(argv).benchmarks))
+    (args,) = parse_arguments((TableArguments,), argv, program="plan_errors.py", description=__doc__)
+    print(error_table(Path(args.benchmarks)))
 
 
 if __name__ == "__main__":
-    errors_main()
+    run_script(errors_main)

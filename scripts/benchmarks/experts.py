@@ -683,9 +683,7 @@ def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure shape by shape; the results so far are on disk after each."""
-    (args,) = parse_arguments(
-        (ExpertsArguments,), argv, program="bench_experts.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((ExpertsArguments,), argv, program="bench_experts.py", description=__doc__)
     device = tools.choose_device(args.device)
     facts, folder, shapes = tools.machine_facts(device, args.commit), Path(args.output_dir), args.chosen_shapes()
     folder.mkdir(parents=True, exist_ok=True)

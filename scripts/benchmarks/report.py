@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.scripts.replication.preference_methods import comparison_table
 from hf_moe_cpt.scripts.replication.surgery_methods import comparison_text
@@ -191,14 +192,17 @@ def _comparison_page(folder: Path) -> str:
     return f"{_head(folder)} [{page}.\n\n{made}.\n\n```text\n{table}\n```\n\n![](comparison.png)\n"
 
 
+@dataclass
+class PageArguments:
+    """What the page is about."""
+
+    folder: str = field(metadata={"positional": True, "help": "Results, such as docs/benchmarks/h200."})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write README.md into the folder that is named."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if len(words) != 1 or words[0].startswith("-"):
-        raise ValueError(
-            "usage: python scripts/benchmarks/report.py FOLDER, a folder of results such as docs/benchmarks/h200."
-        )
-    folder = Path(words[0])
+    (args,) = parse_arguments((PageArguments,), argv, program="benchmark_page.py", description=__doc__)
+    folder = Path(args.folder)
     (folder / "README.md").write_text(page_of(folder), encoding="utf-8")
     print(f"wrote {folder / 'README.md'}")
 

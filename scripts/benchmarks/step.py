@@ -577,7 +577,7 @@ def show_profiles(measurements: Sequence[StepMeasurement], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure run by run; the results so far are on disk after each."""
-    (args,) = parse_arguments((StepArguments,), argv, program="bench_step.py", description=" ".join(__doc__.split()))
+    (args,) = parse_arguments((StepArguments,), argv, program="bench_step.py", description=__doc__)
     device = tools.choose_device(args.device)
     facts, folder = tools.machine_facts(device, args.commit), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -744,9 +744,7 @@ class BenchArguments:
 
 def sharding_main(argv: Sequence[str] | None = None) -> None:
     """Time every engine that can run here; write and print the rows."""
-    (args,) = parse_arguments(
-        (BenchArguments,), argv, program="bench_sharding.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((BenchArguments,), argv, program="bench_sharding.py", description=__doc__)
     jobs = make_jobs(args)
     rows = []
     for name, (job, ranks) in tqdm(jobs.items(), unit="engine"):

@@ -567,9 +567,7 @@ def ratio_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure memory, then time; write after each."""
-    (args,) = parse_arguments(
-        (PreferenceArguments,), argv, program="bench_preference.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((PreferenceArguments,), argv, program="bench_preference.py", description=__doc__)
     device = tools.choose_device(args.device)
     workload, folder = args.workload(device), Path(args.output_dir)
     check_model(workload)
@@ -835,9 +833,7 @@ def kept_rows(
 
 def surgery_main(argv: Sequence[str] | None = None) -> None:
     """Measure memory, then time; write after each."""
-    (args,) = parse_arguments(
-        (SurgeryBenchArguments,), argv, program="bench_surgery.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((SurgeryBenchArguments,), argv, program="bench_surgery.py", description=__doc__)
     device = tools.choose_device(args.device)
     workload, folder = args.workload(device), Path(args.output_dir)
     check_model(workload)

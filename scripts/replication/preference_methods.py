@@ -834,9 +834,7 @@ class CompareArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the policy, run the grids, run the choices with other seeds, write and print what came out."""
-    (args,) = parse_arguments(
-        (CompareArguments,), argv, program="compare_preference_methods.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((CompareArguments,), argv, program="compare_preference_methods.py", description=__doc__)
     comparison = make_comparison(args)
     folder = ComparisonFolder(args.output_dir)
     folder.claim(comparison.fingerprint())

@@ -1063,9 +1063,7 @@ class CompareArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the models before, operate on them, examine all; write and print what came out."""
-    (args,) = parse_arguments(
-        (CompareArguments,), argv, program="compare_surgery_methods.py", description=" ".join(__doc__.split())
-    )
+    (args,) = parse_arguments((CompareArguments,), argv, program="compare_surgery_methods.py", description=__doc__)
     comparison = make_comparison(args)
     folder = ComparisonFolder(args.output_dir)
     folder.claim(comparison.fingerprint())

@@ -150,6 +150,7 @@ def rows_of(folder: Path) -> list[str]:
         return [row["peer"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_table_is_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shape = ["--shape", "tiny=8,8,8,2,1"]
@@ -249,14 +250,6 @@ def test_own_shapes_take_the_place_of_the_named_ones():
     assert arguments(shape=["a=1,2,3,4,1"]).chosen_shapes() == [parse_shape("a=1,2,3,4,1")]
     both = arguments(shapes=["switch"], shape=["a=1,2,3,4,1"]).chosen_shapes()
     assert both == [SHAPES["switch"], Shape("a", 1, 2, 3, 4, 1)]
-
-
-def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert all(option in shown for option in ("--shape ", "--shapes", "--peers", "--skew", "--no_check", "sonicmoe"))
 
 
 ALL_WRONG = Tile(128, 48, 32)  # 48 columns are no power of two

@@ -38,5 +38,3 @@ def test_ratio_and_failures(tmp_path):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds none of"):
         main([str(tmp_path)])
-    with pytest.raises(ValueError, match="usage"):
-        main([])

@@ -9,6 +9,7 @@ from hf_moe_cpt.scripts.benchmarks import routing as bench_routing
 from hf_moe_cpt.scripts.benchmarks.routing import RoutingArguments, main, write_synthetic_trace
 
 
+@pytest.mark.slow
 def test_both_parts_in_small(tmp_path, capsys):
     sizes = "--tokens 3000 --layers 2 --vocabulary 200 --batch_size 2 --length 16 --batches 1 --rounds 2 --device cpu"
     main([*sizes.split(), "--output_dir", str(tmp_path)])

@@ -49,6 +49,7 @@ def test_what_cannot_be_run_is_refused_at_once(changes, message):
         make_jobs(BenchArguments(**{"device": "cpu", **changes}))
 
 
+@pytest.mark.slow
 def test_an_engine_reports_and_a_failure_is_a_row(tmp_path, capfd):
     words = "--model dense-tiny --layers 1 --rows 2 --length 16 --steps 2 --warmup 1 --device cpu".split()
     sharding_main([*words, "--engines", "single", "--output_dir", str(tmp_path)])

@@ -95,6 +95,7 @@ def test_ratios_are_medians_over_rounds_of_step_and_share_of_a_log():
     assert ratio_rows([ours, theirs], args, {}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rainbowpo", "sigmoid_norm"])
 def test_a_timed_step_is_the_step_of_the_training_loop(name):
     """Three steps leave the weights that `train()` leaves after the same three batches."""
@@ -121,6 +122,7 @@ def test_batches_have_full_length_and_completions_of_their_own():
     assert batches == parts.random_pairs(WORKLOAD, 64) and batches[0] != batches[1]
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     broken = parts.Contender(is_ours=False, settings={"loss_type": ["magic"]})
     monkeypatch.setitem(parts.CONTENDERS, "sigmoid", broken)
@@ -199,6 +201,7 @@ WORKLOAD_BENCH_SURGERY = parts.SurgeryWorkload(
 )
 
 
+@pytest.mark.slow
 def test_a_run_writes_times_and_ratios_and_prints_them_last(tmp_path):
     printed = io.StringIO()
     words = ["--memory_steps", "0", "--commit", "abc1234", "--output_dir", str(tmp_path), "--preset", "paper"]
@@ -221,6 +224,7 @@ def test_a_run_writes_times_and_ratios_and_prints_them_last(tmp_path):
     assert printed.getvalue().rstrip("\n").split("\n")[-1].startswith("by-term-logged / by-term")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["by-term", "summed", "by-term-logged"])
 def test_a_timed_step_is_the_step_of_the_training_loop__bench_surgery(name):
     """Three steps leave the weights that `train()` leaves, whichever way they are made."""

@@ -69,6 +69,7 @@ def test_sizes_become_what_transformers_takes(tmp_path):
     assert (found.fsdp_size, found.ep_size, found.dp_replicate_size, found.tp_size) == (4, 4, 2, 1)
 
 
+@pytest.mark.slow
 @needs_ep
 @pytest.mark.slow
 def test_a_script_trains_and_saves_with_experts_on_two_ranks(rank_folder, tmp_path):

@@ -245,7 +245,10 @@ def _world(quality: float, effect: float, num: int, generator: np.random.Generat
     return wins.astype(float), differences
 
 
-@pytest.mark.parametrize("quality, effect", [(0.0, 1.5), (0.8, -1.0), (-0.5, 0.0)])
+@pytest.mark.parametrize(
+    "quality, effect",
+    [(0.8, -1.0), *(pytest.param(*truth, marks=pytest.mark.slow) for truth in ((0.0, 1.5), (-0.5, 0.0)))],
+)
 def test_where_the_truth_is_known_it_is_found_and_the_interval_covers_it(quality, effect):
     generator = np.random.default_rng(1)
     worlds = [_world(quality, effect, 400, generator) for _ in range(300)]

@@ -59,6 +59,14 @@ def test_unknown_command_suggests_near_ones(word: str, advice: str, capsys: pyte
     assert f"error: unknown command {word!r}: {advice}" in capsys.readouterr().err
 
 
+def test_a_line_without_a_command_is_refused_with_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--bogus"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ")
+    assert said.index("\n") == len(said) - 1 and said.endswith("hf-moe-cpt --help lists the commands.\n")
+
+
 @pytest.mark.parametrize(
     "error, line",
     [

@@ -47,6 +47,7 @@ def test_help_is_short_and_loads_nothing(name: str, shown: dict) -> None:
     assert all(len(line) < 120 for line in lines)
     options = [line.split()[0] for line in lines if line.startswith("  --")]
     assert len(options) == len(set(options)) and not any("-" in option[2:] for option in options)
+    assert all(len(line.split()) > 1 for line in lines if line.startswith("  --"))  # each is explained
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -58,9 +59,9 @@ def test_help_read_from_the_source_is_that_of_the_classes(name: str, shown: dict
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_both_spellings_are_taken(name: str) -> None:
     parser = SettingsParser(_settings(name), name)
+    taken = parser._option_string_actions
+    positional = [action.dest for action in parser._actions if not action.option_strings]
     for option in (item.name for kind in _settings(name) for item in dataclasses.fields(kind) if item.init):
-        taken = parser._option_string_actions
-        positional = [action.dest for action in parser._actions if not action.option_strings]
         assert option in positional or taken[f"--{option}"] is taken[f"--{option.replace('_', '-')}"]
 
 

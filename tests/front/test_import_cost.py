@@ -1,15 +1,12 @@
 """Importing the package costs next to nothing, and what a user does not ask for is not loaded."""
 
-import time
-
 import pytest
 
 from tests.helpers.fresh_process import run_python
 
 
-MAX_IMPORT_SECONDS = 0.3
-MAX_HELP_SECONDS = 1.0
-ATTEMPTS = 3  # on a busy machine the fastest one counts
+MOST_NEW_MODULES = 12  # 3 and 6 are loaded now, all small ones of ours
+MOST_MODULES_OF_HELP = 200  # 119 now, of which 70 come with Python itself; transformers alone would load 1,500
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "trl", "triton", "liger_kernel", "peft")
 
 
@@ -17,17 +14,21 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "trl", "tri
     "before", ["import torch, transformers", "from transformers import AutoModelForCausalLM"], ids=["plain", "auto"]
 )
 def test_import_adds_little_to_transformers_and_torch(before: str) -> None:
-    program = f"{before}; import time; s = time.perf_counter(); import hf_moe_cpt; print(time.perf_counter() - s)"
-    assert any(float(run_python("-c", program).stdout) < MAX_IMPORT_SECONDS for _ in range(ATTEMPTS))
+    """Modules are counted, not seconds, which a busy machine decides."""
+    program = f"{before}\nimport sys; known = set(sys.modules); import hf_moe_cpt; print(*(set(sys.modules) - known))"
+    new = run_python("-c", program).stdout.split()
+    assert "hf_moe_cpt" in new and len(new) <= MOST_NEW_MODULES, new
+    assert [name for name in new if not name.startswith("hf_moe_cpt")] == []
 
 
-def test_help_answers_within_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert "quickstart" in run_python("-m", "hf_moe_cpt.cli", "--help").stdout
-        return time.perf_counter() - start
-
-    assert any(seconds() < MAX_HELP_SECONDS for _ in range(ATTEMPTS))
+def test_help_loads_next_to_nothing() -> None:
+    program = (
+        "import contextlib, io, sys\nfrom hf_moe_cpt import cli\nsaid = io.StringIO()\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):\n    cli.main(['--help'])\n"
+        f"print('quickstart' in said.getvalue(), len(sys.modules), [m for m in {HEAVY} if m in sys.modules])"
+    )
+    said, count, heavy = run_python("-c", program).stdout.split(maxsplit=2)
+    assert said == "True" and int(count) <= MOST_MODULES_OF_HELP and heavy.strip() == "[]"
 
 
 def test_package_and_command_load_nothing_heavy() -> None:

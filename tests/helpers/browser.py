@@ -44,7 +44,7 @@ def ask_page(path: Path, questions: Mapping[str, tuple[str, str]]) -> dict[str, 
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
         check=True,
     )
     _, _, found = done.stdout.partition(f'<pre id="{ANSWER}">')

@@ -8,15 +8,17 @@ card says, and every number in it is from its run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
@@ -29,20 +31,26 @@ RUNS = {"pretrained": "cpt", "continued": "cpt", "preferred": "rainbowpo", "oper
 EVERY_RUN = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 0, "logging_steps": 5}
 
 
+@dataclass
+class ExampleArguments:
+    """Folders."""
+
+    work_dir: str = field(metadata={"help": "Where data and runs are kept."})
+    output_dir: str = field(metadata={"help": "Where a folder for each card is written."})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run what is missing, write the cards."""
-    parser = argparse.ArgumentParser(description="Make the example cards of docs/cards/.", allow_abbrev=False)
-    parser.add_argument("--work_dir", type=Path, required=True, help="where data and runs are kept")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where a folder for each card is written")
-    options = parser.parse_args(argv)
-    make_data(options.work_dir)
+    (args,) = parse_arguments((ExampleArguments,), argv, program="example_cards.py", description=__doc__)
+    work, output = Path(args.work_dir), Path(args.output_dir)
+    make_data(work)
     for name in RUNS:
-        if not (options.work_dir / name / "all_results.json").is_file():
-            shutil.rmtree(options.work_dir / name, ignore_errors=True)
-            make_run(name, options.work_dir)
+        if not (work / name / "all_results.json").is_file():
+            shutil.rmtree(work / name, ignore_errors=True)
+            make_run(name, work)
     for name, method in RUNS.items():
-        write_example(options.work_dir / name, options.output_dir / name, method)
-    shutil.copy(options.work_dir / "bench" / "README.md", _made(options.output_dir / "data") / "README.md")
+        write_example(work / name, output / name, method)
+    shutil.copy(work / "bench" / "README.md", _made(output / "data") / "README.md")
 
 
 def make_data(root: Path) -> None:
@@ -113,4 +121,4 @@ def _made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,7 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
         env=_environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         check=False,
     )
     if check and done.returncode != 0:
@@ -30,7 +30,7 @@ def launch(*words: str) -> None:
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         env={**_environment(), "CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )

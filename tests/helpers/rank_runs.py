@@ -163,7 +163,7 @@ def main() -> None:
     folder = Path(asked["folder"])
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:  # else this is one process without a group
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     results = run_jobs(folder, asked["jobs"])
     if not dist.is_initialized() or dist.get_rank() == 0:
         (folder / asked["results"]).write_text(json.dumps(results))

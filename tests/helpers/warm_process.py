@@ -48,7 +48,7 @@ class WarmProcess:
         )
 
     def run(
-        self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int = 1, seconds: int = 240
+        self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int = 1, seconds: int = 800
     ) -> subprocess.CompletedProcess:
         """Run a file as `python script *arguments` does, in its folder; a child that takes longer is ended.
 

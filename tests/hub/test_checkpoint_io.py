@@ -55,6 +55,7 @@ upcycle(sys.argv[1], sys.argv[2], "switch", max_shard_size=30_000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's record of peak memory")
 def test_memory_stays_below_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dense model of 3 shards of 16 MB becomes 19 of them, with everything on that computes something.
@@ -90,6 +91,7 @@ def test_a_sharded_result_holds_what_one_file_holds(tmp_path: Path) -> None:
     assert_matches("sharded", logits_of(tmp_path / "many"), logits_of(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_claims_to_be_whole_and_can_be_started_again(tmp_path: Path) -> None:
     dense = saved(model_of("llama"), tmp_path / "dense")
     before = fingerprint(dense)

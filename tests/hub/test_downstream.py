@@ -54,6 +54,7 @@ assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_generation_a_pipeline_export_and_compile(finished, hub, command, elsewhere):
     command("push", finished["cpt"], "someone/tiny")
     elsewhere(USE, "someone/tiny", ",".join(QUESTIONS))
@@ -112,6 +113,7 @@ def _log_likelihood(model: PreTrainedModel, context: list[int], target: list[int
     return sum(float(log_probs[place, token]) for place, token in zip(places, target, strict=True))
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_the_numbers_that_we_find(finished, hub, command, elsewhere, tmp_path: Path):
     """Half of the answers are those of the model, and all but one of the texts."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")

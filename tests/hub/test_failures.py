@@ -66,13 +66,14 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_push_that_is_killed_leaves_nothing_and_goes_on(folder, hub, elsewhere, command, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     shards, before = len(list(folder.glob("model-*.safetensors"))), fingerprint(folder)
 
     def kill_when_a_file_has_arrived() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not hub.store.large_files and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
@@ -205,7 +206,7 @@ assert run.args.world_size == 2 and run.failed_pushes == []
 
 
 def test_of_two_ranks_one_uploads(hub, elsewhere, tmp_path):
-    elsewhere(FROM_TWO_RANKS, tmp_path / "run", package=True, ranks=2, seconds=100)
+    elsewhere(FROM_TWO_RANKS, tmp_path / "run", package=True, ranks=2)
     assert WRITER in hub.tokens_seen and "hf_of_rank_1" not in hub.tokens_seen
     steps = [commit.message for commit in hub.commits("someone/live")]
     assert steps == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]

@@ -325,7 +325,7 @@ def test_evaluation_loss_is_the_pure_loss(preset: str) -> None:
     out = model(input_ids=tokens, labels=tokens)
     assert torch.equal(out.loss, out.lm_loss)
     assert torch.equal(out.loss, ForCausalLMLoss(out.logits, tokens, 256))
-    assert (out.aux_loss is None) == (not preset.startswith("pb-"))
+    assert out.aux_loss is None and out.router_logits is None
 
 
 def test_training_loss_is_the_pure_loss_plus_weighted_penalties() -> None:

@@ -1,7 +1,6 @@
 """Two gloo processes: penalties equal one process with the whole batch; so do tensor and expert parallelism."""
 
 import inspect
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,9 @@ import hf_moe_cpt  # noqa: F401  registers the model type in the spawned process
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 from tests.helpers.tolerances import relative_rms_error
+
+
+pytestmark = pytest.mark.slow
 
 
 PLANS = {"tensor parallel": {"tp_size": 2}, "expert parallel": {"fsdp_size": 2, "ep_size": 2}}
@@ -61,7 +63,7 @@ def gradients_of_a_half(rank: int, load_scope: str) -> torch.Tensor:
 def uneven_evaluation_ends(rank: int) -> bool:
     """Rank 0 evaluates one batch, rank 1 three: a collective in evaluation would hang."""
     model, rows = penalised_model("global").eval(), batch()
-    return all(model(input_ids=rows, labels=rows).aux_loss > 0 for _ in range(1 + 2 * rank))
+    return all(model(input_ids=rows, labels=rows, output_router_logits=True).aux_loss > 0 for _ in range(1 + 2 * rank))
 
 
 def logits_and_gradients(model: CptMoeForCausalLM) -> dict[str, torch.Tensor]:
@@ -87,14 +89,14 @@ def sharded(folder: str, **sizes: int) -> dict[str, torch.Tensor]:
     return logits_and_gradients(AutoModelForCausalLM.from_pretrained(folder, distributed_config=config))
 
 
-def worker(rank: int, port: int, folder: str, out: str) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     results = {scope: gradients_of_a_half(rank, scope) for scope in ("global", "rank")}
     results["uneven"] = uneven_evaluation_ends(rank)
     for plan, sizes in PLANS.items():
         results[plan] = sharded(f"{folder}/{plan if plan in ATTENTION else 'plain'}", **sizes)
-    torch.save(results, f"{out}/rank{rank}.pt")
+    torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -109,12 +111,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
             if parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         model.save_pretrained(folder / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo on the CPU, also where there is one GPU for two ranks
-        mp.spawn(worker, args=(port, str(folder), str(folder)), nprocs=2)
+        mp.spawn(worker, args=(str(folder),), nprocs=2)
     names = {"plain", *ATTENTION}
     want = {name: logits_and_gradients(AutoModelForCausalLM.from_pretrained(folder / name)) for name in names}
     return [torch.load(folder / f"rank{rank}.pt") | {"single": want} for rank in range(2)]

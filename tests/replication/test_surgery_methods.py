@@ -163,6 +163,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_run_left_a_record_and_the_results_are_theirs(finished):
     folder, printed = finished
     records = {path.stem: json.loads(path.read_text()) for path in (folder / "runs").iterdir()}
@@ -181,6 +182,7 @@ def test_every_run_left_a_record_and_the_results_are_theirs(finished):
     assert "Targets for the method safe" in printed and "no ascent leaves old answers" in printed
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_the_contract(finished):
     for row in results_of(finished[0])["runs"]:
         assert all(0 <= row[f"accuracy/{name}"] <= 1 and row[f"ce/{name}"] > 0 for name in SETS)
@@ -189,6 +191,7 @@ def test_measures_are_those_of_the_contract(finished):
         assert ("relearn_steps" in row) == (row["method"] != BEFORE) and row["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(finished, monkeypatch):
     made = []
     carry_out = compare_surgery_run.Worker.carry_out
@@ -204,6 +207,7 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch):
     start(finished[0], "--methods", *RUN)
 
 
+@pytest.mark.slow
 def test_grids_choose_by_validation_questions_of_another_world(finished):
     printed = start(finished[0], "--methods", "descent-kl", "--tune")
     results = results_of(finished[0])
@@ -227,6 +231,7 @@ def test_choice_takes_the_largest_score_and_refuses_a_grid_that_failed():
         choice_of(comparison, "llama", "paper", grid, {run.name: {"error": "no memory"} for run in grid})
 
 
+@pytest.mark.slow
 def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch):
     def fail(self, run):
         if run.method == "safe":
@@ -240,6 +245,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
     assert "safe" not in [row["method"] for row in results_of(tmp_path / "out")["rows"]]
 
 
+@pytest.mark.slow
 def test_other_settings_and_foreign_folders_are_refused(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(SETTINGS, "small", replace(MINIATURE, steps=3))
     with pytest.raises(ValueError, match="holds a comparison with steps=2, and now it is 3: name"):

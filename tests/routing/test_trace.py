@@ -191,6 +191,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
     whole = collect(tmp_path / "whole")
     assert len(whole.shards) == 5
@@ -205,6 +206,7 @@ def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_trace_of_one(tmp_path):
     collect(tmp_path / "one")
     launch(*TWO_RANKS, "-m", "tests.helpers.collection", str(tmp_path / "two"))

@@ -226,6 +226,7 @@ def test_a_log_without_mri_is_refused(tmp_path):
         training_curves([str(tmp_path)], None)
 
 
+@pytest.mark.slow
 def test_a_user_of_the_script_reads_one_line(models, tmp_path):
     done = run_python("scripts/analyze.py", str(models / "dense"), "--data", "a=b.txt", "--device", "cpu", check=False)
     assert done.returncode == 2

@@ -62,6 +62,7 @@ def test_a_preset_is_trained_evaluated_and_saved(alone):
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
     run = tmp_path / "two"
     launch(*TWO_RANKS, "scripts/cpt.py", *_arguments(texts, run, per_device_train_batch_size=2))
@@ -70,6 +71,7 @@ def test_two_processes_give_the_same_curve_as_one(alone, texts, tmp_path):
         assert two == pytest.approx(one, rel=2e-6), key
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it(alone, texts, tmp_path):
     run = tmp_path / "accelerate"
     one = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

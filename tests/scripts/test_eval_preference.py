@@ -206,6 +206,7 @@ def test_csv_json_and_the_table_at_the_end_tell_the_same(alone):
     assert summary["machine"]["commit"] == "abc1234" and summary["settings"]["temperature"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
     run = tmp_path / "run"
     program = (
@@ -292,6 +293,7 @@ def test_no_log_ratios_across_tokenizers(world, tmp_path, capsys):
     assert "accuracy of log-ratios" not in _measures(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_user_reads_one_line_and_the_exit_code_is_2(world, tmp_path):
     done = run_python("-m", "hf_moe_cpt.scripts.eval_preference", "--output_dir", str(tmp_path / "run"), check=False)
     assert (done.returncode, done.stdout) == (2, "")

@@ -141,6 +141,7 @@ def test_every_part_is_there_for_every_model(alone):
     assert results["machine"]["commit"] == "abc1234" and results["settings"]["max_questions"] == 6
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
     run = tmp_path / "run"
     program = (
@@ -242,6 +243,7 @@ def test_two_ranks_tell_what_one_tells(alone, world, tmp_path):
             assert row[name] is None or row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), row["metric"]
 
 
+@pytest.mark.slow
 def test_a_user_reads_one_line_and_the_exit_code_is_2(world, tmp_path):
     words = ("-m", "hf_moe_cpt.scripts.eval_surgery", "--output_dir", str(tmp_path / "run"), "--bench", "nowhere")
     done = run_python(*words, check=False)

@@ -63,6 +63,7 @@ def test_a_model_is_trained_evaluated_and_saved(alone):
     assert {"eval_loss", "eval_rewards/accuracies", "eval_phi/mean"} <= metrics.keys()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_curve_as_one(alone, folder):
     launch(*TWO_RANKS, "scripts/rainbowpo.py", *_arguments(folder, folder / "two", per_device_train_batch_size=2))
     for one, two in zip(without_clocks(_history(alone)), without_clocks(_history(folder / "two")), strict=True):

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,14 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
 from hf_moe_cpt.evaluation.resumable import SampleFolder
 from hf_moe_cpt.generation.pairs import load_table
-from hf_moe_cpt.scripts.rejection_sample import (
-    DataArguments,
-    OutputArguments,
-    PolicyArguments,
-    RewardArguments,
-    SelectionArguments,
-    main,
-)
+from hf_moe_cpt.scripts.rejection_sample import main
 from tests.helpers.fresh_process import run_python
 from tests.helpers.rejection_runs import QUESTIONS, VOCABULARY, arguments, make_world, published, ready_made, shards
 from tests.helpers.tiny_models import tiny_model
@@ -190,6 +182,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_as_one_never_killed(alone, world, tmp_path):
     run = tmp_path / "run"
     for moment, finished in {"generate/00002-": ("generate", 2), "score/00001-": ("score", 1)}.items():
@@ -330,6 +323,7 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, hub, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -535,12 +529,3 @@ def test_saved_data_sets_are_read_by_split(tmp_path):
         load_table(str(tmp_path / "saved"), "test")
     with pytest.raises(ValueError, match="a saved data set cannot be sliced, use --max_prompts"):
         load_table(str(tmp_path / "saved"), "train[:1]")
-
-
-def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert left.value.code == 0 and "train[:1%]" in text
-    for group in (DataArguments, PolicyArguments, RewardArguments, SelectionArguments, OutputArguments):
-        assert all(f"--{field.name}" in text and field.metadata["help"] for field in fields(group))

@@ -41,7 +41,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, moment, 
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path for path in checkpoints_in(folder) if not is_whole(path)] == []

@@ -63,7 +63,7 @@ def test_two_terms_in_conflict_end_at_right_angles():
     one, other = project_conflicts([left, right])
     assert_matches("left", one, torch.tensor([0.8, 0.4], dtype=torch.float64))
     assert_matches("right", other, torch.tensor([0.0, 2.0]).double())
-    assert abs(torch.dot(one, right)) < 1e-15 and abs(torch.dot(other, left)) < 1e-15
+    assert abs(torch.dot(one, right)) < 1e-14 and abs(torch.dot(other, left)) < 1e-14
 
 
 def test_terms_that_agree_stay_as_they_are_to_the_bit():
@@ -136,7 +136,7 @@ def test_what_rounding_leaves_of_a_divergence_that_is_zero_is_noise_and_a_small_
     likelihood = exact - torch.nn.functional.one_hot(torch.arange(64), 100)
     rounded = [(scale * logits).to(dtype).double() / scale for scale in (1.0, 1.1)]
     noise = rounded[0].softmax(-1) - rounded[1].softmax(-1)
-    moved = (logits + 10 * eps * torch.randn(64, 100, generator=generator, dtype=torch.float64)).softmax(-1) - exact
+    moved = (logits + 100 * eps * torch.randn(64, 100, generator=generator, dtype=torch.float64)).softmax(-1) - exact
     lengths = norms(inner_products([likelihood, noise, moved, torch.zeros_like(noise)]))
     assert 0 < lengths[1] and is_noise(lengths, eps).tolist() == [False, True, False, True]
     weights = torch.tensor([1.0, 1e4, 1e4, 1.0])

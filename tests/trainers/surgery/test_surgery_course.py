@@ -94,7 +94,7 @@ class StopAt(TrainerCallback):
         return control
 
 
-@pytest.mark.parametrize("model", ["llama", "cpt_moe", "mixtral"])
+@pytest.mark.parametrize("model", ["llama", "cpt_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, model):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
     options |= {"eval_strategy": "steps", "eval_steps": 3}

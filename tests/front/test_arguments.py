@@ -1,12 +1,13 @@
 """YAML under the command line: who wins, and what is refused."""
 
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_moe_cpt.arguments import parse_arguments
-from tests.helpers.source_tree import PROJECT
+from hf_moe_cpt.recipes import path_of_config
 
 
 @dataclass
@@ -52,7 +53,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_recipe_is_found_by_its_name():
     """Its own keys come back: the file itself, read by YAML alone, is the reference."""
-    recipe = PROJECT / "scripts/recipes/surgery_paper.yaml"
+    recipe = Path(path_of_config("recipe:surgery_paper"))
     kinds = [(key, type(value), None) for key, value in yaml.safe_load(recipe.read_text()).items()]
     (found,) = parse_arguments(
         (make_dataclass("Wanted", kinds),), ["--config", "recipe:surgery_paper"], program="test", description=""
