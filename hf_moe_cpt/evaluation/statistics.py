@@ -24,7 +24,6 @@ Source: ours.
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -291,7 +290,6 @@ def _check_resamples(resamples: int) -> None:
 
 Values = Tensor | np.ndarray | Sequence[float]
 
-METRIC_FOLDER = str(Path(__file__).parent / "metrics" / "preference_accuracy")  # for evaluate.load
 PRIOR_SCALE = 2.5
 _MAX_NEWTON_STEPS = 100
 _GRADIENT_LIMIT = 1e-10  # of one pair

@@ -75,7 +75,6 @@ import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -90,7 +89,6 @@ from hf_moe_cpt.evaluation.statistics import (
 )
 
 
-METRIC_FOLDER = str(Path(__file__).parent / "metrics" / "membership_inference")  # for evaluate.load
 LEAST_SHARE = 0.4  # of the tokens, the least likely ones
 _LEAST_SPREAD = 1e-3
 
@@ -179,7 +177,6 @@ def _mean_of_lowest(rows: Sequence[np.ndarray], k: float) -> np.ndarray:
     return np.array([np.sort(row)[: max(1, math.floor(k * len(row) + 1e-9))].mean() for row in rows])
 
 
-METRIC_FOLDER_MEMORISATION = str(Path(__file__).parent / "metrics" / "memorisation")  # for evaluate.load
 
 
 def exact_memorisation(hits: TokenRows) -> np.ndarray:
@@ -209,7 +206,6 @@ def probability(logps: TokenRows) -> np.ndarray:
     return np.exp([min(row.mean(), 0.0) for row in rows])
 
 
-METRIC_FOLDER_MULTIPLE_CHOICE = str(Path(__file__).parent / "metrics" / "mcq_accuracy")  # for evaluate.load
 
 
 def mcq_correct(option_losses: Sequence[Column] | np.ndarray, answers: Column) -> np.ndarray:
@@ -237,7 +233,6 @@ def mcq_accuracy(option_losses: Sequence[Column] | np.ndarray, answers: Column) 
     return float(mcq_correct(option_losses, answers).mean())
 
 
-METRIC_FOLDER_EDITING = str(Path(__file__).parent / "metrics" / "edit_success")  # for evaluate.load
 
 
 def token_accuracy(hits: TokenRows | Column, tokens: Column | None = None) -> np.ndarray:
@@ -270,10 +265,6 @@ def conflict_score(old_logp: Column, new_logp: Column) -> np.ndarray:
     return np.exp(old - np.logaddexp(old, new))
 
 
-METRIC_FOLDER_CONTINUATION_OVERLAP = str(
-    Path(__file__).parent / "metrics" / "continuation_overlap"
-)  # for evaluate.load
-FLUENCY_METRIC_FOLDER = str(Path(__file__).parent / "metrics" / "fluency")
 ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # by length of the n-grams
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
@@ -339,7 +330,6 @@ def _entropy(words: Sequence[str], n: int) -> float:
     return float(-(share * np.log2(share)).sum()) + 0.0  # not -0
 
 
-METRIC_FOLDER_RETAINED_BEHAVIOUR = str(Path(__file__).parent / "metrics" / "retained_behaviour")  # for evaluate.load
 _ROUNDING = 1e-3  # nats below 0 that half precision may leave
 
 

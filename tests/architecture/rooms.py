@@ -15,7 +15,7 @@ class Room:
 
 
 _EVERY_ROOM = ("hf_moe_cpt",)
-_FRONT = ("hf_moe_cpt.extras", "hf_moe_cpt.machine")
+_FRONT = ("hf_moe_cpt.extras", "hf_moe_cpt.lazy", "hf_moe_cpt.machine")
 _TRAINER = Room(
     ours=(
         *_FRONT,
@@ -62,8 +62,10 @@ ROOMS = {
     "hf_moe_cpt.planning": Room(
         (*_FRONT, "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"), (*_NUMBERS, "huggingface_hub")
     ),
-    "hf_moe_cpt.reports": Room(others=("numpy",)),
-    "hf_moe_cpt.routing": Room((*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.reports"), (*_NUMBERS, "datasets")),
+    "hf_moe_cpt.reports": Room(_FRONT),
+    "hf_moe_cpt.routing": Room(
+        (*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.reports"), (*_NUMBERS, "accelerate", "datasets")
+    ),
     "hf_moe_cpt.scripts": Room(
         _EVERY_ROOM, (*_TRAINER.others, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml")
     ),

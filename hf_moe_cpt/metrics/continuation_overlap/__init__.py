@@ -1,1 +1,1 @@
-"""The metric `continuation_overlap`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("continuation_overlap")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `edit_success`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("edit_success")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `expert_coactivation`: its folder is in `hf_moe_cpt.metrics.base`, for `evaluate.load`."""
+"""The metric that `metric_folder("expert_coactivation")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `fluency`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.FLUENCY_METRIC_FOLDER)`."""
+"""The metric that `metric_folder("fluency")` of `hf_moe_cpt.metrics` names."""

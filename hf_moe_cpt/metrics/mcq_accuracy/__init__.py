@@ -1,1 +1,1 @@
-"""The metric `mcq_accuracy`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("mcq_accuracy")` of `hf_moe_cpt.metrics` names."""

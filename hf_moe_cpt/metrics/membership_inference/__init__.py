@@ -1,1 +1,1 @@
-"""The metric `membership_inference`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("membership_inference")` of `hf_moe_cpt.metrics` names."""

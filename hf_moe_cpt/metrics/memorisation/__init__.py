@@ -1,1 +1,1 @@
-"""The metric `memorisation`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("memorisation")` of `hf_moe_cpt.metrics` names."""

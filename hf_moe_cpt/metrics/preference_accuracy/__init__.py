@@ -1,1 +1,1 @@
-"""The metric `preference_accuracy`: `evaluate.load(hf_moe_cpt.evaluation.statistics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("preference_accuracy")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `retained_behaviour`: `evaluate.load(hf_moe_cpt.evaluation.text_metrics.METRIC_FOLDER)`."""
+"""The metric that `metric_folder("retained_behaviour")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `router_saturation`: its folder is in `hf_moe_cpt.metrics.base`, for `evaluate.load`."""
+"""The metric that `metric_folder("router_saturation")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `routing_imbalance`: its folder is in `hf_moe_cpt.metrics.base`, for `evaluate.load`."""
+"""The metric that `metric_folder("routing_imbalance")` of `hf_moe_cpt.metrics` names."""

@@ -1,1 +1,1 @@
-"""The metric `vocabulary_specialization`: `hf_moe_cpt.metrics.base` has its folder for `evaluate.load`."""
+"""The metric that `metric_folder("vocabulary_specialization")` of `hf_moe_cpt.metrics` names."""
