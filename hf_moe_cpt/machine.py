@@ -8,14 +8,26 @@ import importlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights, as the commands call them
+
+
+def check_names(option: str, names: Sequence[str] | None, known: Collection[str]) -> None:
+    """Raise ValueError for the first name that is not known; None passes."""
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{option} {name!r} is unknown: choose from {', '.join(known)}.")
+
+
 def choose_device(name: str) -> torch.device:
     """The device called "auto", "cpu" or "cuda". Raises ValueError if it is unknown or not there."""
-    if name not in ("auto", "cpu", "cuda"):
+    if name not in DEVICES:
         raise ValueError(f"--device {name!r} is unknown: choose one of auto, cpu, cuda.")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device 'cuda': torch finds no such device here; use --device cpu.")

@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.benchmarks.harness import check_names
+from hf_moe_cpt.machine import check_names
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

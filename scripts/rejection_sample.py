@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, SelectionRule
-from hf_moe_cpt.machine import choose_device, release_memory
-from hf_moe_cpt.scripts.benchmarks.harness import check_names
+from hf_moe_cpt.machine import check_names, choose_device, release_memory
 
 
 if TYPE_CHECKING:  # these import transformers' models: --help does not wait for them

@@ -53,7 +53,7 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grouped_product, weight_gradient
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
-from hf_moe_cpt.machine import package_version
+from hf_moe_cpt.machine import check_names, package_version
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.harness import Unavailable
@@ -328,7 +328,7 @@ def _experts_module(case: Case, implementation: str) -> torch.nn.Module:
 
 def _refuse_fallback(module: torch.nn.Module, case: Case) -> None:
     """Ours runs what it cannot do through grouped_mm, whose time must not stand under our name."""
-    implementation = importlib.import_module("hf_moe_cpt.kernels.experts")
+    implementation = importlib.import_module("hf_moe_cpt.kernels.experts_interface")
     reason = implementation.why_unsupported(module, case.device, case.dtype)
     if reason is not None:
         raise Unavailable(f"it would fall back to grouped_mm: {reason}")
@@ -500,10 +500,10 @@ class ExpertsArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--peers", self.peers, PEERS)
-        tools.check_names("--shapes", self.shapes, SHAPES)
-        tools.check_names("--dtype", [self.dtype], DTYPES)
-        tools.check_names("--activation", [self.activation], ACT2FN)
+        check_names("--peers", self.peers, PEERS)
+        check_names("--shapes", self.shapes, SHAPES)
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--activation", [self.activation], ACT2FN)
         for name, least in (("rounds", 1), ("check_tokens", 1), ("seconds", 0), ("skew", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
@@ -778,10 +778,10 @@ class TuneArguments:
     output_dir: str = field(default="runs/tiles", metadata={"help": "Folder for tiles.csv."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--shapes", self.shapes, SHAPES)
-        tools.check_names("--pieces", self.pieces, PIECES)
-        tools.check_names("--dtype", [self.dtype], DTYPES)
-        tools.check_names("--activation", [self.activation], ACTIVATION_NAMES)
+        check_names("--shapes", self.shapes, SHAPES)
+        check_names("--pieces", self.pieces, PIECES)
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--activation", [self.activation], ACTIVATION_NAMES)
         if self.rounds < 1 or any(group < 1 for group in self.groups):
             raise ValueError(f"--rounds {self.rounds} and --groups {self.groups} must be at least 1.")
         self.chosen_shapes()

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -63,13 +63,6 @@ def one_line(error: Exception) -> str:
     elif not (type(error) in (Unavailable, ValueError) and message):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return message if len(message) <= _REASON_LENGTH else f"{message[:_REASON_LENGTH]} ..."
-
-
-def check_names(option: str, names: Sequence[str] | None, known: Collection[str]) -> None:
-    """Raise ValueError for the first name that is not known; None passes."""
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"{option} {name!r} is unknown: choose from {', '.join(known)}.")
 
 
 class Stopwatch:

@@ -47,7 +47,7 @@ from transformers import (
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.machine import choose_device, machine_facts, synchronize
+from hf_moe_cpt.machine import check_names, choose_device, machine_facts, synchronize
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 from hf_moe_cpt.routing.compare import analyse_traces
@@ -86,9 +86,9 @@ class RoutingArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--parts", self.parts, PARTS)
-        tools.check_names("--model", [self.model], MODELS)
-        tools.check_names("--dtype", [self.dtype], ("float32", "bfloat16"))
+        check_names("--parts", self.parts, PARTS)
+        check_names("--model", [self.model], MODELS)
+        check_names("--dtype", [self.dtype], ("float32", "bfloat16"))
         for name in ("tokens", "checkpoints", "domains", "layers", "workers", "batch_size", "batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")

@@ -66,7 +66,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import synchronize
+from hf_moe_cpt.machine import check_names, synchronize
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.benchmarks import harness as tools
@@ -202,7 +202,7 @@ def _require_our_experts(name: str) -> None:
 
 def our_experts_fall_back(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why our experts implementation would hand this model to grouped_mm, whose time is not ours; None if it runs."""
-    implementation = importlib.import_module("hf_moe_cpt.kernels.experts")
+    implementation = importlib.import_module("hf_moe_cpt.kernels.experts_interface")
     modules = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")]
     reasons = (implementation.why_unsupported(module, device, dtype) for module in modules)
     return next((reason for reason in reasons if reason is not None), None)
@@ -360,7 +360,7 @@ class StepArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--weights", [self.weights], WEIGHTS)
+        check_names("--weights", [self.weights], WEIGHTS)
         for name, least in (("batch_size", 1), ("seq_length", 2), ("steps", 1), ("warmup", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
@@ -762,7 +762,7 @@ def sharding_main(argv: Sequence[str] | None = None) -> None:
 
 def make_jobs(args: BenchArguments) -> dict[str, tuple[ShardingJob, int]]:
     """A job and its number of ranks by engine. Raises ValueError for what cannot be run, before anything is."""
-    tools.check_names("--model", [args.model], MODELS)
+    check_names("--model", [args.model], MODELS)
     device = tools.choose_device(args.device).type
     jobs = {}
     for name in args.engines:

@@ -67,6 +67,7 @@ from transformers import (
 from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.machine import check_names
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.step import MODELS, config_of
@@ -261,7 +262,7 @@ def _trainer(contender: Contender, workload: Workload) -> Any:
 
 def chosen_contenders(names: Sequence[str] | None) -> list[str]:
     """The named contenders, all if None, in the order of the table. Raises ValueError for a name it does not have."""
-    tools.check_names("--contenders", names, CONTENDERS)
+    check_names("--contenders", names, CONTENDERS)
     return [name for name in CONTENDERS if names is None or name in names]
 
 
@@ -370,7 +371,7 @@ class PreferenceArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--dtype", [self.dtype], DTYPES)
         chosen_contenders(self.contenders)
         least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1, "memory_steps": 0}
         least_of["lora_rank"] = 0
@@ -709,7 +710,7 @@ def reference_mebibytes(workload: SurgeryWorkload) -> tuple[float, float]:
 
 def chosen_surgery_contenders(names: Sequence[str] | None) -> list[str]:
     """The named contenders, all if None, in the order of the table. Raises ValueError for a name it does not have."""
-    tools.check_names("--contenders", names, SURGERY_CONTENDERS)
+    check_names("--contenders", names, SURGERY_CONTENDERS)
     return [name for name in SURGERY_CONTENDERS if names is None or name in names]
 
 
@@ -792,8 +793,8 @@ class SurgeryBenchArguments:
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
-        tools.check_names("--dtype", [self.dtype], DTYPES)
-        tools.check_names("--preset", [self.preset], PRESETS)
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--preset", [self.preset], PRESETS)
         chosen_surgery_contenders(self.contenders)
         least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1, "memory_steps": 0}
         for name, least in least_of.items():

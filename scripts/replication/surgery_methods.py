@@ -88,10 +88,10 @@ from hf_moe_cpt.evaluation.resumable import write_json
 from hf_moe_cpt.evaluation.scoring import EvalSettings, questions_of, read_documents, room_of, score_tokens
 from hf_moe_cpt.evaluation.surgery import evaluate_model
 from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_accuracy
-from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
+from hf_moe_cpt.machine import check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.tables import text_table, write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, check_names, grouped_bars, plotting
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, grouped_bars, plotting
 from hf_moe_cpt.scripts.replication.preference_methods import ComparisonFolder, Estimate, quiet_libraries, t_interval
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, preset_settings
