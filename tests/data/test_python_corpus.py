@@ -1,24 +1,13 @@
-"""A stored corpus comes back as it was, or not at all.
+"""Corpora of a Python installation, small by hand and real, and of a user's folders; the tokenizer trained on them.
 
-Copies and near copies: closed cases, and shingles against a set of word tuples.
-
-A user's own two folders of text.
-
-Code keeps its meaning and loses its English: judged by hand-written results, by `ast` and by `tokenize`.
-
-The corpus of a small installation written by hand, and of the real one with a small limit.
-
-English out of docstrings: hand-written texts, and `ast` as the judge of what a docstring is.
-
-A tokenizer trained on a few texts: nothing is lost, nothing is added, and it is the same on every run.
+Judges: results written by hand, `ast` (what a docstring is, what code does), `tokenize` (comments), sets of word
+tuples (shingles), `transformers` (the tokenizer).
 """
 
 import ast
 import io
 import json
 import random
-import subprocess
-import sys
 import sysconfig
 import textwrap
 import tokenize
@@ -32,14 +21,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hf_moe_cpt.data.python_corpus import (
-    SeenTexts,
+    SIDES,
+    Domain,
     build_python_corpus,
     clean_paragraphs,
-    compiles,
     contains_licence_text,
     content_key,
     cut_to_pieces,
-    description_body,
     docstrings,
     installation_roots,
     is_english,
@@ -48,7 +36,7 @@ from hf_moe_cpt.data.python_corpus import (
     list_files,
     load_corpus,
     load_folder_corpus,
-    positions_without_leaks,
+    overlap,
     save_corpus,
     shingles,
     strip_docstrings_and_comments,
@@ -71,6 +59,7 @@ def as_lists(corpus):
 
 
 def test_saved_corpus_comes_back(tmp_path):
+    assert load_corpus(tmp_path, "key") is None
     save_corpus(CORPUS, tmp_path, "key")
     loaded = load_corpus(tmp_path, "key")
     assert as_lists(loaded) == as_lists(CORPUS)
@@ -85,25 +74,18 @@ def test_tokenised_copies_that_datasets_keeps_beside_the_text_do_no_harm(tmp_pat
     assert as_lists(load_corpus(tmp_path, "key")) == as_lists(CORPUS)
 
 
-def test_unknown_key_gives_nothing(tmp_path):
-    assert load_corpus(tmp_path, "key") is None
-
-
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest", "no manifest"])
 def test_damaged_corpus_is_not_used_and_can_be_replaced(tmp_path, damage):
     save_corpus(CORPUS, tmp_path, "key")
     file, manifest = tmp_path / "key/code/train.arrow", tmp_path / "key/manifest.json"
     content = file.read_bytes()
-    if damage == "cut":
-        file.write_bytes(content[:-10])
-    elif damage == "flip":
-        file.write_bytes(content.replace(b"code train", b"code trairn"[:10]))
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "manifest":
-        manifest.write_text(json.dumps([1]))
-    else:
-        manifest.unlink()
+    {
+        "cut": lambda: file.write_bytes(content[:-10]),
+        "flip": lambda: file.write_bytes(content.replace(b"code train", b"code trairn"[:10])),
+        "missing": file.unlink,
+        "manifest": lambda: manifest.write_text("[1]"),
+        "no manifest": manifest.unlink,
+    }[damage]()
     assert load_corpus(tmp_path, "key") is None
     save_corpus(CORPUS, tmp_path, "key")
     assert as_lists(load_corpus(tmp_path, "key")) == as_lists(CORPUS)
@@ -140,37 +122,33 @@ def test_thinning_keeps_the_same_shingles_everywhere():
     assert len(whole) == pytest.approx(3000 / 4, rel=0.1)
 
 
-def test_shingles_are_the_same_in_another_process():
-    command = "from hf_moe_cpt.data.python_corpus import shingles; print(shingles('a b c d e', 2, 1).tolist())"
-    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
-    assert other.strip() == str(shingles("a b c d e", 2, 1).tolist())
+def test_shingles_are_pinned_for_all_processes_and_platforms():
+    """Python's own hash of a string would differ in each process."""
+    assert shingles("a b c d e", 2, 1).tolist() == [
+        1033415184163533211,
+        2308136238884651691,
+        3964921850464214140,
+        10548313853365337822,
+    ]
 
 
 def test_overlap_is_the_share_of_the_new_text_seen_before():
-    seen = SeenTexts()
-    assert seen.overlap(shingles(words(0, 2000))) == 0.0
-    seen.add(shingles(words(0, 2000)))
-    assert seen.overlap(shingles(words(0, 2000))) == 1.0
-    assert seen.overlap(shingles(words(1000, 3000))) == pytest.approx(0.5, abs=0.05)
-    assert seen.overlap(np.empty(0, dtype=np.uint64)) == 0.0
-
-
-def test_add_exact_says_whether_a_text_is_new():
-    seen = SeenTexts()
-    assert [seen.add_exact(text) for text in ("a b", "A B ", "a c")] == [True, False, True]
+    seen = set(shingles(words(0, 2000)).tolist())
+    assert overlap(shingles(words(0, 2000)), set()) == 0.0
+    assert overlap(shingles(words(0, 2000)), seen) == 1.0
+    assert overlap(shingles(words(1000, 3000)), seen) == pytest.approx(0.5, abs=0.05)
+    assert overlap(np.empty(0, dtype=np.uint64), seen) == 0.0
 
 
 def test_a_held_out_text_spread_over_several_train_texts_is_a_leak():
-    held_out = [shingles(words(0, 1000)), shingles(words(5000, 6000)), shingles(words(7000, 8000))]
-    train = [shingles(words(0, 500)), shingles(words(500, 3000)), shingles(words(7970, 9000))]
-    assert positions_without_leaks(held_out, train) == [1, 2]
-    assert positions_without_leaks(held_out, train, largest_overlap=0.0) == [1]
-    assert positions_without_leaks(held_out, train, largest_overlap=1.0) == [0, 1, 2]
-
-
-def test_largest_overlap_is_a_share():
-    with pytest.raises(ValueError, match=r"largest_overlap=1.5 is a share: pass a number in \[0, 1\]"):
-        positions_without_leaks([], [], largest_overlap=1.5)
+    domain = Domain(limits=dict.fromkeys(SIDES, 10**6))
+    train = [words(0, 350) + words(10_000, 11_000), words(650, 1000) + words(20_000, 21_000), words(7970, 9000)]
+    held_out = {"leaked": words(0, 1000), "alone": words(5000, 6000), "a little": words(7000, 8000)}
+    assert all(domain.add("held_out", "package", name, text) for name, text in held_out.items())
+    assert all(domain.add("train", "package", "file", text) for text in train)
+    domain.drop_leaked_documents()
+    assert [row["path"] for row in domain.documents["held_out"]] == ["alone", "a little"]
+    assert domain.add("train", "package", "copy", words(5000, 6000).upper()) == 0
 
 
 def text_of(seed: int, characters: int = 30_000) -> str:
@@ -228,41 +206,25 @@ def test_pieces_are_short_and_lose_nothing(text: str, longest: int):
     assert max(map(len, pieces)) <= longest
 
 
-@pytest.mark.parametrize(
-    "folders, message",
-    {
-        "none": ((), r"has 0 subfolders .*the older first by name"),
-        "three": (("a", "b", "c"), r"has 3 subfolders \(a, b, c\)"),
-    }.values(),
-)
-def test_other_than_two_folders_are_refused(tmp_path, folders, message):
-    for folder in folders:
-        (tmp_path / folder).mkdir()
-    with pytest.raises(ValueError, match=message):
-        load_folder_corpus(tmp_path)
+def test_folders_without_two_domains_of_text_are_refused(tmp_path):
+    def refuses(folder, message, **options):
+        with pytest.raises(ValueError, match=message):
+            load_folder_corpus(folder, **options)
 
-
-def test_missing_and_small_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no folder: give a folder with two subfolders"):
-        load_folder_corpus(tmp_path / "absent")
-    with pytest.raises(ValueError, match="held_out_fraction=0.0 must lie between 0 and 1"):
-        load_folder_corpus(tmp_path, held_out_fraction=0.0)
+    refuses(tmp_path / "absent", "is no folder: give a folder with two subfolders")
+    refuses(tmp_path, "held_out_fraction=0.0 must lie between 0 and 1", held_out_fraction=0.0)
+    refuses(tmp_path, r"has 0 subfolders .*the older first by name")
     write(tmp_path, "1", "too short")
     write(tmp_path, "2", text_of(2))
-    with pytest.raises(ValueError, match="holds 9 characters of text and a domain needs 20000: add files"):
-        load_folder_corpus(tmp_path)
-
-
-def test_folders_of_tokens_or_of_copies_are_refused(tmp_path):
-    (tmp_path / "1").mkdir()
+    refuses(tmp_path, "holds 9 characters of text and a domain needs 20000: add files")
+    (tmp_path / "1/0.txt").unlink()
     (tmp_path / "1/tokens.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
-    write(tmp_path, "2", text_of(2))
-    with pytest.raises(ValueError, match="holds tokens and not text"):
-        load_folder_corpus(tmp_path)
-    write(tmp_path / "other", "1", text_of(1, 9_900), text_of(1, 9_900), text_of(1, 9_900))
-    write(tmp_path / "other", "2", text_of(2))
-    with pytest.raises(ValueError, match="leaves no text for train once copies are dropped"):
-        load_folder_corpus(tmp_path / "other")
+    refuses(tmp_path, "holds tokens and not text")
+    write(tmp_path, "c")
+    refuses(tmp_path, r"has 3 subfolders \(1, 2, c\)")
+    write(tmp_path / "copies", "1", text_of(1, 9_900), text_of(1, 9_900), text_of(1, 9_900))
+    write(tmp_path / "copies", "2", text_of(2))
+    refuses(tmp_path / "copies", "leaves no text for train once copies are dropped")
 
 
 SOURCE = '''\
@@ -386,7 +348,7 @@ def test_edges_of_stripping(source: str, expected: str):
 
 def test_standard_library_keeps_its_syntax_tree_and_loses_its_comments():
     folder = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(folder.glob("*.py"))[::6] + sorted(folder.glob("asyncio/*.py"))[::4]
+    paths = sorted(folder.glob("*.py"))[::15] + sorted(folder.glob("asyncio/*.py"))[::9]
     checked = 0
     for path in paths:
         source = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
@@ -396,12 +358,7 @@ def test_standard_library_keeps_its_syntax_tree_and_loses_its_comments():
         assert dump_without_texts(code) == dump_without_texts(source), path.name
         assert comments_of(code) == [], path.name
         checked += 1
-    assert checked > 20
-
-
-@pytest.mark.parametrize("code, expected", {"fine": ("x = 1\n", True), "open": ("x = (\n", False)}.values())
-def test_compiles(code: str, expected: bool):
-    assert compiles(code) is expected
+    assert checked > 10
 
 
 def test_code_that_no_longer_compiles_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -436,7 +393,6 @@ def test_generated_files_say_so(opening: str, expected: bool):
     assert is_generated(opening) is expected
 
 
-SIDES = ("train", "held_out")
 NAMES = [f"package{number % 12}/module{number}.py" for number in range(60)]
 
 
@@ -589,19 +545,6 @@ def test_cache_is_used_until_a_file_changes(root, tmp_path, monkeypatch):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    {
-        "limit": ({"max_characters_per_domain": 10}, "max_characters_per_domain=10 holds no document"),
-        "fraction": ({"held_out_fraction": 1.0}, "held_out_fraction=1.0 must lie between 0 and 1"),
-        "missing": ({"roots": ["/no/such/folder"]}, "'/no/such/folder', which is no folder"),
-    }.values(),
-)
-def test_bad_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_python_corpus(**options)
-
-
 def test_a_root_without_text_is_refused(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=f"no prose for train found in {tmp_path}"):
@@ -670,12 +613,12 @@ def test_docstrings_are_found_dedented_and_unescaped():
 def test_docstrings_of_the_standard_library_are_those_of_ast():
     folder = Path(sysconfig.get_path("stdlib"))
     found = expected = common = 0
-    for path in sorted(folder.glob("*.py"))[::5]:
+    for path in sorted(folder.glob("*.py"))[::15]:
         source = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
         ours, theirs = docstrings(source), docstrings_by_ast(source)
         found, expected = found + len(ours), expected + len(theirs)
         common += len(set(ours) & set(theirs)) + len(theirs) - len(set(theirs))
-    assert expected > 300
+    assert expected > 100
     assert common >= 0.995 * expected and found <= 1.005 * expected
 
 
@@ -696,10 +639,7 @@ def test_cleaning_keeps_sentences_and_drops_code():
         "An example follows::",
         "The empty list has no mean, and is refused.",
     ]
-
-
-def test_short_text_gives_nothing():
-    assert clean_paragraphs("Return x.") == []
+    assert clean_paragraphs("Return x.") == [], "too short"
 
 
 @pytest.mark.parametrize(
@@ -731,11 +671,9 @@ def test_contains_licence_text(text: str, expected: bool):
     assert contains_licence_text(text) is expected
 
 
-def test_topics_and_descriptions():
+def test_topics_are_read_from_their_dictionary():
     assert topic_texts(ast.parse("topics = {'if': 'The if statement', 'n': 3}\n")) == {"if": "The if statement"}
     assert topic_texts(ast.parse("other = 3\n")) == {}
-    assert description_body("Name: x\nVersion: 1\n\nWhat x is.\n\nMore.\n") == "What x is.\n\nMore.\n"
-    assert description_body("Name: x\n") == ""
 
 
 TEXTS = ["def area(width, height):\n    return width * height\n", "The area is the width times the height.\n"] * 20
@@ -785,14 +723,17 @@ def test_saved_tokenizer_is_loaded_by_transformers(tokenizer, tmp_path):
     assert (loaded.model_max_length, loaded.eos_token_id, loaded.pad_token_id) == (64, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "texts, vocab_size, length, message",
-    {
-        "no room for bytes": (TEXTS, 257, 8, "vocab_size=257 has no room for 256 bytes and 2 special tokens"),
-        "no text": (["", ""], 300, 8, "there is no text to train the tokenizer on"),
-        "no length": (TEXTS, 300, 0, "model_max_length=0 must be at least 1 token"),
-    }.values(),
-)
-def test_bad_arguments_are_refused__tokenizer_training(texts, vocab_size, length, message):
+REFUSED = {
+    "limit": (lambda: build_python_corpus(max_characters_per_domain=10), "=10 holds no document: pass at least 1000"),
+    "fraction": (lambda: build_python_corpus(held_out_fraction=1.0), "held_out_fraction=1.0 must lie between 0 and 1"),
+    "missing": (lambda: build_python_corpus(roots=["/no/such"]), "roots holds '/no/such', which is no folder"),
+    "no room for bytes": (lambda: train_byte_level_bpe(TEXTS, 257), "vocab_size=257 has no room for 256 bytes and 2"),
+    "no text": (lambda: train_byte_level_bpe(["", ""], 300, progress=False), "there is no text to train the tokeniz"),
+    "no length": (lambda: train_byte_level_bpe(TEXTS, 300, model_max_length=0), "model_max_length=0 must be at least"),
+}
+
+
+@pytest.mark.parametrize("call, message", REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        train_byte_level_bpe(texts, vocab_size, model_max_length=length, progress=False)
+        call()
