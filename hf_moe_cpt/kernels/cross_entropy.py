@@ -1,31 +1,28 @@
-"""Output head and cross entropy in one: the loss of every token without ever holding the logits of all tokens.
+"""Output head and cross entropy in one, for one model: the loss of every token, and never the logits of all tokens.
 
 The logits of some tokens are computed, one kernel turns each row of them into its loss and, in place, into its
 gradient, and two products carry that gradient on to hidden states and weight; then come the next tokens, in the same
 memory. Gradients are thus ready at the end of the forward pass, and the backward pass multiplies them by one number.
+`fuse_head(model)` makes one model with the method `head_and_loss` of `CptMoeForCausalLM` train in this way.
 
-N tokens, H hidden size, V vocabulary. Source: the scheme is Liger-Kernel's fused_linear_cross_entropy
-(arXiv 2410.10989), which waits for the device to count tokens and hides their losses; the code is ours.
-
-A language model's head fused with its loss: `fuse_head(model)` makes one model train without forming its logits.
-
-For models with the method `head_and_loss` of `CptMoeForCausalLM`. Needs Triton, not Liger-Kernel.
-B sequences, S tokens of each, H hidden size, V vocabulary. Source: ours, on `linear_cross_entropy`.
-
-Liger-Kernel for `cpt_moe`: `use_liger_kernel=True` of any Trainer runs the plain layers of our models fused.
+With `use_liger_kernel=True` of any Trainer, the plain layers of a `cpt_moe` model run fused as well:
 
 | part | what runs it |
 |---|---|
 | RMSNorm | Liger's, in its "llama" mode: statistics in float32, then the input's type, then the weight |
 | rotation of queries and keys | Liger's, in place; it rotates the first part of a head where the model does |
 | gated MLP of dense layers and shared experts | Liger's for "silu" and "gelu_pytorch_tanh"; it has no exact GELU |
-| head and loss | ours (`fused_head`): Liger's waits for the device twice a step and hides the losses of tokens |
-| LayerNorm, routed experts | left alone: torch's norm is one kernel already; see `experts_implementation` |
+| head and loss | ours: Liger's waits for the device twice a step and hides the losses of tokens |
+| LayerNorm, routed experts | left alone: torch's norm is one kernel already; see `experts_interface` |
 
-Only the model that is passed changes, by attributes of its modules. Source: ours, in the form of Liger's own
-`apply_liger_kernel_to_*`.
+Only the model that is passed changes, by attributes of its modules.
+
+N tokens (B sequences of S), H hidden size, V vocabulary. Source: the scheme is Liger-Kernel's
+fused_linear_cross_entropy (arXiv 2410.10989), which waits for the device to count tokens; the code is ours, its entry
+in the form of Liger's `apply_liger_kernel_to_*`.
 """
 
+from itertools import chain
 from types import MethodType
 
 import torch
@@ -50,6 +47,9 @@ MAX_LOGITS_BYTES = 512 * 2**20
 # program fills a multiprocessor, and the rows under way (34 MB at V = 128,256) stay in L2 from one pass to the next.
 MAX_BLOCK = 32768
 LOGITS_PER_WARP = 1024
+_MLP_OF_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+
+logger = logging.get_logger(__name__)
 
 
 def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,15 +181,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
 
 
 @_linear_cross_entropy.register_fake
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    dtype: torch.dtype,
-    max_logits_bytes: int,
-    hidden_needs_gradient: bool,
-    weight_needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden, weight, targets, dtype, max_logits_bytes, hidden_needs_gradient, weight_needs_gradient):
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     hidden_gradient = hidden.new_empty(hidden.shape if hidden_needs_gradient else 0)
     weight_gradient = weight.new_empty(weight.shape if weight_needs_gradient else 0)
@@ -299,18 +291,12 @@ def _mean_of_tokens(
     return loss_sum / (total.to(loss_sum.device) if isinstance(total, Tensor) else total)
 
 
-MODEL_TYPE = "cpt_moe"
-_MLP_OF_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
-
-logger = logging.get_logger(__name__)
-
-
 def register_with_liger() -> None:
     """Enter `apply_liger_kernel_to_cpt_moe` into Liger's table of model types, which transformers reads."""
     require("liger_kernel", needed_by="register_with_liger")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    MODEL_TYPE_TO_APPLY_LIGER_FN[MODEL_TYPE] = apply_liger_kernel_to_cpt_moe
+    MODEL_TYPE_TO_APPLY_LIGER_FN["cpt_moe"] = apply_liger_kernel_to_cpt_moe
 
 
 def apply_liger_kernel_to_cpt_moe(
@@ -338,7 +324,11 @@ def apply_liger_kernel_to_cpt_moe(
         )
     decoder = getattr(model, model.base_model_prefix, model)
     if rms_norm and model.config.norm_type == "rmsnorm":
-        _fuse_norms(decoder)
+        from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module
+
+        norms_of_layers = ((layer.input_layernorm, layer.post_attention_layernorm) for layer in decoder.layers)
+        for norm in (decoder.norm, *chain.from_iterable(norms_of_layers)):
+            _patch_rms_norm_module(norm, casting_mode="llama")
     if rope:
         for layer in decoder.layers:
             layer.self_attn.rotate_query_and_key = liger_rotate_query_and_key
@@ -361,18 +351,7 @@ def liger_rotate_query_and_key(query: Tensor, key: Tensor, cos: Tensor, sin: Ten
     """
     from liger_kernel.ops import LigerRopeFunction
 
-    position_ids, unsqueeze_dim = None, 1
-    return LigerRopeFunction.apply(query, key, cos, sin, position_ids, unsqueeze_dim, cos.shape[-1])
-
-
-def _fuse_norms(decoder: nn.Module) -> None:
-    from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module
-
-    norms = [decoder.norm]
-    for layer in decoder.layers:
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
-    for norm in norms:
-        _patch_rms_norm_module(norm, casting_mode="llama")
+    return LigerRopeFunction.apply(query, key, cos, sin, None, 1, cos.shape[-1])  # no position_ids, unsqueeze_dim 1
 
 
 def _fuse_mlps(decoder: nn.Module, kind: str) -> None:

@@ -1,46 +1,25 @@
-"""Tile shapes of the grouped products: a small table, with a sane default for the rest.
+"""The products of the expert layer over rows sorted by expert: what they compute, their tiles, their kernels.
 
-Key: GPU generation, kernel, shape class. `python scripts/benchmarks/experts.py` measures candidates on the GPU at hand.
-Nothing is tuned at run time: the first call of a shape only compiles. Source: the Hopper entries were the fastest on
-an H200, or within 3 % of it, at three shapes (docs/benchmarks/); the others are sane, not timed.
+R rows sorted by expert in padded groups (see `routing`), E experts, H hidden size, I width, w a row's gate weight.
 
-How a program of the grouped products finds its tile and reads or writes it.
+grouped product   every row times the matrix of its expert: down projection, gradient of the up projection's input
+gated up          up projection with the gated activation act(gate) * up in its epilogue: gate and up columns of one
+                  tile come out of one product twice as wide, so both halves meet in registers
+gated backward    of down projection and activation in one product. With h = act(gate) * up, y' the gradient of the
+                  layer's output at a row and h' = y' W_down, the gradient of w is the sum over I of h' h (a partial
+                  sum per column tile, see `gather_partials`), of gate w h' up act'(gate), of up w h' act(gate); the
+                  gradient of W_down is made from w h
+weight gradient   per expert, the transposed rows on one side times the rows on the other
 
 A matrix is read either through a tensor descriptor, which the copy engine of Hopper and later GPUs serves (TMA), or
-through pointers, which works everywhere; the two differ in nothing else. Rows are never masked: the routing table pads
-every expert's group to whole tiles. Columns past the end read 0 and are not written. Source: ours.
+through pointers, which works everywhere; the two differ in nothing else. Rows are never masked. Columns past the end
+read 0 and are not written. Everything in an epilogue is in float32.
 
-Grouped product: every row times the matrix of its expert.
+Tile shapes are a small table with a sane default for the rest. Nothing is tuned at run time: the first call of a
+shape only compiles. `python scripts/benchmarks/experts.py` measures candidates on the GPU at hand; the Hopper entries
+were the fastest on an H200, or within 3 % of it, at three shapes (docs/benchmarks/), the others are sane, not timed.
 
-R rows sorted by expert in padded groups (see `routing_table`), E experts, K contracted and N resulting columns. Used
-for the down projection and for the gradient of the up projection's input. Source: ours.
-
-The activations that a gated expert can have, in Triton and in PyTorch, with their derivatives.
-
-A gated expert computes act(gate) * up. Everything here is in float32. Sources: GELU, arXiv 1606.08415 (exact form by
-erf, and the tanh form); GLU variants, arXiv 2002.05202.
-
-Up projection of the experts with the gated activation in its epilogue.
-
-R rows sorted by expert in padded groups, H hidden size, I width, E experts. Gate and up columns of one tile come out
-of one product twice as wide, so both halves meet in registers. Source: ours.
-
-Backward of the down projection and the gated activation, in one product with an epilogue.
-
-R rows sorted by expert in padded groups, H hidden size, I width, E experts; w a row's gate weight, y' the gradient of
-the layer's output at that row. With h = act(gate) * up and h' = y' W_down:
-
-    gradient of w     sum over I of h' h           (a partial sum per column tile, see `permutation.gather_partials`)
-    gradient of gate  w h' up act'(gate)
-    gradient of up    w h' act(gate)
-    w h               what the gradient of W_down is made from
-
-Source: ours.
-
-Gradient of the experts' matrices: per expert, the transposed rows on one side times the rows on the other.
-
-R rows sorted by expert in padded groups, E experts, M and N columns of the two sides. Padding rows must be 0 on both
-sides. Experts without rows get zeros. Source: ours.
+Source: ours. Activations: GELU, arXiv 1606.08415 (exact form by erf, and the tanh form); GLU, arXiv 2002.05202.
 """
 
 import functools
@@ -176,13 +155,12 @@ def tile_source(tensor: Tensor, block_shape: list[int], use_tma: bool) -> Tensor
 
 def fits_tma(*tensors: Tensor) -> bool:
     """Whether descriptors can be made: addresses and all strides but the last in whole 16 bytes, last stride 1."""
-    return all(_fits_tma(tensor) for tensor in tensors)
-
-
-def _fits_tma(tensor: Tensor) -> bool:
-    *strides, last = tensor.stride()
-    size = tensor.element_size()
-    return last == 1 and tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
+    return all(
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -698,7 +676,10 @@ def _columns_backward(
 
 
 def plain_weight_gradient(left: Tensor, right: Tensor, table: RoutingTable) -> Tensor:
-    """The definition: left (R, M), right (R, N) -> (E, M, N), left^T right over each expert's rows."""
+    """The definition: left (R, M), right (R, N) -> (E, M, N), left^T right over each expert's rows.
+
+    Padding rows must be 0 on both sides. Experts without rows get zeros.
+    """
     starts = table.group_start.tolist()
     pairs = zip(starts[:-1], starts[1:], strict=True)
     return torch.stack([left[start:end].T @ right[start:end] for start, end in pairs])

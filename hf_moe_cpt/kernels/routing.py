@@ -1,20 +1,13 @@
-"""Where every routed token goes: rows sorted by expert, each expert's group of rows padded to whole tiles.
+"""Where every routed token goes: rows sorted by expert, copied from tokens and added up again.
 
-Letters: T tokens, K experts per token, n = T * K slots (slot t * K + k is the k-th choice of token t), E experts,
-M rows per tile, R allocated rows, B slots per block.
-A tile then belongs to one expert, and a product over tiles needs no masks. R is a bound that does not depend on the
-data, so the host never waits for the device. Within an expert rows keep the order of their slots and nothing is
-added atomically, so two runs agree bit for bit.
-Source: ours, a counting sort in three launches: experts counted in every block of slots, a prefix sum over the blocks
-of each expert, and the scatter.
+T tokens, K experts per token, n = T * K slots (slot t * K + k is the k-th choice of token t), E experts, H hidden
+size, M rows per tile, R allocated rows, B slots per block, C column tiles.
 
-Copy tokens into the rows of their experts, and add the rows of a token up again.
-
-Letters: T tokens, K slots per token, n = T * K slots, E experts, H hidden size, R allocated rows, C column tiles.
-The rows are those of a `RoutingTable`. Both directions walk over tokens: a token is read once and written K times, or
-its K rows are read and written as one sum, so there are no atomics and two runs agree bit for bit.
-Source: ours. The third function does the second's job for the gradient of the gate weights, which a product over
-column tiles leaves behind as one partial sum for each row and tile.
+Each expert's group of rows is padded to whole tiles. A tile then belongs to one expert, and a product over tiles needs
+no masks. R is a bound that does not depend on the data, so the host never waits for the device. Within an expert rows
+keep the order of their slots and nothing is added atomically, so two runs agree bit for bit: the table is a counting
+sort in three launches (experts counted in every block of slots, a prefix sum over the blocks of each expert, the
+scatter), and copying and adding up both walk over tokens. Source: ours.
 """
 
 from typing import NamedTuple
@@ -29,6 +22,8 @@ MAX_EXPERTS = 1024
 ROWS_PER_TILE = (16, 32, 64, 128)
 _MAX_ONE_HOT = 16_384  # B * E as one one-hot block: eight times that kept a first call busy for over a minute
 _BLOCKS_PER_STEP = 1024
+_MAX_BLOCK_H = 4096
+_SLOTS_PER_PROGRAM = 128
 
 
 class RoutingTable(NamedTuple):
@@ -238,10 +233,6 @@ def _checked_num_tiles(top_k_index: Tensor, top_k_weights: Tensor, num_experts: 
     return num_tiles
 
 
-_MAX_BLOCK_H = 4096
-_SLOTS_PER_PROGRAM = 128
-
-
 def plain_permute_tokens(tokens: Tensor, table: RoutingTable) -> Tensor:
     """What `permute_tokens` computes, in plain PyTorch; the unspecified rows are 0."""
     num_slots_per_token = _slots_per_token(table.row_of_slot, tokens.shape[0])
@@ -404,6 +395,8 @@ def _gather_partials_kernel(
 
 def gather_partials(partials: Tensor, row_of_slot: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Sum over column tiles at each slot's row: (C, R) float32 -> (T, K), the gradient of the gate weights.
+
+    A product over column tiles leaves it behind as one partial sum for each row and tile.
 
     row_of_slot: (n,) int32; a slot with -1 gets 0. shape: (T, K). dtype: of the result; the sum is in float32.
     Raises ValueError if T * K is not n.

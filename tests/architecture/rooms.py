@@ -53,7 +53,7 @@ ROOMS = {
         ("huggingface_hub", "safetensors", "torch", "tqdm", "transformers", "yaml"),
     ),
     "hf_moe_cpt.hub_cards": Room(),
-    "hf_moe_cpt.kernels": Room(_FRONT, ("liger_kernel", "torch", "transformers", "triton")),
+    "hf_moe_cpt.kernels": Room((*_FRONT, "hf_moe_cpt.modeling"), ("liger_kernel", "torch", "transformers", "triton")),
     "hf_moe_cpt.metrics": Room(
         ("hf_moe_cpt.evaluation", "hf_moe_cpt.routing"), ("datasets", "evaluate", "numpy", "torch")
     ),

@@ -1,7 +1,4 @@
-"""The experts implementation in transformers' own MoE models and in ours, against the eager definition of each.
-
-The experts operator, values and all gradients, against its definition in float64; what an operator must obey.
-"""
+"""The experts operator against its definition in float64, and in models against their eager experts."""
 
 import logging
 from copy import deepcopy
@@ -24,9 +21,9 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_cpt
-from hf_moe_cpt.kernels import experts as experts_implementation
-from hf_moe_cpt.kernels import experts as experts_layer
-from hf_moe_cpt.kernels.experts import experts, plain_experts, why_unsupported
+from hf_moe_cpt.kernels import experts_interface
+from hf_moe_cpt.kernels.experts import _experts_forward, experts, plain_experts
+from hf_moe_cpt.kernels.experts_interface import why_unsupported
 from hf_moe_cpt.kernels.grouped_gemm import (
     ACTIVATIONS,
     DECODING,
@@ -94,12 +91,8 @@ def test_loss_and_gradients_equal_eager(name, implementation):
 
 def test_kernels_really_run(monkeypatch):
     """Guards the test above: a silent fall back to grouped_mm would pass it as well."""
-    monkeypatch.setattr(experts_implementation, "grouped_mm_experts_forward", _must_not_be_called)
+    monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)
     _loss_and_gradients(_model("mixtral", "hf_moe_cpt"))
-
-
-def _must_not_be_called(*_):
-    raise AssertionError("fell back")
 
 
 def test_generation_equals_eager():
@@ -188,7 +181,7 @@ def test_reason_is_told(experts, dtype, reason):
 def test_missing_triton_and_gpu_are_told(monkeypatch):
     experts = _experts_of(CONFIGS["mixtral"])
     assert why_unsupported(experts, DEVICE, torch.float32) is None
-    monkeypatch.setattr(experts_implementation, "HAS_TRITON", False)
+    monkeypatch.setattr(experts_interface, "HAS_TRITON", False)
     assert "triton is not installed" in why_unsupported(experts, DEVICE, torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr("hf_moe_cpt.kernels.grouped_gemm.IS_INTERPRETED", False)
@@ -224,7 +217,7 @@ def test_registration_is_idempotent():
     hf_moe_cpt.register_kernels()
     hf_moe_cpt.register_kernels()
     for name in NAMES:
-        assert ALL_EXPERTS_FUNCTIONS[name].__module__ == "hf_moe_cpt.kernels.experts"
+        assert ALL_EXPERTS_FUNCTIONS[name].__module__ == "hf_moe_cpt.kernels.experts_interface"
 
 
 def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
@@ -304,10 +297,9 @@ def test_one_expert_gets_everything():
     _assert_agrees(layer, torch.float32)
 
 
-@pytest.mark.parametrize("rows_per_expert", [30, 120])
-def test_other_plans(rows_per_expert):
-    """Enough rows for the plans of float32 and of few rows."""
-    dtype = torch.float32 if rows_per_expert > 100 else torch.float16
+@pytest.mark.parametrize("rows_per_expert, dtype", [(30, torch.float16), (120, torch.float32)])
+def test_other_plans(rows_per_expert, dtype):
+    """Enough rows for the plans of few rows and of float32."""
     _assert_agrees(expert_layer(rows_per_expert * 2, 2, 1, 16, 8), dtype)
 
 
@@ -336,16 +328,11 @@ def test_only_asked_gradients_are_computed():
     layer = expert_layer(9, 3, 2, 16, 8).to(torch.float32)
     layer.gate_up.requires_grad_(False)
     layer.top_k_weights.requires_grad_(False)
-    wanted = _run(experts, expert_layer_like(layer), torch.ones_like(layer.tokens), activation="silu")
+    wanted = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
     got = _run(experts, layer, torch.ones_like(layer.tokens), activation="silu")
     assert got["gradient of gate_up"] is None and got["gradient of top_k_weights"] is None
     assert torch.equal(got["gradient of tokens"], wanted["gradient of tokens"])
     assert torch.equal(got["gradient of down"], wanted["gradient of down"])
-
-
-def expert_layer_like(layer: ExpertLayer) -> ExpertLayer:
-    """The same numbers, all of them leaves."""
-    return layer.to(layer.tokens.dtype)
 
 
 def test_strided_tokens_and_expanded_gradients():
@@ -354,7 +341,7 @@ def test_strided_tokens_and_expanded_gradients():
     transposed = layer.top_k_index.T.contiguous().T
     output = experts(strided, transposed, layer.top_k_weights, layer.gate_up, layer.down, "silu")
     output.sum().backward()
-    want = _run(experts, expert_layer_like(layer), torch.ones_like(layer.tokens), activation="silu")
+    want = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
     assert torch.equal(output, want["output"]) and torch.equal(strided.grad, want["gradient of tokens"])
 
 
@@ -377,8 +364,7 @@ def test_low_memory_gives_the_same_numbers():
     layer = expert_layer(33, 4, 3, 24, 16).to(torch.float32)
     grad_output = torch.randn_like(layer.tokens)
     runs = [
-        _run(experts, expert_layer_like(layer), grad_output, activation="gelu", low_memory=low)
-        for low in (False, True)
+        _run(experts, layer.to(torch.float32), grad_output, activation="gelu", low_memory=low) for low in (False, True)
     ]
     for name in runs[0]:
         assert_matches(name, runs[1][name], runs[0][name])
@@ -397,11 +383,11 @@ def test_operator_obeys_pytorchs_rules(save):
     layer = expert_layer(6, 3, 2, 16, 8).to(torch.float32)
     inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu", save)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(experts_layer._experts_forward, inputs, test_utils=checks)
+    torch.library.opcheck(_experts_forward, inputs, test_utils=checks)
 
 
 @pytest.mark.compiles
-def test_compiles_as_one_graph__experts_layer():
+def test_operator_compiles_as_one_graph():
     layer = expert_layer(6, 3, 2, 16, 8).to(torch.float32)
 
     def loss(tokens, index, weights, gate_up, down):
@@ -422,6 +408,7 @@ def test_plan_follows_rows_per_expert():
     assert tile_plan(64, 8, torch.bfloat16, cpu) is DECODING
     assert tile_plan(64 * 8, 8, torch.bfloat16, cpu) is FEW_ROWS
     assert tile_plan(999 * 8, 8, torch.float32, cpu) is SINGLE_PRECISION
+    assert tile_plan(10**6, 8, torch.bfloat16, cpu) is not HOPPER_TRAINING
 
 
 @pytest.mark.gpu
@@ -486,7 +473,3 @@ def test_address_arithmetic_beyond_two_to_the_31():
     want.backward(torch.ones_like(want))
     assert_matches("output", output[-64:], want)
     assert_matches("gradient", tokens.grad[-64:], tail.grad)
-
-
-def test_hopper_plan_is_only_for_that_generation():
-    assert tile_plan(10**6, 8, torch.bfloat16, torch.device("cpu")) is not HOPPER_TRAINING
