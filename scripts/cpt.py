@@ -29,10 +29,10 @@ from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.data.text import load_text_dataset
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
 from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
-from hf_moe_cpt.trainers.common.distributed import leave_process_group
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 

@@ -24,8 +24,8 @@ from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_optio
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.generation.pairs import load_table
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
-from hf_moe_cpt.trainers.common.distributed import leave_process_group
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, UNSEEN, SurgeryConfig, check_sets, preset_settings

@@ -66,12 +66,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import check_names, synchronize
+from hf_moe_cpt.machine import check_names, leave_process_group, synchronize
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Unavailable
-from hf_moe_cpt.trainers.common.distributed import leave_process_group
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,10 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-
-def has_process_group() -> bool:
-    """Whether torch.distributed is initialised, so that sums have to be taken over ranks."""
-    return dist.is_available() and dist.is_initialized()
+from hf_moe_cpt.machine import has_process_group
 
 
 def reshard(model: nn.Module) -> None:
@@ -53,18 +49,6 @@ def reduce_at_once(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
         model.set_requires_all_reduce(True)
-
-
-def leave_process_group() -> None:
-    """Destroy the process group, if there is one. To be called at the end of a script, when no trainer is alive.
-
-    The group's threads must end before Python does: with torch 2.13 and gloo one run in twenty aborted at its exit
-    ("terminate called without an active exception"). They live on in whatever still holds the group, such as a
-    DistributedDataParallel wrapper inside a reference cycle, so what is unreachable is collected first.
-    """
-    if has_process_group():
-        gc.collect()
-        dist.destroy_process_group()
 
 
 class RankAgreement:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_moe_cpt.trainers.common.distributed import has_process_group, leave_process_group, reduce_in_float32
+from hf_moe_cpt.machine import has_process_group, leave_process_group
+from hf_moe_cpt.trainers.common.distributed import reduce_in_float32
 
 
 def test_nothing_to_leave():

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe_cpt.routing.hooks import find_experts
 from hf_moe_cpt.routing.metrics import router_saturation
-from hf_moe_cpt.trainers.common.distributed import leave_process_group
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.trainers.common.router_monitor import PROBE_FILE, ExpertLoadMeter, RouterMonitorCallback
 from tests.helpers.cpt_runs import trainer as cpt_trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_moe_cpt.trainers.common.distributed import leave_process_group
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.trainers.surgery.experts import (
     RouterTap,
     choose_experts,
