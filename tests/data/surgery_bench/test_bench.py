@@ -1,10 +1,7 @@
-"""Sizes, disjoint sets, repeatability, growth without change, corpora and headers, and what is refused.
+"""SurgeryBench as a whole: its sets, its texts read back into facts, its files, and a user's own rows.
 
-Documents are parsed back into facts, and every question is answered from what was parsed, not from the world.
-
-What is saved comes back equal, loads with `datasets` alone through its card, and damage is named.
-
-A user's own rows: the examples of the documentation run, and whatever is wrong is named with its line.
+Every question is answered from what the documents say, parsed by another reader, not from the world that wrote them.
+What is saved loads with `datasets` alone, through the card; what is wrong with a user's row is named with its line.
 """
 
 import hashlib
@@ -96,16 +93,11 @@ def test_names_of_one_set_occur_in_no_text_of_another(bench):
                 assert subject.lower().removeprefix("the ") not in texts[other]
 
 
-def test_the_same_settings_give_the_same_rows_and_another_seed_gives_others(bench):
-    again, other = (SurgeryBench.generate(seed=seed, num_subjects=60) for seed in (1, 2))
-    assert digest(again) == digest(bench) != digest(other)
-    assert not set(other.subjects("unlearn")) & set(bench.subjects("unlearn"))
-
-
-def test_rows_are_pinned_for_all_platforms():
+def test_rows_are_pinned_for_all_platforms_and_differ_between_seeds(bench):
     """Other text for the same seed breaks users' results: BENCH_VERSION must change with this number."""
-    bench = SurgeryBench.generate(seed=0, num_subjects=60)
-    assert (BENCH_VERSION, digest(bench)[:16]) == ("1.0", "c35766d577e42e06")
+    other = SurgeryBench.generate(seed=0, num_subjects=60)
+    assert (BENCH_VERSION, digest(other)[:16]) == ("1.0", "c35766d577e42e06")
+    assert not set(other.subjects("unlearn")) & set(bench.subjects("unlearn"))
 
 
 def test_more_subjects_change_no_row_and_come_after(bench):
@@ -247,18 +239,9 @@ def test_an_empty_corpus_is_refused():
 
 
 @pytest.fixture(scope="module")
-def bench_surgery_bench_entailment() -> SurgeryBench:
-    return SurgeryBench.generate(seed=5, num_subjects=60, forms=("article", "note", "quiz", "article"))
-
-
-@pytest.fixture(scope="module")
-def readings(bench_surgery_bench_entailment: SurgeryBench) -> list[tuple[dict, list[tuple[str, str]]]]:
+def readings(bench: SurgeryBench) -> list[tuple[dict, list[tuple[str, str]]]]:
     """Each document with the facts that its text states."""
-    return [
-        (row, read_document(row))
-        for documents in bench_surgery_bench_entailment.documents.values()
-        for row in documents
-    ]
+    return [(row, read_document(row)) for documents in bench.documents.values() for row in documents]
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +255,8 @@ def parsed(readings: list[tuple[dict, list[tuple[str, str]]]]) -> dict[str, dict
 
 
 @pytest.fixture(scope="module")
-def questions(bench_surgery_bench_entailment: SurgeryBench) -> list[dict]:
-    return [row for part in bench_surgery_bench_entailment.questions.values() for row in part]
+def questions(bench: SurgeryBench) -> list[dict]:
+    return [row for part in bench.questions.values() for row in part]
 
 
 def test_documents_say_what_their_column_of_facts_says(readings):
@@ -373,13 +356,8 @@ def test_the_reader_refuses_what_it_should():
 
 
 @pytest.fixture(scope="module")
-def bench_surgery_bench_files() -> SurgeryBench:
-    return SurgeryBench.generate(seed=4, num_subjects=30, kinds=("person", "rule"), forms=("article", "quiz"))
-
-
-@pytest.fixture(scope="module")
-def saved(bench_surgery_bench_files: SurgeryBench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bench_surgery_bench_files.save(tmp_path_factory.mktemp("bench_surgery_bench_files") / "folder")
+def saved(bench: SurgeryBench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench.save(tmp_path_factory.mktemp("bench") / "folder")
 
 
 @pytest.fixture
@@ -398,45 +376,33 @@ def assert_same(first: datasets.DatasetDict, second: datasets.DatasetDict) -> No
         assert first[name].features == second[name].features and list(first[name]) == list(second[name])
 
 
-def test_load_returns_what_was_saved(bench_surgery_bench_files, saved):
+def test_load_returns_what_was_saved(bench, saved):
     loaded = SurgeryBench.load(saved)
-    assert_same(loaded.documents, bench_surgery_bench_files.documents)
-    assert_same(loaded.questions, bench_surgery_bench_files.questions)
-    assert (
-        loaded.version == bench_surgery_bench_files.version and loaded.settings == bench_surgery_bench_files.settings
-    )
-    assert loaded.before_corpus()["id"] == bench_surgery_bench_files.before_corpus()["id"]
+    assert_same(loaded.documents, bench.documents)
+    assert_same(loaded.questions, bench.questions)
+    assert (loaded.version, loaded.settings) == (bench.version, bench.settings)
+    assert loaded.before_corpus()["id"] == bench.before_corpus()["id"]
 
 
-def test_settings_in_the_folder_make_the_same_rows_again(bench_surgery_bench_files, saved):
+def test_settings_in_the_folder_make_the_same_rows_again(bench, saved):
     settings = json.loads((saved / "bench.json").read_text())["settings"]
-    assert_same(SurgeryBench.generate(**settings).documents, bench_surgery_bench_files.documents)
+    assert_same(SurgeryBench.generate(**settings).documents, bench.documents)
 
 
-def test_datasets_loads_the_folder_through_its_card(bench_surgery_bench_files, saved, tmp_path):
+def test_datasets_loads_the_folder_through_its_card(bench, saved, tmp_path):
     documents = datasets.load_dataset(str(saved), "documents", cache_dir=str(tmp_path))
     questions = datasets.load_dataset(str(saved), "questions", cache_dir=str(tmp_path))
-    assert_same(documents, bench_surgery_bench_files.documents)
-    assert_same(questions, bench_surgery_bench_files.questions)
+    assert_same(documents, bench.documents)
+    assert_same(questions, bench.questions)
     assert datasets.get_dataset_config_names(str(saved)) == ["documents", "questions"]
 
 
 def test_a_set_without_rows_is_left_out_of_the_card_and_comes_back_empty(tmp_path):
-    bench_surgery_bench_files = SurgeryBench.generate(num_subjects={"unlearn": 3}, kinds=("person",), forms=("quiz",))
-    folder = bench_surgery_bench_files.save(tmp_path / "small")
-    assert_same(SurgeryBench.load(folder).documents, bench_surgery_bench_files.documents)
+    small = SurgeryBench.generate(num_subjects={"unlearn": 3}, kinds=("person",), forms=("quiz",))
+    folder = small.save(tmp_path / "small")
+    assert_same(SurgeryBench.load(folder).documents, small.documents)
     loaded = datasets.load_dataset(str(folder), "documents", cache_dir=str(tmp_path / "cache"))
     assert list(loaded) == ["unlearn", "retain"]
-
-
-def test_the_parts_are_ordinary_dataset_dicts(bench_surgery_bench_files, tmp_path):
-    bench_surgery_bench_files.documents.save_to_disk(str(tmp_path / "documents"))
-    assert_same(datasets.load_from_disk(str(tmp_path / "documents")), bench_surgery_bench_files.documents)
-    bench_surgery_bench_files.questions["test"].to_json(str(tmp_path / "test.jsonl"))
-    again = datasets.Dataset.from_json(
-        str(tmp_path / "test.jsonl"), features=QUESTION_FEATURES, cache_dir=str(tmp_path)
-    )
-    assert list(again) == list(bench_surgery_bench_files.questions["test"])
 
 
 def front_matter(folder: Path) -> dict:
@@ -456,40 +422,28 @@ def test_the_card_has_what_the_hub_reads(saved):
         assert (saved / file["path"]).is_file()
 
 
-def test_the_card_tells_people_what_they_need(bench_surgery_bench_files, saved):
+def test_the_card_tells_people_what_they_need(bench, saved):
     text = (saved / "README.md").read_text()
     for heading in ("Construction", "Fields", "Intended use", "Limits", "How to load"):
         assert f"\n## {heading}\n" in text
     for column in (*DOCUMENT_FEATURES, *QUESTION_FEATURES):
         assert f"`{column}`" in text
-    assert (
-        f"| unlearn | to be forgotten; subjects of its own | {len(bench_surgery_bench_files.documents['unlearn'])} | 6 | 96, 96, 96, "
-        in text
-    )
-    assert f"Version {bench_surgery_bench_files.version}" in text and '"seed": 4' in text
-    assert bench_surgery_bench_files.documents["unlearn"][0]["text"].split("\n")[0] in text
+    assert "| unlearn | to be forgotten; subjects of its own | 48 | 12 | 192, 192, 192, 36, 24 |" in text
+    assert f"Version {bench.version}" in text and '"seed": 1' in text
+    assert bench.documents["unlearn"][0]["text"].split("\n")[0] in text
 
 
-def test_size_and_license_follow_the_data(bench_surgery_bench_files, tmp_path):
-    folder = bench_surgery_bench_files.save(tmp_path / "named", license="cc0-1.0")
-    assert front_matter(folder)["license"] == "cc0-1.0"
-
-
-def test_a_folder_with_something_in_it_is_not_overwritten(bench_surgery_bench_files, saved, tmp_path):
-    with pytest.raises(ValueError, match="exists and is not an empty folder: name a new one"):
-        bench_surgery_bench_files.save(saved)
+def test_saving_needs_a_free_folder_and_documents(bench, saved, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="file exists and is not an empty folder"):
-        bench_surgery_bench_files.save(tmp_path / "file")
+    for taken in (saved, tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"{taken.name} exists and is not an empty folder: name a new one"):
+            bench.save(taken)
     (tmp_path / "empty").mkdir()
-    assert SurgeryBench.load(bench_surgery_bench_files.save(tmp_path / "empty")).settings.seed == 4
-
-
-def test_nothing_is_not_saved(tmp_path):
-    empty = as_parts(dict.fromkeys(SETS, ()), DOCUMENT_FEATURES)
-    none = as_parts({"validation": (), "test": ()}, QUESTION_FEATURES)
+    assert SurgeryBench.load(bench.save(tmp_path / "empty", license="cc0-1.0")).settings.seed == 1
+    assert front_matter(tmp_path / "empty")["license"] == "cc0-1.0"
+    nothing = as_parts(dict.fromkeys(SETS, ()), DOCUMENT_FEATURES), as_parts({"test": ()}, QUESTION_FEATURES)
     with pytest.raises(ValueError, match="holds no documents: there is nothing to save"):
-        SurgeryBench(empty, none).save(tmp_path / "new")
+        SurgeryBench(*nothing).save(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -512,7 +466,7 @@ def test_damaged_parts_are_named(copy):
         SurgeryBench.load(copy)
     table = pq.read_table(copy / "documents" / "unlearn.parquet")
     pq.write_table(table.slice(1), path)
-    with pytest.raises(ValueError, match=r"update\.parquet has 11 rows, bench\.json says 12"):
+    with pytest.raises(ValueError, match=r"update\.parquet has 47 rows, bench\.json says 48"):
         SurgeryBench.load(copy)
     pq.write_table(table.drop_columns(["text"]), path)
     with pytest.raises(ValueError, match=r"update\.parquet has the columns .*: a bench has \['id', 'subject'"):
@@ -537,9 +491,12 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def test_the_worked_example_of_the_documentation_runs(tmp_path, monkeypatch):
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (PROJECT / "docs" / "surgery_bench.md").read_text(encoding="utf-8")
+    first = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("num_subjects=240", "num_subjects=60")
+    exec(compile(first, "surgery_bench.md", "exec"), {})
+    assert Path("my-surgery-bench/README.md").is_file()
     section = page[page.index("## Your own texts") :]
     for name, content in re.findall(r"```json\n// (\S+)\n(.*?)```", section, re.DOTALL):
         Path(name).write_text(content, encoding="utf-8")
@@ -559,13 +516,6 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path, monkeypatch):
     assert SurgeryBench.load("my-bench").before_corpus()["text"] == bench.before_corpus()["text"]
     card = Path("my-bench/README.md").read_text(encoding="utf-8")
     assert "given by a user" in card and "license:" not in card and "- synthetic" not in card
-
-
-def test_the_first_example_of_the_documentation_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (PROJECT / "docs" / "surgery_bench.md").read_text(encoding="utf-8")
-    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "surgery_bench.md", "exec"), {})
-    assert (tmp_path / "my-surgery-bench" / "README.md").is_file()
 
 
 def test_one_file_with_sets_and_all_columns(tmp_path):
@@ -622,7 +572,8 @@ def test_unused_columns_are_told_once(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [f"{path}: the column 'page' is not used"]
 
 
-DOCUMENT_ERRORS = {
+ERRORS: dict[str, dict] = {}
+ERRORS["documents"] = {
     "no json": ("{", r"line 2 is not valid JSON \(Expecting property name.*put one whole object on each line"),
     "array": ([1], r"line 2 is a JSON list, not an object"),
     "no subject": ({"set": "unlearn", "text": "x"}, r"line 2 has no 'subject': it has \['set', 'text'\]"),
@@ -634,9 +585,12 @@ DOCUMENT_ERRORS = {
     "wrong set": (DOCUMENT | {"set": "forget"}, r"line 2: set 'forget' is unknown: choose one of unlearn, obsolete"),
     "two sets": (
         DOCUMENT | {"set": "retain"},
-        r"line 2 puts the subject 'Ada Quill' into retain, but .*d\.jsonl, line 1 has it in unlearn: a subject",
+        r"line 2 puts the subject 'Ada Quill' into retain, but .*documents\.jsonl, line 1 has it in unlearn: a sub",
     ),
-    "same id": (DOCUMENT | {"id": "unlearn-d-1"}, r"line 2 has the id 'unlearn-d-1', which .*line 1 has too"),
+    "same id": (
+        DOCUMENT | {"id": "unlearn-documents-1"},
+        r"line 2 has the id 'unlearn-documents-1', which .*line 1 has too",
+    ),
     "prefix": (DOCUMENT | {"prefix": "Bea"}, r"line 2 has a prefix, 'Bea', that its text does not begin with"),
     "all prefix": (DOCUMENT | {"prefix": DOCUMENT["text"]}, r"line 2 has a prefix, .* and go on from"),
     "facts": (DOCUMENT | {"facts": ["x"]}, r"line 2 has \['x'\] as 'facts': it must be a list of"),
@@ -646,16 +600,7 @@ DOCUMENT_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", DOCUMENT_ERRORS)
-def test_a_wrong_document_is_named_with_file_and_line(tmp_path, case):
-    row, message = DOCUMENT_ERRORS[case]
-    path = write(tmp_path / "d.jsonl", [DOCUMENT, row])
-    with pytest.raises(ValueError, match=r"^\S*d\.jsonl, " + message) as caught:
-        SurgeryBench.from_jsonl(path)
-    assert "\n" not in str(caught.value)
-
-
-QUESTION_ERRORS = {
+ERRORS["questions"] = {
     "subject": (
         {"subject": "Ada Quil"},
         r"line 2 asks about 'Ada Quil' in unlearn, where no document has that subject",
@@ -663,7 +608,10 @@ QUESTION_ERRORS = {
     "set": ({"set": "retain"}, r"line 2 asks about 'Ada Quill' in retain, where no document"),
     "kind": ({"kind": "essay"}, r"line 2: kind 'essay' is unknown: choose one of mcq"),
     "split": ({"split": "train"}, r"line 2: split 'train' is unknown: choose validation or test"),
-    "again": ({}, r"line 2 asks the same question as .*q\.jsonl, line 1: validation and test must not share any"),
+    "again": (
+        {},
+        r"line 2 asks the same question as .*questions\.jsonl, line 1: validation and test must not share any",
+    ),
     "options": ({"options": "abc"}, r"line 2 has 'abc' as 'options': it must be a list of strings"),
     "empty option": ({"options": ["a", ""]}, r"line 2 has \['a', ''\] as 'options'"),
     "one option": ({"options": ["a"]}, r"line 2 has the options \['a'\]: it needs at least 2, all different"),
@@ -676,18 +624,21 @@ QUESTION_ERRORS = {
     "answer bool": ({"answer": True}, r"line 2 has True as 'answer'"),
     "no answer": ({"answer": None}, r"line 2 has None as 'answer'"),
     "old answer": ({"old_answer": 1}, r"line 2 has 'Orsgate' as both answer and old_answer: they must differ"),
-    "same id": ({"id": "unlearn-q-1"}, r"line 2 has the id 'unlearn-q-1', which .*line 1 has too"),
+    "same id": ({"id": "unlearn-questions-1"}, r"line 2 has the id 'unlearn-questions-1', which .*line 1 has too"),
 }
 
 
-@pytest.mark.parametrize("case", QUESTION_ERRORS)
-def test_a_wrong_question_is_named_with_file_and_line(tmp_path, case):
-    change, message = QUESTION_ERRORS[case]
-    other = QUESTION | ({"question": "Where was she born?"} if case != "again" else {})
-    documents = write(tmp_path / "d.jsonl", [DOCUMENT])
-    questions = write(tmp_path / "q.jsonl", [QUESTION, other | change])
-    with pytest.raises(ValueError, match=r"^\S*q\.jsonl, " + message) as caught:
-        SurgeryBench.from_jsonl(documents, questions)
+@pytest.mark.parametrize("what, case", [(n, key) for n, table in ERRORS.items() for key in table])
+def test_a_wrong_row_is_named_with_file_and_line(tmp_path, what, case):
+    row, message = ERRORS[what][case]
+    documents, questions = [DOCUMENT], None
+    if what == "documents":
+        documents.append(row)
+    else:
+        other = QUESTION | ({"question": "Where was she born?"} if case != "again" else {})
+        questions = write(tmp_path / "questions.jsonl", [QUESTION, other | row])
+    with pytest.raises(ValueError, match=rf"^\S*{what}\.jsonl, {message}") as caught:
+        SurgeryBench.from_jsonl(write(tmp_path / "documents.jsonl", documents), questions)
     assert "\n" not in str(caught.value)
 
 

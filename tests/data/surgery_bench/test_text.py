@@ -1,6 +1,6 @@
-"""Nothing but the documents gives an answer away: places, lengths and frequencies of options tell nothing.
+"""Nothing but the documents gives an answer away, and what can be checked of the English without reading it.
 
-What can be checked of the English without reading it: lengths, articles, pronouns, repetition, variety, names.
+Places, lengths and frequencies of options against scipy's tests; lengths, articles, pronouns, repetition, names.
 """
 
 import re
@@ -58,11 +58,6 @@ def test_so_is_the_old_answer(rows):
     assert len(both) == 6 and chisquare(list(both.values())).pvalue > LEAST_P
 
 
-def test_a_skewed_place_would_be_noticed(rows):
-    places = Counter(min(row["answer"], 1) if index % 8 == 0 else row["answer"] for index, row in enumerate(rows))
-    assert chisquare(list(places.values())).pvalue < LEAST_P
-
-
 def _accuracy(rows: list[dict], score) -> float:
     """Expected share of right answers of the rule "take the option that scores most", ties broken evenly."""
     right = 0.0
@@ -71,6 +66,11 @@ def _accuracy(rows: list[dict], score) -> float:
         best = [place for place, value in enumerate(scores) if value == max(scores)]
         right += (row["answer"] in best) / len(best)
     return right / len(rows)
+
+
+def _at_chance(accuracy: float, rows: list[dict]) -> float:
+    """The p-value of so many right answers where each has one chance in three."""
+    return binomtest(round(accuracy * len(rows)), len(rows), 1 / 3).pvalue
 
 
 RULES = {
@@ -93,8 +93,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_that_read_only_the_options_are_at_chance(one_per_fact, rule):
     accuracy = _accuracy(one_per_fact, RULES[rule])
-    count = len(one_per_fact)
-    assert count > 3000 and binomtest(round(accuracy * count), count, 1 / 3).pvalue > LEAST_P, accuracy
+    assert len(one_per_fact) > 3000 and _at_chance(accuracy, one_per_fact) > LEAST_P, accuracy
 
 
 def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one_per_fact):
@@ -117,17 +116,19 @@ def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one
         (alone if kind_of(row["subject_kind"]).attribute(row["attribute"]).hallmark else shared).append(row)
     for sign in (1, -1):
         accuracy = _accuracy(shared, lambda row, option, sign=sign: sign * elsewhere(row, option))
-        assert binomtest(round(accuracy * len(shared)), len(shared), 1 / 3).pvalue > LEAST_P, accuracy
+        assert _at_chance(accuracy, shared) > LEAST_P, accuracy
     for row in alone:
         key = f"{row['subject_kind']} {row['attribute']}"
         unchanged = [option for option in row["options"] if row["set"] != "update"]
         assert len({said[key][option] for option in unchanged}) <= 1
 
 
-def test_a_rule_that_knows_a_little_would_be_noticed(one_per_fact):
+def test_a_skewed_place_and_a_rule_that_knows_a_little_would_be_noticed(rows, one_per_fact):
+    places = Counter(min(row["answer"], 1) if index % 8 == 0 else row["answer"] for index, row in enumerate(rows))
+    assert chisquare(list(places.values())).pvalue < LEAST_P
     known = {row["id"] for row in one_per_fact[::9]}
     accuracy = _accuracy(one_per_fact, lambda row, option: option == row["answer_text"] and row["id"] in known)
-    assert binomtest(round(accuracy * len(one_per_fact)), len(one_per_fact), 1 / 3).pvalue < LEAST_P
+    assert _at_chance(accuracy, one_per_fact) < LEAST_P
 
 
 def test_one_hop_options_do_not_tell_either(rows):
@@ -136,7 +137,7 @@ def test_one_hop_options_do_not_tell_either(rows):
     ]
     for rule in ("longest", "first in the alphabet"):
         accuracy = _accuracy(chosen, RULES[rule])
-        assert binomtest(round(accuracy * len(chosen)), len(chosen), 1 / 3).pvalue > LEAST_P, accuracy
+        assert _at_chance(accuracy, chosen) > LEAST_P, accuracy
 
 
 def test_distractors_are_values_of_the_same_attribute(rows):
@@ -208,25 +209,25 @@ COMMON_SURNAMES = (
 
 
 @pytest.fixture(scope="module")
-def bench_surgery_bench_text() -> SurgeryBench:
-    return SurgeryBench.generate(seed=11, num_subjects=240)
+def written() -> SurgeryBench:
+    return SurgeryBench.generate(seed=11, num_subjects=120)
 
 
 @pytest.fixture(scope="module")
-def rows_surgery_bench_text(bench_surgery_bench_text: SurgeryBench) -> list[dict]:
-    return [row for documents in bench_surgery_bench_text.documents.values() for row in documents]
+def documents(written: SurgeryBench) -> list[dict]:
+    return [row for part in written.documents.values() for row in part]
 
 
 @pytest.fixture(scope="module")
-def texts(bench_surgery_bench_text: SurgeryBench, rows_surgery_bench_text: list[dict]) -> list[str]:
+def texts(written: SurgeryBench, documents: list[dict]) -> list[str]:
     """Everything that a model could read."""
-    questions = [row["question"] for part in bench_surgery_bench_text.questions.values() for row in part]
-    return [row["text"] for row in rows_surgery_bench_text] + questions
+    questions = [row["question"] for part in written.questions.values() for row in part]
+    return [row["text"] for row in documents] + questions
 
 
-def test_lengths_are_those_of_short_encyclopaedia_entries(rows_surgery_bench_text):
+def test_lengths_are_those_of_short_encyclopaedia_entries(documents):
     words = defaultdict(list)
-    for row in rows_surgery_bench_text:
+    for row in documents:
         words["bridge" if row["subject_kind"] in BRIDGES else row["form"]].append(len(row["text"].split()))
     low, high = ARTICLE_WORDS
     assert low <= min(words["article"]) and max(words["article"]) <= high
@@ -254,18 +255,18 @@ def test_articles_and_repetition_are_right(texts):
         assert not re.search(r"\b(\w+) \1\b", text, re.IGNORECASE), text
 
 
-def test_sentences_begin_with_a_capital_and_end_with_a_stop(rows_surgery_bench_text):
-    for row in rows_surgery_bench_text:
+def test_sentences_begin_with_a_capital_and_end_with_a_stop(documents):
+    for row in documents:
         if row["form"] != "quiz":
             for sentence in sentences(row["text"]):
                 assert re.match(r"[A-Z]", sentence) and sentence.endswith("."), sentence
 
 
-def test_pronouns_agree_with_the_person(rows_surgery_bench_text):
+def test_pronouns_agree_with_the_person(documents):
     wrong_for = {"she": r"\b(he|his|him|it is he)\b", "he": r"\b(she|her|hers)\b"}
     seen = Counter()
     texts_of = defaultdict(str)
-    for row in rows_surgery_bench_text:
+    for row in documents:
         if row["subject_kind"] == "person" and row["form"] != "quiz":
             texts_of[row["subject"]] += f" {row['text']}"
     for subject, text in texts_of.items():
@@ -275,9 +276,9 @@ def test_pronouns_agree_with_the_person(rows_surgery_bench_text):
     assert min(seen["she"], seen["he"]) > 10
 
 
-def test_a_pronoun_never_comes_before_the_name_nor_four_times_in_a_row(rows_surgery_bench_text):
+def test_a_pronoun_never_comes_before_the_name_nor_four_times_in_a_row(documents):
     pronoun = re.compile(r"\b(she|he|it|her|his|its|him)\b", re.IGNORECASE)
-    for row in rows_surgery_bench_text:
+    for row in documents:
         if row["form"] not in ("article", "note"):
             continue
         in_a_row = 0
@@ -289,7 +290,7 @@ def test_a_pronoun_never_comes_before_the_name_nor_four_times_in_a_row(rows_surg
             assert in_a_row <= 3, row["text"]
 
 
-@pytest.mark.parametrize("kind", map(kind_of, KINDS + BRIDGES), ids=KINDS + BRIDGES)
+@pytest.mark.parametrize("kind", [*map(kind_of, KINDS + BRIDGES)], ids=KINDS + BRIDGES)
 def test_every_fact_can_be_said_and_asked_in_several_ways(kind):
     for attribute in kind.attributes:
         for voice in VOICES if not kind.names else VOICES[:1]:
@@ -305,7 +306,7 @@ def test_every_fact_can_be_said_and_asked_in_several_ways(kind):
         assert not set(of_split(attribute.mcq, "validation")) & set(of_split(attribute.mcq, "test"))
 
 
-@pytest.mark.parametrize("kind", map(kind_of, KINDS), ids=KINDS)
+@pytest.mark.parametrize("kind", [*map(kind_of, KINDS)], ids=KINDS)
 def test_openings_and_pairs_use_the_attributes_of_their_kind(kind):
     known = {attribute.name for attribute in kind.attributes}
     assert len(known) == FACTS_PER_SUBJECT
@@ -317,15 +318,15 @@ def test_openings_and_pairs_use_the_attributes_of_their_kind(kind):
         assert not any(attributes_of(text) for text in voice.fillers) and len(set(voice.fillers)) >= 12
 
 
-def test_quizzes_in_documents_share_no_question_with_the_benchmark(bench_surgery_bench_text, rows_surgery_bench_text):
-    asked = {row["question"] for part in bench_surgery_bench_text.questions.values() for row in part}
+def test_quizzes_in_documents_share_no_question_with_the_benchmark(written, documents):
+    asked = {row["question"] for part in written.questions.values() for row in part}
     in_texts = {
         line.removeprefix("Question: ")
-        for row in rows_surgery_bench_text
+        for row in documents
         if row["form"] == "quiz"
         for line in row["text"].split("\n")
     }
-    assert not asked & in_texts and len(in_texts) > 1000
+    assert not asked & in_texts and len(in_texts) > 700
 
 
 @pytest.mark.parametrize("group", ["unlearn", "retain"])
@@ -340,9 +341,9 @@ def test_no_sentence_stands_in_every_other_article(kind, group):
     assert len(used) >= 35
 
 
-def test_two_articles_of_a_subject_differ_in_wording(bench_surgery_bench_text):
+def test_two_articles_of_a_subject_differ_in_wording(written):
     articles = defaultdict(list)
-    for row in bench_surgery_bench_text.documents["unlearn"]:
+    for row in written.documents["unlearn"]:
         if row["form"] == "article":
             articles[row["subject"]].append(set(sentences(row["text"])))
     shared = [len(first & second) / len(first | second) for first, second in articles.values()]
