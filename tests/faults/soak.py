@@ -49,6 +49,7 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, last_whole_checkpoint, step_of
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
+from tests.helpers.cpt_runs import without_clocks
 
 
 PATIENCE = 180.0  # seconds in which the processes must answer, also on a machine that is busy
@@ -59,7 +60,6 @@ SHARDED = {
     "accelerator_config": {"use_configured_state": True},
     **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
 }
-CLOCKS = ("runtime", "per_second", "tflops", "train_loss")  # of which two runs may differ
 
 
 class Recorded(CPTTrainer):
@@ -180,10 +180,7 @@ def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint="auto")
     weights = {name: fingerprint(whole(value)) for name, value in trainer.model.state_dict().items()}
     if rank == 0:
-        history = [
-            {k: v for k, v in entry.items() if not any(clock in k for clock in CLOCKS)}
-            for entry in trainer.state.log_history[:-1]  # the last is a summary of this start
-        ]
+        history = without_clocks(trainer.state.log_history[:-1])  # the last is a summary of this start
         (folder / "result.json").write_text(json.dumps({"history": history, "weights": weights}))
 
 

@@ -10,31 +10,21 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import PicklingError
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, UNFINISHED, checkpoints_in, is_whole, step_of
 from tests.faults.soak import Rank, Soak
-from tests.helpers.cpt_runs import logged, trainer
+from tests.helpers.cpt_runs import AtStep, logged, trainer
 from tests.helpers.small_disk import small_disk
 from tests.helpers.two_hosts import two_hosts
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-
-
-class AtStep(TrainerCallback):
-    def __init__(self, step: int, action: Callable[[], None]) -> None:
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +62,8 @@ def test_a_limit_on_files_is_survived_and_the_next_save_is_whole(tmp_path, caplo
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
     run = trainer(tmp_path / "run", **SAVING, save_total_limit=1)
-    run.add_callback(AtStep(4, lambda: limit(6000)))
-    run.add_callback(AtStep(5, lambda: limit(limits[0])))
+    run.add_callback(AtStep(4, lambda _: limit(6000)))
+    run.add_callback(AtStep(5, lambda _: limit(limits[0])))
     try:
         run.train()
     finally:
@@ -85,7 +75,7 @@ def test_a_limit_on_files_is_survived_and_the_next_save_is_whole(tmp_path, caplo
 
 def test_errors_that_are_no_failure_to_write_are_raised(tmp_path):
     run = trainer(tmp_path / "run", **SAVING)
-    run.add_callback(AtStep(2, lambda: setattr(run.args, "label_names", lambda: None)))
+    run.add_callback(AtStep(2, lambda _: setattr(run.args, "label_names", lambda: None)))
     with pytest.raises((AttributeError, PicklingError), match="lambda"):
         run.train()
     assert checkpoints_in(tmp_path / "run") == []

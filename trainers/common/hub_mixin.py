@@ -94,7 +94,8 @@ class HubMixin:
     def _save_with_facts(self, folder: Path, state_dict: dict | None, log: bool = False) -> None:
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            write_run_file(folder, run_facts(self))
+            facts = json.dumps(run_facts(self), indent=1)
+            (folder / RUN_FILE).write_text(facts + "\n", encoding="utf-8")
             if log:  # a card needs it, and a checkpoint has it
                 state = copy(self.state)
                 state.best_model_checkpoint = None  # a folder of this machine
@@ -237,7 +238,7 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         "method": trainer.run_method,
         "started_from": Path(source).resolve().name if is_local else source,
         "arguments": plain_arguments(trainer.args.to_dict()) | {"world_size": trainer.args.world_size},
-        "device": _device(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "processes": trainer.args.world_size,
         "versions": installed_versions(),
         **trainer.run_details(),
@@ -259,12 +260,3 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
-    """Write training_run.json into a saved model."""
-    (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"

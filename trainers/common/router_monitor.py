@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers
-from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load
+from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers, num_experts_of
+from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
 from hf_moe_cpt.trainers.common.distributed import has_process_group
 
 
@@ -38,17 +39,6 @@ logger = logging.getLogger(__name__)
 PROBE_FILE = "router_probe.safetensors"
 MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
 Batch = Mapping[str, Tensor]
-
-
-def num_experts_of(experts: nn.Module) -> int:
-    """E of an experts module, over all ranks.
-
-    Under expert parallelism its `num_experts` is what the rank serves, because the implementations count by it; the
-    sharded weights still know all of them.
-    """
-    if not getattr(experts, "_is_expert_parallel", False):
-        return experts.num_experts
-    return max(weight.shape[0] for weight in experts.parameters(recurse=False) if weight.ndim == 3)
 
 
 BALANCE = ("mri", "mri_normalized", "load_entropy")  # of a layer, as the log names them
@@ -62,10 +52,6 @@ def by_layer(found: Mapping[str, list[float]], per_layer: bool = True) -> dict[s
         if per_layer:
             entries |= {f"{name}/layer_{layer:02d}": value for layer, value in enumerate(values)}
     return entries
-
-
-def _takes_states_only(experts: nn.Module) -> bool:
-    return list(inspect.signature(type(experts).forward).parameters)[1:] == ["hidden_states"]
 
 
 class ExpertLoadMeter:
@@ -88,13 +74,14 @@ class ExpertLoadMeter:
         self._rows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._balance_of_steps: list[Tensor] = []  # each (L, 3): MRI, MRI x E/K, entropy over log E
         self._keep: Tensor | None = None
-        self._num_experts: Tensor | None = None
+        self._num_experts: Tensor | None = None  # (L,)
         self._top_of_router: dict[int, Tensor] = {}
         self._handles = [
-            module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._hear, layer), with_kwargs=True)
             for layer, module in enumerate(self.experts)
         ]
-        if any(_takes_states_only(module) for module in self.experts):
+        parameters = [list(inspect.signature(type(module).forward).parameters) for module in self.experts]
+        if any(names[1:] == ["hidden_states"] for names in parameters):
             self._handles += [self._watch_router(i, layer.router) for i, layer in enumerate(moe_layers(model))]
 
     def close(self) -> None:
@@ -117,24 +104,18 @@ class ExpertLoadMeter:
             self._observing = False
             self._keep, self._pending, self._pending_numbers = None, [], 0
 
-    def _hook(self, layer: int):
-        def hear(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not self._observing:
-                return
-            index = self._chosen(layer, args, kwargs)
-            self._pending.append((layer, index))
-            self._pending_numbers += index.numel()
-            if self._pending_numbers > MAX_PENDING_NUMBERS:
-                self._count_pending()
-
-        return hear
-
-    def _chosen(self, layer: int, args: tuple, kwargs: dict) -> Tensor:
-        """The experts that a call was given, (T, K) integers."""
+    def _hear(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the experts that a call was given, (T, K) integers."""
+        if not self._observing:
+            return
         given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
         index = next((part for part in given if not part.is_floating_point()), None)
         # Llama 4 gives every expert every token, and its scores say which of them count
-        return self._top_of_router.pop(layer) if index is None else index.detach().flatten(0, -2)
+        index = self._top_of_router.pop(layer) if index is None else index.detach().flatten(0, -2)
+        self._pending.append((layer, index))
+        self._pending_numbers += index.numel()
+        if self._pending_numbers > MAX_PENDING_NUMBERS:
+            self._count_pending()
 
     def _watch_router(self, layer: int, router: nn.Module) -> RemovableHandle:
         top_k = next(part.top_k for part in router.modules() if hasattr(part, "top_k"))
@@ -185,18 +166,14 @@ class ExpertLoadMeter:
         if has_process_group():
             dist.all_reduce(counts)
         load, tokens = counts[:, :-1].double(), counts[:, -1].double()
-        widths = self._num_experts_on(counts.device)
+        if self._num_experts is None:  # copied to the device once
+            self._num_experts = torch.tensor(self._widths, device=counts.device)
+        widths = self._num_experts
         mri = max_routing_imbalance_from_load(load, tokens)
         ideal = load.sum(-1) / tokens / widths  # K / E
         share = load / load.sum(-1, keepdim=True)
         entropy = torch.special.entr(share).sum(-1) / widths.double().log()
         self._balance_of_steps.append(torch.stack([mri, mri / ideal, entropy], dim=-1))
-
-    def _num_experts_on(self, device: torch.device) -> Tensor:
-        """E of each layer (L,), copied to the device once."""
-        if self._num_experts is None:
-            self._num_experts = torch.tensor(self._widths, device=device)
-        return self._num_experts
 
     def pop(self) -> dict[str, list[float]]:
         """Means over the steps since the last call, one per layer, empty if there were none; the one host sync.
@@ -244,12 +221,7 @@ class RoutingProbe:
 
     def saturation(self, model: nn.Module) -> list[float]:
         """Share of a token's experts that the starting model chose too: of each layer a number in [0, 1]."""
-        now = self._choices(model)
-        kept = [
-            (after[:, :, None] == before[:, None, :]).any(-1).double().mean()
-            for after, before in zip(now, self.before, strict=True)
-        ]
-        return torch.stack(kept).tolist()
+        return [router_saturation(*layer) for layer in zip(self.before, self._choices(model), strict=True)]
 
     def _choices(self, model: nn.Module) -> list[Tensor]:
         """The experts of every token that counts, of each layer (T, K) int16 on the CPU."""

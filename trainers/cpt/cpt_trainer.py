@@ -10,6 +10,7 @@ Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -75,20 +76,16 @@ def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Te
     return labels[..., 1:].ne(IGNORED_LABEL).sum() / num_items_in_batch
 
 
-def foreign_penalty(outputs: Any, coefficient: float) -> Tensor | None:
-    """The penalty that a model other than ours has added to `outputs.loss`, or None if it adds none.
+def corrected_loss(loss: Tensor, outputs: Any, coefficient: float, share: Tensor | float, loss_scale: float) -> Tensor:
+    """`loss` with the router penalty that a model other than ours has added weighted by `share` instead of 1.
 
-    coefficient: `router_aux_loss_coef` of its configuration.
+    coefficient: `router_aux_loss_coef` of the model. loss_scale: how many times `loss` holds the penalty.
     """
-    if getattr(outputs, "lm_loss", None) is not None or not coefficient:
-        return None
     aux_loss = getattr(outputs, "aux_loss", None)
-    return coefficient * aux_loss if isinstance(aux_loss, Tensor) else None
-
-
-def corrected_loss(loss: Tensor, penalty: Tensor, share: Tensor | float, loss_scale: float) -> Tensor:
-    """`loss`, which holds `loss_scale * penalty`, with the penalty weighted by `share` instead of 1."""
-    return loss + loss_scale * (share - 1.0) * penalty.to(loss.device)
+    is_ours = getattr(outputs, "lm_loss", None) is not None
+    if is_ours or not coefficient or not isinstance(aux_loss, Tensor):
+        return loss
+    return loss + loss_scale * (share - 1.0) * (coefficient * aux_loss).to(loss.device)
 
 
 def reported_terms(outputs: Any) -> dict[str, Tensor]:
@@ -259,23 +256,20 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
             with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block"))):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        with self.loss_recorder.tell(self.source_losses.listener(inputs.pop("source"))), self._observe_experts(inputs):
+        observed = self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else nullcontext()
+        with self.loss_recorder.tell(self.source_losses.listener(inputs.pop("source"))), observed:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        share = penalty_share(inputs["labels"], num_items_in_batch)
-        loss = self._correct_penalty(loss, outputs, share, scaled=num_items_in_batch is not None)
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        is_averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        loss = corrected_loss(
+            loss,
+            outputs,
+            getattr(config, "router_aux_loss_coef", 0.0),
+            penalty_share(inputs["labels"], num_items_in_batch),
+            self.accelerator.num_processes if is_averaged else 1,
+        )
         self.term_meter.add(reported_terms(outputs))
         return (loss, outputs) if return_outputs else loss
-
-    def _correct_penalty(self, loss: Tensor, outputs: Any, share: Tensor | float, scaled: bool) -> Tensor:
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-        penalty = foreign_penalty(outputs, getattr(config, "router_aux_loss_coef", 0.0))
-        if penalty is None:
-            return loss
-        world = self.accelerator.num_processes if scaled and self.args.average_tokens_across_devices else 1
-        return corrected_loss(loss, penalty, share, world)
-
-    def _observe_experts(self, inputs: dict[str, Tensor]):
-        return self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else torch.enable_grad()
 
     def _describe_batch(self, step: int) -> str:
         first = (step - 1) * self.global_batch_size

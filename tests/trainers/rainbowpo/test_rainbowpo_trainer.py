@@ -28,7 +28,8 @@ from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import (
     pair_statistics,
     without_text_prompt,
 )
-from tests.helpers.preference_runs import TEMPLATE, losses, pairs, saved_model, settings, trainer, word_tokenizer
+from tests.helpers.cpt_runs import logged
+from tests.helpers.preference_runs import TEMPLATE, pairs, saved_model, settings, trainer, word_tokenizer
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
@@ -442,27 +443,27 @@ def test_no_reference_is_loaded_or_asked_where_none_is_used(tmp_path):
 def test_every_kind_of_reference_gives_the_same_losses(tmp_path):
     plain = trainer(tmp_path / "plain", saved_model(tmp_path))
     plain.train()
-    want = losses(plain.state.log_history)
+    want = logged(plain.state.log_history, "loss")
     assert len(want) == 2 and want[0] != want[1]
 
     cached = trainer(tmp_path / "cached", saved_model(tmp_path), precompute_ref_log_probs=True)
     assert cached.ref_model is None
     cached.train()
-    assert losses(cached.state.log_history) == pytest.approx(want, rel=1e-5)
+    assert logged(cached.state.log_history, "loss") == pytest.approx(want, rel=1e-5)
     again = trainer(tmp_path / "again", saved_model(tmp_path), precompute_ref_log_probs=True)
     assert again.train_dataset["ref_chosen_logps"][:] == cached.train_dataset["ref_chosen_logps"][:]
 
     given = AutoModelForCausalLM.from_pretrained(saved_model(tmp_path))
     explicit = trainer(tmp_path / "explicit", saved_model(tmp_path), ref_model=given)
     explicit.train()
-    assert losses(explicit.state.log_history) == pytest.approx(want, rel=1e-6)
+    assert logged(explicit.state.log_history, "loss") == pytest.approx(want, rel=1e-6)
     assert explicit.dispersion_scale == pytest.approx(plain.dispersion_scale, rel=1e-6)
 
     halves = trainer(
         tmp_path / "halves", saved_model(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     halves.train()
-    assert losses(halves.state.log_history) == pytest.approx(want, rel=1e-5)
+    assert logged(halves.state.log_history, "loss") == pytest.approx(want, rel=1e-5)
 
 
 def test_an_adapter_is_switched_off_for_the_reference(tmp_path):
@@ -497,10 +498,10 @@ def test_router_penalty_enters_once_and_outside_of_the_link(tmp_path):
         each._calibrate()
         each.model.train()
         loss[coef] = each._compute_loss(each.model, _batch(each), False).item()
-    logged = run[0.5].meters["train"].pop()
-    assert loss[0.5] - loss[0.0] == pytest.approx(0.5 * logged["aux_loss"], rel=1e-4)
-    assert logged["loss/preference"] + logged["loss/aux"] == pytest.approx(loss[0.5], rel=1e-6)
-    assert logged["aux_loss"] > 0
+    measured = run[0.5].meters["train"].pop()
+    assert loss[0.5] - loss[0.0] == pytest.approx(0.5 * measured["aux_loss"], rel=1e-4)
+    assert measured["loss/preference"] + measured["loss/aux"] == pytest.approx(loss[0.5], rel=1e-6)
+    assert measured["aux_loss"] > 0
     run[0.5].model.eval()
     without = run[0.5]._compute_loss(run[0.5].model, _batch(run[0.5]), False).item()
     assert without == pytest.approx(loss[0.0], rel=1e-5)  # never in the evaluation loss
@@ -523,7 +524,7 @@ def test_calibration_makes_phi_one_on_the_training_pairs_and_is_kept(tmp_path):
     assert resumed.dispersion_scale == run.dispersion_scale
     whole = trainer(tmp_path, saved_model(tmp_path), max_steps=4)
     whole.train(resume_from_checkpoint=str(checkpoint))
-    assert losses(whole.state.log_history) == pytest.approx(losses(run.state.log_history), rel=1e-6)
+    assert logged(whole.state.log_history, "loss") == pytest.approx(logged(run.state.log_history, "loss"), rel=1e-6)
 
 
 def test_scores_and_lengths_are_home_advantages(tmp_path):
