@@ -1,4 +1,4 @@
-"""Write a report as one HTML file that needs no network: headings, text, tables, charts. Source: ours."""
+"""Rows as a page, a CSV file or text: a report is one HTML file that needs no network. Source: ours."""
 
 import csv
 import math
@@ -30,16 +30,25 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Se
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     body = "".join(_section(section) for section in sections)
-    page = (
+    write_whole(target, html_page(title, body, f"<script>\n{CHART_JS}</script>"))
+    return target
+
+
+def html_page(title: str, body: str, scripts: str, style: str = "") -> str:
+    """A page that needs no network. body: HTML below the heading. scripts: elements after it. style: more CSS."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CHART_CSS}\n{PAGE_CSS}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>{body}</main><script>\n{CHART_JS}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CHART_CSS}\n{PAGE_CSS}{style}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>{body}</main>{scripts}</body></html>\n"
     )
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def format_cell(value: Cell) -> str:

@@ -1,36 +1,36 @@
-"""Where the mixture is in a model: the routed experts of each layer, and the router that feeds them.
+"""Find the routed experts of each layer of any mixture of experts, and the router that feeds them; count and listen.
 
-Works on any mixture of experts of transformers whose experts lie in one module, on ours, and through adapters and
-wrappers: a router is what the model class records as `router_logits`, or, where it records none, the neighbour of the
-experts with one row of weights for each. Shared experts belong to no layer. Letters: T tokens of a call, K experts per
-token, E routed experts. Source: ours.
-
-Listen to the routers of any mixture of experts while it runs: chosen experts, their probabilities, the entropy.
+Works on any mixture of transformers whose experts lie in one module, on ours, and through adapters and wrappers: a
+router is what the model class records as `router_logits`, or, where it records none, the neighbour of the experts with
+one row of weights for each. Shared experts belong to no layer.
 
 Hooks on the experts see which experts were really run, whatever the router did to choose them; hooks on the routers
-see the logits. The model is not edited, and hooks live only inside the context. Nothing waits for the device.
+see the logits. The model is not edited, hooks live only inside a context, and nothing waits for the device.
 
-Letters: B sequences, S tokens each, T tokens that count, K experts per token, E routed experts. Source: ours.
+Letters: B sequences, S tokens each, T tokens of a call, K experts per token, E routed experts. Source: ours.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from hf_moe_cpt.routing.metrics import router_distribution, router_entropy
 
 
 # Parts of names by which PEFT hangs a module, or a trained copy of it, below its old place.
 ADAPTER_LEVELS = ("base_layer", "original_module", "modules_to_save")
+# Fields by which configurations of transformers tell E and K.
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,6 @@ class MoeLayer:
     logits_index: int | None  # place of the logits in the router's output; None: the last tensor of width E
 
 
-@dataclass(frozen=True)
-class _RecordedOutput:
-    """Where transformers says that router logits come from."""
-
-    target_class: type[nn.Module]
-    index: int
-    layer_name: str | None
-
-
 def find_experts(model: nn.Module) -> list[nn.Module]:
     """The experts module of each MoE layer in layer order; empty for a dense model."""
     return [module for module in model.modules() if _is_experts(module)]
@@ -65,6 +56,47 @@ def _is_experts(module: nn.Module) -> bool:
     return "top_k_index" in inspect.signature(type(module).forward).parameters or (
         getattr(module, "gate_up_proj", None) is not None and getattr(module, "down_proj", None) is not None
     )
+
+
+def num_experts_of(experts: nn.Module) -> int:
+    """E of an experts module, over all ranks.
+
+    Under expert parallelism its `num_experts` is what the rank serves, because the implementations count by it; the
+    sharded weights still know all of them.
+    """
+    if not getattr(experts, "_is_expert_parallel", False):
+        return experts.num_experts
+    return max(weight.shape[0] for weight in experts.parameters(recurse=False) if weight.ndim == 3)
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """K of a MoE configuration, under whichever of the names in use; ValueError if there is none."""
+    text_config = config.get_text_config()
+    for name in EXPERTS_PER_TOKEN:
+        if isinstance(value := getattr(text_config, name, None), int):
+            return value
+    raise ValueError(
+        f"{type(config).__name__} names its experts per token by none of {', '.join(EXPERTS_PER_TOKEN)}: "
+        "set `num_experts_per_tok` on the configuration."
+    )
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token multiplies with: no input embedding, and K of the E routed experts of each layer.
+
+    A tied output head counts once, as the head. Positions in tables (embeddings) cost no multiplication.
+    """
+    experts = find_experts(model)
+    inactive = 0
+    if experts:
+        chosen = experts_per_token(model.config)
+        routed = [(sum(weight.numel() for weight in module.parameters()), module) for module in experts]
+        inactive = sum(number * (1 - chosen / num_experts_of(module)) for number, module in routed)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return round(total - inactive) - (0 if tied else embedding.numel())
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -84,7 +116,31 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     return layers
 
 
-def logits_in(layer: MoeLayer, output: Any) -> Tensor:
+@contextmanager
+def listen(layers: Sequence[MoeLayer], hear: Callable[[int, Tensor, Tensor | None], None]) -> Iterator[None]:
+    """Inside this context every call of a layer's experts is told to `hear(place, experts, logits)`.
+
+    place: of the layer in `layers`. experts: (T, K) integers, those that were run. logits: (T, E) of the router's call
+    since, with gradient if they have one; None if there was none.
+    """
+    logits_of: dict[int, Tensor] = {}
+
+    def hear_router(place: int, module: nn.Module, args: tuple, output: Any) -> None:
+        logits_of[place] = _logits_in(layers[place], output)
+
+    def hear_experts(place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        logits = logits_of.pop(place, None)
+        hear(place, _experts_in(layers[place], args, kwargs, logits), logits)
+
+    with ExitStack() as hooks:
+        for place, layer in enumerate(layers):
+            hooks.callback(layer.router.register_forward_hook(partial(hear_router, place)).remove)
+            of_experts = layer.experts.register_forward_pre_hook(partial(hear_experts, place), with_kwargs=True)
+            hooks.callback(of_experts.remove)
+        yield
+
+
+def _logits_in(layer: MoeLayer, output: Any) -> Tensor:
     """Logits (T, E) in what a layer's router returned, with gradient if it has one."""
     if isinstance(output, Tensor):
         found = output
@@ -95,7 +151,7 @@ def logits_in(layer: MoeLayer, output: Any) -> Tensor:
     return found.flatten(0, -2)
 
 
-def experts_in(layer: MoeLayer, args: tuple, kwargs: dict[str, Any], logits: Tensor | None) -> Tensor:
+def _experts_in(layer: MoeLayer, args: tuple, kwargs: dict[str, Any], logits: Tensor | None) -> Tensor:
     """The experts (T, K) that a layer's experts were called with, integers. logits: those of its router before."""
     given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor) and not part.is_floating_point()]
     if given:
@@ -116,25 +172,24 @@ def _recorded_routers(model: nn.Module, experts: Iterable[str]) -> dict[str, int
         root = _without_adapter(name)
         if any(is_below(inner, root) for inner in experts):
             continue
-        for record in records:
-            is_named = record.layer_name is None or f".{record.layer_name.strip('.')}." in f".{root}."
-            if isinstance(module, record.target_class) and is_named:
-                found[root] = record.index
+        for target_class, index, layer_name in records:
+            is_named = layer_name is None or f".{layer_name.strip('.')}." in f".{root}."
+            if isinstance(module, target_class) and is_named:
+                found[root] = index
     return found
 
 
-def _records_of(module: nn.Module) -> list[_RecordedOutput]:
+def _records_of(module: nn.Module) -> list[tuple[type[nn.Module], int, str | None]]:
+    """Where transformers says that router logits come from: class, place in its output, part of its name."""
     recorded = getattr(type(module), "_can_record_outputs", None)  # of the models of transformers
     specs = (recorded or {}).get("router_logits", [])
     specs = specs if isinstance(specs, list) else [specs]
     # a bare class stands for the second output of its modules
     records = [
-        _RecordedOutput(
-            getattr(spec, "target_class", spec), getattr(spec, "index", 1), getattr(spec, "layer_name", None)
-        )
+        (getattr(spec, "target_class", spec), getattr(spec, "index", 1), getattr(spec, "layer_name", None))
         for spec in specs
     ]
-    return [record for record in records if isinstance(record.target_class, type)]
+    return [record for record in records if isinstance(record[0], type)]
 
 
 def _router_beside(experts_name: str, recorded: Iterable[str], experts: Iterable[str]) -> str | None:
@@ -174,10 +229,6 @@ def is_below(name: str, part: str) -> bool:
     return part == "" or name == part or name.startswith(f"{part}.")
 
 
-# Fields by which configurations of transformers tell how many experts there are.
-EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-
-
 @dataclass(frozen=True)
 class LayerRouting:
     """What one layer did with a batch, on its device."""
@@ -193,31 +244,24 @@ class RoutingTap:
     def __init__(self, model: nn.Module, with_probabilities: bool = True) -> None:
         self.layers = layers_to_watch(model)
         self.with_probabilities = with_probabilities
-        self._logits: dict[int, Tensor] = {}
         self._heard: dict[int, LayerRouting] = {}
         self._twice: set[int] = set()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear the forward passes inside this context."""
-        handles: list[RemovableHandle] = []
-        for place, layer in enumerate(self.layers):
-            handles.append(layer.router.register_forward_hook(partial(self._hear_router, place)))
-            hook = partial(self._hear_experts, place)
-            handles.append(layer.experts.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            yield
+            with listen(self.layers, self._hear):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
-            self._logits, self._heard = {}, {}
+            self._heard = {}
 
     def take(self, num_tokens: int) -> list[LayerRouting]:
         """Routing of the one forward pass since the last call, of every layer over all num_tokens = B S positions.
 
         Raises ValueError if a layer did not run exactly once, or saw another number of tokens.
         """
-        heard, self._heard, self._logits = self._heard, {}, {}
+        heard, self._heard = self._heard, {}
         twice, self._twice = self._twice, set()
         for place, layer in enumerate(self.layers):
             if place not in heard or place in twice:
@@ -234,22 +278,15 @@ class RoutingTap:
                 )
         return [heard[place] for place in range(len(self.layers))]
 
-    def _hear_router(self, place: int, module: nn.Module, args: tuple, output: Any) -> None:
-        self._logits[place] = logits_in(self.layers[place], output).detach()
-
-    def _hear_experts(self, place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _hear(self, place: int, experts: Tensor, logits: Tensor | None) -> None:
         if place in self._heard:
             self._twice.add(place)
             return
-        layer, logits = self.layers[place], self._logits.pop(place, None)
-        index = experts_in(layer, args, kwargs, logits)
-        if not self.with_probabilities or logits is None:
-            self._heard[place] = LayerRouting(index.to(torch.int16), None, None)
-            return
-        g = router_distribution(logits)
-        self._heard[place] = LayerRouting(
-            index.to(torch.int16), g.gather(-1, index.long()).half(), router_entropy(g).half()
-        )
+        probabilities = entropy = None
+        if self.with_probabilities and logits is not None:
+            g = router_distribution(logits.detach())
+            probabilities, entropy = g.gather(-1, experts.long()).half(), router_entropy(g).half()
+        self._heard[place] = LayerRouting(experts.to(torch.int16), probabilities, entropy)
 
 
 def layers_to_watch(model: nn.Module) -> list[MoeLayer]:

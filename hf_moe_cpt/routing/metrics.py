@@ -1,79 +1,34 @@
-"""How evenly a router spreads tokens over experts, and how fast it recovers from a change of the data.
+"""What routers do, in numbers: balance, certainty, drift between checkpoints, what a shift of the data costs.
 
-Letters: T tokens, K experts per token, E routed experts (shared experts never count).
-Source: maximum routing imbalance (MRI) is Eq. 1 of Thérien et al. 2025 (arXiv 2503.05029); the rest is ours.
+    MRI      tokens that visit the busiest expert / T                 in [K/E, 1], maximum routing imbalance
+    RS       mean over tokens of |S_before(x) n S_after(x)| / K       saturation; S(x) the K experts of token x
+    P(j | i) N(i, j) / N(i)                                           co-activation; N(i, j) tokens that visit both
+    DS(d, e) tokens of domain d that visit e / tokens of d            K/E throughout: the domain does not matter
+    VS       mean over ids v of n(v, e*(v)) / occ(v)                  average = "ids"
+             sum over v of n(v, e*(v)) / sum over v of occ(v)         average = "occurrences"
 
-How unequal the loads of experts are: their coefficient of variation, and experts without work.
+In VS, n(v, e) are the tokens with id v that visit e, occ(v) the tokens with id v, e*(v) the expert that v visits most
+at a reference checkpoint, its own or the one before continual training; the id is that of the router's input token, or
+of the token that follows it ("output"). g is the softmax of a router's logits before any bias or group limit that it
+chooses by; where gates are sigmoids (DeepSeek-V3) g has the same order of experts. Saturation is K/E for two unrelated
+routers. All pairs of a token's experts count in P, not only neighbours in the order of their scores as in OLMoE's
+code.
 
-Beside routing.py (MRI, entropy). Letters: K experts per token, E routed experts. Source: the coefficient of variation
-is the importance measure of Shazeer et al. 2017 (arXiv 1701.06538) before squaring; dead experts are ours.
+What if the experts of a layer were spread over R ranks, f_r the share of all assignments that falls on rank r?
 
-How sure a router is of its choice: entropy of its distribution over experts, and its largest probability.
-
-g is softmax of the router's logits before any bias or group limit it chooses by; where gates are sigmoids
-(DeepSeek-V3) g has the same order of experts. Letters: T tokens, K experts per token, E routed experts. Source: ours.
-
-Domain specialisation of experts: which share of the tokens of each domain visits an expert.
-
-    DS(d, e) = tokens of domain d that visit expert e / tokens of domain d
-
-K/E throughout means that the domain does not matter. Letters: D domains, K experts per token, E routed experts.
-Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060).
-
-What every function over chosen experts asks of its input, and how long inputs are cut into pieces.
-
-Letters: T tokens, K experts per token, E routed experts. Source: ours.
-
-Router saturation: how many of a token's experts are still those that it had at an earlier checkpoint.
-
-    RS(before, after) = mean over tokens of |S_before(x) n S_after(x)| / K,   S(x) the K experts of token x
-
-1 is unchanged, K/E what two unrelated routers reach. Letters: T tokens, K experts per token, E routed experts.
-Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), in the continual form of Thérien et al. 2025
-(arXiv 2503.05029): the start is the checkpoint before continual pre-training, not the end of training.
-
-Expert co-activation: which experts work on the same tokens, and how that changes between checkpoints.
-
-    P(j | i) = N(i, j) / N(i),   N(i, j) tokens that visit both experts, N(i) tokens that visit expert i
-
-All pairs of a token's K experts count, not only neighbours in the order of their scores, as in OLMoE's code. Letters:
-T tokens, K experts per token, E routed experts. Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060); its change
-between checkpoints is studied by Thérien et al. 2025 (arXiv 2503.05029), whose norm is not stated: the mean is ours.
-
-Vocabulary specialisation: how far the token alone, without its context, says which expert it goes to.
-
-    n(v, e)   tokens with id v that visit expert e         occ(v)   tokens with id v
-    e*(v)     the expert that v visits most, at a reference checkpoint (its own, or the one before continual training)
-    VS = mean over ids v of n(v, e*(v)) / occ(v)                       average = "ids"
-       = sum over v of n(v, e*(v)) / sum over v of occ(v)              average = "occurrences"
-
-The id is that of the router's input token, or of the token that follows it in the text ("output"). Letters: T tokens,
-K experts per token, E routed experts, V vocabulary. Source: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), whose
-code averages over ids; with e* of the checkpoint before: Thérien et al. 2025 (arXiv 2503.05029). Which of the two
-averages that paper uses is not known.
-
-MRI by training step as the analysis shows it: mean over layers, its ideal, and how long a shift was felt.
-
-Letters: L MoE layers, K experts per token, E routed experts. Source: Thérien et al. 2025 (arXiv 2503.05029) for MRI;
-what counts as recovered is ours (routing.py).
-
-What if the experts of a layer were spread over ranks: an estimate of the step, and a better placement.
-
-Under expert parallelism every rank computes the tokens of its own experts, and all wait for the busiest one. With
-f_r the share of all assignments that falls on rank r of R:
-
-    max load = max_r f_r                 in [1/R, 1]
-    slowdown = R max_r f_r               in [1, R], time of the experts over their time if ranks were equally busy
+    max load = max_r f_r in [1/R, 1]        slowdown = R max_r f_r in [1, R], time over that of equally busy ranks
 
 An estimate: it knows neither communication, nor the rest of the step, nor that loads of one batch are less even than
-those of the whole text, which makes the true slowdown larger. Letters: E routed experts, R ranks. Source: ours; the
-placement is the longest-processing-time rule (Graham 1969) with equally many experts on each rank.
+those of the whole text, which makes the true slowdown larger. Placements follow the longest-processing-time rule
+(Graham 1969) with equally many experts on each rank.
 
-Forgetting and adaptation of continual pre-training, from held-out language-model losses.
-
-Losses are mean cross-entropies in nats per token, without penalties, of the same held-out tokens before and after.
-Source: Thérien et al. 2025 (arXiv 2503.05029) define forgetting as the rise of the old distribution's validation
-loss; for adaptation they report the plain validation loss on the new one (`loss_after`), of which ours is the fall.
+Letters: D domains, T tokens, K experts per token, E routed experts (shared experts never count), V vocabulary, R
+ranks.
+Sources: MRI is Eq. 1 of Thérien et al. 2025 (arXiv 2503.05029), who define forgetting as the rise of the old
+validation loss and compare with the checkpoint before continual training; their norm for the change of P and their
+average in VS are not stated. Saturation, co-activation, DS and VS: Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060).
+The coefficient of variation is the importance of Shazeer et al. 2017 (arXiv 1701.06538) before squaring. The rest is
+ours.
 """
 
 from __future__ import annotations
@@ -81,13 +36,38 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+
+def check_top_k_index(top_k_index: Tensor, num_experts: int | None = None) -> None:
+    """Raise ValueError unless top_k_index is (T, K) integers; with num_experts also unless all lie in [0, E).
+
+    The second check reads the values, which waits for the device.
+    """
+    if top_k_index.ndim != 2:
+        raise ValueError(f"top_k_index must be (T, K), got {tuple(top_k_index.shape)}: flatten batch and time first.")
+    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
+        raise ValueError(f"top_k_index must hold integers, got {top_k_index.dtype}: pass expert numbers, not scores.")
+    if num_experts is not None and top_k_index.numel():
+        least, most = int(top_k_index.min()), int(top_k_index.max())
+        if least < 0 or most >= num_experts:
+            raise ValueError(
+                f"top_k_index holds {least if least < 0 else most}, outside [0, num_experts={num_experts}): pass the "
+                "number of routed experts of this layer."
+            )
+
+
+def check_same_tokens(name: str, tokens: Tensor, top_k_index: Tensor) -> None:
+    """Raise ValueError unless `tokens` is (T,) like the rows of top_k_index."""
+    if tokens.shape != top_k_index.shape[:1]:
+        raise ValueError(
+            f"{name} must be ({top_k_index.shape[0]},) like the tokens, got {tuple(tokens.shape)}: flatten both."
+        )
 
 
 def expert_load(top_k_index: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
@@ -96,31 +76,25 @@ def expert_load(top_k_index: Tensor, num_experts: int, token_mask: Tensor | None
     top_k_index: (T, K) integers in [0, E), the K of a token distinct. token_mask: (T,), True or 1 for tokens that
     count (False for padding).
     """
-    if top_k_index.ndim != 2:
-        raise ValueError(f"top_k_index must be (T, K), got {tuple(top_k_index.shape)}: flatten batch and time first.")
-    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
-        raise ValueError(f"top_k_index must hold integers, got {top_k_index.dtype}: pass expert numbers, not scores.")
+    check_top_k_index(top_k_index)
     index = top_k_index.long()
     if token_mask is None:
         votes = torch.ones_like(index)
     else:
-        if token_mask.shape != index.shape[:1]:
-            raise ValueError(
-                f"token_mask must be ({index.shape[0]},) like the tokens, got {tuple(token_mask.shape)}: flatten both."
-            )
+        check_same_tokens("token_mask", token_mask, index)
         votes = token_mask.bool().long().to(index.device).unsqueeze(1).expand_as(index)
     load = torch.zeros(num_experts, dtype=torch.long, device=index.device)
     return load.scatter_add_(0, index.flatten(), votes.flatten())
 
 
 def max_routing_imbalance(top_k_index: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
-    """MRI: share of the tokens that visit the busiest expert; scalar in [K/E, 1], NaN without tokens.
+    """MRI: share of the tokens that visit the busiest expert; scalar float64 in [K/E, 1], NaN without tokens.
 
     Arguments as in `expert_load`; the denominator is the number of tokens that count, not of assignments.
     """
     load = expert_load(top_k_index, num_experts, token_mask)
     num_tokens = top_k_index.shape[0] if token_mask is None else token_mask.bool().sum().to(load.device)
-    return max_routing_imbalance_from_load(load, num_tokens)
+    return max_routing_imbalance_from_load(load.double(), num_tokens)
 
 
 def max_routing_imbalance_from_load(load: Tensor, num_tokens: int | Tensor) -> Tensor:
@@ -213,16 +187,12 @@ def imbalance_around_shift(
     for name, value in (("smooth", smooth), ("baseline", baseline), ("steps_per_point", steps_per_point)):
         if value < 1:
             raise ValueError(f"{name}={value} must be >= 1: it counts points or steps.")
-    before = _mean(mri_before[-baseline:])
-    curve = [_mean(mri_after[max(0, i + 1 - smooth) : i + 1]) for i in range(len(mri_after))]
+    before = statistics.fmean(mri_before[-baseline:])
+    curve = [statistics.fmean(mri_after[max(0, i + 1 - smooth) : i + 1]) for i in range(len(mri_after))]
     points = recovery_step(curve, 0, before * (1 + tolerance))
     peak = max((value for value in curve if not math.isnan(value)), default=math.nan)
     steps = None if points is None else points * steps_per_point
-    return ImbalanceShift(before, peak, _mean(mri_after[-baseline:]), steps)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return ImbalanceShift(before, peak, statistics.fmean(mri_after[-baseline:]), steps)
 
 
 def load_cv(load: Tensor) -> Tensor:
@@ -293,37 +263,6 @@ def domain_specialization(load: Tensor, num_tokens: Tensor) -> Tensor:
 CHUNK_TOKENS = 1 << 18  # scratch memory of the counters is a few times CHUNK_TOKENS * K * 8 bytes
 
 
-def check_top_k_index(top_k_index: Tensor, num_experts: int | None = None) -> None:
-    """Raise ValueError unless top_k_index is (T, K) integers; with num_experts also unless all lie in [0, E).
-
-    The second check reads the values, which waits for the device.
-    """
-    if top_k_index.ndim != 2:
-        raise ValueError(f"top_k_index must be (T, K), got {tuple(top_k_index.shape)}: flatten batch and time first.")
-    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
-        raise ValueError(f"top_k_index must hold integers, got {top_k_index.dtype}: pass expert numbers, not scores.")
-    if num_experts is not None and top_k_index.numel():
-        least, most = int(top_k_index.min()), int(top_k_index.max())
-        if least < 0 or most >= num_experts:
-            raise ValueError(
-                f"top_k_index holds {least if least < 0 else most}, outside [0, num_experts={num_experts}): pass the "
-                "number of routed experts of this layer."
-            )
-
-
-def check_same_tokens(name: str, tokens: Tensor, top_k_index: Tensor) -> None:
-    """Raise ValueError unless `tokens` is (T,) like the rows of top_k_index."""
-    if tokens.shape != top_k_index.shape[:1]:
-        raise ValueError(
-            f"{name} must be ({top_k_index.shape[0]},) like the tokens, got {tuple(tokens.shape)}: flatten both."
-        )
-
-
-def chunks(num_tokens: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
-    """Consecutive slices of at most chunk_tokens that cover [0, num_tokens)."""
-    return (slice(begin, min(begin + chunk_tokens, num_tokens)) for begin in range(0, num_tokens, chunk_tokens))
-
-
 class SaturationCounter:
     """Router saturation of a stream of tokens; holds K + 1 numbers, the tokens that kept 0, 1, ..., K experts."""
 
@@ -340,9 +279,9 @@ class SaturationCounter:
                 f"before is {tuple(before.shape)} and after {tuple(after.shape)}, K is {num_experts_per_token}: "
                 "saturation compares the same tokens in the same layer, with as many experts each."
             )
-        before, after = before.cpu(), after.cpu()
-        for part in chunks(len(before)):
-            self.tokens_by_overlap += _tokens_by_overlap(before[part], after[part])
+        for old, new in zip(before.cpu().split(CHUNK_TOKENS), after.cpu().split(CHUNK_TOKENS), strict=True):
+            shared = shared_experts(old, new)
+            self.tokens_by_overlap += torch.bincount(shared, minlength=num_experts_per_token + 1)
 
     def saturation(self) -> float:
         """Of all tokens added, in [0, 1]; NaN without any."""
@@ -367,14 +306,17 @@ def router_saturation(before: Tensor, after: Tensor, token_mask: Tensor | None =
     return counter.saturation()
 
 
-def _tokens_by_overlap(before: Tensor, after: Tensor) -> Tensor:
-    """(K + 1,) int64. Columns are compared one by one: K^2 passes over contiguous bytes, four times as fast."""
-    old, new = (np.ascontiguousarray(index.numpy().T) for index in (before, after))
-    overlap = np.zeros(old.shape[1], np.uint8 if len(old) < 256 else np.uint16)
+def shared_experts(before: Tensor, after: Tensor) -> Tensor:
+    """|S_before(x) n S_after(x)| of each token: two (T, K) integers, the K of a token distinct -> (T,) integers.
+
+    Columns are compared one by one, K^2 passes over contiguous bytes: on a CPU four times as fast as all at once.
+    """
+    old, new = before.T.contiguous(), after.T.contiguous()
+    shared = torch.zeros(old.shape[1], dtype=torch.uint8 if len(old) < 256 else torch.int16, device=old.device)
     for old_column in old:
         for new_column in new:
-            overlap += old_column == new_column
-    return torch.from_numpy(np.bincount(overlap, minlength=len(old) + 1))
+            shared += (old_column == new_column).view(torch.uint8)
+    return shared
 
 
 class CoactivationCounter:
@@ -392,9 +334,8 @@ class CoactivationCounter:
                 "Co-activation needs at least two experts per token, and K is 1: with a single expert no token has a "
                 "pair; leave it out for this model."
             )
-        top_k_index = top_k_index.cpu()
-        for part in chunks(len(top_k_index)):
-            self.counts += _pair_counts(top_k_index[part], num_experts)
+        for part in top_k_index.cpu().split(CHUNK_TOKENS):
+            self.counts += _pair_counts(part, num_experts)
 
     def conditional(self) -> Tensor:
         """P(j | i) of all tokens added, as `expert_coactivation` returns it."""
@@ -467,10 +408,10 @@ class VocabularyCounter:
                 f"token_ids holds {int(token_ids.max())}, outside the vocabulary of {vocab_size}: pass the number of "
                 "rows of the model's embedding."
             )
-        for part in chunks(len(token_ids)):
-            rows = token_ids[part].cpu().to(torch.int32).clamp(min=-1) + 1
+        for ids, index in zip(token_ids.cpu().split(CHUNK_TOKENS), top_k_index.cpu().split(CHUNK_TOKENS), strict=True):
+            rows = ids.to(torch.int32).clamp(min=-1) + 1
             first_cell, ones = rows * num_experts, torch.ones_like(rows)
-            for expert in top_k_index[part].cpu().T:
+            for expert in index.T:
                 self._table.view(-1).index_add_(0, first_cell + expert, ones)
             self.occurrences += torch.bincount(rows, minlength=vocab_size + 1)[1:]
 

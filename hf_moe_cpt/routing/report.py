@@ -1,17 +1,6 @@
-"""What of an analysis goes into the page: numbers to five digits, and of the largest parts the part that can be read.
+"""The report of a routing analysis: one HTML file that needs no network, its numbers beside it, tables for a terminal.
 
-The page stays small enough for a browser and a mail: with 64 layers of 256 experts the whole co-activation of one
-checkpoint alone is four million numbers. What is left out is said in a list of notes that the page shows; the files
-beside the page hold everything. Letters: L MoE layers, E experts, C checkpoints. Source: ours.
-
-The routing report as one HTML file that needs no network: its questions, its switches, and the data inside.
-
-`routing_page_data` says what is embedded (one script element of the type application/json with the id routing-data),
-`routing_page_script` what is done with it. Source: ours; the questions are those of paper 1 (arXiv 2503.05029).
-
-Write the routing report of an analysis: one page, and beside it the numbers as JSON and CSV and charts as SVG.
-
-    report.html            opens without a network; what it leaves out it says
+    report.html            questions, switches, and the data inside; what it leaves out it says
     analysis.json          the dictionary of `analyse_traces`, whole, but for co-activation of large models:
     coactivation.npz       for each checkpoint (layers, E, E) float32, where the JSON would be too long to read
     layers.csv             a row for each checkpoint, text and layer: every measure of that layer
@@ -20,9 +9,12 @@ Write the routing report of an analysis: one page, and beside it the numbers as 
     training.csv           a row for each run and step: MRI of every layer
     *.svg                  a chart for each question that one curve by layer or by step answers
 
-Letters: L MoE layers, E experts, K experts per token. Source: ours.
+The page stays small enough for a browser and a mail: with 64 layers of 256 experts the whole co-activation of one
+checkpoint alone is four million numbers. page/*.js draw it: drawing.js curves, bars, heat maps, tables and hover
+values; curves.js the state and what is shown by layer or step; maps.js single experts; switches.js the switches, whose
+state stands in the address behind the # sign, so that a view can be sent to somebody else.
 
-A routing analysis as tables for the terminal: a line for each checkpoint, then one for each text. Source: ours.
+Letters: L MoE layers, E experts, K experts per token. Source: ours; the questions are those of arXiv 2503.05029.
 """
 
 from __future__ import annotations
@@ -39,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_cpt.reports.charts import CHART_CSS, NUM_COLORS, PAGE_CSS, Mark, Series, line_chart
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.reports.charts import NUM_COLORS, Mark, Series, line_chart
+from hf_moe_cpt.reports.tables import html_page, text_table, write_whole
 
 
 DIGITS = 5
@@ -296,14 +288,12 @@ def routing_page(analysis: Mapping[str, Any], title: str) -> str:
     sections = "".join(_section(*section) for section in _SECTIONS)
     style, *scripts = ((_PAGE / name).read_text(encoding="utf-8") for name in ("page.css", *PAGE_SCRIPTS))
     script = "\n".join(['"use strict";', f"const PALETTE = {NUM_COLORS};", *scripts])
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CHART_CSS}\n{PAGE_CSS}\n{style}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1><p class='lead'>{escape(_lead(analysis))}</p>{_SWITCHES}{sections}"
-        f"{_footnotes(analysis, data['notes'])}</main>\n"
-        f'<script type="application/json" id="routing-data">{embedded}</script>\n'
-        f"<script>{script}</script></body></html>\n"
+    lead = f"<p class='lead'>{escape(_lead(analysis))}</p>"
+    return html_page(
+        title,
+        f"{lead}{_SWITCHES}{sections}{_footnotes(analysis, data['notes'])}",
+        f'\n<script type="application/json" id="routing-data">{embedded}</script>\n<script>{script}</script>',
+        style=f"\n{style}",
     )
 
 
@@ -378,10 +368,10 @@ def write_routing_report(
     drawn = charts(analysis)
     for name in CHARTS:
         if name in drawn:
-            _replace(target / f"{name}.svg", drawn[name])
+            write_whole(target / f"{name}.svg", drawn[name])
         else:  # of an earlier analysis
             (target / f"{name}.svg").unlink(missing_ok=True)
-    _replace(target / "report.html", routing_page(analysis, title))
+    write_whole(target / "report.html", routing_page(analysis, title))
     return target / "report.html"
 
 
@@ -529,7 +519,7 @@ def _write_json(analysis: Analysis, folder: Path) -> None:
     else:
         whole["coactivation"] = rounded(analysis.get("coactivation"), digits=None)
         (folder / "coactivation.npz").unlink(missing_ok=True)
-    _replace(folder / "analysis.json", json.dumps(whole, ensure_ascii=False, allow_nan=False))
+    write_whole(folder / "analysis.json", json.dumps(whole, ensure_ascii=False, allow_nan=False))
 
 
 def _is_even(matrix: Any) -> bool:
@@ -549,13 +539,6 @@ def _write_csv(path: Path, rows: Iterable[Row]) -> None:
         writer.writeheader()
         writer.writerow(first)
         writer.writerows(rows)
-    os.replace(partial, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

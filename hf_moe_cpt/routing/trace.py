@@ -1,4 +1,4 @@
-"""A routing trace on disk: what the routers of a checkpoint did with every token of a text, opened without a model.
+"""A routing trace: what the routers of a checkpoint did with every token of a text, on disk, opened without a model.
 
     trace.json                 what it is of, its layers and domains, and a checksum of every file and of itself
     shard_00000.safetensors    up to some 2^18 tokens of one domain, in the order of the text
@@ -8,32 +8,11 @@
         layer_000.probabilities (T, K) float16, router distribution g at these experts } only if they
         layer_000.entropy      (T,) float16, entropy of g over log E                   } were recorded
 
-Files are mapped into memory and read a layer at a time. A trace that is altered, cut off or unfinished is refused by
-name before anything is read. trace_writer.py writes. Letters: T tokens, K experts per token, E experts. Source: ours.
-
-Write a routing trace shard by shard, so that a killed collection goes on where it was and never looks finished.
-
-A shard appears by one rename, then its record shard_00000.json by another; `finish` gathers the records into the index
-trace.json, which only a finished trace has. Several processes may write shards of one trace on a shared disk, each its
-own. What a shard holds: routing_trace.py. Source: ours.
-
-Cut texts into batches and shards in an order that depends on the text alone: not on ranks, not on a kill.
-
-A row is a mapping with input_ids, or with text if there is a tokenizer; a row that is a batch already, input_ids and
-attention_mask (B, S), is taken apart. Sequences longer than the limit are cut; nothing is dropped or shuffled.
-
-Letters: B sequences, S tokens of the longest of them. Source: ours.
-
-Bring the routing of a batch to the host without making the device wait for it. Source: ours.
-
-The copy goes into pinned memory behind the batch's own kernels; `arrays` waits only for that copy, so that whoever
-asks after starting the next batch finds it done. Letters: B sequences, S tokens, T of them no padding.
-
-One pass of any mixture of experts over texts that leaves a routing trace, so that checkpoints are compared later.
-
-Order and shards depend on the text alone: ranks of torch.distributed share the shards, a killed collection goes on
-where it was, and traces of two checkpoints line up token by token. The model runs as it does at inference: in eval
-mode, so without dropout, without Sinkhorn balancing, without capacity noise.
+`RoutingTrace` maps files into memory and reads a layer at a time; a trace that is altered, cut off or unfinished is
+refused by name. `TraceWriter` lets a shard appear by one rename, then its record shard_00000.json by another, and
+gathers the records into trace.json, which only a finished trace has. `collect_routing` runs a model in eval mode,
+without dropout, Sinkhorn balancing or capacity noise. Order and shards depend on the text alone: ranks share the
+shards, a killed collection goes on where it was, and traces of two checkpoints line up token by token.
 
 Letters: B sequences, S tokens each, T tokens that count, K experts per token, E routed experts. Source: ours.
 """
@@ -98,15 +77,6 @@ class TraceDescription:
     tokenizer: str | None  # SHA-256 of the vocabulary, None if it was not given
     has_probabilities: bool
     settings: dict[str, Any]  # of the collection, for people and for resuming
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data that `from_json` reads."""
-        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TraceDescription:
-        """The description written by `as_json`."""
-        return cls(**data | {"layers": tuple(TraceLayer(**layer) for layer in data["layers"])})
 
 
 class RoutingTrace:
@@ -241,7 +211,9 @@ def read_index(folder: Path) -> tuple[TraceDescription, list[TraceShard]]:
             raise ValueError("its checksum differs")
         if data["format"] != FORMAT:
             raise ValueError(f"it has format {data['format']}, and this version reads {FORMAT}")
-        return TraceDescription.from_json(data["description"]), [TraceShard(**shard) for shard in data["shards"]]
+        description = data["description"]
+        layers = tuple(TraceLayer(**layer) for layer in description["layers"])
+        return TraceDescription(**description | {"layers": layers}), [TraceShard(**shard) for shard in data["shards"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no index of a trace ({error}): collect this trace again.") from error
 
@@ -260,7 +232,7 @@ class TraceWriter:
     def begin(self) -> None:
         """Make the folder or take up what is in it. ValueError if it holds a trace of something else."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        mine = json.loads(json.dumps(self.description.as_json()))
+        mine = json.loads(json.dumps(asdict(self.description)))
         for name in (INDEX, BEGUN):
             if (self.folder / name).is_file():
                 theirs = self._read_json(name)
@@ -322,7 +294,7 @@ class TraceWriter:
                 f"{self.folder} lacks shard {missing[0]} of {num_shards}: call collect_routing again to complete it."
             )
         shards = [asdict(self.records[number]) for number in range(num_shards)]
-        data: dict[str, Any] = {"format": FORMAT, "description": self.description.as_json(), "shards": shards}
+        data: dict[str, Any] = {"format": FORMAT, "description": asdict(self.description), "shards": shards}
         self._write_json(INDEX, data | {"checksum": checksum_of_json(json.loads(json.dumps(data)))})
         for leftover in [*self.folder.glob("shard_*.json"), *self.folder.glob("*.tmp"), self.folder / BEGUN]:
             leftover.unlink(missing_ok=True)
@@ -378,7 +350,7 @@ class ShardOfText:
 
     def next_token_ids(self) -> np.ndarray:
         """(T,) int32, the token that follows in the same sequence, -1 after its last."""
-        end = np.array([-1], np.int32)
+        end = np.array([NO_TOKEN], np.int32)
         return np.concatenate([np.concatenate([sequence[1:], end]) for sequence in self.sequences])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -484,21 +456,12 @@ def _sequences_of_row(domain: str, place: int, row: Any, tokenizer: Callable[...
     yield from (sequence[kept] for sequence, kept in zip(np.atleast_2d(ids), keep, strict=True))
 
 
-class HostCopy:
-    """Tensors on their way to the host."""
+def _copy_to_host(routing: Sequence[LayerRouting], mask: Tensor) -> Callable[[], list[np.ndarray]]:
+    """Start copying the T rows that count, behind the batch's own kernels; the result waits for that copy alone.
 
-    def __init__(self, tensors: Sequence[Tensor], events: Sequence[torch.cuda.Event]) -> None:
-        self._tensors, self._events = tensors, events
-
-    def arrays(self) -> list[np.ndarray]:
-        """In the order of layers, experts, probabilities and entropy of each; waits for the copies."""
-        for event in self._events:
-            event.synchronize()
-        return [tensor.numpy() for tensor in self._tensors]
-
-
-def copy_to_host(routing: Sequence[LayerRouting], mask: Tensor) -> HostCopy:
-    """Start copying the T rows that count. mask: (B, S) on the host, not 0 for tokens that count."""
+    mask: (B, S) on the host, not 0 for tokens that count. The arrays are in the order of layers, experts,
+    probabilities and entropy of each. Whoever asks after starting the next batch finds them done.
+    """
     kept = mask.flatten().nonzero().squeeze(1)
     is_full = len(kept) == mask.numel()
     rows_on: dict[torch.device, Tensor] = {}
@@ -511,19 +474,19 @@ def copy_to_host(routing: Sequence[LayerRouting], mask: Tensor) -> HostCopy:
                 if tensor.device not in rows_on:
                     rows_on[tensor.device] = kept.to(tensor.device)
                 tensor = tensor.index_select(0, rows_on[tensor.device])
-            copies.append(_begin_copy(tensor))
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies.append(pinned.copy_(tensor, non_blocking=True))
     for device in {layer.experts.device for layer in routing if layer.experts.is_cuda}:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
         events.append(event)
-    return HostCopy(copies, events)
 
+    def arrays() -> list[np.ndarray]:
+        for event in events:
+            event.synchronize()
+        return [tensor.numpy() for tensor in copies]
 
-def _begin_copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+    return arrays
 
 
 DEFAULT_DOMAIN = "text"
@@ -608,16 +571,16 @@ def _trace_shard(
 ) -> dict[str, np.ndarray]:
     """The arrays of a shard. The results of a batch are fetched while the next one runs."""
     parts: list[list[np.ndarray]] = []
-    waiting: HostCopy | None = None
+    waiting: Callable[[], list[np.ndarray]] | None = None
     run = _forward_of(model)
     with _inference(model), tap.listening():
         for input_ids, mask in shard.batches(batch_size):
             run(input_ids, mask)
-            copied = copy_to_host(tap.take(input_ids.numel()), mask)
+            copied = _copy_to_host(tap.take(input_ids.numel()), mask)
             if waiting is not None:
-                parts.append(waiting.arrays())
+                parts.append(waiting())
             waiting = copied
-        parts.append(waiting.arrays())
+        parts.append(waiting())
     arrays = {"token_ids": token_ids, "next_token_ids": shard.next_token_ids()}
     names = [name for number in range(len(tap.layers)) for name in _names_of_layer(number, tap.with_probabilities)]
     small = {f"layer_{number:03d}.experts": layer.num_experts <= 256 for number, layer in enumerate(tap.layers)}
@@ -639,9 +602,6 @@ def _check_same_text(writer: TraceWriter, shard: ShardOfText, token_ids: np.ndar
             f"{writer.folder / record.file} was collected on other text than what came now for {shard.domain!r}: pass "
             "the same data in the same order, or name another folder."
         )
-
-
-# ---- the model ----
 
 
 def _layers_of(model: nn.Module, tap: RoutingTap) -> tuple[TraceLayer, ...]:
@@ -704,9 +664,6 @@ def _weights_checksum(model: nn.Module) -> str:
         if not sample.is_meta:
             found.update(sample.float().cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-# ---- ranks ----
 
 
 def _rank() -> tuple[int, int]:

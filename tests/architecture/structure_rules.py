@@ -77,6 +77,7 @@ def nothing_is_there_for_tests_alone(files: list[SourceFile]) -> list[str]:
     """A public function or class is used by some other code; `plain_*` is the definition beside a fast version."""
     used = {file.path: _words(file.tree) for file in files if not file.is_test}
     elsewhere = {path: count for path, count in used.items() if not path.endswith("/__init__.py")}
+    elsewhere |= {file.path: _called(file.tree) for file in files if file.path.endswith("/__init__.py")}
     return [
         f"{file.path}:{node.lineno} {node.name} is used by nothing but tests"
         for file in files
@@ -97,6 +98,11 @@ def _same_suite(file: SourceFile, module: str) -> bool:
 
 def _is_exempt(name: str) -> bool:
     return name == "main" or name.startswith(("_", "plain_"))
+
+
+def _called(tree: ast.AST) -> Counter[str]:
+    """What a package runs when it is imported; names that it hands on are no use of them."""
+    return Counter(node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and "id" in vars(node.func))
 
 
 def _words(tree: ast.AST) -> Counter[str]:

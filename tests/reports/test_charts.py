@@ -1,9 +1,4 @@
-"""Ticks are round, inside the range and few; thinning keeps what the eye looks for.
-
-Charts are well-formed SVG whose paths, ticks and marks sit where the numbers say.
-
-Dots on whiskers: where they are, what they tell, and what is left out.
-"""
+"""Charts are well-formed SVG whose paths, ticks, dots and marks sit where the numbers say; ticks are round and few."""
 
 import json
 import math

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_moe_cpt.routing import compare as layer_counts
+from hf_moe_cpt.routing import metrics
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.metrics import (
     VocabularyCounter,
@@ -157,12 +157,8 @@ def test_tokens_carry_names_and_curves_pass_through(traces):
 
 def test_threads_and_chunks_change_nothing(found, traces, monkeypatch):
     assert analyse_traces(traces, min_occurrences=2, num_ranks=2, workers=1) == found
-    for module in ("saturation", "coactivation", "vocabulary"):
-        monkeypatch.setattr(
-            f"hf_moe_cpt.analysis.{module}.chunks", lambda n: [slice(at, at + 4) for at in range(0, n, 4)]
-        )
+    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 4)
     assert analyse_traces(traces, min_occurrences=2, num_ranks=2) == found
-    assert layer_counts.ALL == "all"
 
 
 def test_one_expert_a_token_and_no_probabilities_are_skipped_with_a_reason(tmp_path):
@@ -193,7 +189,7 @@ def test_layers_of_many_and_different_sizes(tmp_path):
     [
         (
             {"shape": ((5, 2),)},
-            r"b has 1 MoE layers with 2 of 5 experts, a has 2 MoE layers with 2 of 5 experts: only",
+            r"b has 1 MoE layers of 5 experts, 2 a token, a has 2 MoE layers of 5 experts, 2 a token: only",
         ),
         ({"shape": ((5, 2), (5, 3))}, "only checkpoints of one architecture compare"),
         ({"tokenizer": "other"}, "b has another tokenizer than a: only checkpoints that share one compare"),
@@ -209,15 +205,20 @@ def test_what_cannot_be_compared_is_refused(change, text, tmp_path):
         analyse_traces({"a": start, "b": other})
 
 
-def test_bad_settings_are_refused(tmp_path):
-    trace = random_trace(tmp_path / "a")
-    with pytest.raises(ValueError, match="No trace was given"):
-        analyse_traces({})
-    with pytest.raises(ValueError, match="average='mean' is unknown"):
-        analyse_traces({"a": trace}, average="mean")
-    with pytest.raises(ValueError, match=r"num_ranks=9 must lie in \[1, 5\]"):
-        analyse_traces({"a": trace}, num_ranks=9)
-    with pytest.raises(ValueError, match="workers=0 must be at least 1"):
-        analyse_traces({"a": trace}, workers=0)
+@pytest.mark.parametrize(
+    "names, settings, text",
+    [
+        ("", {}, "No trace was given"),
+        ("a", {"average": "mean"}, "average='mean' is unknown"),
+        ("a", {"num_ranks": 9}, r"num_ranks=9 must lie in \[1, 5\]"),
+        ("a", {"workers": 0}, "workers=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(names, settings, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        analyse_traces({name: random_trace(tmp_path / name) for name in names}, **settings)
+
+
+def test_a_domain_called_all_is_refused(tmp_path):
     with pytest.raises(ValueError, match="A domain is called 'all', which stands for all domains"):
-        analyse_traces({"a": random_trace(tmp_path / "all", domains=(("all", 9),))})
+        analyse_traces({"a": random_trace(tmp_path, domains=(("all", 9),))})

@@ -1,14 +1,10 @@
-"""Experts and routers found in mixtures of experts that were not written here, and what happens without them.
-
-What the tap refuses: passes that did not happen, happened twice, or had other tokens; and models it cannot hear.
-"""
+"""Experts and routers found in mixtures of experts that were not written here, and what the tap refuses."""
 
 import pytest
 import torch
 from torch import nn
 
 from hf_moe_cpt.routing.hooks import RoutingTap, moe_layers
-from hf_moe_cpt.trainers.surgery.experts import find_routers
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_moes import BLOCKS, moe_model, padded_batch
 
@@ -19,13 +15,13 @@ def test_layers_of_every_family(kind):
     found = [(layer.name, layer.router_name, layer.num_experts) for layer in moe_layers(model)]
     wanted = BLOCKS[kind].items()
     assert found == [(f"model.layers.{at}.{block}", f"model.layers.{at}.{gate}", e) for at, (block, gate, e) in wanted]
-    for layer, router in zip(moe_layers(model), find_routers(model), strict=True):
+    for layer in moe_layers(model):
         assert model.get_submodule(layer.name) is layer.experts
-        assert model.get_submodule(layer.router_name) is layer.router is router
+        assert model.get_submodule(layer.router_name) is layer.router
 
 
 def test_dense_models_have_none():
-    assert moe_layers(tiny_model("llama")) == [] and find_routers(tiny_model("llama")) == []
+    assert moe_layers(tiny_model("llama")) == []
 
 
 class _Experts(nn.Module):

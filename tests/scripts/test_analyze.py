@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.routing.compare import named_checkpoints, named_texts, training_curves
+from hf_moe_cpt.routing.analyze import named_checkpoints, named_texts, training_curves
 from hf_moe_cpt.scripts.analyze import main
 from tests.helpers.cpt_runs import trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -27,9 +26,8 @@ from transformers import (
 )
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
-from hf_moe_cpt.routing.hooks import find_experts
+from hf_moe_cpt.routing.hooks import active_parameters
 from hf_moe_cpt.trainers.common.distributed import RankAgreement, has_process_group
-from hf_moe_cpt.trainers.common.router_monitor import num_experts_of
 
 
 Listener = Callable[[Tensor], None]  # takes (B, 2) float64: nats and predicted tokens of each sequence
@@ -380,39 +378,6 @@ def starting_losses(log_history: Iterable[Mapping[str, float]], names: Iterable[
             if entry.get("step") == 0 and f"eval_{name}_loss" in entry:
                 found.setdefault(name, entry[f"eval_{name}_loss"])
     return found
-
-
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")
-
-
-def experts_per_token(config: PreTrainedConfig) -> int:
-    """K of a MoE configuration, under whichever of the names in use; ValueError if there is none."""
-    text_config = config.get_text_config()
-    for name in EXPERTS_PER_TOKEN:
-        if isinstance(value := getattr(text_config, name, None), int):
-            return value
-    raise ValueError(
-        f"{type(config).__name__} names its experts per token by none of {', '.join(EXPERTS_PER_TOKEN)}: "
-        "set `num_experts_per_tok` on the configuration."
-    )
-
-
-def active_parameters(model: nn.Module) -> int:
-    """Parameters that one token multiplies with: no input embedding, and K of the E routed experts of each layer.
-
-    A tied output head counts once, as the head. Positions in tables (embeddings) cost no multiplication.
-    """
-    experts = find_experts(model)
-    inactive = 0
-    if experts:
-        chosen = experts_per_token(model.config)
-        routed = [(sum(weight.numel() for weight in module.parameters()), module) for module in experts]
-        inactive = sum(number * (1 - chosen / num_experts_of(module)) for number, module in routed)
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return round(total - inactive) - (0 if tied else embedding.numel())
 
 
 def flops_per_token(model: nn.Module, sequence_length: int) -> float:

@@ -29,8 +29,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers
-from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load
+from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers, num_experts_of
+from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
 from hf_moe_cpt.trainers.common.distributed import has_process_group
 
 
@@ -39,17 +39,6 @@ logger = logging.getLogger(__name__)
 PROBE_FILE = "router_probe.safetensors"
 MAX_PENDING_NUMBERS = 1 << 23  # expert numbers that wait to be counted: 64 MiB of integers
 Batch = Mapping[str, Tensor]
-
-
-def num_experts_of(experts: nn.Module) -> int:
-    """E of an experts module, over all ranks.
-
-    Under expert parallelism its `num_experts` is what the rank serves, because the implementations count by it; the
-    sharded weights still know all of them.
-    """
-    if not getattr(experts, "_is_expert_parallel", False):
-        return experts.num_experts
-    return max(weight.shape[0] for weight in experts.parameters(recurse=False) if weight.ndim == 3)
 
 
 BALANCE = ("mri", "mri_normalized", "load_entropy")  # of a layer, as the log names them
@@ -232,12 +221,7 @@ class RoutingProbe:
 
     def saturation(self, model: nn.Module) -> list[float]:
         """Share of a token's experts that the starting model chose too: of each layer a number in [0, 1]."""
-        now = self._choices(model)
-        kept = [
-            (after[:, :, None] == before[:, None, :]).any(-1).double().mean()
-            for after, before in zip(now, self.before, strict=True)
-        ]
-        return torch.stack(kept).tolist()
+        return [router_saturation(*layer) for layer in zip(self.before, self._choices(model), strict=True)]
 
     def _choices(self, model: nn.Module) -> list[Tensor]:
         """The experts of every token that counts, of each layer (T, K) int16 on the CPU."""

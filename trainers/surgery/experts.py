@@ -36,7 +36,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +44,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
-from hf_moe_cpt.routing.hooks import MoeLayer, experts_in, is_below, logits_in, moe_layers
+from hf_moe_cpt.routing.hooks import MoeLayer, is_below, listen, moe_layers
+from hf_moe_cpt.routing.metrics import shared_experts
 from hf_moe_cpt.trainers.common.distributed import has_process_group
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
@@ -94,18 +94,15 @@ class RouterTap:
         if torch.is_grad_enabled():
             _refuse_reentrant(self.model)
         routing = Routing([], [])
-        handles: list[RemovableHandle] = []
-        for place, layer in enumerate(self.layers):
-            keep_logits = partial(_keep_logits, routing, place, layer)
-            keep_selected = partial(_keep_selected, routing, place, layer)
-            handles.append(layer.router.register_forward_hook(keep_logits))
-            handles.append(layer.experts.register_forward_pre_hook(keep_selected, with_kwargs=True))
-        try:
+
+        def keep(place: int, experts: Tensor, logits: Tensor | None) -> None:
+            if len(routing.selected) == place:  # a later pass finds more
+                routing.logits.append(logits)
+                routing.selected.append(experts.long())
+
+        with listen(self.layers, keep):
             yield routing
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not len(routing.logits) == len(routing.selected) == len(self.layers):
+        if len(routing.selected) != len(self.layers):
             raise ValueError(
                 f"{len(routing.selected)} of {len(self.layers)} MoE layers ran while their routing was recorded: run "
                 "the whole model once inside record()."
@@ -157,7 +154,7 @@ def selection_overlap(selected: Sequence[Tensor], ref_selected: Sequence[Tensor]
     counts = mask.flatten()
     means = []
     for now, before in zip(selected, ref_selected, strict=True):
-        kept = (now[:, :, None] == before.to(now.device)[:, None, :]).any(-1).double().mean(-1)
+        kept = shared_experts(now, before.to(now.device)).double() / now.shape[1]
         means.append((kept * counts).sum() / counts.sum().clamp(min=1))
     return torch.stack(means)
 
@@ -233,18 +230,6 @@ def _layers_of_moe(model: nn.Module, wanted_by: str) -> list[MoeLayer]:
 
 
 # ---- listening ----
-
-
-def _keep_logits(routing: Routing, place: int, layer: MoeLayer, module: nn.Module, args: tuple, output: Any) -> None:
-    if len(routing.logits) == place:  # a later pass finds more
-        routing.logits.append(logits_in(layer, output))
-
-
-def _keep_selected(
-    routing: Routing, place: int, layer: MoeLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> None:
-    if len(routing.selected) == place:
-        routing.selected.append(experts_in(layer, args, kwargs, routing.logits[place]).long())
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from hf_moe_cpt.routing.metrics import (
     expert_load,
     load_cv,
     load_entropy,
-    max_routing_imbalance_from_load,
+    max_routing_imbalance,
     normalized_imbalance,
 )
 
@@ -45,7 +45,7 @@ class RoutingImbalance(base.Metric):
         """Rows are tokens, in one layer."""
         index, num_experts = base.experts_of_rows(top_k_index, num_experts)
         load = expert_load(index, num_experts)
-        mri = float(max_routing_imbalance_from_load(load.double(), len(index)))
+        mri = float(max_routing_imbalance(index, num_experts))
         return {
             "mri": mri,
             "mri_normalized": normalized_imbalance(mri, num_experts, index.shape[1]),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token
 from hf_moe_cpt.trainers.common import metrics as throughput
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
@@ -20,8 +21,6 @@ from hf_moe_cpt.trainers.common.metrics import (
     MeanMeter,
     SourceLosses,
     ThroughputMeter,
-    active_parameters,
-    experts_per_token,
     flops_per_token,
     starting_losses,
 )
