@@ -73,6 +73,7 @@ from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.step import MODELS, config_of
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.gradients import TermGradients
+from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
@@ -619,7 +620,7 @@ NO_EVALUATION = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"sets": ("unlearn", "obsolete", "update", "retain"), "settings": {}},
     "safe": {
-        "sets": ("unlearn", "obsolete", "update", "retain", "neighbour"),
+        "sets": TERMS,
         "settings": {"forget_target": TARGET},
     },
 }

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
 from hf_moe_cpt.trainers.surgery.data import SurgeryMixture, collate_sets
+from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_trainer import counted_targets
 from tests.helpers.cpt_runs import logged
 from tests.helpers.fresh_process import TWO_RANKS, launch
@@ -283,7 +284,7 @@ def test_terms_that_are_held_apart_make_the_same_step(tmp_path, options):
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 def test_accumulation_does_not_change_the_step(tmp_path, normalization):
-    sizes = {f"{name}_batch_size": 4 for name in ("unlearn", "obsolete", "update", "retain", "neighbour")}
+    sizes = {f"{name}_batch_size": 4 for name in TERMS}
     options = {"normalization": normalization, "router_anchor": 0.5, "learning_rate": 1e-3}
     whole = trainer(tmp_path / "whole", "cpt_moe", **options, **sizes)
     parts = trainer(tmp_path / "parts", "cpt_moe", gradient_accumulation_steps=4, **options, **dict.fromkeys(sizes, 1))
@@ -299,7 +300,7 @@ def test_accumulation_does_not_change_the_step(tmp_path, normalization):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama"])  # the mixture: tests/distributed
 def test_two_ranks_make_the_steps_of_one(tmp_path, model):
-    sizes = {f"{name}_batch_size": 2 for name in ("unlearn", "obsolete", "update", "retain", "neighbour")}
+    sizes = {f"{name}_batch_size": 2 for name in TERMS}
     # the penalty of a batch's balance is taken by each rank on its own half
     common = {"model": "llama" if model == "llama" else "cpt_moe", "eval_strategy": "steps", "eval_steps": 2}
     common |= {"eval_on_start": True, "normalization": "token", "log_term_gradients": model == "llama"}
