@@ -32,14 +32,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from hf_moe_cpt.machine import has_process_group, leave_process_group
 from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, AtomicCheckpointMixin
-from hf_moe_cpt.trainers.common.distributed import (
-    RankAgreement,
-    has_process_group,
-    leave_process_group,
-    reduce_in_float32,
-    reshard,
-)
+from hf_moe_cpt.trainers.common.distributed import RankAgreement, reduce_in_float32, reshard
 from hf_moe_cpt.trainers.common.metrics import StepTiming
 
 

@@ -29,9 +29,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
+from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers, num_experts_of
 from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
-from hf_moe_cpt.trainers.common.distributed import has_process_group
 
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
-from hf_moe_cpt.trainers.common.distributed import has_process_group
+from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
