@@ -15,8 +15,12 @@ ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 ON_CPU_WORDS = ["--use_cpu", "--bf16", "false", "--report_to", "none"]
 
 
+def _home(tmp_path) -> dict:
+    return {"output_dir": str(tmp_path / "run"), **ON_CPU}
+
+
 def _config(tmp_path, **changes) -> RainbowPOConfig:
-    return RainbowPOConfig(output_dir=str(tmp_path / "run"), **{**ON_CPU, **changes})
+    return RainbowPOConfig(**{**_home(tmp_path), **changes})
 
 
 def test_defaults_are_the_papers(tmp_path):
@@ -212,10 +216,6 @@ def test_json_gives_the_same_configuration_again(tmp_path, changes):
     assert (
         restored["dispersion_scale"] == config.to_dict()["dispersion_scale"] == changes.get("dispersion_scale", "auto")
     )
-
-
-def _home(tmp_path) -> dict:
-    return {"output_dir": str(tmp_path / "run"), **ON_CPU}
 
 
 def test_presets_give_way_to_overrides(tmp_path):
