@@ -59,7 +59,7 @@ from hf_moe_cpt.data.python_corpus import (
     train_byte_level_bpe,
 )
 from hf_moe_cpt.data.text import tokenize_documents
-from hf_moe_cpt.evaluation.resumable import QuickstartFolder
+from hf_moe_cpt.evaluation.resumable import ResumableFolder
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.reports.charts import Mark, Series, line_chart
 from hf_moe_cpt.reports.tables import Section, write_report
@@ -67,7 +67,7 @@ from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.metrics import ContinualOutcome, imbalance_around_shift, imbalance_curve
 from hf_moe_cpt.routing.report import write_routing_report
 from hf_moe_cpt.routing.trace import collect_routing
-from hf_moe_cpt.trainers.common.checkpointing import BYTES_PER_MOMENT_PAIR
+from hf_moe_cpt.trainers.common.checkpointing import BYTES_PER_MOMENT_PAIR, last_whole_checkpoint
 from hf_moe_cpt.trainers.common.metrics import ShortPrinter
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
@@ -182,6 +182,58 @@ def make_plan(preset: str, steps: int | None, seed: int, device: str, data_dir: 
     size = preset.rpartition("-")[2]
     scale = SCALES[size] if steps is None else dataclasses.replace(SCALES[size], steps=steps)
     return Plan(preset, DENSE_TWINS[size], scale, seed, device, data_dir)
+
+
+class QuickstartFolder(ResumableFolder):
+    """quickstart.json (the plan), corpus/, tokenizer/, work/<stage>/ (the trainer's, until all is done), models/<stage>/
+    (to be loaded), records/<stage>.json (a finished stage), results.json, report.html, routing/ (traces and their page).
+    """
+
+    def __init__(self, root: str | Path, plan: Plan) -> None:
+        super().__init__(root, "quickstart.json", plan.settings())
+        self.results = self.root / "results.json"
+        self.report = self.root / "report.html"
+        self.tokenizer = self.root / "tokenizer"
+        self.routing = self.root / "routing"
+
+    def work(self, stage: str) -> Path:
+        """The trainer's folder of a stage."""
+        return self.root / "work" / stage
+
+    def model(self, stage: str) -> Path:
+        """The folder that `from_pretrained` loads."""
+        return self.root / "models" / stage
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left, or None if it is not finished."""
+        return self.read(f"records/{stage}.json")
+
+    def finish(self, stage: str, record: dict[str, Any], keep_work: bool) -> None:
+        """Mark a stage as finished, its model being saved; keep_work: another stage starts from its checkpoint."""
+        self.write(f"records/{stage}.json", record)
+        if not keep_work:
+            shutil.rmtree(self.work(stage))
+
+    def conclude(self, results: dict[str, Any]) -> None:
+        """Write the results of all stages; what only the trainer needed goes."""
+        self.write(self.results.name, results)
+        shutil.rmtree(self.root / "work", ignore_errors=True)
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raise ValueError if the disk under the folder cannot hold that much."""
+        free = shutil.disk_usage(self.root).free
+        if free < needed_bytes:
+            raise ValueError(
+                f"--output_dir {str(self.root)!r} has {free / 1e9:.1f} GB free and the checkpoints need about "
+                f"{needed_bytes / 1e9:.1f} GB: free space, or name a folder on another disk."
+            )
+
+    def checkpoint_to_resume(self, stage: str) -> Path | None:
+        """The last whole checkpoint of a stage that was killed; what a kill left without one is removed."""
+        checkpoint = last_whole_checkpoint(self.work(stage))
+        if checkpoint is None:
+            shutil.rmtree(self.work(stage), ignore_errors=True)
+        return checkpoint
 
 
 TOKENS_PER_HELD_OUT_DOCUMENT = 1024  # from its beginning; many short views of a domain measure it better than few long

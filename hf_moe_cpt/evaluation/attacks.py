@@ -33,12 +33,11 @@ from hf_moe_cpt.evaluation.scoring import (
     ReadDocument,
     ask,
     documents_of,
-    option_losses,
     questions_of,
+    right_answers,
     room_of,
     score_tokens,
 )
-from hf_moe_cpt.evaluation.text_metrics import mcq_correct
 from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
 
 
@@ -56,9 +55,9 @@ PREFIXES = {
 
 
 def attack(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: SurgeryBench, s: EvalSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: SurgeryBench, s: EvalSettings, bar: bool = False
 ) -> dict[str, Any]:
-    """Every attack of the settings by name; {} where nothing of unlearn can be asked.
+    """Every attack of the settings by name; {} where nothing of unlearn can be asked. bar: show the progress.
 
     Under several processes all train alike and share the questions.
     """
@@ -66,24 +65,23 @@ def attack(
     if not asked:
         return {}
     made = {
-        "relearn": lambda: relearn(model, tokenizer, bench, asked, s),
+        "relearn": lambda: relearn(model, tokenizer, bench, asked, s, bar),
         "quantise": lambda: quantise(model, tokenizer, bench, s),
         "prefix": lambda: prefix(model, tokenizer, [question.row for question in asked], s),
     }
     return {name: made[name]() for name in s.attacks}
 
 
-def right_answers(model: PreTrainedModel, asked: Sequence[AskedQuestion], batch_size: int) -> dict[str, Any]:
-    """Columns subject and right, a row for each question: 1 if the true option has the lowest perplexity, else 0; a
-    share of 1 where options tie, as they do where a broken model says NaN."""
+def answers_of(model: PreTrainedModel, asked: Sequence[AskedQuestion], batch_size: int) -> dict[str, Any]:
+    """Columns subject and right, a row for each question: 1 if the true option has the lowest perplexity, else 0, a
+    share of 1 where options tie, NaN where the model says NaN."""
     scores = iter(score_tokens(model, [text for question in asked for text in question.options], 3 * batch_size))
-    columns: dict[str, list[Any]] = {"logp": [], "tokens": []}
+    columns: dict[str, list[Any]] = {"logp": [], "tokens": [], "answer": [q.row["answer"] for q in asked]}
     for question in asked:
         of_options = [next(scores).logp for _ in question.options]
         columns["logp"].append([float(logp.sum(dtype=np.float64)) for logp in of_options])
         columns["tokens"].append([len(logp) for logp in of_options])
-    right = mcq_correct(option_losses(columns), [question.row["answer"] for question in asked])
-    return {"subject": [question.row["subject"] for question in asked], "right": right.tolist()}
+    return {"subject": [q.row["subject"] for q in asked], "right": right_answers(columns).tolist()}
 
 
 def relearn(
@@ -92,8 +90,9 @@ def relearn(
     bench: SurgeryBench,
     asked: Sequence[AskedQuestion],
     s: EvalSettings,
+    bar: bool = False,
 ) -> dict[str, Any]:
-    """Curves of the two trainings: {"own" or "benign": {"steps": [...], who: [right_answers at each of them]}}.
+    """Curves of the two trainings: {"own" or "benign": {"steps": [...], who: [answers_of at each of them]}}.
 
     A training without documents is left out.
     """
@@ -114,7 +113,7 @@ def relearn(
     for name, (documents, about) in trainings.items():
         about = {who: questions for who, questions in about.items() if questions}
         if documents and about:
-            found[name] = _curve(model, name, documents, about, s)
+            found[name] = _curve(model, name, documents, about, s, bar)
     return found
 
 
@@ -133,17 +132,18 @@ def _curve(
     documents: Sequence[ReadDocument],
     about: dict[str, list[AskedQuestion]],
     s: EvalSettings,
+    bar: bool,
 ) -> dict[str, Any]:
     curve: dict[str, Any] = {"steps": [], **{who: [] for who in about}}
 
     def take(step: int) -> None:
         curve["steps"].append(step)
         for who, questions in about.items():
-            curve[who].append(right_answers(model, questions, s.batch_size))
+            curve[who].append(answers_of(model, questions, s.batch_size))
 
     with restored_afterwards(model):
         take(0)
-        for step in tqdm(_train(model, documents, s), f"relearn {name}", s.relearn_steps, disable=not s.show_progress):
+        for step in tqdm(_train(model, documents, s), f"relearn {name}", s.relearn_steps, disable=not bar):
             if step % s.relearn_every == 0 or step == s.relearn_steps:
                 take(step)
     return curve
@@ -189,14 +189,14 @@ def _loss(model: PreTrainedModel, batch: Sequence[CountedText]) -> Tensor:
 def quantise(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: SurgeryBench, s: EvalSettings
 ) -> dict[str, Any]:
-    """{"8-bit" or "4-bit": {set: right_answers}} with rounded weights."""
+    """{"8-bit" or "4-bit": {set: answers_of}} with rounded weights."""
     asked = {name: questions_of(bench, name, tokenizer, model, s, kinds=("mcq",)) for name in QUANTISED_SETS}
     found: dict[str, Any] = {}
     for bits in BITS:
         with restored_afterwards(model):
             round_weights(model, bits)
             found[f"{bits}-bit"] = {
-                name: right_answers(model, questions, s.batch_size) for name, questions in asked.items() if questions
+                name: answers_of(model, questions, s.batch_size) for name, questions in asked.items() if questions
             }
     return found
 
@@ -204,10 +204,10 @@ def quantise(
 def prefix(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], s: EvalSettings
 ) -> dict[str, Any]:
-    """{name of the wording: right_answers}; a question is asked in every layout of PREFIXES."""
+    """{name of the wording: answers_of}; a question is asked in every layout of PREFIXES."""
     room = room_of(model, s)
     return {
-        name: right_answers(model, ask(rows, tokenizer, room, template), s.batch_size)
+        name: answers_of(model, ask(rows, tokenizer, room, template), s.batch_size)
         for name, template in PREFIXES.items()
     }
 

@@ -1,75 +1,179 @@
-"""From judged responses and scored pairs to measures with intervals, as JSON, CSV and a table. Source: ours.
-
-A measure is a number of `count` prompts or pairs, with the ends of its confidence interval where it has one: Wilson's
-for shares, that of the regression for length-controlled ones, mean +- z standard errors for means.
-
-What is judged: prompts, ready-made responses as JSON lines, and preference pairs; bad rows are refused by number.
-
-Source: ours.
-
-Log-probabilities of the two answers of preference pairs under a causal LM, in batches and without gradients.
+"""Judge a policy against a reference: by a reward model, and by how it ranks the answers of preference pairs.
 
 A pair is tokenised as trainers do: the prompt alone, and prompt and answer as a whole; an answer begins where these
-begin to differ, and ends with EOS where it is a string. Letters: B rows of a batch, S their tokens, P the positions
-that predict an answer's token in any of them, V vocabulary. Source: ours.
+begin to differ, and ends with EOS where it is a string. All that can be refused is refused from configurations,
+tokenizers and data; weights are read by the first stage that misses a shard.
 
-The stages of an evaluation: responses of policy and reference, their rewards, log-probabilities of pairs.
-
-All that can be refused is refused while the object is made, from configurations, tokenizers and data; weights are read
-by the first stage that misses a shard. Source: ours.
+Letters: B rows of a batch, S their tokens, P the positions that predict an answer's token in any of them, V words.
+Source: ours.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.evaluation.resumable import EvaluationFolder, MakeRows, Row, write_json, write_lines
+from hf_moe_cpt.evaluation.resumable import (
+    Progress,
+    ResumableFolder,
+    Row,
+    checksum_of_values,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, pair_outcomes, preference_accuracy, share_of_wins
 from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_rows
 from hf_moe_cpt.generation.sampling import (
     LoadOptions,
+    Policy,
+    PolicyArguments,
     Prompt,
-    Request,
-    RewardScorer,
-    Sampling,
-    TransformersSampler,
-    check_reward_model,
-    encode_prompt,
-    load_generation_config,
+    RewardArguments,
+    RewardModel,
+    check_at_least,
     load_policy,
-    load_reward_model,
     load_tokenizer,
-    load_vllm,
     read_config,
-    require_vllm,
-    resolve_text_format,
-    room_for_prompt,
-    stop_tokens,
+    require_template,
 )
-from hf_moe_cpt.machine import choose_device, release_memory
-from hf_moe_cpt.reports.tables import write_csv
-
-
-if TYPE_CHECKING:
-    from hf_moe_cpt.scripts.eval_preference import Job
+from hf_moe_cpt.machine import DEVICES, check_names, choose_device, machine_facts, release_memory
+from hf_moe_cpt.reports.tables import text_table, write_csv
 
 
 SIDES = ("policy", "reference")
+STAGES = tuple(f"{kind}-{side}" for kind in ("responses", "rewards", "logps") for side in SIDES)
 VERDICT_OF_OUTCOME = {1.0: "win", 0.5: "tie", 0.0: "loss"}
+
+Make = Callable[[Sequence[Any], Progress], list[Row]]  # of items, such as prompts
+
+
+@dataclass
+class SidesArguments(PolicyArguments):
+    """Against whom, and with other defaults."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The reference, such as the model that training started from."}
+    )
+    ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    temperature: float = field(default=0.7, metadata={"help": "Of the drawing, above 0; 0.01 is nearly greedy."})
+    top_p: float = field(default=0.9, metadata={"help": "Draw from the likeliest tokens of this total probability."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences side by side, of responses and of pairs."})
+
+
+@dataclass
+class DataArguments:
+    """Prompts and responses for the win rate, pairs for the accuracies; each a .jsonl, .parquet, ..., or a Hub id."""
+
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "Prompts to respond to; if not given, those of --responses, else of --dataset_name."},
+    )
+    prompts_split: str = field(default="train", metadata={"help": "Split of --prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Its column of strings or of lists of messages."})
+    as_chat: bool = field(default=False, metadata={"help": "Make each string of --prompts the turn of a user."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many prompts."})
+    responses: str | None = field(
+        default=None, metadata={"help": "The policy's ready responses: rows of prompt and response."}
+    )
+    ref_responses: str | None = field(default=None, metadata={"help": "The reference's, to the same prompts."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Preference pairs: prompt, chosen, rejected, as for DPO."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of pairs on the Hub."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of the pairs."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Use only the first so many pairs."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of prompt and answer; longer ones are cut. Default: the model's."},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_prompts", "max_pairs")
+        check_at_least(self, 2, "max_length")
+
+
+@dataclass
+class OutputArguments:
+    """Where it goes, and how it is counted."""
+
+    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
+    seed: int = field(default=0, metadata={"help": "Of the responses, together with a prompt's row."})
+    tie_margin: float = field(default=0.0, metadata={"help": "Rewards no further apart than this are a tie."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    shard_size: int = field(default=64, metadata={"help": "Prompts or pairs whose work is stored as one."})
+    stop_after: str | None = field(
+        default=None, metadata={"help": f"Stop there, to go on in a fresh process: {', '.join(STAGES)}."}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+
+    def __post_init__(self) -> None:
+        check_names("--device", [self.device], DEVICES)
+        check_names("--stop_after", self.stop_after and [self.stop_after], STAGES)
+        check_at_least(self, 1, "shard_size")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"--confidence {self.confidence} must lie in (0, 1), such as 0.95.")
+        if not 0 <= self.tie_margin < float("inf"):
+            raise ValueError(f"--tie_margin {self.tie_margin} must be at least 0.")
+
+
+@dataclass
+class Job:
+    """All arguments of an evaluation."""
+
+    policy: SidesArguments
+    data: DataArguments
+    reward: RewardArguments
+    output: OutputArguments
+
+    def __post_init__(self) -> None:
+        if not (self.has_duel or self.has_pairs):
+            raise ValueError(
+                "nothing to evaluate: give --reward_model_name_or_path for a win rate, --dataset_name for accuracies."
+            )
+        if self.has_pairs and self.policy.model_name_or_path is None:
+            raise ValueError("--dataset_name needs --model_name_or_path: whose log-probabilities are asked for?")
+        if self.has_duel:
+            self._check_duel()
+        else:
+            for name in ("prompts", "responses", "ref_responses"):
+                if getattr(self.data, name) is not None:
+                    raise ValueError(f"--{name} needs --reward_model_name_or_path: who judges the responses?")
+
+    def _check_duel(self) -> None:
+        data, policy = self.data, self.policy
+        for who, prefix in zip(SIDES, ("", "ref_"), strict=True):
+            model, responses = f"{prefix}model_name_or_path", f"{prefix}responses"
+            has_model, has_responses = getattr(policy, model) is not None, getattr(data, responses) is not None
+            if not (has_model or has_responses):
+                raise ValueError(f"the win rate needs a {who}: give --{model}, or --{responses} with ready responses.")
+            if has_model and has_responses and not self.has_pairs:
+                raise ValueError(f"Give one of --{model} and --{responses}: the first would not be used.")
+        if data.prompts is None and data.responses is None and data.ref_responses is None and not self.has_pairs:
+            raise ValueError("the win rate needs prompts: give --prompts, or --dataset_name to take those of pairs.")
+
+    @property
+    def has_duel(self) -> bool:
+        """Whether policy and reference answer prompts and a reward model judges."""
+        return self.reward.reward_model_name_or_path is not None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether log-probabilities of preference pairs are taken."""
+        return self.data.dataset_name is not None
 
 
 class Measure(NamedTuple):
@@ -328,14 +432,6 @@ def prompts_of(pairs: Sequence[PairRow]) -> list[PromptRow]:
     return [PromptRow(index, prompt) for index, prompt in enumerate(distinct.values())]
 
 
-def checksum_of(values: Sequence[Any]) -> str:
-    """16 hexadecimal digits that change with any of the values, which JSON can hold."""
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
 class AnswerTokens(NamedTuple):
     """ids: prompt and answer, cut at the limit. start: place of the answer's first token, at least 1 if it is read."""
 
@@ -367,17 +463,9 @@ def tokenize_answers(
         options = {"tokenize": True, "return_dict": True}
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
         wholes = [tokenizer.apply_chat_template(prompt + answer, **options)["input_ids"] for answer in answers]
-    start = min(_common_start(prompt_ids, whole) for whole in wholes)
+    start = len(os.path.commonprefix([prompt_ids, *wholes]))
     limit = max(map(len, wholes)) if max_length is None else max_length
     return [AnswerTokens(whole[:limit], start, len(whole) > limit) for whole in wholes]
-
-
-def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading elements are equal."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))
 
 
 def is_readable(answers: Sequence[AnswerTokens]) -> bool:
@@ -389,7 +477,7 @@ def answer_scores(
     model: PreTrainedModel,
     answers: Sequence[AnswerTokens],
     batch_size: int,
-    progress: Callable[[int], Any] = lambda count: None,
+    progress: Progress = lambda count: None,
 ) -> list[AnswerScore]:
     """One score for each answer, in their order; progress gets the size of each finished batch.
 
@@ -432,19 +520,21 @@ class Stopped(Exception):
 
 @dataclass
 class Side:
-    """The policy or the reference: a model, ready responses, or both."""
+    """The policy or the reference: a model, ready responses, or both. policy: set where the model draws responses."""
 
     name: str
     model: str | None
     options: LoadOptions
     responses: list[str] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    policy: Policy | None = None
 
 
 class Evaluation:
     """The checked inputs of a job and its stages. Raises ValueError before any weight is read.
 
-    notes: sentences for the reader of the results.
+    notes: sentences for the reader of the results. The folder holds eval_preference.json (the settings),
+    work/<stage>/<number>.jsonl (a line for each row of a shard), then the results.
     """
 
     def __init__(self, job: Job) -> None:
@@ -452,10 +542,12 @@ class Evaluation:
         self.device = choose_device(job.output.device)
         policy = job.policy
         names = (policy.model_name_or_path, policy.ref_model_name_or_path)
-        revisions = (policy.model_revision, policy.ref_model_revision)
+        loading = (policy.dtype, policy.attn_implementation, policy.trust_remote_code, self.device.type)
         self.sides = {
-            side: Side(side, name, self._options(revision, policy.dtype, policy.attn_implementation))
-            for side, name, revision in zip(SIDES, names, revisions, strict=True)
+            side: Side(side, name, LoadOptions(revision, *loading))
+            for side, name, revision in zip(
+                SIDES, names, (policy.model_revision, policy.ref_model_revision), strict=True
+            )
         }
         for side in self.sides.values():
             if side.model is not None:
@@ -465,11 +557,14 @@ class Evaluation:
         if job.has_pairs:
             data = job.data
             self.pairs = read_pairs(data.dataset_name, data.dataset_config, data.dataset_split, data.max_pairs)
-            self._check_pairs()
+            for side in self.sides.values():
+                if side.model is not None:
+                    require_template(side.tokenizer, [pair.prompt for pair in self.pairs], "pairs", side.name)
         if job.has_duel:
             self._read_prompts()
             self._check_duel()
-        self.folder = EvaluationFolder(job.output.output_dir, self._settings(), job.output.shard_size)
+        settings = {**self._settings(), "shard_size": job.output.shard_size}
+        self.folder = ResumableFolder(job.output.output_dir, "eval_preference.json", settings)
 
     def duel(self) -> tuple[dict[str, list[Row]], dict[str, list[float | None]]]:
         """Responses and rewards by side, a row for each prompt; None for prompts that are too long."""
@@ -503,58 +598,39 @@ class Evaluation:
         return scored, self._stage("logps", reference, self.pairs, self._pair_scorer, unit="pair")
 
     def _stage(
-        self, kind: str, side: Side, items: Sequence[Any], load: Callable[[Side], MakeRows], unit: str = "response"
+        self, kind: str, side: Side, items: Sequence[Any], load: Callable[[Side], Make], unit: str = "response"
     ) -> list[Row]:
-        stage = f"{kind}-{side.name}"
-        rows = self.folder.rows_of(stage, items, lambda: load(side), unit)
+        stage, size = f"{kind}-{side.name}", self.job.output.shard_size
+        shards = [items[start : start + size] for start in range(0, len(items), size)]
+        sizes = {f"work/{stage}/{number:05d}.jsonl": len(shard) for number, shard in enumerate(shards)}
+
+        def load_shards() -> Callable[[int, Progress], list[Row]]:
+            make = load(side)
+            return lambda place, progress: make(shards[place], progress)
+
+        self.folder.make_rows(stage, sizes, load_shards, unit)
         release_memory(self.device)
         if self.job.output.stop_after == stage:
             raise Stopped
-        return rows
+        return [row for name in sizes for row in read_lines(self.folder.root / name)]
 
-    def _responder(self, side: Side) -> MakeRows:
+    def _responder(self, side: Side) -> Make:
         """From prompts to responses: ready-made ones, or drawn by the model; those of policy and reference apart."""
         if side.responses is not None:
-            ready = side.responses
-            return lambda rows, progress: [_response(row, ready[row.index]) for row in rows]
-        policy = self.job.policy
-        seed = derive_seed(self.job.output.seed, side.name)
-        sampling = Sampling(1, policy.temperature, policy.top_p, policy.max_new_tokens, seed)
-        stop = stop_tokens(load_generation_config(side.model, side.options), side.tokenizer)
-        room = room_for_prompt(read_config(side.model, side.options), policy.max_new_tokens, None)
-        if policy.use_vllm:
-            engine = json_object("--vllm_options", policy.vllm_options)
-            sampler = load_vllm(side.model, side.options, engine, side.tokenizer, sampling, stop)
-        else:
-            model = load_policy(side.model, side.options)
-            sampler = TransformersSampler(model, side.tokenizer, sampling, stop, policy.batch_size)
+            return lambda rows, progress: [_response(row, side.responses[row.index]) for row in rows]
+        sampler = side.policy.load()
 
-        def respond(rows: Sequence[PromptRow], progress: Callable[[int], Any]) -> list[Row]:
-            ids = {row.index: encode_prompt(row.prompt, side.tokenizer) for row in rows}
-            fitting = {index: tokens for index, tokens in ids.items() if room is None or len(tokens) <= room}
-            requests = [Request(index, 0, tokens) for index, tokens in fitting.items()]
-            drawn = dict(zip(fitting, sampler(requests, progress) if requests else [], strict=True))
-            return [
-                _response(row, drawn[row.index].text, drawn[row.index].finished, drawn[row.index].num_tokens)
-                if row.index in drawn
-                else _response(row, None)
-                for row in rows
-            ]
+        def respond(rows: Sequence[PromptRow], progress: Progress) -> list[Row]:
+            drawn = side.policy.respond(sampler, {row.index: row.prompt for row in rows}, progress)
+            return [_response(row, *(drawn[row.index][0] if drawn[row.index] else (None,))) for row in rows]
 
         return respond
 
-    def _judge(self, side: Side) -> MakeRows:
+    def _judge(self, side: Side) -> Make:
         """From responses to rewards."""
-        reward = self.job.reward
-        scorer = RewardScorer(
-            load_reward_model(reward.reward_model_name_or_path, self._reward_options),
-            self.reward_tokenizer,
-            reward.reward_batch_size,
-            reward.reward_max_length,
-            self.text_format,
-        )
+        scorer = self.reward.load()
 
-        def judge(rows: Sequence[Row], progress: Callable[[int], Any]) -> list[Row]:
+        def judge(rows: Sequence[Row], progress: Progress) -> list[Row]:
             answered = [row for row in rows if row["response"] is not None]
             scores = scorer([(row["prompt"], row["response"]) for row in answered], progress)
             score_of = {row["index"]: score for row, score in zip(answered, scores, strict=True)}
@@ -566,11 +642,11 @@ class Evaluation:
 
         return judge
 
-    def _pair_scorer(self, side: Side) -> MakeRows:
+    def _pair_scorer(self, side: Side) -> Make:
         """From pairs to log-probabilities; None for pairs whose prompt leaves no room."""
         model, limit = load_policy(side.model, side.options), self._max_length(side)
 
-        def score(pairs: Sequence[PairRow], progress: Callable[[int], Any]) -> list[Row]:
+        def score(pairs: Sequence[PairRow], progress: Progress) -> list[Row]:
             tokens = [tokenize_answers(p.prompt, (p.chosen, p.rejected), side.tokenizer, limit) for p in pairs]
             readable = [place for place, answers in enumerate(tokens) if is_readable(answers)]
             flat = [answer for place in readable for answer in tokens[place]]
@@ -592,9 +668,6 @@ class Evaluation:
         limits = [limit for limit in (window, self.job.data.max_length) if limit is not None]
         return min(limits, default=None)
 
-    def _options(self, revision: str, dtype: str, attention: str | None = None) -> LoadOptions:
-        return LoadOptions(revision, dtype, attention, self.job.policy.trust_remote_code, self.device.type)
-
     def _read_prompts(self) -> None:
         """The prompts and where they are from, and the ready responses to them."""
         data, source = self.job.data, None
@@ -613,31 +686,13 @@ class Evaluation:
             self.prompts = prompts_of(self.pairs)[: data.max_prompts]
 
     def _check_duel(self) -> None:
-        job = self.job
-        self._reward_options = self._options(job.reward.reward_model_revision, job.reward.reward_dtype)
-        name = job.reward.reward_model_name_or_path
-        check_reward_model(name, self._reward_options)
-        self.reward_tokenizer = load_tokenizer(name, self._reward_options)
-        self.text_format = resolve_text_format(job.reward.reward_text_format, self.reward_tokenizer)
+        policy, output = self.job.policy, self.job.output
+        self.reward = RewardModel(self.job.reward, policy.trust_remote_code, self.device.type)
         for side in self.sides.values():
             if side.responses is None:
-                if job.policy.use_vllm:
-                    require_vllm()
-                stop_tokens(load_generation_config(side.model, side.options), side.tokenizer)
-                room_for_prompt(read_config(side.model, side.options), job.policy.max_new_tokens, None)
-                self._require_template(side, [row.prompt for row in self.prompts], "prompts")
-
-    def _check_pairs(self) -> None:
-        for side in self.sides.values():
-            if side.model is not None:
-                self._require_template(side, [pair.prompt for pair in self.pairs], "pairs")
-
-    def _require_template(self, side: Side, prompts: Sequence[Any], what: str) -> None:
-        if not side.tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(
-                f"the {what} are conversations and the {side.name}'s tokenizer has no chat template: set "
-                "tokenizer.chat_template and save it with the model, or give strings."
-            )
+                seed = derive_seed(output.seed, side.name)
+                side.policy = Policy(side.model, side.options, policy, num_samples=1, seed=seed)
+                require_template(side.tokenizer, [row.prompt for row in self.prompts], "prompts", side.name)
 
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the shards, up to rounding: neither batch sizes nor the device."""
@@ -648,16 +703,16 @@ class Evaluation:
         ]
         settings: dict[str, Any] = {"seed": job.output.seed}
         if job.has_duel:
-            settings["prompts_checksum"] = checksum_of([row.prompt for row in self.prompts])
+            settings["prompts_checksum"] = checksum_of_values([row.prompt for row in self.prompts])
             for side in self.sides.values():
-                settings[f"responses_checksum_{side.name}"] = side.responses and checksum_of(side.responses)
-            settings["reward_text_format"] = self.text_format
+                settings[f"responses_checksum_{side.name}"] = side.responses and checksum_of_values(side.responses)
+            settings["reward_text_format"] = self.reward.text_format
             names = ("model_name_or_path", "model_revision", "dtype", "max_length")
             chosen.append((reward, tuple(f"reward_{name}" for name in names)))
             chosen.append((policy, ("temperature", "top_p", "max_new_tokens", "use_vllm")))
             chosen.append((data, ("prompts", "responses", "ref_responses")))
         if job.has_pairs:
-            settings["pairs_checksum"] = checksum_of([[p.prompt, p.chosen, p.rejected] for p in self.pairs])
+            settings["pairs_checksum"] = checksum_of_values([[p.prompt, p.chosen, p.rejected] for p in self.pairs])
             chosen.append((data, ("dataset_name", "dataset_split", "max_length")))
         return settings | {name: getattr(group, name) for group, names in chosen for name in names}
 
@@ -665,3 +720,32 @@ class Evaluation:
 def _response(row: PromptRow, text: str | None, finished: bool | None = None, num_tokens: int | None = None) -> Row:
     """A line of a shard. text: None where the prompt is too long. finished, num_tokens: None where nobody counted."""
     return {"index": row.index, "prompt": row.prompt, "response": text, "finished": finished, "tokens": num_tokens}
+
+
+def run(job: Job) -> str:
+    """Check everything, make what is missing, write the results; the lines to print at the end."""
+    work = Evaluation(job)
+    work.folder.claim()
+    output, root = job.output, work.folder.root
+    measures: dict[str, Measure] = {}
+    lines: dict[str, Sequence[Row]] = {}
+    try:
+        if job.has_duel:
+            judged = judge(*work.duel(), output.tie_margin)
+            if not judged:
+                raise ValueError("no prompt is short enough for both models: give shorter ones or fewer new tokens.")
+            measures |= win_measures(judged, output.confidence)
+            lines["judged"] = judged
+            for side, key in zip(SIDES, ("response", "ref_response"), strict=True):
+                lines[f"responses_{side}"] = [{"prompt": row["prompt"], "response": row[key]} for row in judged]
+        if job.has_pairs:
+            scored, ref_scored = work.pair_scores()
+            measures |= accuracy_measures(scored, ref_scored, output.confidence)
+            lines["pairs"] = scored
+            if ref_scored is not None:
+                lines["pairs_reference"] = ref_scored
+    except Stopped:
+        return f"{root} holds {output.stop_after}; start again without --stop_after to go on."
+    facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}
+    write_results(root, measures, work.notes, facts, lines)
+    return "\n".join([*work.notes, f"files: {root}", "", text_table(table_rows(measures, output.confidence))])

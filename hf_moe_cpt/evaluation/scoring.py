@@ -1,30 +1,25 @@
-"""What a causal LM makes of texts: log-probabilities token by token, greedy continuations, distance to another model.
+"""What a causal LM makes of texts and of a SurgeryBench, and a number for each question and text from that.
 
-Rows go through the model in batches of similar length, padded, the longest first, so that memory fails at once. Only
-positions that count meet the head, a chunk at a time. With several processes each scores every world-size-th row and
-all get all results, by the row's place: no row is scored twice or lost.
+Texts: log-probabilities token by token, greedy continuations, distance to another model. Rows go through the model in
+batches of similar length, padded, the longest first, so that memory fails at once. Only positions that count meet the
+head, a chunk at a time. With several processes each scores every world-size-th row and all get all results, by the
+row's place: no row is scored twice or lost.
 
-Letters: B rows of a batch, S their tokens, N positions that count, H hidden size, V vocabulary. Source: ours.
-
-From a SurgeryBench to what is measured: which documents and questions of each set, and their tokens.
-
-The rows are a seeded draw without repetition, the same for every model, so that models are compared row by row. An
+Bench: rows are a seeded draw without repetition, the same for every model, so that models are compared row by row. An
 option is scored after its question, in the layout `question_template`; its tokens begin where question and option
 together leave the tokens of the question alone, so a tokenizer that joins both at the boundary does no harm.
 
-Source: ours. The measures are in docs/surgery_eval.md.
+Numbers: rows keep the name of their subject, because questions about one subject are not independent: intervals are
+drawn from subjects. The metrics are those of text_metrics.py, explained in docs/surgery_eval.md.
 
-From the raw measurements of one model to a number for each question and text, by metric and set.
-
-Rows keep the name of their subject, because questions about one subject are not independent: intervals are drawn from
-subjects. The metrics are those of hf_moe_cpt.analysis, a file for each family. Source: ours.
+Letters: B rows of a batch, S their tokens, N positions that count, H hidden size, V vocabulary. Source: ours.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +58,6 @@ from hf_moe_cpt.evaluation.text_metrics import (
     token_accuracy,
     zlib_score,
 )
-from hf_moe_cpt.trainers.common.distributed import has_process_group
 from hf_moe_cpt.trainers.surgery.chunked import LanguageHead, head_of, run_model
 from hf_moe_cpt.trainers.surgery.losses import forward_kl
 
@@ -199,7 +193,8 @@ def over_rows(
 
     Must be called by all processes of a group, with the same rows.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if has_process_group() else (0, 1)
+    is_alone = not (dist.is_available() and dist.is_initialized())
+    rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
     order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))[rank::world]
     results: dict[int, Any] = {}
     with tqdm(total=len(order), desc=bar, disable=bar is None or rank > 0, leave=False, mininterval=1) as progress:
@@ -264,7 +259,7 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
 
 
 PARTS = ("questions", "texts", "continuations", "divergence", "robustness")
-ATTACKS = ("relearn", "quantise", "prefix")
+ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix"), "none"
 KINDS_OF_SET = {
     "unlearn": ("mcq", "cloze", "paraphrase"),
     "obsolete": ("mcq",),
@@ -280,37 +275,38 @@ BARE_TEMPLATE = "{question}"  # of the paper, and of clozes
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured, on how many rows.
+    """What is measured, on how many rows."""
 
-    sets, kinds: of the bench and its questions; None for all that are asked of each set, KINDS_OF_SET. max_questions:
-    most of each set and kind. max_documents: most of each set. question_template: how a question is put before its
-    options, "{subject}" in it replaced; clozes are put bare. header: put before each document, not counted, such as
-    `surgery_bench.HEADER`. max_length: tokens of a text, the rest is cut; None for what the model can read.
-    new_tokens: of a continuation. attacks: of ATTACKS, in the part "robustness". relearn_*: of the relearning attack;
-    accuracy is taken every relearn_every steps.
-    """
-
-    sets: tuple[str, ...] | None = None
-    split: str = "test"
-    parts: tuple[str, ...] = PARTS
-    kinds: tuple[str, ...] | None = None
-    max_questions: int = 200
-    max_documents: int = 200
-    batch_size: int = 16
-    question_template: str = QUIZ_TEMPLATE
-    header: str | None = None
-    max_length: int | None = None
-    new_tokens: int = 64
-    attacks: tuple[str, ...] = ATTACKS
-    relearn_steps: int = 60
-    relearn_every: int = 10
-    relearn_lr: float = 1e-5
-    relearn_batch_size: int = 8
-    seed: int = 0
-    show_progress: bool = False
+    sets: list[str] | None = field(default=None, metadata={"help": "Only these sets of the bench."})
+    split: str = field(default="test", metadata={"help": "Of the questions: validation to choose by, test to report."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "Leave out what you do not need."})
+    kinds: list[str] | None = field(default=None, metadata={"help": "Only questions of these kinds."})
+    max_questions: int = field(default=200, metadata={"help": "Most questions of each set and kind."})
+    max_documents: int = field(default=200, metadata={"help": "Most documents of each set."})
+    batch_size: int = field(default=16, metadata={"help": "Documents, or questions with all options, side by side."})
+    question_template: str = field(
+        default=QUIZ_TEMPLATE,
+        metadata={"help": "Before the options, {subject} replaced; clozes stand bare, as all in the paper."},
+    )
+    header: str | None = field(
+        default=None, metadata={"help": "Put before each document and not counted; {subject} is replaced."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a text. Default: the model's."})
+    new_tokens: int = field(default=64, metadata={"help": "Of a continuation, at most."})
+    robustness: list[str] = field(
+        default_factory=lambda: list(ATTACKS), metadata={"help": f"Attacks, or {NO_ATTACKS}."}
+    )
+    relearn_steps: int = field(default=60, metadata={"help": "Of the relearning attack."})
+    relearn_every: int = field(default=10, metadata={"help": "Steps between two points of its curve."})
+    relearn_lr: float = field(default=1e-5, metadata={"help": "Its learning rate; small models need more."})
+    relearn_batch_size: int = field(default=8, metadata={"help": "Its documents a step."})
+    seed: int = field(default=0, metadata={"help": "Of the rows that are drawn, of relearning and of the bootstrap."})
 
     def __post_init__(self) -> None:
-        for name, known in (("sets", SETS), ("parts", PARTS), ("kinds", QUESTION_KINDS), ("attacks", ATTACKS)):
+        if NO_ATTACKS in self.robustness and len(self.robustness) > 1:
+            raise ValueError(f"--robustness {NO_ATTACKS} stands alone, got {' '.join(self.robustness)}.")
+        known_names = {"sets": SETS, "parts": PARTS, "kinds": QUESTION_KINDS, "robustness": (*ATTACKS, NO_ATTACKS)}
+        for name, known in known_names.items():
             for value in getattr(self, name) or ():
                 if value not in known:
                     raise ValueError(f"{name} has {value!r}, which is unknown: choose from {', '.join(known)}.")
@@ -327,6 +323,16 @@ class EvalSettings:
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} must be at least 2, so that a token has one before it.")
 
+    @property
+    def attacks(self) -> list[str]:
+        """Those of ATTACKS that are made."""
+        return [name for name in self.robustness if name != NO_ATTACKS]
+
+    @property
+    def measured_parts(self) -> list[str]:
+        """The parts, without the attacks where there are none."""
+        return [part for part in self.parts if part != "robustness" or self.attacks]
+
 
 class AskedQuestion(NamedTuple):
     """A row of questions, and its options after it."""
@@ -340,16 +346,6 @@ class ReadDocument(NamedTuple):
 
     row: dict[str, Any]
     tokens: CountedText
-
-
-def read_own_bench(documents: Sequence[str], questions: str | None) -> SurgeryBench:
-    """A bench of a user's own JSON Lines: one file whose rows name their set, or files as set=path."""
-    named = [text.partition("=") for text in documents]
-    if len(named) == 1 and not named[0][1]:
-        return SurgeryBench.from_jsonl(documents[0], questions)
-    if not all(sign for _, sign, _ in named):
-        raise ValueError("--documents takes one file whose rows name their set, or several as unlearn=a.jsonl.")
-    return SurgeryBench.from_jsonl({name: Path(path) for name, _, path in named}, questions)
 
 
 def sets_of(bench: SurgeryBench, settings: EvalSettings) -> tuple[str, ...]:
@@ -436,7 +432,7 @@ def ask(
     questions = []
     for row, prompt, (_, options) in zip(rows, prompts, pairs, strict=True):
         texts = [next(wholes) for _ in options]
-        start = min(_common_start(prompt, ids) for ids in texts)
+        start = len(os.path.commonprefix([prompt, *texts]))
         if start < 1 or any(len(ids) <= start for ids in texts):
             raise ValueError(
                 f"question {row['id']!r} cannot be scored: the tokenizer {type(tokenizer).__name__} gives it or an "
@@ -453,14 +449,6 @@ def room_of(model: PreTrainedModel, settings: EvalSettings) -> int | None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (window, settings.max_length) if limit is not None]
     return min(limits, default=None)
-
-
-def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading tokens are equal."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))
 
 
 Columns = Mapping[str, Sequence[Any]]
@@ -532,7 +520,10 @@ def membership_scores(raw: Mapping[str, Any], set_name: str) -> dict[str, Rows]:
 def curves_of(raw: Mapping[str, Any]) -> dict[tuple[str, str], Curve]:
     """Relearning curves by training and by whom was asked about: ("own", "taught"), ..., ("benign", "others")."""
     return {
-        (training, who): Curve(list(curve["steps"]), [_answers(columns) for columns in points])
+        (training, who): Curve(
+            list(curve["steps"]),
+            [Rows(np.asarray(columns["right"], dtype=np.float64), list(columns["subject"])) for columns in points],
+        )
         for training, curve in raw.get("robustness", {}).get("relearn", {}).items()
         for who, points in curve.items()
         if who != "steps"
@@ -546,12 +537,22 @@ def chance_of(raw: Mapping[str, Any]) -> float | None:
 
 
 def option_losses(columns: Columns) -> np.ndarray:
-    """(questions, options) nats per token; infinity where a question has fewer options, or the model said NaN."""
+    """(Q, O) nats per token; infinity where a question has fewer options, NaN where the model says so."""
     most = max(map(len, columns["logp"]))
     losses = np.full((len(columns["logp"]), most), np.inf)
     for row, (logp, tokens) in enumerate(zip(columns["logp"], columns["tokens"], strict=True)):
         losses[row, : len(logp)] = -np.asarray(logp, dtype=np.float64) / np.asarray(tokens)
-    return np.where(np.isnan(losses), np.inf, losses)
+    return losses
+
+
+def right_answers(columns: Columns) -> np.ndarray:
+    """(Q,) of `mcq_correct`, NaN for a question of which the model says NaN: that is no answer, and no guess."""
+    losses, answers = option_losses(columns), np.asarray(columns["answer"])
+    known = ~np.isnan(losses).any(axis=1)
+    right = np.full(len(losses), np.nan)
+    if known.any():
+        right[known] = mcq_correct(losses[known], answers[known])
+    return right
 
 
 def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:
@@ -575,12 +576,7 @@ def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[st
 def _of_questions(
     set_name: str, kind: str, columns: Columns
 ) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:
-    yield (
-        ACCURACY_OF_KIND[kind],
-        set_name,
-        columns["subject"],
-        lambda: mcq_correct(option_losses(columns), columns["answer"]),
-    )
+    yield ACCURACY_OF_KIND[kind], set_name, columns["subject"], lambda: right_answers(columns)
     if set_name != UPDATED:
         return
     changed = [row for row, old in enumerate(columns["old_answer"]) if old is not None]
@@ -628,10 +624,6 @@ def _of_attacks(attacks: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence
     answers += [(f"prefix_{name}", FORGOTTEN, columns) for name, columns in attacks.get("prefix", {}).items()]
     for metric, set_name, columns in answers:
         yield metric, set_name, columns["subject"], lambda columns=columns: columns["right"]
-
-
-def _answers(columns: Columns) -> Rows:
-    return Rows(np.asarray(columns["right"], dtype=np.float64), list(columns["subject"]))
 
 
 def _rows(columns: Columns, places: Sequence[int]) -> dict[str, list[Any]]:

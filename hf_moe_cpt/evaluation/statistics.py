@@ -1,24 +1,18 @@
-"""Read what a user hands to a metric: columns with a number for each row, and rows with a number for each token.
+"""Intervals: by the bootstrap for any statistic of rows in groups, and of how often a policy agrees with people.
 
-Everything becomes float64. An error is one line: what came, what is allowed, what to do. Source: ours.
-
-Confidence intervals by the bootstrap, for any statistic of rows that come in groups.
-
-Questions about one subject are not independent: whole groups (subjects) are drawn with replacement, as many as there
-are, with all of their rows. The interval lies between the percentiles of the statistic over many such draws.
-
+Bootstrap: questions about one subject are not independent, so whole groups (subjects) are drawn with replacement, as
+many as there are, with all of their rows; the interval lies between the percentiles of the statistic over many draws.
 Letters: N rows, G groups, R resamples. Source: Efron 1979; the cluster bootstrap as in Davison and Hinkley 1997,
 "Bootstrap Methods and their Application", section 3.8.
 
-How often a policy prefers the answer that people chose: plain, per token, and at equal lengths.
-
-Letters: N pairs; w (N,) outcomes, 1 where the chosen answer wins, 0 where it loses, 1/2 for a tie; d (N,) length of
-the chosen minus length of the rejected answer. Log-probabilities are in nats, summed over the tokens of an answer.
-
+Preference accuracy: N pairs; w (N,) outcomes, 1 where the chosen answer wins, 0 where it loses, 1/2 for a tie; d (N,)
+length of the chosen minus length of the rejected answer. Log-probabilities are in nats, sums over an answer's tokens.
 Length control is a logistic regression in the spirit of the length-controlled win rate of AlpacaEval 2 (Dubois et al.
 2024, arXiv 2404.04475): P(win | d) = sigmoid(theta + gamma tanh(d / s)), s the root mean square of d; reported is
 sigmoid(theta), the share of wins that the fit gives to answers of equal length. Wilson's interval: Wilson (1927).
 Source: ours.
+
+What a user hands in becomes float64; an error is one line: what came, what is allowed, what to do.
 """
 
 import math
@@ -43,14 +37,6 @@ def read_column(name: str, values: Column, *, num_rows: int | None = None, infin
         raise ValueError(f"{name} must be (N,) with at least one row, got shape {read.shape}.")
     if num_rows is not None and len(read) != num_rows:
         raise ValueError(f"{name} has {len(read)} rows and the other columns {num_rows}: give one value for each row.")
-    return read
-
-
-def read_shares(name: str, values: Column, *, num_rows: int | None = None) -> np.ndarray:
-    """(N,) float64 in [0, 1], as `read_column`."""
-    read = read_column(name, values, num_rows=num_rows)
-    if read.min() < 0 or read.max() > 1:
-        raise ValueError(f"{name} lies between {read.min():g} and {read.max():g}: every value must lie in [0, 1].")
     return read
 
 
@@ -141,34 +127,6 @@ def bootstrap_interval(
     return percentile_interval(float(statistic(rows)), replicates, confidence)
 
 
-def bootstrap_difference(
-    after: Column | np.ndarray,
-    before: Column | np.ndarray,
-    groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    statistic: Statistic = np.mean,
-) -> Interval:
-    """statistic(after) - statistic(before) of the same rows, paired: both are drawn together. As `bootstrap_interval`.
-
-    after, before: (N,) or (N, D), row by row the same question or text.
-    """
-    pair = {name: _read_rows(name, values) for name, values in (("after", after), ("before", before))}
-    if pair["after"].shape != pair["before"].shape:
-        raise ValueError(
-            f"after has shape {pair['after'].shape} and before {pair['before'].shape}: pairs need the same rows."
-        )
-    rows = np.stack(list(pair.values()), axis=-1)  # (N, [D,] 2)
-
-    def difference(drawn: np.ndarray) -> float:
-        return float(statistic(drawn[..., 0])) - float(statistic(drawn[..., 1]))
-
-    if statistic is np.mean and rows.ndim == 2:
-        return bootstrap_interval(rows[:, 0] - rows[:, 1], groups, confidence, resamples, seed)
-    return bootstrap_interval(rows, groups, confidence, resamples, seed, difference)
-
-
 def bootstrap_two_samples(
     first: Column | np.ndarray,
     second: Column | np.ndarray,
@@ -179,24 +137,15 @@ def bootstrap_two_samples(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A statistic of two independent samples, such as `membership.auc`; each is drawn on its own.
+    """A statistic of two independent samples, such as `text_metrics.auc`; each is drawn on its own.
 
     first, second: (N,) and (M,), or (N, D) and (M, D). Both ends are NaN where either sample is a single group.
     """
-    samples = [_read_rows("first", first), _read_rows("second", second)]
-    value = float(statistic(*samples))
-    members = [
-        _members(name, groups, len(rows))
-        for name, groups, rows in zip(
-            ("first_groups", "second_groups"), (first_groups, second_groups), samples, strict=True
-        )
-    ]
-    if min(map(len, members)) < 2:
-        return percentile_interval(value, np.full(1, math.nan), confidence)
+    samples = {"first": _read_rows("first", first), "second": _read_rows("second", second)}
+    groups = {"first_groups": first_groups, "second_groups": second_groups}
     streams = np.random.default_rng(seed).spawn(2)
-    drawn = [_drawn_rows(member, resamples, stream) for member, stream in zip(members, streams, strict=True)]
-    replicates = [statistic(samples[0][ours], samples[1][theirs]) for ours, theirs in zip(*drawn, strict=True)]
-    return percentile_interval(value, np.array(replicates, dtype=np.float64), confidence)
+    replicates = _replicates(list(samples.values()), groups, resamples, streams, statistic)
+    return percentile_interval(float(statistic(*samples.values())), replicates, confidence)
 
 
 def bootstrap_replicates(
@@ -212,18 +161,34 @@ def bootstrap_replicates(
     place, and `percentile_interval` takes the result.
     """
     rows = _read_rows("values", values)
-    members = _members("groups", groups, len(rows))
-    _check_resamples(resamples)
-    if len(members) < 2:
+    return _replicates([rows], {"groups": groups}, resamples, [np.random.default_rng(seed)], statistic)
+
+
+def _replicates(
+    samples: Sequence[np.ndarray],
+    groups: Mapping[str, Sequence[Hashable] | None],
+    resamples: int,
+    streams: Sequence[np.random.Generator],
+    statistic: Callable[..., float],
+) -> np.ndarray:
+    """(R,) the statistic of samples that are drawn independently, each from its own stream."""
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1; 2000 is usual.")
+    members = [_members(name, of, len(rows)) for (name, of), rows in zip(groups.items(), samples, strict=True)]
+    if min(map(len, members)) < 2:
         return np.full(resamples, math.nan)
-    stream = np.random.default_rng(seed)
-    if (statistic is np.mean and rows.ndim == 1) or (statistic is ratio_of_sums and rows.ndim == 2):
+    rows = samples[0]
+    if len(samples) == 1 and (statistic, rows.ndim) in ((np.mean, 1), (ratio_of_sums, 2)):
         totals = np.stack([rows, np.ones(len(rows))], axis=1) if rows.ndim == 1 else rows
-        sums = np.array([totals[member].sum(axis=0) for member in members])  # (G, 2): no row is touched again
-        parts = [sums[drawn].sum(axis=1) for drawn in _draws(len(members), resamples, stream)]
+        sums = np.array([totals[member].sum(axis=0) for member in members[0]])  # (G, 2): no row is touched again
+        parts = [sums[drawn].sum(axis=1) for drawn in _draws(len(sums), resamples, streams[0])]
         above, below = np.concatenate(parts).T
         return above / below
-    return np.array([statistic(rows[drawn]) for drawn in _drawn_rows(members, resamples, stream)], dtype=np.float64)
+    drawn = [_drawn_rows(member, resamples, stream) for member, stream in zip(members, streams, strict=True)]
+    resampled = (
+        [sample[places] for sample, places in zip(samples, one, strict=True)] for one in zip(*drawn, strict=True)
+    )
+    return np.array([statistic(*one) for one in resampled], dtype=np.float64)
 
 
 def percentile_interval(value: float, replicates: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -277,15 +242,9 @@ def _draws(num_groups: int, resamples: int, stream: np.random.Generator) -> Iter
 
 def _drawn_rows(members: Sequence[np.ndarray], resamples: int, stream: np.random.Generator) -> Iterator[np.ndarray]:
     """Row numbers of each resample."""
-    _check_resamples(resamples)
     for chunk in _draws(len(members), resamples, stream):
         for drawn in chunk:
             yield np.concatenate([members[group] for group in drawn])
-
-
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples} must be at least 1; 2000 is usual.")
 
 
 Values = Tensor | np.ndarray | Sequence[float]

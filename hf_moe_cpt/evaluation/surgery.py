@@ -1,47 +1,28 @@
-"""Take all raw measurements of one model: `evaluate_model`. What they mean is worked out in eval_surgery_results.py.
+"""Judge a surgery: take all raw measurements of up to three models, and make numbers with intervals of them.
+
+`evaluate_model` measures one model, `summarise` compares those of up to three, `run` does both for a command, with a
+folder in which a killed run goes on. Raw measurements, by part:
 
     questions      {set: {kind: columns}}    log-probability, tokens and hits of each option
     texts          {set: columns}            log-probability, hit, vocabulary mean and spread of each token
     continuations  {set: columns}            what the model writes after the first half of a text, greedily
     divergence     {set: columns}            KL and agreement with a reference at each token
-    robustness     {attack: ...}             eval_surgery_robustness.py
+    robustness     {attack: ...}             attacks.py
 
-Columns are lists with an entry for each row, `id` and `subject` among them. All of it is plain numbers, text, lists
-and dictionaries, as JSON holds them. Source: ours.
-
-Numbers that join several means: R, Q, steps of relearning, and the score, each with its interval.
-
-The subjects of a set are drawn once for all models and questions, so that what moves together is drawn together; sets
-are drawn independently. A formula is taken of the means of every draw. Letters: R draws. Source: ours; the formulas
-are those of hf_moe_cpt.analysis.
-
-What each metric of a surgery evaluation is: its name in the files, its label, its formula, its source.
-
-Written once for the table in the terminal, the page and docs/surgery_eval.md, whose rows a test compares with these.
-Letters: n tokens of a text that count, p_i the model's probability of token i given those before it; members are the
-texts of unlearn, the others those of unseen. Source: ours; each metric names its own.
-
-What a surgery evaluation could not compute, in lines that say why and what to do. Source: ours.
-
-From the raw measurements of up to three models to numbers with intervals, warnings, and what is missing.
-
-`summarise` gives plain data, as JSON holds it:
+Columns are lists with an entry for each row, `id` and `subject` among them. A summary:
 
     sides        names of the models that were measured
     confidence   of all intervals: percentiles of a bootstrap over subjects
-    measures     rows of side, set, metric, value, low, high, n (questions or texts); the metrics are explained in
-                 eval_surgery_definitions.py. None where a number does not exist, such as an interval of one subject
+    measures     rows of side, set, metric (of METRICS), value, low, high, n (questions or texts). None where a number
+                 does not exist, such as an interval of one subject
     curves       rows of side, training, asked, step, accuracy, low, high: relearning
     score        of each side the formula of its score and the parts that are left out
     chance       accuracy of guessing on unlearn, or None
     warnings     lines about over-forgetting
     missing      lines about what could not be computed, and why
 
-Source: ours.
-
-The stages of a surgery evaluation: check the inputs, load a model only if a part of it is missing, measure, store.
-
-Source: ours.
+All of it is plain data, as JSON holds it. The subjects of a set are drawn once for all models and questions, so that
+what moves together is drawn together; sets are drawn independently. Source: ours; each metric names its own.
 """
 
 from __future__ import annotations
@@ -50,8 +31,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -60,7 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, attack
-from hf_moe_cpt.evaluation.resumable import SurgeryEvalFolder, checksum_of_files
+from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files
 from hf_moe_cpt.evaluation.scoring import (
     ALL_SETS,
     ANCHORED_SETS,
@@ -81,7 +63,6 @@ from hf_moe_cpt.evaluation.scoring import (
     documents_of,
     membership_scores,
     questions_of,
-    read_own_bench,
     score_distances,
     score_tokens,
     sets_of,
@@ -100,39 +81,118 @@ from hf_moe_cpt.evaluation.text_metrics import (
     PART_FORMULAS,
     auc,
     forgetting_part,
-    harmonic_mean,
     is_over_forgotten,
     privacy_leakage,
     quantisation_stability,
     relearning_robustness,
     retained_part,
     robustness_part,
+    score_formula,
     steps_until,
     surgery_score,
     update_part,
 )
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.generation.sampling import LoadOptions, load_policy, load_tokenizer
-from hf_moe_cpt.machine import choose_device, release_memory
-from hf_moe_cpt.scripts.eval_surgery import SIDES
+from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.trainers.surgery.chunked import check_head
 
 
-if TYPE_CHECKING:
-    from hf_moe_cpt.scripts.eval_surgery import BenchArguments, Job
-
-
+SIDES = ("before", "after", "retrained")
 Raw = dict[str, Any]  # measurements by part
 
 
+@dataclass
+class ModelArguments:
+    """The models, folders or Hub ids; at least one."""
+
+    before: str | None = field(default=None, metadata={"help": "The model that surgery started from."})
+    after: str | None = field(default=None, metadata={"help": "The model that surgery made."})
+    retrained: str | None = field(
+        default=None, metadata={"help": "A model that never read what was to be forgotten: the yardstick."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Default: that of the first model given."})
+    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+
+    def __post_init__(self) -> None:
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--device", [self.device], DEVICES)
+        if not self.given:
+            raise ValueError("nothing to evaluate: give --before, --after or --retrained, best all three.")
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Names of the models by side."""
+        return {side: name for side in SIDES if (name := getattr(self, side)) is not None}
+
+
+@dataclass
+class BenchArguments:
+    """Documents and questions: a saved bench, a generated one, or your own JSON Lines."""
+
+    bench: str | None = field(default=None, metadata={"help": "Folder that SurgeryBench.save wrote."})
+    bench_seed: int = field(default=0, metadata={"help": "Of the bench that is generated where none is named."})
+    num_subjects: int | None = field(default=None, metadata={"help": "Size of the bench that is to be generated."})
+    documents: list[str] | None = field(
+        default=None, metadata={"help": "One .jsonl whose rows name their set, or several as unlearn=a.jsonl."}
+    )
+    questions: str | None = field(default=None, metadata={"help": "A .jsonl of questions about --documents."})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bench", "num_subjects", "documents") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of --bench, --num_subjects and --documents, got {', '.join(given) or 'none'}: which texts?"
+            )
+        if self.questions is not None and self.documents is None:
+            raise ValueError("--questions needs --documents: whom are they about?")
+
+    def load(self) -> SurgeryBench:
+        """The bench that the arguments name, generated if none is."""
+        if self.bench is not None:
+            return SurgeryBench.load(self.bench)
+        if self.documents is None:
+            return SurgeryBench.generate(self.bench_seed, self.num_subjects)
+        named = [text.partition("=") for text in self.documents]
+        if len(named) == 1 and not named[0][1]:
+            return SurgeryBench.from_jsonl(self.documents[0], self.questions)
+        if not all(sign for _, sign, _ in named):
+            raise ValueError("--documents takes one file whose rows name their set, or several as unlearn=a.jsonl.")
+        return SurgeryBench.from_jsonl({name: Path(path) for name, _, path in named}, self.questions)
+
+
+@dataclass
+class OutputArguments:
+    """Where it goes, and how wide its intervals are."""
+
+    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    resamples: int = field(default=RESAMPLES, metadata={"help": "Of the bootstrap."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"--confidence {self.confidence} must lie in (0, 1), such as 0.95.")
+        if self.resamples < 1:
+            raise ValueError(f"--resamples {self.resamples} must be at least 1; 2000 is usual.")
+
+
 class Subject(NamedTuple):
-    """One model under examination. reference: the model before surgery, for the divergence."""
+    """One model under examination. reference: the model before surgery, for the divergence. bar: show progress."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     bench: SurgeryBench
     settings: EvalSettings
     reference: PreTrainedModel | None
+    bar: bool
+
+    def label(self, text: str) -> str | None:
+        """Of a progress bar, None for none."""
+        return text if self.bar else None
 
 
 def evaluate_model(
@@ -141,30 +201,33 @@ def evaluate_model(
     bench: SurgeryBench,
     settings: EvalSettings | None = None,
     reference: PreTrainedModel | None = None,
+    bar: bool = False,
 ) -> Raw:
-    """Measurements of each part of the settings; "divergence" only where the reference, the model before, is given.
+    """Measurements of each part of the settings; "divergence" only with a reference, the model before.
 
     All processes of a group must call it, each with the whole model; all get the same. The model is left as it was.
+    bar: show the progress.
     """
-    s = settings or EvalSettings()
+    settings = settings or EvalSettings()
     check_head(model)
-    subject = Subject(model, tokenizer, bench, s, reference)
+    subject = Subject(model, tokenizer, bench, settings, reference, bar)
     was_training = model.training
     model.eval()
     try:
-        return {part: MEASURES[part](subject) for part in s.parts if part != "divergence" or reference is not None}
+        parts = [part for part in settings.measured_parts if part != "divergence" or reference is not None]
+        return {part: MEASURES[part](subject) for part in parts}
     finally:
         model.train(was_training)
 
 
 def measure_questions(subject: Subject) -> Raw:
     """Of each set and kind: answer, old_answer, attribute, and of each option logp (sum), tokens and hits."""
-    model, tokenizer, bench, s, _ = subject
+    model, tokenizer, bench, s, *_ = subject
     found: Raw = {}
     for name in sets_of(bench, s):
         asked = questions_of(bench, name, tokenizer, model, s)
         options = [text for question in asked for text in question.options]
-        scores = iter(score_tokens(model, options, 3 * s.batch_size, bar=_bar(s, f"questions about {name}")))
+        scores = iter(score_tokens(model, options, 3 * s.batch_size, bar=subject.label(f"questions about {name}")))
         for question in asked:
             of_options = [next(scores) for _ in question.options]
             row = {key: question.row[key] for key in ("id", "subject", "attribute", "answer", "old_answer")}
@@ -177,12 +240,12 @@ def measure_questions(subject: Subject) -> Raw:
 
 def measure_texts(subject: Subject) -> Raw:
     """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, and the text."""
-    model, tokenizer, bench, s, _ = subject
+    model, tokenizer, bench, s, *_ = subject
     found: Raw = {}
     for name in sets_of(bench, s):
         documents = documents_of(bench, name, tokenizer, model, s)
         tokens = [document.tokens for document in documents]
-        bar = _bar(s, f"texts of {name}")
+        bar = subject.label(f"texts of {name}")
         scores = score_tokens(model, tokens, s.batch_size, with_moments=True, bar=bar)
         for document, score in zip(documents, scores, strict=True):
             row = {**_who(document), "text": document.row["text"][len(document.row["prefix"]) :]}
@@ -196,7 +259,7 @@ def measure_continuations(subject: Subject) -> Raw:
 
     Texts of fewer than four tokens that count are left out.
     """
-    model, tokenizer, bench, s, _ = subject
+    model, tokenizer, bench, s, *_ = subject
     stop = _stop_tokens(model, tokenizer)
     found: Raw = {}
     for name in (name for name in sets_of(bench, s) if name in CONTINUED_SETS):
@@ -207,7 +270,7 @@ def measure_continuations(subject: Subject) -> Raw:
         ]
         halves = [(document.tokens.start + len(document.tokens.ids)) // 2 for document in documents]
         prompts = [document.tokens.ids[:half] for document, half in zip(documents, halves, strict=True)]
-        bar = _bar(s, f"continuations of {name}")
+        bar = subject.label(f"continuations of {name}")
         written = continue_greedily(model, prompts, s.new_tokens, s.batch_size, stop=stop, bar=bar)
         for document, half, ids in zip(documents, halves, written, strict=True):
             rest = document.tokens.ids[half : half + s.new_tokens]
@@ -219,12 +282,12 @@ def measure_continuations(subject: Subject) -> Raw:
 
 def measure_divergence(subject: Subject) -> Raw:
     """Of the sets that must not change: kl and agrees, lists with an entry for each token that counts."""
-    model, tokenizer, bench, s, reference = subject
+    model, tokenizer, bench, s, reference, _ = subject
     found: Raw = {}
     for name in (name for name in sets_of(bench, s) if name in ANCHORED_SETS):
         documents = documents_of(bench, name, tokenizer, model, s)
         tokens = [document.tokens for document in documents]
-        distances = score_distances(model, reference, tokens, s.batch_size, bar=_bar(s, f"divergence on {name}"))
+        distances = score_distances(model, reference, tokens, s.batch_size, bar=subject.label(f"divergence on {name}"))
         for document, distance in zip(documents, distances, strict=True):
             columns = {key: column.tolist() for key, column in distance._asdict().items()}
             _append(found.setdefault(name, {}), {**_who(document), **columns})
@@ -233,7 +296,7 @@ def measure_divergence(subject: Subject) -> Raw:
 
 def measure_robustness(subject: Subject) -> Raw:
     """The attacks of the settings."""
-    return attack(subject.model, subject.tokenizer, subject.bench, subject.settings)
+    return attack(subject.model, subject.tokenizer, subject.bench, subject.settings, subject.bar)
 
 
 MEASURES: dict[str, Callable[[Subject], Raw]] = {
@@ -260,14 +323,9 @@ def _append(columns: dict[str, list[Any]], row: Raw) -> None:
         columns.setdefault(key, []).append(value)
 
 
-def _bar(settings: EvalSettings, label: str) -> str | None:
-    return label if settings.show_progress else None
-
-
 SCORE_BITS = 4  # of the Q in the score
 RETAINED = "retain"
 _SETS = (FORGOTTEN, UNSEEN, UPDATED, RETAINED)
-JOINT_PARTS = ("forgetting", "update", "retained", "robustness")
 JOINED = ("accuracy", *(f"accuracy_{bits}bit" for bits in BITS), "reliability", "generalisation")
 
 
@@ -323,7 +381,12 @@ class JointNumbers:
         seed: int,
     ) -> None:
         self.goal = goal
-        self.steps = {side: own["own", "taught"].steps for side, own in curves.items() if ("own", "taught") in own}
+        taught = {side: own["own", "taught"] for side, own in curves.items() if ("own", "taught") in own}
+        self.steps = {
+            side: curve.steps
+            for side, curve in taught.items()
+            if all(np.isfinite(rows.values).all() for rows in curve.answers)
+        }
         columns: dict[str, dict[str, Rows]] = {}
         for side, rows_of in values.items():
             for (metric, set_name), rows in rows_of.items():
@@ -372,7 +435,8 @@ class JointNumbers:
             if all(number is not None for number in numbers)
         }
         if parts:
-            parts["score"] = joined(lambda *values: harmonic_mean(values), *parts.values())
+            of = tuple(parts)
+            parts["score"] = joined(lambda *values: surgery_score(dict(zip(of, values, strict=True))), *parts.values())
         return parts
 
     def _mean(self, set_name: str, name: str) -> Joint | None:
@@ -704,6 +768,10 @@ class _Summing:
             self.values[side], self.refused[side] = values_of(raw)
         self.chance = next((chance for raw in raws.values() if (chance := chance_of(raw)) is not None), None)
         self.curves = {side: curves_of(raw) for side, raw in raws.items()}
+        for side, curves in self.curves.items():
+            own = curves.get(("own", "taught"))
+            if own is not None and not all(np.isfinite(rows.values).all() for rows in own.answers):
+                self.refused[side]["relearn_half_steps", FORGOTTEN] = "the model said NaN while it relearnt."
         self.joint = JointNumbers(self.values, self.curves, self._half_way(), resamples, seed)
         self.measures: list[dict[str, Any]] = []
 
@@ -789,17 +857,19 @@ class _Summing:
         for name, number in parts.items():
             metric = name if name == "score" else f"score_{name}"
             self._add(side, ALL_SETS, metric, number.interval(self.confidence), None)
-        found = surgery_score(**{name: parts[name].value for name in PARTS if name in parts})
         has_oracle = ("accuracy", FORGOTTEN) in self.values.get("retrained", {})
         target = "of the retrained model" if has_oracle else "on unseen"
         told = f"; target: accuracy {target}" if "forgetting" in parts else ""
-        return {"formula": found.formula + told, "left_out": list(found.left_out)}
+        left_out = [name for name in PART_FORMULAS if name not in parts]
+        return {"formula": score_formula(parts) + told, "left_out": left_out}
 
     def _curve_rows(self) -> Iterator[dict[str, Any]]:
         for side, curves in self.curves.items():
             for (training, who), curve in curves.items():
                 for step, answers in zip(curve.steps, curve.answers, strict=True):
-                    value, low, high = (float(n) if math.isfinite(n) else None for n in self._mean(answers))
+                    known = np.isfinite(answers.values).all()
+                    mean = self._mean(answers) if known else (math.nan,) * 3
+                    value, low, high = (float(n) if math.isfinite(n) else None for n in mean)
                     row = {"side": side, "training": training, "asked": who, "step": step}
                     yield row | {"accuracy": value, "low": low, "high": high, "n": len(answers.values)}
 
@@ -840,88 +910,86 @@ def _side_by_side(ours: Rows, oracle: Rows) -> Rows | None:
 
 
 class SurgeryEvaluation:
-    """The checked inputs of a job. Raises ValueError before any weight is read."""
+    """The checked inputs of a run. Raises ValueError before any weight is read.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        choose_device(job.models.device)  # refuses one that is not there
-        self.state = PartialState(cpu=job.models.device == "cpu")
-        self.device = choose_device(job.models.device)
-        self.settings = EvalSettings(**job.settings(), show_progress=self.state.is_main_process)
+    The folder holds eval_surgery.json (settings), work/<model>/<part>.json (raw measurements), then results.json,
+    results.csv and report.html.
+    """
+
+    def __init__(self, models: ModelArguments, bench: BenchArguments, settings: EvalSettings, root: str) -> None:
+        self.models, self.settings = models.given, settings
+        choose_device(models.device)  # refuses one that is not there
+        self.state = PartialState(cpu=models.device == "cpu")
+        self.device = choose_device(models.device)
         self.options = LoadOptions(
-            dtype=job.models.dtype,
-            attn_implementation=job.models.attn_implementation,
-            trust_remote_code=job.models.trust_remote_code,
-            device=job.models.device,
+            dtype=models.dtype,
+            attn_implementation=models.attn_implementation,
+            trust_remote_code=models.trust_remote_code,
+            device=models.device,
         )
-        self.bench = load_bench(job.bench)
-        if not sets_of(self.bench, self.settings):
-            raise ValueError(
-                f"the bench holds nothing of the sets {', '.join(self.settings.sets or SETS)}: name others."
-            )
-        self.tokenizer = load_tokenizer(job.models.tokenizer or next(iter(job.models.given.values())), self.options)
-        self.folder = SurgeryEvalFolder(job.output.output_dir, self._identity())
+        self.bench = bench.load()
+        if not sets_of(self.bench, settings):
+            raise ValueError(f"the bench holds nothing of the sets {', '.join(settings.sets or SETS)}: name others.")
+        self.tokenizer = load_tokenizer(models.tokenizer or next(iter(self.models.values())), self.options)
+        self.folder = ResumableFolder(root, "eval_surgery.json", self._identity(models, bench))
 
     def measurements(self) -> dict[str, Raw]:
         """Raw measurements of each model by side, from disk where they are there."""
         self.folder.check()
         self.state.wait_for_everyone()
-        if self.state.is_main_process:
+        if self.state.is_main_process:  # the only one that writes
             self.folder.claim()
         self.state.wait_for_everyone()
-        missing = {side: self._missing_parts(side) for side in self.job.models.given}
+        missing = {side: self._missing_parts(side) for side in self.models}
         self.state.wait_for_everyone()  # nobody writes before everybody has looked
         for side, parts in missing.items():
             if parts:
                 self._measure(side, parts)
         self.state.wait_for_everyone()
-        return {
-            side: {part: found for part in self.settings.parts if (found := self.folder.read(side, part)) is not None}
-            for side in self.job.models.given
-        }
+        found = {side: {part: self._read(side, part) for part in self.settings.measured_parts} for side in self.models}
+        return {side: {part: raw for part, raw in raws.items() if raw is not None} for side, raws in found.items()}
+
+    def _read(self, side: str, part: str) -> Raw | None:
+        return self.folder.read(f"work/{side}/{part}.json")
 
     def _missing_parts(self, side: str) -> list[str]:
-        has_reference = side != "before" and "before" in self.job.models.given
+        has_reference = side != "before" and "before" in self.models
         return [
             part
-            for part in self.settings.parts
-            if self.folder.read(side, part) is None and (part != "divergence" or has_reference)
+            for part in self.settings.measured_parts
+            if self._read(side, part) is None and (part != "divergence" or has_reference)
         ]
 
     def _measure(self, side: str, parts: list[str]) -> None:
-        model = self._load(side)
+        model, is_main = load_whole(self.models[side], self.options), self.state.is_main_process
         for part in parts:
-            reference = self._load("before") if part == "divergence" else None
-            settings = EvalSettings(**{**vars(self.settings), "parts": (part,)})
-            found = evaluate_model(model, self.tokenizer, self.bench, settings, reference)
-            if self.state.is_main_process:
-                self.folder.write(side, part, found[part])
+            reference = load_whole(self.models["before"], self.options) if part == "divergence" else None
+            settings = replace(self.settings, parts=[part])
+            found = evaluate_model(model, self.tokenizer, self.bench, settings, reference, bar=is_main)
+            if is_main:
+                self.folder.write(f"work/{side}/{part}.json", found[part])
             if reference is not None:
                 del reference
                 release_memory(self.device)
         del model
         release_memory(self.device)
 
-    def _load(self, side: str) -> PreTrainedModel:
-        return load_whole(self.job.models.given[side], self.options)
-
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, models: ModelArguments, bench: BenchArguments) -> dict[str, Any]:
         """Everything that decides the measurements, up to rounding: neither batch size nor device."""
-        given, bench = self.job.models.given, self.job.bench
-        identity: dict[str, Any] = {f"{side}_files": checksum_of_files(name) for side, name in given.items()}
+        identity: dict[str, Any] = {f"{side}_files": checksum_of_files(name) for side, name in self.models.items()}
         identity |= {
             f"{side}_base_files": checksum_of_files(base_of_adapter(name))
-            for side, name in given.items()
+            for side, name in self.models.items()
             if is_adapter(name)
         }
-        identity |= {side: name for side, name in given.items()}
+        identity |= self.models
         identity |= {name: getattr(bench, name) for name in ("bench", "num_subjects", "bench_seed", "documents")}
         identity["bench_content"] = checksum_of_bench(self.bench)
-        undecisive = ("batch_size", "show_progress", "parts")
-        settings = {name: value for name, value in vars(self.settings).items() if name not in undecisive}
-        tokenizer = self.job.models.tokenizer
+        tokenizer = models.tokenizer
         identity |= {"tokenizer": tokenizer, "tokenizer_files": tokenizer and checksum_of_files(tokenizer)}
-        return identity | settings | {"dtype": self.job.models.dtype}
+        undecisive = ("batch_size", "parts", "robustness")
+        identity |= {name: value for name, value in asdict(self.settings).items() if name not in undecisive}
+        return identity | {"attacks": self.settings.attacks, "dtype": models.dtype}
 
 
 def load_whole(name: str, options: LoadOptions) -> PreTrainedModel:
@@ -954,10 +1022,15 @@ def checksum_of_bench(bench: SurgeryBench) -> str:
     return digest.hexdigest()
 
 
-def load_bench(arguments: BenchArguments) -> SurgeryBench:
-    """The bench that the arguments name, generated if none is."""
-    if arguments.bench is not None:
-        return SurgeryBench.load(arguments.bench)
-    if arguments.documents is not None:
-        return read_own_bench(arguments.documents, arguments.questions)
-    return SurgeryBench.generate(arguments.bench_seed, arguments.num_subjects)
+def run(models: ModelArguments, bench: BenchArguments, settings: EvalSettings, output: OutputArguments) -> str | None:
+    """Check everything, measure what is missing, write; what to print at the end, None on all ranks but the first."""
+    from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
+
+    work = SurgeryEvaluation(models, bench, settings, output.output_dir)
+    raws = work.measurements()
+    if not work.state.is_main_process:
+        return None
+    summary = summarise(**raws, confidence=output.confidence, seed=settings.seed, resamples=output.resamples)
+    facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}
+    write_files(work.folder.root, summary, raws, facts)
+    return f"files: {output.output_dir}\n\n{text_report(summary)}"

@@ -1,80 +1,28 @@
-"""Membership inference: can one tell from a model's log-probabilities that a text was in its training data?
+"""Numbers about texts, questions and whole surgeries, as pure functions of a model's log-probabilities.
 
-Every score is (texts,), and higher means: rather a member. A text is a row with an entry for each token that counts.
-The AUC is the chance that a member scores above a text that was never seen:
+A text is a row with an entry for each token that counts, teacher-forced: the true beginning is always given. Its
+columns are `logps` in nats, `hits`, whether the true token is the most likely one, `kl`, KL(before || now) over the
+vocabulary in nats, and `agrees`, whether both models have the same first choice. Letters: Q questions, O options.
 
-    AUC = 1     members give themselves away
-    AUC = 1/2   they look like any unseen text, which is what forgetting should reach
-    AUC < 1/2   over-forgotten: they look stranger than unseen text, which gives them away as well
-
-Source: loss Yeom et al. 2018 (arXiv 1709.01604), zlib Carlini et al. 2021 (2012.07805), min-k Shi et al. 2023
-(2310.16789), min-k++ Zhang et al. 2024 (2404.02936), privacy leakage MUSE (2407.06460), all with the settings of
-OpenUnlearning (2506.12618), whose zlib score divides the mean instead of the sum.
-
-How much of a text a model knows by heart, teacher-forced: the true beginning is always given.
-
-A text is a row with an entry for each token that counts: `hits`, whether the true token is the most likely one, and
-`logps`, its log-probability in nats. All results are (texts,), in [0, 1].
-
-Source: exact memorisation Tirumala et al. 2022 (arXiv 2205.10770), extraction strength Carlini et al. 2021
-(2012.07805) as in OpenUnlearning (2506.12618), whose code gives a text that ends on a miss 1/n; the formula gives 0.
-
-Accuracy on multiple-choice questions by perplexity: the model answers with the option that it finds likeliest.
-
-Letters: Q questions, O options. The loss of an option is the mean negative log-probability of its tokens after the
-question, in nats; its perplexity is the exponential of that, so the lowest of both is the same option.
-
-Source: the evaluation of LLM Surgery (arXiv 2409.13054), whose options are scored one by one after the bare question,
-without letters; that options which tie share the point is ours.
-
-Whether an update arrived: are the new answer's tokens the model's first choice, and is the old answer given up?
-
-The same number has three names, by the question that is asked: reliability (the question of the edit),
-generalisation (the same in other words) and portability (a question whose answer follows from the edit, by one hop or
-by asking the other way round). Rows are questions.
-
-Source: the evaluation of EasyEdit (arXiv 2308.07269), teacher-forced; the conflict score is ours.
-
-What a model writes on its own: how much of it is the true continuation, and whether it is still language.
-
-ROUGE-L compares words of two texts by their longest common subsequence (LCS): words in the same order, gaps allowed.
-N-gram entropy is low where a text repeats itself, the usual sign of a damaged model.
-
-Source: ROUGE-L Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", with the words of the package
-rouge_score without stemming; the bit-parallel LCS Hyyrö 2004; entropy Zhang et al. 2018 (arXiv 1809.05972) with the
-weights of ROME (2202.05262) and EasyEdit (2308.07269), whose two terms are averaged.
-
-How much a model still behaves as before surgery, on texts that it should leave alone.
-
-On retained text this is the damage of surgery; on neighbours, which are other subjects written in the same way as the
-forgotten ones, the share of equal first choices is called locality.
-
-A text is a row with an entry for each token that counts: `kl`, KL(before || now) over the vocabulary in nats, and
-`agrees`, whether both models have the same first choice. Source: locality EasyEdit (arXiv 2308.07269), neighbours
-RWKU (2406.10890), the KL is that of LLM Surgery's anchor (2409.13054).
-
-Whether forgetting lasts: does the knowledge return by training a little, or by rounding the weights?
-
-R and Q compare a value of the model before and after an attack. The value is one that knowledge raises, such as the
-accuracy on the forgotten questions.
-
-Source: R and Q are OpenUnlearning's (arXiv 2506.12618); Q in the symmetric form of the Unlearning Depth Score
-(2605.24614), which punishes a value that falls as one that rises. Relearning steps are ours.
-
-One number for a surgery: the harmonic mean of what was forgotten, updated, retained, and of how long it lasts.
-
-A harmonic mean is 0 as soon as one part is, so nothing can be bought with something else. A part that was not measured
-is left out and named; scores of different parts are not comparable.
-
-Source: ours; R and Q of the last part are OpenUnlearning's (arXiv 2506.12618).
+Sources. Membership, whose scores are higher for likelier members: loss Yeom et al. 2018 (arXiv 1709.01604), zlib
+Carlini et al. 2021 (2012.07805), min-k Shi et al. 2023 (2310.16789), min-k++ Zhang et al. 2024 (2404.02936), privacy
+leakage MUSE (2407.06460), all with the settings of OpenUnlearning (2506.12618), whose zlib divides the mean instead of
+the sum. Memorisation: exact, Tirumala et al. 2022 (2205.10770); extraction strength, Carlini et al. 2021 as in
+OpenUnlearning, whose code gives a text that ends on a miss 1/n, the formula 0. Multiple choice by perplexity: LLM
+Surgery (2409.13054), options one by one without letters; that ties share the point is ours. Token accuracy (called
+reliability, generalisation or portability by the question that is asked) and locality: EasyEdit (2308.07269);
+neighbours: RWKU (2406.10890). ROUGE-L: Lin 2004 with the words of the package rouge_score without stemming, the
+bit-parallel LCS Hyyrö 2004; n-gram entropy, low where a text repeats itself: Zhang et al. 2018 (1809.05972) with the
+weights of ROME (2202.05262) and EasyEdit, whose two terms are averaged. R and Q: OpenUnlearning's, Q in the symmetric
+form of the Unlearning Depth Score (2605.24614), which punishes a value that falls as one that rises. Conflict score,
+steps of relearning and the score of a surgery: ours.
 """
 
 import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -177,8 +125,6 @@ def _mean_of_lowest(rows: Sequence[np.ndarray], k: float) -> np.ndarray:
     return np.array([np.sort(row)[: max(1, math.floor(k * len(row) + 1e-9))].mean() for row in rows])
 
 
-
-
 def exact_memorisation(hits: TokenRows) -> np.ndarray:
     """(texts,): share of the tokens that are the model's first choice."""
     return np.array([row.mean() for row in read_token_rows("hits", hits, binary=True)])
@@ -206,8 +152,6 @@ def probability(logps: TokenRows) -> np.ndarray:
     return np.exp([min(row.mean(), 0.0) for row in rows])
 
 
-
-
 def mcq_correct(option_losses: Sequence[Column] | np.ndarray, answers: Column) -> np.ndarray:
     """(Q,) in [0, 1]: 1 if the true option has the lowest loss, 1 / number of the lowest if several tie, else 0.
 
@@ -226,13 +170,6 @@ def mcq_correct(option_losses: Sequence[Column] | np.ndarray, answers: Column) -
         )
     best = losses == losses.min(axis=1, keepdims=True)
     return best[np.arange(len(losses)), places.astype(int)] / best.sum(axis=1)
-
-
-def mcq_accuracy(option_losses: Sequence[Column] | np.ndarray, answers: Column) -> float:
-    """Mean of `mcq_correct` in [0, 1]; guessing gives 1 / O."""
-    return float(mcq_correct(option_losses, answers).mean())
-
-
 
 
 def token_accuracy(hits: TokenRows | Column, tokens: Column | None = None) -> np.ndarray:
@@ -333,18 +270,6 @@ def _entropy(words: Sequence[str], n: int) -> float:
 _ROUNDING = 1e-3  # nats below 0 that half precision may leave
 
 
-def kl_per_token(kl: TokenRows) -> np.ndarray:
-    """(texts,): mean of each text's tokens in nats, at least 0 up to rounding."""
-    sums, counts = kl_totals(kl).T
-    return sums / counts
-
-
-def top1_agreement(agrees: TokenRows) -> np.ndarray:
-    """(texts,) in [0, 1]: share of each text's tokens where both models' first choices are the same."""
-    sums, counts = agreement_totals(agrees).T
-    return sums / counts
-
-
 def kl_totals(kl: TokenRows) -> np.ndarray:
     """(texts, 2): sum of the KL over each text's tokens, and their number.
 
@@ -421,36 +346,22 @@ PART_FORMULAS = {
 }
 
 
-@dataclass(frozen=True)
-class SurgeryScore:
-    """value: the harmonic mean of `parts`, in [0, 1]. left_out: names of the parts that were not measured."""
+def surgery_score(parts: Mapping[str, float]) -> float:
+    """The score of a surgery, in [0, 1]: the harmonic mean of the parts that were measured, some of PART_FORMULAS.
 
-    value: float
-    parts: dict[str, float]
-    left_out: tuple[str, ...]
-
-    @property
-    def formula(self) -> str:
-        """What was computed, to be printed beside the value."""
-        inside = ", ".join(f"{name}: {PART_FORMULAS[name]}" for name in self.parts)
-        missing = f"; not measured and left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"harmonic mean of ({inside}){missing}"
+    It is 0 as soon as one part is, so nothing can be bought with something else. Scores of different parts are not
+    comparable: `score_formula` tells them.
+    """
+    if not parts or not parts.keys() <= PART_FORMULAS.keys():
+        raise ValueError(f"parts of the score are {', '.join(PART_FORMULAS)}, at least one, got {list(parts)}.")
+    return harmonic_mean(_share(name, value) for name, value in parts.items())
 
 
-def surgery_score(
-    *,
-    forgetting: float | None = None,
-    update: float | None = None,
-    retained: float | None = None,
-    robustness: float | None = None,
-) -> SurgeryScore:
-    """The headline score of the parts that were measured, each in [0, 1]; None for one that was not."""
-    given = {"forgetting": forgetting, "update": update, "retained": retained, "robustness": robustness}
-    parts = {name: _share(name, value) for name, value in given.items() if value is not None}
-    if not parts:
-        raise ValueError(f"no part was measured: give at least one of {', '.join(PART_FORMULAS)}.")
-    left_out = tuple(name for name in given if name not in parts)
-    return SurgeryScore(harmonic_mean(parts.values()), parts, left_out)
+def score_formula(measured: Collection[str]) -> str:
+    """What the score is made of, and which parts were not measured, to be printed beside it."""
+    inside = ", ".join(f"{name}: {formula}" for name, formula in PART_FORMULAS.items() if name in measured)
+    left_out = [name for name in PART_FORMULAS if name not in measured]
+    return f"harmonic mean of ({inside})" + (f"; not measured and left out: {', '.join(left_out)}" if left_out else "")
 
 
 def forgetting_part(accuracy: float, target: float) -> float:

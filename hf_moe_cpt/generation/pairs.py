@@ -1,15 +1,9 @@
-"""Read prompts, and responses and scores where a data set has them, and refuse what cannot become preference data.
+"""Preference pairs by rejection sampling: draw responses, score them, select, and write a data set with its card.
 
-Source: ours. Checked here, before any model is loaded: columns, types, conversations that ask for an answer, lengths.
-
-What the stages of the rejection sampling do to one shard: draw responses, score them, select pairs. Source: ours.
-
-A row of a shard is a JSON object: index and prompt always; after "generate" also responses and finished; after "score"
-scores and cut; "select" keeps pairs and counts. Every row is a function of its prompt, its index and the settings.
-
-From selected responses to a data set with its summary and its card, on disk and on the Hub. Source: ours.
-
-Everything written here is a function of the shards and their settings: no date, no time taken, no name of a machine.
+What can be refused is refused before any model is loaded: arguments, columns, types, conversations that ask for no
+answer. A row of a shard is a JSON object: index and prompt always; after "generate" also responses and finished; after
+"score" scores and cut; "select" keeps pairs and counts. Every row is a function of its prompt, its index and the
+settings, and so is what is written: no date, no time taken, no name of a machine. Source: ours.
 """
 
 from __future__ import annotations
@@ -23,44 +17,175 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
-from datasets import Dataset
+import huggingface_hub
 
-from hf_moe_cpt.data.rejection_sampling import Selection, select_pairs
-from hf_moe_cpt.evaluation.resumable import SampleFolder, Settings, write_json
+from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, Selection, SelectionRule, select_pairs
+from hf_moe_cpt.evaluation.resumable import (
+    MakeRows,
+    Progress,
+    ResumableFolder,
+    Row,
+    checksum_of_values,
+    read_lines,
+    write_json,
+)
 from hf_moe_cpt.generation.sampling import (
     LoadOptions,
+    Policy,
+    PolicyArguments,
     Prompt,
-    RewardScorer,
-    Sampling,
-    TransformersSampler,
-    check_reward_model,
-    encode_prompt,
-    load_generation_config,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    load_vllm,
-    read_config,
-    requests_for,
-    require_vllm,
-    resolve_text_format,
-    room_for_prompt,
-    stop_tokens,
+    RewardArguments,
+    RewardModel,
+    check_at_least,
+    require_template,
 )
-
-
-if TYPE_CHECKING:
-    from hf_moe_cpt.scripts.rejection_sample import Job
+from hf_moe_cpt.machine import DEVICES, check_names, choose_device, release_memory
 
 
 KIND_OF_EXTENSION = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
 ANSWERED_ROLES = ("user", "tool", "system")  # a conversation that ends with one of them asks for an answer
+
+
+@dataclass
+class DataArguments:
+    """Which prompts, and what else the data set already has."""
+
+    dataset_name: str = field(
+        metadata={"help": "Prompts: a .jsonl, .json, .parquet or .arrow file, a folder of them, or a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to read; slices as train[:1%%] are allowed."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of strings or of lists of messages."})
+    as_chat: bool = field(
+        default=False, metadata={"help": "Make each string prompt the turn of a user; the pairs are conversational."}
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Read only the first so many rows."})
+    responses_column: str | None = field(
+        default=None, metadata={"help": "Column with lists of ready responses, in place of --model_name_or_path."}
+    )
+    scores_column: str | None = field(
+        default=None, metadata={"help": "Column with lists of their scores, in place of a reward model."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_prompts")
+        if self.scores_column is not None and self.responses_column is None:
+            raise ValueError(f"--scores_column {self.scores_column!r} needs --responses_column: scores of what?")
+
+
+@dataclass
+class SamplingArguments(PolicyArguments):
+    """How many responses, to which prompts."""
+
+    num_samples: int = field(default=8, metadata={"help": "N: responses drawn for each prompt, at least 2."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Leave out prompts of more tokens; always those that do not fit the model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 2:
+            raise ValueError(f"--num_samples {self.num_samples} makes no pair: draw at least 2 responses per prompt.")
+        check_at_least(self, 1, "max_prompt_length")
+
+
+@dataclass
+class SelectionArguments:
+    """Which of the responses become pairs."""
+
+    rewards: str = field(
+        default="percentile", metadata={"help": f"What tau is a scale of: {' or '.join(REWARDS)} (ranks in a prompt)."}
+    )
+    tau: float = field(
+        default=0.5,
+        metadata={"help": "Temperature of the rejection sampling, above 0: near 0 the best are kept, at inf any."},
+    )
+    num_accepted: int = field(default=4, metadata={"help": "Responses kept for each prompt: at least 2, at most N."})
+    pairs: str = field(default="max_min", metadata={"help": f"How they are paired: {', '.join(PAIRINGS)}."})
+    min_margin: float = field(
+        default=0.0, metadata={"help": "Leave out pairs whose scores differ by less; equal ones always."}
+    )
+    drop_unfinished: bool = field(
+        default=False, metadata={"help": "Leave out responses that were cut at --max_new_tokens."}
+    )
+
+
+@dataclass
+class OutputArguments:
+    """Where it goes, and how the work is cut."""
+
+    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
+    seed: int = field(default=0, metadata={"help": "Of drawing, accepting and pairing, together with a prompt's row."})
+    shard_size: int = field(default=64, metadata={"help": "Prompts whose work is stored, and resumed, as one."})
+    part: str | None = field(
+        default=None,
+        metadata={"help": "Generate and score only this share, as 2/4; run once without it when all are done."},
+    )
+    stop_after: str | None = field(
+        default=None,
+        metadata={"help": "Stop after generate or score, so that the next start has the memory for itself."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+    save_to_disk: bool = field(default=False, metadata={"help": "Also write a folder for datasets.load_from_disk."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the data set to this Hub repository."})
+    hub_private: bool = field(default=False, metadata={"help": "Make that repository private if it is new."})
+
+    def __post_init__(self) -> None:
+        check_names("--device", [self.device], DEVICES)
+        check_names("--stop_after", self.stop_after and [self.stop_after], ("generate", "score"))
+        check_at_least(self, 1, "shard_size")
+        self.share()
+
+    def share(self) -> tuple[int, int]:
+        """(which, of how many), counted from 0; (0, 1) without --part. Raises ValueError for what is no share."""
+        if self.part is None:
+            return 0, 1
+        which, _, many = self.part.partition("/")
+        if not (which.isdecimal() and many.isdecimal() and 1 <= int(which) <= int(many)):
+            raise ValueError(f"--part {self.part!r} is no share: write 1/4, 2/4, 3/4 and 4/4 for four processes.")
+        return int(which) - 1, int(many)
+
+
+@dataclass
+class Job:
+    """All arguments of a rejection sampling."""
+
+    data: DataArguments
+    policy: SamplingArguments
+    reward: RewardArguments
+    selection: SelectionArguments
+    output: OutputArguments
+
+    def __post_init__(self) -> None:
+        data, policy, reward = self.data, self.policy, self.reward
+        if (policy.model_name_or_path is None) == (data.responses_column is None):
+            raise ValueError(
+                f"Give one of --model_name_or_path ({policy.model_name_or_path}) and --responses_column "
+                f"({data.responses_column}): the first draws responses, the second reads them."
+            )
+        if (reward.reward_model_name_or_path is None) == (data.scores_column is None):
+            raise ValueError(
+                f"Give one of --reward_model_name_or_path ({reward.reward_model_name_or_path}) and --scores_column "
+                f"({data.scores_column}): the first scores responses, the second reads their scores."
+            )
+        if data.responses_column is None and self.selection.num_accepted > policy.num_samples:
+            raise ValueError(
+                f"--num_accepted {self.selection.num_accepted} is more than --num_samples {policy.num_samples}: "
+                "accept fewer or draw more."
+            )
+        self.rule()
+
+    def rule(self) -> SelectionRule:
+        """What the selection does. Raises ValueError for values that mean nothing."""
+        chosen = asdict(self.selection)
+        del chosen["drop_unfinished"]
+        return SelectionRule(**chosen, seed=self.output.seed)
 
 
 @dataclass(frozen=True)
@@ -169,19 +294,6 @@ def read_rows(table: datasets.Dataset, columns: Columns, max_prompts: int | None
     return rows
 
 
-def checksum(rows: list[PromptRow]) -> str:
-    """16 hexadecimal digits that change with any prompt, response or score."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.prompt, row.responses, row.scores]).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def shards(rows: list[PromptRow], size: int) -> list[list[PromptRow]]:
-    """The rows in groups of `size`, which are worked on and stored one after the other."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def _read_row(index: int, row: dict[str, Any], columns: Columns) -> PromptRow:
     where = f"row {index} (counted from 0)"
     prompt = _read_prompt(row[columns.prompt], f"{where} of column {columns.prompt!r}")
@@ -238,85 +350,113 @@ def _items(value: object) -> Iterator[Any]:
     return iter(value if isinstance(value, list) else [])
 
 
-Row = dict[str, Any]
-Make = Callable[[int, Callable[[int], Any]], list[Row]]
+STAGES = ("generate", "score", "select")
+FORMAT = 1  # of the shards; a folder of another format is refused
+Settings = dict[str, dict[str, Any]]  # by stage
+
+
+class SampleFolder(ResumableFolder):
+    """rejection_sample.json (the settings of each stage), stages/<stage>/<number>-<fingerprint>.jsonl (a line for each
+    prompt), then data/, README.md and summary.json.
+    """
+
+    def __init__(self, root: str | Path, settings: Settings) -> None:
+        super().__init__(
+            root, "rejection_sample.json", {stage: {"format": FORMAT, **settings[stage]} for stage in STAGES}
+        )
+
+    def shard(self, stage: str, number: int) -> str:
+        """Name of a shard, with a hash of the settings of its stage and of all before it, which made it."""
+        past = [self.settings[name] for name in STAGES[: STAGES.index(stage) + 1]]
+        fingerprint = hashlib.sha256(json.dumps(past, sort_keys=True).encode()).hexdigest()[:8]
+        return f"stages/{stage}/{number:05d}-{fingerprint}.jsonl"
+
+    def rows(self, stage: str, number: int) -> list[Row]:
+        """The rows of a finished shard."""
+        return read_lines(self.root / self.shard(stage, number))
+
+    def remedy(self, changed: str) -> str:
+        """How the stages before the one that changed can be used again."""
+        if changed == STAGES[0]:
+            return ""
+        kept = STAGES[STAGES.index(changed) - 1]
+        reuse = f"--dataset_name {self.root / 'stages' / kept} --responses_column responses"
+        return f" and reuse the work of this one with {reuse}" + (" --scores_column scores" if kept == "score" else "")
 
 
 class Work:
     """The checked inputs of a job and the stages over their shards. Raises ValueError before any weight is read."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
-        self.sampling = Sampling(
-            job.policy.num_samples,
-            job.policy.temperature,
-            job.policy.top_p,
-            job.policy.max_new_tokens,
-            job.output.seed,
-        )
-        self._check_models()
-        data = job.data
+        self.job, self.policy, self.reward = job, None, None
+        policy, data, device = job.policy, job.data, job.output.device
+        if policy.model_name_or_path is not None:
+            options = LoadOptions(
+                policy.model_revision, policy.dtype, policy.attn_implementation, policy.trust_remote_code, device
+            )
+            drawn = policy.num_samples, job.output.seed, policy.max_prompt_length
+            self.policy = Policy(policy.model_name_or_path, options, policy, *drawn)
+        if job.reward.reward_model_name_or_path is not None:
+            self.reward = RewardModel(job.reward, policy.trust_remote_code, device)
         columns = Columns(data.prompt_column, data.responses_column, data.scores_column, data.as_chat)
         table = load_table(data.dataset_name, data.dataset_split, data.dataset_config)
         rows = read_rows(table, columns, data.max_prompts)
         self._check_rows(rows)
-        self.shards = shards(rows, job.output.shard_size)
-        self.folder = SampleFolder(job.output.output_dir, stage_settings(job, checksum(rows)))
+        size = job.output.shard_size
+        self.shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+        checksum = checksum_of_values([[row.prompt, row.responses, row.scores] for row in rows])
+        self.folder = SampleFolder(job.output.output_dir, stage_settings(job, checksum))
 
-    def size(self, stage: str, number: int) -> int:
+    def run_stage(self, stage: str, numbers: Sequence[int]) -> None:
+        """Make the shards of a stage that are missing."""
+
+        def load() -> MakeRows:
+            make = {"generate": self._generator, "score": self._scorer, "select": lambda: self._select}[stage]()
+            return lambda place, progress: make(numbers[place], progress)
+
+        sizes = {self.folder.shard(stage, number): self._size(stage, number) for number in numbers}
+        self.folder.make_rows(stage, sizes, load, "prompt" if stage == "select" else "response")
+        release_memory(choose_device(self.job.output.device))  # before the next stage loads its own model
+
+    def _size(self, stage: str, number: int) -> int:
         """Items of a shard, for the progress bar."""
-        rows = self.shards[number]
+        rows, drawn = self.shards[number], self.job.policy.num_samples
         if stage == "select":
             return len(rows)
-        return sum(self.sampling.num_samples if row.responses is None else len(row.responses) for row in rows)
+        return sum(drawn if row.responses is None else len(row.responses) for row in rows)
 
-    def load_generator(self) -> Make:
-        """The stage "generate": with the policy, or from the column of ready responses."""
-        if self.job.data.responses_column is not None:
-            return self._copy_responses
-        name, options = self.job.policy.model_name_or_path, self._policy_options
-        if self.job.policy.use_vllm:
-            engine = self.job.policy.engine_options()
-            sampler = load_vllm(name, options, engine, self.tokenizer, self.sampling, self.stop)
-        else:
-            model = load_policy(name, options)
-            batch_size = self.job.policy.batch_size
-            sampler = TransformersSampler(model, self.tokenizer, self.sampling, self.stop, batch_size)
+    def _generator(self) -> MakeRows:
+        """With the policy, or from the column of ready responses."""
+        sampler = None if self.policy is None else self.policy.load()
 
-        def generate(number: int, progress: Callable[[int], Any]) -> list[Row]:
-            ids = {row.index: encode_prompt(row.prompt, self.tokenizer) for row in self.shards[number]}
-            fitting = {index: tokens for index, tokens in ids.items() if self.room is None or len(tokens) <= self.room}
-            requests = [r for index, tokens in fitting.items() for r in requests_for(index, tokens, self.sampling)]
-            progress((len(ids) - len(fitting)) * self.sampling.num_samples)
-            drawn: dict[int, list] = {index: [] for index in ids}
-            for request, response in zip(requests, sampler(requests, progress), strict=True):
-                drawn[request.prompt_index].append(response)
+        def generate(number: int, progress: Progress) -> list[Row]:
+            rows = self.shards[number]
+            if sampler is None:
+                progress(self._size("generate", number))
+                return [{"index": row.index, "prompt": row.prompt, "responses": row.responses} for row in rows]
+            drawn = self.policy.respond(sampler, {row.index: row.prompt for row in rows}, progress)
             return [
-                _row(row)
-                | {"responses": [response.text for response in drawn[row.index]]}
-                | {"finished": [response.finished for response in drawn[row.index]]}
-                | {"too_long": row.index not in fitting}
-                for row in self.shards[number]
+                {
+                    "index": row.index,
+                    "prompt": row.prompt,
+                    "responses": [response.text for response in drawn[row.index]],
+                    "finished": [response.finished for response in drawn[row.index]],
+                    "too_long": not drawn[row.index],
+                }
+                for row in rows
             ]
 
         return generate
 
-    def _copy_responses(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
-        progress(self.size("generate", number))
-        return [_row(row) | {"responses": row.responses} for row in self.shards[number]]
+    def _scorer(self) -> MakeRows:
+        """With the reward model, or from the column of ready scores."""
+        scorer = None if self.reward is None else self.reward.load()
 
-    def load_scorer(self) -> Make:
-        """The stage "score": with the reward model, or from the column of ready scores."""
-        if self.job.data.scores_column is not None:
-            return self._copy_scores
-        reward = self.job.reward
-        model = load_reward_model(reward.reward_model_name_or_path, self._reward_options)
-        scorer = RewardScorer(
-            model, self.reward_tokenizer, reward.reward_batch_size, reward.reward_max_length, self.text_format
-        )
-
-        def score(number: int, progress: Callable[[int], Any]) -> list[Row]:
-            rows = self.folder.read("generate", number)
+        def score(number: int, progress: Progress) -> list[Row]:
+            rows = self.folder.rows("generate", number)
+            if scorer is None:
+                progress(self._size("score", number))
+                return [row | {"scores": source.scores} for row, source in zip(rows, self.shards[number], strict=True)]
             scores = iter(scorer([(row["prompt"], text) for row in rows for text in row["responses"]], progress))
             scored = [[next(scores) for _ in row["responses"]] for row in rows]
             return [
@@ -326,16 +466,11 @@ class Work:
 
         return score
 
-    def _copy_scores(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
-        progress(self.size("score", number))
-        rows = zip(self.folder.read("generate", number), self.shards[number], strict=True)
-        return [row | {"scores": source.scores} for row, source in rows]
-
-    def select(self, number: int, progress: Callable[[int], Any]) -> list[Row]:
-        """The stage "select": pairs of each prompt, with the counts of the summary."""
+    def _select(self, number: int, progress: Progress) -> list[Row]:
+        """Pairs of each prompt, with the counts of the summary."""
         rule, drop = self.job.rule(), self.job.selection.drop_unfinished
         rows = []
-        for row in self.folder.read("score", number):
+        for row in self.folder.rows("score", number):
             finished = row.get("finished") or [True] * len(row["responses"])
             places = [place for place, is_finished in enumerate(finished) if is_finished or not drop]
             texts = [row["responses"][place] for place in places]
@@ -344,39 +479,15 @@ class Work:
             progress(1)
         return rows
 
-    def _check_models(self) -> None:
-        policy, reward = self.job.policy, self.job.reward
-        device, trust = self.job.output.device, policy.trust_remote_code
-        if policy.model_name_or_path is not None:
-            if policy.use_vllm:
-                require_vllm()
-            options = LoadOptions(policy.model_revision, policy.dtype, policy.attn_implementation, trust, device)
-            self._policy_options = options
-            self.tokenizer = load_tokenizer(policy.model_name_or_path, options)
-            generation = load_generation_config(policy.model_name_or_path, options)
-            self.stop = stop_tokens(generation, self.tokenizer)
-            config = read_config(policy.model_name_or_path, options)
-            self.room = room_for_prompt(config, policy.max_new_tokens, policy.max_prompt_length)
-        if reward.reward_model_name_or_path is not None:
-            name = reward.reward_model_name_or_path
-            options = LoadOptions(reward.reward_model_revision, reward.reward_dtype, None, trust, device)
-            self._reward_options = options
-            check_reward_model(name, options)
-            self.reward_tokenizer = load_tokenizer(name, options)
-            self.text_format = resolve_text_format(reward.reward_text_format, self.reward_tokenizer)
-
     def _check_rows(self, rows: list[PromptRow]) -> None:
-        if self.job.data.responses_column is not None:
-            most = max(len(row.responses) for row in rows)
-            if self.job.selection.num_accepted > most:
-                raise ValueError(
-                    f"--num_accepted {self.job.selection.num_accepted} is more than the {most} response(s) that "
-                    f"column {self.job.data.responses_column!r} has at most: accept fewer."
-                )
-        elif not isinstance(rows[0].prompt, str) and not self.tokenizer.chat_template:
+        if self.policy is not None:
+            require_template(self.policy.tokenizer, [row.prompt for row in rows], "prompts")
+            return
+        most = max(len(row.responses) for row in rows)
+        if self.job.selection.num_accepted > most:
             raise ValueError(
-                "the prompts are conversations and the policy's tokenizer has no chat template: set "
-                "tokenizer.chat_template and save it with the policy, or give strings."
+                f"--num_accepted {self.job.selection.num_accepted} is more than the {most} response(s) that "
+                f"column {self.job.data.responses_column!r} has at most: accept fewer."
             )
 
 
@@ -402,10 +513,6 @@ def stage_settings(job: Job, data_checksum: str) -> Settings:
     return {"generate": generate, "score": score, "select": select}
 
 
-def _row(row: PromptRow) -> Row:
-    return {"index": row.index, "prompt": row.prompt}
-
-
 def _selected(row: Row, texts: list[str], scores: list[float], selection: Selection) -> Row:
     pairs = [
         {
@@ -417,7 +524,9 @@ def _selected(row: Row, texts: list[str], scores: list[float], selection: Select
         for pair in selection.pairs
     ]
     filled = sum(bool(text.strip()) for text in texts)
-    return _row(PromptRow(row["index"], row["prompt"])) | {
+    return {
+        "index": row["index"],
+        "prompt": row["prompt"],
         "pairs": pairs,
         "scores": scores,
         "acceptance": selection.acceptance,
@@ -499,7 +608,7 @@ def write_output(root: Path, selected: Sequence[Row], settings: Settings, save_t
             f"fewer than two distinct responses, {summary['prompts_without_margin']} without the margin, "
             f"{summary['prompts_too_long']} too long; sample more, or hotter, or ask for a smaller margin."
         )
-    data = Dataset.from_list(preference_rows(selected))
+    data = datasets.Dataset.from_list(preference_rows(selected))
     path = root / DATA_FILE
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -512,7 +621,7 @@ def write_output(root: Path, selected: Sequence[Row], settings: Settings, save_t
     return summary
 
 
-def _save_to_disk(data: Dataset, folder: Path) -> None:
+def _save_to_disk(data: datasets.Dataset, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     data.save_to_disk(str(partial))
@@ -566,11 +675,30 @@ def _table(head: str, values: dict[str, Any]) -> str:
     return "\n".join([f"| {head} | value |", "|---|---|", *lines])
 
 
+def run(job: Job) -> str:
+    """Check everything, then make what is missing, stage by stage; the lines to print at the end."""
+    work = Work(job)
+    root = work.folder.root
+    work.folder.claim()
+    which, many = job.output.share()
+    mine = range(len(work.shards))[which::many]
+    work.run_stage("generate", mine)
+    if job.output.stop_after != "generate":
+        work.run_stage("score", mine)
+    if job.output.part is not None or job.output.stop_after is not None:
+        return f"{root} holds what was asked for; start again without --part and --stop_after to go on."
+    work.run_stage("select", mine)
+    selected = [row for number in mine for row in work.folder.rows("select", number)]
+    summary = write_output(root, selected, work.folder.settings, job.output.save_to_disk)
+    lines = [f"{name:<38} {value}" for name, value in summary.items()] + [f"written to {root}"]
+    if job.output.push_to_hub is not None:
+        lines.append(f"published at {publish(root, job.output.push_to_hub, job.output.hub_private)}")
+    return "\n".join(lines)
+
+
 def publish(root: Path, repo_id: str, private: bool) -> str:
     """Upload data, card and summary to a data set on the Hub, made if it is new; returns its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     api.upload_folder(
         repo_id=repo_id,

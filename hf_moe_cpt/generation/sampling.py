@@ -1,21 +1,15 @@
-"""Load the two models of preference data, the policy and the reward model, after checking that each can do its part.
+"""Draw responses from a policy and score them with a reward model, both checked before any weight is read.
 
-What can be refused is refused from the configuration and the tokenizer, before weights are read. A Prompt is a string,
-or a conversation as a list of {"role": ..., "content": ...}. Source: ours.
+A response depends on (seed, prompt index, sample number) and not on what is drawn beside it. The random numbers are
+drawn before generation: token t of sample j to prompt i takes number t of a stream keyed by (seed, i, j), and is the
+token whose stretch of the cumulative distribution holds that number. So neither the batch, nor its order, nor the
+number of samples per prompt changes a response; what remains is the rounding of the logits, which depends on the shape
+of the batch. vLLM draws its own numbers from a seed of the same key.
 
-Sample responses so that each depends on (seed, prompt index, sample number) and not on what is sampled beside it.
-
-The random numbers are drawn before generation: token t of sample j to prompt i takes number t of a stream keyed by
-(seed, i, j), and is the token whose stretch of the cumulative distribution holds that number. So neither the batch,
-nor its order, nor the number of samples per prompt changes a response; what remains is the rounding of the logits,
-which depends on the shape of the batch. vLLM draws its own numbers from a seed of the same key.
+A reward model is any sequence classifier with one label, whose logit is the reward; TEXT_FORMATS says what it reads. A
+Prompt is a string, or a conversation as a list of {"role": ..., "content": ...}.
 
 Letters: B rows of a batch, V vocabulary, T new tokens. Source: ours.
-
-Score responses with a reward model: any sequence classifier with one label, whose logit is the reward.
-
-Source: ours. The text that is scored is a chat through the reward model's own template, or prompt and response one
-after the other, or as the two texts of a pair; `TEXT_FORMATS` says which is which.
 """
 
 from __future__ import annotations
@@ -23,8 +17,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,11 +38,79 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.machine import choose_device
+from hf_moe_cpt.machine import DTYPES, check_names, choose_device
 
 
 Prompt = str | list[dict[str, str]]
+Progress = Callable[[int], Any]
+TEXT_FORMATS = ("auto", "chat", "plain", "pair")
+UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
+
+
+@dataclass
+class PolicyArguments:
+    """Who answers, and how answers are drawn."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: a causal language model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": f"Type of a policy's weights: {', '.join(DTYPES)}."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub, of all models."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the drawing, above 0; 1 is the policy itself."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens of this total probability."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Where a response is cut if it has not ended."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences side by side; vLLM sees to its own."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which must be installed."})
+    vllm_options: str = field(
+        default="{}", metadata={"help": "Further arguments of vllm.LLM as JSON: '{\"tensor_parallel_size\": 4}'."}
+    )
+
+    def __post_init__(self) -> None:
+        check_names("--dtype", [self.dtype], DTYPES)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature} must be above 0 and finite; 0.01 is nearly greedy.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p {self.top_p} must lie in (0, 1].")
+        check_at_least(self, 1, "max_new_tokens", "batch_size")
+        json_object("--vllm_options", self.vllm_options)
+
+
+@dataclass
+class RewardArguments:
+    """Who scores."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A sequence classifier with one label, whose logit is the reward."}
+    )
+    reward_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    reward_dtype: str = field(default="auto", metadata={"help": f"Type of its weights: {', '.join(DTYPES)}."})
+    reward_text_format: str = field(
+        default="auto",
+        metadata={
+            "help": "What it reads: chat (its chat template), plain (prompt + response + EOS in one text), pair (as "
+            "two texts), or auto: chat where it has a template, plain otherwise."
+        },
+    )
+    reward_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens it reads; longer texts lose their beginning. Default: its tokenizer's."},
+    )
+    reward_batch_size: int = field(default=16, metadata={"help": "Texts scored side by side."})
+
+    def __post_init__(self) -> None:
+        check_names("--reward_dtype", [self.reward_dtype], DTYPES)
+        check_names("--reward_text_format", [self.reward_text_format], TEXT_FORMATS)
+        check_at_least(self, 1, "reward_max_length", "reward_batch_size")
+
+
+def check_at_least(arguments: Any, least: int, *names: str) -> None:
+    """Raise ValueError for the first of these options that is a smaller number; None passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -78,28 +140,14 @@ def read_config(name: str, options: LoadOptions) -> PreTrainedConfig:
 
 def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
     """A causal LM on its device, ready to generate."""
-    return _load(AutoModelForCausalLM, name, options)
+    return load_model(AutoModelForCausalLM, name, options)
 
 
-def load_reward_model(name: str, options: LoadOptions) -> PreTrainedModel:
-    """A sequence classifier with one label on its device; see `check_reward_model`."""
-    return _load(AutoModelForSequenceClassification, name, options)
-
-
-def _load(auto_class: type, name: str, options: LoadOptions) -> PreTrainedModel:
+def load_model(auto_class: type, name: str, options: LoadOptions) -> PreTrainedModel:
+    """A model of an Auto class on its device, in evaluation mode."""
     attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     model = auto_class.from_pretrained(name, dtype=options.dtype, **attention, **options.source())
     return model.to(choose_device(options.device)).eval()
-
-
-def check_reward_model(name: str, options: LoadOptions) -> None:
-    """Raise ValueError unless the configuration announces one label, whose logit is the reward."""
-    config = read_config(name, options)
-    if config.num_labels != 1:
-        raise ValueError(
-            f"the reward model {name!r} has {config.num_labels} labels and must have one, whose logit is the reward: "
-            "name another model, or score the responses yourself and name their columns."
-        )
 
 
 def load_generation_config(name: str, options: LoadOptions) -> GenerationConfig:
@@ -170,9 +218,6 @@ class Response(NamedTuple):
     num_tokens: int
 
 
-Progress = Callable[[int], Any]
-
-
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that the response continues; a conversation goes through the chat template up to the answer."""
     if isinstance(prompt, str):
@@ -184,11 +229,6 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no token: remove it.")
     return ids
-
-
-def requests_for(prompt_index: int, prompt_ids: list[int], sampling: Sampling) -> list[Request]:
-    """The num_samples requests of one prompt."""
-    return [Request(prompt_index, sample, prompt_ids) for sample in range(sampling.num_samples)]
 
 
 def uniform_numbers(requests: Sequence[Request], sampling: Sampling) -> np.ndarray:
@@ -352,31 +392,71 @@ def require_vllm() -> Any:
         ) from error
 
 
-def load_vllm(
-    name: str,
-    options: LoadOptions,
-    engine_options: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    stop: list[int],
-) -> VllmSampler:
-    """A sampler on a new vLLM engine. engine_options: further arguments of vllm.LLM, such as tensor_parallel_size."""
-    vllm = require_vllm()
-    engine = vllm.LLM(model=name, dtype=options.dtype, **{**options.source(), **engine_options})
-    return VllmSampler(engine, vllm.SamplingParams, tokenizer, sampling, stop)
-
-
 def _seed_of(request: Request, sampling: Sampling) -> int:
     return derive_seed(sampling.seed, "response", request.prompt_index, request.sample)
 
 
-TEXT_FORMATS = {
-    "auto": "chat where the reward model's tokenizer has a chat template, plain otherwise",
-    "chat": "the reward model's chat template; a string prompt is the turn of a user",
-    "plain": "prompt + response + EOS in one text",
-    "pair": "prompt and response as the two texts of a pair, as encoders with a separator expect",
-}
-UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
+class Policy:
+    """A causal LM that draws responses; made from its configuration and tokenizer, and refused by them.
+
+    name: folder or Hub id. arguments: how to draw; their own model_name_or_path is left aside. room: most tokens of a
+    prompt, None where nothing limits it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: LoadOptions,
+        arguments: PolicyArguments,
+        num_samples: int,
+        seed: int,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        self.name, self.options, self.arguments = name, options, arguments
+        if arguments.use_vllm:
+            require_vllm()
+        self.tokenizer = load_tokenizer(name, options)
+        self.stop = stop_tokens(load_generation_config(name, options), self.tokenizer)
+        self.room = room_for_prompt(read_config(name, options), arguments.max_new_tokens, max_prompt_length)
+        drawn = arguments.temperature, arguments.top_p, arguments.max_new_tokens
+        self.sampling = Sampling(num_samples, *drawn, seed)
+
+    def load(self) -> TransformersSampler | VllmSampler:
+        """Read the weights."""
+        if not self.arguments.use_vllm:
+            model = load_policy(self.name, self.options)
+            return TransformersSampler(model, self.tokenizer, self.sampling, self.stop, self.arguments.batch_size)
+        vllm, further = require_vllm(), json_object("--vllm_options", self.arguments.vllm_options)
+        engine = vllm.LLM(model=self.name, dtype=self.options.dtype, **{**self.options.source(), **further})
+        return VllmSampler(engine, vllm.SamplingParams, self.tokenizer, self.sampling, self.stop)
+
+    def respond(
+        self,
+        sampler: TransformersSampler | VllmSampler,
+        prompts: Mapping[int, Prompt],
+        progress: Progress = lambda count: None,
+    ) -> dict[int, list[Response]]:
+        """num_samples responses to each prompt by its index, none to one that is too long; progress counts them."""
+        ids = {index: encode_prompt(prompt, self.tokenizer) for index, prompt in prompts.items()}
+        fitting = {index: tokens for index, tokens in ids.items() if self.room is None or len(tokens) <= self.room}
+        samples = range(self.sampling.num_samples)
+        requests = [Request(index, sample, tokens) for index, tokens in fitting.items() for sample in samples]
+        progress((len(ids) - len(fitting)) * len(samples))
+        drawn: dict[int, list[Response]] = {index: [] for index in ids}
+        for request, response in zip(requests, sampler(requests, progress) if requests else [], strict=True):
+            drawn[request.prompt_index].append(response)
+        return drawn
+
+
+def require_template(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], what: str, who: str = "policy"
+) -> None:
+    """Raise ValueError for a conversation among the prompts that the tokenizer has no chat template for."""
+    if not tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            f"the {what} are conversations and the {who}'s tokenizer has no chat template: set "
+            f"tokenizer.chat_template and save it with the {who}, or give strings."
+        )
 
 
 class Score(NamedTuple):
@@ -414,9 +494,7 @@ class RewardScorer:
         self._accepted = set(inspect.signature(model.forward).parameters)
         self._adds_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
-    def __call__(
-        self, pairs: Sequence[tuple[Prompt, str]], progress: Callable[[int], Any] = lambda count: None
-    ) -> list[Score]:
+    def __call__(self, pairs: Sequence[tuple[Prompt, str]], progress: Progress = lambda count: None) -> list[Score]:
         """One score for each pair, in their order; progress gets the size of each finished batch.
 
         Raises ValueError for a reward that is not finite.
@@ -490,3 +568,26 @@ def resolve_text_format(text_format: str, tokenizer: PreTrainedTokenizerBase) ->
             "the reward model's tokenizer has no chat template for text format 'chat': choose plain, pair or auto."
         )
     return text_format
+
+
+class RewardModel:
+    """A reward model, checked by its configuration and tokenizer. Raises ValueError unless it has one label."""
+
+    def __init__(self, arguments: RewardArguments, trust_remote_code: bool, device: str) -> None:
+        self.arguments, self.name = arguments, arguments.reward_model_name_or_path
+        revision, dtype = arguments.reward_model_revision, arguments.reward_dtype
+        self.options = LoadOptions(revision, dtype, None, trust_remote_code, device)
+        config = read_config(self.name, self.options)
+        if config.num_labels != 1:
+            raise ValueError(
+                f"the reward model {self.name!r} has {config.num_labels} labels and must have one, whose logit is the "
+                "reward: name another model, or score the responses yourself and name their columns."
+            )
+        self.tokenizer = load_tokenizer(self.name, self.options)
+        self.text_format = resolve_text_format(arguments.reward_text_format, self.tokenizer)
+
+    def load(self) -> RewardScorer:
+        """Read the weights."""
+        model = load_model(AutoModelForSequenceClassification, self.name, self.options)
+        sizes = self.arguments.reward_batch_size, self.arguments.reward_max_length
+        return RewardScorer(model, self.tokenizer, *sizes, self.text_format)

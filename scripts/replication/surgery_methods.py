@@ -50,6 +50,7 @@ is measured and how: docs/surgery_comparison.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -57,6 +58,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -85,9 +87,16 @@ from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation import text_metrics as robustness
 from hf_moe_cpt.evaluation.attacks import relearn
 from hf_moe_cpt.evaluation.resumable import write_json
-from hf_moe_cpt.evaluation.scoring import EvalSettings, questions_of, read_documents, room_of, score_tokens
+from hf_moe_cpt.evaluation.scoring import (
+    EvalSettings,
+    option_losses,
+    questions_of,
+    read_documents,
+    room_of,
+    score_tokens,
+)
 from hf_moe_cpt.evaluation.surgery import evaluate_model
-from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_accuracy
+from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_correct
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.tables import text_table, write_csv
@@ -481,13 +490,8 @@ def measures_of(raw: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def option_losses(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
-    """(questions, options): nats per token of each option."""
-    return -np.asarray(columns["logp"], dtype=np.float64) / np.asarray(columns["tokens"])
-
-
 def _accuracy(columns: Mapping[str, Sequence[Any]]) -> float:
-    return float(mcq_accuracy(option_losses(columns), np.asarray(columns["answer"])))
+    return float(mcq_correct(option_losses(columns), columns["answer"]).mean())
 
 
 def _about_changes(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
@@ -500,7 +504,7 @@ def _about_changes(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     return {"accuracy/changed": _accuracy(changed), "old_answers": float(np.mean(old < new))}
 
 
-def validation_score(measures: Mapping[str, float]) -> float:
+def tuning_criterion(measures: Mapping[str, float]) -> float:
     """What settings are chosen by, in [0, 1]: the harmonic mean of what was forgotten, learnt and kept.
 
     Forgotten: 1 - |accuracy on unlearn - accuracy on unseen|; learnt and kept: accuracy on update and retain.
@@ -512,9 +516,10 @@ def validation_score(measures: Mapping[str, float]) -> float:
 def curve_of(raw: Mapping[str, Any]) -> dict[str, list[float]]:
     """Of a relearning curve: `steps`, and the accuracy at each for subjects that were taught and for the others."""
     groups = {name: values for name, values in raw.items() if name != "steps"}
-    return {"steps": list(raw["steps"])} | {
-        name: [fmean(answers["right"]) for answers in values] for name, values in groups.items()
-    }
+    curve = {name: [fmean(answers["right"]) for answers in values] for name, values in groups.items()}
+    if not all(map(math.isfinite, chain.from_iterable(curve.values()))):
+        raise ValueError("the model said NaN while it relearnt: there is no curve.")
+    return {"steps": list(raw["steps"])} | curve
 
 
 def steps_until(curve: Mapping[str, Sequence[float]], accuracy: float) -> float | None:
@@ -594,7 +599,7 @@ class Worker:
         return trainer.model.eval(), facts
 
     def examine(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
-        """`measures` of the run's split and, of the test split, `relearn`; of the validation split, `score`."""
+        """`measures` of the run's split and, of the test split, `relearn`; of the validation split, `criterion`."""
         scale, material = self.comparison.scale, self.material(run.seed)
         settings = EvalSettings(
             split=run.split,
@@ -613,7 +618,7 @@ class Worker:
         raw = evaluate_model(model, material.tokenizer, material.bench, settings, reference)
         measures = measures_of(raw)
         if run.split != "test":
-            return {"measures": measures, "score": validation_score(measures)}
+            return {"measures": measures, "criterion": tuning_criterion(measures)}
         if material.held_out is not None:
             measures["ce/real"] = self._loss_of(model, material, settings)
         if run.method == BEFORE:
@@ -1125,7 +1130,7 @@ def compare(comparison: Comparison, args: CompareArguments, folder: ComparisonFo
         **conclude([records[run.name] for run in shown if "error" not in records[run.name]], failed),
         "tuning": [
             {"architecture": run.architecture, "method": run.method, "learning_rate": run.learning_rate}
-            | {"strength": run.strength, "score": records[run.name].get("score")}
+            | {"strength": run.strength, "criterion": records[run.name].get("criterion")}
             | records[run.name].get("measures", {})
             for grid in grids.values()
             for run in grid
@@ -1134,17 +1139,17 @@ def compare(comparison: Comparison, args: CompareArguments, folder: ComparisonFo
 
 
 def choice_of(comparison: Comparison, architecture: str, method: str, grid: Sequence[Run], records: Records) -> Choice:
-    """Learning rate and strength of the run of a grid with the largest score, the stored choice without a grid.
+    """Learning rate and strength of the run of a grid with the largest criterion, the stored choice without a grid.
 
     Raises ValueError if every run of the grid failed.
     """
     if not grid:
         return CHOSEN[comparison.setting][architecture][method]
-    finished = [run for run in grid if "score" in records[run.name]]
+    finished = [run for run in grid if "criterion" in records[run.name]]
     if not finished:
         error = records[grid[0].name]["error"]
         raise ValueError(f"every run of the grid of {method} on {architecture} failed, the first with: {error}")
-    best = max(finished, key=lambda run: records[run.name]["score"])
+    best = max(finished, key=lambda run: records[run.name]["criterion"])
     return best.learning_rate, best.strength
 
 

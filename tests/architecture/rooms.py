@@ -42,11 +42,20 @@ ROOMS = {
         ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"),
     ),
     "hf_moe_cpt.evaluation": Room(
-        (*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.generation", "hf_moe_cpt.reports", "hf_moe_cpt.routing"),
-        (*_NUMBERS, "datasets", "huggingface_hub", "peft"),
+        (
+            *_FRONT,
+            "hf_moe_cpt.data",
+            "hf_moe_cpt.generation",
+            "hf_moe_cpt.reports",
+            "hf_moe_cpt.trainers.surgery.chunked",  # hidden states and head in chunks: measured as they are trained
+            "hf_moe_cpt.trainers.surgery.losses",  # the KL of the anchor, which is what divergence measures
+        ),
+        (*_NUMBERS, "accelerate", "datasets", "peft"),
     ),
     "hf_moe_cpt.generation": Room(
-        (*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.evaluation"), (*_NUMBERS, "datasets", "huggingface_hub", "peft")
+        # arguments: what a command is told is checked where its settings live
+        (*_FRONT, "hf_moe_cpt.arguments", "hf_moe_cpt.data", "hf_moe_cpt.evaluation"),
+        (*_NUMBERS, "datasets", "huggingface_hub"),
     ),
     "hf_moe_cpt.hub": Room(
         (*_FRONT, "hf_moe_cpt.hub_cards", "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"),

@@ -1,5 +1,6 @@
 """Attacks on a model: rounding against its definition, relearning that learns, and a model that is left as it was."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,10 +9,10 @@ from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation.attacks import (
     BLOCK,
     PREFIXES,
+    answers_of,
     attack,
     nf4_values,
     restored_afterwards,
-    right_answers,
     round_weights,
     rounded,
     taught_subjects,
@@ -104,14 +105,14 @@ def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         nll.append(-sum(float(logp[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start))
     for answer in range(3):
-        found = right_answers(model, [AskedQuestion({"subject": "s", "answer": answer}, options)], 1)
+        found = answers_of(model, [AskedQuestion({"subject": "s", "answer": answer}, options)], 1)
         assert found == {"subject": ["s"], "right": [float(nll[answer] == min(nll))]}
     twins = AskedQuestion({"subject": "s", "answer": 1}, [options[0], options[0]])
-    assert right_answers(model, [twins], 1)["right"] == [0.5]
+    assert answers_of(model, [twins], 1)["right"] == [0.5]
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     broken = AskedQuestion({"subject": "s", "answer": 2}, options)
-    assert right_answers(model, [broken], 1)["right"] == [pytest.approx(1 / 3)]  # it can only guess
+    assert np.isnan(answers_of(model, [broken], 1)["right"]).all()  # no number was measured
 
 
 def test_relearning_teaches_what_it_is_shown_and_leaves_the_model_as_it_was(bench, tokenizer):

@@ -11,7 +11,7 @@ import torch
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import HEADER, SurgeryBench
-from hf_moe_cpt.evaluation import scoring as eval_surgery_scoring
+from hf_moe_cpt.evaluation import scoring
 from hf_moe_cpt.evaluation.scoring import (
     CountedText,
     EvalSettings,
@@ -21,11 +21,11 @@ from hf_moe_cpt.evaluation.scoring import (
     documents_of,
     questions_of,
     read_documents,
-    read_own_bench,
     score_distances,
     score_tokens,
     sets_of,
 )
+from hf_moe_cpt.evaluation.surgery import BenchArguments
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
@@ -55,7 +55,7 @@ def _log_softmax(model, text: CountedText) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "cpt_moe"])
 def test_scores_are_those_of_full_logits_in_any_batch(kind, monkeypatch):
-    monkeypatch.setattr(eval_surgery_scoring, "LOGITS_AT_ONCE", 5 * VOCABULARY)  # many chunks in a batch
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 5 * VOCABULARY)  # many chunks in a batch
     model, texts = _model(kind), _texts(11)
     for batch_size in (1, 4, 16):
         for text, score in zip(texts, score_tokens(model, texts, batch_size, with_moments=True), strict=True):
@@ -217,16 +217,16 @@ def test_own_files_are_read_as_one_or_by_set(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({**row, "set": name}) for name, row in rows.items()))
     for files in ([f"{name}={tmp_path / name}.jsonl" for name in rows], [str(tmp_path / "all.jsonl")]):
-        assert sets_of(read_own_bench(files, None), EvalSettings()) == ("unlearn", "retain")
+        assert sets_of(BenchArguments(documents=files).load(), EvalSettings()) == ("unlearn", "retain")
     with pytest.raises(ValueError, match="takes one file whose rows name their set, or several as unlearn=a.jsonl"):
-        read_own_bench(["a.jsonl", "b.jsonl"], None)
+        BenchArguments(documents=["a.jsonl", "b.jsonl"]).load()
 
 
 REFUSED = {
     "set": ({"sets": ("lost",)}, "sets has 'lost', which is unknown: choose from unlearn"),
     "part": ({"parts": ("lunch",)}, "parts has 'lunch', which is unknown: choose from questions"),
     "kind": ({"kinds": ("essay",)}, "kinds has 'essay', which is unknown: choose from mcq"),
-    "attack": ({"attacks": ("bribe",)}, "attacks has 'bribe', which is unknown: choose from relearn"),
+    "attack": ({"robustness": ("bribe",)}, "robustness has 'bribe', which is unknown: choose from relearn"),
     "split": ({"split": "train"}, "split 'train' is unknown: choose"),
     "count": ({"max_questions": 0}, "max_questions=0 must be at least 1"),
     "rate": ({"relearn_lr": 0.0}, "relearn_lr=0.0 must be above 0"),

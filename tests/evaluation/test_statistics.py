@@ -17,7 +17,6 @@ from scipy.stats import binomtest, bootstrap
 
 from hf_moe_cpt.evaluation.statistics import (
     Interval,
-    bootstrap_difference,
     bootstrap_interval,
     bootstrap_replicates,
     bootstrap_two_samples,
@@ -87,17 +86,6 @@ def test_it_covers_the_truth_as_often_as_it_says():
     assert 0.82 <= covered / 300 <= 0.94  # percentile intervals of 30 groups are a little short
 
 
-def test_pairs_are_drawn_together():
-    after = VALUES + 0.1
-    got = bootstrap_difference(after, VALUES, GROUPS)
-    np.testing.assert_allclose(got, [0.1, 0.1, 0.1])
-    got = bootstrap_difference(after, VALUES, GROUPS, statistic=np.median)
-    np.testing.assert_allclose(got, [0.1, 0.1, 0.1])
-    totals = np.stack([VALUES, np.ones(40)], axis=1)
-    by_sums = bootstrap_difference(totals * [2, 1], totals, GROUPS, statistic=ratio_of_sums, resamples=200)
-    np.testing.assert_allclose(by_sums, bootstrap_interval(VALUES, GROUPS, resamples=200))
-
-
 def test_seed_confidence_and_a_formula_of_two_sets():
     assert bootstrap_interval(VALUES, GROUPS, seed=1) == bootstrap_interval(VALUES, GROUPS, seed=1)
     assert bootstrap_interval(VALUES, GROUPS, seed=1) != bootstrap_interval(VALUES, GROUPS, seed=2)
@@ -119,29 +107,6 @@ def test_columns_with_their_ends():
     expected = bootstrap_interval(VALUES, GROUPS, 0.8, 100, 5)
     assert (got["first"], got["first_low"], got["first_high"]) == expected
     assert got["second_low"] == pytest.approx(1 - expected.high)
-
-
-REFUSED = {
-    "no rows": (lambda: bootstrap_interval([]), r"values must have at least one row, got shape \(0,\)"),
-    "infinite": (lambda: bootstrap_interval([1.0, np.inf]), "values holds inf at place 1: every value must be finite"),
-    "groups": (lambda: bootstrap_interval([1.0, 2.0], ["a"]), "groups has 1 entries for 2 rows: name the group"),
-    "percent": (lambda: bootstrap_interval([1.0, 2.0], confidence=95), r"confidence=95 must lie in \(0, 1\)"),
-    "no draws": (lambda: bootstrap_interval([1.0, 2.0], resamples=0), "resamples=0 must be at least 1"),
-    "pairs": (
-        lambda: bootstrap_difference([1.0, 2.0], [1.0]),
-        r"after has shape \(2,\) and before \(1,\): pairs need",
-    ),
-    "second groups": (
-        lambda: bootstrap_two_samples([1.0], [2.0, 3.0], auc, second_groups=["a"]),
-        "second_groups has 1 entries for 2 rows",
-    ),
-}
-
-
-@pytest.mark.parametrize("call, text", REFUSED.values(), ids=REFUSED)
-def test_refusals(call, text):
-    with pytest.raises(ValueError, match=text):
-        call()
 
 
 WEAK = 1e6  # a prior too wide to matter
@@ -275,7 +240,16 @@ def test_cases_with_nothing_to_control_for():
 
 
 PAIR = ([-1.0, -2.0], [-2.0, -1.0], [3, 4], [5, 6])
-REFUSED_PREFERENCE_ACCURACY = {
+REFUSED = {
+    "no rows": (lambda: bootstrap_interval([]), r"values must have at least one row, got shape \(0,\)"),
+    "infinite": (lambda: bootstrap_interval([1.0, np.inf]), "values holds inf at place 1: every value must be finite"),
+    "groups": (lambda: bootstrap_interval([1.0, 2.0], ["a"]), "groups has 1 entries for 2 rows: name the group"),
+    "percent": (lambda: bootstrap_interval([1.0, 2.0], confidence=95), r"confidence=95 must lie in \(0, 1\)"),
+    "no draws": (lambda: bootstrap_interval([1.0, 2.0], resamples=0), "resamples=0 must be at least 1"),
+    "second groups": (
+        lambda: bootstrap_two_samples([1.0], [2.0, 3.0], auc, second_groups=["a"]),
+        "second_groups has 1 entries for 2 rows",
+    ),
     "no pairs": (lambda: preference_accuracy([], [], [], []), r"chosen_logps must be \(N,\) with at least one pair"),
     "two dimensions": (lambda: preference_accuracy(torch.zeros(2, 2), *PAIR[1:]), r"must be \(N,\).*\(2, 2\)"),
     "a column too short": (
@@ -296,8 +270,8 @@ REFUSED_PREFERENCE_ACCURACY = {
 }
 
 
-@pytest.mark.parametrize("call, text", REFUSED_PREFERENCE_ACCURACY.values(), ids=REFUSED_PREFERENCE_ACCURACY)
-def test_refusals__preference_accuracy(call, text):
+@pytest.mark.parametrize("call, text", REFUSED.values(), ids=REFUSED)
+def test_refusals_are_one_line(call, text):
     with pytest.raises(ValueError, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)

@@ -427,6 +427,8 @@ def test_numbers_that_do_not_exist_are_none_and_told(raws):
     assert "after, unlearn: no loss, nats per token: 1 of 8 rows are not finite." in told
     assert any(line.startswith("after, retain: no loss, nats per token: logps[0] holds nan") for line in told)
     assert "after, unlearn: no AUC, loss: the loss of a text is not finite." in told
+    assert "after, unlearn: no MCQ accuracy: 1 of 12 rows are not finite." in told
+    assert not any((row["side"], row["metric"]) == ("after", "score_forgetting") for row in found["measures"])
     assert any("half was not relearnt within all steps" in line for line in told)
     assert _value(found, "after", "relearn_half_steps") is None
     json.dumps(found, allow_nan=False)

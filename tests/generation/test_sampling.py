@@ -21,15 +21,16 @@ from transformers import (
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.generation.sampling import (
     LoadOptions,
+    Policy,
+    PolicyArguments,
     Request,
     RewardScorer,
     Sampling,
     TransformersSampler,
     VllmSampler,
     encode_prompt,
-    load_vllm,
     read_response,
-    requests_for,
+    require_vllm,
     room_for_prompt,
     stop_tokens,
     tokens_at,
@@ -65,9 +66,8 @@ def _sampler(policy, tokenizer, batch_size=8, stop=STOP, **changes) -> Transform
 
 
 def _requests(tokenizer, indices, num_samples=3) -> list[Request]:
-    sampling = Sampling(num_samples, 1.0, 1.0, 10, 0)
     prompts = {index: encode_prompt("What comes after " + "1 " * (index % 7) + "?", tokenizer) for index in indices}
-    return [request for index in indices for request in requests_for(index, prompts[index], sampling)]
+    return [Request(index, sample, prompts[index]) for index in indices for sample in range(num_samples)]
 
 
 def test_a_number_picks_the_token_whose_stretch_holds_it():
@@ -93,7 +93,7 @@ def test_first_tokens_follow_the_policy(policy, tokenizer, temperature, top_p):
         return output
 
     sampler.model = SimpleNamespace(device=policy.device, generate=generate)
-    sampler(requests_for(0, ids, sampler.sampling))
+    sampler([Request(0, sample, ids) for sample in range(count)])
     with torch.no_grad():
         chances = (policy(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
     ranked = chances.sort(descending=True)
@@ -204,17 +204,19 @@ class _FakeEngine:
         return outputs
 
 
-def test_vllm_gets_token_ids_and_a_seed_for_each_response(tokenizer, monkeypatch):
+def test_vllm_gets_token_ids_and_a_seed_for_each_response(tokenizer, monkeypatch, tmp_path):
     fake = ModuleType("vllm")
     fake.LLM, fake.SamplingParams = _FakeEngine, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    sampling = Sampling(3, 0.8, 0.9, 10, 0)
-    sampler = load_vllm(
-        "some/model", LoadOptions(dtype="bfloat16"), {"max_model_len": 64}, tokenizer, sampling, [0, 5]
-    )
+    tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 10, "vllm_options": '{"max_model_len": 64}'}
+    arguments = PolicyArguments(use_vllm=True, **asked)
+    policy = Policy(str(tmp_path), LoadOptions(dtype="bfloat16"), arguments, num_samples=3, seed=0)
+    sampler = policy.load()
     assert isinstance(sampler, VllmSampler)
     assert sampler.engine.arguments == {
-        "model": "some/model",
+        "model": str(tmp_path),
         "dtype": "bfloat16",
         "revision": "main",
         "trust_remote_code": False,
@@ -227,15 +229,15 @@ def test_vllm_gets_token_ids_and_a_seed_for_each_response(tokenizer, monkeypatch
     first = sampler.engine.parameters
     assert len({parameter.seed for parameter in first}) == 6
     assert (first[0].temperature, first[0].top_p, first[0].max_tokens) == (0.8, 0.9, 10)
-    assert first[0].stop_token_ids == [0, 5]
+    assert first[0].stop_token_ids == policy.stop
     sampler(requests[::-1])
     assert [p.seed for p in sampler.engine.parameters[::-1]] == [p.seed for p in first]
 
 
-def test_without_vllm_the_error_says_what_to_install(monkeypatch, tokenizer):
+def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="--use_vllm needs the package vllm, which is not installed: pip install"):
-        load_vllm("some/model", LoadOptions(), {}, tokenizer, Sampling(2, 1.0, 1.0, 4, 0), [0])
+        require_vllm()
 
 
 def _reward_model(**changes) -> LlamaForSequenceClassification:

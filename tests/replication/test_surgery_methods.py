@@ -57,7 +57,7 @@ from hf_moe_cpt.scripts.replication.surgery_methods import (
     targets_of,
     token_rows,
     train_model,
-    validation_score,
+    tuning_criterion,
     write_runs,
 )
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -101,8 +101,8 @@ def test_losses_gauge_and_divergence_weigh_texts_and_tokens():
 
 def test_score_is_the_harmonic_mean_of_forgotten_learnt_and_kept():
     measures = {"accuracy/unlearn": 0.2, "accuracy/unseen": 0.4, "accuracy/update": 0.5, "accuracy/retain": 1.0}
-    assert validation_score(measures) == pytest.approx(3 / (1 / 0.8 + 1 / 0.5 + 1))
-    assert validation_score(measures | {"accuracy/update": 0.0}) == 0.0
+    assert tuning_criterion(measures) == pytest.approx(3 / (1 / 0.8 + 1 / 0.5 + 1))
+    assert tuning_criterion(measures | {"accuracy/update": 0.0}) == 0.0
 
 
 def test_curves_and_when_they_reach_an_accuracy():
@@ -211,7 +211,7 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch):
 def test_grids_choose_by_validation_questions_of_another_world(finished):
     printed = start(finished[0], "--methods", "descent-kl", "--tune")
     results = results_of(finished[0])
-    scores = {point["learning_rate"]: point["score"] for point in results["tuning"]}
+    scores = {point["learning_rate"]: point["criterion"] for point in results["tuning"]}
     assert set(scores) == {1e-3, 2e-3} and "descent-kl" in printed
     row = next(row for row in results["rows"] if row["method"] == "descent-kl")
     assert scores[row["learning_rate"]] == max(scores.values())
@@ -224,7 +224,7 @@ def test_grids_choose_by_validation_questions_of_another_world(finished):
 def test_choice_takes_the_largest_score_and_refuses_a_grid_that_failed():
     comparison = make_comparison(CompareArguments())
     grid = comparison.tuning_runs("llama", "paper")
-    records = {run.name: {"score": 0.1} for run in grid} | {grid[1].name: {"score": 0.2}}
+    records = {run.name: {"criterion": 0.1} for run in grid} | {grid[1].name: {"criterion": 0.2}}
     assert choice_of(comparison, "llama", "paper", grid, records) == (grid[1].learning_rate, grid[1].strength)
     assert choice_of(comparison, "llama", "paper", [], {}) == CHOSEN["small"]["llama"]["paper"]
     with pytest.raises(ValueError, match="every run of the grid of paper on llama failed, the first with: no memory"):

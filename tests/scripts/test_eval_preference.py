@@ -17,11 +17,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from hf_moe_cpt.evaluation import preference as eval_preference_work
-from hf_moe_cpt.evaluation.preference import answer_scores, is_readable, read_pairs, tokenize_answers
+from hf_moe_cpt.evaluation import preference
+from hf_moe_cpt.evaluation.preference import STAGES, answer_scores, is_readable, read_pairs, tokenize_answers
 from hf_moe_cpt.evaluation.resumable import read_lines
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, preference_accuracy, wilson_interval
-from hf_moe_cpt.scripts.eval_preference import STAGES, main
+from hf_moe_cpt.generation import sampling
+from hf_moe_cpt.scripts.eval_preference import main
 from tests.helpers.fresh_process import run_python
 from tests.helpers.preference_runs import word_tokenizer
 from tests.helpers.tiny_models import EOS, SIZES, tiny_model
@@ -211,7 +212,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_p
     run = tmp_path / "run"
     program = (
         "import os, signal, sys\n"
-        "from hf_moe_cpt.scripts import eval_preference_folder as folder\n"
+        "from hf_moe_cpt.evaluation import resumable as folder\n"
         "from hf_moe_cpt.scripts.eval_preference import main\n"
         "write, count = folder.write_lines, []\n"
         "def killed(path, rows):\n"
@@ -234,8 +235,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_p
 
 def test_a_finished_stage_reads_no_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
     shutil.copytree(alone[0], tmp_path / "run")
-    for name in ("load_policy", "load_reward_model"):
-        monkeypatch.setattr(eval_preference_work, name, lambda *_: pytest.fail("weights were read"))
+    for module, name in ((preference, "load_policy"), (sampling, "load_policy"), (sampling, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("weights were read"))
     main(_arguments(world, tmp_path / "run", tie_margin=1e9))
     assert _measures(tmp_path / "run")["ties"]["value"] == 14
     main(_arguments(world, tmp_path / "run", stop_after="rewards-policy"))

@@ -20,8 +20,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
-from hf_moe_cpt.evaluation.resumable import SampleFolder
-from hf_moe_cpt.generation.pairs import load_table
+from hf_moe_cpt.generation.pairs import SampleFolder, load_table
 from hf_moe_cpt.scripts.rejection_sample import main
 from tests.helpers.fresh_process import run_python
 from tests.helpers.rejection_runs import QUESTIONS, VOCABULARY, arguments, make_world, published, ready_made, shards
@@ -457,10 +456,10 @@ def test_prompts_that_changed_under_a_run_are_refused(world, tmp_path):
 
 def test_a_fingerprint_holds_the_settings_of_all_stages_before(tmp_path):
     settings = {"generate": {"temperature": 1.0}, "score": {"model": "a"}, "select": {"tau": 0.5}}
-    prints = {stage: SampleFolder(tmp_path, settings).fingerprint(stage) for stage in settings}
+    names = {stage: SampleFolder(tmp_path, settings).shard(stage, 0) for stage in settings}
     for changed, kept in {"generate": [], "score": ["generate"], "select": ["generate", "score"]}.items():
         now = SampleFolder(tmp_path, settings | {changed: {"other": 1}})
-        assert [stage for stage in settings if now.fingerprint(stage) == prints[stage]] == kept
+        assert [stage for stage in settings if now.shard(stage, 0) == names[stage]] == kept
 
 
 def test_parts_that_start_at_the_same_moment_share_the_folder(tmp_path):
@@ -469,7 +468,7 @@ def test_parts_that_start_at_the_same_moment_share_the_folder(tmp_path):
         for number in range(30):
             folders = [SampleFolder(tmp_path / str(number), settings) for _ in range(8)]
             list(pool.map(SampleFolder.claim, folders))
-            assert [path.name for path in sorted(folders[0].root.iterdir())] == ["rejection_sample.json", "stages"]
+            assert [path.name for path in sorted(folders[0].root.iterdir())] == ["rejection_sample.json"]
     with pytest.raises(ValueError, match="was made with tau=0.5, and now it is 2"):
         SampleFolder(tmp_path / "0", settings | {"select": {"tau": 2}}).claim()
 
