@@ -1,17 +1,14 @@
-"""Cut a corpus into blocks: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L).
+"""Blocks of training: a corpus cut into blocks, blocks of two sources mixed by an exact law, a batch of blocks.
 
-Letters: L = max_length, tokens per block. With packing="document" attention and loss stop at document boundaries
-(position_ids restart, the first label of a document is -100); with "concat" both run across. Source: ours.
+Packing: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L). With packing="document"
+attention and loss stop at document boundaries (position_ids restart, the first label of a document is -100); with
+"concat" both run across. Mixing: an exact share of replay in every batch, in a stateless order; data that can only be
+read forwards obeys the same law with a buffered shuffle.
 
-Which position of training reads which block: an exact share of replay in every batch, in a stateless order.
-
-Letters: B = global optimizer batch in blocks (all ranks, all accumulation steps), r = replay ratio, i = position in
-[0, B * num_batches), q = ordinal of an item within its source. Replay items before position i: floor(i * r + 1/2).
-Source: ratio of new to old data per batch, Thérien et al. 2025 (arXiv 2503.05029), section on replay; the law is ours.
-
-The replay mixture for data that can only be read forwards: same law, buffered shuffle. Source: ours.
-
-Stack blocks of equal length into a batch. Source: ours.
+Letters: L = max_length, tokens per block; B = global optimizer batch in blocks (all ranks, all accumulation steps),
+r = replay ratio, i = position in [0, B * num_batches), q = ordinal of an item within its source. Replay items before
+position i: floor(i * r + 1/2).
+Source: ratio of new to old data per batch, Thérien et al. 2025 (arXiv 2503.05029), section on replay; the rest ours.
 """
 
 import operator
@@ -69,9 +66,9 @@ def pack_stream(
         if filled and len(ids):
             boundaries.append(filled)
         while taken < len(ids):
-            count = min(max_length - filled, len(ids) - taken)
-            tokens[filled : filled + count] = ids[taken : taken + count]
-            filled, taken = filled + count, taken + count
+            take = min(max_length - filled, len(ids) - taken)
+            tokens[filled : filled + take] = ids[taken : taken + take]
+            filled, taken = filled + take, taken + take
             if filled == max_length:
                 yield frame_block(tokens, boundaries, packing)
                 tokens, filled, boundaries = np.empty(max_length, dtype=np.int64), 0, []
@@ -357,10 +354,6 @@ class StreamingReplayMixture(torch.utils.data.IterableDataset):
             block = next(blocks[source])
             if (position // self.micro_batch_size) % num_workers == worker:
                 yield {**block, "source": SOURCES.index(source)}
-
-    def composition(self, batch: int) -> tuple[int, int]:
-        """(new blocks, replay blocks) of optimizer batch `batch`."""
-        return self.law.composition(batch)
 
     def _read(self, source: str) -> Iterator[list[int]]:
         """Documents of one source, epoch after epoch, without end."""

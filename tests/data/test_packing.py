@@ -1,10 +1,7 @@
-"""Blocks stack along a new first dimension, and blocks that do not fit are named.
+"""Blocks are the corpus cut at multiples of max_length; mixtures hold their share; batches are stacked blocks.
 
-Blocks are the concatenated corpus cut at multiples of max_length, whatever the arrow layout underneath.
-
-Every batch holds its share, every epoch its own order, and nothing depends on how the positions are read.
-
-The streaming mixture obeys the same law, and a consumer sees the same sequence for any number of workers.
+Packing against the definition, token by token, whatever the arrow layout underneath. Every batch of a mixture holds
+its share, every epoch its own order, and a consumer sees the same sequence with any number of workers.
 """
 
 import pickle
@@ -26,7 +23,6 @@ from hf_moe_cpt.data.packing import (
     ReplayMixture,
     StreamingReplayMixture,
     exact_ratio,
-    frame_block,
     pack_stream,
     stack_blocks,
 )
@@ -39,15 +35,17 @@ def test_tensors_and_sources_are_stacked():
     assert batch["source"].tolist() == [0, 1] and batch["source"].dtype == torch.int64
 
 
-def test_blocks_of_two_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"'input_ids' has the shapes \[\(2,\), \(3,\)\] in one batch"):
-        stack_blocks([{"input_ids": torch.zeros(2)}, {"input_ids": torch.zeros(3)}])
-
-
-@pytest.mark.parametrize("first, second", [({"a", "b"}, {"a"}), ({"a"}, {"a", "b"})])
-def test_blocks_of_two_packings_are_refused(first, second):
-    with pytest.raises(ValueError, match="'b': pack new and replay data in the same way"):
-        stack_blocks([dict.fromkeys(first, 0), dict.fromkeys(second, 0)])
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(3)}, r"'a' has the shapes \[\(2,\), \(3,\)\] in one batch"),
+        ({"a": 0, "b": 0}, {"a": 0}, "'b': pack new and replay data in the same way"),
+        ({"a": 0}, {"a": 0, "b": 0}, "'b': pack new and replay data in the same way"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        stack_blocks([first, second])
 
 
 def make_corpus(lengths: list[int], rows_per_chunk: int = 3) -> tuple[datasets.Dataset, list[list[int]]]:
@@ -162,38 +160,27 @@ def test_indices_wrap_from_the_end_and_stop():
             packed[index]
 
 
-def test_frame_block_of_one_document_masks_nothing():
-    block = frame_block(np.arange(4), [], "document")
-    assert block["labels"].tolist() == block["position_ids"].tolist() == [0, 1, 2, 3]
-
-
-def test_too_few_tokens():
-    with pytest.raises(ValueError, match=r"12 tokens in 3 documents, fewer than one block of max_length=13"):
-        PackedDataset(make_corpus([4, 4, 4])[0], 13)
-    with pytest.raises(ValueError, match="0 tokens in 0 documents"):
-        PackedDataset(make_corpus([4])[0].select([]), 13)
+def of_columns(**columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns)
 
 
 @pytest.mark.parametrize(
-    "columns, message",
+    "documents, options, message",
     [
-        ({"text": ["a"]}, r"columns \['text'\] and no input_ids: run tokenize_documents"),
-        ({"input_ids": ["a"]}, "is string, not a list of integers"),
-        ({"input_ids": [[0.5, 1.5]]}, "is list<.*double>, not a list of integers"),
-        ({"input_ids": [[1, 2], None]}, "missing values"),
-        ({"input_ids": [[1, None]]}, "missing values"),
+        (make_corpus([4, 4, 4])[0], (13,), "12 tokens in 3 documents, fewer than one block of max_length=13"),
+        (make_corpus([4])[0].select([]), (13,), "0 tokens in 0 documents"),
+        (make_corpus([9])[0], (1,), "max_length is 1"),
+        (make_corpus([9])[0], (2, "bfd"), "packing is 'bfd': choose one of 'document', 'concat'"),
+        (of_columns(text=["a"]), (2,), r"columns \['text'\] and no input_ids: run tokenize_documents"),
+        (of_columns(input_ids=["a"]), (2,), "is string, not a list of integers"),
+        (of_columns(input_ids=[[0.5, 1.5]]), (2,), "is list<.*double>, not a list of integers"),
+        (of_columns(input_ids=[[1, 2], None]), (2,), "missing values"),
+        (of_columns(input_ids=[[1, None]]), (2,), "missing values"),
     ],
 )
-def test_what_is_not_tokenised_is_refused(columns, message):
+def test_what_cannot_be_packed_is_refused(documents, options, message):
     with pytest.raises(ValueError, match=message):
-        PackedDataset(datasets.Dataset.from_dict(columns), 2)
-
-
-def test_bad_options():
-    with pytest.raises(ValueError, match="max_length is 1"):
-        PackedDataset(make_corpus([9])[0], 1)
-    with pytest.raises(ValueError, match="packing is 'bfd': choose one of 'document', 'concat'"):
-        next(pack_stream([[1, 2, 3]], 2, "bfd"))
+        PackedDataset(documents, *options)
 
 
 RATIOS = st.sampled_from([0.05, 0.1, 0.3, 0.4, 1 / 3, 0.999, Fraction(2, 7)])
@@ -272,10 +259,9 @@ def test_no_epoch_source_or_seed_repeats_an_order():
 
 
 def test_order_is_a_function_of_seed_and_position_alone():
-    short, long = make_mixture(batches=3), make_mixture(batches=300)
-    assert [short.locate(i) for i in range(len(short))] == [long.locate(i) for i in range(len(short))]
-    other_batch = make_mixture(batch=24, batches=1)
-    assert [other_batch.locate(i) for i in range(24)] == [long.locate(i) for i in range(24)]
+    long = make_mixture(batches=300)
+    for other in (make_mixture(batches=3), make_mixture(batch=24, batches=1)):
+        assert [other.locate(i) for i in range(24)] == [long.locate(i) for i in range(24)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -301,14 +287,19 @@ def test_ratio_is_read_as_people_write_it():
     assert [exact_ratio(r) for r in (0.3, 1 / 3, 0, 1e-8)] == [Fraction(3, 10), Fraction(1, 3), 0, Fraction(1, 10**8)]
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 30, float("nan"), float("inf")])
-def test_ratio_outside_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"replay_ratio is .* must lie in \[0, 1\)"):
-        exact_ratio(ratio)
+OUTSIDE = r"replay_ratio is .* must lie in \[0, 1\)"
 
 
-@pytest.mark.parametrize("ratio, message", [("0.3", "a number"), (True, "a number"), (1e-12, "closer than 1e-9")])
-def test_ratio_that_is_no_plain_number_is_refused(ratio, message):
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        *((ratio, OUTSIDE) for ratio in (-0.1, 1, 1.0, 30, float("nan"), float("inf"))),
+        ("0.3", "a number"),
+        (True, "a number"),
+        (1e-12, "closer than 1e-9"),
+    ],
+)
+def test_ratios_that_are_none_are_refused(ratio, message):
     with pytest.raises(ValueError, match=message):
         exact_ratio(ratio)
 
@@ -374,7 +365,7 @@ def test_positions_take_their_source_from_the_law():
     for position, item in enumerate(items):
         assert item["source"] == (law.assign(position)[0] == "replay")
         assert bool((item["input_ids"] >= 1000).all()) == bool(item["source"])
-    assert sum(item["source"] for item in items[:6]) == make_mixture_streaming().composition(0)[1] == 2
+    assert sum(item["source"] for item in items[:6]) == make_mixture_streaming().law.composition(0)[1] == 2
 
 
 def test_each_epoch_reads_all_documents_in_an_order_of_its_own():
@@ -430,14 +421,11 @@ def test_a_stream_shorter_than_a_block_stops_instead_of_spinning(count, tokens):
         (make_documents(3, 0), {"shuffle_buffer": 0}, "shuffle_buffer is 0"),
         (make_documents(3, 0), {"micro_batch_size": 0}, "micro_batch_size is 0"),
         (make_documents(3, 0), {"packing": "bfd"}, "packing is 'bfd'"),
+        (make_documents(3, 0), {"replay_ratio": 0.3}, "replay_ratio is 0.3 but there is no replay data"),
     ],
-    ids=["list", "empty", "text", "buffer", "micro", "packing"],
+    ids=["list", "empty", "text", "buffer", "micro", "packing", "ratio"],
 )
 def test_bad_streams_are_refused_before_reading(new, options, message):
     with pytest.raises(ValueError, match=message):
-        StreamingReplayMixture(new, None, 0.0, 1, 1, 0, max_length=LENGTH, **options)
-
-
-def test_replay_and_ratio_go_together():
-    with pytest.raises(ValueError, match="replay_ratio is 0.3 but there is no replay data"):
-        StreamingReplayMixture(make_documents(3, 0), None, 0.3, 1, 1, 0, max_length=LENGTH)
+        options = {"replay_ratio": 0.0, "max_length": LENGTH} | options
+        StreamingReplayMixture(new, None, batch_size=1, num_batches=1, seed=0, **options)

@@ -1,12 +1,10 @@
-"""Damage is found where it is, and nothing sound is called damaged.
+"""Every form in which users keep text is opened and tokenised; what cannot be is explained in one line.
 
-Every form in which users keep text is opened, streamed or not; what cannot be opened is explained in one line.
-
-Documents become ids plus one EOS; caches are found again; every bad row is named.
+Damage is found where it is, and nothing sound is called damaged. Documents become ids plus one EOS; caches are found
+again by another process; every bad row is named.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,29 +63,18 @@ def test_sound_json(tmp_path, content):
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8 text"),
         (b'[{"text": "a"},\n{"text": "b"\n', "line 3 is not valid JSON"),
         (b'[{"text": "a"},\n{"text": "\xff"}]', r"not UTF-8 text \(byte 26\)"),
-    ],
-)
-def test_damaged_json(tmp_path, content, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        find_damage(path, "json")
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
         (b"", "a.jsonl is empty"),
         (b"\n \n", "only blank lines"),
         (b"nonsense", "line 1 is not valid JSON"),
         (b'{"body": "a"}', r"neither 'text' nor 'input_ids' but \['body'\]: name its text column"),
     ],
 )
-def test_heads_of_json_files(tmp_path, content, message):
+def test_damaged_json(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         check_file(path, "json", "text")
+        find_damage(path, "json")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -118,17 +105,8 @@ def test_a_parquet_file_damaged_inside(tmp_path):
         find_damage(path, "parquet")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind the administrator")
-def test_a_file_without_permission(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("a")
-    path.chmod(0)
-    with pytest.raises(ValueError, match="cannot read .*a.txt: Permission denied"):
-        check_file(path, "text", "text")
-
-
-def test_a_path_that_cannot_be_opened(tmp_path):
-    with pytest.raises(ValueError, match="cannot read .*: No such file"):
+def test_a_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*: No such file or directory; check its permissions"):
         check_file(tmp_path / "gone.txt", "text", "text")
 
 
@@ -256,33 +234,27 @@ def test_a_malformed_line_is_named(tmp_path, streaming, capfd):
     assert "\n" not in str(bad.value) and "Failed to load JSON" not in capfd.readouterr().err
 
 
-def test_a_folder_without_data_and_no_names(tmp_path):
-    (tmp_path / "readme.rst").write_text("text")
-    with pytest.raises(ValueError, match="holds no data: looked for .txt, .md, .jsonl, .json, .parquet, .arrow files"):
-        load_text_dataset(tmp_path)
-    with pytest.raises(ValueError, match="the list of data sets is empty"):
-        load_text_dataset([])
-
-
 def test_files_that_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a.csv has the extension '.csv': known are .txt, .md, .jsonl"):
-        load_text_dataset(write(tmp_path / "a.csv"))
-    with pytest.raises(ValueError, match=r"a.jsonl has neither 'text' nor 'input_ids' but \['body', 'number'\]"):
-        load_text_dataset(write(tmp_path / "a.jsonl", column="body"))
-    with pytest.raises(ValueError, match=r"b.json has neither 'text' nor 'input_ids' but \['body', 'number'\]"):
-        load_text_dataset(write(tmp_path / "b.json", column="body"))
-    with pytest.raises(ValueError, match="c.parquet holds no rows"):
-        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
-        load_text_dataset(tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="empty.txt is empty"):
-        load_text_dataset(tmp_path / "empty.txt")
-
-
-def test_a_broken_saved_dataset(tmp_path):
-    (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="cannot read the saved dataset"):
-        load_text_dataset(tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/readme.rst").write_text("text")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/state.json").write_text("{}")
+    neither = r" has neither 'text' nor 'input_ids' but \['body', 'number'\]"
+    refused = {
+        write(tmp_path / "a.csv"): r"a.csv has the extension '.csv': known are .txt, .md, .jsonl",
+        write(tmp_path / "a.jsonl", column="body"): "a.jsonl" + neither,
+        write(tmp_path / "b.json", column="body"): "b.json" + neither,
+        tmp_path / "c.parquet": "c.parquet holds no rows",
+        tmp_path / "empty.txt": "empty.txt is empty",
+        tmp_path / "none": "holds no data: looked for .txt, .md, .jsonl, .json, .parquet, .arrow files",
+        tmp_path / "broken": "cannot read the saved dataset",
+        (): "the list of data sets is empty",
+    }
+    for name, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            load_text_dataset(name)
 
 
 EOS = 2

@@ -435,9 +435,8 @@ class _UserRows:
         self.documents: dict[str, list[dict[str, Any]]] = {name: [] for name in SETS}
         self.questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
         self._group_of_subject: dict[str, tuple[str, str]] = {}  # group, place of its first row
-        self._subjects_of_set: dict[str, set[str]] = {name: set() for name in SETS}
-        self._place_of_id: dict[tuple[str, str], str] = {}
-        self._place_of_question: dict[tuple[str, str, str, str], str] = {}
+        self._subjects: set[tuple[str, str]] = set()  # set, subject
+        self._first_place: dict[tuple[str, ...], str] = {}  # of an id, of a question
         self._warned_of: set[tuple[Path, str]] = set()
 
     def read_documents(self, path: Path, set_name: str | None, columns: Mapping[str, str]) -> None:
@@ -447,16 +446,19 @@ class _UserRows:
         wrong = sorted(set(columns) - set(DOCUMENT_FEATURES))
         if wrong:
             raise ValueError(f"columns renames {wrong}, which are no columns of documents: {list(DOCUMENT_FEATURES)}.")
-        count = self._read(path, columns, lambda row, place: self._add_document(row, place, set_name, path))
-        if not count:
+        if not self._read(path, "document", columns, lambda row, place: self._document(row, place, set_name)):
             raise ValueError(f"{path} holds no documents: give it at least one line.")
 
     def read_questions(self, path: Path) -> None:
         """Add a file of questions about subjects whose documents were read before."""
-        if not self._read(path, {}, lambda row, place: self._add_question(row, place, path)):
+        if not self._read(path, "question", {}, self._question):
             raise ValueError(f"{path} holds no questions: give it at least one line or leave it out.")
 
-    def _read(self, path: Path, columns: Mapping[str, str], add: Callable[[dict, int], None]) -> int:
+    def _read(
+        self, path: Path, what: str, columns: Mapping[str, str], check: Callable[[dict, str], dict[str, Any]]
+    ) -> int:
+        """Add what `check` makes of each row, with the columns that both kinds of rows have; returns their number."""
+        features = DOCUMENT_FEATURES if what == "document" else QUESTION_FEATURES
         count = 0
         for number, row in json_lines(path):
             place = f"{path}, line {number}"
@@ -465,59 +467,54 @@ class _UserRows:
             try:
                 if missing:
                     raise _RowError(f"has no column {missing[0]!r}, which columns asks for; it has {sorted(row)}.")
-                add({**row, **renamed}, number)
+                row |= renamed
+                made = check(row, place)
+                made["id"] = _text(row, "id", default=f"{made['set']}-{path.stem}-{number}")
+                if (first := self._first_place.setdefault((what, made["id"]), place)) != place:
+                    raise _RowError(f"has the id {made['id']!r}, which {first} has too: ids must differ.")
+                made |= {"subject_kind": _text(row, "subject_kind", default=None), "version": USER_VERSION}
             except ValueError as error:
-                text = str(error)
-                raise ValueError(f"{place}{' ' if isinstance(error, _RowError) else ': '}{text}") from None
+                raise ValueError(f"{place}{' ' if isinstance(error, _RowError) else ': '}{error}") from None
+            (self.documents[made["set"]] if what == "document" else self.questions[made["split"]]).append(made)
+            for name in sorted(set(row) - set(features)):
+                if (path, name) not in self._warned_of:  # once for each file and column
+                    self._warned_of.add((path, name))
+                    logger.warning("%s: the column %r is not used", path, name)
             count += 1
         return count
 
-    def _add_document(self, row: dict[str, Any], number: int, set_name: str | None, path: Path) -> None:
+    def _document(self, row: dict[str, Any], place: str, set_name: str | None) -> dict[str, Any]:
         subject, text = _text(row, "subject"), _text(row, "text")
         named = _text(row, "set") if set_name is None else _text(row, "set", default=set_name)
         check_choice("set", named, SETS)
         if set_name not in (None, named):
             raise _RowError(f"has the set {named!r}, but its file was given as {set_name!r}: give one of them.")
-        group, place = group_of_set(named), f"{path}, line {number}"
+        group = group_of_set(named)
         first_group, first_place = self._group_of_subject.setdefault(subject, (group, place))
         if first_group != group:
             raise _RowError(
                 f"puts the subject {subject!r} into {named}, but {first_place} has it in {first_group}: a subject can "
                 "only be in one of unlearn, obsolete and update together, retain, neighbour, unseen."
             )
-        self._subjects_of_set[named].add(subject)
+        self._subjects.add((named, subject))
         prefix = _text(row, "prefix", default="", may_be_empty=True)
         if not text.startswith(prefix) or len(prefix) == len(text):
             raise _RowError(f"has a prefix, {_shown(prefix)}, that its text does not begin with and go on from.")
-        self.documents[named].append(
-            {
-                "id": self._id(row, "document", f"{named}-{path.stem}-{number}", place),
-                "subject": subject,
-                "subject_kind": _text(row, "subject_kind", default=None),
-                "set": named,
-                "form": _text(row, "form", default=None),
-                "prefix": prefix,
-                "text": text,
-                "facts": _facts(row),
-                "version": USER_VERSION,
-            }
-        )
-        self._warn_of_unknown(row, DOCUMENT_FEATURES, path)
+        form = _text(row, "form", default=None)
+        return {"subject": subject, "set": named, "form": form, "prefix": prefix, "text": text, "facts": _facts(row)}
 
-    def _add_question(self, row: dict[str, Any], number: int, path: Path) -> None:
+    def _question(self, row: dict[str, Any], place: str) -> dict[str, Any]:
         subject, set_name, question = (_text(row, name) for name in ("subject", "set", "question"))
         check_choice("set", set_name, SETS)
-        if subject not in self._subjects_of_set[set_name]:
+        if (set_name, subject) not in self._subjects:
             raise _RowError(
                 f"asks about {subject!r} in {set_name}, where no document has that subject: spell it as there."
             )
         kind = _text(row, "kind", default="mcq")
         check_choice("kind", kind, QUESTION_KINDS)
-        halves = SPLITS[derive_seed(subject, question) % len(SPLITS)]
-        split = _text(row, "split", default=halves)
+        split = _text(row, "split", default=SPLITS[derive_seed(subject, question) % len(SPLITS)])
         check_choice("split", split, SPLITS)
-        place = f"{path}, line {number}"
-        first = self._place_of_question.setdefault((set_name, subject, kind, question), place)
+        first = self._first_place.setdefault((set_name, subject, kind, question), place)
         if first != place:
             raise _RowError(f"asks the same question as {first}: validation and test must not share any.")
         options = _options(row)
@@ -525,38 +522,18 @@ class _UserRows:
         old_answer = _place_in(row, "old_answer", options) if row.get("old_answer") is not None else None
         if old_answer == answer:
             raise _RowError(f"has {options[answer]!r} as both answer and old_answer: they must differ.")
-        self.questions[split].append(
-            {
-                "id": self._id(row, "question", f"{set_name}-{path.stem}-{number}", place),
-                "subject": subject,
-                "subject_kind": _text(row, "subject_kind", default=None),
-                "set": set_name,
-                "kind": kind,
-                "split": split,
-                "attribute": _text(row, "attribute", default=None),
-                "question": question,
-                "options": options,
-                "answer": answer,
-                "answer_text": options[answer],
-                "old_answer": old_answer,
-                "version": USER_VERSION,
-            }
-        )
-        self._warn_of_unknown(row, QUESTION_FEATURES, path)
-
-    def _id(self, row: dict[str, Any], what: str, default: str, place: str) -> str:
-        name = _text(row, "id", default=default)
-        first = self._place_of_id.setdefault((what, name), place)
-        if first != place:
-            raise _RowError(f"has the id {name!r}, which {first} has too: ids must differ.")
-        return name
-
-    def _warn_of_unknown(self, row: dict[str, Any], features: datasets.Features, path: Path) -> None:
-        """Once for each file and column."""
-        for name in sorted(set(row) - set(features)):
-            if (path, name) not in self._warned_of:
-                self._warned_of.add((path, name))
-                logger.warning("%s: the column %r is not used", path, name)
+        return {
+            "subject": subject,
+            "set": set_name,
+            "kind": kind,
+            "split": split,
+            "attribute": _text(row, "attribute", default=None),
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "answer_text": options[answer],
+            "old_answer": old_answer,
+        }
 
 
 _REQUIRED = object()
