@@ -20,7 +20,6 @@ from hf_moe_cpt.evaluation.statistics import (
 )
 from hf_moe_cpt.metrics import metric_folder
 from tests.helpers.fresh_process import run_python
-from tests.helpers.offline_metrics import PRELUDE
 from tests.helpers.source_tree import PROJECT
 
 
@@ -100,16 +99,21 @@ def load(name: str, folder: Path, config_name: str | None = None) -> Any:
     return evaluate.load(metric_folder(name), config_name or CONFIGURATIONS.get(name), cache_dir=str(folder))
 
 
-LOADED_ELSEWHERE = (
-    PRELUDE
-    + """
+LOADED_ELSEWHERE = """
+import json, socket, sys
+
+def no_network(*arguments, **options):
+    raise OSError("this process has no network")
+
+socket.socket.connect = no_network
+import evaluate
+
 found = {}
 for name, (folder, config_name, inputs) in json.load(open(sys.argv[1])).items():
     metric = evaluate.load(folder, config_name)
     found[name] = {"file": sys.modules[type(metric).__module__].__file__, **metric.compute(**inputs)}
 print(json.dumps(found))
 """
-)
 
 
 def test_a_process_without_network_gets_the_same_numbers_from_copies(tmp_path, monkeypatch):

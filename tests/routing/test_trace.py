@@ -164,13 +164,11 @@ def test_text_goes_through_the_tokenizer(tmp_path):
     assert trace.description.tokenizer == tokenizer_checksum(_Words()) and tokenizer_checksum(None) is None
 
 
-# ---- kills and ranks ----
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
     whole = collect(tmp_path / "whole")
@@ -186,6 +184,7 @@ def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_two_ranks_write_the_trace_of_one(tmp_path):
     collect(tmp_path / "one")
@@ -219,9 +218,6 @@ def test_another_model_or_text_is_not_mixed_in(tmp_path):
     shorter = texts() | {"code": tokenized(9, 1).select(range(3))}
     with pytest.raises(ValueError, match="was collected on other text|shards and the text now makes"):
         collect_routing(tiny_model("mixtral"), shorter, tmp_path, name="tiny", **SETTINGS)
-
-
-# ---- refusals ----
 
 
 @pytest.mark.parametrize(

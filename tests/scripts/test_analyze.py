@@ -14,7 +14,6 @@ from hf_moe_cpt.scripts.analyze import main
 from tests.helpers.cpt_runs import trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python
 from tests.helpers.tiny_models import tiny_model
-from tests.helpers.tiny_moes import moe_model
 
 
 TOKENS, LENGTH = 300, 32
@@ -231,14 +230,3 @@ def test_a_user_of_the_script_reads_one_line(models, tmp_path):
     done = run_python("scripts/analyze.py", str(models / "dense"), "--data", "a=b.txt", "--device", "cpu", check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: dense: LlamaForCausalLM is a dense model")
-
-
-def test_other_families_are_traced_too(texts, tmp_path):
-    for name in ("olmoe", "gpt_oss"):
-        model = moe_model(name)
-        model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(texts / "tokenizer")))
-        model.save_pretrained(tmp_path / name)
-        shutil.copytree(texts / "tokenizer", tmp_path / name, dirs_exist_ok=True)
-        words = [str(tmp_path / name), "--data", f"code={texts / 'new.jsonl'}", "--tokens_per_domain", "100"]
-        main([*words, "--device", "cpu", "--output_dir", str(tmp_path / f"{name}-out")])
-        assert _analysis(tmp_path / f"{name}-out")["skipped"].keys() == {"saturation"}
