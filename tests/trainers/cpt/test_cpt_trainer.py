@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from hf_moe_cpt.trainers.cpt import cpt_trainer
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
@@ -394,3 +394,39 @@ def test_missing_or_foreign_moments_are_refused(tmp_path):
     torch.save(other.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="belong to other parameters"):
         load_moments(new, tmp_path)
+
+
+class ForbidSync(TrainerCallback):
+    """Raises at any host synchronisation between the edges of the steps after `first`."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.first:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cpt_moe", "cpt_moe sinkhorn", "cpt_moe switch"])
+def test_no_step_waits_for_the_device(tmp_path, kind):
+    """Models of transformers wait once in a forward pass, to look for packed documents; ours only if packed."""
+    run = trainer(
+        tmp_path / "run",
+        kind,
+        max_steps=8,
+        logging_steps=8,
+        gradient_accumulation_steps=2,
+        packing="concat",
+        use_cpu=False,
+        bf16=True,
+    )
+    run.add_callback(ForbidSync(first=2))
+    try:
+        run.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(logged(run.state.log_history, "lm_loss/replay")) == 1
