@@ -1,18 +1,15 @@
-"""Tables and curves of a card: facts of a run in, Markdown and SVG out; nothing for facts that are missing. Ours.
+"""Model cards from the templates in hub_cards/: every number comes from a file of the run. See hub_cards/facts.md.
 
-Model cards from the templates in hub_cards/: every number comes from a file of the run. See hub_cards/facts.md.
-
-The metadata carries the evaluated numbers as `model-index`, which the Hub validates. Source: ours; the mechanism is
+Facts of a run become Markdown tables and SVG curves, and nothing where facts are missing. The metadata carries the
+evaluated numbers as `model-index`, which the Hub validates. Source: ours; the mechanism is that of
 `huggingface_hub.ModelCard`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,8 +18,9 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
-from hf_moe_cpt.hub.folder import HUB_ID, METHODS, RunFacts, read_facts
+from hf_moe_cpt.hub.folder import CARD, HUB_ID, METHODS, RunFacts, read_facts
 from hf_moe_cpt.reports.charts import Series, line_chart
 
 
@@ -89,6 +87,170 @@ _CURVES = {
         ("Cross entropy of each set", "nats/token", {f"eval_{name}_ce": name for name in _ROLES}),
     ),
 }  # fmt: skip
+TEMPLATES = "hf_moe_cpt.hub_cards"
+_TAGS = {
+    "cpt": ("continual-pre-training",),
+    "rainbowpo": ("rainbowpo", "preference-optimization", "arxiv:2410.04203"),
+    "surgery": ("llm-surgery", "unlearning", "knowledge-editing", "arxiv:2409.13054"),
+}
+_CITATIONS = {
+    "cpt": ("therien2025continual", "Continual Pre-training of MoEs: How robust is your router?", "2503.05029", 2025,
+            "Thérien, Benjamin and others"),
+    "rainbowpo": ("zhao2024rainbowpo",
+                  "RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization",
+                  "2410.04203", 2024, "Zhao, Hanyang and others"),
+    "surgery": ("veldanda2024surgery",
+                "LLM Surgery: Efficient Knowledge Unlearning and Editing in Large Language Models", "2409.13054", 2024,
+                "Veldanda, Akshaj Kumar and others"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardOverrides:
+    """What no file of a run tells and its owner may: names of data sets, licence, languages, parent, title."""
+
+    repository: str | None = None
+    datasets: Sequence[str] = ()
+    license: str | None = None
+    language: Sequence[str] = ()
+    base_model: str | None = None
+    title: str | None = None
+    tags: Sequence[str] = ()
+
+
+@dataclass
+class CardArguments:
+    """The run, and what no file of it tells"""
+
+    folder: str = field(metadata={"positional": True, "help": "Folder of a saved model."})
+    method: str | None = field(
+        default=None, metadata={"help": "What made the model, if the folder does not say.", "choices": list(METHODS)}
+    )
+    dataset_name: list[str] = field(
+        default_factory=list, metadata={"help": "What it was trained on: Hub ids, or names."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the model that it was made from, if the run had a copy on disk."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Identifier of the licence, such as apache-2.0."})
+    language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
+    title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
+
+    def told(self, repository: str | None) -> CardOverrides:
+        """The same for `build_card`, with the name that people load."""
+        told = {name: getattr(self, name) for name in ("license", "language", "base_model", "title")}
+        return CardOverrides(repository=repository, datasets=self.dataset_name, **told)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The text of README.md and the plots that it shows, by their path in the repository."""
+
+    text: str
+    plots: dict[str, str]
+
+
+def build_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
+    """The card of a finished folder.
+
+    told: what the owner adds. method: "cpt", "rainbowpo" or "surgery", if the folder does not say. Raises ValueError
+    for a folder without a model or a method, and for files that cannot be read.
+    """
+    told = told or CardOverrides()
+    facts = read_facts(folder, method)
+    plots, replayed = curves(facts), facts.arguments.get("replay_ratio")
+    parent = told.base_model or facts.parent
+    title = told.title or (told.repository or Path(folder).resolve().name).rpartition("/")[2]
+    files = (resources.files(TEMPLATES).joinpath(name) for name in ("sections.jinja", f"{facts.method}.jinja"))
+    card = ModelCard.from_template(
+        _metadata(facts, told, parent, title),
+        template_str="\n".join(file.read_text(encoding="utf-8") for file in files),
+        title=title,
+        repository=told.repository or title,
+        parent=_linked(parent, "", sure=bool(told.base_model)) or (parent and f"`{Path(parent).name}`"),
+        datasets=", ".join(_linked(name, "datasets/") or name for name in told.datasets),
+        replay_percent=f"{100 * replayed:g}" if replayed else None,
+        architecture=_architecture(facts),
+        is_adapter=bool(facts.adapter),
+        has_code=bool(facts.config.get("auto_map")),
+        results=results_table(facts),
+        training=training_table(facts),
+        components=components_table(facts),
+        experts=experts_table(facts),
+        sizes=sizes_table(facts.config, count_parameters(folder)),
+        machine=machine_table(facts),
+        plots="\n\n".join(f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in plots),
+        bibtex=_bibtex(facts),
+    )
+    return Card(str(card.content).strip() + "\n", plots)
+
+
+def write_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Path:
+    """Write README.md and its plots into a finished folder, over what is there; returns the card's path.
+
+    Each file is replaced whole or not at all; OSError says in one line that the disk took no more.
+    """
+    card = build_card(folder, told, method)
+    for path, text in {**card.plots, CARD: card.text}.items():
+        _replace(Path(folder) / path, text)
+    return Path(folder) / CARD
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): make room or allow writing; the file that "
+            "was there stands."
+        ) from error
+
+
+def check_metadata(text: str) -> None:
+    """Raise ValueError if a card lacks the metadata without which the Hub cannot place the model."""
+    try:
+        data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"README.md has a head that cannot be read ({' '.join(str(error).split())}).") from error
+    missing = [name for name in ("library_name", "pipeline_tag") if not data.get(name)]
+    if missing:
+        raise ValueError(
+            f"README.md lacks {' and '.join(missing)} in its head: add it, or make the card anew with "
+            "`hf-moe-cpt card --overwrite`."
+        )
+
+
+def card_of_a_person(folder: str | Path) -> str | None:
+    """The folder's README.md, if somebody wrote it: it is published as it is and not written over."""
+    path = Path(folder) / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    return None if text is None or is_generated(text) else text
+
+
+def card_to_publish(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
+    """The README.md of the folder if a person wrote it, else that of `build_card`. Raises ValueError as it does, and
+    for a head that the Hub would not take.
+    """
+    text = card_of_a_person(folder)
+    if text is None:
+        return build_card(folder, told, method)
+    check_metadata(text)
+    return Card(text, {})
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card was written by a Trainer, PEFT or us and by no person, so that another may take its place."""
+    if "# Model Card for Model ID" in text:  # PEFT's form, not filled in
+        return True
+    try:
+        tags = ModelCard(text, ignore_metadata_errors=True).data.get("tags") or []
+    except (ValueError, yaml.YAMLError):  # a head that is no YAML was written by a person
+        return False
+    return "generated_from_trainer" in tags
 
 
 def number(value: Any) -> str:
@@ -126,12 +288,14 @@ def measures_of(facts: RunFacts) -> list[Measure]:
 
 
 def results_table(facts: RunFacts) -> str:
-    """Each evaluated number at step 0 and at the end."""
+    """Each evaluated number at step 0 and at the end, and when it was measured."""
     rows = [
         (m.label, m.data, number(facts.start[m.key]) if m.key in facts.start else "", number(facts.final[m.key]))
         for m in measures_of(facts)
     ]
-    return table(("measure", "data", "before", "after"), rows)
+    before = "Before is step 0; after" if facts.start else "After"
+    note = f"\n\n{before} is the last evaluation, by the trainer itself."
+    return table(("measure", "data", "before", "after"), rows) + note if rows else ""
 
 
 def training_table(facts: RunFacts) -> str:
@@ -214,192 +378,32 @@ def curves(facts: RunFacts) -> dict[str, str]:
     return charts
 
 
-TEMPLATES = "hf_moe_cpt.hub_cards"
-_TAGS = {
-    "cpt": ("continual-pre-training",),
-    "rainbowpo": ("rainbowpo", "preference-optimization", "arxiv:2410.04203"),
-    "surgery": ("llm-surgery", "unlearning", "knowledge-editing", "arxiv:2409.13054"),
-}
-_CITATIONS = {
-    "cpt": ("therien2025continual", "Continual Pre-training of MoEs: How robust is your router?", "2503.05029", 2025,
-            "Thérien, Benjamin and others"),
-    "rainbowpo": ("zhao2024rainbowpo",
-                  "RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization",
-                  "2410.04203", 2024, "Zhao, Hanyang and others"),
-    "surgery": ("veldanda2024surgery",
-                "LLM Surgery: Efficient Knowledge Unlearning and Editing in Large Language Models", "2409.13054", 2024,
-                "Veldanda, Akshaj Kumar and others"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CardOverrides:
-    """What no file of a run tells and its owner may: names of data sets, licence, languages, parent, title."""
-
-    repository: str | None = None
-    datasets: Sequence[str] = ()
-    license: str | None = None
-    language: Sequence[str] = ()
-    base_model: str | None = None
-    title: str | None = None
-    tags: Sequence[str] = field(default_factory=tuple)
-
-
-@dataclass
-class CardArguments:
-    """The run, and what no file of it tells"""
-
-    folder: str = field(metadata={"positional": True, "help": "Folder of a saved model."})
-    method: str | None = field(
-        default=None, metadata={"help": "What made the model, if the folder does not say.", "choices": list(METHODS)}
-    )
-    dataset_name: list[str] = field(
-        default_factory=list, metadata={"help": "What it was trained on: Hub ids, or names."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the model that it was made from, if the run had a copy on disk."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Identifier of the licence, such as apache-2.0."})
-    language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
-    title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
-
-    def told(self, repository: str | None) -> CardOverrides:
-        """The same for `build_card`, with the name that people load."""
-        told = {name: getattr(self, name) for name in ("license", "language", "base_model", "title")}
-        return CardOverrides(repository=repository, datasets=self.dataset_name, **told)
-
-
-@dataclass(frozen=True)
-class Card:
-    """The text of README.md and the plots that it shows, by their path in the repository."""
-
-    text: str
-    plots: dict[str, str]
-
-
-def build_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
-    """The card of a finished folder.
-
-    told: what the owner adds. method: "cpt", "rainbowpo" or "surgery", if the folder does not say. Raises ValueError
-    for a folder without a model or a method, and for files that cannot be read.
-    """
-    told = told or CardOverrides()
-    facts = read_facts(folder, method)
-    plots = curves(facts)
-    parent = told.base_model or facts.parent
-    title = told.title or (told.repository or Path(folder).resolve().name).rpartition("/")[2]
-    template = "\n".join(_template(name) for name in ("sections.jinja", f"{facts.method}.jinja"))
-    card = ModelCard.from_template(
-        _metadata(facts, told, parent, title),
-        template_str=template,
-        title=title,
-        repository=told.repository or title,
-        parent=_linked(parent, bool(told.base_model)),
-        datasets=_listed(told.datasets),
-        replay_percent=_percent(facts.arguments.get("replay_ratio")),
-        architecture=_architecture(facts),
-        is_adapter=bool(facts.adapter),
-        has_code=_has_code(facts),
-        results=_with_note(results_table(facts), facts),
-        training=training_table(facts),
-        components=components_table(facts),
-        experts=experts_table(facts),
-        sizes=sizes_table(facts.config, count_parameters(folder)),
-        machine=machine_table(facts),
-        plots="\n\n".join(f"![{_alt(path)}]({path})" for path in plots),
-        bibtex=_bibtex(facts),
-    )
-    return Card(str(card.content).strip() + "\n", plots)
-
-
-def write_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Path:
-    """Write README.md and its plots into a finished folder, over what is there; returns the card's path.
-
-    Each file is replaced whole or not at all; OSError says in one line that the disk took no more.
-    """
-    card = build_card(folder, told, method)
-    for path, text in {**card.plots, "README.md": card.text}.items():
-        _replace(Path(folder) / path, text)
-    return Path(folder) / "README.md"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}): make room or allow writing; the file that "
-            "was there stands."
-        ) from error
-
-
-def check_metadata(text: str) -> None:
-    """Raise ValueError if a card lacks the metadata without which the Hub cannot place the model."""
-    try:
-        data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"README.md has a head that cannot be read ({' '.join(str(error).split())}).") from error
-    missing = [name for name in ("library_name", "pipeline_tag") if not data.get(name)]
-    if missing:
-        raise ValueError(
-            f"README.md lacks {' and '.join(missing)} in its head: add it, or make the card anew with "
-            "`hf-moe-cpt card --overwrite`."
-        )
-
-
-def is_generated(text: str) -> bool:
-    """Whether a card was written by a Trainer, PEFT or us and by no person, so that another may take its place."""
-    if "# Model Card for Model ID" in text:  # PEFT's form, not filled in
-        return True
-    try:
-        tags = ModelCard(text, ignore_metadata_errors=True).data.get("tags") or []
-    except (ValueError, yaml.YAMLError):  # a head that is no YAML was written by a person
-        return False
-    return "generated_from_trainer" in tags
-
-
 def count_parameters(folder: str | Path) -> int | None:
     """Numbers in the weights, from the headers of the safetensors files; None without such files."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    return sum(map(_numbers_in, files)) if files else None
-
-
-def _numbers_in(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
-def _template(name: str) -> str:
-    return resources.files(TEMPLATES).joinpath(name).read_text(encoding="utf-8")
+    total = 0
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total or None
 
 
 def _metadata(facts: RunFacts, told: CardOverrides, parent: str | None, title: str) -> ModelCardData:
     results = _eval_results(facts, told)
+    tags = ["hf_moe_cpt", *_TAGS[facts.method], *(["moe"] if _num_experts(facts) else [])]
+    tags += ["arxiv:2503.05029"] if facts.method == "cpt" else []
     values: dict[str, Any] = {
         "license": told.license,
         "language": list(told.language) or None,
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": [name for name in told.datasets if HUB_ID.fullmatch(name)] or None,
-        "tags": _tags(facts, told),
+        "tags": [*dict.fromkeys([*tags, *told.tags, "generated_from_trainer"])],
     }
     if parent is not None and (told.base_model or HUB_ID.fullmatch(parent)):
         values |= {"base_model": parent, "base_model_relation": "adapter" if facts.adapter else "finetune"}
     if results:
         values |= {"model_name": title, "eval_results": results}
     return ModelCardData(**values)
-
-
-def _tags(facts: RunFacts, told: CardOverrides) -> list[str]:
-    own = ["hf_moe_cpt", *_TAGS[facts.method]]
-    own += ["moe"] if _num_experts(facts) else []
-    own += ["arxiv:2503.05029"] if facts.method == "cpt" else []
-    return [*dict.fromkeys([*own, *told.tags, "generated_from_trainer"])]
 
 
 def _eval_results(facts: RunFacts, told: CardOverrides) -> list[EvalResult]:
@@ -418,19 +422,10 @@ def _eval_results(facts: RunFacts, told: CardOverrides) -> list[EvalResult]:
     ]
 
 
-def _linked(parent: str | None, sure: bool) -> str | None:
-    if parent is None:
-        return None
-    is_id = sure or HUB_ID.fullmatch(parent)
-    return f"[{parent}](https://huggingface.co/{parent})" if is_id else f"`{Path(parent).name}`"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" if HUB_ID.fullmatch(n) else n for n in names)
-
-
-def _percent(share: Any) -> str | None:
-    return f"{100 * share:g}" if share else None
+def _linked(name: str | None, kind: str, sure: bool = False) -> str | None:
+    """A link to a repository of the Hub; None for what is no id of one."""
+    is_id = name is not None and (sure or HUB_ID.fullmatch(name))
+    return f"[{name}](https://huggingface.co/{kind}{name})" if is_id else None
 
 
 def _num_experts(facts: RunFacts) -> int:
@@ -446,21 +441,6 @@ def _architecture(facts: RunFacts) -> str:
     chosen = facts.config.get("num_experts_per_tok")
     of = f", {chosen} of {experts} experts for a token" if chosen else ""
     return f"mixture of experts of the type `{facts.config.get('model_type')}`{of}"
-
-
-def _has_code(facts: RunFacts) -> bool:
-    return bool(facts.config.get("auto_map"))
-
-
-def _with_note(results: str, facts: RunFacts) -> str:
-    if not results:
-        return ""
-    before = "Before is step 0; after" if facts.start else "After"
-    return f"{results}\n\n{before} is the last evaluation, by the trainer itself."
-
-
-def _alt(path: str) -> str:
-    return Path(path).stem.replace("_", " ")
 
 
 def _bibtex(facts: RunFacts) -> str:

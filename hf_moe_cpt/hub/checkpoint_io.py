@@ -1,24 +1,16 @@
-"""Where a checkpoint lies: a folder here, or a repository on the Hub, of which the weights come when they are read.
+"""Rewrite a checkpoint that may be larger than memory: read tensor by tensor, planned, written shard by shard.
 
-Small files come first, so that a model that cannot be rewritten is refused before its weights are downloaded; then the
-files that its index names, and no second copy of the weights in another format. Source: ours; the download, its cache
-and its retries are huggingface_hub's.
+Reading: a folder here, or a repository on the Hub, of which the small files come first, so that a model that cannot be
+rewritten is refused before its weights are downloaded; then the files that its index names, and no second copy of the
+weights in another format. Names, shapes and wholeness are checked first. A file is open, and mapped, only while one
+tensor is read from it.
 
-Read a checkpoint tensor by tensor: safetensors whose names, shapes and wholeness are checked first.
+Planning: a planned tensor knows name, shape and type, and yields its values in pieces when it is written.
 
-Nothing is kept in memory and a file is open, and mapped, only while one tensor is read from it, so that a model larger
-than memory can be rewritten.
-Source: ours; the files are read by safetensors.
+Writing: memory holds one shard and the piece that is being computed. Everything goes into a hidden neighbour of the
+output folder, which gets its name in the last step; an error removes it, and a killed run leaves it to be deleted.
 
-What a rewritten checkpoint will hold, tensor by tensor, before anything is computed.
-
-A planned tensor knows name, shape and type, and yields its values in pieces when it is written. Source: ours.
-
-Write a planned checkpoint shard by shard into a folder that appears whole or not at all.
-
-Memory holds one shard and the piece that is being computed. Everything goes into a hidden neighbour of the output
-folder, which gets its name in the last step; an error removes it, and a killed run leaves it to be deleted.
-Source: ours; the files are written by safetensors, the shards cut by huggingface_hub.
+Source: ours; download, cache, retries and the cut into shards are huggingface_hub's, the files are safetensors'.
 """
 
 from __future__ import annotations
@@ -49,7 +41,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_moe_cpt.hub.folder import HUB_ID
+from hf_moe_cpt.hub.folder import CONFIG, HUB_ID, INDEX, WEIGHTS
 from hf_moe_cpt.hub.publishing import may_pass
 
 
@@ -66,45 +58,18 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_SMALL_FILES = ("config.json", "*.safetensors.index.json", *COMPANIONS)
+_SMALL_FILES = (CONFIG, "*.safetensors.index.json", *COMPANIONS)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_SHARD_SIZE = "5GB"
+_NEVER_NEEDED = re.compile(r"rotary_emb\.inv_freq$")
+_PARTIAL = ".partial"
+_SPARE_BYTES = 32 * 2**20  # tokenizer, code and whatever the disk itself needs
 
 
-@dataclass(frozen=True)
-class Location:
-    """name: as it was given. folder: where its files are or will be. commit: of the repository, None for a folder."""
-
-    name: str
-    folder: Path
-    commit: str | None = None
-
-    @property
-    def short_name(self) -> str:
-        """The Hub id, or the last part of the path."""
-        return self.name if self.commit else self.folder.resolve().name
-
-    def fetch(self, files: Iterable[str]) -> None:
-        """Bring files of the repository into the folder; nothing to do for a folder. Raises as `locate` does."""
-        if self.commit is not None:
-            _download(self.name, self.commit, tuple(files))
-
-
-def locate(source: str | Path, revision: str | None = None) -> Location:
-    """Find a folder, or fetch everything but the weights of the repository with that id.
-
-    revision: a branch, tag or commit of a repository. Raises ValueError, in one line, for what is neither, for a
-    repository that may not be read and for a revision of a folder; ConnectionError where the Hub does not answer.
+def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
+    """The folder of a snapshot in the cache; files of the repository's own folders are left out. Raises ValueError, in
+    one line, for a repository that may not be read; ConnectionError where the Hub does not answer.
     """
-    name, folder = str(source), Path(source)
-    if folder.exists() or not HUB_ID.fullmatch(name):
-        if revision is not None:
-            raise ValueError(f"--revision {revision!r} is for repositories on the Hub, and {name!r} is not one here.")
-        return Location(name, folder)
-    snapshot = _download(name, revision, _SMALL_FILES)
-    return Location(name, snapshot, commit=snapshot.name)
-
-
-def _download(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    """The folder of a snapshot in the cache; files of the repository's own folders are left out."""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except Exception as error:
@@ -141,11 +106,6 @@ def _explained(error: Exception, name: str, revision: str | None) -> Exception:
     return error
 
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 @dataclass(frozen=True)
 class _Place:
     file: Path
@@ -156,15 +116,23 @@ class _Place:
 class CheckpointReader:
     """The configuration and the tensors that `save_pretrained` wrote, in a folder or in a repository on the Hub.
 
-    name: as it was given; short_name: without the path; folder: where the files are; commit: None for a folder.
-    Raises ValueError, in one line, for what is no checkpoint, files that are missing, cut short or damaged, and types
-    that are no plain floats; the weights are fetched and checked when the first of them is asked for.
+    source: a folder, or a Hub id; revision: a branch, tag or commit of the latter. name: as it was given; short_name:
+    without the path; folder: where the files are; commit: None for a folder. Raises ValueError, in one line, for what
+    is no checkpoint, files that are missing, cut short or damaged, and types that are no plain floats; ConnectionError
+    where the Hub does not answer. The weights are fetched and checked when the first of them is asked for.
     """
 
     def __init__(self, source: str | Path, revision: str | None = None) -> None:
-        self._location = locate(source, revision)
-        self.name, self.short_name = self._location.name, self._location.short_name
-        self.folder, self.commit = self._location.folder, self._location.commit
+        self.name, self.folder = str(source), Path(source)
+        is_here = self.folder.exists() or not HUB_ID.fullmatch(self.name)
+        if is_here and revision is not None:
+            raise ValueError(
+                f"--revision {revision!r} is for repositories on the Hub, and {self.name!r} is not one here."
+            )
+        if not is_here:
+            self.folder = _download(self.name, revision, _SMALL_FILES)
+        self.commit = None if is_here else self.folder.name
+        self.short_name = self.folder.resolve().name if is_here else self.name
         self.config = _read_config(self.folder, self.name)
 
     @cached_property
@@ -195,15 +163,16 @@ class CheckpointReader:
     def _places(self) -> dict[str, _Place]:
         """Where every tensor is; brings the weights here first."""
         indexed = _indexed_files(self.folder)
-        files = sorted(set(indexed.values())) or [WEIGHTS_FILE]
-        self._location.fetch(files)
+        files = sorted(set(indexed.values())) or [WEIGHTS]
+        if self.commit is not None:
+            _download(self.name, self.commit, files)
         places: dict[str, _Place] = {}
         for file in files:
             places |= self._read_header(self.folder / file)
         for name, file in indexed.items():
             if name not in places or places[name].file != self.folder / file:
                 raise ValueError(
-                    f"{self.folder / file} lacks {name}, which {INDEX_FILE} says is in it: fetch the checkpoint again."
+                    f"{self.folder / file} lacks {name}, which {INDEX} says is in it: fetch the checkpoint again."
                 )
         return places
 
@@ -227,12 +196,12 @@ class CheckpointReader:
 
 
 def _read_config(folder: Path, name: str) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise ValueError(f"{name!r} is no checkpoint (no config.json): name a folder of one, or a Hub id (me/model).")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder / CONFIG} cannot be used: {' '.join(str(error).split())}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name!r} is quantised: its weights cannot be rewritten; use the original.")
     return config
@@ -240,7 +209,7 @@ def _read_config(folder: Path, name: str) -> PreTrainedConfig:
 
 def _indexed_files(folder: Path) -> dict[str, str]:
     """Tensor name -> file of a sharded checkpoint; empty for one of a single file."""
-    path = folder / INDEX_FILE
+    path = folder / INDEX
     if not path.is_file():
         return {}
     try:
@@ -248,9 +217,6 @@ def _indexed_files(folder: Path) -> dict[str, str]:
         return {str(name): str(file) for name, file in weight_map.items()}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of safetensors: fetch it again.") from error
-
-
-_NEVER_NEEDED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -317,18 +283,12 @@ def refuse_unused(reader: CheckpointReader, plan: Iterable[PlannedTensor], also_
         tied = name == "lm_head.weight" and reader.config.tie_word_embeddings
         if tied or _NEVER_NEEDED.search(name):
             continue
-        if name.endswith(".bias"):
-            if not reader.tensor(name).any():
-                continue
-            reason = "the target has no such bias"
-        else:
-            reason = "the target has no such tensor"
-        raise ValueError(f"{reader.name}: {name} cannot be carried over ({reason}): this model stays what it is.")
-
-
-MAX_SHARD_SIZE = "5GB"
-_PARTIAL = ".partial"
-_SPARE_BYTES = 32 * 2**20  # tokenizer, code and whatever the disk itself needs
+        kind = "bias" if name.endswith(".bias") else "tensor"
+        if kind == "tensor" or reader.tensor(name).any():
+            raise ValueError(
+                f"{reader.name}: {name} cannot be carried over (the target has no such {kind}): this model stays what "
+                "it is."
+            )
 
 
 def check_output(output_dir: str | Path, source: Path) -> Path:
@@ -387,7 +347,7 @@ def write_weights(folder: Path, plan: Sequence[PlannedTensor], max_shard_size: i
     if split.is_sharded:
         total = sum(tensor.num_bytes for tensor in planned.values())
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:

@@ -1,30 +1,16 @@
-"""Biases, norms of queries and keys, and windows of the attention of each family, and our fields for them.
+"""Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
 
-Biases: `attention_bias` on all four projections, `qkv_bias` on queries, keys and values. Source: transformers'
-configurations and modelling code.
+Read and written shard by shard; what one side cannot express is refused before anything is written. The skeleton of a
+decoder (embeddings, attention, norms, head, sizes, rotary positions) is what upcycling leaves alone as well. Names are
+those of files (one matrix per expert), which other tools read too; a test compares them with transformers' mapping.
 
-The part of a decoder that upcycling and conversion leave alone, as fields of `CptMoeConfig` and back.
-
-Skeleton: embeddings, attention (`convert_attention`), norms, head, sizes and rotary positions. What `cpt_moe` cannot
-express is refused.
-Source: transformers' configurations and modelling code.
-
-Where other mixtures keep, in a checkpoint, what `cpt_moe` keeps: names, configuration, what has no place.
-
-E experts, K per token, S shared ones, L layers, m width of an expert. Source: transformers' configurations, modelling
-code and conversion mappings. The names are those of files (one matrix per expert), which other tools read as well; a
-test compares them with transformers' mapping from files to its fused parameters.
-
-Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
-
-Read and written shard by shard; what one side cannot express is refused before anything is written.
-E experts, H hidden size, m width of an expert, S shared experts.
-Source: names and configurations, `convert_families`; docs/convert.md lists what fits.
+E experts, K per token, S shared ones, L layers, H hidden size, m width of an expert. Source: transformers'
+configurations, modelling code and conversion mappings; docs/convert.md lists what fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +39,14 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 
 
-BIASES = ("attention_bias", "qkv_bias")
+MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")
+SHARED_FIELDS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps attention_dropout tie_word_embeddings initializer_range use_cache "
+    "pad_token_id bos_token_id eos_token_id dtype"
+).split()
+DEAD_SHARED_WIDTH = 64  # at most; Qwen2-MoE always has a shared expert, and zeros of this width stand for none
+BIASES = ("attention_bias", "qkv_bias")  # of all four projections; of queries, keys and values
 ATTENTION_FIELDS = (*BIASES, "qk_norm", "sliding_window")
 _WHAT_IS_NORMALISED = {
     "head": "each head of queries and keys",
@@ -80,6 +73,24 @@ ATTENTION = {
     "qwen3": Attention("attention_bias", "head"),
     "qwen3_moe": Attention("attention_bias", "head", has_window=True),
     "olmoe": Attention("attention_bias", "projection"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in files, after `model.layers.<layer>.`: block holds the mixture, the others name matrices in it."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+FAMILIES = {
+    "mixtral": Family("block_sparse_moe", "w1", "w3", "w2"),
+    "olmoe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -143,13 +154,6 @@ def _window_of(config: PreTrainedConfig) -> int | None:
     return None
 
 
-SHARED_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps attention_dropout tie_word_embeddings initializer_range use_cache "
-    "pad_token_id bos_token_id eos_token_id dtype"
-).split()
-
-
 def skeleton_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Fields of `CptMoeConfig` that give the skeleton of another family's model, or of one of ours.
 
@@ -157,7 +161,7 @@ def skeleton_fields(config: PreTrainedConfig) -> dict[str, Any]:
     family rotates all of it.
     """
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
-    fields["head_dim"] = head_dim_of(config)
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields["rope_parameters"] = dict(config.rope_parameters)
     fields |= attention_fields(config)
     if isinstance(config, CptMoeConfig):
@@ -187,50 +191,41 @@ def foreign_fields(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
     return fields
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Size of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A causal language model without memory, to ask for names and shapes."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def write_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json as `save_pretrained` does and, for a model of ours, the code beside it."""
-    model.config.architectures = [type(model).__name__]
-    if isinstance(model, CptMoeForCausalLM):
-        custom_object_save(model, folder, config=model.config)
-    model.config.save_pretrained(folder)
+def write_checkpoint(
+    reader: CheckpointReader,
+    plan: Sequence[PlannedTensor],
+    model: PreTrainedModel,
+    output: Path,
+    max_shard_size: int | str,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write planned weights, the source's tokenizer and what else `save_pretrained` writes; the output appears whole.
 
-
-DEAD_SHARED_WIDTH = 64  # at most; Qwen2-MoE always has a shared expert, and zeros of this width stand for none
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names in files, after `model.layers.<layer>.`: block holds the mixture, the others name matrices in it."""
-
-    block: str
-    gate: str
-    up: str
-    down: str
-
-
-FAMILIES = {
-    "mixtral": Family("block_sparse_moe", "w1", "w3", "w2"),
-    "olmoe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
-    "qwen2_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
-}
+    model: of the target, on the meta device; the code of a model of ours lies beside it. texts: more files by name.
+    Raises ValueError if the disk is too small.
+    """
+    check_disk_space(output, sum(tensor.num_bytes for tensor in plan))
+    with appearing_whole(output) as folder:
+        write_weights(folder, plan, max_shard_size)
+        copy_companions(reader.folder, folder)
+        model.config.architectures = [type(model).__name__]
+        if isinstance(model, CptMoeForCausalLM):
+            custom_object_save(model, folder, config=model.config)
+        model.config.save_pretrained(folder)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def config_from(config: PreTrainedConfig) -> CptMoeConfig:
     """Our configuration of a model of another family. Raises ValueError for what we cannot express."""
     fields = skeleton_fields(config) | {"router_type": "softmax_topk", "router_z_loss_coef": 0.0}
-    fields |= _MIXTURE_OF[config.model_type](config)
+    fields |= _mixture_from(config)
     fields["num_experts_per_tok"] = config.num_experts_per_tok
     # Theirs is K if uniform, over all layers at once; ours is 1 per layer, summed over layers.
     scale = config.num_experts_per_tok / config.num_hidden_layers
@@ -255,7 +250,7 @@ def config_to(config: CptMoeConfig, model_type: str) -> PreTrainedConfig:
     fields["router_aux_loss_coef"] = (
         config.router_aux_loss_coef * config.num_hidden_layers / config.num_experts_per_tok
     )
-    fields |= _MIXTURE_TO[model_type](config)
+    fields |= _mixture_to(config, model_type)
     return AutoConfig.for_model(model_type, **fields)
 
 
@@ -269,111 +264,49 @@ def lost_in_training(config: CptMoeConfig) -> list[str]:
     return lost
 
 
-def _mixture_of_mixtral(config: PreTrainedConfig) -> dict[str, Any]:
-    return _experts_alone(config) | {"num_experts": config.num_local_experts, "norm_topk_prob": True}
-
-
-def _mixture_of_olmoe(config: PreTrainedConfig) -> dict[str, Any]:
-    return _experts_alone(config) | {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
-
-
-def _experts_alone(config: PreTrainedConfig) -> dict[str, Any]:
-    """Of families whose `intermediate_size` is the width of an expert, and that share none."""
-    width = config.intermediate_size
-    return {
-        "num_shared_experts": 0,
-        "intermediate_size": width * config.num_experts_per_tok,
-        "moe_intermediate_size": width,
-    }
-
-
-def _mixture_of_qwen_moe(config: PreTrainedConfig) -> dict[str, Any]:
-    """Of Qwen2-MoE and Qwen3-MoE, of which only the former has shared experts."""
+def _mixture_from(config: PreTrainedConfig) -> dict[str, Any]:
+    """Our fields of the mixture of another family's model. Raises ValueError if its layers are not alike."""
+    if config.model_type in ("mixtral", "olmoe"):  # `intermediate_size` is the width of an expert, and none is shared
+        is_mixtral, width = config.model_type == "mixtral", config.intermediate_size
+        return {
+            "num_experts": config.num_local_experts if is_mixtral else config.num_experts,
+            "num_shared_experts": 0,
+            "intermediate_size": width * config.num_experts_per_tok,
+            "moe_intermediate_size": width,
+            "norm_topk_prob": is_mixtral or config.norm_topk_prob,
+        }
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         raise ValueError(
             f"{config.model_type} with mlp_only_layers={config.mlp_only_layers} and decoder_sparse_step="
             f"{config.decoder_sparse_step} mixes dense layers and mixtures: in cpt_moe all layers are alike."
         )
-    width = config.moe_intermediate_size
-    return {
-        "num_experts": config.num_experts,
-        "num_shared_experts": getattr(config, "shared_expert_intermediate_size", 0) // width,
-        "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": width,
-        "norm_topk_prob": config.norm_topk_prob,
-    }
+    shared_width = getattr(config, "shared_expert_intermediate_size", 0)  # only Qwen2-MoE has shared experts
+    copied_fields = ("num_experts", "intermediate_size", "moe_intermediate_size", "norm_topk_prob")
+    fields = {name: getattr(config, name) for name in copied_fields}
+    return fields | {"num_shared_experts": shared_width // config.moe_intermediate_size}
 
 
-def _mixtral_of(config: CptMoeConfig) -> dict[str, Any]:
-    _refuse_shared_experts(config, "mixtral")
-    if not config.norm_topk_prob:
-        raise ValueError("norm_topk_prob=False: mixtral divides gates by their sum; try qwen2_moe.")
-    return {
-        "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
-        "head_dim": config.head_dim,
-    }
-
-
-def _olmoe_of(config: CptMoeConfig) -> dict[str, Any]:
-    _refuse_shared_experts(config, "olmoe")
-    _refuse_other_heads(config, "olmoe")
-    return {
-        "num_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
-        "norm_topk_prob": config.norm_topk_prob,
-    }
-
-
-def _qwen2_moe_of(config: CptMoeConfig) -> dict[str, Any]:
-    _refuse_other_heads(config, "qwen2_moe")
-    width = config.moe_intermediate_size
-    shared_width = config.num_shared_experts * width or min(DEAD_SHARED_WIDTH, width)
-    return _experts_of_qwen_moe(config) | {"shared_expert_intermediate_size": shared_width}
-
-
-def _qwen3_moe_of(config: CptMoeConfig) -> dict[str, Any]:
-    _refuse_shared_experts(config, "qwen3_moe")
-    return _experts_of_qwen_moe(config) | {"head_dim": config.head_dim}
-
-
-def _experts_of_qwen_moe(config: CptMoeConfig) -> dict[str, Any]:
-    return {
-        "num_experts": config.num_experts,
-        "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "norm_topk_prob": config.norm_topk_prob,
-    }
-
-
-def _refuse_shared_experts(config: CptMoeConfig, model_type: str) -> None:
-    if config.num_shared_experts:
+def _mixture_to(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
+    """Another family's fields of our mixture. Raises ValueError for what it cannot express."""
+    if config.num_shared_experts and model_type != "qwen2_moe":
         raise ValueError(f"num_shared_experts={config.num_shared_experts}: {model_type} has none; try qwen2_moe.")
-
-
-def _refuse_other_heads(config: CptMoeConfig, model_type: str) -> None:
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
+    if model_type == "mixtral" and not config.norm_topk_prob:
+        raise ValueError("norm_topk_prob=False: mixtral divides gates by their sum; try qwen2_moe.")
+    has_head_dim, has_one_width = model_type in ("mixtral", "qwen3_moe"), model_type in ("mixtral", "olmoe")
+    if not has_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise ValueError(
-            f"head_dim={head_dim_of(config)}: {model_type} has heads of hidden_size / num_attention_heads = "
+            f"head_dim={config.head_dim}: {model_type} has heads of hidden_size / num_attention_heads = "
             f"{config.hidden_size / config.num_attention_heads:g}."
         )
-
-
-_MIXTURE_OF = {
-    "mixtral": _mixture_of_mixtral,
-    "olmoe": _mixture_of_olmoe,
-    "qwen2_moe": _mixture_of_qwen_moe,
-    "qwen3_moe": _mixture_of_qwen_moe,
-}
-_MIXTURE_TO = {
-    "mixtral": _mixtral_of,
-    "olmoe": _olmoe_of,
-    "qwen2_moe": _qwen2_moe_of,
-    "qwen3_moe": _qwen3_moe_of,
-}
-
-
-MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")
+    width = config.moe_intermediate_size
+    fields = {"num_local_experts" if model_type == "mixtral" else "num_experts": config.num_experts}
+    fields |= {"intermediate_size": width if has_one_width else config.intermediate_size}
+    fields |= {} if has_one_width else {"moe_intermediate_size": width}
+    fields |= {} if model_type == "mixtral" else {"norm_topk_prob": config.norm_topk_prob}
+    fields |= {"head_dim": config.head_dim} if has_head_dim else {}
+    if model_type == "qwen2_moe":
+        fields["shared_expert_intermediate_size"] = config.num_shared_experts * width or min(DEAD_SHARED_WIDTH, width)
+    return fields
 
 
 @dataclass(frozen=True)
@@ -409,22 +342,14 @@ def convert(
         raise ValueError(f"{of} to {to}: one side must be cpt_moe; convert to it first.")
     if to == "cpt_moe":
         config, plan, used = _plan_from(reader)
-        notes = _notes_from(reader.config)
+        jitter = getattr(reader.config, "router_jitter_noise", 0.0)
+        notes = [f"router_jitter_noise={jitter} has no counterpart"] if jitter else []
     else:
         config, plan, used = _plan_to(reader, to)
         notes = lost_in_training(reader.config)
     refuse_unused(reader, plan, used)
-    check_disk_space(output, sum(tensor.num_bytes for tensor in plan))
-    with appearing_whole(output) as folder:
-        write_weights(folder, plan, max_shard_size)
-        copy_companions(reader.folder, folder)
-        write_config(empty_model(config), folder)
+    write_checkpoint(reader, plan, empty_model(config), output, max_shard_size)
     return Converted(output, config, tuple(notes), tuple(leftovers(output)))
-
-
-def _notes_from(config: PreTrainedConfig) -> list[str]:
-    jitter = getattr(config, "router_jitter_noise", 0.0)
-    return [f"router_jitter_noise={jitter} has no counterpart"] if jitter else []
 
 
 def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTensor], list[str]]:
@@ -448,8 +373,7 @@ def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTens
         block, ours = f"model.layers.{layer}.{family.block}.", f"model.layers.{layer}.mlp."
         plan.append(copied(reader, f"{block}gate.weight", (config.num_experts, H), f"{ours}gate.weight"))
         plan += _fused_experts(reader, config, family, layer)
-        shared = (("gate_proj", (S_width, H), 1.0), ("up_proj", (S_width, H), 1.0), ("down_proj", (H, S_width), 0.5))
-        for matrix, shape, factor in shared if S_width else ():
+        for matrix, shape, factor in _shared_matrices(S_width, H, 0.5) if S_width else ():
             name = f"{block}shared_expert.{matrix}.weight"
             plan.append(copied(reader, name, shape, f"{ours}shared_experts.{matrix}.weight", factor))
     return config, plan, used
@@ -518,6 +442,12 @@ def _single_experts(reader: CheckpointReader, config: CptMoeConfig, family: Fami
     return plan
 
 
+def _shared_matrices(width: int, hidden_size: int, factor: float) -> Iterator[tuple[str, tuple[int, int], float]]:
+    """Name, shape and factor of the matrices of a shared expert; only the last one is scaled."""
+    yield from ((name, (width, hidden_size), 1.0) for name in ("gate_proj", "up_proj"))
+    yield "down_proj", (hidden_size, width), factor
+
+
 def _qwen2_shared_expert(
     reader: CheckpointReader, config: CptMoeConfig, width: int, mlp: str, dtype: torch.dtype
 ) -> list[PlannedTensor]:
@@ -525,14 +455,10 @@ def _qwen2_shared_expert(
 
     Without shared experts it is zeros, which stay zero in training too.
     """
-    H, block = config.hidden_size, f"{mlp}shared_expert."
+    H = config.hidden_size
     plan = [constant(f"{mlp}shared_expert_gate.weight", (1, H), dtype)]
-    for matrix, shape, factor in (
-        ("gate_proj", (width, H), 1.0),
-        ("up_proj", (width, H), 1.0),
-        ("down_proj", (H, width), 2.0),
-    ):
-        name = f"{block}{matrix}.weight"
+    for matrix, shape, factor in _shared_matrices(width, H, 2.0):
+        name = f"{mlp}shared_expert.{matrix}.weight"
         if config.num_shared_experts:
             plan.append(copied(reader, f"{mlp}shared_experts.{matrix}.weight", shape, name, factor))
         else:

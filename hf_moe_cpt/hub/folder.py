@@ -1,21 +1,20 @@
-"""What a folder must be before it is published: a whole checkpoint that loads anywhere, with no secret in it.
+"""A finished folder: what it says about the run that made it, and what it must be before it is published.
 
-Nothing is executed or unpickled: JSON is parsed and safetensors headers are checked against the sizes of their files.
-Source: ours.
-
-What a finished folder says about the run that made it: read from its JSON files, never from a pickle.
-
-Files: config.json or adapter_config.json (the model), training_run.json (arguments, parents, machine, versions;
+Facts: config.json or adapter_config.json (the model), training_run.json (arguments, parents, machine, versions;
 written by our trainers), trainer_state.json (the log), all_results.json (the last evaluation), cpt_state.json,
-rainbowpo.json and surgery.json (what a method keeps). Each may be missing; then the card is silent about it. Ours.
+rainbowpo.json and surgery.json (what a method keeps). Each may be missing; then the card is silent about it.
+
+Published is only a whole checkpoint that loads anywhere, with no secret in it. Nothing is executed or unpickled: JSON
+is parsed and safetensors headers are checked against the sizes of their files. Source: ours.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+METHODS = ("cpt", "rainbowpo", "surgery")
+CARD, RUN_FILE = "README.md", "training_run.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -45,6 +46,9 @@ NOT_PUBLISHED = (
     "*.partial",
     "*.pyc",
 )
+_METHOD_OF_FILE = {"cpt_state.json": "cpt", "rainbowpo.json": "rainbowpo", "surgery.json": "surgery"}
+# Of the training log: how many tokens went through the model, by the trainer's name for it.
+_TOKEN_COUNTS = ("tokens_seen", "num_tokens", "num_input_tokens_seen")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXT_ENDINGS = {".json", ".md", ".py", ".txt", ".yaml", ".yml", ".csv", ".jinja"}
 _SIBLING_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
@@ -54,11 +58,9 @@ def published_files(folder: str | Path) -> list[str]:
     """Paths below `folder` that are published, sorted; optimizer states, checkpoints and pickles are not."""
     root = Path(folder)
     found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if not any(map(_is_left_out, path.parts)))
-
-
-def _is_left_out(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_PUBLISHED)
+    return sorted(
+        path.as_posix() for path in found if not any(fnmatchcase(*pair) for pair in product(path.parts, NOT_PUBLISHED))
+    )
 
 
 def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
@@ -71,7 +73,9 @@ def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
         raise ValueError(f"{str(folder)!r} is no folder: name the folder of a saved model.")
     is_adapter = not (root / CONFIG).is_file() and (root / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (root / CONFIG).is_file():
-        raise ValueError(f"{str(folder)!r} is no checkpoint: it holds no {CONFIG}{_place_of_checkpoint(root)}.")
+        inside = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+        where = f" (but {inside[-1]!r} inside does: publish that one, or save the model)" if inside else ""
+        raise ValueError(f"{str(folder)!r} is no checkpoint: it holds no {CONFIG}{where}.")
     config = read_json(root / (ADAPTER_CONFIG if is_adapter else CONFIG))
     if is_adapter:
         _check_adapter(root, config)
@@ -83,7 +87,10 @@ def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
         raise ValueError(
             f"{str(folder)!r} holds no tokenizer: save one into it, or publish without (--without_tokenizer)."
         )
-    _check_secrets(root)
+    for name in published_files(root):
+        path = root / name
+        if path.suffix in _TEXT_ENDINGS and _TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
+            raise ValueError(f"{str(path)!r} holds what looks like a Hub token: remove it, and revoke the token.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,11 +102,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
     return value
-
-
-def _place_of_checkpoint(root: Path) -> str:
-    inside = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
-    return f" (but {inside[-1]!r} inside does: publish that one, or save the model)" if inside else ""
 
 
 def _check_adapter(root: Path, config: dict[str, Any]) -> None:
@@ -181,20 +183,6 @@ def _check_code(root: Path, config: dict[str, Any]) -> None:
         waiting += _SIBLING_IMPORT.findall(path.read_text(encoding="utf-8"))
 
 
-def _check_secrets(root: Path) -> None:
-    for name in published_files(root):
-        path = root / name
-        if path.suffix in _TEXT_ENDINGS and _TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
-            raise ValueError(f"{str(path)!r} holds what looks like a Hub token: remove it, and revoke the token.")
-
-
-RUN_FILE = "training_run.json"
-METHODS = ("cpt", "rainbowpo", "surgery")
-_METHOD_OF_FILE = {"cpt_state.json": "cpt", "rainbowpo.json": "rainbowpo", "surgery.json": "surgery"}
-# Of the training log: how many tokens went through the model, by the trainer's name for it.
-_TOKEN_COUNTS = ("tokens_seen", "num_tokens", "num_input_tokens_seen")
-
-
 @dataclass
 class RunFacts:
     """Facts of a folder, as found.
@@ -242,10 +230,6 @@ class RunFacts:
     def seconds(self) -> float | None:
         """Wall clock of the training, as the Trainer measured it."""
         return next((entry["train_runtime"] for entry in reversed(self.log) if "train_runtime" in entry), None)
-
-    def last(self, name: str) -> float | None:
-        """The last logged value of a measure of training."""
-        return next((entry[name] for entry in reversed(self.log) if name in entry), None)
 
 
 def read_facts(folder: str | Path, method: str | None = None) -> RunFacts:

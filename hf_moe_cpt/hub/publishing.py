@@ -24,10 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.folder import check_checkpoint, published_files
+from hf_moe_cpt.hub.folder import CARD, check_checkpoint, published_files
 
 
-CARD = "README.md"
 WAITS = (1, 4, 15)  # seconds before each new attempt
 PASSING = (408, 409, 429, 500, 502, 503, 504)  # 409: another commit came first
 

@@ -1,24 +1,19 @@
-"""Which part of a dense feed-forward block each expert gets, how it is scaled, and how routers start.
-
-E routed experts, K per token, S shared, A = K + S active slots, I width of the dense block, m width of an expert,
-G = I / m parts. A slot's part is its number modulo G; the shared experts are slots 0..S-1, the routed ones that a
-token sees the rest. If A is a multiple of G, every part is seen A / G times, so each slot must count G / A for the
-function to stay what it was. Routers of split blocks send a token to whole groups of experts: the rows of a group are
-equal, so its members are chosen together.
-
-Sources: sparse upcycling, arXiv 2212.05055; groups and scales ("virtual groups"), arXiv 2410.07524; the cover by
-shared experts, groups that do not divide E, and the scales for our routers: ours.
-
-Values of the experts that a dense feed-forward block becomes: parts, noise, partial re-initialisation, scale.
-
-E experts, S shared ones, m width of an expert, H hidden size. Every random number follows from the seed, the layer,
-the expert and the matrix alone, so an upcycling can be repeated anywhere. Source: arXiv 2502.19261 (drop-upcycling).
-
-Sparse upcycling: a dense Llama-like checkpoint becomes a mixture of experts of the family `cpt_moe`.
+"""Sparse upcycling: a dense Llama-like checkpoint becomes a mixture of experts of the family `cpt_moe`.
 
 Attention, norms, embeddings and head are carried over; every feed-forward block becomes a router and experts that are
-copies or parts of it, scaled so that the model computes at step 0 what it computed before. Read and written shard by
-shard. Letters and sources: `upcycle_layout`; docs/upcycle.md says when the function is kept exactly.
+copies or parts of it, scaled so that the model computes at step 0 what it computed before (docs/upcycle.md says when
+exactly). Read and written shard by shard.
+
+E routed experts, K per token, S shared, A = K + S active slots, H hidden size, I width of the dense block, m width of
+an expert, G = I / m parts. A slot's part is its number modulo G; the shared experts are slots 0..S-1, the routed ones
+that a token sees the rest. If A is a multiple of G, every part is seen A / G times, so each slot must count G / A for
+the function to stay what it was. Routers of split blocks send a token to whole groups of experts: the rows of a group
+are equal, so its members are chosen together. Every random number follows from the seed, the layer, the expert and the
+matrix alone, so an upcycling can be repeated anywhere.
+
+Sources: sparse upcycling, arXiv 2212.05055; groups and scales ("virtual groups"), arXiv 2410.07524; partial
+re-initialisation (drop-upcycling), arXiv 2502.19261; the cover by shared experts, groups that do not divide E, and the
+scales for our routers: ours.
 """
 
 from __future__ import annotations
@@ -37,21 +32,31 @@ from hf_moe_cpt.hub.checkpoint_io import (
     MAX_SHARD_SIZE,
     CheckpointReader,
     PlannedTensor,
-    appearing_whole,
-    check_disk_space,
     check_output,
-    copy_companions,
     leftovers,
     refuse_unused,
     scaled,
     skeleton,
-    write_weights,
 )
-from hf_moe_cpt.hub.convert import ATTENTION_FIELDS, empty_model, skeleton_fields, write_config
+from hf_moe_cpt.hub.convert import ATTENTION_FIELDS, empty_model, skeleton_fields, write_checkpoint
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 
 
 ROUTER_INITS = ("noise", "zero")
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cpt_moe")
+TARGETS = {
+    "granular": "pb-granular-2b",
+    "switch": "pb-switch-2b",
+    "sb-granular": "sb-granular-2b",
+    "sb-switch": "sb-switch-2b",
+}
+MIXTURE_FIELDS = (
+    "num_experts num_experts_per_tok num_shared_experts moe_intermediate_size router_type norm_topk_prob "
+    "sinkhorn_iterations router_aux_loss_coef router_z_loss_coef output_router_logits load_scope"
+).split()
+RECORD_FILE = "upcycling.json"
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+_SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings", *ATTENTION_FIELDS]
 
 
 @dataclass(frozen=True)
@@ -103,24 +108,17 @@ def plan_layout(config: CptMoeConfig, dense_width: int) -> ExpertLayout:
         )
     group_size = _group_size(E, K, num_parts)
     each = num_parts / (K + S)
+    # The gate of a chosen expert when all router logits are 0.
+    first_gate = 1 / K if config.norm_topk_prob else 0.5 if _has_sigmoid_gates(config) else 1 / E
     return ExpertLayout(
         num_parts=num_parts,
         part_of_expert=tuple((S + expert % group_size) % num_parts for expert in range(E)),
         shared_parts=tuple(slot % num_parts for slot in range(S)),
         group_size=group_size,
-        routed_scale=each / first_gate(config),
+        routed_scale=each / first_gate,
         shared_scale=each,
         gates_are_exact=config.norm_topk_prob or (E == group_size and not _has_sigmoid_gates(config)),
     )
-
-
-def first_gate(config: CptMoeConfig) -> float:
-    """The gate of a chosen expert when all router logits are 0."""
-    if config.norm_topk_prob:
-        return 1 / config.num_experts_per_tok
-    if _has_sigmoid_gates(config):
-        return 0.5
-    return 1 / config.num_experts
 
 
 def router_rows(
@@ -251,22 +249,6 @@ def changed(
     return value.to(weight.dtype)
 
 
-DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cpt_moe")
-TARGETS = {
-    "granular": "pb-granular-2b",
-    "switch": "pb-switch-2b",
-    "sb-granular": "sb-granular-2b",
-    "sb-switch": "sb-switch-2b",
-}
-MIXTURE_FIELDS = (
-    "num_experts num_experts_per_tok num_shared_experts moe_intermediate_size router_type norm_topk_prob "
-    "sinkhorn_iterations router_aux_loss_coef router_z_loss_coef output_router_logits load_scope"
-).split()
-RECORD_FILE = "upcycling.json"
-_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-_SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings", *ATTENTION_FIELDS]
-
-
 @dataclass(frozen=True)
 class Upcycled:
     """What was made. function: in words, how close to the dense model it is at step 0."""
@@ -304,16 +286,10 @@ def upcycle(
     for layer in range(config.num_hidden_layers):
         plan += _feed_forward(reader, config, layout, options, layer)
     refuse_unused(reader, plan)
-    check_disk_space(output, sum(tensor.num_bytes for tensor in plan))
     function = function_in_words(config, layout, options)
-    with appearing_whole(output) as folder:
-        write_weights(folder, plan, max_shard_size)
-        copy_companions(reader.folder, folder)
-        write_config(model, folder)
-        record = {"dense": reader.short_name, "dense_revision": reader.commit}
-        record |= {"dense_family": reader.config.model_type, "to": to}
-        record |= {"options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"dense": reader.short_name, "dense_revision": reader.commit, "dense_family": reader.config.model_type}
+    record |= {"to": to, "options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
+    write_checkpoint(reader, plan, model, output, max_shard_size, {RECORD_FILE: json.dumps(record, indent=1) + "\n"})
     return Upcycled(output, config, layout, model.num_parameters(), function, tuple(leftovers(output)))
 
 

@@ -6,13 +6,7 @@ num_steps, and at every step after it, is min_lr (constant_lr if the phases have
 
 Letters: t step, T num_steps, u steps since a phase began, s = u / length of that phase, in [0, 1].
 Source: Thérien et al. 2025 (arXiv 2503.05029), CosineInf; Ibrahim et al. 2024 (arXiv 2403.08763), InvSqrtInf.
-
-Show a learning-rate schedule before it is run: a table of its phases and a plot in text. Source: ours.
-
-A LambdaLR whose saved state is the step alone, so that a resumed run obeys the arguments it is resumed with.
-
-torch's LambdaLR also saves base_lrs and restores them: a run resumed with another peak would keep the old one.
-Source: ours.
+Ours: their table and plot in text, and a LambdaLR whose saved state is the step alone.
 """
 
 from __future__ import annotations
@@ -21,17 +15,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR
-
-
+BARS = " ▁▂▃▄▅▆▇█"
 STARTING_PHASES = ("scratch", "constant", "decayed")
 PHASE_NAMES = ("warmup", "cooldown", "constant", "anneal")
 
@@ -214,7 +205,6 @@ def build_lr_scheduler(
     Groups with other initial rates keep their proportion to max_lr. Its state is the step alone, so that changed
     rates, phases or num_steps take effect at once when a run is resumed.
     """
-
     settings: dict[str, Any] = {
         "schedule": schedule,
         "num_steps": num_steps,
@@ -229,6 +219,7 @@ def build_lr_scheduler(
 
 
 def _ratio_at(step: int, *, max_lr: float, **settings: Any) -> float:
+    """A function of the module, so that a scheduler can be pickled."""
     return learning_rate_at(step, max_lr=max_lr, **settings) / max_lr
 
 
@@ -269,9 +260,6 @@ def _infinite(
     return constant_lr * (min_lr / constant_lr) ** ((step - ends.constant) / (ends.anneal - ends.constant))
 
 
-BARS = " ▁▂▃▄▅▆▇█"
-
-
 @dataclass(frozen=True)
 class ScheduleCurve:
     """Sampled schedule: ascending steps from 0 to num_steps, their rates, and each non-empty phase's first step."""
@@ -299,10 +287,8 @@ def schedule_curve(
     starts = {name: begin for name, begin, end in zip(PHASE_NAMES, (0, *ends), ends, strict=False) if end > begin}
     even = {round(i * num_steps / max(1, num_points - 1)) for i in range(num_points)}
     steps = sorted(even | {0, num_steps} | set(starts.values()))
-    rates = [
-        learning_rate_at(step, schedule=schedule, num_steps=num_steps, phases=phases, **rates_of) for step in steps
-    ]
-    return ScheduleCurve(steps, rates, starts)
+    rate_at = partial(learning_rate_at, schedule=schedule, num_steps=num_steps, phases=phases, **rates_of)
+    return ScheduleCurve(steps, [rate_at(step) for step in steps], starts)
 
 
 def describe_schedule(
@@ -360,19 +346,19 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 def _plot(rates: list[float], num_steps: int, height: int) -> list[str]:
     """Columns of eighth blocks under an axis from 0 to the highest rate."""
     top = max(rates)
-    eighths = [round(8 * height * rate / top) for rate in rates]
-    lines = []
+    eighths, lines = [round(8 * height * rate / top) for rate in rates], []
     for row in reversed(range(height)):
         label = f"{top:.2e}" if row == height - 1 else ""
         lines.append(f"{label:>9} ┤" + "".join(BARS[min(8, max(0, e - 8 * row))] for e in eighths))
     lines.append(f"{'0':>9} └" + "─" * len(rates))
-    last = f"{num_steps:,} steps"
-    lines.append(" " * 11 + "0" + last.rjust(len(rates) - 1))
-    return lines
+    return [*lines, " " * 11 + "0" + f"{num_steps:,} steps".rjust(len(rates) - 1)]
 
 
 class StepLambdaLR(LambdaLR):
-    """LambdaLR that saves `last_epoch` (updates made) only; overrides `state_dict` and `load_state_dict`."""
+    """LambdaLR that saves `last_epoch` (updates made) only; overrides `state_dict` and `load_state_dict`.
+
+    torch's own also saves base_lrs and restores them: a run resumed with another peak would keep the old one.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates made, under torch's names."""

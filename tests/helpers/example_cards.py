@@ -17,12 +17,12 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from hf_moe_cpt import cli
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
-from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
 
 
 OVERRIDES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -78,31 +78,30 @@ def _pair(question: dict[str, Any]) -> dict[str, str]:
 
 
 def make_run(name: str, root: Path) -> None:
-    """Train one of RUNS with the script that users call."""
+    """Train one of RUNS with the command that users call."""
     training = {"max_steps": 60, "max_length": 128, "per_device_train_batch_size": 8, "held_out_fraction": 0.1}
     training |= {"eval_strategy": "steps", "eval_steps": 10, "eval_on_start": True, "save_strategy": "no"}
     old, new = root / "old.jsonl", root / "new.jsonl"
     if name == "pretrained":
         shape = {"preset": "pb-granular-tiny", "preset_overrides": json.dumps(OVERRIDES)}
         shape |= {"tokenizer_name_or_path": root / "tokenizer", "learning_rate": 3e-3}
-        cpt.main(_words(root / name, dataset_name=old, **shape, **training))
+        arguments = {"dataset_name": old, **shape, **training}
     elif name == "continued":
         start = {"model_name_or_path": root / "pretrained", "learning_rate": 1e-3, "replay_ratio": 0.25}
-        cpt.main(_words(root / name, dataset_name=new, replay_dataset_name=old, **start, **training))
+        arguments = {"dataset_name": new, "replay_dataset_name": old, **start, **training}
     elif name == "preferred":
         pairs = {"dataset_name": root / "pairs.jsonl", "eval_dataset_name": root / "held_out_pairs.jsonl"}
         pace = {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "eval_strategy": "steps"}
         pace |= {"eval_steps": 10, "eval_on_start": True, "save_strategy": "no", "bf16": False}
         pace |= {"gradient_checkpointing": False}
-        rainbowpo.main(_words(root / name, model_name_or_path=root / "continued", **pairs, **pace))
+        arguments = {"model_name_or_path": root / "continued", **pairs, **pace}
     else:
         pace = {"max_steps": 30, "max_length": 128, "learning_rate": 5e-4, "eval_steps": 5}
-        surgery.main(_words(root / name, model_name_or_path=root / "pretrained", bench=root / "bench", **pace))
-
-
-def _words(folder: Path, **arguments: Any) -> list[str]:
-    given = {**EVERY_RUN, **arguments, "output_dir": folder}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        arguments = {"model_name_or_path": root / "pretrained", "bench": root / "bench", **pace}
+    given = {**EVERY_RUN, **arguments, "output_dir": root / name}
+    words = [RUNS[name], *(word for option, value in given.items() for word in (f"--{option}", str(value)))]
+    if cli.main(words) != 0:
+        raise SystemExit(f"hf-moe-cpt {' '.join(words)} failed.")
 
 
 def write_example(run: Path, folder: Path, method: str) -> None:

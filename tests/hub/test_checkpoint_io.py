@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_moe_cpt.hub import checkpoint_io as streaming_output
-from hf_moe_cpt.hub.checkpoint_io import INDEX_FILE, CheckpointReader, PlannedTensor, copied
+from hf_moe_cpt.hub import checkpoint_io
+from hf_moe_cpt.hub.checkpoint_io import CheckpointReader, PlannedTensor, copied
+from hf_moe_cpt.hub.folder import INDEX
 from hf_moe_cpt.hub.upcycle import UpcycleOptions, upcycle
 from tests.helpers.fresh_process import run_python
 from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved
@@ -39,10 +40,10 @@ print(of_process("VmHWM") - before)
 """
 KILLED = """
 import os, signal, sys
-from hf_moe_cpt.hub import streaming_output
+from hf_moe_cpt.hub import checkpoint_io
 from hf_moe_cpt.hub.upcycle import upcycle
 
-whole, calls = streaming_output.save_file, []
+whole, calls = checkpoint_io.save_file, []
 
 def save_then_die(*args, **kwargs):
     whole(*args, **kwargs)
@@ -50,7 +51,7 @@ def save_then_die(*args, **kwargs):
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-streaming_output.save_file = save_then_die
+checkpoint_io.save_file = save_then_die
 upcycle(sys.argv[1], sys.argv[2], "switch", max_shard_size=30_000)
 """
 
@@ -82,7 +83,7 @@ def test_a_sharded_result_holds_what_one_file_holds(tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "many", "granular", max_shard_size="40KB")
     whole, index = (
         load_file(tmp_path / "one" / "model.safetensors"),
-        json.loads((tmp_path / "many" / INDEX_FILE).read_text()),
+        json.loads((tmp_path / "many" / INDEX).read_text()),
     )
     assert index["weight_map"].keys() == whole.keys()
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
@@ -113,12 +114,13 @@ def test_a_failing_run_removes_what_it_wrote(
     dense = saved(model_of("llama"), tmp_path / "dense")
     written = []
 
-    def fail_at_the_third(path: Path) -> None:
+    def fail_at_the_third(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata=metadata)
         written.append(path)
         if len(written) == 3:
             raise interruption
 
-    monkeypatch.setattr(streaming_output, "_to_disk", fail_at_the_third)
+    monkeypatch.setattr(checkpoint_io, "save_file", fail_at_the_third)
     with pytest.raises(type(interruption)):
         upcycle(dense, tmp_path / "moe", "switch", max_shard_size=30_000)
     assert written[2].name.startswith("model-00003")
@@ -155,32 +157,20 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def scramble(folder: Path) -> None:
-    (folder / "model-00002-of-00003.safetensors").write_bytes(b"\x99" * 500)
-
-
-def remove_shard(folder: Path) -> None:
-    (folder / "model-00003-of-00003.safetensors").unlink()
-
-
-def break_index(folder: Path) -> None:
-    (folder / INDEX_FILE).write_text("{")
-
-
 def misname(folder: Path) -> None:
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
-    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def rewrite(folder: Path, name: str, value: torch.Tensor | None) -> None:
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX).read_text())
     path = folder / index["weight_map"][name]
     tensors = load_file(path)
     tensors.pop(name)
     if value is None:
         index["weight_map"].pop(name)
-        (folder / INDEX_FILE).write_text(json.dumps(index))
+        (folder / INDEX).write_text(json.dumps(index))
     else:
         tensors[name] = value
     save_file(tensors, path, metadata={"format": "pt"})
@@ -194,9 +184,15 @@ def change_config(folder: Path, **changes: object) -> None:
 NORM = "model.norm.weight"
 DAMAGE = {
     "cut short": (cut_short, "model-00002-of-00003.safetensors is cut short or damaged .*: fetch it again"),
-    "scrambled": (scramble, "model-00002-of-00003.safetensors is cut short or damaged"),
-    "shard missing": (remove_shard, "model-00003-of-00003.safetensors is missing: .* no whole checkpoint"),
-    "index broken": (break_index, "is no index of safetensors: fetch it again"),
+    "scrambled": (
+        lambda folder: (folder / "model-00002-of-00003.safetensors").write_bytes(b"\x99" * 500),
+        "model-00002-of-00003.safetensors is cut short or damaged",
+    ),
+    "shard missing": (
+        lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(),
+        "model-00003-of-00003.safetensors is missing: .* no whole checkpoint",
+    ),
+    "index broken": (lambda folder: (folder / INDEX).write_text("{"), "is no index of safetensors: fetch it again"),
     "index lies": (misname, "lacks model.norm.weight, which model.safetensors.index.json says is in it"),
     "tensor missing": (
         lambda folder: rewrite(folder, NORM, None),
@@ -259,4 +255,4 @@ def test_tensors_are_read_by_name_and_by_row(tmp_path: Path) -> None:
 def test_a_plan_that_makes_too_few_rows_is_an_error(tmp_path: Path) -> None:
     planned = PlannedTensor("w", (4, 2), torch.float32, lambda: iter([torch.ones(3, 2)]))
     with pytest.raises(RuntimeError, match="w: 3 of 4 rows were made"):
-        streaming_output.write_weights(tmp_path, [planned])
+        checkpoint_io.write_weights(tmp_path, [planned])

@@ -1,6 +1,5 @@
 """`hf-moe-cpt push`: what is published loads where the package is not, what fails publishes nothing and says why."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.scripts.push import main as push
+from tests.helpers.hub_checkpoints import fingerprint
+from tests.hub.conftest import NOT_ALLOWED
 
 
 LOAD = """
@@ -32,20 +33,16 @@ assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 """
 
 
-def _state(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery", "quickstart"])
 def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, hub, command, elsewhere, tmp_path):
     is_quickstart = method == "quickstart"
     folder = (
         request.getfixturevalue("quickstart_model") if is_quickstart else request.getfixturevalue("finished")[method]
     )
-    before = _state(folder)
+    before = fingerprint(folder)
     shown = command("push", folder, f"someone/{method}", "--license", "apache-2.0", "--dataset_name", "me/texts")
     assert "published" in shown.stdout
-    assert _state(folder) == before  # local files untouched
+    assert fingerprint(folder) == before  # local files untouched
     published = hub.files(f"someone/{method}")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_cpt_moe.py"} <= set(published)
     assert not [name for name in published if name.endswith((".bin", ".pt", ".pth")) or "checkpoint-" in name]
@@ -157,17 +154,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(folder, hub, command):
     assert "model.safetensors" in hub.files("someone/tiny")
 
 
-@pytest.mark.parametrize(
-    ("token", "name", "message"),
-    [
-        (None, "someone/tiny", "no token for the Hub: log in"),
-        ("hf_unknown", "someone/tiny", "does not know this token (401)"),
-        ("hf_reader", "someone/tiny", "may not write to 'someone/tiny' (403"),
-        ("hf_writer", "others/tiny", "may not write to 'others/tiny' (403"),
-        ("hf_writer", "some one/tiny", "'some one/tiny' cannot be a repository"),
-        ("hf_writer", "someone/rows", "'someone/rows' is the name of a dataset on the Hub"),
-    ],
-)
+@pytest.mark.parametrize(("token", "name", "message"), NOT_ALLOWED)
 def test_who_and_where_are_told_in_one_line(folder, hub, command, token, name, message):
     hub.store.create("dataset", "someone/rows", private=False)
     refused = command("push", folder, name, token=token, check=False)

@@ -26,19 +26,11 @@ from hf_moe_cpt.hub.upcycle import (
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import ROUTER_CLASSES
 from hf_moe_cpt.scripts.upcycle import main
-from tests.helpers.hub_checkpoints import biased, fingerprint, logits_of, model_of, saved
+from tests.helpers.hub_checkpoints import LLAMA3_ROPE, biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.tolerances import assert_matches, relative_rms_error
 
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 DENSE = {
     "llama": lambda: model_of("llama"),

@@ -1,6 +1,4 @@
-"""Activations of gated experts against PyTorch's, values and derivatives.
-
-The four products over rows sorted by expert, each against its definition in float64.
+"""The four products over rows sorted by expert, each against its definition in float64; activations against PyTorch's.
 
 Tiles are small and of both kinds: pointers or tensor descriptors, one tile a program or persistent. Sizes are no
 multiples of the tiles, experts are left without rows, and memory that is not written is NaN (conftest).
@@ -20,6 +18,7 @@ from hf_moe_cpt.kernels.grouped_gemm import (
     Tile,
     activate,
     activate_with_derivative,
+    dot_precision,
     gated_backward,
     gated_up,
     grouped_product,
@@ -222,8 +221,6 @@ def test_unaligned_tensors_are_read_through_pointers():
 
 
 def test_float32_follows_torchs_matmul_precision():
-    from hf_moe_cpt.kernels.grouped_gemm import dot_precision
-
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")

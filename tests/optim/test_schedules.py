@@ -1,8 +1,6 @@
-"""The printed schedule tells the numbers of the schedule itself, and the manual's example runs.
+"""Schedules against the paper's values, transformers' cosine, torch's annealing and their own limits.
 
-Schedules against the paper's values, transformers' cosine and torch's annealing, and their own limits.
-
-The LambdaLR around the schedules: values, state, resuming with the same and with other arguments.
+Then what is printed of them, and the LambdaLR around them: values, state, resuming.
 """
 
 import math
@@ -33,74 +31,11 @@ from hf_moe_cpt.optim.schedules import (
 )
 
 
-PAPER = {
-    "schedule": "cosine_inf",
-    "num_steps": 192_720,
-    "phases": DEFAULT_PHASES["scratch"],
-    "max_lr": 3e-4,
-    "constant_lr": 1.65e-4,
-    "min_lr": 3e-5,
-}
-
-
-def rows_of(text):
-    table = text.split("\n\n")[0].splitlines()[1:]
-    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table}
-
-
-def test_table_has_steps_tokens_and_rates_of_each_phase():
-    rows = rows_of(describe_schedule(**PAPER, tokens_per_step=2_097_152))
-    assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
-    assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
-    assert rows["total"][-3:-2] == ["404,163,133,440"]
-
-
-def test_tokens_and_empty_phases_are_left_out():
-    rows = rows_of(describe_schedule(**{**PAPER, "phases": DEFAULT_PHASES["constant"]}))
-    assert set(rows) == {"phase", "constant", "anneal", "total"}
-    assert "tokens" not in rows["phase"]
-
-
-def test_plot_columns_rise_and_fall_with_the_rate():
-    text = describe_schedule(**{**PAPER, "phases": Phases(0.5, 0.0, 0.0, 0.5)}, width=41, height=6)
-    plot = [line[11:] for line in text.splitlines() if "┤" in line]
-    heights = [sum(8 if line[i] == "█" else " ▁▂▃▄▅▆▇".index(line[i]) for line in plot) for i in range(41)]
-    assert len(plot) == 6 and heights[0] == 0 and max(heights) == heights[20] == 48
-    assert heights[:21] == sorted(heights[:21]) and heights[20:] == sorted(heights[20:], reverse=True)
-
-
-def test_curve_hits_phase_boundaries_and_equals_the_schedule():
-    curve = schedule_curve(**PAPER, num_points=50)
-    assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
-    assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
-    settings = {name: value for name, value in PAPER.items() if name != "schedule"}
-    assert curve.rates == [cosine_inf(step, **settings) for step in curve.steps]
-
-
-def test_one_step_run_can_be_described():
-    assert "1 steps" in describe_schedule(**{**PAPER, "num_steps": 1})
-
-
-def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="without steps"):
-        describe_schedule(**{**PAPER, "num_steps": 0})
-
-
-def test_examples_of_the_manual_run(tmp_path, monkeypatch, capsys):
-    manual = Path(__file__).parents[2] / "docs" / "schedules.md"
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, str(manual), "exec"), {})
-    assert "156,103" in capsys.readouterr().out
-    assert (tmp_path / "schedule.svg").stat().st_size > 1_000
-
-
 MAX, CONST, MIN = 3e-4, 1.65e-4, 3e-5
 PAPER_STEPS = 192_720
 SCRATCH = DEFAULT_PHASES["scratch"]
-PAPER_SCHEDULES = {"num_steps": PAPER_STEPS, "phases": SCRATCH, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+RATES = {"max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, **RATES}
 
 
 def fraction(share):
@@ -124,22 +59,22 @@ def test_phase_ends_are_rounded_half_up_and_lose_no_step():
     [(0.01, 3.0e-4), (0.20, 2.77e-4), (0.36, 2.325e-4), (0.50, 1.93e-4), (0.90, 7.36e-5), (1.0, 3.0e-5)],
 )
 def test_paper_check_values(share, want):
-    got = cosine_inf(fraction(share), **PAPER_SCHEDULES)
+    got = cosine_inf(fraction(share), **PAPER)
     assert got == pytest.approx(want, rel=2e-3)  # the sheet gives three digits
 
 
 def test_constant_phase_is_exact():
-    assert {cosine_inf(step, **PAPER_SCHEDULES) for step in range(136_831, 156_103, 97)} == {CONST}
+    assert {cosine_inf(step, **PAPER) for step in range(136_831, 156_103, 97)} == {CONST}
 
 
 def test_warmup_is_linear_from_zero():
-    assert cosine_inf(0, **PAPER_SCHEDULES) == 0.0
-    assert cosine_inf(1_000, **PAPER_SCHEDULES) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
-    assert cosine_inf(1_927, **PAPER_SCHEDULES) == MAX
+    assert cosine_inf(0, **PAPER) == 0.0
+    assert cosine_inf(1_000, **PAPER) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
+    assert cosine_inf(1_927, **PAPER) == MAX
 
 
 def test_anneal_multiplies_by_the_same_factor_every_step():
-    rates = [cosine_inf(step, **PAPER_SCHEDULES) for step in range(160_000, 160_050)]
+    rates = [cosine_inf(step, **PAPER) for step in range(160_000, 160_050)]
     ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
     assert ratios == pytest.approx([(MIN / CONST) ** (1 / 36_617)] * len(ratios), rel=1e-12)
 
@@ -147,12 +82,7 @@ def test_anneal_multiplies_by_the_same_factor_every_step():
 @pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf", "cosine"])
 def test_continuing_from_the_constant_phase_never_rewarms(schedule):
     phases = default_phases(schedule, "constant")
-    rates = [
-        learning_rate_at(
-            step, schedule=schedule, num_steps=500, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
-        )
-        for step in range(501)
-    ]
+    rates = [learning_rate_at(step, schedule=schedule, num_steps=500, phases=phases, **RATES) for step in range(501)]
     assert rates[0] == max(rates) == CONST
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == MIN
@@ -167,7 +97,7 @@ def test_warmup_without_cooldown_stops_at_the_constant_rate():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_after_the_end_it_stays_at_the_minimum(schedule):
     phases = default_phases(schedule, "scratch")
-    settings = {"num_steps": 77, "phases": phases, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+    settings = {"num_steps": 77, "phases": phases, **RATES}
     assert learning_rate_at(76, schedule=schedule, **settings) > MIN
     assert {learning_rate_at(step, schedule=schedule, **settings) for step in (77, 78, 10_000)} == {MIN}
 
@@ -224,9 +154,7 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
     a, b, c = cuts
     phases = Phases(a, b - a, c - b, 1 - c)
     rates = [
-        learning_rate_at(
-            step, schedule=schedule, num_steps=num_steps, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
-        )
+        learning_rate_at(step, schedule=schedule, num_steps=num_steps, phases=phases, **RATES)
         for step in range(num_steps + 1)
     ]
     assert all(0 <= rate <= MAX * (1 + 1e-12) for rate in rates)
@@ -235,7 +163,7 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
 
 @pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf"])
 def test_phases_join_without_a_jump(schedule):
-    settings = {**PAPER_SCHEDULES, "schedule": schedule, "num_steps": 10**8}
+    settings = {**PAPER, "schedule": schedule, "num_steps": 10**8}
     for end in SCRATCH.boundaries(10**8):
         before, after = (learning_rate_at(step, **settings) for step in (end - 1, end))
         assert after == pytest.approx(before, rel=2e-6)
@@ -263,7 +191,7 @@ def test_phase_names():
 )
 def test_refusals_name_field_value_and_remedy(change, text):
     with pytest.raises(ValueError, match=text):
-        check_schedule(**{"schedule": "cosine_inf", **PAPER_SCHEDULES, **change})
+        check_schedule(**{"schedule": "cosine_inf", **PAPER, **change})
 
 
 def test_phases_must_be_fractions_that_sum_to_one():
@@ -275,7 +203,55 @@ def test_phases_must_be_fractions_that_sum_to_one():
         default_phases("cosine_inf", "warm")
 
 
-RATES = {"max_lr": 3e-4, "constant_lr": 1.65e-4, "min_lr": 3e-5}
+PRINTED = {"schedule": "cosine_inf", **PAPER}
+
+
+def rows_of(text):
+    table = text.split("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table}
+
+
+def test_table_has_steps_tokens_and_rates_of_each_phase():
+    rows = rows_of(describe_schedule(**PRINTED, tokens_per_step=2_097_152))
+    assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
+    assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
+    assert rows["total"][-3:-2] == ["404,163,133,440"]
+
+
+def test_tokens_and_empty_phases_are_left_out():
+    rows = rows_of(describe_schedule(**{**PRINTED, "phases": DEFAULT_PHASES["constant"]}))
+    assert set(rows) == {"phase", "constant", "anneal", "total"}
+    assert "tokens" not in rows["phase"]
+
+
+def test_plot_columns_rise_and_fall_with_the_rate():
+    text = describe_schedule(**{**PRINTED, "phases": Phases(0.5, 0.0, 0.0, 0.5)}, width=41, height=6)
+    plot = [line[11:] for line in text.splitlines() if "┤" in line]
+    heights = [sum(8 if line[i] == "█" else " ▁▂▃▄▅▆▇".index(line[i]) for line in plot) for i in range(41)]
+    assert len(plot) == 6 and heights[0] == 0 and max(heights) == heights[20] == 48
+    assert heights[:21] == sorted(heights[:21]) and heights[20:] == sorted(heights[20:], reverse=True)
+
+
+def test_curve_hits_phase_boundaries_and_equals_the_schedule():
+    curve = schedule_curve(**PRINTED, num_points=50)
+    assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
+    assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
+    assert curve.rates == [cosine_inf(step, **PAPER) for step in curve.steps]
+
+
+def test_one_step_run_can_be_described():
+    assert "1 steps" in describe_schedule(**{**PRINTED, "num_steps": 1})
+
+
+def test_examples_of_the_manual_run(tmp_path, monkeypatch, capsys):
+    manual = Path(__file__).parents[2] / "docs" / "schedules.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, str(manual), "exec"), {})
+    assert "156,103" in capsys.readouterr().out
+    assert (tmp_path / "schedule.svg").stat().st_size > 1_000
 
 
 def build(schedule="cosine_inf", num_steps=40, lr=3e-4, **rates):
