@@ -33,6 +33,7 @@ from hf_moe_cpt.evaluation.scoring import (
     ReadDocument,
     ask,
     documents_of,
+    padded,
     questions_of,
     right_answers,
     room_of,
@@ -175,13 +176,7 @@ def _place(position: int, length: int, seed: int) -> int:
 
 def _loss(model: PreTrainedModel, batch: Sequence[CountedText]) -> Tensor:
     """Mean cross entropy in nats of all tokens that count."""
-    width = max(len(text.ids) for text in batch)
-    ids, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
-    counts = torch.zeros(len(batch), width)
-    for row, text in enumerate(batch):
-        length = len(text.ids)
-        ids[row, :length], mask[row, :length], counts[row, text.start : length] = torch.tensor(text.ids), 1, 1.0
-    ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts[:, 1:]))
+    ids, mask, counts = padded(batch, model.device)
     hidden = run_model(model, {"input_ids": ids, "attention_mask": mask}).hidden
     return -(token_logp(hidden, head_of(model), ids) * counts).sum() / counts.sum()
 

@@ -34,6 +34,7 @@ from hf_moe_cpt.evaluation.resumable import (
     write_json,
     write_lines,
 )
+from hf_moe_cpt.evaluation.scoring import padded
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, pair_outcomes, preference_accuracy, share_of_wins
 from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_rows
 from hf_moe_cpt.generation.sampling import (
@@ -494,13 +495,9 @@ def answer_scores(
 
 @torch.inference_mode()
 def _batch(model: PreTrainedModel, answers: Sequence[AnswerTokens]) -> list[AnswerScore]:
-    width, device = max(len(answer.ids) for answer in answers), model.device
-    ids, mask = torch.zeros(len(answers), width, dtype=torch.long), torch.zeros(len(answers), width, dtype=torch.long)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer.ids)] = torch.tensor(answer.ids)
-        mask[row, : len(answer.ids)] = 1
-    first = min(answer.start for answer in answers) - 1
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    ids, mask, _ = padded(answers, model.device)
+    width, first = ids.shape[1], min(answer.start for answer in answers) - 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=width - first).logits  # (B, P, V)
     else:
@@ -508,7 +505,7 @@ def _batch(model: PreTrainedModel, answers: Sequence[AnswerTokens]) -> list[Answ
     scores = []
     for row, answer in enumerate(answers):  # row by row: only one row of logits is held in float32
         predicting = logits[row, answer.start - 1 - first : len(answer.ids) - 1 - first].float()
-        targets = torch.tensor(answer.ids[answer.start :], device=device)
+        targets = ids[row, answer.start : len(answer.ids)]
         loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
         scores.append(AnswerScore(-float(loss), len(targets)))
     return scores

@@ -209,15 +209,20 @@ def over_rows(
     return [results[place] for place in range(len(rows))]
 
 
-def _counted_states(model: PreTrainedModel, batch: Sequence[CountedText]) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, H) that predict the tokens that count, and these tokens (N,), text after text."""
-    width = max(len(text.ids) for text in batch)
-    ids, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
-    counts = torch.zeros(len(batch), width, dtype=torch.bool)
-    for row, text in enumerate(batch):
+def padded(texts: Sequence[CountedText], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and attention mask (B, S), padded on the right, and (B, S - 1) bool: whether the next token counts."""
+    width = max(len(text.ids) for text in texts)
+    ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
+    counts = torch.zeros(len(texts), width, dtype=torch.bool)
+    for row, text in enumerate(texts):
         length = len(text.ids)
         ids[row, :length], mask[row, :length], counts[row, text.start : length] = torch.tensor(text.ids), 1, True
-    ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts[:, 1:]))
+    return ids.to(device), mask.to(device), counts[:, 1:].to(device)
+
+
+def _counted_states(model: PreTrainedModel, batch: Sequence[CountedText]) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, H) that predict the tokens that count, and these tokens (N,), text after text."""
+    ids, mask, counts = padded(batch, model.device)
     hidden = run_model(model, {"input_ids": ids, "attention_mask": mask}).hidden
     return hidden[:, :-1][counts], ids[:, 1:][counts]
 

@@ -1,30 +1,27 @@
-"""The rows of a surgery evaluation's table: which numbers stand where, and how they are written. Source: ours.
+"""Show a surgery evaluation: the table for a terminal, results.csv, results.json and the page report.html.
 
-The page of a surgery evaluation: one HTML file with the table, plots, samples and formulas. Source: ours.
-
-Show a surgery evaluation: the table for a terminal, results.csv, results.json and the page report.html.
-
-Everything is made of what `eval_surgery_results.summarise` gives. Source: ours.
+All of it is made of what `surgery.summarise` gives. Source: ours.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_moe_cpt.data.surgery_bench import SETS
-from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES
+from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, QUANTISED_SETS
 from hf_moe_cpt.evaluation.resumable import write_json
-from hf_moe_cpt.evaluation.scoring import ALL_SETS
+from hf_moe_cpt.evaluation.scoring import ALL_SETS, ANCHORED_SETS
 from hf_moe_cpt.evaluation.surgery import METRICS
 from hf_moe_cpt.reports.charts import Mark, Range, Series, interval_chart, line_chart
 from hf_moe_cpt.reports.tables import Section, write_csv, write_report
 
 
 NOTHING = "–"
+SCORES = tuple(metric for metric in METRICS if metric.startswith("score"))
 REMEMBERED = ("probability", "exact_memorisation", "extraction_strength", "rouge_l")
 MEMBERSHIP = ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus", "privacy_leakage")
 # heading, and what stands below it: (metric, sets)
@@ -54,7 +51,7 @@ TABLE = (
         *((f"quantisation_robustness_{bits}bit", ("unlearn",)) for bits in BITS),
         *((f"prefix_{name}", ("unlearn",)) for name in PREFIXES),
     )),
-    ("Score", tuple((metric, ("all",)) for metric in METRICS if metric.startswith("score"))),
+    ("Score", tuple((metric, (ALL_SETS,)) for metric in SCORES)),
 )  # fmt: skip
 
 Summary = Mapping[str, Any]
@@ -116,10 +113,8 @@ INTRODUCTION = """\
 What surgery made a model forget, learn and keep, and whether that lasts. Forgotten means: as a model that never read \
 the texts (the retrained one, or any model on the set unseen), neither better nor worse. Numbers in brackets, and the \
 lines through the dots, are {percent} % intervals of a bootstrap over subjects."""
-PREDICTS = "How well is each set predicted?"
+EVERY_NUMBER = "All sets; n is the number of questions or texts. The same is in results.csv."
 NUM_SAMPLES, SAMPLE_LENGTH = 3, 240
-UNIT = (0.0, 1.0)
-AUCS = MEMBERSHIP[:-1]
 EDITS = ("accuracy", "reliability", "generalisation", "portability_one_hop", "portability_inverse", "conflict")
 
 Groups = Mapping[str, tuple[str, str]]  # label of a group: metric, set
@@ -130,16 +125,20 @@ def write_page(path: Path, summary: Summary, raws: Mapping[str, Mapping[str, Any
     tables = dict(table_blocks(summary))
     score = [_narrow(row) for row in tables.pop("Score", [])]
     sections = [
-        Section("In short", _in_short(summary), score, _charts(summary, [_score_chart])),
+        Section("In short", _in_short(summary), score, _charts(summary, "In short")),
         *(
-            Section(heading, "", [_narrow(row) for row in rows], _charts(summary, _CHARTS.get(heading, ())))
+            Section(heading, "", [_narrow(row) for row in rows], _charts(summary, heading))
             for heading, rows in tables.items()
         ),
         Section("What the models write", _samples(raws)),
-        Section("What was not measured", _lines(summary["missing"])),
+        Section("What was not measured", "\n\n".join(f"– {line}" for line in summary["missing"])),
         Section("Formulas and sources", _formulas(summary)),
-        Section("Every number", _every_number(summary), _all_rows(summary)),
-        Section("Where", "", [{"what": name, "value": _told(value)} for name, value in _settings(facts).items()]),
+        Section("Every number", EVERY_NUMBER if summary["measures"] else "", _all_rows(summary)),
+        Section(
+            "Where",
+            "",
+            [{"what": name, "value": _told(value)} for group in facts.values() for name, value in group.items()],
+        ),
     ]
     shown = [section for section in sections if section.text or section.table or section.charts]
     return write_report(path, f"Surgery evaluation: {', '.join(summary['sides'])}", shown)
@@ -159,120 +158,122 @@ def _in_short(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
-def _score_chart(summary: Summary) -> str | None:
-    groups = {METRICS[name].label.removeprefix("- "): (name, ALL_SETS) for name in METRICS if name.startswith("score")}
-    return _dots(summary, groups, "The score and its parts", "1 is best", x_range=UNIT)
+class Dots(NamedTuple):
+    """A chart of intervals.
+
+    groups: (metric, set) by label. is_share: the axis is [0, 1]. mark: what makes a line across. needed: a metric
+    without which the chart says nothing.
+    """
+
+    title: str
+    x_label: str
+    groups: Groups
+    is_share: bool = True
+    mark: Callable[[Summary], Mark | None] = lambda summary: None
+    needed: str | None = None
+
+    def draw(self, summary: Summary) -> str | None:
+        """The groups that a model has a value for; None if there are none."""
+        found, sides = found_measures(summary), summary["sides"]
+        values = {
+            label: [_range(found.get((side, set_name, metric))) for side in sides]
+            for label, (metric, set_name) in self.groups.items()
+        }
+        shown = {label: ranges for label, ranges in values.items() if any(ranges)}
+        if not shown or self.needed not in (None, *(metric for _, _, metric in found)):
+            return None
+        models = {side: [ranges[place] for ranges in shown.values()] for place, side in enumerate(sides)}
+        marks = [mark for mark in [self.mark(summary)] if mark]
+        options = {"vertical": marks, "x_range": (0.0, 1.0) if self.is_share else None}
+        return interval_chart(list(shown), models, title=self.title, x_label=self.x_label, **options)
 
 
-def _accuracies(summary: Summary) -> str | None:
-    chance = [] if summary["chance"] is None else [Mark(summary["chance"], "guessing")]
-    groups = {name: ("accuracy", name) for name in SETS}
-    return _dots(summary, groups, "Which set's questions are answered?", "MCQ accuracy", vertical=chance, x_range=UNIT)
+class Curves(NamedTuple):
+    """A chart of the accuracy by steps of relearning."""
 
+    title: str
+    training: str
 
-def _losses(summary: Summary) -> str | None:
-    return _dots(summary, {name: ("loss", name) for name in SETS}, PREDICTS, "loss (nats/token)")
-
-
-def _remembered(summary: Summary) -> str | None:
-    groups = {METRICS[name].label: (name, "unlearn") for name in REMEMBERED}
-    return _dots(summary, groups, "How much of the forgotten texts is left, word by word?", "share", x_range=UNIT)
-
-
-def _membership(summary: Summary) -> str | None:
-    groups = {METRICS[name].label: (name, "unlearn") for name in AUCS}
-    mark = [Mark(0.5, "as unseen")]
-    title = "Can one tell that the forgotten texts were read?"
-    return _dots(summary, groups, title, "AUC; left of 0.5 is over-forgotten", vertical=mark, x_range=UNIT)
-
-
-def _updated(summary: Summary) -> str | None:
-    groups = {METRICS[name].label: (name, "update") for name in EDITS}
-    return _dots(summary, groups, "Did the new facts arrive?", "share", x_range=UNIT)
-
-
-def _agreement(summary: Summary) -> str | None:
-    groups = {name: ("agreement", name) for name in ("retain", "neighbour")}
-    return _dots(summary, groups, "At how many tokens is the first choice as before?", "share of tokens", x_range=UNIT)
-
-
-def _divergence(summary: Summary) -> str | None:
-    groups = {name: ("kl", name) for name in ("retain", "neighbour")}
-    return _dots(summary, groups, "How far have the predictions moved?", "KL(before || now), nats per token")
-
-
-def _fluency(summary: Summary) -> str | None:
-    groups = {name: ("fluency", name) for name in SETS}
-    return _dots(summary, groups, "Is it still language?", "n-gram entropy (bits)")
-
-
-def _relearning(training: str, title: str) -> Any:
-    def draw(summary: Summary) -> str | None:
+    def draw(self, summary: Summary) -> str | None:
+        """A curve for each model and whom it was asked about; None without any."""
         curves = []
         for number, side in enumerate(summary["sides"]):
-            points = [row for row in summary["curves"] if row["side"] == side and row["training"] == training]
-            asked = list(dict.fromkeys(row["asked"] for row in points))
-            for who in asked:
-                own = [row for row in points if row["asked"] == who]
-                name = side if training == "benign" else f"{side}, {who}"
-                steps, values = ([row[column] for row in own] for column in ("step", "accuracy"))
-                curves.append(Series(name, steps, values, number, training == "own" and who == "others"))
+            points = [row for row in summary["curves"] if (row["side"], row["training"]) == (side, self.training)]
+            for who in dict.fromkeys(row["asked"] for row in points):
+                steps, values = zip(
+                    *((row["step"], row["accuracy"]) for row in points if row["asked"] == who), strict=True
+                )
+                is_own = self.training == "own"
+                name = f"{side}, {who}" if is_own else side
+                curves.append(Series(name, steps, values, number, is_own and who == "others"))
         if not curves:
             return None
-        marks = [] if summary["chance"] is None else [Mark(summary["chance"], "guessing")]
-        return line_chart(
-            curves, title=title, x_label="step of relearning", y_label="MCQ accuracy on unlearn", horizontal=marks
-        )
-
-    return draw
+        marks = [mark for mark in [_guessing(summary)] if mark]
+        labels = {"x_label": "step of relearning", "y_label": "MCQ accuracy on unlearn"}
+        return line_chart(curves, title=self.title, horizontal=marks, **labels)
 
 
-def _rounding(summary: Summary) -> str | None:
-    metrics = {"as it is": "accuracy"} | {f"{bits}-bit": f"accuracy_{bits}bit" for bits in BITS}
-    groups = {
-        f"{name}, {label}": (metric, name)
-        for name in ("unlearn", "update", "retain")
-        for label, metric in metrics.items()
-    }
-    if not any(row["metric"].endswith("bit") for row in summary["measures"]):
-        return None
-    return _dots(summary, groups, "What do rounded weights change?", "MCQ accuracy", x_range=UNIT)
+def _guessing(summary: Summary) -> Mark | None:
+    return None if summary["chance"] is None else Mark(summary["chance"], "guessing")
 
 
-def _prefixes(summary: Summary) -> str | None:
-    groups = {name: (f"prefix_{name}", "unlearn") for name in PREFIXES}
-    return _dots(summary, groups, "Do other words bring it back?", "MCQ accuracy on unlearn", x_range=UNIT)
+def _by_set(metric: str, *sets: str) -> Groups:
+    return {name: (metric, name) for name in sets}
 
 
-_CHARTS = {
-    "Forgotten?": (_accuracies, _losses, _remembered, _membership),
-    "Learnt?": (_updated,),
-    "Kept?": (_agreement, _divergence, _fluency),
+def _by_metric(set_name: str, *metrics: str) -> Groups:
+    return {METRICS[name].label.removeprefix("- "): (name, set_name) for name in metrics}
+
+
+ROUNDED = {"as it is": "accuracy"} | {f"{bits}-bit": f"accuracy_{bits}bit" for bits in BITS}
+CHARTS = {
+    "In short": (Dots("The score and its parts", "1 is best", _by_metric(ALL_SETS, *SCORES)),),
+    "Forgotten?": (
+        Dots("Which set's questions are answered?", "MCQ accuracy", _by_set("accuracy", *SETS), mark=_guessing),
+        Dots("How well is each set predicted?", "loss (nats/token)", _by_set("loss", *SETS), is_share=False),
+        Dots("How much of the forgotten texts is left, word by word?", "share", _by_metric("unlearn", *REMEMBERED)),
+        Dots(
+            "Can one tell that the forgotten texts were read?",
+            "AUC; left of 0.5 is over-forgotten",
+            _by_metric("unlearn", *MEMBERSHIP[:-1]),
+            mark=lambda summary: Mark(0.5, "as unseen"),
+        ),
+    ),
+    "Learnt?": (Dots("Did the new facts arrive?", "share", _by_metric("update", *EDITS)),),
+    "Kept?": (
+        Dots(
+            "At how many tokens is the first choice as before?",
+            "share of tokens",
+            _by_set("agreement", *ANCHORED_SETS),
+        ),
+        Dots(
+            "How far have the predictions moved?",
+            "KL(before || now), nats per token",
+            _by_set("kl", *ANCHORED_SETS),
+            is_share=False,
+        ),
+        Dots("Is it still language?", "n-gram entropy (bits)", _by_set("fluency", *SETS), is_share=False),
+    ),
     "Does it last?": (
-        _relearning("own", "Does training on half of the forgotten texts bring it back?"),
-        _relearning("benign", "Does training on harmless texts bring it back?"),
-        _rounding,
-        _prefixes,
+        Curves("Does training on half of the forgotten texts bring it back?", "own"),
+        Curves("Does training on harmless texts bring it back?", "benign"),
+        Dots(
+            "What do rounded weights change?",
+            "MCQ accuracy",
+            {f"{name}, {label}": (ROUNDED[label], name) for name in QUANTISED_SETS for label in ROUNDED},
+            needed=f"accuracy_{BITS[0]}bit",
+        ),
+        Dots(
+            "Do other words bring it back?",
+            "MCQ accuracy on unlearn",
+            {name: (f"prefix_{name}", "unlearn") for name in PREFIXES},
+        ),
     ),
 }
 
 
-def _charts(summary: Summary, drawers: Sequence[Any]) -> list[str]:
-    return [chart for draw in drawers if (chart := draw(summary)) is not None]
-
-
-def _dots(summary: Summary, groups: Groups, title: str, x_label: str, **options: Any) -> str | None:
-    """The groups that a model has a value for; None if there are none. options: of `interval_chart`."""
-    found = found_measures(summary)
-    values = {
-        label: [_range(found.get((side, set_name, metric))) for side in summary["sides"]]
-        for label, (metric, set_name) in groups.items()
-    }
-    shown = {label: ranges for label, ranges in values.items() if any(ranges)}
-    if not shown:
-        return None
-    models = {side: [ranges[place] for ranges in shown.values()] for place, side in enumerate(summary["sides"])}
-    return interval_chart(list(shown), models, title=title, x_label=x_label, **options)
+def _charts(summary: Summary, heading: str) -> list[str]:
+    return [chart for one in CHARTS.get(heading, ()) if (chart := one.draw(summary)) is not None]
 
 
 def _range(row: Mapping[str, Any] | None) -> Range | None:
@@ -306,21 +307,11 @@ def _short(text: str) -> str:
     return line if len(line) <= SAMPLE_LENGTH else f"{line[:SAMPLE_LENGTH]} ..."
 
 
-def _lines(lines: Sequence[str]) -> str:
-    return "\n\n".join(f"– {line}" for line in lines)
-
-
 def _formulas(summary: Summary) -> str:
     used = dict.fromkeys(row["metric"] for row in summary["measures"])
     told = (METRICS[name] for name in METRICS if name in used)
     return "\n\n".join(
         f"{m.label.removeprefix('- ')}: {m.formula}. Wanted: {m.goal}. Source: {m.source}." for m in told
-    )
-
-
-def _every_number(summary: Summary) -> str:
-    return (
-        "All sets; n is the number of questions or texts. The same is in results.csv." if summary["measures"] else ""
     )
 
 
@@ -336,10 +327,6 @@ def _all_rows(summary: Summary) -> list[dict[str, Any]]:
         row = {"measure": METRICS[metric].label, "set": set_name, "n": max(counts, default=None)}
         rows.append(_narrow(row | {side: cell(found_row) for side, found_row in of_side.items()}))
     return rows
-
-
-def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for group in facts.values() for name, value in group.items()}
 
 
 def _told(value: Any) -> str:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation.attacks import (
     BLOCK,
@@ -24,16 +23,6 @@ from tests.helpers.tiny_models import tiny_model
 # As QLoRA's authors publish them.
 NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
        0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bench() -> SurgeryBench:
-    return SurgeryBench.generate(0, 15, kinds=("person",), forms=("quiz",))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bench):
-    return train_byte_level_bpe(bench.before_corpus()["text"], 400, progress=False)
 
 
 def _state(model) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
-"""Scores of texts against full logits, whatever the batch; greedy continuations against an argmax loop.
-
-Rows and tokens of a surgery evaluation: what is drawn, where a header ends, where an option begins.
+"""Scores of texts against full logits, whatever the batch; greedy continuations against an argmax loop; which rows of
+a bench are drawn, where a header ends, where an option begins.
 """
 
 import json
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench import HEADER, SurgeryBench
+from hf_moe_cpt.data.surgery_bench import HEADER
 from hf_moe_cpt.evaluation import scoring
 from hf_moe_cpt.evaluation.scoring import (
     CountedText,
@@ -120,16 +118,6 @@ def test_continuations_are_greedy_and_end_before_a_stop_token():
 
 def test_no_rows_are_no_results():
     assert score_tokens(_model(), [], 4) == [] and continue_greedily(_model(), [], 4, 4, stop=[]) == []
-
-
-@pytest.fixture(scope="module")
-def bench() -> SurgeryBench:
-    return SurgeryBench.generate(0, 15, kinds=("person",))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bench):
-    return train_byte_level_bpe(bench.before_corpus()["text"], 400, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
-"""Intervals against scipy, all possible draws, coverage of the truth, and the loop that sums of groups replace.
-
-Accuracies of preferences against counting by hand, scipy, closed forms and a world whose truth is known.
+"""Intervals against scipy, all possible draws, coverage of the truth, and the loop that sums of groups replace;
+accuracies of preferences against counting by hand, scipy, closed forms and a world whose truth is known.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Raw measurements of a model: each number against the model itself, asked alone.
-
-Numbers of a surgery evaluation against loops over raw measurements, and what is said where something is missing.
-"""
+"""Raw measurements against the model itself, asked alone; numbers of a summary against loops over raw measurements."""
 
 import copy
 import json
@@ -13,22 +10,10 @@ from statistics import fmean
 import pytest
 import torch
 
-from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
-from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE, SurgeryBench
+from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE
 from hf_moe_cpt.evaluation.scoring import EvalSettings
 from hf_moe_cpt.evaluation.surgery import LABEL_WIDTH, METRICS, evaluate_model, summarise
-from tests.helpers.surgery_raws import surgery_raw
 from tests.helpers.tiny_models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def bench() -> SurgeryBench:
-    return SurgeryBench.generate(0, 15, kinds=("person",), forms=("quiz",))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bench):
-    return train_byte_level_bpe(bench.before_corpus()["text"], 400, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +99,6 @@ def test_the_measurements_are_json_and_the_model_trains_on(bench, tokenizer, mod
 
 
 FEW = 200
-
-
-@pytest.fixture(scope="module")
-def raws() -> dict:
-    return {"before": surgery_raw(0, 2.0, False), "after": surgery_raw(1, 0.4), "retrained": surgery_raw(2)}
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +248,11 @@ def test_robustness_and_score_by_hand(summary, raws):
     for side, raw in raws.items():
         attacks, curve = raw["robustness"], raw["robustness"]["relearn"]["own"]
         values = [fmean(point["right"]) for point in curve["taught"]]
+        points = [
+            row for row in summary["curves"] if (row["side"], row["training"], row["asked"]) == (side, "own", "taught")
+        ]
+        assert [(row["step"], row["accuracy"]) for row in points] == list(zip(curve["steps"], values, strict=True))
+        assert all(row["low"] <= row["accuracy"] <= row["high"] for row in points)
         gains[side] = values[-1] - values[0]
         assert _value(summary, side, "relearn_own_taught") == pytest.approx(values[-1])
         assert _value(summary, side, "relearn_benign") == pytest.approx(
@@ -341,16 +326,6 @@ def test_every_number_lies_in_its_interval_and_is_json(summary):
         assert row["metric"] in METRICS
         if row["value"] is not None and not row["metric"].startswith(("score", "relearn_", "quant", "privacy")):
             assert row["low"] <= row["value"] <= row["high"]  # a statistic that is a mean, or nearly so
-
-
-def test_curves_hold_every_point(summary, raws):
-    points = [
-        row for row in summary["curves"] if (row["side"], row["training"], row["asked"]) == ("after", "own", "taught")
-    ]
-    want = [fmean(point["right"]) for point in raws["after"]["robustness"]["relearn"]["own"]["taught"]]
-    assert [row["step"] for row in points] == [0, 10, 20]
-    assert [row["accuracy"] for row in points] == pytest.approx(want)
-    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in points)
 
 
 def test_over_forgetting_is_flagged_and_only_then(raws):

@@ -11,15 +11,9 @@ import pytest
 from hf_moe_cpt.evaluation.surgery import METRICS, summarise
 from hf_moe_cpt.evaluation.surgery_report import TABLE, TERMINAL_WIDTH, cell, number, text_report, write_files
 from tests.helpers.source_tree import PROJECT
-from tests.helpers.surgery_raws import surgery_raw
 
 
 FACTS = {"settings": {"sets": None, "kinds": ["mcq"], "seed": 3}, "machine": {"device": "CPU", "commit": "abc1234"}}
-
-
-@pytest.fixture(scope="module")
-def raws() -> dict:
-    return {"before": surgery_raw(0, 2.0, False), "after": surgery_raw(1, 0.4), "retrained": surgery_raw(2)}
 
 
 @pytest.fixture(scope="module")

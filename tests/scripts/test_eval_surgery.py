@@ -142,6 +142,7 @@ def test_every_part_is_there_for_every_model(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
     run = tmp_path / "run"
     program = (
@@ -258,16 +259,11 @@ REFUSED = {
     "two benches": ({"num_subjects": 15}, "and --documents, got bench, num_subjects: which texts?"),
     "questions alone": ({"questions": "q.jsonl"}, "--questions needs --documents: whom are they about?"),
     "no bench": ({"bench": "nowhere"}, "nowhere"),
-    "set": ({"sets": ["lost"]}, "sets has 'lost', which is unknown: choose from unlearn"),
-    "part": ({"parts": ["lunch"]}, "parts has 'lunch', which is unknown: choose from questions"),
-    "attack": ({"robustness": ["bribe"]}, "robustness has 'bribe', which is unknown: choose from relearn"),
     "none and more": ({"robustness": ["none", "prefix"]}, "--robustness none stands alone, got none prefix"),
-    "split": ({"split": "train"}, "split 'train' is unknown"),
     "dtype": ({"dtype": "int3"}, "--dtype 'int3' is unknown: choose from"),
     "device": ({"device": "tpu"}, "--device 'tpu' is unknown: choose from auto, cpu, cuda"),
     "confidence": ({"confidence": 95}, r"--confidence 95.0 must lie in \(0, 1\)"),
     "resamples": ({"resamples": 0}, "--resamples 0 must be at least 1; 2000 is usual"),
-    "steps": ({"relearn_steps": 0}, "relearn_steps=0 must be at least 1"),
 }
 
 

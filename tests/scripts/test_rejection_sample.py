@@ -1,16 +1,10 @@
-"""The rejection sampling script: what it writes, what decides it, killed runs, refusals, the Hub.
-
-What the rejection sampling script refuses, in one line and before any work: arguments, rows, models, folders.
-"""
+"""Rejection sampling on tiny models: what it writes, what decides it, killed runs, refusals, the Hub."""
 
 import json
 import math
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +17,7 @@ from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
 from hf_moe_cpt.generation.pairs import SampleFolder, load_table
 from hf_moe_cpt.scripts.rejection_sample import main
 from tests.helpers.fresh_process import run_python
+from tests.helpers.loopback_hub import USER, LoopbackHub
 from tests.helpers.rejection_runs import QUESTIONS, VOCABULARY, arguments, make_world, published, ready_made, shards
 from tests.helpers.tiny_models import tiny_model
 
@@ -182,6 +177,7 @@ main(sys.argv[2:])
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_as_one_never_killed(alone, world, tmp_path):
     run = tmp_path / "run"
     for moment, finished in {"generate/00002-": ("generate", 2), "score/00001-": ("score", 1)}.items():
@@ -277,67 +273,16 @@ def test_stages_can_be_run_one_by_one(alone, world, tmp_path):
     assert published(run) == published(alone)
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files needs."""
-
-    commits: list[list[dict]] = []
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        if self.path.endswith("/api/repos/create"):
-            address = f"http://{self.headers['Host']}/datasets/me/pairs"
-            answer = {"url": address, "name": "me/pairs", "id": json.loads(body)["name"]}
-        elif "validate-yaml" in self.path:
-            answer = {"errors": [], "warnings": []}
-        elif "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            answer = {"files": files}
-        else:
-            type(self).commits.append([json.loads(line) for line in body.splitlines()])
-            answer = {"commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/datasets/me/pairs/commit/0"}
-        self._send(answer)
-
-    def do_GET(self) -> None:
-        self._send({"name": "me", "type": "user", "sha": "0" * 40, "siblings": [], "id": "me/pairs"})
-
-    def _send(self, answer: dict) -> None:
-        text = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *words: object) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.mark.slow
-def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, hub, monkeypatch):
+def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
-    for name, value in {
-        "HF_ENDPOINT": hub,
-        "HF_TOKEN": "any",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    done = run_python("scripts/rejection_sample.py", *arguments(world, run, push_to_hub="me/pairs"))
-    assert f"published at {hub}/datasets/me/pairs" in done.stdout
-    (commit,) = _Hub.commits
-    paths = {line["value"]["path"] for line in commit if line["key"] == "file"}
-    assert paths == {"README.md", "summary.json", "data/train.parquet"}
+    with LoopbackHub() as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        done = run_python("scripts/rejection_sample.py", *arguments(world, run, push_to_hub=f"{USER}/pairs"))
+        assert f"published at {hub.url}/datasets/{USER}/pairs" in done.stdout
+        files = hub.files(f"{USER}/pairs", "dataset")
+    assert {name: content for name, content in files.items() if name != ".gitattributes"} == published(alone)
 
 
 REFUSED = {
@@ -471,12 +416,6 @@ def test_parts_that_start_at_the_same_moment_share_the_folder(tmp_path):
             assert [path.name for path in sorted(folders[0].root.iterdir())] == ["rejection_sample.json"]
     with pytest.raises(ValueError, match="was made with tau=0.5, and now it is 2"):
         SampleFolder(tmp_path / "0", settings | {"select": {"tau": 2}}).claim()
-
-
-def test_a_folder_of_others_is_refused(world, tmp_path):
-    (tmp_path / "precious.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and this tool did not write it: name another folder"):
-        main(arguments(world, tmp_path))
 
 
 def test_errors_are_one_line_and_exit_code_2(world, tmp_path):
