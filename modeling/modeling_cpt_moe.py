@@ -1,51 +1,27 @@
-"""Attention, rotary positions and norms: the Llama skeleton that all models of the family share.
+"""The `cpt_moe` model and its heads: a pre-norm decoder with dense or mixture-of-experts feed-forward blocks.
 
-B batch, S sequence, A attention heads, D head size. Written like transformers' own models so that its attention
-interface, tensor parallelism and kernel replacement apply. Rotation covers the first `partial_rotary_factor` of a
-head, as in GPT-NeoX.
+B batch, S sequence, H hidden size, A attention heads, D head size, V vocabulary; T = B x S tokens, E routed experts,
+K experts per token, I expert width; z (T, E) router logits.
 
-Expert parallelism for any number of experts: how E experts are dealt to N ranks, and padding where they differ.
-
-Experts are dealt in order, C = ceil(E / N) to each rank, so expert i lives on rank i // C. Where N does not divide E
-the last ranks hold fewer: 31 experts are 16 + 15 on 2 ranks, 8 + 8 + 8 + 7 on 4, and 7 times 4 and one 3 on 8. There
-padding experts, zeros, fill the rank up to C while the experts run. They belong to no parameter: no router knows their
-ids, no token reaches them, no optimizer holds them, and they are not saved. Source: ours, on transformers' styles.
-
-Routers: which experts see a token and with what weight.
-
-T tokens, H hidden size, E routed experts, K experts per token; z (T, E) logits. Sources: arXiv 2503.05029, section 3
-(both routers); Sinkhorn start vector and raw gates from the authors' GPT-NeoX (megatron/model/router.py).
-
-Every router computes in at least fp32, whatever the dtype of weights and activations and under autocast as well.
-
-Feed-forward blocks: the gated MLP of dense layers and shared experts, the routed experts, and the two together.
-
-T tokens, H hidden size, E routed experts, K experts per token, I width. Every block is
-W_down (act(W_gate x) * W_up x), without biases. Layout and dispatch are those of transformers' MoE models
-(`use_experts_implementation`), so any registered experts implementation runs these weights. Source: arXiv 2503.05029.
-
-Router penalties of penalty-balanced training, one term per layer, and the weight with which they enter the loss.
-
-T tokens, K experts per token, E routed experts. Sources: arXiv 2503.05029 (coefficients), Switch Transformers eq. 4-6
-(load balance), ST-MoE eq. 5 (z-loss). The paper leaves open whether layers are summed or averaged: summed here.
-
-The `cpt_moe` model and its heads: a pre-norm decoder with dense or mixture-of-experts feed-forward blocks.
-
-B batch, S sequence, H hidden size, V vocabulary, T = B x S tokens, E routed experts, K experts per token.
-Source: arXiv 2503.05029 (architecture); code form: transformers' own MoE models.
+Sources: arXiv 2503.05029 (architecture, both routers, penalties); GPT-NeoX, the authors' training code, for the
+Sinkhorn start vector, raw gates and initialisation (megatron/model/router.py); Switch Transformers eq. 4-6 and ST-MoE
+eq. 5 for the penalties. The code has the form of transformers' own MoE models, so that its attention and experts
+interfaces, parallel plans and kernels apply. This file travels to the Hub with a checkpoint: it imports torch,
+transformers and the configuration beside it.
 """
 
+import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -59,11 +35,28 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_cpt_moe import PADDED_SHARD, CptMoeConfig
-from .releases_cpt_moe import CACHE_NAME, refuses_unread_keywords, takes_either_cache_name, warn_of_untested_release
+
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = (5, 24)  # major and minor of the newest transformers that the tests passed with
+
+# The keyword, and the field of an output, that holds the cache: past_key_values before transformers 5.24.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
+
+
+def warn_of_untested_release(version: str = transformers.__version__) -> None:
+    """Say once, in one line, that the major or minor of transformers is newer than the newest tested."""
+    if tuple(int(part) for part in version.split(".")[:2]) > NEWEST_TESTED:
+        tested = ".".join(map(str, NEWEST_TESTED))
+        logger.warning_once(f"cpt_moe models are tested with transformers up to {tested}; this is {version}.")
+
+
+warn_of_untested_release()
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -86,7 +79,7 @@ class CptMoeRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def norm_of(config: PreTrainedConfig) -> nn.Module:
+def norm_of(config: CptMoeConfig) -> nn.Module:
     """A norm of the configured kind over the hidden size."""
     norm_class = CptMoeRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm_class(config.hidden_size, eps=config.rms_norm_eps)
@@ -95,7 +88,7 @@ def norm_of(config: PreTrainedConfig) -> nn.Module:
 class CptMoeRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions, for any `rope_type` of transformers."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: CptMoeConfig) -> None:
         super().__init__()
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -110,7 +103,7 @@ class CptMoeRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(
-        config: PreTrainedConfig, device: torch.device | None = None, **kwargs
+        config: CptMoeConfig, device: torch.device | None = None, **kwargs
     ) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (rotated dimensions / 2,) and the factor on the result, 1. Called by transformers."""
         width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
@@ -173,7 +166,7 @@ class CptMoeAttention(nn.Module):
 
     rotate_query_and_key = staticmethod(rotate_query_and_key)
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+    def __init__(self, config: CptMoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -194,16 +187,17 @@ class CptMoeAttention(nn.Module):
             widths = (self.head_dim,) * 2 if config.qk_norm == "head" else (query_width, key_width)
             self.q_norm, self.k_norm = (CptMoeRMSNorm(width, eps=config.rms_norm_eps) for width in widths)
 
-    @takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, H) -> (B, S, H) and the attention weights, or None where the implementation does not form them."""
+        """(B, S, H) -> (B, S, H) and the attention weights, or None where the implementation does not form them.
+
+        The cache comes in `kwargs`, under the name that transformers gives it.
+        """
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -214,6 +208,7 @@ class CptMoeAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = self.rotate_query_and_key(query, key, *position_embeddings)
+        past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
@@ -234,69 +229,6 @@ class CptMoeAttention(nn.Module):
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
-def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """C = ceil(E / N). Raises ValueError where that would leave a rank without any expert."""
-    dealt = -(-num_experts // num_ranks)
-    if dealt * (num_ranks - 1) >= num_experts:
-        raise ValueError(
-            f"{num_experts} experts on ep_size={num_ranks} ranks, {dealt} on each in order, leave a rank without any: "
-            "choose a smaller ep_size."
-        )
-    return dealt
-
-
-def with_padding(weight: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Weights (C', ...) of the experts of a rank -> (num_experts, ...), zeros after the first C'; gradients pass."""
-    missing = num_experts - weight.shape[0]
-    return F.pad(weight, (0, 0) * (weight.ndim - 1) + (0, missing)) if missing else weight
-
-
-def padded_forward(experts: nn.Module, dtype_of_autocast: Callable[[str], torch.dtype | None]) -> Callable:
-    """The experts' forward on their local weights, padded and, under autocast, in its dtype."""
-    forward = experts.forward
-
-    def forward_with_padding(
-        hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        dtype = dtype_of_autocast(hidden_states.device.type)
-        given = dict(experts._parameters)
-        weights = {name: with_padding(weight, experts.num_experts) for name, weight in given.items()}
-        if dtype is not None:
-            weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        # As transformers puts local tensors in the place of sharded ones; functional_call would call the exchange.
-        experts._parameters.update(weights)
-        try:
-            return forward(hidden_states, top_k_index, top_k_weights)
-        finally:
-            experts._parameters.update(given)
-
-    return forward_with_padding
-
-
-def register_padded_shard(dtype_of_autocast: Callable[[str], torch.dtype | None]) -> None:
-    """Make the style known to transformers, where it has expert parallelism of this kind (from 5.23 on)."""
-    try:
-        from torch.distributed.tensor import Shard, distribute_tensor
-        from transformers.distributed.expert_parallel import MoEParamShard
-        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-    except ImportError:  # an older transformers, or a torch without distributed: nothing asks for the style there
-        return
-
-    class PaddedExpertShard(MoEParamShard):
-        """Shard(0) of an expert weight, evenly or not; tells the experts how many ids a rank serves."""
-
-        def shard_param(self, module: nn.Module, param: str, mesh: "torch.distributed.DeviceMesh") -> None:
-            weight = module._parameters[param]
-            if not module._is_expert_parallel:
-                module.num_experts = experts_per_rank(weight.shape[0], mesh.size())
-                module._is_expert_parallel = True
-                module.forward = padded_forward(module, dtype_of_autocast)
-            shard = distribute_tensor(weight, mesh, [self.placement], src_data_rank=None)
-            module._parameters[param] = nn.Parameter(shard, requires_grad=weight.requires_grad)
-
-    ALL_PARALLEL_STYLES.register(PADDED_SHARD, PaddedExpertShard(Shard(0), shards_expert_dim=True))
-
-
 EPSILON = 1e-8  # added to the denominators of the Sinkhorn scalings, as in GPT-NeoX and Megatron
 
 
@@ -307,7 +239,7 @@ class CptMoeRouter(nn.Module):
     so that gradient reaches W; the choice itself carries none.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: CptMoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
@@ -322,7 +254,7 @@ class CptMoeRouter(nn.Module):
         token_mask: (T,) bool, False for padding; padding is routed but takes no part in any balancing.
         Returns logits (T, E), gates (T, K) and expert ids (T, K); logits and gates in fp32 (fp64 for fp64 input).
         """
-        with _without_autocast(hidden_states.device.type):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
             scores = self.scores(logits)
@@ -356,7 +288,7 @@ class CptMoeSinkhornRouter(CptMoeRouter):
     gate is a sigmoid (a softmax would tie it to the scores of experts that were not chosen), else a softmax.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: CptMoeConfig) -> None:
         super().__init__(config)
         self.num_iterations = config.sinkhorn_iterations
 
@@ -410,106 +342,6 @@ def plain_sinkhorn_plan(
         per_token = 1.0 / (num_tokens * ((mass * per_expert).sum(dim=1) + EPSILON))
         per_expert = 1.0 / (num_experts * ((mass * per_token[:, None]).sum(dim=0) + EPSILON))
     return per_token[:, None] * mass * per_expert
-
-
-def is_under_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; never on "meta", which torch has no autocast for."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def dtype_of_autocast(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast computes products in on a kind of device; None where it is off."""
-    return torch.get_autocast_dtype(device_type) if is_under_autocast(device_type) else None
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if is_under_autocast(device_type) else nullcontext()
-
-
-class CptMoeMLP(nn.Module):
-    """Gated MLP (GEGLU with the default activation), (..., H) -> (..., H)."""
-
-    def __init__(self, config: PreTrainedConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.is_output_projection = True
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-@use_experts_implementation
-class CptMoeExperts(nn.Module):
-    """All routed experts of a layer as two 3-D parameters; `forward` below is the definition ("eager")."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over a token's K experts of gate x expert(token): (T, H), (T, K), (T, K) -> (T, H), dtype of the tokens.
-
-        Never drops a token. An id equal to `num_experts` marks, under expert parallelism, an expert of another rank:
-        it adds nothing.
-        """
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[token, slot, None]
-            output.index_add_(0, token, weighted.to(output.dtype))
-        return output
-
-
-class CptMoeSparseMoeBlock(nn.Module):
-    """Router, routed experts and, added with weight 1, the shared experts: (B, S, H) -> (B, S, H)."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.gate = ROUTER_CLASSES[config.router_type](config)
-        self.experts = CptMoeExperts(config)
-        self.shared_experts = None
-        if config.num_shared_experts > 0:
-            self.shared_experts = CptMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
-
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """token_mask: (B * S,) bool, False for padding; only the router's balancing looks at it."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, gates, index = self.gate(tokens, token_mask)
-        output = self._run_experts(tokens, index, gates)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(tokens)
-        return output.view_as(hidden_states)
-
-    def _run_experts(self, tokens: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """The routed experts, under autocast in its dtype.
-
-        Autocast knows linear layers and not grouped products: float32 weights would be multiplied in float32, which
-        halved the speed of the training step on an H200 (LOG.md) and waited for the device in every layer.
-        """
-        dtype = dtype_of_autocast(tokens.device.type)
-        if dtype is None:
-            return self.experts(tokens, index, gates)
-        if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
-            return self.experts(tokens.to(dtype), index, gates)
-        weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
-        return torch.func.functional_call(self.experts, weights, (tokens.to(dtype), index, gates))
-
-
-register_padded_shard(dtype_of_autocast)
 
 
 def token_mask_of(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
@@ -617,9 +449,160 @@ def _mean_over_tokens(values: torch.Tensor, token_mask: torch.Tensor | None) -> 
     return torch.where(mask, values, 0.0).sum(dim=0) / token_mask.sum().clamp(min=1)
 
 
-logger = logging.get_logger(__name__)
+def dtype_of_autocast(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes products in on a kind of device; None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch has no autocast for "meta"
+        return None
+    return torch.get_autocast_dtype(device_type)
 
-warn_of_untested_release()
+
+class CptMoeMLP(nn.Module):
+    """Gated MLP (GEGLU with the default activation), (..., H) -> (..., H)."""
+
+    def __init__(self, config: CptMoeConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.is_output_projection = True
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class CptMoeExperts(nn.Module):
+    """All routed experts of a layer as two 3-D parameters; `forward` below is the definition ("eager")."""
+
+    def __init__(self, config: CptMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over a token's K experts of gate x expert(token): (T, H), (T, K), (T, K) -> (T, H), dtype of the tokens.
+
+        Never drops a token. An id equal to `num_experts` marks, under expert parallelism, an expert of another rank:
+        it adds nothing.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = expert_output * top_k_weights[token, slot, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+def experts_per_rank(num_experts: int, num_ranks: int) -> int:
+    """C = ceil(E / N). Raises ValueError where that would leave a rank without any expert."""
+    dealt = -(-num_experts // num_ranks)
+    if dealt * (num_ranks - 1) >= num_experts:
+        raise ValueError(
+            f"{num_experts} experts on ep_size={num_ranks} ranks, {dealt} on each in order, leave a rank without any: "
+            "choose a smaller ep_size."
+        )
+    return dealt
+
+
+def with_padding(weight: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Weights (C', ...) of the experts of a rank -> (num_experts, ...), zeros after the first C'; gradients pass."""
+    missing = num_experts - weight.shape[0]
+    return F.pad(weight, (0, 0) * (weight.ndim - 1) + (0, missing)) if missing else weight
+
+
+def padded_forward(experts: nn.Module) -> Callable:
+    """The experts' forward on their local weights, padded and, under autocast, in its dtype."""
+    forward = experts.forward
+
+    def forward_with_padding(
+        hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = dtype_of_autocast(hidden_states.device.type)
+        given = dict(experts._parameters)
+        weights = {name: with_padding(weight, experts.num_experts) for name, weight in given.items()}
+        if dtype is not None:
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        # As transformers puts local tensors in the place of sharded ones; functional_call would call the exchange.
+        experts._parameters.update(weights)
+        try:
+            return forward(hidden_states, top_k_index, top_k_weights)
+        finally:
+            experts._parameters.update(given)
+
+    return forward_with_padding
+
+
+def register_padded_shard() -> None:
+    """Make the style known to transformers, where it has expert parallelism of this kind (from 5.23 on)."""
+    try:
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from transformers.distributed.expert_parallel import MoEParamShard
+        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    except ImportError:  # an older transformers, or a torch without distributed: nothing asks for the style there
+        return
+
+    class PaddedExpertShard(MoEParamShard):
+        """Shard(0) of an expert weight, evenly or not; tells the experts how many ids a rank serves."""
+
+        def shard_param(self, module: nn.Module, param: str, mesh: "torch.distributed.DeviceMesh") -> None:
+            weight = module._parameters[param]
+            if not module._is_expert_parallel:
+                module.num_experts = experts_per_rank(weight.shape[0], mesh.size())
+                module._is_expert_parallel = True
+                module.forward = padded_forward(module)
+            shard = distribute_tensor(weight, mesh, [self.placement], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(shard, requires_grad=weight.requires_grad)
+
+    ALL_PARALLEL_STYLES.register(PADDED_SHARD, PaddedExpertShard(Shard(0), shards_expert_dim=True))
+
+
+register_padded_shard()
+
+
+class CptMoeSparseMoeBlock(nn.Module):
+    """Router, routed experts and, added with weight 1, the shared experts: (B, S, H) -> (B, S, H)."""
+
+    def __init__(self, config: CptMoeConfig) -> None:
+        super().__init__()
+        self.gate = ROUTER_CLASSES[config.router_type](config)
+        self.experts = CptMoeExperts(config)
+        self.shared_experts = None
+        if config.num_shared_experts > 0:
+            self.shared_experts = CptMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """token_mask: (B * S,) bool, False for padding; only the router's balancing looks at it."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, gates, index = self.gate(tokens, token_mask)
+        output = self._run_experts(tokens, index, gates)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        return output.view_as(hidden_states)
+
+    def _run_experts(self, tokens: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """The routed experts, under autocast in its dtype.
+
+        Autocast knows linear layers and not grouped products: float32 weights would be multiplied in float32, which
+        halved the speed of the training step on an H200 (LOG.md) and waited for the device in every layer.
+        """
+        dtype = dtype_of_autocast(tokens.device.type)
+        if dtype is None:
+            return self.experts(tokens, index, gates)
+        if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
+            return self.experts(tokens.to(dtype), index, gates)
+        weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
+        return torch.func.functional_call(self.experts, weights, (tokens.to(dtype), index, gates))
 
 
 @dataclass
@@ -649,24 +632,11 @@ class CptMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = norm_of(config)
         self.post_attention_layernorm = norm_of(config)
 
-    @takes_either_cache_name
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        token_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H); token_mask: (T,) bool, False for padding."""
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        """(B, S, H) -> (B, S, H); token_mask: (T,) bool, False for padding; kwargs: those of the attention."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + (self.mlp(normed, token_mask) if self.is_moe else self.mlp(normed))
@@ -680,7 +650,7 @@ class CptMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CptMoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -696,15 +666,6 @@ class CptMoePreTrainedModel(PreTrainedModel):
     def __init__(self, config: CptMoeConfig, *args, **kwargs) -> None:
         config.check_architecture()  # again: fields may have been set since the configuration was built
         super().__init__(config, *args, **kwargs)
-
-    # transformers looks for the two interfaces in the text of this file, but they are used in its siblings.
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our kernels on a GPU where their package is imported, else transformers' choice; what is asked for wins."""
@@ -756,15 +717,47 @@ class CptMoePreTrainedModel(PreTrainedModel):
         return total
 
 
-def records_routers_on_request(forward: Callable) -> Callable:
-    """For the decoder: `output_router_logits` of the configuration is a wish of the language model, for its loss."""
+# Keywords that a forward does not name and that something below it reads, or that may be ignored.
+_READ_BELOW = frozenset(TransformersKwargs.__annotations__) | frozenset(
+    "return_dict output_router_indices debug_io debug_io_dir prune_layers "  # decorators of forward
+    "shift_labels ignore_index "  # the loss
+    "cache read_index write_index block_table max_seqlen_q max_seqlen_k logits_indices logits_processor_args "  # paged
+    "token_type_ids".split()  # of tokenizers that think of BERT: all zeros for one text, no decoder reads them
+)
+
+
+def checks_keywords(forward: Callable) -> Callable:
+    """For the decoder's forward, which every head calls: `**kwargs` swallows neither a rename nor a misspelling.
+
+    The cache may be called `cache` or `past_key_values`; TypeError where both are given and differ. A keyword that
+    nothing reads is a TypeError if it is a tensor or a cache, else a warning. Routers are recorded only on request:
+    `output_router_logits` of the configuration is a wish of the language model, for its loss.
+    """
+    named = frozenset(inspect.signature(forward).parameters)
 
     @wraps(forward)
-    def on_request(self: nn.Module, *args, **kwargs):
+    def with_known_keywords(self: nn.Module, *args, **kwargs):
+        # Before 5.24 `cache` may also be the pages of continuous batching, which the attention function wants.
+        if CACHE_NAME == "cache" or isinstance(kwargs.get("cache"), Cache):
+            cache = kwargs.pop("cache", None)
+            if cache is not None:
+                if kwargs.get("past_key_values") not in (None, cache):
+                    raise TypeError("cache and past_key_values are two names of one argument: pass one of them.")
+                kwargs["past_key_values"] = cache
         kwargs.setdefault("output_router_logits", False)
+        unread = {name: value for name, value in kwargs.items() if not (name in named or name in _READ_BELOW)}
+        if unread:
+            attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+            unread = {name: unread[name] for name in unread.keys() - inspect.signature(attention).parameters.keys()}
+        for name, value in unread.items():
+            message = f"{type(self).__name__} does not read {name}={type(value).__name__}"
+            if isinstance(value, torch.Tensor | Cache):
+                raise TypeError(f"{message}: leave it out, or check its spelling and the version of transformers.")
+            if value is not None:
+                logger.warning_once(f"{message}: ignored. Check its spelling.")
         return forward(self, *args, **kwargs)
 
-    return on_request
+    return with_known_keywords
 
 
 class CptMoeModel(CptMoePreTrainedModel):
@@ -785,9 +778,7 @@ class CptMoeModel(CptMoePreTrainedModel):
             # transformers would do so when the routers are first recorded, which torch.compile cannot trace.
             maybe_install_capturing_hooks(self)
 
-    @takes_either_cache_name
-    @refuses_unread_keywords
-    @records_routers_on_request
+    @checks_keywords
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -862,8 +853,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @takes_either_cache_name
-    @refuses_unread_keywords
     @can_return_tuple
     def forward(
         self,
@@ -886,9 +875,11 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         with their coefficients and `penalty_weight`.
         skip_logits: for a fused head, see `head_and_loss`.
         """
-        is_asked = bool(output_router_logits)
+        is_trained_on = self.training and labels is not None
+        # Who asks in training without labels weighs the penalties himself, as a trainer of several terms does.
+        is_weighed = is_trained_on or (bool(output_router_logits) and self.training and torch.is_grad_enabled())
         if output_router_logits is None:
-            output_router_logits = self.training and labels is not None and self.config.output_router_logits
+            output_router_logits = is_trained_on and self.config.output_router_logits
         output_router_indices = kwargs.pop("output_router_indices", False) or output_router_logits
         outputs = self.model(
             input_ids=input_ids,
@@ -906,16 +897,20 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         loss = lm_loss
         aux_loss = z_loss = None
         if outputs.get("router_logits"):
-            is_trained_on = self.training and labels is not None
-            token_mask = token_mask_of(attention_mask, outputs.last_hidden_state.shape[1])
-            # Who asks in training without labels weighs the penalties himself, as a trainer of several terms does.
-            is_needed = is_trained_on or (is_asked and self.training and torch.is_grad_enabled())
-            over_all_ranks = is_needed and self._counts_over_all_ranks()
-            aux_loss, z_loss = self._router_penalties(outputs, token_mask, is_trained_on, over_all_ranks)
+            if is_trained_on and torch.is_grad_enabled() and self.model.gradient_checkpointing:
+                self._refuse_reentrant(self.model._gradient_checkpointing_func)
+            config, token_mask = self.config, token_mask_of(attention_mask, outputs.last_hidden_state.shape[1])
+            # Ranks meet only where the loss needs them to: uneven evaluation batches must not wait for each other.
+            over_all_ranks = is_weighed and config.load_scope == "global" and config.router_aux_loss_coef > 0
+            aux_loss, z_loss = router_penalties(
+                outputs.router_logits, outputs.router_indices, token_mask, over_all_ranks
+            )
             if is_trained_on:
                 counted = (kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), token_mask)
                 weight = penalty_weight(labels, *counted, over_all_ranks)
-                loss = lm_loss + self._weighted_penalty(aux_loss, z_loss, weight).to(lm_loss.device)
+                penalty = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+                weight = weight.to(penalty.device) if isinstance(weight, torch.Tensor) else weight
+                loss = lm_loss + (weight * penalty).to(lm_loss.device)
         return CptMoeCausalLMOutput(
             loss=loss,
             lm_loss=lm_loss,
@@ -926,7 +921,7 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits") or None,
             router_indices=outputs.get("router_indices") or None,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def head_and_loss(
@@ -946,27 +941,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             return logits, None
         return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
 
-    def _router_penalties(
-        self,
-        outputs: MoeModelOutputWithPast,
-        token_mask: torch.Tensor | None,
-        is_trained_on: bool,
-        over_all_ranks: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if is_trained_on and torch.is_grad_enabled() and self.model.gradient_checkpointing:
-            self._refuse_reentrant(self.model._gradient_checkpointing_func)
-        return router_penalties(outputs.router_logits, outputs.router_indices, token_mask, over_all_ranks)
-
-    def _counts_over_all_ranks(self) -> bool:
-        """Ranks meet only where the loss needs them to: uneven evaluation batches must not wait for each other."""
-        return self.config.load_scope == "global" and self.config.router_aux_loss_coef > 0
-
-    def _weighted_penalty(
-        self, aux_loss: torch.Tensor, z_loss: torch.Tensor, weight: torch.Tensor | float
-    ) -> torch.Tensor:
-        penalty = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-        return penalty * (weight.to(penalty.device) if isinstance(weight, torch.Tensor) else weight)
-
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
     ) -> None:
@@ -975,14 +949,12 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _refuse_reentrant(self, checkpointing_func: Callable) -> None:
-        if getattr(checkpointing_func, "keywords", {}).get("use_reentrant") and self._has_penalty_coefficient():
+        has_coefficient = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
+        if has_coefficient and getattr(checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=True checkpointing cuts the router penalties off from the routers: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or set both router loss coefficients to 0.'
             )
-
-    def _has_penalty_coefficient(self) -> bool:
-        return self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
 
 
 class CptMoeForSequenceClassification(GenericForSequenceClassification, CptMoePreTrainedModel):

@@ -4,6 +4,7 @@ The presets are the paper's models: parameter counts on the meta device, and rat
 """
 
 import copy
+import json
 import logging
 
 import pytest
@@ -111,17 +112,36 @@ def test_unknown_keys_are_named_once(warnings_of_transformers: pytest.LogCapture
     assert [m for m in messages if "does not know num_expert, router_z_loss" in m] == messages
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+ROUND_TRIPS = {preset: (preset, {"partial_rotary_factor": 0.5, "num_labels": 3}) for preset in PRESETS} | {
+    "biases, norms of heads": ("pb-switch-tiny", {"qkv_bias": True, "qk_norm": "head", "num_key_value_heads": 2}),
+    "norms of projections": ("pb-switch-tiny", {"attention_bias": True, "qk_norm": "projection"}),
+    "window": ("pb-switch-tiny", {"sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize(("preset", "fields"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 def test_a_round_trip_changes_nothing_and_warns_of_nothing(
-    preset: str, tmp_path, warnings_of_transformers: pytest.LogCaptureFixture
+    preset: str, fields: dict, tmp_path, warnings_of_transformers: pytest.LogCaptureFixture
 ) -> None:
-    config = CptMoeConfig.from_preset(preset, partial_rotary_factor=0.5, num_labels=3)
+    config = CptMoeConfig.from_preset(preset, **fields)
     config.save_pretrained(tmp_path)
+    assert not [key for key in json.loads((tmp_path / "config.json").read_text()) if key.endswith("_plan")]
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is CptMoeConfig
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert loaded.rope_parameters["partial_rotary_factor"] == 0.5
+    assert loaded.base_model_tp_plan == config.base_model_tp_plan
+    assert loaded.rope_parameters["partial_rotary_factor"] == fields.get("partial_rotary_factor", 0.25)
     assert [record.getMessage() for record in warnings_of_transformers.records] == []
+
+
+def test_a_configuration_that_never_heard_of_biases_norms_and_windows_has_none(tmp_path) -> None:
+    config = CptMoeConfig.from_preset(TINY)
+    config.save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    names = ("attention_bias", "qkv_bias", "qk_norm", "sliding_window")
+    assert [old.pop(name) for name in names] == [False, False, None, None]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
 def test_the_callers_rope_dictionary_is_left_alone() -> None:
@@ -138,7 +158,7 @@ def test_saving_names_the_files_saved_here_whatever_repository_it_came_from(tmp_
     assert config.auto_map == elsewhere
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
-    assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_cpt_moe.py", "presets_cpt_moe.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_cpt_moe.py"}
 
 
 # Millions, total and active: the paper's 570M and 2B, as its shapes work out.
@@ -157,14 +177,10 @@ def on_meta(config: CptMoeConfig) -> CptMoeForCausalLM:
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_parameter_counts_are_the_papers(preset: str) -> None:
+def test_parameter_counts_are_the_papers_and_a_tiny_twin_has_its_name_too(preset: str) -> None:
     model = on_meta(CptMoeConfig.from_preset(preset))
     total, active = model.num_parameters(), model.num_parameters(only_active=True)
     assert (round(total / 1e6, 1), round(active / 1e6, 1)) == COUNTS[preset]
-
-
-@pytest.mark.parametrize("preset", COUNTS)
-def test_every_preset_has_a_tiny_twin_under_its_own_name_too(preset: str) -> None:
     short = preset.rpartition("-")[0] + "-tiny"
     assert CptMoeConfig.from_preset(f"{preset}-tiny").to_dict() == CptMoeConfig.from_preset(short).to_dict()
 

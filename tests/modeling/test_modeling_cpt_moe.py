@@ -1,20 +1,13 @@
-"""Biases, norms of queries and keys, and windows: off by default, and the same with caches, padding and packing.
+"""Outputs, losses kept apart, caches, padding, packing, gradient checkpointing, experts and saving of the heads.
 
-That they compute what Llama, Mistral, Qwen2, Qwen3 and OLMoE do: test_equal_to_transformers.py.
-
-Gradient checkpointing: exact without re-entrance, refused with it while a penalty is on.
-
-Every experts implementation computes what a loop over tokens in float64 does, with the same gradients.
-
-Outputs, losses kept apart, cache and generation, padding, packing, checkpointing and saving of the heads.
+That biases, norms and windows compute what Llama, Mistral, Qwen and OLMoE do: test_equal_to_transformers.py; what
+`generate` makes of caches: test_generation.py.
 """
-
-import json
 
 import pytest
 import torch
 from torch.nn.functional import gelu
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -31,23 +24,22 @@ from hf_moe_cpt.modeling.modeling_cpt_moe import (
 from tests.helpers.tolerances import assert_matches
 
 
-VARIANTS = {
+SIZE = {"vocab_size": 256, "num_hidden_layers": 2}
+PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
+ATTENTION = {
     "biases, norms of heads": {"qkv_bias": True, "qk_norm": "head", "num_key_value_heads": 2},
     "all biases, norms of projections": {"attention_bias": True, "qk_norm": "projection", "num_key_value_heads": 1},
     "window": {"sliding_window": 4},
 }
-NEW_FIELDS = ("attention_bias", "qkv_bias", "qk_norm", "sliding_window")
 
 
-def config_of(**fields: object) -> CptMoeConfig:
-    return CptMoeConfig.from_preset("pb-switch-tiny", vocab_size=256, num_hidden_layers=2, **fields)
-
-
-def model_of(variant: str) -> CptMoeForCausalLM:
-    """In evaluation, with biases and norms that matter and attention that is far from uniform."""
+def model_of(preset: str, **fields) -> CptMoeForCausalLM:
+    """In evaluation; `preset` may name a case of ATTENTION, whose biases, norms and attention weights then matter."""
+    variant = ATTENTION.get(preset)
     torch.manual_seed(0)
-    model = CptMoeForCausalLM(config_of(**VARIANTS[variant])).eval()
-    for name, weight in model.named_parameters():
+    fields = {**SIZE, **(variant or {}), **fields}
+    model = CptMoeForCausalLM(CptMoeConfig.from_preset("pb-switch-tiny" if variant else preset, **fields)).eval()
+    for name, weight in model.named_parameters() if variant else ():
         if weight.dim() == 1:
             torch.nn.init.uniform_(weight, -1.0, 1.0)
         elif ".self_attn." in name:
@@ -59,31 +51,9 @@ def tokens_of(rows: int, columns: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, columns))
 
 
-def test_off_by_default_also_for_configurations_that_never_heard_of_them(tmp_path) -> None:
-    model = CptMoeForCausalLM(config_of())
-    assert {name.rpartition(".")[2] for name in model.state_dict() if ".self_attn." in name} == {"weight"}
-    assert not [name for name in model.state_dict() if "q_norm" in name or "k_norm" in name]
-    model.config.save_pretrained(tmp_path)
-    old = json.loads((tmp_path / "config.json").read_text())
-    assert [old.pop(name) for name in NEW_FIELDS] == [False, False, None, None]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert again.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_round_trip_changes_nothing(variant: str, tmp_path) -> None:
-    config = config_of(**VARIANTS[variant])
-    config.save_pretrained(tmp_path)
-    assert not [key for key in json.loads((tmp_path / "config.json").read_text()) if key.endswith("_plan")]
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert again.base_model_tp_plan == config.base_model_tp_plan
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_a_cache_equals_one_forward(variant: str) -> None:
-    model, tokens = model_of(variant), tokens_of(2, 12)
+@pytest.mark.parametrize("case", [*PRESETS, *ATTENTION])
+def test_decoding_with_a_cache_equals_one_forward(case: str) -> None:
+    model, tokens = model_of(case), tokens_of(2, 12)
     cache, rows = None, []
     for column in tokens.split([5, 1, 1, 5], dim=1):
         out = model(input_ids=column, past_key_values=cache, use_cache=True)
@@ -95,30 +65,17 @@ def test_decoding_with_a_cache_equals_one_forward(variant: str) -> None:
     assert_matches("eager", model(input_ids=tokens).logits, want)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_is_greedy_search_with_padding_and_with_a_static_cache(variant: str) -> None:
-    model, prompt = model_of(variant), tokens_of(1, 6)
-    want = prompt
-    for _ in range(5):
-        want = torch.cat([want, model(input_ids=want).logits[:, -1:].argmax(-1)], dim=1)
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
-    mask = (torch.arange(9) >= 3).long()[None]
-    for cache in (None, "static"):
-        got = model.generate(padded, attention_mask=mask, cache_implementation=cache, **settings)
-        assert torch.equal(got[0, 3:], want[0]), cache
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_documents_do_not_see_each_other(variant: str, implementation: str) -> None:
-    model = model_of(variant)
+@pytest.mark.parametrize("case", ["pb-granular-tiny", *ATTENTION])
+def test_packed_documents_do_not_see_each_other(case: str, implementation: str) -> None:
+    model = model_of(case)
     model.set_attn_implementation(implementation)
     first, second = tokens_of(1, 7), tokens_of(1, 9)
     positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions).logits
-    assert_matches("first", packed[:, :7], model(input_ids=first).logits)
-    assert_matches("second", packed[:, 7:], model(input_ids=second).logits)
+    for use_cache in (True, False):
+        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache).logits
+        assert_matches("first", packed[:, :7], model(input_ids=first).logits)
+        assert_matches("second", packed[:, 7:], model(input_ids=second).logits)
 
 
 def test_a_token_sees_no_more_than_its_window() -> None:
@@ -130,55 +87,136 @@ def test_a_token_sees_no_more_than_its_window() -> None:
     assert (differs > 1e-4).tolist() == [3 <= position <= 9 for position in range(12)]
 
 
-def model_of_checkpointing(preset: str, **fields) -> CptMoeForCausalLM:
-    torch.manual_seed(0)
-    return CptMoeForCausalLM(CptMoeConfig.from_preset(preset, vocab_size=256, num_hidden_layers=2, **fields)).train()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_evaluation_loss_is_the_pure_loss(preset: str) -> None:
+    model, tokens = model_of(preset), tokens_of(2, 16)
+    out = model(input_ids=tokens, labels=tokens)
+    assert torch.equal(out.loss, out.lm_loss)
+    assert torch.equal(out.loss, ForCausalLMLoss(out.logits, tokens, 256))
+    assert out.aux_loss is None and out.router_logits is None
+
+
+def test_training_loss_is_the_pure_loss_plus_weighted_penalties() -> None:
+    model, tokens = model_of("pb-granular-tiny").train(), tokens_of(2, 16)
+    out = model(input_ids=tokens, labels=tokens)
+    aux, z_loss = router_penalties(out.router_logits, out.router_indices)
+    torch.testing.assert_close((out.aux_loss, out.z_loss), (aux, z_loss))
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.01 * aux + 0.001 * z_loss)
+    assert out.loss > out.lm_loss
+
+    half = model(input_ids=tokens, labels=tokens, num_items_in_batch=2 * 30)
+    torch.testing.assert_close(half.loss, out.loss / 2)
+    pure = model(input_ids=tokens, labels=tokens, output_router_logits=False)
+    assert pure.aux_loss is None and pure.router_logits is None
+    assert torch.equal(pure.loss, out.lm_loss)
+
+
+@pytest.mark.parametrize("preset", ["dense-tiny", "sb-granular-tiny"])
+def test_a_model_without_penalties_trains_on_the_pure_loss(preset: str) -> None:
+    model, tokens = model_of(preset).train(), tokens_of(2, 16)
+    out = model(input_ids=tokens, labels=tokens, output_router_logits=True)
+    assert torch.equal(out.loss, out.lm_loss)
+    assert (out.aux_loss is None) == (preset == "dense-tiny")
+
+
+@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny"])
+def test_recorded_indices_are_the_experts_really_used(preset: str) -> None:
+    """A hook on the experts sees the same ids; and they can be recorded without the logits."""
+    model, tokens = model_of(preset).train(), tokens_of(2, 16)
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    out = model(input_ids=tokens, output_router_indices=True, output_router_logits=False)
+    assert out.router_logits is None and out.aux_loss is None
+    assert all(map(torch.equal, out.router_indices, seen)) and len(seen) == 2
+    assert out.router_indices[0].shape == (32, model.config.num_experts_per_tok)
+
+
+def test_hidden_states_and_attentions_are_recorded() -> None:
+    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 16)
+    model.set_attn_implementation("eager")
+    out = model(input_ids=tokens, output_hidden_states=True, output_attentions=True)
+    assert [h.shape for h in out.hidden_states] == [(2, 16, 128)] * 3
+    assert [a.shape for a in out.attentions] == [(2, 4, 16, 16)] * 2
+    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 16))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_left_padding_changes_neither_losses_nor_loads(preset: str) -> None:
+    """In training, where Sinkhorn's plan and the penalties could see it."""
+    model, tokens = model_of(preset).train(), tokens_of(1, 12)
+    record = preset != "dense-tiny"
+    alone = model(input_ids=tokens, labels=tokens, output_router_logits=record)
+    padded = torch.cat([torch.full((1, 4), 9), tokens], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    out = model(
+        input_ids=padded,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        labels=padded.masked_fill(mask == 0, -100).index_fill(1, torch.tensor([4]), -100),
+        output_router_logits=record,
+    )
+    assert_matches("logits", out.logits[:, 4:], alone.logits)
+    torch.testing.assert_close(out.lm_loss, alone.lm_loss)
+    torch.testing.assert_close(out.loss, alone.loss)
+    if record:
+        torch.testing.assert_close((out.aux_loss, out.z_loss), (alone.aux_loss, alone.z_loss))
+
+
+def test_logits_to_keep_and_embeddings_instead_of_ids() -> None:
+    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 10)
+    full = model(input_ids=tokens).logits
+    assert_matches("last 3", model(input_ids=tokens, logits_to_keep=3).logits, full[:, -3:])
+    kept = torch.tensor([0, 4])
+    assert_matches("chosen", model(input_ids=tokens, logits_to_keep=kept).logits, full[:, kept])
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, full)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
 
 
 def gradients(model: CptMoeForCausalLM) -> dict[str, torch.Tensor]:
     tokens = torch.arange(64).view(2, 32)
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-granular-tiny", "dense-tiny"])
-def test_gradients_are_bit_equal_without_reentrance(preset: str) -> None:
-    want = gradients(model_of_checkpointing(preset))
-    for settings in (None, {"use_reentrant": False}):
-        model = model_of_checkpointing(preset)
+NO_PENALTY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "output_router_logits": True}
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "use_reentrant"),
+    [
+        ("pb-granular-tiny", {}, False),
+        ("sb-granular-tiny", {}, False),
+        ("dense-tiny", {}, False),
+        ("sb-granular-tiny", {}, True),
+        ("dense-tiny", {}, True),
+        ("pb-granular-tiny", NO_PENALTY, True),
+    ],
+)
+def test_checkpointing_keeps_every_bit_of_the_gradients(preset: str, fields: dict, use_reentrant: bool) -> None:
+    """Re-entrant checkpointing only where no penalty is on."""
+    want = gradients(model_of(preset, **fields))
+    for settings in ({"use_reentrant": use_reentrant}, *([] if use_reentrant else [None])):
+        model = model_of(preset, **fields)
         model.gradient_checkpointing_enable(settings)
+        if use_reentrant:
+            model.enable_input_require_grads()
         got = gradients(model)
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_reentrance_is_refused_where_a_penalty_would_lose_its_gradient() -> None:
     with pytest.raises(ValueError, match='cuts the router penalties off.*"use_reentrant": False'):
-        model_of_checkpointing("pb-granular-tiny").gradient_checkpointing_enable({"use_reentrant": True})
+        model_of("pb-granular-tiny").train().gradient_checkpointing_enable({"use_reentrant": True})
     # Switched on afterwards: refused at the forward that would train on it.
-    model = model_of_checkpointing("pb-granular-tiny", output_router_logits=False)
+    model = model_of("pb-granular-tiny", output_router_logits=False).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     tokens = torch.arange(64).view(2, 32)
     with pytest.raises(ValueError, match="cuts the router penalties off"):
         model(input_ids=tokens, labels=tokens, output_router_logits=True)
     assert model.eval()(input_ids=tokens, labels=tokens, output_router_logits=True).aux_loss > 0
-
-
-@pytest.mark.parametrize("preset", ["sb-granular-tiny", "dense-tiny"])
-def test_reentrance_is_allowed_without_penalties(preset: str) -> None:
-    model = model_of_checkpointing(preset)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-    got, want = gradients(model), gradients(model_of_checkpointing(preset))
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_reentrance_is_allowed_with_both_coefficients_zero() -> None:
-    model = model_of_checkpointing(
-        "pb-granular-tiny", router_aux_loss_coef=0.0, router_z_loss_coef=0.0, output_router_logits=True
-    )
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-    assert all(gradient is not None for gradient in gradients(model).values())
 
 
 EDGES = {"one token": (1, 8, 1), "tokens < experts": (5, 31, 3), "top-1": (64, 8, 1), "all experts": (9, 4, 4)}
@@ -310,153 +348,9 @@ def test_a_model_runs_on_the_meta_device():
     assert logits.shape == (2, 8, 4096) and logits.is_meta
 
 
-PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
-SIZE = {"vocab_size": 256, "num_hidden_layers": 2}
-
-
-def model_of_modeling(preset: str, **fields) -> CptMoeForCausalLM:
-    torch.manual_seed(0)
-    return CptMoeForCausalLM(CptMoeConfig.from_preset(preset, **{**SIZE, **fields})).eval()
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_evaluation_loss_is_the_pure_loss(preset: str) -> None:
-    model, tokens = model_of_modeling(preset), tokens_of(2, 16)
-    out = model(input_ids=tokens, labels=tokens)
-    assert torch.equal(out.loss, out.lm_loss)
-    assert torch.equal(out.loss, ForCausalLMLoss(out.logits, tokens, 256))
-    assert out.aux_loss is None and out.router_logits is None
-
-
-def test_training_loss_is_the_pure_loss_plus_weighted_penalties() -> None:
-    model, tokens = model_of_modeling("pb-granular-tiny").train(), tokens_of(2, 16)
-    out = model(input_ids=tokens, labels=tokens)
-    aux, z_loss = router_penalties(out.router_logits, out.router_indices)
-    torch.testing.assert_close((out.aux_loss, out.z_loss), (aux, z_loss))
-    torch.testing.assert_close(out.loss, out.lm_loss + 0.01 * aux + 0.001 * z_loss)
-    assert out.loss > out.lm_loss
-
-    half = model(input_ids=tokens, labels=tokens, num_items_in_batch=2 * 30)
-    torch.testing.assert_close(half.loss, out.loss / 2)
-    pure = model(input_ids=tokens, labels=tokens, output_router_logits=False)
-    assert pure.aux_loss is None and pure.router_logits is None
-    assert torch.equal(pure.loss, out.lm_loss)
-
-
-@pytest.mark.parametrize("preset", ["dense-tiny", "sb-granular-tiny"])
-def test_a_model_without_penalties_trains_on_the_pure_loss(preset: str) -> None:
-    model, tokens = model_of_modeling(preset).train(), tokens_of(2, 16)
-    out = model(input_ids=tokens, labels=tokens, output_router_logits=True)
-    assert torch.equal(out.loss, out.lm_loss)
-    assert (out.aux_loss is None) == (preset == "dense-tiny")
-
-
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny"])
-def test_recorded_indices_are_the_experts_really_used(preset: str) -> None:
-    """A hook on the experts sees the same ids; and they can be recorded without the logits."""
-    model, tokens = model_of_modeling(preset).train(), tokens_of(2, 16)
-    seen = []
-    for layer in model.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    out = model(input_ids=tokens, output_router_indices=True, output_router_logits=False)
-    assert out.router_logits is None and out.aux_loss is None
-    assert all(map(torch.equal, out.router_indices, seen)) and len(seen) == 2
-    assert out.router_indices[0].shape == (32, model.config.num_experts_per_tok)
-
-
-def test_hidden_states_and_attentions_are_recorded() -> None:
-    model, tokens = model_of_modeling("pb-granular-tiny"), tokens_of(2, 16)
-    model.set_attn_implementation("eager")
-    out = model(input_ids=tokens, output_hidden_states=True, output_attentions=True)
-    assert [h.shape for h in out.hidden_states] == [(2, 16, 128)] * 3
-    assert [a.shape for a in out.attentions] == [(2, 4, 16, 16)] * 2
-    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 16))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_decoding_with_a_cache_equals_one_forward__modeling(preset: str) -> None:
-    model, tokens = model_of_modeling(preset), tokens_of(2, 12)
-    want = model(input_ids=tokens).logits
-    cache, rows = None, []
-    for column in tokens.split([5, 1, 1, 5], dim=1):
-        out = model(input_ids=column, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits)
-    assert_matches("logits", torch.cat(rows, dim=1), want)
-
-
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny"])
-def test_generation_is_greedy_search_and_left_padding_does_not_change_it(preset: str) -> None:
-    model, prompt = model_of_modeling(preset), tokens_of(1, 6)
-    want = prompt
-    for _ in range(5):
-        want = torch.cat([want, model(input_ids=want).logits[:, -1:].argmax(-1)], dim=1)
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(prompt, **settings), want)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
-    batch = torch.cat([padded, tokens_of(1, 9)])
-    mask = torch.ones_like(batch)
-    mask[0, :3] = 0
-    got = model.generate(batch, attention_mask=mask, **settings)
-    assert torch.equal(got[0, 3:], want[0])
-    static = model.generate(batch, attention_mask=mask, cache_implementation="static", **settings)
-    assert torch.equal(static, got)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_left_padding_changes_neither_losses_nor_loads(preset: str) -> None:
-    """In training, where Sinkhorn's plan and the penalties could see it."""
-    model, tokens = model_of_modeling(preset).train(), tokens_of(1, 12)
-    record = preset != "dense-tiny"
-    alone = model(input_ids=tokens, labels=tokens, output_router_logits=record)
-    padded = torch.cat([torch.full((1, 4), 9), tokens], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :4] = 0
-    out = model(
-        input_ids=padded,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        labels=padded.masked_fill(mask == 0, -100).index_fill(1, torch.tensor([4]), -100),
-        output_router_logits=record,
-    )
-    assert_matches("logits", out.logits[:, 4:], alone.logits)
-    torch.testing.assert_close(out.lm_loss, alone.lm_loss)
-    torch.testing.assert_close(out.loss, alone.loss)
-    if record:
-        torch.testing.assert_close((out.aux_loss, out.z_loss), (alone.aux_loss, alone.z_loss))
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_documents_do_not_see_each_other__modeling(implementation: str, use_cache: bool) -> None:
-    model = model_of_modeling("pb-granular-tiny")
-    model.set_attn_implementation(implementation)
-    first, second = tokens_of(1, 7), tokens_of(1, 9)
-    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache).logits
-    assert_matches("first", packed[:, :7], model(input_ids=first).logits)
-    assert_matches("second", packed[:, 7:], model(input_ids=second).logits)
-
-
-def test_logits_to_keep() -> None:
-    model, tokens = model_of_modeling("pb-switch-tiny"), tokens_of(2, 10)
-    full = model(input_ids=tokens).logits
-    assert_matches("last 3", model(input_ids=tokens, logits_to_keep=3).logits, full[:, -3:])
-    kept = torch.tensor([0, 4])
-    assert_matches("chosen", model(input_ids=tokens, logits_to_keep=kept).logits, full[:, kept])
-
-
-def test_embeddings_instead_of_ids_and_neither() -> None:
-    model, tokens = model_of_modeling("pb-granular-tiny"), tokens_of(2, 10)
-    embedded = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
-    assert torch.equal(embedded, model(input_ids=tokens).logits)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model()
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_bf16_runs_and_follows_fp32(preset: str) -> None:
-    model, tokens = model_of_modeling(preset), tokens_of(2, 16)
+    model, tokens = model_of(preset), tokens_of(2, 16)
     want = model(input_ids=tokens).logits
     got = model.to(torch.bfloat16).train()(input_ids=tokens, labels=tokens)
     got.loss.backward()
@@ -474,7 +368,7 @@ def assert_same_weights(got: torch.nn.Module, want: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny", "dense-tiny"])
 def test_saving_and_loading_is_exact(preset: str, tmp_path) -> None:
-    model, tokens = model_of_modeling(preset), tokens_of(2, 10)
+    model, tokens = model_of(preset), tokens_of(2, 10)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -484,7 +378,7 @@ def test_saving_and_loading_is_exact(preset: str, tmp_path) -> None:
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is CptMoeModel
     assert_same_weights(base, model.model)
-    tied = model_of_modeling(preset, tie_word_embeddings=True)
+    tied = model_of(preset, tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     assert again.lm_head.weight is again.model.embed_tokens.weight
