@@ -570,6 +570,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
 class FaultToleranceArguments:
     """For a subclass of `TrainingArguments`, before it among the bases; says what to do when something goes bad."""
 
+    # --- when a machine, a disk, a rank or a batch goes bad ---
     snapshot_dir: str | None = field(
         default=None,
         metadata={

@@ -150,8 +150,10 @@ def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
 class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
-    Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
-    `evaluate` (forgetting and adaptation), `train` (resume and refusals) and the saving hooks (whole checkpoints).
+    Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments),
+    `_get_train_sampler` (the mixture is ordered), `log` (meters), `evaluate` and `evaluation_loop` (forgetting,
+    adaptation, a mean over tokens), `floating_point_ops` (active parameters), `train` (resume and refusals),
+    `_save_checkpoint` (not timed) and `_save` (`cpt_state.json`).
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.

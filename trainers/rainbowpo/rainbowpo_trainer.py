@@ -560,6 +560,11 @@ class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
     and besides: `phi/mean|min|max`, `ref_entropy` (H), `margin/effective`, `logps_norm/*`, `loss/*` (the parts of the
     loss, as they enter it), `length/*`. `rewards/*` are in the units of the objective.
 
+    Overrides `_compute_loss` (the objective), `compute_ref_log_probs`, `_precompute_ref_logps` and the attribute
+    `ref_model` (entropies of the reference beside its log-probabilities), `_prepare_dataset` and
+    `_set_signature_columns_if_needed` (pairs and scores), `train`, `evaluate` and `_save` (the scale of phi), `log`
+    (meters) and `create_model_card`.
+
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
         ref_model: the reference; by default the model as it starts.

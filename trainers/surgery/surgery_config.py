@@ -225,9 +225,6 @@ class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: batches are of several sets."}
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: a loss that is no number stops the run instead."}
-    )
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "Must stay 1: set <set>_batch_size, rows of each set in a micro-batch."}
     )
