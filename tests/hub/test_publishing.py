@@ -208,7 +208,7 @@ def _lose_tokenizer(folder: Path) -> None:
         (_pickle, "holds only pytorch_model.bin: save the model as safetensors"),
         (_hide_in_checkpoint, "is no checkpoint: it holds no config.json (but 'checkpoint-6' inside does"),
         (_lose_tokenizer, "holds no tokenizer"),
-        (lambda f: (f / "routers_cpt_moe.py").unlink(), "lacks routers_cpt_moe.py"),
+        (lambda f: (f / "configuration_cpt_moe.py").unlink(), "lacks configuration_cpt_moe.py"),
         (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read as JSON"),
         (lambda f: (f / "notes.txt").write_text("hf_" + "x" * 34), "notes.txt' holds what looks like a Hub token"),
         (lambda f: (f / "README.md").write_text("---\nlicense: mit\n---\nMine."), "README.md lacks library_name"),

@@ -79,7 +79,7 @@ def test_the_other_trainers_push_whole_models_too(hub, elsewhere, tmp_path, meth
     elsewhere(TRAIN_OTHERS, method, tmp_path / "run", package=True)
     commits = [commit for commit in hub.commits("someone/live") if "config.json" in commit.files]
     assert len(commits) >= 2
-    assert all({"modeling_cpt_moe.py", "routers_cpt_moe.py"} <= set(commit.files) for commit in commits)
+    assert all({"modeling_cpt_moe.py", "configuration_cpt_moe.py"} <= set(commit.files) for commit in commits)
     run = json.loads(commits[-1].files["training_run.json"])
     assert run["method"] == method and run["versions"]["transformers"]
     card = commits[-1].files["README.md"].decode()
