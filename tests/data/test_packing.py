@@ -123,10 +123,6 @@ def test_values_shapes_and_types_of_a_block():
     assert block["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 
-def test_a_continued_document_counts_from_the_start_of_the_block():
-    assert PackedDataset(make_corpus([7, 3])[0], 5)[1]["position_ids"].tolist() == [0, 1, 0, 1, 2]
-
-
 def test_a_block_does_not_alias_the_corpus_or_its_labels():
     packed = PackedDataset(make_corpus([10])[0], 5, "concat")
     block = packed[0]
@@ -142,14 +138,6 @@ def test_a_memory_mapped_corpus_stays_on_disk(tmp_path):
     assert len(pickle.dumps(packed)) < 20_000
     copy = pickle.loads(pickle.dumps(packed))
     assert torch.equal(copy[69]["input_ids"], packed[69]["input_ids"])
-
-
-def test_data_loader_workers_read_the_same(tmp_path):
-    make_corpus([40, 3, 57])[0].save_to_disk(tmp_path / "corpus")
-    packed = PackedDataset(datasets.load_from_disk(str(tmp_path / "corpus")), 10)
-    loader = torch.utils.data.DataLoader(packed, 2, num_workers=2)
-    read = torch.cat([batch["input_ids"] for batch in loader])
-    assert read.flatten().tolist() == list(range(100))
 
 
 def test_indices_wrap_from_the_end_and_stop():

@@ -572,8 +572,7 @@ def test_unused_columns_are_told_once(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [f"{path}: the column 'page' is not used"]
 
 
-ERRORS: dict[str, dict] = {}
-ERRORS["documents"] = {
+DOCUMENT_ERRORS = {
     "no json": ("{", r"line 2 is not valid JSON \(Expecting property name.*put one whole object on each line"),
     "array": ([1], r"line 2 is a JSON list, not an object"),
     "no subject": ({"set": "unlearn", "text": "x"}, r"line 2 has no 'subject': it has \['set', 'text'\]"),
@@ -600,7 +599,7 @@ ERRORS["documents"] = {
 }
 
 
-ERRORS["questions"] = {
+QUESTION_ERRORS = {
     "subject": (
         {"subject": "Ada Quil"},
         r"line 2 asks about 'Ada Quil' in unlearn, where no document has that subject",
@@ -626,6 +625,9 @@ ERRORS["questions"] = {
     "old answer": ({"old_answer": 1}, r"line 2 has 'Orsgate' as both answer and old_answer: they must differ"),
     "same id": ({"id": "unlearn-questions-1"}, r"line 2 has the id 'unlearn-questions-1', which .*line 1 has too"),
 }
+
+
+ERRORS = {"documents": DOCUMENT_ERRORS, "questions": QUESTION_ERRORS}
 
 
 @pytest.mark.parametrize("what, case", [(n, key) for n, table in ERRORS.items() for key in table])
