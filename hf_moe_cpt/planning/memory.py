@@ -1,16 +1,16 @@
-"""What autograd keeps between the forward and the backward pass of a decoder, counted on a model without memory.
+"""How much memory a GPU needs to train a model: weights, gradients, optimizer, activations, head, workspace.
 
-The model is made under `FakeTensorMode`, where tensors have shapes, types and storages and no contents: a forward pass
+Nothing is loaded. Parameters are counted on a model without weights, and what autograd keeps between the forward and
+the backward pass on one under `FakeTensorMode`, where tensors have shapes, types and storages and no contents: a pass
 of a model of any size then takes a second or so of one core, and torch itself says what every operation saves. Two
 passes, over one sequence and over two, tell what grows with the batch from what does not:
 
     kept(B sequences) = fixed + B * sequence
 
 `fixed` is above all copies of parameters, such as those that autocast makes; parameters themselves are not counted.
-Limits: what a kernel allocates inside an operation is not seen, and attention is torch's CPU one, which like the fused
-GPU kernels keeps queries, keys, values, output and a number per head and token. Source: ours.
-
-How much memory a GPU needs to train a model: weights, gradients, optimizer, activations, head, workspace.
+What a kernel allocates inside an operation is not seen, and attention is torch's CPU one, which like the fused GPU
+kernels keeps queries, keys, values, output and a number per head and token. Fused kernels cannot run without memory:
+stand-ins save the same tensors and compute nothing.
 
 Two moments of a step are the fullest. When the backward pass begins everything kept for it is there, and the head's
 own buffers; when it has ended all gradients are there, and little else:
@@ -19,19 +19,8 @@ own buffers; when it has ended all gradients are there, and little else:
     end   = weights + optimizer + reference + gradients + one layer + workspace
 
 `begin` holds gradients too where earlier passes of the same step left some. An estimate: allocators round up, and
-memory in pieces is lost memory. Letters: T tokens of a pass, V vocabulary, H hidden size. Source: ours; the errors
-against measured peaks are in docs/scaling.md.
-
-Stand-ins for kernels while saved activations are counted: the same tensors saved, nothing computed.
-
-Fused kernels cannot run on tensors without memory. What matters to the count is which tensors an operation saves for
-its backward pass, and that is written down here, kernel by kernel. Letters: T tokens, H hidden size, K experts per
-token, I width of an expert, R rows of experts. Sources: the kernels of this package and of Liger-Kernel; the experts
-are compared with the real ones in the tests.
-
-What a plan needs to know of a model: its parameters by part, and what its layers keep, without any weights.
-
-Source: ours. Both are counted on tensors without memory.
+memory in pieces is lost memory. Letters: T tokens of a pass, V vocabulary, H hidden size, K experts per token, I width
+of an expert. Source: ours; the errors against measured peaks are in docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -40,21 +29,17 @@ import contextlib
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
-
-from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
-from hf_moe_cpt.scripts.benchmarks.step import STOCK, config_of
 
 
 @dataclass(frozen=True)
@@ -275,7 +260,7 @@ def training_memory(size: ModelSize, kept: KeptBytes, setup: TrainingSetup) -> T
     weight, held = PRECISIONS[setup.precision], parameters_held(size, setup)
     sharded = setup.engine in ("fsdp2", "hsdp", "zero3", "ep")
     weights, gradients, optimizer = _states(held, weight, setup)
-    reference = _reference(size, held, weight, setup)
+    reference = {"none": 0, "cache": size.head * weight, "copy": held * weight}[setup.reference]
     workspace = _gathered(size, setup) if sharded else 0
     if setup.engine == "ddp" and setup.gpus > 1:
         workspace += gradients  # the buckets that are reduced: a second copy of all gradients
@@ -355,14 +340,6 @@ def _states(held: int, weight: int, setup: TrainingSetup) -> tuple[int, int, int
     return held * weight, held * weight, held * state
 
 
-def _reference(size: ModelSize, held: int, weight: int, setup: TrainingSetup) -> int:
-    if setup.reference == "none":
-        return 0
-    if setup.reference == "cache":
-        return size.head * weight
-    return held * weight
-
-
 def _gathered(size: ModelSize, setup: TrainingSetup) -> int:
     """Whole weights and gradients of what is at work: two layers and the root, and the gradients being reduced."""
     layer, root = max(size.layers, default=0), size.embedding + (0 if size.is_tied else size.head)
@@ -375,11 +352,7 @@ def _gathered(size: ModelSize, setup: TrainingSetup) -> int:
 
 
 ATTENTION = "hf_moe_cpt_counted"
-EXPERTS_OF = {
-    "grouped_mm": "hf_moe_cpt_counted_grouped_mm",
-    "hf_moe_cpt": "hf_moe_cpt_counted_fused",
-    "hf_moe_cpt_low_memory": "hf_moe_cpt_counted_low_memory",
-}
+GROUPED_MM_EXPERTS, OUR_EXPERTS = "hf_moe_cpt_counted_grouped_mm", "hf_moe_cpt_counted_fused"
 ROWS_PER_TILE = 128  # to which our kernels pad the rows of an expert at sizes that are worth planning
 
 
@@ -400,9 +373,8 @@ def register_counted() -> None:
     """Make attention and experts for counting known to transformers, under names that nobody else uses."""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
-    ExpertsInterface.register(EXPERTS_OF["grouped_mm"], _grouped_mm_experts)
-    ExpertsInterface.register(EXPERTS_OF["hf_moe_cpt"], _fused_experts)
-    ExpertsInterface.register(EXPERTS_OF["hf_moe_cpt_low_memory"], _low_memory_experts)
+    ExpertsInterface.register(GROUPED_MM_EXPERTS, _grouped_mm_experts)
+    ExpertsInterface.register(OUR_EXPERTS, _our_experts)
 
 
 def fuse_counted(model: nn.Module) -> None:
@@ -463,43 +435,15 @@ def _grouped_mm_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     return _Saves.apply(hidden_states, *weights, *orders, *products, counts, gates)
 
 
-def _fused_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _our_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Ours: tokens, gates, gate and up before the activation, the routing table."""
-    return _our_experts(self, hidden_states, top_k_index, top_k_weights, keeps_gate_and_up=True)
-
-
-def _low_memory_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    return _our_experts(self, hidden_states, top_k_index, top_k_weights, keeps_gate_and_up=False)
-
-
-def _our_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, keeps_gate_and_up: bool
-) -> Tensor:
     experts, double_width, _ = _widths(self)
     slots = top_k_index.numel()
     tiles = slots // ROWS_PER_TILE + min(experts, slots)
     make = hidden_states.new_empty
     table = [make(slots, dtype=torch.int32), make(tiles * ROWS_PER_TILE, dtype=torch.float32)]
-    table.append(make(tiles, dtype=torch.int32))
-    if keeps_gate_and_up:
-        table.append(make(tiles * ROWS_PER_TILE, double_width))
+    table += [make(tiles, dtype=torch.int32), make(tiles * ROWS_PER_TILE, double_width)]
     return _Saves.apply(hidden_states, hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, *table)
-
-
-def read_config(preset: str | None, model: str | None) -> PreTrainedConfig:
-    """The configuration of a preset, or of a folder or name on the Hub. Raises ValueError for an unknown preset."""
-    if preset is not None:
-        if preset not in (*PRESETS, *STOCK):
-            raise ValueError(f"--preset {preset!r} is unknown: choose from {', '.join((*PRESETS, *STOCK))}.")
-        return config_of(preset)
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"--model {model!r} is a folder without config.json: give one that a model was saved in.")
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--model {model!r} has no configuration that can be read: {reason}") from error
 
 
 def measure_size(config: PreTrainedConfig, name: str) -> ModelSize:
@@ -511,28 +455,25 @@ def measure_size(config: PreTrainedConfig, name: str) -> ModelSize:
         model = _from_config(config, **_experts_option(config, "grouped_mm"))
     layers = layers_of(model)
     experts = [part for layer in layers for part in _expert_modules(layer)]
-    num_experts = max((_num_experts(part) for part in experts), default=0)
+    experts_of = {part: part.gate_up_proj.shape[0] for part in experts}
     chosen = getattr(text, "num_experts_per_tok", None) or 0
-    in_experts = sum(_count_plan_model(part) for part in experts)
-    in_embedding, in_head = (
-        _count_plan_model(model.get_input_embeddings()),
-        _count_plan_model(model.get_output_embeddings()),
-    )
-    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    in_embedding, in_head = _num_parameters(embedding), _num_parameters(head)
+    is_tied = embedding.weight is head.weight
     unlooked = model.num_parameters() - in_embedding + (in_head if is_tied else 0)
-    idle = sum(_count_plan_model(part) * (1 - chosen / _num_experts(part)) for part in experts) if chosen else 0
+    idle = sum(_num_parameters(part) * (1 - chosen / count) for part, count in experts_of.items()) if chosen else 0
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
         name=name,
         total=model.num_parameters(),
         embedding=in_embedding,
         head=in_head,
-        layers=tuple(_count_plan_model(layer) for layer in layers),
-        experts=in_experts,
+        layers=tuple(_num_parameters(layer) for layer in layers),
+        experts=sum(map(_num_parameters, experts)),
         active=round(unlooked - idle),
-        num_experts=num_experts,
+        num_experts=max(experts_of.values(), default=0),
         experts_per_token=chosen,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=head.weight.shape[0],
         hidden_size=text.hidden_size,
         attention_width=text.num_attention_heads * head_dim,
         is_tied=is_tied,
@@ -542,11 +483,10 @@ def measure_size(config: PreTrainedConfig, name: str) -> ModelSize:
 def measure_kept(config: PreTrainedConfig, sequence_length: int, precision: str, kernels: str) -> KeptBytes:
     """What the decoder keeps for the backward pass.
 
-    precision: "mixed" (float32 weights under bfloat16 autocast) or "bfloat16". kernels: one of
-    analysis/training_memory.py's.
+    precision: "mixed" (float32 weights under bfloat16 autocast) or "bfloat16". kernels: one of `KERNELS`.
     """
     register_counted()
-    experts = EXPERTS_OF["grouped_mm" if kernels == "plain" else "hf_moe_cpt"]
+    experts = GROUPED_MM_EXPERTS if kernels == "plain" else OUR_EXPERTS
 
     def build() -> nn.Module:
         dtype = torch.float32 if precision == "mixed" else torch.bfloat16
@@ -586,7 +526,7 @@ def _experts_option(config: PreTrainedConfig, name: str) -> dict[str, str]:
     return {"experts_implementation": name} if has_experts else {}
 
 
-def _count_plan_model(module: nn.Module) -> int:
+def _num_parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
@@ -600,7 +540,3 @@ def _expert_modules(layer: nn.Module) -> list[nn.Module]:
         and isinstance(module.gate_up_proj, nn.Parameter)
         and module.gate_up_proj.ndim == 3
     ]
-
-
-def _num_experts(experts: nn.Module) -> int:
-    return experts.gate_up_proj.shape[0]

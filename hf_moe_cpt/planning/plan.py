@@ -1,48 +1,24 @@
-"""How long training takes: the speed measured for one GPU, scaled by arithmetic, and what travels between GPUs.
+"""How long training takes, which engine a plan takes and what would make a run fit; the answer as text or JSON.
 
 Operations of a token, forward: 2 for each active parameter, and 2 x width x S in the causal attention of each layer;
-a backward pass costs two forwards, recomputing one more, a reference model one. A measured step gives operations per
-second, which are taken to hold for the model asked about. What travels is divided by a nominal bandwidth: the shorter
-time has all of it hidden behind the products, the longer one none. Nothing here was measured on several GPUs.
+a backward pass costs two forwards, recomputing one more, a reference model one more. A measured step (speeds.csv, from
+docs/benchmarks) gives operations per second, which are taken to hold for the model asked about. What travels is
+divided by a nominal bandwidth: the shorter time has all of it hidden behind the products, the longer one none. Nothing
+here was measured on several GPUs. Sizes in GiB, times in seconds and days.
 
 Letters: S sequence length, N GPUs, P parameters. Source: ours.
-
-Training steps measured on one GPU. Written by `python hf_moe_cpt/planning/plan.py`: do not edit.
-
-Which engine a plan takes, and what would make a run fit that does not. Source: ours.
-
-A plan as text for people and as JSON for programs. Sizes in GiB, times in seconds and days. Source: ours.
-
-Write hf_moe_cpt/planning/plan.py, the measured training steps that `hf-moe-cpt plan` goes by, from docs/benchmarks.
-
-python hf_moe_cpt/planning/plan.py
-
-The installed package has no documents, so the numbers travel as Python. A test holds that the file is what this script
-writes.
-
-How far the memory estimates of `hf-moe-cpt plan` are from the peaks in docs/benchmarks, as a table for the docs.
-
-python hf_moe_cpt/planning/plan.py
-
-Peaks of step benchmarks that train all weights are there, but for TRL's own trainer and for surgeries that keep all
-terms at once, which ours does not. The layers of the measured models are equal, so two of them are counted.
-Source: ours.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import json
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
 from typing import Any
 
-from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.planning.memory import (
     COMPUTED,
     PRECISIONS,
@@ -50,19 +26,18 @@ from hf_moe_cpt.planning.memory import (
     ModelSize,
     TrainingMemory,
     TrainingSetup,
-    measure_kept,
-    measure_size,
     training_memory,
 )
-from hf_moe_cpt.scripts.benchmarks.step import config_of
 
 
 SECONDS_OF_DAY = 86_400
+# Speed of a GPU over that of the measured steps. h100: the same preference steps on both devices, median.
+SPEED_OF_GPU = {"h200": 1.0, "h100": 0.8975}
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A committed benchmark of a training step on one GPU, with bfloat16 weights; `flops_per_token` as below."""
+    """A committed benchmark of a training step on one GPU, with bfloat16 weights: a line of speeds.csv."""
 
     model: str
     kernels: str
@@ -102,6 +77,16 @@ class TrainingTime:
         return steps * least / SECONDS_OF_DAY, steps * most / SECONDS_OF_DAY
 
 
+@functools.cache
+def measured_steps() -> tuple[MeasuredStep, ...]:
+    """Those of speeds.csv, which travels with the package; scripts/benchmarks/planner.py writes it."""
+    text = resources.files(__package__).joinpath("speeds.csv").read_text(encoding="utf-8")
+    read = {"is_mixture": lambda value: value == "True", "sequence_length": int}
+    read |= {"tokens_per_second": float, "flops_per_token": float}
+    rows = csv.DictReader(text.splitlines())
+    return tuple(MeasuredStep(**{name: read.get(name, str)(value) for name, value in row.items()}) for row in rows)
+
+
 def flops_per_token(size: ModelSize, sequence_length: int, forwards: float = 3.0) -> float:
     """Operations of a token of a training step; forwards: 3, 4 with recomputing, one more with a reference."""
     attention = 2 * len(size.layers) * size.attention_width * sequence_length
@@ -119,7 +104,7 @@ def nearest_step(size: ModelSize, kernels: str, steps: Sequence[MeasuredStep]) -
     Of several that are equally near the slowest is taken. Raises ValueError without any.
     """
     if not steps:
-        raise ValueError("No measured steps to go by: give those of hf_moe_cpt/planning/plan.py.")
+        raise ValueError("No measured steps to go by: give those of hf_moe_cpt/planning/speeds.csv.")
 
     def distance(step: MeasuredStep) -> tuple[bool, bool, bool, float]:
         is_mixture = size.num_experts > 0
@@ -182,146 +167,6 @@ def bytes_sent(size: ModelSize, setup: TrainingSetup) -> tuple[float, float]:
     return 0.0, share * of_pass * size.total
 
 
-# From docs/benchmarks/h200/step.csv.
-STEPS = (
-    MeasuredStep(
-        model="dense-570m",
-        kernels="plain",
-        is_mixture=False,
-        sequence_length=2048,
-        tokens_per_second=96041.0,
-        flops_per_token=2939983872.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="dense-570m",
-        kernels="fused",
-        is_mixture=False,
-        sequence_length=2048,
-        tokens_per_second=152512.0,
-        flops_per_token=2939983872.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="llama-570m",
-        kernels="plain",
-        is_mixture=False,
-        sequence_length=2048,
-        tokens_per_second=91108.3,
-        flops_per_token=2939983872.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="llama-570m",
-        kernels="fused",
-        is_mixture=False,
-        sequence_length=2048,
-        tokens_per_second=153335.0,
-        flops_per_token=2939983872.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="pb-granular-2b",
-        kernels="plain",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=62155.5,
-        flops_per_token=2944555008.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="pb-granular-2b",
-        kernels="fused",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=129611.0,
-        flops_per_token=2944555008.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="sb-granular-2b",
-        kernels="fused",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=130822.0,
-        flops_per_token=2944555008.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="qwen2-moe-granular-2b",
-        kernels="plain",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=61367.6,
-        flops_per_token=2945144832.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="qwen2-moe-granular-2b",
-        kernels="experts",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=80048.2,
-        flops_per_token=2945144832.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="pb-switch-2b",
-        kernels="plain",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=71659.6,
-        flops_per_token=2941163520.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="pb-switch-2b",
-        kernels="fused",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=139499.0,
-        flops_per_token=2941163520.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-    MeasuredStep(
-        model="sb-switch-2b",
-        kernels="fused",
-        is_mixture=True,
-        sequence_length=2048,
-        tokens_per_second=140944.0,
-        flops_per_token=2941163520.0,
-        device="NVIDIA H200",
-        date="2026-11-24",
-        commit="a7b9be3",
-    ),
-)
-
-# Speed of a GPU over that of the steps above. h100: the same preference steps on both devices, median.
-SPEED_OF_GPU = {"h200": 1.0, "h100": 0.8975}
-
-
 GIBIBYTE = 2**30
 RESERVED = 0.06  # of a GPU: the driver, communication buffers, memory in pieces
 LARGEST_BATCH = 4096
@@ -333,7 +178,6 @@ class Plan:
 
     size: ModelSize
     setup: TrainingSetup
-    is_engine_given: bool
     gpu: str
     gpu_gib: float
     memory_of: dict[str, TrainingMemory]
@@ -403,11 +247,10 @@ def make_plan(
     return Plan(
         size=size,
         setup=setup,
-        is_engine_given=engine is not None,
         gpu=gpu,
         gpu_gib=gpu_gib,
         memory_of=memory_of,
-        time=training_time(size, setup, STEPS, SPEED_OF_GPU[gpu], *bandwidths),
+        time=training_time(size, setup, measured_steps(), SPEED_OF_GPU[gpu], *bandwidths),
         largest_batch=largest_batch(size, kept, setup, usable),
         remedies=() if memory_of[taken].total <= usable else remedies(size, kept, setup, usable),
     )
@@ -563,184 +406,3 @@ def _range(least: float, most: float, unit: str) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIBIBYTE:.2f}"
-
-
-BENCHMARKS = Path("docs/benchmarks")
-STEPS_PLAN_TABLE = "h200/step.csv"
-COMPARED = ("h100/preference_full.csv", "h200/preference_full.csv")  # the same steps on two devices
-OPENING = '''"""Training steps measured on one GPU. Written by `python hf_moe_cpt/planning/plan.py`: do not edit."""
-
-from hf_moe_cpt.planning.plan import MeasuredStep
-
-
-'''
-
-
-@functools.cache
-def size_of(model: str) -> ModelSize:
-    """The size of a model that benchmarks name, counted once."""
-    return measure_size(config_of(model), model)
-
-
-def kernels_of(run: str) -> str:
-    """What a run of step.csv computes with, in the words of analysis/training_memory.py."""
-    if ":fused" in run:
-        return "fused"
-    return "experts" if run.endswith(":hf_moe_cpt") else "plain"
-
-
-def step_lines(path: Path) -> list[str]:
-    """One `MeasuredStep(...)` for each run that went well."""
-    lines = []
-    for row in csv.DictReader(path.open()):
-        if row["status"] != "ok":
-            continue
-        size = size_of(row["model"])
-        length = int(row["seq_length"])
-        fields = {
-            "model": row["model"],
-            "kernels": kernels_of(row["run"]),
-            "is_mixture": size.num_experts > 0,
-            "sequence_length": length,
-            "tokens_per_second": float(row["tokens_per_second"]),
-            "flops_per_token": flops_per_token(size, length, 4.0 if row["checkpointing"] == "True" else 3.0),
-            "device": row["device"],
-            "date": row["date"][:10],
-            "commit": row["commit"],
-        }
-        body = [f"        {name}={_literal(value)}," for name, value in fields.items()]
-        lines += ["    MeasuredStep(", *body, "    ),"]
-    return lines
-
-
-def device_ratio(folder: Path, numerator: str, denominator: str) -> float:
-    """Speed of one device over another's: the median over contenders that both timed."""
-    times = [
-        {row["contender"]: float(row["total_ms"]) for row in csv.DictReader((folder / name).open())}
-        for name in (numerator, denominator)
-    ]
-    return statistics.median(times[1][name] / times[0][name] for name in times[0].keys() & times[1].keys())
-
-
-def table(folder: Path) -> str:
-    """The text of the module."""
-    steps = "\n".join(["STEPS = (", *step_lines(folder / STEPS_PLAN_TABLE), ")"])
-    ratio = device_ratio(folder, *COMPARED)
-    speeds = (
-        "# Speed of a GPU over that of the steps above. h100: the same preference steps on both devices, median.\n"
-        f'SPEED_OF_GPU = {{"h200": 1.0, "h100": {ratio:.4f}}}\n'
-    )
-    return f"{OPENING}# From docs/benchmarks/{STEPS_PLAN_TABLE}.\n{steps}\n\n{speeds}"
-
-
-def _literal(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-@dataclass
-class TableArguments:
-    """What the table is made of."""
-
-    benchmarks: str = field(default=str(BENCHMARKS), metadata={"help": "Folder of the committed results."})
-
-
-def table_main(argv: Sequence[str] | None = None) -> None:
-    """Write the module beside this script."""
-    (args,) = parse_arguments((TableArguments,), argv, program="plan_table.py", description=__doc__)
-    path = Path(__file__).with_name("plan_speeds.py")
-    path.write_text(table(Path(args.benchmarks)))
-    print(f"written: {path}")
-
-
-if __name__ == "__main__":
-    run_script(table_main)
-
-
-PREFERENCES = ("h200/preference_full.csv", "h100/preference_full.csv")
-REFERENCE_OF_CONTENDER = {
-    "rainbowpo": "copy",
-    "rainbowpo-no-reference": "none",
-    "by-term": "cache",
-    "by-term-copy": "copy",
-}
-TERMS_OF_PRESET = {"paper": 4, "safe": 5}
-
-
-@dataclass(frozen=True)
-class MeasuredPeak:
-    """A committed peak, in GiB, and the setup it was measured with."""
-
-    source: str
-    run: str
-    model: str
-    setup: TrainingSetup
-    gib: float
-
-
-def measured_peaks(folder: Path) -> Iterator[MeasuredPeak]:
-    """Those of docs/benchmarks, in the order of the files."""
-    for row in _rows(folder, "h200/step.csv"):
-        setup = TrainingSetup(
-            batch_size=int(row["batch_size"]),
-            sequence_length=int(row["seq_length"]),
-            precision={"float32": "mixed", "bfloat16": "bfloat16"}[row["weights"]],
-            kernels=kernels_of(row["run"]),
-        )
-        yield MeasuredPeak("h200/step.csv", row["run"], row["model"], setup, float(row["peak_gib"]))
-    for name, trainer in (*((name, "rainbowpo") for name in PREFERENCES), ("h100/surgery_safe.csv", "surgery")):
-        for row in _rows(folder, name):
-            if row["contender"] not in REFERENCE_OF_CONTENDER:
-                continue
-            setup = TrainingSetup(
-                batch_size=int(row["batch_size"]),
-                sequence_length=int(row["length"]),
-                precision=row["dtype"],
-                kernels="plain",
-                trainer=trainer,
-                reference=REFERENCE_OF_CONTENDER[row["contender"]],
-                terms=TERMS_OF_PRESET[row["preset"]] if trainer == "surgery" else 1,
-            )
-            yield MeasuredPeak(name, row["contender"], row["model"], setup, float(row["peak_mib"]) / 1024)
-
-
-def estimated_gib(peak: MeasuredPeak) -> float:
-    """What the arithmetic says for the same setup."""
-    size = size_of(peak.model)
-    kept = _kept(peak.model, peak.setup.sequence_length, peak.setup.precision, peak.setup.kernels)
-    return training_memory(size, kept, peak.setup).total / GIBIBYTE
-
-
-def error_table(folder: Path) -> str:
-    """Markdown: measured, estimated, and the error as a share of the measured peak."""
-    lines = ["| file | run | measured GiB | estimated GiB | error |", "|---|---|---|---|---|"]
-    for peak in measured_peaks(folder):
-        estimate = estimated_gib(peak)
-        error = f"{estimate / peak.gib - 1:+.1%}"
-        lines.append(f"| {peak.source} | {peak.run} | {peak.gib:.2f} | {estimate:.2f} | {error} |")
-    return "\n".join(lines)
-
-
-def _rows(folder: Path, name: str) -> list[dict[str, str]]:
-    rows = csv.DictReader((folder / name).open())
-    return [row for row in rows if row["status"] == "ok" and (row.get("peak_gib") or row.get("peak_mib"))]
-
-
-@functools.cache
-def _kept(model: str, length: int, precision: str, kernels: str) -> KeptBytes:
-    config = config_of(model)
-    num_layers, config.num_hidden_layers = config.num_hidden_layers, 2
-    two = measure_kept(config, length, precision, kernels)
-    if two.layers[0] != two.layers[1]:
-        raise ValueError(f"The layers of {model} differ: {two.layers} bytes; count them all.")
-    fixed = two.fixed * num_layers // 2
-    return dataclasses.replace(two, layers=two.layers[:1] * num_layers, fixed=fixed)
-
-
-def errors_main(argv: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    (args,) = parse_arguments((TableArguments,), argv, program="plan_errors.py", description=__doc__)
-    print(error_table(Path(args.benchmarks)))
-
-
-if __name__ == "__main__":
-    run_script(errors_main)

@@ -1,29 +1,21 @@
-"""The problem that expert layers are measured on: shapes, random routing, what it costs, the exact result.
+"""Time the routed experts of one layer, ours beside every library that is installed; find the tiles of our kernels.
+
+python scripts/benchmarks/experts.py --shapes granular switch --rounds 5 --output-dir runs/experts
+python scripts/benchmarks/experts.py tune --shapes granular switch olmoe --output-dir runs/tiles
+
+The first times forward and forward with backward. All peers run in one process and take turns, round after round,
+beside dense products of the same FLOPs; a peer's builder takes a `Case` and gives a layer with the case's weights, or
+raises `Unavailable` with the reason. How and what is measured: docs/benchmarks/README.md. Writes experts.csv and
+experts.png, and prints the table last.
+
+The second times every product of a layer with every candidate. Candidates are compiled by many processes at once, then
+take turns beside one dense product, because a hot GPU is slower than a cool one. Writes tiles.csv and prints the table
+last: what is best for a generation and shape class belongs into hf_moe_cpt/kernels/grouped_gemm.py.
 
 T tokens, H hidden size, I expert width, E experts, K experts per token, n = T K rows (pairs of token and expert). An
 expert is W_down (act(W_gate x) * W_up x), W_up of all experts and W_gate kept as one (E, 2I, H) [gate; up], W_down as
-(E, H, I). Source: ours; the shapes are those of the paper's models and of three public ones.
-
-The expert layers that are compared, each behind the same calls: ours, transformers', and other libraries'.
-
-A peer's builder takes a `Case` and gives a layer with the case's weights, or raises `Unavailable` with the reason.
-Letters as in bench_experts_case.py. Sources: the public interfaces of transformers 5, liger-kernel 0.8.5,
-scattermoe 0.3.0 and sonic-moe 0.1.2.
-
-Time the routed experts of one layer, forward and with backward, ours beside every other library that is installed.
-
-python scripts/benchmarks/experts.py --shapes granular switch --rounds 5 --output-dir runs/experts
-
-All peers run in one process and take turns, round after round, beside dense products of the same FLOPs. How and what
-is measured: docs/benchmarks/README.md. Writes experts.csv and experts.png, and prints the table last.
-
-Find the tile shapes of the expert kernels on the GPU at hand: every product of a layer with every candidate.
-
-python scripts/benchmarks/experts.py --shapes granular switch olmoe --output-dir runs/tiles
-
-Candidates are compiled by many processes at once, then timed in turns, round after round, beside one dense product,
-because a hot GPU is slower than a cool one. Writes tiles.csv and prints the table last: what is best for a generation
-and shape class belongs into hf_moe_cpt/kernels/grouped_gemm.py.
+(E, H, I). Sources: ours; the shapes are those of the paper's models and of three public ones; the public interfaces of
+transformers 5, liger-kernel 0.8.5, scattermoe 0.3.0 and sonic-moe 0.1.2.
 """
 
 from __future__ import annotations
@@ -50,13 +42,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import hf_moe_cpt
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.attempts import Attempt, Unavailable
+from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grouped_product, weight_gradient
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
-from hf_moe_cpt.machine import check_names, package_version
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
+from hf_moe_cpt.reports.plots import grouped_bars, plotting
+from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import Unavailable
 
 
 GRADIENTS = ("dx", "dw1", "dw2", "dgate")
@@ -533,7 +526,7 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
     device = stopwatch.device
     names = args.peers or list(PEERS)
     measurements = {name: Measurement(shape, name) for name in names}
-    with tools.Attempt() as inputs:
+    with Attempt() as inputs:
         case = make_case(shape, DTYPES[args.dtype], args.activation, args.skew, device, args.seed)
         exact = exact_results(case.first_tokens(args.check_tokens)) if args.check else None
     if inputs.reason is not None:
@@ -542,19 +535,19 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
     calls: dict[str, Calls] = {}
     for name, measurement in measurements.items():
         bar.set_description(f"{shape.name} {name}")
-        with tools.Attempt() as attempt:
+        with Attempt() as attempt:
             calls[name] = prepare(measurement, case, exact, args.check_tokens, stopwatch)
         measurement.reason = attempt.reason
         bar.write(_prepared(measurement))  # what a run that is killed leaves of an unfinished shape
         bar.update()
     exact = None
-    with tools.Attempt():  # after an error that lasts the device refuses this too; the turns will say so
-        tools.release_memory(device)
+    with Attempt():  # after an error that lasts the device refuses this too; the turns will say so
+        release_memory(device)
     for _ in range(args.rounds):
         for name, measurement in measurements.items():
             bar.set_description(f"{shape.name} {name}")
             if measurement.reason is None:
-                with tools.Attempt() as attempt:
+                with Attempt() as attempt:
                     measurement.forward_ms.append(stopwatch.milliseconds(calls[name].forward, args.seconds))
                     measurement.training_ms.append(stopwatch.milliseconds(calls[name].training, args.seconds))
                 measurement.reason = attempt.reason
@@ -660,7 +653,7 @@ def table_rows(rows: Sequence[dict[str, Any]], measurements: Sequence[Measuremen
 
 def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
     """TFLOP/s of every peer at every shape, forward and training; a line instead of a plot without matplotlib."""
-    plot = tools.plotting(path)
+    plot = plotting(path)
     if plot is None:
         return
     shapes = list({m.shape.name: m.shape for m in measurements}.values())
@@ -672,7 +665,7 @@ def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
             rates = [flops / milliseconds / 1e9 for milliseconds in getattr(measurement, f"{kind}_ms")]
             if rates:
                 bars.setdefault(measurement.peer, {})[measurement.shape.name] = rates
-        tools.grouped_bars(axes, [shape.name for shape in shapes], bars)
+        grouped_bars(axes, [shape.name for shape in shapes], bars)
         axes.set_ylabel("TFLOP/s")
         axes.set_title("forward" if kind == "forward" else "forward and backward")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
@@ -681,11 +674,11 @@ def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
     plot.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def peers_main(argv: Sequence[str]) -> None:
     """Measure shape by shape; the results so far are on disk after each."""
-    (args,) = parse_arguments((ExpertsArguments,), argv, program="bench_experts.py", description=__doc__)
-    device = tools.choose_device(args.device)
-    facts, folder, shapes = tools.machine_facts(device, args.commit), Path(args.output_dir), args.chosen_shapes()
+    (args,) = parse_arguments((ExpertsArguments,), argv, program="experts.py", description=__doc__)
+    device = choose_device(args.device)
+    facts, folder, shapes = machine_facts(device, args.commit), Path(args.output_dir), args.chosen_shapes()
     folder.mkdir(parents=True, exist_ok=True)
     stopwatch = tools.Stopwatch(device)
     measurements: list[Measurement] = []
@@ -697,9 +690,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ceiling = next((m for m in found if m.peer == CEILING), None)
             measurements += found
             rows += [result_row(measurement, ceiling, args, facts) for measurement in found]
-            tools.write_csv(folder / "experts.csv", rows)
-            with tools.Attempt():
-                tools.release_memory(device)
+            write_csv(folder / "experts.csv", rows)
+            with Attempt():
+                release_memory(device)
         bar.set_description("done")
     draw(folder / "experts.png", measurements, facts["device"])
     for row in rows:
@@ -707,10 +700,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{row['shape']} {row['peer']}: {row['reason']}")
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {args.dtype}; files in {folder}\n")
     print(text_table(table_rows(rows, measurements)))
-
-
-if __name__ == "__main__":
-    run_script(main)
 
 
 # As transformers names what the kernels call by shorter names.
@@ -836,7 +825,7 @@ def _compile_share(jobs: Sequence[tuple[str, Tile]], args: TuneArguments, device
         small = dataclasses.replace(shape, T=256)
         pieces = pieces_of(small, args, device)
         for piece, tile in jobs:
-            with tools.Attempt():  # the same error comes again, and is reported, when the candidate is timed
+            with Attempt():  # the same error comes again, and is reported, when the candidate is timed
                 pieces[piece](tile)
 
 
@@ -854,7 +843,7 @@ def tune_shape(shape: Shape, args: TuneArguments, device: torch.device, progress
                 progress.update()
                 if (piece, tile) in reasons:
                     continue
-                with tools.Attempt() as attempt:
+                with Attempt() as attempt:
                     elapsed = watch.milliseconds(lambda run=pieces[piece], tile=tile: run(tile), args.seconds)
                     times.setdefault((piece, tile), []).append(elapsed)
                 if attempt.reason is not None:
@@ -897,12 +886,10 @@ def _text_of(tile: Tile) -> str:
     return " ".join(filter(None, marks))
 
 
-def tune_main(argv: Sequence[str] | None = None) -> None:
-    """Parse, compile, time, write and print."""
-    (args,) = parse_arguments(
-        (TuneArguments,), argv, program="tune_experts", description="Find the fastest tiles of the expert kernels."
-    )
-    device = tools.choose_device(args.device)
+def tune_main(argv: Sequence[str]) -> None:
+    """Compile, time, write and print."""
+    (args,) = parse_arguments((TuneArguments,), argv, program="experts.py tune", description=__doc__)
+    device = choose_device(args.device)
     shapes = args.chosen_shapes()
     if device.type == "cuda":
         seconds = tools.Stopwatch(device).wall_seconds(lambda: compile_candidates(args, device))
@@ -912,13 +899,21 @@ def tune_main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=num_turns, desc="timing", unit="turn", mininterval=2) as progress:
         for shape in shapes:
             rows += tune_shape(shape, args, device, progress)
-            tools.release_memory(device)
-    facts = tools.machine_facts(device, commit=None)
+            release_memory(device)
+    facts = machine_facts(device, commit=None)
     path = Path(args.output_dir) / "tiles.csv"
-    tools.write_csv(path, [{**row, **facts} for row in rows])
+    write_csv(path, [{**row, **facts} for row in rows])
     print(text_table([{**row, "ms": row["ms"] and round(row["ms"], 3)} for row in rows]))
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; written to {path}")
 
 
+PROGRAMS = {"peers": peers_main, "tune": tune_main}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names, `peers` without one."""
+    run_program(PROGRAMS, argv)
+
+
 if __name__ == "__main__":
-    run_script(tune_main)
+    run_script(main)

@@ -1,23 +1,18 @@
-"""What the benchmarks share: a stopwatch, peak memory, failures kept as text, facts of the machine, tables and plots.
+"""What the benchmarks share: a stopwatch, peak memory, numbers of a table.
 
-A measurement that fails must not end a run of many: `Attempt` keeps its reason. Method: docs/benchmarks/README.md.
-Source: ours.
+Method: docs/benchmarks/README.md. Source: ours.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import math
-import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType, TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from hf_moe_cpt.machine import synchronize
 
@@ -25,44 +20,6 @@ from hf_moe_cpt.machine import synchronize
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 MIN_REPEATS, MAX_REPEATS = 3, 500
-_REASON_LENGTH = 300
-
-
-class Unavailable(Exception):
-    """What was asked for cannot be measured here; the message says why."""
-
-
-class Attempt:
-    """`with Attempt() as attempt:` turns an error of the block into `attempt.reason`, one line, and goes on after it.
-
-    Measured code is other people's and fails in ways nobody can list: a missing package, memory, a compiler. Every
-    reason ends up in the results. Whoever interrupts the run ends it.
-    """
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def __enter__(self) -> Attempt:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.reason = one_line(error)
-        return True
-
-
-def one_line(error: Exception) -> str:
-    """The message as a short single line, led by the kind of error unless it is a plain refusal."""
-    message = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
-        wanted = re.search(r"allocate [\d.]+ \w+", message)
-        message = f"out of memory: tried to {wanted[0]}" if wanted else "out of memory"
-    elif not (type(error) in (Unavailable, ValueError) and message):
-        message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    return message if len(message) <= _REASON_LENGTH else f"{message[:_REASON_LENGTH]} ..."
 
 
 class Stopwatch:
@@ -130,29 +87,21 @@ def rounded(value: float | None, digits: int) -> str | None:
     return None if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def plotting(path: Path) -> ModuleType | None:
-    """matplotlib.pyplot set up to write files, or None after a line that says why `path` will not be written."""
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        print(f"no plot {path}: it needs matplotlib (pip install matplotlib); {one_line(error)}")
-        return None
+class StepClock(TrainerCallback):
+    """Seconds of each step of a `Trainer` after so many that do not count, the device being idle at both ends."""
 
+    def __init__(self, device: torch.device, warmup: int) -> None:
+        self.device, self.warmup = device, warmup
+        self.seconds: list[float] = []
+        self._started = 0.0
 
-def grouped_bars(axes: Any, groups: Sequence[str], bars: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Bars of medians with whiskers from least to most, side by side in each group.
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        synchronize(self.device)
+        self._started = time.perf_counter()
 
-    axes: of matplotlib. bars: for each label the values of each group; a group that is missing leaves a gap.
-    """
-    width = 0.8 / max(1, len(bars))
-    for number, (label, values_of_group) in enumerate(bars.items()):
-        present = [(place, values_of_group[group]) for place, group in enumerate(groups) if values_of_group.get(group)]
-        centers = [place + (number - (len(bars) - 1) / 2) * width for place, _ in present]
-        medians = [statistics.median(values) for _, values in present]
-        below = [median - min(values) for median, (_, values) in zip(medians, present, strict=True)]
-        above = [max(values) - median for median, (_, values) in zip(medians, present, strict=True)]
-        axes.bar(centers, medians, width, yerr=[below, above], label=label, error_kw={"elinewidth": 0.8})
-    axes.set_xticks(range(len(groups)), groups)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        synchronize(self.device)
+        if state.global_step > self.warmup:
+            self.seconds.append(time.perf_counter() - self._started)

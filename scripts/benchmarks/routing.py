@@ -1,20 +1,18 @@
-"""What routing analysis costs: time and memory over a synthetic trace, and collecting beside the bare forward pass.
+"""What routing analysis costs, and what watching the routers costs a training step.
 
 python scripts/benchmarks/routing.py --tokens 10000000 --layers 24 --experts 31 --top_k 3
-python scripts/benchmarks/routing.py --parts collecting --model pb-granular-2b --device cuda --batch_size 16 --length 2048
+python scripts/benchmarks/routing.py --parts collecting --model pb-granular-2b --batch_size 16 --length 2048
+python scripts/benchmarks/routing.py monitor --device cuda --hidden_size 1024 --num_layers 16
 
 Traces of random routing (popular tokens and experts as in text) are written, then analysed in a process of its own,
 whose time and largest resident memory count. Collecting and the bare forward pass take turns on the same batches;
 a ratio is taken within each round, and decides nothing if its quartiles lie on both sides of the bar.
 Bars: ten million tokens in 2 minutes and 2 GiB on 2 cores; 1.1 times the forward pass. Writes routing.csv.
 
-What RouterMonitorCallback costs a training step: the same steps with and without it, in turns.
-
-python scripts/benchmarks/routing.py --device cuda --hidden_size 1024 --num_layers 16
-
-Two figures. The difference of the median step, with and without in alternating blocks: the whole truth, but blurred by
-whatever else the machine does. And the share of a step that the host spends inside the monitor's hooks: exact on the
-CPU, where hooks do their work themselves, and on a GPU the time to launch it.
+`monitor`: the same steps with and without RouterMonitorCallback, in turns. Two figures. The difference of the median
+step, with and without in alternating blocks: the whole truth, but blurred by whatever else the machine does. And the
+share of a step that the host spends inside the monitor's hooks: exact on the CPU, where hooks do their work
+themselves, and on a GPU the time to launch it. Prints JSON. Source: ours.
 """
 
 from __future__ import annotations
@@ -39,21 +37,20 @@ from transformers import (
     AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, synchronize
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+from hf_moe_cpt.planning.models import MODELS, config_of
+from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter, collect_routing
-from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.step import MODELS, config_of
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
 from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
 
 
@@ -141,7 +138,7 @@ def _analyse(folders: Sequence[Path], workers: int) -> dict[str, float]:
         "opening_seconds": opened - started,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_before,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / tools.GIBIBYTE,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIBIBYTE,
     }
 
 
@@ -158,7 +155,7 @@ def measure_analysis(args: RoutingArguments) -> dict[str, Any]:
     return {
         "part": "analysis",
         "what": shape,
-        "trace_gib": size / tools.GIBIBYTE,
+        "trace_gib": size / GIBIBYTE,
         **found,
         "verdict": _verdict(found["seconds"] <= SECONDS_BAR and found["peak_gib"] <= GIBIBYTES_BAR),
     }
@@ -204,11 +201,11 @@ def measure_collecting(args: RoutingArguments, device: torch.device) -> dict[str
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """Wall seconds on a GPU. On a CPU those of all threads at work: other processes slow a wall clock threefold."""
-    tools.synchronize(device)
+    synchronize(device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     started = clock()
     run()
-    tools.synchronize(device)
+    synchronize(device)
     return clock() - started
 
 
@@ -216,16 +213,16 @@ def _verdict(holds: bool) -> str:
     return "within the bar" if holds else "above the bar"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def analysis_main(argv: Sequence[str]) -> None:
     """Measure what was asked for, write routing.csv, print the table."""
-    (args,) = parse_arguments((RoutingArguments,), argv, program="bench_routing.py", description=__doc__)
-    device = tools.choose_device(args.device)
-    facts = tools.machine_facts(device, args.commit)
+    (args,) = parse_arguments((RoutingArguments,), argv, program="routing.py", description=__doc__)
+    device = choose_device(args.device)
+    facts = machine_facts(device, args.commit)
     rows = []
     for part in args.parts:
         row = measure_analysis(args) if part == "analysis" else measure_collecting(args, device)
         rows.append(row | facts)
-        tools.write_csv(Path(args.output_dir) / "routing.csv", rows)
+        write_csv(Path(args.output_dir) / "routing.csv", rows)
     columns = ["part", "what", "seconds", "cpu_seconds", "opening_seconds", "peak_gib", "trace_gib"]
     columns += ["clock", "bare_seconds", "lower_quartile", "ratio", "upper_quartile", "verdict"]
     print(f"\n{facts['device']}, torch {facts['torch']}; files: {args.output_dir}\n")
@@ -234,16 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("  ".join(f"{name}={v:.3f}" if isinstance(v, float) else f"{v}" for name, v in shown.items()))
 
 
-if __name__ == "__main__":
-    run_script(main)
-
-
 WARM_UP_STEPS = 3  # of each block, not counted
 LIMIT = 0.01  # of a step, what the monitor may cost
 
 
 @dataclass
-class BenchArguments:
+class MonitorArguments:
     """Size of the model and of the measurement."""
 
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
@@ -257,23 +250,6 @@ class BenchArguments:
     steps: int = field(default=20, metadata={"help": "Steps of a block that count."})
     blocks: int = field(default=4, metadata={"help": "Blocks with the monitor, and as many without."})
     commit: str | None = field(default=None, metadata={"help": "Written into the result in place of git's answer."})
-
-
-class StepClock(TrainerCallback):
-    """Seconds of every step, the device being waited for at both ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self._begin = device, [], 0.0
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start."""
-        synchronize(self.device)
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop."""
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self._begin)
 
 
 class TimedMonitor(RouterMonitorCallback):
@@ -297,7 +273,7 @@ class TimedMonitor(RouterMonitorCallback):
         return timed
 
 
-def measure(args: BenchArguments) -> dict[str, Any]:
+def measure_monitor(args: MonitorArguments) -> dict[str, Any]:
     """Median seconds of a step without and with the monitor, their relation, and the share of the host's time."""
     device = choose_device(args.device)
     set_seed(0)
@@ -334,13 +310,13 @@ def measure(args: BenchArguments) -> dict[str, Any]:
 
 
 def _block(
-    args: BenchArguments,
+    args: MonitorArguments,
     model: nn.Module,
     data: list[dict[str, torch.Tensor]],
     device: torch.device,
     callbacks: list[TrainerCallback],
 ) -> list[float]:
-    clock = StepClock(device)
+    clock = StepClock(device, WARM_UP_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
@@ -355,17 +331,23 @@ def _block(
         )
         trainer = Trainer(model, settings, train_dataset=data, callbacks=[*callbacks, clock])
         trainer.train()
-    return clock.seconds[WARM_UP_STEPS:]
+    return clock.seconds
 
 
-def monitor_main(argv: Sequence[str] | None = None) -> None:
+def monitor_main(argv: Sequence[str]) -> None:
     """Measure and print one JSON object."""
-    (args,) = parse_arguments(
-        (BenchArguments,), argv, program="bench_router_monitor", description="What RouterMonitorCallback costs a step."
-    )
+    (args,) = parse_arguments((MonitorArguments,), argv, program="routing.py monitor", description=__doc__)
     facts = machine_facts(choose_device(args.device), args.commit)
-    print(json.dumps({"settings": vars(args), "machine": facts, **measure(args)}, indent=1))
+    print(json.dumps({"settings": vars(args), "machine": facts, **measure_monitor(args)}, indent=1))
+
+
+PROGRAMS = {"analysis": analysis_main, "monitor": monitor_main}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names, `analysis` without one."""
+    run_program(PROGRAMS, argv)
 
 
 if __name__ == "__main__":
-    run_script(monitor_main)
+    run_script(main)

@@ -1,29 +1,17 @@
-"""The models whose training steps are compared: our presets and stock models of transformers at the same sizes.
-
-A run is written `model:switch:switch`, such as `pb-granular-2b:fused:hf_moe_cpt`; a word that is no switch names an
-experts implementation. Source: ours.
-
-Where the time of a training step goes: kernels by name, gathered into a few classes.
-
-A class is told from the name of a kernel alone, by the first pattern that matches. So the product of the head counts
-as a dense product, and what a compiler fused counts as element-wise. Source: ours.
-
-Time whole training steps: forward, backward and AdamW of our presets and of stock models of the same size.
+"""Time whole training steps: forward, backward and optimizer, of one model beside others and under several engines.
 
 python scripts/benchmarks/step.py --runs dense-570m:fused pb-granular-2b:grouped_mm pb-granular-2b:fused:hf_moe_cpt
+python scripts/benchmarks/step.py sharding --model pb-granular-570m --engines single fsdp2-1 ddp-2 fsdp2-2
 
-Random tokens; one model at a time, built on the device and freed. How to read the numbers:
-docs/benchmarks/README.md. Writes step.csv and step.png (with --profile step_kernels.csv), and prints the table last.
+The first: random tokens and AdamW; our presets and stock models of the same size, one at a time, built on the device
+and freed. A run is written `model:switch:switch`; a word that is no switch names an experts implementation. Writes
+step.csv and step.png (with --profile step_kernels.csv). How to read the numbers: docs/benchmarks/README.md.
 
-One rank of one engine of `bench_sharding.py`: train, time the steps, let the first rank report. Source: ours.
+The second: what sharding costs. An engine is written `name-ranks`. Every engine starts processes of its own, trains
+the same fresh weights on the same random blocks with the same global batch, and reports time, peak memory of the
+fullest rank, and the loss, which must agree. Writes sharding.csv. How to read the numbers: docs/scaling.md.
 
-What sharding costs: whole CPT steps of one model under several engines, one after the other.
-
-python scripts/benchmarks/step.py --model pb-granular-570m --engines single fsdp2-1 ddp-2 fsdp2-2
-
-An engine is written `name-ranks`. Every engine starts processes of its own, trains the same fresh weights on the same
-random blocks with the same global batch, and reports time, peak memory of the fullest rank, and the loss, which must
-agree. Writes sharding.csv and prints the table last. How to read the numbers: docs/scaling.md.
+Both print the table last. Source: ours.
 """
 
 from __future__ import annotations
@@ -37,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,24 +40,28 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
-    Qwen2MoeConfig,
-    TrainerCallback,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
-from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.attempts import Attempt, Unavailable
+from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import check_names, leave_process_group, synchronize
-from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.machine import (
+    check_names,
+    choose_device,
+    leave_process_group,
+    machine_facts,
+    package_version,
+    release_memory,
+)
+from hf_moe_cpt.planning.models import MODELS, STOCK, config_of
+from hf_moe_cpt.reports.plots import grouped_bars, plotting
+from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Unavailable
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
@@ -124,63 +115,10 @@ def check_experts(option: str, name: str) -> None:
         )
 
 
-def _sizes(preset: str) -> dict[str, int]:
-    """What every decoder of the preset's size shares."""
-    config = CptMoeConfig.from_preset(preset)
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
-
-
-def _llama(preset: str) -> LlamaConfig:
-    return LlamaConfig(**_sizes(preset), intermediate_size=CptMoeConfig.from_preset(preset).intermediate_size)
-
-
-def _qwen2_moe(preset: str) -> Qwen2MoeConfig:
-    """Routed and one shared expert in every layer, as in our granular models, whose gates it has besides."""
-    ours = CptMoeConfig.from_preset(preset)
-    return Qwen2MoeConfig(
-        **_sizes(preset),
-        num_experts=ours.num_experts,
-        num_experts_per_tok=ours.num_experts_per_tok,
-        moe_intermediate_size=ours.moe_intermediate_size,
-        shared_expert_intermediate_size=ours.num_shared_experts * ours.moe_intermediate_size,
-        output_router_logits=True,
-        router_aux_loss_coef=ours.router_aux_loss_coef,
-    )
-
-
-def _mixtral(preset: str) -> MixtralConfig:
-    ours = CptMoeConfig.from_preset(preset)
-    return MixtralConfig(
-        **_sizes(preset),
-        num_local_experts=ours.num_experts,
-        num_experts_per_tok=ours.num_experts_per_tok,
-        intermediate_size=ours.moe_intermediate_size,
-        output_router_logits=True,
-        router_aux_loss_coef=ours.router_aux_loss_coef,
-    )
-
-
-STOCK: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama-570m": lambda: _llama("dense-570m"),
-    "qwen2-moe-granular-2b": lambda: _qwen2_moe("pb-granular-2b"),
-    "mixtral-switch-2b": lambda: _mixtral("pb-switch-2b"),
-    "llama-tiny": lambda: _llama("dense-tiny"),
-    "qwen2-moe-granular-tiny": lambda: _qwen2_moe("pb-granular-tiny"),
-    "mixtral-switch-tiny": lambda: _mixtral("pb-switch-tiny"),
-}
-MODELS = (*PRESETS, *STOCK)
-
-
-def config_of(model: str) -> PreTrainedConfig:
-    """A fresh configuration of a model named in `MODELS`."""
-    return STOCK[model]() if model in STOCK else CptMoeConfig.from_preset(model)
-
-
 def build_model(run: StepRun, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Fresh weights of one run on the device, ready to train."""
-    if run.experts.startswith("hf_moe_cpt"):
-        _require_our_experts(run.experts)
+    if run.experts.startswith("hf_moe_cpt") and run.experts not in ALL_EXPERTS_FUNCTIONS:
+        raise Unavailable(f"{run.experts!r} is not registered with transformers' experts interface")
     experts = {"experts_implementation": run.experts} if run.experts else {}
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
@@ -192,11 +130,6 @@ def build_model(run: StepRun, dtype: torch.dtype, device: torch.device) -> PreTr
     if run.fused:
         fuse(model, device)
     return model
-
-
-def _require_our_experts(name: str) -> None:
-    if name not in ALL_EXPERTS_FUNCTIONS:
-        raise Unavailable(f"{name!r} is not registered with transformers' experts interface")
 
 
 def our_experts_fall_back(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -398,7 +331,7 @@ def measure(measurement: StepMeasurement, args: StepArguments, device: torch.dev
     if run.experts.startswith("hf_moe_cpt"):
         reason = our_experts_fall_back(model, torch.bfloat16, device)
         if reason is not None:
-            raise tools.Unavailable(f"our experts would fall back to grouped_mm: {reason}")
+            raise Unavailable(f"our experts would fall back to grouped_mm: {reason}")
     step = training_step(model, run, args, device)
     for _ in range(args.warmup):
         step()
@@ -408,7 +341,7 @@ def measure(measurement: StepMeasurement, args: StepArguments, device: torch.dev
         torch.cuda.reset_peak_memory_stats(device)
     times, loss = timed_steps(step, args.steps, device, bar)
     if device.type == "cuda":
-        measurement.peak_gib = torch.cuda.max_memory_allocated(device) / tools.GIBIBYTE
+        measurement.peak_gib = torch.cuda.max_memory_allocated(device) / GIBIBYTE
     measurement.product_tflops = product_tflops(device)
     measurement.loss = float(loss)
     if not math.isfinite(measurement.loss):
@@ -515,7 +448,7 @@ def result_row(
         "host_syncs": measurement.host_syncs,
         "product_tflops": measurement.product_tflops,
         **{name: getattr(args, name) for name in ("batch_size", "seq_length", "weights", "steps", "seed")},
-        "liger_kernel": tools.package_version("liger-kernel"),
+        "liger_kernel": package_version("liger-kernel"),
         **facts,
     }
 
@@ -540,7 +473,7 @@ def table_rows(rows: Sequence[dict[str, Any]], measurements: Sequence[StepMeasur
 
 def draw(path: Path, measurements: Sequence[StepMeasurement], args: StepArguments, device: str) -> None:
     """Tokens per second and peak memory of every run; a line instead of a plot without matplotlib."""
-    plot = tools.plotting(path)
+    plot = plotting(path)
     done = [measurement for measurement in measurements if measurement.step_ms]
     if plot is None or not done:
         return
@@ -550,7 +483,7 @@ def draw(path: Path, measurements: Sequence[StepMeasurement], args: StepArgument
     memory = {name: [m.peak_gib] for name, m in zip(names, done, strict=True) if m.peak_gib is not None}
     figure, panels = plot.subplots(2, 1, figsize=(max(8, 1.4 * len(done)), 8), sharex=True, layout="constrained")
     for axes, label, values in zip(panels, ("tokens per second", "peak GiB"), (rates, memory), strict=True):
-        tools.grouped_bars(axes, names, {label: values})
+        grouped_bars(axes, names, {label: values})
         axes.set_ylabel(label)
     panels[1].tick_params(axis="x", labelsize="small")
     figure.suptitle(
@@ -566,7 +499,7 @@ def show_profiles(measurements: Sequence[StepMeasurement], path: Path) -> None:
     kernels_of_run = {m.run.name: m.kernels for m in measurements if m.kernels}
     if not kernels_of_run:
         return
-    tools.write_csv(path, [{"run": run} | kernel for run, kernels in kernels_of_run.items() for kernel in kernels])
+    write_csv(path, [{"run": run} | kernel for run, kernels in kernels_of_run.items() for kernel in kernels])
     for run, kernels in kernels_of_run.items():
         print(f"\nlongest kernels of {run}, ms of a step and share:")
         for kernel in kernels[:TOP_KERNELS]:
@@ -574,26 +507,26 @@ def show_profiles(measurements: Sequence[StepMeasurement], path: Path) -> None:
     print(f"\n{text_table(class_table(kernels_of_run))}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def models_main(argv: Sequence[str]) -> None:
     """Measure run by run; the results so far are on disk after each."""
-    (args,) = parse_arguments((StepArguments,), argv, program="bench_step.py", description=__doc__)
-    device = tools.choose_device(args.device)
-    facts, folder = tools.machine_facts(device, args.commit), Path(args.output_dir)
+    (args,) = parse_arguments((StepArguments,), argv, program="step.py", description=__doc__)
+    device = choose_device(args.device)
+    facts, folder = machine_facts(device, args.commit), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     measurements = [StepMeasurement(run) for run in args.chosen_runs()]
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(measurements) * (args.warmup + args.steps), unit="step", dynamic_ncols=True) as bar:
         for number, measurement in enumerate(measurements, start=1):
             bar.set_description(measurement.run.name)
-            with classes_kept(measurement.run.model), tools.Attempt() as attempt:
+            with classes_kept(measurement.run.model), Attempt() as attempt:
                 measure(measurement, args, device, bar)
             measurement.reason = attempt.reason
-            with tools.Attempt():
+            with Attempt():
                 torch.compiler.reset()
-                tools.release_memory(device)
+                release_memory(device)
             bar.update(number * (args.warmup + args.steps) - bar.n)
             rows.append(result_row(measurement, measurements[0], args, facts))
-            tools.write_csv(folder / "step.csv", rows)
+            write_csv(folder / "step.csv", rows)
         bar.set_description("done")
     draw(folder / "step.png", measurements, args, facts["device"])
     show_profiles(measurements, folder / "step_kernels.csv")
@@ -604,10 +537,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\n{facts['device']}, torch {facts['torch']}, {args.batch_size} x {args.seq_length} tokens; files: {folder}\n"
     )
     print(text_table(table_rows(rows, measurements)))
-
-
-if __name__ == "__main__":
-    run_script(main)
 
 
 KINDS = ("single", "ddp", "fsdp2")
@@ -628,33 +557,13 @@ class ShardingJob:
     steps: int
 
 
-class StepClock(TrainerCallback):
-    """Seconds of each step after the warm-up, with an idle device before and after."""
-
-    def __init__(self, device: torch.device, warmup: int) -> None:
-        self.device, self.warmup = device, warmup
-        self.seconds: list[float] = []
-        self._started = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        synchronize(self.device)
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        synchronize(self.device)
-        if state.global_step > self.warmup:
-            self.seconds.append(time.perf_counter() - self._started)
-
-
 def layer_class(model: str) -> str:
     """Name of the class whose modules are sharded one by one."""
     with torch.device("meta"):
         return type(AutoModelForCausalLM.from_config(config_of(model)).model.layers[0]).__name__
 
 
-def build_model_bench_sharding_rank(job: ShardingJob, device: torch.device) -> PreTrainedModel:
+def fresh_model(job: ShardingJob, device: torch.device) -> PreTrainedModel:
     """Fresh weights in float32, the same on every rank and under every engine."""
     config = config_of(job.model)
     if job.layers is not None:
@@ -689,7 +598,7 @@ def train(job: ShardingJob, layer: str, folder: str) -> dict[str, Any]:
         starting_phase="scratch",
         **(fsdp2_arguments(layer) if job.kind == "fsdp2" else {}),
     )
-    model = build_model_bench_sharding_rank(job, args.device)
+    model = fresh_model(job, args.device)
     clock = StepClock(args.device, job.warmup)
     blocks = random_blocks(job, args.world_size, model.config.vocab_size)
     trainer = CPTTrainer(model, args, blocks, callbacks=[clock])
@@ -707,9 +616,9 @@ def train(job: ShardingJob, layer: str, folder: str) -> dict[str, Any]:
     }
 
 
-def rank_main() -> None:
-    """Do what the argument, JSON, asks for."""
-    asked = json.loads(sys.argv[1])
+def rank_main(argv: Sequence[str]) -> None:
+    """One rank of one engine: do what the word, JSON, asks for, and let the first rank report."""
+    asked = json.loads(argv[0])
     layer, folder = asked.pop("layer"), asked.pop("folder")
     report = train(ShardingJob(**asked), layer, folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -718,12 +627,8 @@ def rank_main() -> None:
         leave_process_group()
 
 
-if __name__ == "__main__":
-    rank_main()
-
-
 @dataclass
-class BenchArguments:
+class ShardingArguments:
     """What is timed and for how long."""
 
     model: str = field(default="pb-granular-tiny", metadata={"help": f"Any of: {', '.join(MODELS)}."})
@@ -741,28 +646,28 @@ class BenchArguments:
     output_dir: str = field(default="runs/bench_sharding", metadata={"help": "Folder of sharding.csv."})
 
 
-def sharding_main(argv: Sequence[str] | None = None) -> None:
+def sharding_main(argv: Sequence[str]) -> None:
     """Time every engine that can run here; write and print the rows."""
-    (args,) = parse_arguments((BenchArguments,), argv, program="bench_sharding.py", description=__doc__)
+    (args,) = parse_arguments((ShardingArguments,), argv, program="step.py sharding", description=__doc__)
     jobs = make_jobs(args)
     rows = []
     for name, (job, ranks) in tqdm(jobs.items(), unit="engine"):
-        with tools.Attempt() as attempt:
+        with Attempt() as attempt:
             rows.append({"engine": name, "ranks": ranks, **run_engine(job, ranks, args.timeout), "status": "ok"})
         if attempt.reason is not None:
             rows.append({"engine": name, "ranks": ranks, "status": attempt.reason})
-    facts = tools.machine_facts(tools.choose_device(args.device), commit=None)
+    facts = machine_facts(choose_device(args.device), commit=None)
     settings = {"model": args.model, "layers": args.layers, "rows": args.rows, "length": args.length}
-    tools.write_csv(Path(args.output_dir) / "sharding.csv", [row | settings | facts for row in rows])
+    write_csv(Path(args.output_dir) / "sharding.csv", [row | settings | facts for row in rows])
     work = f"{args.model}, {args.rows} blocks of {args.length} tokens a step"
     print(f"\n{facts['device']}, torch {facts['torch']}: {work}\n")
     print(text_table([shown(row, rows) for row in rows]))
 
 
-def make_jobs(args: BenchArguments) -> dict[str, tuple[ShardingJob, int]]:
+def make_jobs(args: ShardingArguments) -> dict[str, tuple[ShardingJob, int]]:
     """A job and its number of ranks by engine. Raises ValueError for what cannot be run, before anything is."""
     check_names("--model", [args.model], MODELS)
-    device = tools.choose_device(args.device).type
+    device = choose_device(args.device).type
     jobs = {}
     for name in args.engines:
         kind, _, ranks = name.partition("-")
@@ -778,12 +683,8 @@ def make_jobs(args: BenchArguments) -> dict[str, tuple[ShardingJob, int]]:
         count = int(ranks or 1)
         if args.rows % count:
             raise ValueError(f"--rows {args.rows} do not fall evenly to the {count} ranks of {name}.")
-        jobs[name] = (
-            ShardingJob(
-                args.model, kind, device, args.layers, args.rows // count, args.length, args.warmup, args.steps
-            ),
-            count,
-        )
+        sizes = (args.layers, args.rows // count, args.length, args.warmup, args.steps)
+        jobs[name] = ShardingJob(args.model, kind, device, *sizes), count
     return jobs
 
 
@@ -791,7 +692,7 @@ def run_engine(job: ShardingJob, ranks: int, timeout: float) -> dict[str, Any]:
     """What the first rank reports. Raises RuntimeError with the last line of what the processes said if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         asked = json.dumps(asdict(job) | {"folder": folder, "layer": layer_class(job.model)})
-        program = ["-m", "hf_moe_cpt.scripts.benchmarks.step", asked]
+        program = ["-m", "hf_moe_cpt.scripts.benchmarks.step", "rank", asked]
         start = (
             ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
             if job.kind != "single"
@@ -800,7 +701,7 @@ def run_engine(job: ShardingJob, ranks: int, timeout: float) -> dict[str, Any]:
         try:
             done = subprocess.run([sys.executable, *start, *program], capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            raise tools.Unavailable(f"it had not ended after {timeout:g} seconds: raise --timeout") from None
+            raise Unavailable(f"it had not ended after {timeout:g} seconds: raise --timeout") from None
         report = Path(folder) / "report.json"
         if done.returncode or not report.exists():
             lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or [""]
@@ -830,5 +731,13 @@ def shown(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
+PROGRAMS = {"models": models_main, "sharding": sharding_main, "rank": rank_main}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names, `models` without one; `rank` is what `sharding` starts."""
+    run_program(PROGRAMS, argv)
+
+
 if __name__ == "__main__":
-    run_script(sharding_main)
+    run_script(main)

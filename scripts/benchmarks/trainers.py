@@ -1,34 +1,19 @@
-"""The trainers whose steps are compared, each around models of its own with equal weights, on equal batches.
+"""Time and memory of a training step of one of our trainers, beside other ways to make it, on the same batches.
 
-A step is what `Trainer` does for a batch: `training_step` (copy to the device, policy forward, reference forward where
-there is one, loss, metrics, backward), gradient clipping, the optimizer. Source: ours.
+python scripts/benchmarks/trainers.py --model llama-570m --dtype mixed --batch_size 8 --length 1024
+python scripts/benchmarks/trainers.py --trainer surgery --model llama-570m --dtype mixed --batch_size 4 --length 1024
 
-Peak memory of the tensors in a contender's steps: models, gradients, optimizer, activations, buffers of operators.
+rainbowpo: beside TRL's DPO. surgery: a backward pass for each term, beside one backward of their sum. Every baseline
+has a model of its own with equal weights. A step is what `Trainer` does for a batch: `training_step` (copy to the
+device, forward passes, reference, loss, metrics, backward), gradient clipping, the optimizer. All live in one process
+and take turns, a step each, round after round; memory is taken before, each in a process of its own.
 
-On a GPU PyTorch's allocator keeps the account. On a CPU it does not: there the tensors that live between steps are
-summed, and the profiler's record of every allocation inside the steps gives the rest. Both are exact and repeatable,
-unlike the resident memory of a process. Source: ours.
+Peak memory is that of the tensors: models, gradients, optimizer, activations, buffers of operators. On a GPU PyTorch's
+allocator keeps the account. On a CPU the tensors that live between steps are summed, and the profiler's record of
+every allocation inside the steps gives the rest. Both are exact and repeatable, unlike a process's resident memory.
 
-Time and memory of a training step of RainbowPO beside TRL's DPO, with the same model on the same batches.
-
-python scripts/benchmarks/trainers.py --model llama-570m --dtype mixed --batch_size 8 --length 1024 --output_dir runs/pref
-
-All contenders live in one process and take turns, a step each, round after round; memory is taken before, each
-contender in a process of its own. Writes preference.csv and preference_ratios.csv and prints the table last. How and
-what is measured: docs/benchmarks/README.md.
-
-The ways to step that a benchmark of surgery compares, each with a model of its own and equal weights and batches.
-
-A step is what `Trainer` does for a batch: `training_step` (copy to the device, forward passes, reference, loss,
-metrics, backward), gradient clipping, the optimizer. Source: ours.
-
-Time and memory of a step of SurgeryTrainer, a backward pass for each term, beside one backward of their sum.
-
-python scripts/benchmarks/trainers.py --model llama-570m --dtype mixed --batch_size 4 --length 1024 --preset safe
-
-All contenders live in one process and take turns, a step each, round after round; memory is taken before, each
-contender in a process of its own. Writes surgery_<preset>.csv and surgery_<preset>_ratios.csv and prints the tables
-last. How and what is measured: docs/benchmarks/README.md.
+Writes preference.csv or surgery_<preset>.csv and the same with _ratios, and prints the tables last. How and what is
+measured: docs/benchmarks/README.md. Source: ours.
 """
 
 from __future__ import annotations
@@ -45,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -65,50 +50,34 @@ from transformers import (
 )
 
 from hf_moe_cpt.arguments import json_object, parse_arguments
+from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import check_names
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version
+from hf_moe_cpt.planning.models import MODELS, config_of
+from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.step import MODELS, config_of
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.gradients import TermGradients
-from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
 
 NUM_BATCHES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A trainer and its settings. is_ours: `RainbowPOTrainer`, else `trl.DPOTrainer`."""
-
-    is_ours: bool
-    settings: Mapping[str, Any]
-    has_reference: bool = True
-
-
-# A number for dispersion_scale, since calibrating is no part of a step; 0.29 is that of the paper's code.
-CONTENDERS = {
-    "rainbowpo": Contender(True, {"dispersion_scale": 0.29}),
-    "sigmoid_norm": Contender(False, {"loss_type": ["sigmoid_norm"], "beta": 10.0}),
-    "rainbowpo-no-reference": Contender(True, {"mixing_alpha": 0.0, "contextual_scaling": "none"}, False),
-    "sigmoid": Contender(False, {"loss_type": ["sigmoid"], "beta": 0.1}),
-}
+NEVER_SAVES = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Which model steps on which pairs; everything that is the same for all contenders.
+    """Which model steps on which rows; everything that is the same for all baselines of a trainer.
 
-    batch_size: pairs of a step. length: tokens of a sequence, the first quarter of them prompt; completions are random
-    tokens, a third to all of the rest. lora_rank: of adapters on all linear layers, whose reference is the model
-    without them; 0 trains all weights.
+    batch_size: pairs of a step, or rows of each set. length: tokens of every row, or of the longest sequence, the
+    first quarter of them prompt; completions are random tokens, a third to all of the rest. lora_rank (rainbowpo): of
+    adapters on all linear layers, whose reference is the model without them; 0 trains all weights. preset: of surgery.
     """
 
+    trainer: str
     model: str
     overrides: str | None
     dtype: str
@@ -118,6 +87,13 @@ class Workload:
     device: str
     seed: int
     lora_rank: int = 0
+    preset: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """As columns."""
+        columns = asdict(self)
+        trainer, preset = columns.pop("trainer"), columns.pop("preset")
+        return columns | ({"preset": preset} if trainer == "surgery" else {"trl": package_version("trl")})
 
 
 def check_model(workload: Workload) -> None:
@@ -162,6 +138,56 @@ def build_tokenizer(workload: Workload) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
 
 
+class Steps:
+    """One baseline ready to step: models on the device, optimizer, the collated batches of the workload."""
+
+    def __init__(self, trainer: Any, workload: Workload) -> None:
+        self.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.create_optimizer()
+        self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        if workload.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
+        self.batches: list[Any] = []
+        self.num_done = 0
+        self.loss: torch.Tensor | None = None  # of the last step, on the device
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Make the gradients of a batch and return its loss."""
+        return self.trainer.training_step(self.model, dict(batch))
+
+    def step(self) -> None:
+        """Train on the next batch."""
+        self.loss = self.backward(self.batches[self.num_done % NUM_BATCHES])
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_done += 1
+
+    def log(self) -> None:
+        """What `Trainer` does every `logging_steps`: the metrics collected since the last time become numbers."""
+        self.trainer.log({"loss": float(self.loss)})
+
+
+@dataclass(frozen=True)
+class PreferenceBaseline:
+    """A trainer and its settings. is_ours: `RainbowPOTrainer`, else `trl.DPOTrainer`."""
+
+    is_ours: bool
+    settings: Mapping[str, Any]
+    has_reference: bool = True
+
+
+# A number for dispersion_scale, since calibrating is no part of a step; 0.29 is that of the paper's code.
+PREFERENCE_BASELINES = {
+    "rainbowpo": PreferenceBaseline(True, {"dispersion_scale": 0.29}),
+    "sigmoid_norm": PreferenceBaseline(False, {"loss_type": ["sigmoid_norm"], "beta": 10.0}),
+    "rainbowpo-no-reference": PreferenceBaseline(True, {"mixing_alpha": 0.0, "contextual_scaling": "none"}, False),
+    "sigmoid": PreferenceBaseline(False, {"loss_type": ["sigmoid"], "beta": 0.1}),
+}
+
+
 def random_pairs(workload: Workload, vocabulary_size: int) -> list[list[dict[str, list[int]]]]:
     """NUM_BATCHES lists of tokenised pairs; one completion in each list has the full length, so that shapes agree."""
     generator = torch.Generator().manual_seed(workload.seed)
@@ -188,49 +214,25 @@ def random_pairs(workload: Workload, vocabulary_size: int) -> list[list[dict[str
     ]
 
 
-class Steps:
-    """One contender ready to step: models on the device, optimizer, the collated batches of the workload."""
+class PreferenceSteps(Steps):
+    """Steps of `RainbowPOTrainer` or `trl.DPOTrainer`."""
 
     def __init__(self, name: str, workload: Workload) -> None:
-        self.trainer = _trainer(CONTENDERS[name], workload)
-        arguments = self.trainer.args
-        self.trainer.create_optimizer()
-        self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
-        if workload.gradient_checkpointing:
-            self.trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
-        self.trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
+        super().__init__(_preference_trainer(PREFERENCE_BASELINES[name], workload), workload)
         pairs = random_pairs(workload, self.trainer.model.config.get_text_config().vocab_size)
         self.batches = [self.trainer.data_collator(rows) for rows in pairs]
-        self.num_done = 0
-        self.loss: torch.Tensor | None = None  # of the last step, on the device
-
-    def step(self) -> None:
-        """Train on the next batch."""
-        batch = self.batches[self.num_done % NUM_BATCHES]
-        self.loss = self.trainer.training_step(self.model, dict(batch))
-        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.num_done += 1
-
-    def log(self) -> None:
-        """What `Trainer` does every `logging_steps`: the metrics collected since the last time become numbers."""
-        self.trainer.log({"loss": float(self.loss)})
 
 
-def _classes() -> dict[bool, tuple[type, type]]:
-    """Configuration and trainer by `Contender.is_ours`."""
-    trl = require("trl", needed_by="bench_preference.py")
+def _preference_trainer(baseline: PreferenceBaseline, workload: Workload) -> Any:
+    """The trainer, set up but for what only its training loop does."""
+    trl = require("trl", needed_by="--trainer rainbowpo")
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
-    return {False: (trl.DPOConfig, trl.DPOTrainer), True: (RainbowPOConfig, RainbowPOTrainer)}
-
-
-def _trainer(contender: Contender, workload: Workload) -> Any:
-    """The trainer, set up but for what only its training loop does."""
-    config_class, trainer_class = _classes()[contender.is_ours]
-    config = config_class(
+    make_config, make_trainer = (
+        (RainbowPOConfig, RainbowPOTrainer) if baseline.is_ours else (trl.DPOConfig, trl.DPOTrainer)
+    )
+    config = make_config(
         output_dir=tempfile.mkdtemp(prefix="bench_preference_"),  # nothing is written into it
         per_device_train_batch_size=workload.batch_size,
         max_length=None,
@@ -238,66 +240,133 @@ def _trainer(contender: Contender, workload: Workload) -> Any:
         gradient_checkpointing=workload.gradient_checkpointing,
         use_cpu=workload.device == "cpu",
         seed=workload.seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **contender.settings,
+        **NEVER_SAVES,
+        **baseline.settings,
     )
     Path(config.output_dir).rmdir()
     adapters = {}
     if workload.lora_rank:
         peft = require("peft", needed_by="--lora_rank")
         adapters["peft_config"] = peft.LoraConfig(r=workload.lora_rank, target_modules="all-linear")
-    has_model_as_reference = contender.has_reference and not workload.lora_rank
-    trainer = trainer_class(
+    return make_trainer(
         model=build_model(workload),
-        ref_model=build_model(workload) if has_model_as_reference else None,
+        ref_model=build_model(workload) if baseline.has_reference and not workload.lora_rank else None,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " a"}]),
         processing_class=build_tokenizer(workload),
         **adapters,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
-def chosen_contenders(names: Sequence[str] | None) -> list[str]:
-    """The named contenders, all if None, in the order of the table. Raises ValueError for a name it does not have."""
-    check_names("--contenders", names, CONTENDERS)
-    return [name for name in CONTENDERS if names is None or name in names]
+TARGET = 5.0  # nats per token, in place of what unseen text would say
+NO_EVALUATION = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+}
+# Sets and settings of a preset: four terms as in the paper, or five.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"sets": ("unlearn", "obsolete", "update", "retain"), "settings": {}},
+    "safe": {
+        "sets": ("unlearn", "obsolete", "update", "retain", "neighbour"),
+        "settings": {"forget_target": TARGET},
+    },
+}
 
 
-def workload_facts(workload: Workload) -> dict[str, Any]:
-    """The workload as columns."""
-    return dataclasses.asdict(workload) | {"trl": tools.package_version("trl")}
+@dataclass(frozen=True)
+class SurgeryBaseline:
+    """How a step is made. by_term: a backward pass for each term, else one of their sum. logs: at a logging step."""
+
+    by_term: bool
+    reference: str
+    logs: bool = False
+
+
+SURGERY_BASELINES = {
+    "by-term": SurgeryBaseline(True, "cache"),
+    "summed": SurgeryBaseline(False, "cache"),
+    "by-term-copy": SurgeryBaseline(True, "copy"),
+    "summed-copy": SurgeryBaseline(False, "copy"),
+    "by-term-logged": SurgeryBaseline(True, "cache", logs=True),
+}
+
+
+class SurgerySteps(Steps):
+    """Steps of `SurgeryTrainer`, with a backward pass for each term or one of their sum."""
+
+    def __init__(self, name: str, workload: Workload) -> None:
+        self.by_term = SURGERY_BASELINES[name].by_term
+        self._folder = tempfile.TemporaryDirectory(prefix="bench_surgery_")  # the cache; gone with the steps
+        trainer = _surgery_trainer(SURGERY_BASELINES[name], workload, Path(self._folder.name))
+        trainer._prepare()
+        super().__init__(trainer, workload)
+        # the training loop sets these
+        trainer.term_gradients = TermGradients(trainer.model.parameters())
+        trainer.state.logging_steps = 1
+        items = [trainer.train_dataset[place] for place in range(NUM_BATCHES)]
+        self.batches = [collate_sets([item], trainer.pad_token_id) for item in items]
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Make the gradients of a batch and return its loss."""
+        if self.by_term:
+            return super().backward(batch)
+        self.model.train()
+        with self.trainer.accelerator.autocast():
+            loss = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch))
+        self.trainer.accelerator.backward(loss)
+        return loss.detach()
+
+
+def random_rows(workload: Workload, vocabulary_size: int) -> dict[str, Dataset]:
+    """NUM_BATCHES batches of tokenised rows of each set, all of full length, so that nothing is padding."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    shape = NUM_BATCHES * workload.batch_size, workload.length
+    return {
+        name: Dataset.from_dict({"input_ids": torch.randint(3, vocabulary_size, shape, generator=generator).tolist()})
+        for name in PRESETS[workload.preset]["sets"]
+    }
+
+
+def _surgery_trainer(baseline: SurgeryBaseline, workload: Workload, folder: Path) -> SurgeryTrainer:
+    """The trainer, set up but for what only its training loop does."""
+    settings = {
+        **PRESETS[workload.preset]["settings"],
+        **NO_EVALUATION,
+        **NEVER_SAVES,
+        **{f"{name}_batch_size": workload.batch_size for name in PRESETS[workload.preset]["sets"]},
+        "output_dir": str(folder / "run"),
+        "max_length": workload.length,
+        "reference": baseline.reference,
+        "log_term_gradients": baseline.logs,
+        "bf16": workload.dtype == "mixed",
+        "gradient_checkpointing": workload.gradient_checkpointing,
+        "use_cpu": workload.device == "cpu",
+        "seed": workload.seed,
+        "max_steps": 1_000_000,  # never reached
+    }
+    model = build_model(workload)
+    rows = random_rows(workload, model.config.get_text_config().vocab_size)
+    config = SurgeryConfig.from_preset(workload.preset, **settings)
+    return SurgeryTrainer(model, config, **{f"{name}_dataset": data for name, data in rows.items()})
 
 
 _ALLOCATION = "[memory]"  # name of the profiler's events, whose Bytes are below 0 when memory is given back
 _CPU = 0  # among the profiler's device types
 
 
-class Steppable(Protocol):
-    """Anything that trains a step when told to."""
-
-    def step(self) -> None:
-        """Train on the next batch."""
-
-
 def peak_mebibytes(name: str, workload: Workload, num_steps: int) -> float:
-    """Most memory that a contender holds in steps after the first two; call it in a process of its own."""
-    return peak_of_steps(Steps(name, workload), torch.device(workload.device), num_steps)
-
-
-def peak_of_steps(steps: Steppable, device: torch.device, num_steps: int) -> float:
-    """Most memory in MiB that this process holds in steps after the first two."""
+    """Most memory that a baseline holds in steps after the first two; call it in a process of its own."""
+    steps = SUITES[workload.trainer].steps(name, workload)
     for _ in range(2):  # the first makes the state of the optimizer
         steps.step()
     gc.collect()
-    peak = _peak_on_gpu if device.type == "cuda" else _peak_on_cpu
+    peak = _peak_on_gpu if workload.device == "cuda" else _peak_on_cpu
     return peak(steps, num_steps) / tools.MEBIBYTE
 
 
-def _peak_on_gpu(steps: Steppable, num_steps: int) -> int:
+def _peak_on_gpu(steps: Steps, num_steps: int) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(num_steps):
@@ -306,7 +375,7 @@ def _peak_on_gpu(steps: Steppable, num_steps: int) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _peak_on_cpu(steps: Steppable, num_steps: int) -> int:
+def _peak_on_cpu(steps: Steps, num_steps: int) -> int:
     before = living_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(num_steps):
@@ -331,10 +400,53 @@ def living_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Who is measured by whom, and the most that the ratio of time and of memory should be; None: no such bar."""
+
+    name: str
+    baseline: str
+    time_bar: float | None
+    memory_bar: float | None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What belongs to one trainer."""
+
+    baselines: Mapping[str, PreferenceBaseline | SurgeryBaseline]
+    steps: Callable[[str, Workload], Steps]
+    comparisons: tuple[Comparison, ...]
+
+
+SUITES = {
+    "rainbowpo": Suite(
+        PREFERENCE_BASELINES,
+        PreferenceSteps,
+        (
+            Comparison("rainbowpo", "sigmoid_norm", time_bar=1.03, memory_bar=1.03),
+            Comparison("rainbowpo-no-reference", "sigmoid", time_bar=0.75, memory_bar=None),
+        ),
+    ),
+    "surgery": Suite(
+        SURGERY_BASELINES,
+        SurgerySteps,
+        (
+            Comparison("by-term", "summed", time_bar=1.05, memory_bar=0.6),
+            Comparison("by-term-copy", "summed-copy", time_bar=1.05, memory_bar=0.6),
+            Comparison("by-term", "by-term-copy", time_bar=None, memory_bar=None),
+            # Logged steps hold the gradient of every term: what that costs has no bar.
+            Comparison("by-term-logged", "by-term", time_bar=None, memory_bar=None),
+        ),
+    ),
+}
+
+
 @dataclass
-class PreferenceArguments:
+class TrainersArguments:
     """What steps, on what, and how often."""
 
+    trainer: str = field(default="rainbowpo", metadata={"help": f"Whose steps: {', '.join(SUITES)}."})
     model: str = field(
         default="llama-tiny",
         metadata={"help": f"Random weights of {', '.join(MODELS)}; or the folder or Hub id of a causal LM."},
@@ -345,11 +457,21 @@ class PreferenceArguments:
             "help": "Fields to change in a model named above, as JSON: '{\"num_hidden_layers\": 2}'; the others stay."
         },
     )
-    contenders: list[str] | None = field(
-        default=None, metadata={"help": f"Who steps: {', '.join(CONTENDERS)}; all if not given."}
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Of surgery. paper: four terms, plain ascent; safe (default): five, a bounded forget loss."},
     )
-    batch_size: int = field(default=2, metadata={"help": "Pairs of a step; the model sees twice as many sequences."})
-    length: int = field(default=128, metadata={"help": "Tokens of the longest sequence, a quarter of them prompt."})
+    baselines: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Who steps, all if not given. "
+            + " ".join(f"{name}: {', '.join(suite.baselines)}." for name, suite in SUITES.items())
+        },
+    )
+    batch_size: int = field(default=2, metadata={"help": "Pairs of a step, or rows of each set of a surgery."})
+    length: int = field(
+        default=128, metadata={"help": "Tokens of a row; of preferences the longest, a quarter of them prompt."}
+    )
     dtype: str = field(
         default="float32", metadata={"help": f"{', '.join(DTYPES)}; mixed: float32 weights, bfloat16 autocast."}
     )
@@ -358,9 +480,9 @@ class PreferenceArguments:
         metadata={"help": "Recompute layers in the backward pass, as DPOConfig does by default."},
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Train adapters of this rank on all linear layers; 0 trains all weights."}
+        default=0, metadata={"help": "Of rainbowpo: adapters of this rank on all linear layers; 0 trains all weights."}
     )
-    rounds: int = field(default=20, metadata={"help": "Timed rounds; in each, every contender makes one step."})
+    rounds: int = field(default=20, metadata={"help": "Timed rounds; in each, every baseline makes one step."})
     warmup: int = field(default=3, metadata={"help": "Rounds before them."})
     logging_steps: int = field(
         default=10, metadata={"help": "A step's share of a log is 1 / this; 10 is the default of DPOConfig."}
@@ -368,29 +490,40 @@ class PreferenceArguments:
     memory_steps: int = field(default=3, metadata={"help": "Steps whose peak memory is taken; 0 leaves memory out."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
     seed: int = field(default=0, metadata={"help": "Of weights and tokens."})
-    output_dir: str = field(default="runs/preference", metadata={"help": "Folder for the results."})
+    output_dir: str = field(default="runs/trainers", metadata={"help": "Folder for the results."})
     commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
 
     def __post_init__(self) -> None:
+        check_names("--trainer", [self.trainer], SUITES)
+        check_names("--baselines", self.baselines, SUITES[self.trainer].baselines)
         check_names("--dtype", [self.dtype], DTYPES)
-        chosen_contenders(self.contenders)
-        least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1, "memory_steps": 0}
-        least_of["lora_rank"] = 0
-        for name, least in least_of.items():
+        for name, owner in (("preset", "surgery"), ("lora_rank", "rainbowpo")):
+            if getattr(self, name) and self.trainer != owner:
+                raise ValueError(f"--{name} {getattr(self, name)} goes with --trainer {owner}, not {self.trainer}.")
+        if self.trainer == "surgery":
+            self.preset = self.preset or "safe"
+            check_names("--preset", [self.preset], PRESETS)
+        least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1}
+        for name, least in (least_of | {"memory_steps": 0, "lora_rank": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
 
+    @property
+    def chosen(self) -> list[str]:
+        """The named baselines, all if none is, in the order of the table."""
+        return [name for name in SUITES[self.trainer].baselines if self.baselines is None or name in self.baselines]
+
     def workload(self, device: torch.device) -> Workload:
-        """What is the same for all contenders."""
-        names = ("model", "overrides", "dtype", "batch_size", "length", "gradient_checkpointing", "seed", "lora_rank")
+        """What is the same for all baselines."""
+        names = {entry.name for entry in dataclasses.fields(Workload)} - {"device"}
         return Workload(**{name: getattr(self, name) for name in names}, device=device.type)
 
 
 @dataclass
 class Measurement:
-    """What is known of one contender; `reason` says why the rest is missing. Times are those of the timed rounds."""
+    """What is known of one baseline; `reason` says why the rest is missing. Times are those of the timed rounds."""
 
-    contender: str
+    name: str
     reason: str | None = None
     memory_reason: str | None = None
     parameters: int | None = None
@@ -404,55 +537,25 @@ class Measurement:
         return [step + log / logging_steps for step, log in zip(self.step_ms, self.log_ms, strict=True)]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Who is measured by whom, and the most that the ratio of time and of memory should be; None: no such bar."""
-
-    contender: str
-    baseline: str
-    time_bar: float | None
-    memory_bar: float | None
-
-
-COMPARISONS = (
-    Comparison("rainbowpo", "sigmoid_norm", time_bar=1.03, memory_bar=1.03),
-    Comparison("rainbowpo-no-reference", "sigmoid", time_bar=0.75, memory_bar=None),
-)
-
-
-def take_memory(
-    measurements: Sequence[Measurement],
-    workload: Workload,
-    num_steps: int,
-    bar: tqdm,
-    peak: Callable[[str, Any, int], float] = peak_mebibytes,
-) -> None:
+def take_memory(measurements: Sequence[Measurement], workload: Workload, num_steps: int, bar: tqdm) -> None:
     """Fill in `peak_mib`, each in a fresh process, so that neither caches nor leftovers of another count."""
     for measurement in measurements:
-        bar.set_description(f"memory of {measurement.contender}")
-        with tools.Attempt() as attempt:
+        bar.set_description(f"memory of {measurement.name}")
+        with Attempt() as attempt:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                future = pool.submit(peak, measurement.contender, workload, num_steps)
-                measurement.peak_mib = future.result()
+                measurement.peak_mib = pool.submit(peak_mebibytes, measurement.name, workload, num_steps).result()
         measurement.memory_reason = attempt.reason
         bar.update()
 
 
-def take_times(
-    measurements: Sequence[Measurement],
-    args: PreferenceArguments,
-    workload: Workload,
-    bar: tqdm,
-    make: Callable[[str, Any], Steps] = Steps,
-) -> None:
-    """Fill in the times of every contender: a step each a round, and each round another one begins."""
-    device = torch.device(workload.device)
-    stopwatch = tools.Stopwatch(device)
+def take_times(measurements: Sequence[Measurement], args: TrainersArguments, workload: Workload, bar: tqdm) -> None:
+    """Fill in the times of every baseline: a step each a round, and each round another one begins."""
+    stopwatch = tools.Stopwatch(torch.device(workload.device))
     ready: list[tuple[Measurement, Steps]] = []
     for measurement in measurements:
-        bar.set_description(f"building {measurement.contender}")
-        with tools.Attempt() as attempt:
-            steps = make(measurement.contender, workload)
+        bar.set_description(f"building {measurement.name}")
+        with Attempt() as attempt:
+            steps = SUITES[workload.trainer].steps(measurement.name, workload)
             measurement.parameters = steps.trainer.model.num_parameters()
             ready.append((measurement, steps))
         measurement.reason = attempt.reason
@@ -462,7 +565,7 @@ def take_times(
         first = number % max(1, len(ready))
         for measurement, steps in ready[first:] + ready[:first]:
             if measurement.reason is None:
-                with tools.Attempt() as attempt:
+                with Attempt() as attempt:
                     _take_turn(measurement, steps, stopwatch, counts=number >= args.warmup)
                 measurement.reason = attempt.reason
         bar.update()
@@ -480,11 +583,11 @@ def _take_turn(measurement: Measurement, steps: Steps, stopwatch: tools.Stopwatc
         measurement.log_ms.append(log_ms)
 
 
-def result_row(measurement: Measurement, args: PreferenceArguments, facts: dict[str, Any]) -> dict[str, Any]:
-    """One line of preference.csv."""
+def result_row(measurement: Measurement, args: TrainersArguments, facts: dict[str, Any]) -> dict[str, Any]:
+    """One line of preference.csv or surgery_<preset>.csv."""
     totals = measurement.totals(args.logging_steps)
     return {
-        "contender": measurement.contender,
+        "contender": measurement.name,
         "status": "ok" if measurement.reason is None else "failed",
         "reason": measurement.reason or measurement.memory_reason,
         "parameters": measurement.parameters,
@@ -501,17 +604,14 @@ def result_row(measurement: Measurement, args: PreferenceArguments, facts: dict[
 
 
 def ratio_rows(
-    measurements: Sequence[Measurement],
-    args: PreferenceArguments,
-    facts: dict[str, Any],
-    comparisons: Sequence[Comparison] = COMPARISONS,
+    measurements: Sequence[Measurement], args: TrainersArguments, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The lines of preference_ratios.csv: for each comparison time, taken in each round, and memory."""
-    found, rows = {m.contender: m for m in measurements if m.reason is None}, []
-    for comparison in comparisons:
-        if comparison.contender not in found or comparison.baseline not in found:
+    """For each comparison time, taken in each round, and memory."""
+    found, rows = {m.name: m for m in measurements if m.reason is None}, []
+    for comparison in SUITES[args.trainer].comparisons:
+        if comparison.name not in found or comparison.baseline not in found:
             continue
-        ours, theirs = found[comparison.contender], found[comparison.baseline]
+        ours, theirs = found[comparison.name], found[comparison.baseline]
         pairs = zip(ours.totals(args.logging_steps), theirs.totals(args.logging_steps), strict=True)
         of_memory = [ours.peak_mib / theirs.peak_mib] if ours.peak_mib and theirs.peak_mib else []
         measured = {
@@ -520,7 +620,7 @@ def ratio_rows(
         }
         for quantity, (ratios, bar) in measured.items():
             if ratios:
-                names = {"contender": comparison.contender, "baseline": comparison.baseline, "quantity": quantity}
+                names = {"contender": comparison.name, "baseline": comparison.baseline, "quantity": quantity}
                 rows.append(names | _spread(ratios) | {"bar": bar, "verdict": _verdict(ratios, bar)} | facts)
     return rows
 
@@ -537,11 +637,35 @@ def _verdict(ratios: Sequence[float], bar: float | None) -> str | None:
     return None if bar is None else "met" if statistics.median(ratios) <= bar else "missed"
 
 
-def contender_table(measurements: Sequence[Measurement], args: PreferenceArguments) -> list[dict[str, Any]]:
-    """The contenders for a terminal."""
+KEPT = "kept of the reference"  # share of a whole reference model that a cached one still holds in memory
+SLACK = 0.02  # of that share: buffers of a batch's states
+
+
+def reference_mebibytes(workload: Workload) -> tuple[float, float]:
+    """Size of the whole model before surgery, and of its head alone, which a cache keeps."""
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(workload, device="meta"))
+    parameters = sum(weight.nbytes for weight in model.parameters())
+    head = sum(weight.nbytes for weight in model.get_output_embeddings().parameters())
+    return parameters / tools.MEBIBYTE, head / tools.MEBIBYTE
+
+
+def kept_rows(measurements: Sequence[Measurement], workload: Workload, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A ratio line for what the cache of a surgery leaves of the reference in memory; the bar is its head."""
+    peaks = {m.name: m.peak_mib for m in measurements if m.peak_mib}
+    if not {"by-term", "by-term-copy"} <= peaks.keys():
+        return []
+    whole, head = reference_mebibytes(workload)
+    kept, bar = 1.0 - (peaks["by-term-copy"] - peaks["by-term"]) / whole, head / whole + SLACK
+    names = {"contender": "by-term", "baseline": "by-term-copy", "quantity": KEPT}
+    return [names | _spread([kept]) | {"bar": bar, "verdict": _verdict([kept], bar)} | facts]
+
+
+def times_table(measurements: Sequence[Measurement], args: TrainersArguments) -> list[dict[str, Any]]:
+    """The baselines for a terminal."""
     return [
         {
-            "contender": measurement.contender,
+            "step of": measurement.name,
             "step and log ms": tools.with_range(measurement.totals(args.logging_steps), 1),
             "log ms": tools.rounded(tools.middle(measurement.log_ms), 2),
             "peak MiB": tools.rounded(measurement.peak_mib, 0),
@@ -569,19 +693,19 @@ def ratio_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure memory, then time; write after each."""
-    (args,) = parse_arguments((PreferenceArguments,), argv, program="bench_preference.py", description=__doc__)
-    device = tools.choose_device(args.device)
+    (args,) = parse_arguments((TrainersArguments,), argv, program="trainers.py", description=__doc__)
+    device = choose_device(args.device)
     workload, folder = args.workload(device), Path(args.output_dir)
     check_model(workload)
-    machine = tools.machine_facts(device, args.commit)
-    facts = workload_facts(workload) | machine
-    folder.mkdir(parents=True, exist_ok=True)
-    measurements = [Measurement(name) for name in chosen_contenders(args.contenders)]
+    machine = machine_facts(device, args.commit)
+    facts = workload.facts() | machine
+    measurements = [Measurement(name) for name in args.chosen]
+    name = "preference" if args.trainer == "rainbowpo" else f"surgery_{args.preset}"
 
     def write() -> list[dict[str, Any]]:
-        tools.write_csv(folder / "preference.csv", [result_row(m, args, facts) for m in measurements])
-        ratios = ratio_rows(measurements, args, facts)
-        tools.write_csv(folder / "preference_ratios.csv", ratios)
+        write_csv(folder / f"{name}.csv", [result_row(m, args, facts) for m in measurements])
+        ratios = ratio_rows(measurements, args, facts) + kept_rows(measurements, workload, facts)
+        write_csv(folder / f"{name}_ratios.csv", ratios)
         return ratios
 
     turns = len(measurements) * (2 if args.memory_steps else 1) + args.warmup + args.rounds
@@ -594,284 +718,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios = write()
     for measurement in measurements:
         if measurement.reason or measurement.memory_reason:
-            print(f"{measurement.contender}: {measurement.reason or measurement.memory_reason}")
+            print(f"{measurement.name}: {measurement.reason or measurement.memory_reason}")
+    rows = f"rows of each set of {args.preset}" if args.preset else "pairs"
     print(
-        f"\n{machine['device']}, torch {machine['torch']}, {args.model}, {args.dtype}, {args.batch_size} pairs of "
+        f"\n{machine['device']}, torch {machine['torch']}, {args.model}, {args.dtype}, {args.batch_size} {rows} of "
         f"{args.length} tokens, {args.rounds} rounds; files: {folder}\n"
     )
-    print(text_table(contender_table(measurements, args)))
+    print(text_table(times_table(measurements, args)))
     if ratios:
         print(f"\n{text_table(ratio_table(ratios))}")
 
 
 if __name__ == "__main__":
     run_script(main)
-
-
-TARGET = 5.0  # nats per token, in place of what unseen text would say
-NO_EVALUATION = {
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "metric_for_best_model": None,
-}
-# Sets and settings of a preset: four terms as in the paper, or five.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"sets": ("unlearn", "obsolete", "update", "retain"), "settings": {}},
-    "safe": {
-        "sets": TERMS,
-        "settings": {"forget_target": TARGET},
-    },
-}
-
-
-@dataclass(frozen=True)
-class SurgeryContender:
-    """How a step is made. by_term: a backward pass for each term, else one of their sum. logs: at a logging step."""
-
-    by_term: bool
-    reference: str
-    logs: bool = False
-
-
-SURGERY_CONTENDERS: Mapping[str, SurgeryContender] = {
-    "by-term": SurgeryContender(True, "cache"),
-    "summed": SurgeryContender(False, "cache"),
-    "by-term-copy": SurgeryContender(True, "copy"),
-    "summed-copy": SurgeryContender(False, "copy"),
-    "by-term-logged": SurgeryContender(True, "cache", logs=True),
-}
-
-
-@dataclass(frozen=True)
-class SurgeryWorkload(Workload):
-    """Which model steps on which rows. batch_size: rows of each set in a step. length: tokens of every row."""
-
-    preset: str = "safe"
-
-
-class SurgerySteps:
-    """One contender ready to step: model and reference on the device, optimizer, the batches of the workload."""
-
-    def __init__(self, name: str, workload: SurgeryWorkload) -> None:
-        self.contender = SURGERY_CONTENDERS[name]
-        self._folder = tempfile.TemporaryDirectory(prefix="bench_surgery_")  # the cache; gone with the steps
-        self.trainer = _trainer_bench_surgery_contenders(self.contender, workload, Path(self._folder.name))
-        trainer = self.trainer
-        trainer._prepare()
-        trainer.create_optimizer()
-        self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        # the training loop sets these
-        trainer.term_gradients = TermGradients(trainer.model.parameters())
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.state.logging_steps = 1
-        if workload.gradient_checkpointing:
-            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-        items = [trainer.train_dataset[place] for place in range(NUM_BATCHES)]
-        self.batches = [collate_sets([item], trainer.pad_token_id) for item in items]
-        self.num_done = 0
-        self.loss: torch.Tensor | None = None  # of the last step, on the device
-
-    def step(self) -> None:
-        """Train on the next batch."""
-        trainer, batch = self.trainer, self.batches[self.num_done % NUM_BATCHES]
-        if self.contender.by_term:
-            self.loss = trainer.training_step(self.model, batch)
-        else:
-            self.model.train()
-            with trainer.accelerator.autocast():
-                loss = trainer.compute_loss(self.model, trainer._prepare_inputs(batch))
-            trainer.accelerator.backward(loss)
-            self.loss = loss.detach()
-            del loss
-        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.num_done += 1
-
-    def log(self) -> None:
-        """What `Trainer` does every `logging_steps`: the metrics collected since the last time become numbers."""
-        self.trainer.log({"loss": float(self.loss)})
-
-
-def surgery_peak_mebibytes(name: str, workload: SurgeryWorkload, num_steps: int) -> float:
-    """Most memory that a contender holds in steps after the first two; call it in a process of its own."""
-    return peak_of_steps(SurgerySteps(name, workload), torch.device(workload.device), num_steps)
-
-
-def reference_mebibytes(workload: SurgeryWorkload) -> tuple[float, float]:
-    """Size of the whole model before surgery, and of its head alone, which a cache keeps."""
-    with torch.device("meta"):
-        model = build_model(dataclasses.replace(workload, device="meta"))
-    parameters = sum(weight.nbytes for weight in model.parameters())
-    head = model.get_output_embeddings()
-    return parameters / tools.MEBIBYTE, sum(weight.nbytes for weight in head.parameters()) / tools.MEBIBYTE
-
-
-def chosen_surgery_contenders(names: Sequence[str] | None) -> list[str]:
-    """The named contenders, all if None, in the order of the table. Raises ValueError for a name it does not have."""
-    check_names("--contenders", names, SURGERY_CONTENDERS)
-    return [name for name in SURGERY_CONTENDERS if names is None or name in names]
-
-
-def random_rows(workload: SurgeryWorkload, vocabulary_size: int) -> dict[str, Dataset]:
-    """NUM_BATCHES batches of tokenised rows of each set, all of full length, so that nothing is padding."""
-    generator = torch.Generator().manual_seed(workload.seed)
-    shape = NUM_BATCHES * workload.batch_size, workload.length
-    return {
-        name: Dataset.from_dict({"input_ids": torch.randint(3, vocabulary_size, shape, generator=generator).tolist()})
-        for name in PRESETS[workload.preset]["sets"]
-    }
-
-
-def _trainer_bench_surgery_contenders(
-    contender: SurgeryContender, workload: SurgeryWorkload, folder: Path
-) -> SurgeryTrainer:
-    """The trainer, set up but for what only its training loop does."""
-    sets = PRESETS[workload.preset]["sets"]
-    settings = {
-        **PRESETS[workload.preset]["settings"],
-        **NO_EVALUATION,
-        **{f"{name}_batch_size": workload.batch_size for name in sets},
-        "output_dir": str(folder / "run"),
-        "max_length": workload.length,
-        "reference": contender.reference,
-        "log_term_gradients": contender.logs,
-        "bf16": workload.dtype == "mixed",
-        "gradient_checkpointing": workload.gradient_checkpointing,
-        "use_cpu": workload.device == "cpu",
-        "seed": workload.seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 1_000_000,  # never reached
-    }
-    model = build_model(workload)
-    rows = random_rows(workload, model.config.get_text_config().vocab_size)
-    trainer = SurgeryTrainer(
-        model,
-        SurgeryConfig.from_preset(workload.preset, **settings),
-        **{f"{name}_dataset": data for name, data in rows.items()},
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-@dataclass
-class SurgeryBenchArguments:
-    """What steps, on what, and how often."""
-
-    model: str = field(
-        default="llama-tiny",
-        metadata={"help": f"Random weights of {', '.join(MODELS)}; or the folder or Hub id of a causal LM."},
-    )
-    overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Fields to change in a model named above, as JSON: '{\"num_hidden_layers\": 2}'; the others stay."
-        },
-    )
-    preset: str = field(
-        default="safe",
-        metadata={"help": "paper: four terms with plain ascent; safe: five, and a bounded forget loss."},
-    )
-    contenders: list[str] | None = field(
-        default=None, metadata={"help": f"How a step is made: {', '.join(SURGERY_CONTENDERS)}; all if not given."}
-    )
-    batch_size: int = field(default=2, metadata={"help": "Rows of each set in a step."})
-    length: int = field(default=128, metadata={"help": "Tokens of every row."})
-    dtype: str = field(
-        default="float32", metadata={"help": f"{', '.join(DTYPES)}; mixed: float32 weights, bfloat16 autocast."}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
-    rounds: int = field(default=20, metadata={"help": "Timed rounds; in each, every contender makes one step."})
-    warmup: int = field(default=3, metadata={"help": "Rounds before them."})
-    logging_steps: int = field(default=10, metadata={"help": "A step's share of a log is 1 / this."})
-    memory_steps: int = field(default=3, metadata={"help": "Steps whose peak memory is taken; 0 leaves memory out."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of weights and tokens."})
-    output_dir: str = field(default="runs/surgery", metadata={"help": "Folder for the results."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
-
-    def __post_init__(self) -> None:
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--preset", [self.preset], PRESETS)
-        chosen_surgery_contenders(self.contenders)
-        least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1, "memory_steps": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
-
-    def workload(self, device: torch.device) -> SurgeryWorkload:
-        """What is the same for all contenders."""
-        names = ("model", "overrides", "dtype", "batch_size", "length", "gradient_checkpointing", "seed", "preset")
-        return SurgeryWorkload(**{name: getattr(self, name) for name in names}, device=device.type)
-
-
-# Logged steps hold the gradient of every term: what that costs has no bar.
-COMPARISONS_BENCH_SURGERY = (
-    Comparison("by-term", "summed", time_bar=1.05, memory_bar=0.6),
-    Comparison("by-term-copy", "summed-copy", time_bar=1.05, memory_bar=0.6),
-    Comparison("by-term", "by-term-copy", time_bar=None, memory_bar=None),
-    Comparison("by-term-logged", "by-term", time_bar=None, memory_bar=None),
-)
-KEPT = "kept of the reference"  # share of a whole reference model that a cached one still holds in memory
-SLACK = 0.02  # of that share: buffers of a batch's states
-
-
-def kept_rows(
-    measurements: Sequence[Measurement], workload: SurgeryWorkload, facts: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """A ratio line for what the cache leaves of the reference in memory; the bar is its head."""
-    peaks = {m.contender: m.peak_mib for m in measurements if m.peak_mib}
-    if not {"by-term", "by-term-copy"} <= peaks.keys():
-        return []
-    whole, head = reference_mebibytes(workload)
-    kept, bar = 1.0 - (peaks["by-term-copy"] - peaks["by-term"]) / whole, head / whole + SLACK
-    spread = dict.fromkeys(("ratio", "lower_quartile", "upper_quartile", "least", "most"), kept)
-    names = {"contender": "by-term", "baseline": "by-term-copy", "quantity": KEPT}
-    return [names | spread | {"bar": bar, "verdict": "met" if kept <= bar else "missed"} | facts]
-
-
-def surgery_main(argv: Sequence[str] | None = None) -> None:
-    """Measure memory, then time; write after each."""
-    (args,) = parse_arguments((SurgeryBenchArguments,), argv, program="bench_surgery.py", description=__doc__)
-    device = tools.choose_device(args.device)
-    workload, folder = args.workload(device), Path(args.output_dir)
-    check_model(workload)
-    machine = tools.machine_facts(device, args.commit)
-    facts = asdict(workload) | machine
-    folder.mkdir(parents=True, exist_ok=True)
-    measurements = [Measurement(name) for name in chosen_surgery_contenders(args.contenders)]
-
-    def write() -> list[dict[str, Any]]:
-        tools.write_csv(folder / f"surgery_{args.preset}.csv", [result_row(m, args, facts) for m in measurements])
-        ratios = ratio_rows(measurements, args, facts, COMPARISONS_BENCH_SURGERY) + kept_rows(
-            measurements, workload, facts
-        )
-        tools.write_csv(folder / f"surgery_{args.preset}_ratios.csv", ratios)
-        return ratios
-
-    turns = len(measurements) * (2 if args.memory_steps else 1) + args.warmup + args.rounds
-    with tqdm(total=turns, unit="turn", dynamic_ncols=True) as bar:
-        if args.memory_steps:
-            take_memory(measurements, workload, args.memory_steps, bar, surgery_peak_mebibytes)
-            write()
-        take_times(measurements, args, workload, bar, SurgerySteps)
-        bar.set_description("done")
-    ratios = write()
-    for measurement in measurements:
-        if measurement.reason or measurement.memory_reason:
-            print(f"{measurement.contender}: {measurement.reason or measurement.memory_reason}")
-    print(
-        f"\n{machine['device']}, torch {machine['torch']}, {args.model}, {args.dtype}, {args.preset}: "
-        f"{len(PRESETS[args.preset]['sets'])} sets of {args.batch_size} rows of {args.length} tokens, {args.rounds} "
-        f"rounds; files: {folder}\n"
-    )
-    print(text_table(contender_table(measurements, args)))
-    if ratios:
-        print(f"\n{text_table(ratio_table(ratios))}")
-
-
-if __name__ == "__main__":
-    run_script(surgery_main)

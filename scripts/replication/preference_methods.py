@@ -72,6 +72,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.preference_world import (
     EOS_ID,
@@ -86,8 +87,8 @@ from hf_moe_cpt.evaluation.resumable import write_json
 from hf_moe_cpt.evaluation.statistics import preference_accuracy
 from hf_moe_cpt.machine import machine_facts
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.reports.plots import plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import Attempt, plotting
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer

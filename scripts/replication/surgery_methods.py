@@ -80,6 +80,7 @@ from transformers import (
 )
 
 from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
 from hf_moe_cpt.data.random import derive_seed, permute
@@ -99,8 +100,8 @@ from hf_moe_cpt.evaluation.surgery import evaluate_model
 from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_correct
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, grouped_bars, plotting
 from hf_moe_cpt.scripts.replication.preference_methods import ComparisonFolder, Estimate, quiet_libraries, t_interval
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, preset_settings
@@ -558,7 +559,7 @@ class Worker:
         record = {"method": run.method, "architecture": run.architecture, "seed": run.seed, "split": run.split}
         record |= {"learning_rate": run.learning_rate, "strength": run.strength, "training": training}
         if self.device.type == "cuda":
-            record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / GIBIBYTE
+            record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         record |= self.examine(model, run)
         record["seconds"] = {"training": trained - started, "examination": time.perf_counter() - trained}
         del model

@@ -1,7 +1,5 @@
-"""The benchmark of expert layers on tiny shapes: its results, its failures, its counts and what it refuses.
-
-The tuner of tile shapes on the CPU, through Triton's interpreter: every product, a table, and what it refuses.
-"""
+"""The benchmark of expert layers on tiny shapes and the tuner of their tiles, which on a CPU runs through Triton's
+interpreter: results, failures, counts, and what both refuse."""
 
 import csv
 import io
@@ -15,9 +13,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_moe_cpt.attempts import Attempt, Unavailable, one_line
 from hf_moe_cpt.kernels.grouped_gemm import Tile
 from hf_moe_cpt.scripts.benchmarks import experts as bench_experts
-from hf_moe_cpt.scripts.benchmarks import experts as tune_experts
 from hf_moe_cpt.scripts.benchmarks.experts import (
     ERROR_LIMITS,
     OURS,
@@ -36,9 +34,7 @@ from hf_moe_cpt.scripts.benchmarks.experts import (
     make_case,
     parse_shape,
     relative_error,
-    tune_main,
 )
-from hf_moe_cpt.scripts.benchmarks.harness import Attempt, Unavailable, one_line
 from tests.helpers.kernel_device import DEVICE
 
 
@@ -258,12 +254,12 @@ ALL_WRONG = Tile(128, 48, 32)  # 48 columns are no power of two
 @pytest.fixture
 def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile that works and one that does not, for every product."""
-    monkeypatch.setattr(tune_experts, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in PIECES})
+    monkeypatch.setattr(bench_experts, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in PIECES})
 
 
 def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, capsys):
     options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "2", "--seconds", "0", "--dtype", "float32"]
-    tune_main([*options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
+    main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
     with (tmp_path / "tiles.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["piece"] for row in rows] == ["dense", *(piece for piece in PIECES for _ in range(2))]
@@ -285,7 +281,7 @@ def test_operations_of_all_products_are_those_of_a_training_step():
 def test_group_sizes_multiply_the_candidates():
     args = TuneArguments(groups=[4, 8])
     tiles = args.candidates("down")
-    assert len(tiles) == 2 * len(tune_experts.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}
+    assert len(tiles) == 2 * len(bench_experts.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}
 
 
 @pytest.mark.parametrize(

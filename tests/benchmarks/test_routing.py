@@ -34,7 +34,7 @@ def test_the_verdict_is_taken_from_pairs(bare, collecting, verdict, monkeypatch,
     turns = {"bare": iter(bare), "collect": iter(collecting)}
     monkeypatch.setattr(bench_routing, "_seconds", lambda run, device: next(turns[run.__name__]))
     args = RoutingArguments(batch_size=1, length=8, batches=1, rounds=4, device="cpu")
-    assert bench_routing.measure_collecting(args, bench_routing.tools.choose_device("cpu"))["verdict"] == verdict
+    assert bench_routing.measure_collecting(args, bench_routing.choose_device("cpu"))["verdict"] == verdict
 
 
 def test_checkpoints_of_synthetic_traces_share_their_text(tmp_path):

@@ -1,7 +1,4 @@
-"""The benchmark of sharding: what it refuses before anything starts, and what a row holds.
-
-The benchmark of training steps on tiny models: its results, its failures, its names and what it refuses.
-"""
+"""The benchmarks of training steps and of sharding on tiny models: results, failures, names and what they refuse."""
 
 import csv
 import io
@@ -14,22 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from hf_moe_cpt.attempts import Unavailable
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
+from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.scripts.benchmarks import step as bench_step
 from hf_moe_cpt.scripts.benchmarks.step import (
-    BenchArguments,
+    ShardingArguments,
     StepArguments,
     StepMeasurement,
     StepRun,
     class_of,
     class_table,
     classes_kept,
-    config_of,
     fuse,
     main,
     make_jobs,
     parse_run,
-    sharding_main,
 )
 
 
@@ -46,25 +43,20 @@ from hf_moe_cpt.scripts.benchmarks.step import (
 )
 def test_what_cannot_be_run_is_refused_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_jobs(BenchArguments(**{"device": "cpu", **changes}))
+        make_jobs(ShardingArguments(**{"device": "cpu", **changes}))
 
 
 @pytest.mark.slow
 def test_an_engine_reports_and_a_failure_is_a_row(tmp_path, capfd):
     words = "--model dense-tiny --layers 1 --rows 2 --length 16 --steps 2 --warmup 1 --device cpu".split()
-    sharding_main([*words, "--engines", "single", "--output_dir", str(tmp_path)])
-    (row,) = _rows(tmp_path)
+    main(["sharding", *words, "--engines", "single", "--output_dir", str(tmp_path)])
+    (row,) = read(tmp_path / "sharding.csv")
     assert row["status"] == "ok" and float(row["last loss"]) < float(row["first loss"])
     assert float(row["least ms"]) <= float(row["step ms"]) <= float(row["most ms"])
-    sharding_main([*words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
-    (row,) = _rows(tmp_path)
+    main(["sharding", *words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
+    (row,) = read(tmp_path / "sharding.csv")
     assert row["ranks"] == "2" and "it had not ended after 0.01 seconds" in row["status"]
     assert "raise --timeout" in capfd.readouterr().out
-
-
-def _rows(folder):
-    with (folder / "sharding.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 SMALL = {
@@ -240,7 +232,7 @@ def test_host_syncs_are_counted():
 def test_models_liger_does_not_know_are_named():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("qwen2-moe-granular-tiny"))
-    with pytest.raises(bench_step.tools.Unavailable, match="Liger has no kernels for the model type qwen2_moe"):
+    with pytest.raises(Unavailable, match="Liger has no kernels for the model type qwen2_moe"):
         fuse(model, torch.device("cuda"))
 
 

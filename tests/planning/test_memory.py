@@ -1,10 +1,8 @@
-"""Saved activations are counted right: against what operations are known to save. S tokens, H states, W width.
-
-Memory arithmetic: states against a real optimizer, sharding against division, moments against each other.
-
-What a plan knows of a model: parameters against loaded ones, saved activations against a pass with contents.
+"""Saved activations against what operations are known to save and what a pass with contents keeps, memory arithmetic
+against a real optimizer, division and FSDP2, parameters against loaded models. S tokens, H states, W width.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig
 
 from hf_moe_cpt.planning.memory import (
-    EXPERTS_OF,
+    OUR_EXPERTS,
     KeptBytes,
     ModelSize,
     TrainingSetup,
@@ -28,11 +26,10 @@ from hf_moe_cpt.planning.memory import (
     measure_kept,
     measure_size,
     parameters_held,
-    read_config,
     register_counted,
     training_memory,
 )
-from hf_moe_cpt.scripts.benchmarks.step import config_of
+from hf_moe_cpt.planning.models import config_of, read_config
 
 
 S, H, W = 6, 8, 20
@@ -203,10 +200,8 @@ LENGTH = 96
 GPT2 = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 
 
-def really_kept(config: PreTrainedConfig, dtype: torch.dtype, experts: dict[str, str]) -> int:
-    """Bytes of all storages that a real pass over one sequence saves, parameters aside."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", **experts).train()
-    states = [*model.parameters(), *model.buffers()]
+def saved_storages(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes of each storage that a pass saves for its backward pass, by its address."""
     size_of, alive = {}, []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -214,10 +209,18 @@ def really_kept(config: PreTrainedConfig, dtype: torch.dtype, experts: dict[str,
         size_of[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.zeros(1, LENGTH, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=ids, use_cache=False)
-    return sum(size for key, size in size_of.items() if key not in {s.untyped_storage()._cdata for s in states})
+        run()
+    return size_of
+
+
+def really_kept(config: PreTrainedConfig, dtype: torch.dtype, experts: dict[str, str]) -> int:
+    """Bytes of all storages that a real pass over one sequence saves, parameters aside."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", **experts).train()
+    states = {state.untyped_storage()._cdata for state in (*model.parameters(), *model.buffers())}
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    saved = saved_storages(lambda: model.base_model(input_ids=ids, use_cache=False))
+    return sum(size for key, size in saved.items() if key not in states)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +229,7 @@ def really_kept(config: PreTrainedConfig, dtype: torch.dtype, experts: dict[str,
 def test_counted_is_what_a_real_pass_keeps(name: str) -> None:
     """Without copies of weights, so in one type; masks and positions that do not grow with the batch are 1 % or so."""
     config = config_of(name)
-    experts = (
-        {} if "moe" not in name and "pb" not in name and "sb" not in name else {"experts_implementation": "grouped_mm"}
-    )
+    experts = {} if name in ("llama-tiny", "dense-tiny") else {"experts_implementation": "grouped_mm"}
     counted = measure_kept(config, LENGTH, "bfloat16", "plain")
     assert len(counted.layers) == config.num_hidden_layers
     kept = really_kept(config, torch.bfloat16, experts)
@@ -245,28 +246,19 @@ def test_stand_in_of_our_experts_saves_what_the_real_ones_save() -> None:
     register_counted()
     holder = nn.Module()
 
-    def saved(call: object) -> int:
-        size_of, alive = {}, []
-
-        def keep(tensor: Tensor) -> Tensor:
-            alive.append(tensor)
-            size_of[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
+    def saved(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
         with FakeTensorMode():
             holder.gate_up_proj = nn.Parameter(torch.empty(31, 2 * 64, 128, dtype=torch.bfloat16))
             holder.down_proj = nn.Parameter(torch.empty(31, 128, 64, dtype=torch.bfloat16))
             tokens = torch.empty(4096, 128, dtype=torch.bfloat16, requires_grad=True)
             index, gates = torch.zeros(4096, 3, dtype=torch.long), torch.empty(4096, 3, requires_grad=True)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                call(tokens, index, gates)
-        return sum(size_of.values())
+            return sum(saved_storages(lambda: call(tokens, index, gates)).values())
 
     def real(tokens: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         return experts(tokens, index, gates, holder.gate_up_proj, holder.down_proj, "silu")
 
     def stand_in(tokens: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        return ALL_EXPERTS_FUNCTIONS[EXPERTS_OF["hf_moe_cpt"]](holder, tokens, index, gates)
+        return ALL_EXPERTS_FUNCTIONS[OUR_EXPERTS](holder, tokens, index, gates)
 
     assert saved(stand_in) == pytest.approx(saved(real), rel=0.001)
 
