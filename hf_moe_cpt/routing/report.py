@@ -424,9 +424,9 @@ def training_rows(analysis: Analysis) -> Iterator[dict[str, Any]]:
 
 def charts(analysis: Analysis) -> dict[str, str]:
     """Standalone SVG of each curve by layer or step, by file name; only those that there are numbers for."""
-    ideal = _common([layer["experts_per_token"] / layer["num_experts"] for layer in analysis["layers"]])
-    chance = [] if ideal is None else [Mark(ideal, "chance")]
-    balance = [] if ideal is None else [Mark(ideal, "perfect balance")]
+    ideals = {layer["experts_per_token"] / layer["num_experts"] for layer in analysis["layers"]}
+    same = ideals if len(ideals) == 1 else ()
+    chance, balance = [Mark(ideal, "chance") for ideal in same], [Mark(ideal, "perfect balance") for ideal in same]
     metrics = {name: texts["all"] for name, texts in analysis["metrics"].items()}
     vocabulary = analysis.get("vocabulary_specialization") or {}
     first = analysis["checkpoints"][0]["name"]
@@ -495,10 +495,6 @@ def _by_step(analysis: Analysis) -> str | None:
     )
 
 
-def _common(values: list[float]) -> float | None:
-    return values[0] if len(set(values)) == 1 else None
-
-
 def _check(analysis: Analysis) -> None:
     missing = [key for key in ("checkpoints", "domains", "layers", "metrics") if not analysis.get(key)]
     if missing:
@@ -509,7 +505,11 @@ def _check(analysis: Analysis) -> None:
 
 def _write_json(analysis: Analysis, folder: Path) -> None:
     matrices = analysis.get("coactivation") or {}
-    arrays = {name: np.asarray(matrix, dtype=np.float32) for name, matrix in matrices.items() if _is_even(matrix)}
+    arrays = {
+        name: np.asarray(matrix, dtype=np.float32)
+        for name, matrix in matrices.items()
+        if len({len(layer) for layer in matrix}) == 1  # as many experts in every layer, so that one array holds them
+    }
     whole = dict(analysis)
     if sum(array.size for array in arrays.values()) > MAX_JSON_NUMBERS:
         partial = folder / ".coactivation.partial.npz"
@@ -520,11 +520,6 @@ def _write_json(analysis: Analysis, folder: Path) -> None:
         whole["coactivation"] = rounded(analysis.get("coactivation"), digits=None)
         (folder / "coactivation.npz").unlink(missing_ok=True)
     write_whole(folder / "analysis.json", json.dumps(whole, ensure_ascii=False, allow_nan=False))
-
-
-def _is_even(matrix: Any) -> bool:
-    """Whether all layers have as many experts, so that one array holds them."""
-    return len({len(layer) for layer in matrix}) == 1
 
 
 def _write_csv(path: Path, rows: Iterable[Row]) -> None:

@@ -529,12 +529,14 @@ def collect_routing(
         raise ValueError("data holds no domain: pass rows, or a mapping from the names of domains to rows.")
     model = _without_synchronisation(model)
     tap = RoutingTap(model, probabilities)
-    cut = CutSettings(max_length, tokens_per_domain, tokens_per_shard, _vocab_size(model))
+    inner = inner_model(model)
+    vocab_size = inner.get_input_embeddings().weight.shape[0]
+    cut = CutSettings(max_length, tokens_per_domain, tokens_per_shard, vocab_size)
     description = TraceDescription(
-        model=name or _name_of(model),
+        model=name or getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__,
         step=step,
         layers=_layers_of(model, tap),
-        vocab_size=cut.vocab_size,
+        vocab_size=vocab_size,
         tokenizer=tokenizer_checksum(tokenizer),
         has_probabilities=probabilities,
         settings=asdict(cut) | {"domains": list(domains), "weights": _weights_checksum(model)},
@@ -553,7 +555,8 @@ def collect_routing(
                 writer.write(shard.number, shard.domain, _trace_shard(model, tap, shard, token_ids, batch_size))
             bar.update(len(token_ids))
             num_shards += 1
-    _wait()
+    if num_ranks > 1:
+        dist.barrier()
     _in_turn(rank, lambda: writer.finish(num_shards))
     return RoutingTrace.open(folder, verify=False)
 
@@ -622,15 +625,6 @@ def _without_synchronisation(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _name_of(model: nn.Module) -> str:
-    inner = inner_model(model)
-    return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
-
-
-def _vocab_size(model: nn.Module) -> int:
-    return inner_model(model).get_input_embeddings().weight.shape[0]
-
-
 def _forward_of(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
     """Run a batch that lies on the host, asking for as little beside the layers as the model lets one ask for."""
     accepted = inspect.signature(inner_model(model).forward).parameters
@@ -671,11 +665,6 @@ def _rank() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def _wait() -> None:
-    if _rank()[1] > 1:
-        dist.barrier()
 
 
 def _in_turn(rank: int, act: Callable[[], Any]) -> None:
