@@ -33,6 +33,9 @@ CONFIGURATIONS = {
 KNOWN_FAILURES = {
     "test_bc_cache_name_forward": "wants a warning of the old name of the cache; here both names are welcome",
     "test_output_router_logits_from_config": "wants them recorded in evaluation too; here in training, or when asked",
+    "test_training_gradient_checkpointing_use_reentrant_true": (
+        "re-entrant checkpointing is refused while a router penalty is on; it passes where none is"
+    ),
     "grouped_window::test_generate_with_static_cache": (
         "expects a cache as long as the text whatever the window; Mistral with this window fails alike"
     ),
@@ -63,7 +66,10 @@ def test_case_of(name: str, fields: dict) -> type[unittest.TestCase]:
             names += " pad_token_id bos_token_id eos_token_id"
             sizes = {key: getattr(self, key) for key in names.split()}
             width = {"moe_intermediate_size": 16} if fields["num_experts"] else {}
-            return CptMoeConfig(**sizes, intermediate_size=64, hidden_act="gelu", **width, **fields)
+            # Tolerances of half precision are those of transformers' usual initialisation.
+            return CptMoeConfig(
+                **sizes, intermediate_size=64, hidden_act="gelu", initializer_range=0.02, **width, **fields
+            )
 
     bases = [tester.CausalLMModelTest]
     try:
