@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -113,6 +113,18 @@ def inv_sqrt_inf(
     return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, partial(_inv_sqrt, steepness=steepness))
 
 
+class ScheduleSettings(TypedDict):
+    """A schedule by name with what it needs: the keyword arguments of `check_schedule` and `learning_rate_at`."""
+
+    schedule: str
+    num_steps: int
+    phases: Phases
+    max_lr: float
+    constant_lr: float
+    min_lr: float
+    steepness: NotRequired[float]
+
+
 SCHEDULES: dict[str, Callable[..., float]] = {
     "cosine_inf": cosine_inf,
     "inv_sqrt_inf": inv_sqrt_inf,
@@ -189,31 +201,12 @@ def check_schedule(
         raise ValueError(f"steepness={steepness} gives inv_sqrt_inf no slope: set it > 0 (10 is the usual value).")
 
 
-def build_lr_scheduler(
-    optimizer: Optimizer,
-    *,
-    schedule: str,
-    num_steps: int,
-    phases: Phases,
-    max_lr: float,
-    constant_lr: float,
-    min_lr: float,
-    steepness: float = 10.0,
-) -> LambdaLR:
+def build_lr_scheduler(optimizer: Optimizer, **settings: Unpack[ScheduleSettings]) -> LambdaLR:
     """A LambdaLR that multiplies each group's initial learning rate (max_lr in a plain run) by rate / max_lr.
 
     Groups with other initial rates keep their proportion to max_lr. Its state is the step alone, so that changed
     rates, phases or num_steps take effect at once when a run is resumed.
     """
-    settings: dict[str, Any] = {
-        "schedule": schedule,
-        "num_steps": num_steps,
-        "phases": phases,
-        "max_lr": max_lr,
-        "constant_lr": constant_lr,
-        "min_lr": min_lr,
-        "steepness": steepness,
-    }
     check_schedule(**settings)
     return StepLambdaLR(optimizer, partial(_ratio_at, **settings))
 
@@ -269,55 +262,25 @@ class ScheduleCurve:
     phase_starts: dict[str, int]
 
 
-def schedule_curve(
-    *,
-    schedule: str,
-    num_steps: int,
-    phases: Phases,
-    max_lr: float,
-    constant_lr: float,
-    min_lr: float,
-    steepness: float = 10.0,
-    num_points: int = 400,
-) -> ScheduleCurve:
+def schedule_curve(*, num_points: int = 400, **settings: Unpack[ScheduleSettings]) -> ScheduleCurve:
     """Sample the rate at about num_points steps, phase boundaries always among them."""
-    rates_of = {"max_lr": max_lr, "constant_lr": constant_lr, "min_lr": min_lr, "steepness": steepness}
-    check_schedule(schedule=schedule, num_steps=num_steps, phases=phases, **rates_of)
-    ends = phases.boundaries(num_steps)
+    check_schedule(**settings)
+    num_steps = settings["num_steps"]
+    ends = settings["phases"].boundaries(num_steps)
     starts = {name: begin for name, begin, end in zip(PHASE_NAMES, (0, *ends), ends, strict=False) if end > begin}
     even = {round(i * num_steps / max(1, num_points - 1)) for i in range(num_points)}
     steps = sorted(even | {0, num_steps} | set(starts.values()))
-    rate_at = partial(learning_rate_at, schedule=schedule, num_steps=num_steps, phases=phases, **rates_of)
-    return ScheduleCurve(steps, [rate_at(step) for step in steps], starts)
+    return ScheduleCurve(steps, [learning_rate_at(step, **settings) for step in steps], starts)
 
 
 def describe_schedule(
-    *,
-    schedule: str,
-    num_steps: int,
-    phases: Phases,
-    max_lr: float,
-    constant_lr: float,
-    min_lr: float,
-    steepness: float = 10.0,
-    tokens_per_step: int | None = None,
-    width: int = 72,
-    height: int = 8,
+    *, tokens_per_step: int | None = None, width: int = 72, height: int = 8, **settings: Unpack[ScheduleSettings]
 ) -> str:
     """Table of phases (steps, tokens if tokens_per_step is given, rate at begin and end) above a plot in text.
 
     The "end" of a phase is the value its last step runs into, which is the next phase's first.
     """
-    settings = {
-        "schedule": schedule,
-        "num_steps": num_steps,
-        "phases": phases,
-        "max_lr": max_lr,
-        "constant_lr": constant_lr,
-        "min_lr": min_lr,
-        "steepness": steepness,
-    }
-    curve = schedule_curve(**settings, num_points=width + 1)
+    curve, num_steps = schedule_curve(**settings, num_points=width + 1), settings["num_steps"]
     rate_at = dict(zip(curve.steps, curve.rates, strict=True))
     begins = list(curve.phase_starts.values())
     rows = [("phase", "from step", "steps", "share", "tokens", "lr begin", "lr end")]
@@ -329,7 +292,7 @@ def describe_schedule(
     total = f"{num_steps * tokens_per_step:,}" if tokens_per_step else ""
     rows.append(("total", "", f"{num_steps:,}", "100.0%", total, f"{rate_at[0]:.3g}", f"{rate_at[num_steps]:.3g}"))
     plot_rates = [learning_rate_at(round(i * num_steps / (width - 1)), **settings) for i in range(width)]
-    return "\n".join([f"schedule {schedule}", *_align(rows), "", *_plot(plot_rates, num_steps, height)])
+    return "\n".join([f"schedule {settings['schedule']}", *_align(rows), "", *_plot(plot_rates, num_steps, height)])
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:

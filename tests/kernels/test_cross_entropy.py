@@ -431,21 +431,6 @@ def test_model_compiles_into_one_graph():
         assert_matches(name, parameter.grad, want[name], 2e-5)
 
 
-def test_autocast(calls):
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-    ids, labels = batch()
-    results = []
-    for model in pair("cpt_moe", num_experts=0, num_experts_per_tok=0):
-        with torch.autocast(DEVICE.type, dtype):
-            results.append(run(model, ids, labels=labels))
-    (want, want_gradients), (got, got_gradients) = results
-    assert_matches("loss", got.loss, want.loss, 1e-5)
-    assert len(calls) == 1
-    for name, gradient in want_gradients.items():
-        assert got_gradients[name].dtype == torch.float32
-        assert_matches(name, got_gradients[name], gradient, 3e-2)
-
-
 needs_liger = pytest.mark.skipif(not is_installed("liger_kernel"), reason="liger-kernel is not installed")
 ALL_OFF = {name: False for name in ("rope", "rms_norm", "swiglu", "geglu", "fused_linear_cross_entropy")}
 # What Triton's interpreter can run of Liger.
