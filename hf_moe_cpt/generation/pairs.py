@@ -44,7 +44,7 @@ from hf_moe_cpt.generation.sampling import (
     check_at_least,
     require_template,
 )
-from hf_moe_cpt.machine import DEVICES, check_names, choose_device, release_memory
+from hf_moe_cpt.machine import DEVICES, check_names, choose_device, package_version, release_memory
 
 
 KIND_OF_EXTENSION = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -663,10 +663,8 @@ sampling, Liu et al. 2024, arXiv 2309.06657); `percentile` rewards are ranks wit
 
 def card(settings: Settings, summary: dict[str, Any]) -> str:
     """The README.md of the data set: what it was made of."""
-    from hf_moe_cpt import __version__
-
     tables = {stage: _table("setting", settings[stage]) for stage in settings}
-    return CARD.format(version=__version__, counts=_table("count", summary), **tables, **summary)
+    return CARD.format(version=package_version("hf_moe_cpt"), counts=_table("count", summary), **tables, **summary)
 
 
 def _table(head: str, values: dict[str, Any]) -> str:
