@@ -4,20 +4,20 @@ Importing the package tells `transformers` about the model type `cpt_moe` and th
 (see `hf_moe_cpt.registration`) and loads nothing else: every public name below is imported when first asked for.
 """
 
-import importlib
 import os
 from typing import TYPE_CHECKING
 
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.lazy import lazy_names
 from hf_moe_cpt.registration import register_kernels, register_model_type
 
 
 if TYPE_CHECKING:
     from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
     from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+    from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
     from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-    from hf_moe_cpt.trainers.instruments.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
     from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -40,21 +40,6 @@ __all__ = [
     "register_kernels",
 ]
 
-_HOME_OF_NAME = {
-    "CPTConfig": "hf_moe_cpt.trainers.cpt.cpt_config",
-    "CPTTrainer": "hf_moe_cpt.trainers.cpt.cpt_trainer",
-    "CptMoeConfig": "hf_moe_cpt.modeling.configuration_cpt_moe",
-    "CptMoeForCausalLM": "hf_moe_cpt.modeling.modeling_cpt_moe",
-    "CptMoeForSequenceClassification": "hf_moe_cpt.modeling.modeling_cpt_moe",
-    "CptMoeModel": "hf_moe_cpt.modeling.modeling_cpt_moe",
-    "RainbowPOConfig": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config",
-    "RainbowPOTrainer": "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer",
-    "RouterMonitorCallback": "hf_moe_cpt.trainers.instruments.router_monitor",
-    "SurgeryConfig": "hf_moe_cpt.trainers.surgery.surgery_config",
-    "SurgeryTrainer": "hf_moe_cpt.trainers.surgery.surgery_trainer",
-    "register_kernels": "hf_moe_cpt.registration",
-}
-
 _PACKAGE_OF_EXTRA = {"RainbowPOConfig": "trl", "RainbowPOTrainer": "trl"}
 
 # In a checkout the rooms modeling/, trainers/, scripts/ and hub_cards/ lie beside this folder instead of inside it.
@@ -62,20 +47,31 @@ _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_CHECKOUT, "setup.cfg")) and os.path.isdir(os.path.join(_CHECKOUT, "modeling")):
     __path__.append(_CHECKOUT)
 
+_import, __dir__ = lazy_names(
+    __name__,
+    {
+        "hf_moe_cpt.trainers.cpt.cpt_config": ("CPTConfig",),
+        "hf_moe_cpt.trainers.cpt.cpt_trainer": ("CPTTrainer",),
+        "hf_moe_cpt.modeling.configuration_cpt_moe": ("CptMoeConfig",),
+        "hf_moe_cpt.modeling.modeling_cpt_moe": (
+            "CptMoeForCausalLM",
+            "CptMoeForSequenceClassification",
+            "CptMoeModel",
+        ),
+        "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config": ("RainbowPOConfig",),
+        "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer": ("RainbowPOTrainer",),
+        "hf_moe_cpt.trainers.common.router_monitor": ("RouterMonitorCallback",),
+        "hf_moe_cpt.trainers.surgery.surgery_config": ("SurgeryConfig",),
+        "hf_moe_cpt.trainers.surgery.surgery_trainer": ("SurgeryTrainer",),
+    },
+)
+
 
 def __getattr__(name: str) -> object:
-    """Import a public name on first use; afterwards it is a plain attribute."""
-    if name not in _HOME_OF_NAME:
-        raise AttributeError(f"module 'hf_moe_cpt' has no attribute {name!r}")
+    """A public name, imported on first use; what needs a package that is not installed says so."""
     if name in _PACKAGE_OF_EXTRA:
         require(_PACKAGE_OF_EXTRA[name], needed_by=name)
-    value = getattr(importlib.import_module(_HOME_OF_NAME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _import(name)
 
 
 register_model_type()

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -95,6 +95,18 @@ def _run(name: str, words: Sequence[str]) -> None:
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Call the `main` of a script that was started by itself, and end the process with what `exit_code` says."""
     sys.exit(exit_code(main))
+
+
+def run_program(programs: Mapping[str, Callable[[Sequence[str]], None]], argv: Sequence[str] | None) -> None:
+    """Hand the words to the program that the first of them names, or to the first program if it is an option.
+
+    argv: those of the process if None. Raises ValueError for an unknown name.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and not words[0].startswith("-") else next(iter(programs))
+    if name not in programs:
+        raise ValueError(f"{name!r} is unknown: choose from {', '.join(programs)}.")
+    programs[name](words)
 
 
 def exit_code(call: Callable[[], None], with_traceback: bool = False) -> int:

@@ -103,8 +103,10 @@ class SourceModule(dict):
         if root in sys.stdlib_module_names:
             found = importlib.import_module(module)
             return found if member is None else getattr(found, member)
-        if root == hf_moe_cpt.__name__ and member is not None and _file_of(module).name != "__init__.py":
-            return SourceModule.load(module)[member]
+        if root == hf_moe_cpt.__name__ and member is not None:
+            source = SourceModule.load(module)
+            if member in source._statements or source.path.name != "__init__.py":  # else maybe a file of a package
+                return source[member]
         return Absent(module, member or name)
 
 
@@ -137,7 +139,8 @@ def _bound_names(node: ast.stmt) -> list[str]:
 def _names_used_at_once(node: ast.AST) -> Iterator[str]:
     """Names that run with a statement: not the bodies of functions, not annotations."""
     if isinstance(node, ast.Name):
-        yield node.id
+        if isinstance(node.ctx, ast.Load):
+            yield node.id
     elif isinstance(node, ast.FunctionDef | ast.Lambda):
         for decorator in getattr(node, "decorator_list", []):
             yield from _names_used_at_once(decorator)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
+from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
 
 
 Training = TypeVar("Training", bound=TrainingArguments)

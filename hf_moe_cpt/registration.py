@@ -1,24 +1,33 @@
 """Tell transformers about the model type `cpt_moe` and about our kernels, at no cost for whoever does not use them.
 
 Registering the plain way costs seconds: AutoConfig wants `transformers.models.auto`, the AutoModels want the model
-classes and these want `transformers.modeling_utils`. So each half waits for its moment:
+classes and these want `transformers.modeling_utils`. So each part waits for its moment:
 
-1. Registration happens when `transformers.models.auto` is imported: at once if it already is, otherwise right after
-   (`_AfterImport`). A process that never asks for an Auto class, such as `hf-moe-cpt --help`, never pays.
+1. Registration happens when the module whose table it enters is imported: at once if it already is, otherwise right
+   after (`_AfterImport`). A process that never asks for an Auto class, such as `hf-moe-cpt --help`, never pays.
 2. AutoConfig gets the configuration class itself; the AutoModels get a `_ModelClassOnUse`, which imports the model
    file when a checkpoint is loaded and then puts the real classes in its place.
 
-The kernels wait in the same way for the module whose table they enter (`register_kernels`).
-
-Only public `register` methods and tables are used and no module of anybody else is changed. Source: ours.
+Only public `register` methods and tables are used and no module of anybody else is changed. Nothing is put on
+`sys.meta_path`: a finder there would be asked for every module that is missing, in every step of a training.
+Source: ours.
 """
 
-import importlib
-import importlib.abc
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
 from types import ModuleType
 
 from hf_moe_cpt.extras import is_installed
@@ -46,20 +55,17 @@ def register_kernels() -> None:
     type `cpt_moe`. The routers of `cpt_moe` get the operator `torch.ops.hf_moe_cpt.sinkhorn_plan`, if Triton is
     installed and torch is built for a GPU.
     """
-    _run_after_import("transformers.integrations.moe", _register_experts)
+    interface = "hf_moe_cpt.kernels.experts_interface"  # registers itself
+    _run_after_import("transformers.integrations.moe", partial(importlib.import_module, interface))
     _run_after_import("liger_kernel.transformers.monkey_patch", _register_with_liger)
-    _run_after_import("hf_moe_cpt.modeling.routers_cpt_moe", _register_router_operators)
-
-
-def _register_experts() -> None:
-    importlib.import_module("hf_moe_cpt.kernels.experts_implementation").register_experts_implementations()
+    _run_after_import(_MODEL_FILE, _register_router_operator)
 
 
 def _register_with_liger() -> None:
-    importlib.import_module("hf_moe_cpt.kernels.liger").register_with_liger()
+    importlib.import_module("hf_moe_cpt.kernels.cross_entropy").register_with_liger()
 
 
-def _register_router_operators() -> None:
+def _register_router_operator() -> None:
     torch = sys.modules["torch"]
     if is_installed("triton") and (torch.version.cuda or torch.version.hip):
         importlib.import_module("hf_moe_cpt.kernels.sinkhorn")
@@ -96,35 +102,45 @@ class _ModelClassOnUse:
         return getattr(model_class, name)
 
 
-def _run_after_import(module_name: str, action: Callable[[], None]) -> None:
-    """Call `action` once: now if the module has been imported, else as soon as it is."""
+def _run_after_import(module_name: str, action: Callable[[], object]) -> None:
+    """Call `action` once: now if the module has been imported, else as soon as it is; never if it is not installed."""
     if module_name in sys.modules:
         action()
-    else:
-        sys.meta_path.insert(0, _AfterImport(module_name, action))
+        return
+    top, *inner, _ = module_name.split(".")
+    if top == "hf_moe_cpt":  # its rooms need not lie in its own folder
+        top, inner = f"{top}.{inner[0]}", inner[1:]
+    package = importlib.util.find_spec(top)
+    if package is not None and package.submodule_search_locations:
+        folder = os.path.join(list(package.submodule_search_locations)[0], *inner)
+        finder = sys.path_importer_cache.get(folder)
+        if not isinstance(finder, _AfterImport):
+            finder = sys.path_importer_cache[folder] = _AfterImport(folder)
+        finder.actions[module_name] = action
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Watches for one import, hands it to the ordinary finders, adds a call after it and leaves `sys.meta_path`."""
+class _AfterImport(FileFinder):
+    """Python's finder of the modules in one folder, which adds a call after the import of some of them.
 
-    def __init__(self, module_name: str, action: Callable[[], None]) -> None:
-        self.module_name = module_name
-        self.action = action
+    It takes the place of the ordinary one in `sys.path_importer_cache`, where nothing but an import from that very
+    folder asks it.
+    """
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.module_name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
+    def __init__(self, folder: str) -> None:
+        source, compiled = (SourceFileLoader, SOURCE_SUFFIXES), (SourcelessFileLoader, BYTECODE_SUFFIXES)
+        super().__init__(folder, (ExtensionFileLoader, EXTENSION_SUFFIXES), source, compiled)
+        self.actions: dict[str, Callable[[], object]] = {}
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The ordinary finder's answer."""
+        spec = super().find_spec(fullname, target)
+        if spec is None or spec.loader is None or fullname not in self.actions:
             return spec
         execute = spec.loader.exec_module
 
         def execute_then_act(module: ModuleType) -> None:
             execute(module)
-            self.action()
+            self.actions.pop(fullname, lambda: None)()
 
         spec.loader.exec_module = execute_then_act
         return spec

@@ -1,7 +1,9 @@
-"""Configuration of the `cpt_moe` family: a Llama-like decoder with dense or mixture-of-experts feed-forward blocks.
+"""Configuration of the `cpt_moe` family, and the paper's five models with a tiny twin of each as its presets.
 
-E = routed experts, K = routed experts per token. Sources: arXiv 2503.05029 (architecture, routers, penalties); where
-the paper is silent the defaults are those of its authors' training code (GPT-NeoX), see docs/models.md.
+A Llama-like decoder with dense or mixture-of-experts feed-forward blocks; E = routed experts, K = routed experts per
+token. Sources: arXiv 2503.05029 (architecture, routers, penalties; sizes in section 4, embedding and attention shapes
+follow from its 570M and 2B parameters); where the paper is silent the defaults are those of its authors' training code
+(GPT-NeoX), see docs/models.md.
 """
 
 import os
@@ -11,8 +13,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
-
-from .presets_cpt_moe import PRESETS
 
 
 logger = logging.get_logger(__name__)
@@ -52,6 +52,47 @@ _KEYS_OF_TRANSFORMERS = frozenset(
 )
 
 
+# PB = penalty-balanced top-k routing, SB = Sinkhorn-balanced. Expert width is left to the configuration's own rule,
+# `intermediate_size / (experts per token + shared experts)`: every model of a size has the same active FLOPs.
+_PAPER_SIZE = {
+    "vocab_size": 128_256,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 2048,
+}
+
+# The same ratios as above (FFN width 2.75 x hidden size) at a size that a CPU trains in minutes.
+_TINY_SIZE = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+_DENSE = {"num_experts": 0}
+_GRANULAR = {"num_experts": 31, "num_experts_per_tok": 3, "num_shared_experts": 1}
+_SWITCH = {"num_experts": 8, "num_experts_per_tok": 1, "num_shared_experts": 0}
+_PENALTY_BALANCED = {"router_type": "softmax_topk", "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001}
+_SINKHORN_BALANCED = {"router_type": "sinkhorn", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+
+PRESETS: dict[str, dict[str, int | float | str]] = {
+    "dense-570m": _PAPER_SIZE | _DENSE,
+    "pb-granular-2b": _PAPER_SIZE | _GRANULAR | _PENALTY_BALANCED,
+    "sb-granular-2b": _PAPER_SIZE | _GRANULAR | _SINKHORN_BALANCED,
+    "pb-switch-2b": _PAPER_SIZE | _SWITCH | _PENALTY_BALANCED,
+    "sb-switch-2b": _PAPER_SIZE | _SWITCH | _SINKHORN_BALANCED,
+    "dense-tiny": _TINY_SIZE | _DENSE,
+    "pb-granular-tiny": _TINY_SIZE | _GRANULAR | _PENALTY_BALANCED,
+    "sb-granular-tiny": _TINY_SIZE | _GRANULAR | _SINKHORN_BALANCED,
+    "pb-switch-tiny": _TINY_SIZE | _SWITCH | _PENALTY_BALANCED,
+    "sb-switch-tiny": _TINY_SIZE | _SWITCH | _SINKHORN_BALANCED,
+}
+
+
 @strict
 class CptMoeConfig(PreTrainedConfig):
     """Sizes, router and penalties of a `cpt_moe` model; the default is the paper's PB granular model.
@@ -62,14 +103,8 @@ class CptMoeConfig(PreTrainedConfig):
 
     model_type = "cpt_moe"
     attribute_map = {"num_local_experts": "num_experts"}
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "router_logits",
-        "router_indices",
-        "lm_loss",
-        "aux_loss",
-        "z_loss",
-    ]
+    # The cache by either name.
+    keys_to_ignore_at_inference = "cache past_key_values router_logits router_indices lm_loss aux_loss z_loss".split()
 
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

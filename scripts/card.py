@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.hub.cards import CardArguments, build_card, is_generated, write_card
-from hf_moe_cpt.hub.publishing import CARD
+from hf_moe_cpt.hub.cards import CardArguments, build_card, card_of_a_person, write_card
+from hf_moe_cpt.hub.folder import CARD
 
 
 @dataclass
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.print:
         print(build_card(card.folder, told, card.method).text)
         return
-    path = Path(card.folder) / CARD
-    if path.is_file() and not output.overwrite and not is_generated(path.read_text(encoding="utf-8")):
+    if not output.overwrite and card_of_a_person(card.folder) is not None:
         raise ValueError(
-            f"{str(path)!r} was written by somebody: keep it, or replace it with --overwrite (--print only shows)."
+            f"{str(Path(card.folder) / CARD)!r} was written by somebody: keep it, or replace it with --overwrite "
+            "(--print only shows)."
         )
     print(write_card(card.folder, told, card.method))
 

@@ -26,15 +26,15 @@ from transformers import (
 
 from hf_moe_cpt.arguments import ParallelArguments, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.data.permutation import derive_seed
-from hf_moe_cpt.data.sources import load_text_dataset
+from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.data.text import load_text_dataset
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.optim.describe import describe_schedule
+from hf_moe_cpt.optim.schedules import describe_schedule
+from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.instruments.checkpoints import require_unused, resolve_resume
-from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 
 
 @dataclass

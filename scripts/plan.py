@@ -12,13 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from hf_moe_cpt.analysis.training_memory import ENGINES, KERNELS, OPTIMIZERS, PRECISIONS, TRAINERS, TrainingSetup
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.plan_model import measure_kept, measure_size, read_config
-from hf_moe_cpt.scripts.plan_report import as_json, as_text
-from hf_moe_cpt.scripts.plan_search import make_plan
-from hf_moe_cpt.scripts.plan_speeds import SPEED_OF_GPU
+from hf_moe_cpt.planning.memory import (
+    ENGINES,
+    KERNELS,
+    OPTIMIZERS,
+    PRECISIONS,
+    TRAINERS,
+    TrainingSetup,
+    measure_kept,
+    measure_size,
+)
+from hf_moe_cpt.planning.models import read_config
+from hf_moe_cpt.planning.plan import SPEED_OF_GPU, as_json, as_text, make_plan
 
 
 REFERENCES = {"cpt": ("none",), "rainbowpo": ("copy", "none"), "surgery": ("cache", "copy", "none")}
@@ -32,7 +39,7 @@ def _one_of(names: Sequence[str]) -> str:
 class PlanArguments:
     """What is trained, on what, and how."""
 
-    preset: str | None = field(default=None, metadata={"help": "One of our presets, or a stock model of bench_step."})
+    preset: str | None = field(default=None, metadata={"help": "One of our presets, or a stock model at its size."})
     model: str | None = field(
         default=None, metadata={"help": "Or the folder or Hub id of any causal LM; only its config.json is read."}
     )
@@ -77,11 +84,10 @@ class PlanArguments:
         if (self.preset is None) == (self.model is None):
             given = "neither" if self.preset is None else "both"
             raise ValueError(f"--preset and --model: {given} given; give one, such as --preset pb-granular-2b.")
-        for name in ("gpu_memory", "bandwidth", "network_bandwidth"):
-            self._check_positive(name)
-        for name in ("tokens", "price_per_gpu_hour"):
-            if getattr(self, name) is not None:
-                self._check_positive(name)
+        for name in ("gpu_memory", "bandwidth", "network_bandwidth", "tokens", "price_per_gpu_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name} {value} must be a number above 0.")
         if self.gpu not in (None, *SPEED_OF_GPU):
             raise ValueError(f"--gpu {self.gpu!r} is unknown: choose from {', '.join(SPEED_OF_GPU)}.")
         if self.engine == "single" and self.gpus > 1:
@@ -112,11 +118,6 @@ class PlanArguments:
             terms=self.terms if self.trainer == "surgery" else 1,
         )
 
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"--{name} {value} must be a number above 0.")
-
 
 ARGUMENTS = (PlanArguments,)
 
@@ -133,19 +134,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.kernels is None and config.model_type == "cpt_moe":
         setup = replace(setup, kernels="fused")
-    size = measure_size(config, args.preset or args.model)
-    kept = measure_kept(config, setup.sequence_length, setup.precision, setup.kernels)
     plan = make_plan(
-        size,
-        kept,
+        measure_size(config, args.preset or args.model),
+        measure_kept(config, setup.sequence_length, setup.precision, setup.kernels),
         setup,
         engine=args.engine,
         gpu_gib=args.gpu_memory,
         gpu=args.gpu or ("h100" if args.gpu_memory <= 80 else "h200"),
         bandwidths=(args.bandwidth * 1e9, args.network_bandwidth * 1e9),
     )
-    show = as_json if args.json else as_text
-    print(show(plan, args.tokens, args.price_per_gpu_hour))
+    print((as_json if args.json else as_text)(plan, args.tokens, args.price_per_gpu_hour))
 
 
 if __name__ == "__main__":

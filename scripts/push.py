@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.hub.cards import Card, CardArguments, build_card, check_metadata, is_generated
-from hf_moe_cpt.hub.publishing import CARD, Upload, plan_upload, publish
+from hf_moe_cpt.hub.cards import Card, CardArguments, card_to_publish
+from hf_moe_cpt.hub.folder import CARD
+from hf_moe_cpt.hub.publishing import Upload, plan_upload, publish
 
 
 @dataclass
@@ -33,17 +33,6 @@ class PushArguments:
 ARGUMENTS = (CardArguments, PushArguments)
 
 
-def card_to_publish(card: CardArguments, repository: str) -> Card:
-    """The README.md of the folder if a person wrote it, else a new one."""
-    path = Path(card.folder) / CARD
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if not is_generated(text):
-            check_metadata(text)
-            return Card(text, {})
-    return build_card(card.folder, card.told(repository), card.method)
-
-
 def describe(upload: Upload, repository: str) -> str:
     """Every file with its size, then the card."""
     sizes = upload.sizes()
@@ -56,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, then print or publish."""
     card, push = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt push", description=__doc__)
     plan_upload(card.folder, Card("", {}), not push.without_tokenizer)  # a wrong folder is told before the card
-    upload = plan_upload(card.folder, card_to_publish(card, push.repository), not push.without_tokenizer)
+    made = card_to_publish(card.folder, card.told(push.repository), card.method)
+    upload = plan_upload(card.folder, made, not push.without_tokenizer)
     if push.dry_run:
         print(describe(upload, push.repository))
         return

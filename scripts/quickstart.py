@@ -20,13 +20,23 @@ from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.quickstart_data import QuickstartData, prepare_data
-from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
-from hf_moe_cpt.scripts.quickstart_plan import MOE_PRESETS, SCALES, Plan, make_plan
-from hf_moe_cpt.scripts.quickstart_report import write_quickstart_report
-from hf_moe_cpt.scripts.quickstart_results import RECOVERY, summarise, table_rows, text_table
-from hf_moe_cpt.scripts.quickstart_routing import compare_routing
-from hf_moe_cpt.scripts.quickstart_stage import checkpoint_bytes, run_stage
+from hf_moe_cpt.quickstart import (
+    MOE_PRESETS,
+    RECOVERY,
+    SCALES,
+    Plan,
+    QuickstartData,
+    QuickstartFolder,
+    checkpoint_bytes,
+    compare_routing,
+    make_plan,
+    prepare_data,
+    run_stage,
+    summarise,
+    table_rows,
+    write_quickstart_report,
+)
+from hf_moe_cpt.reports.tables import text_table
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -72,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare the text, run the six stages, print the table, write the report."""
     (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt quickstart", description=__doc__)
     plan = make_plan(args.preset, args.steps, args.seed, resolve_device(args.device), args.data_dir)
-    folder = QuickstartFolder(args.output_dir)
-    folder.claim(plan.settings())
+    folder = QuickstartFolder(args.output_dir, plan)
+    folder.claim()
     if not folder.results.is_file():
         with _quiet_libraries():
             folder.conclude(run(plan, folder))

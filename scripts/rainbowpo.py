@@ -19,9 +19,9 @@ from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.generation.pairs import load_table
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
-from hf_moe_cpt.scripts.rejection_sample_data import load_table
-from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer

@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_moe_cpt.analysis.schedule_plot import plot_schedule
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.optim.describe import describe_schedule, schedule_curve
-from hf_moe_cpt.optim.schedules import PHASE_NAMES, SCHEDULES, STARTING_PHASES, Phases, default_phases
+from hf_moe_cpt.optim.schedules import (
+    PHASE_NAMES,
+    SCHEDULES,
+    STARTING_PHASES,
+    Phases,
+    default_phases,
+    describe_schedule,
+    schedule_curve,
+)
+from hf_moe_cpt.reports.charts import plot_schedule
 
 
 @dataclass

@@ -23,16 +23,13 @@ from trl import get_peft_config, get_quantization_config
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.generation.pairs import load_table
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
-from hf_moe_cpt.scripts.rejection_sample_data import load_table
-from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
-from hf_moe_cpt.trainers.surgery.objective import TERMS
-from hf_moe_cpt.trainers.surgery.settings_checks import UNSEEN, check_sets
-from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
-from hf_moe_cpt.trainers.surgery.surgery_data import read_rows
-from hf_moe_cpt.trainers.surgery.surgery_presets import PRESETS, preset_settings
-from hf_moe_cpt.trainers.surgery.surgery_probe import GAP_FORMULA
-from hf_moe_cpt.trainers.surgery.surgery_trainer import REFERENCE_FOLDER, SurgeryTrainer
+from hf_moe_cpt.trainers.surgery.data import read_rows
+from hf_moe_cpt.trainers.surgery.losses import TERMS
+from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, UNSEEN, SurgeryConfig, check_sets, preset_settings
+from hf_moe_cpt.trainers.surgery.surgery_trainer import GAP_FORMULA, REFERENCE_FOLDER, SurgeryTrainer
 
 
 SETS = (*TERMS, UNSEEN)

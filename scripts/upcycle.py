@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.hub.streaming_output import MAX_SHARD_SIZE
-from hf_moe_cpt.hub.upcycle import TARGETS, upcycle
-from hf_moe_cpt.hub.upcycle_layout import ROUTER_INITS
-from hf_moe_cpt.hub.upcycle_weights import UpcycleOptions
+from hf_moe_cpt.hub.checkpoint_io import MAX_SHARD_SIZE
+from hf_moe_cpt.hub.upcycle import ROUTER_INITS, TARGETS, UpcycleOptions, upcycle
 
 
 @dataclass

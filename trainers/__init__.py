@@ -1,1 +1,1 @@
-"""Trainers for any causal language model of transformers: one folder a method, `instruments/` for what they share."""
+"""Trainers for any causal language model of transformers: one folder a method, `common/` for what they share."""

@@ -1,17 +1,29 @@
-"""Cut a corpus into blocks: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L).
+"""Blocks of training: a corpus cut into blocks, blocks of two sources mixed by an exact law, a batch of blocks.
 
-Letters: L = max_length, tokens per block. With packing="document" attention and loss stop at document boundaries
-(position_ids restart, the first label of a document is -100); with "concat" both run across. Source: ours.
+Packing: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L). With packing="document"
+attention and loss stop at document boundaries (position_ids restart, the first label of a document is -100); with
+"concat" both run across. Mixing: an exact share of replay in every batch, in a stateless order; data that can only be
+read forwards obeys the same law with a buffered shuffle.
+
+Letters: L = max_length, tokens per block; B = global optimizer batch in blocks (all ranks, all accumulation steps),
+r = replay ratio, i = position in [0, B * num_batches), q = ordinal of an item within its source. Replay items before
+position i: floor(i * r + 1/2).
+Source: ratio of new to old data per batch, Thérien et al. 2025 (arXiv 2503.05029), section on replay; the rest ours.
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+
+from hf_moe_cpt.data.random import derive_seed, permute
 
 
 PACKINGS = ("document", "concat")
@@ -54,9 +66,9 @@ def pack_stream(
         if filled and len(ids):
             boundaries.append(filled)
         while taken < len(ids):
-            count = min(max_length - filled, len(ids) - taken)
-            tokens[filled : filled + count] = ids[taken : taken + count]
-            filled, taken = filled + count, taken + count
+            take = min(max_length - filled, len(ids) - taken)
+            tokens[filled : filled + take] = ids[taken : taken + take]
+            filled, taken = filled + take, taken + take
             if filled == max_length:
                 yield frame_block(tokens, boundaries, packing)
                 tokens, filled, boundaries = np.empty(max_length, dtype=np.int64), 0, []
@@ -158,3 +170,245 @@ class PackedDataset(torch.utils.data.Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._build_index()
+
+
+SOURCES = ("new", "replay")
+_MAX_DENOMINATOR = 10**9
+
+
+def exact_ratio(replay_ratio: float | Fraction) -> Fraction:
+    """The fraction a user means: 0.3 is 3/10, 1/3 is one third. Refuses anything outside [0, 1)."""
+    if isinstance(replay_ratio, bool) or not isinstance(replay_ratio, (int, float, Fraction)):
+        raise ValueError(f"replay_ratio is {replay_ratio!r}: give a number in [0, 1).")
+    if not 0 <= replay_ratio < 1:  # also refuses nan
+        raise ValueError(
+            f"replay_ratio is {replay_ratio}: it is the share of replay in every batch and must lie in [0, 1); "
+            "a percentage such as 30 is written 0.3."
+        )
+    ratio = Fraction(str(replay_ratio)).limit_denominator(_MAX_DENOMINATOR)
+    if ratio == 1 or (ratio == 0 and replay_ratio > 0):
+        raise ValueError(f"replay_ratio is {replay_ratio}: closer than 1e-9 to {ratio}, give a plainer number.")
+    return ratio
+
+
+@dataclass(frozen=True)
+class ReplayLaw:
+    """Assigns positions to sources; pure arithmetic, shared by the map-style and the streaming mixture."""
+
+    ratio: Fraction  # r, from exact_ratio
+    batch_size: int  # B, blocks per optimizer step over all ranks and accumulation steps
+    num_batches: int  # optimizer steps
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+
+    @property
+    def num_positions(self) -> int:
+        """Blocks that the whole budget reads, from both sources together."""
+        return self.batch_size * self.num_batches
+
+    def replay_before(self, position: int) -> int:
+        """Replay items among positions [0, position): floor(position * r + 1/2), in exact arithmetic."""
+        share, whole = self.ratio.numerator, self.ratio.denominator
+        return (2 * position * share + whole) // (2 * whole)
+
+    def assign(self, position: int) -> tuple[str, int]:
+        """The source that serves a position, and how many items of that source came before it."""
+        before = self.replay_before(position)
+        if self.replay_before(position + 1) > before:
+            return "replay", before
+        return "new", position - before
+
+    def composition(self, batch: int) -> tuple[int, int]:
+        """(new blocks, replay blocks) of optimizer batch `batch`; they add up to batch_size."""
+        first = batch * self.batch_size
+        num_replay = self.replay_before(first + self.batch_size) - self.replay_before(first)
+        return self.batch_size - num_replay, num_replay
+
+    def count(self, source: str) -> int:
+        """Blocks that the whole budget reads from a source."""
+        num_replay = self.replay_before(self.num_positions)
+        return num_replay if source == "replay" else self.num_positions - num_replay
+
+
+def check_replay(replay: object | None, ratio: Fraction) -> None:
+    """Replay data and a replay ratio above zero go together; one without the other is a mistake worth stopping for."""
+    if ratio > 0 and replay is None:
+        raise ValueError(f"replay_ratio is {float(ratio):g} but there is no replay data: give some or set 0.")
+    if ratio == 0 and replay is not None:
+        raise ValueError("replay data was given but replay_ratio is 0: set a ratio above 0 or leave the data out.")
+
+
+class ReplayMixture(torch.utils.data.Dataset):
+    """Map-style mixture of new and replay blocks; position i belongs to optimizer batch i // batch_size.
+
+    Read it in sequence: order, epochs and ratio are functions of (seed, position), so a resumed run needs no saved
+    state and skips in O(1). Replay slots are spread evenly, hence micro-batches and ranks are even too. Item q of a
+    source is element permute(q % N, N, seed of the epoch) of epoch q // N, with N blocks in the source.
+
+    new, replay: map-style datasets of dictionaries with the same keys; replay is None exactly when replay_ratio is 0.
+    An item is the source's dictionary plus "source": 0 for new, 1 for replay (see SOURCES).
+    """
+
+    def __init__(
+        self,
+        new: torch.utils.data.Dataset,
+        replay: torch.utils.data.Dataset | None,
+        replay_ratio: float | Fraction,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+    ):
+        self.law = ReplayLaw(exact_ratio(replay_ratio), batch_size, num_batches)
+        check_replay(replay, self.law.ratio)
+        self.blocks = {"new": new} if replay is None else {"new": new, "replay": replay}
+        for source, blocks in self.blocks.items():
+            if len(blocks) == 0:
+                raise ValueError(f"the {source} source is empty: it needs at least one block of tokens.")
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.law.num_positions
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        source, _, index = self.locate(position)
+        return {**self.blocks[source][index], "source": SOURCES.index(source)}
+
+    def locate(self, position: int) -> tuple[str, int, int]:
+        """(source, epoch of that source, index in that source) of a position, without reading any data."""
+        position = operator.index(position)
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)}")
+        source, ordinal = self.law.assign(position)
+        length = len(self.blocks[source])
+        epoch, offset = divmod(ordinal, length)
+        return source, epoch, permute(offset, length, derive_seed(self.seed, source, epoch))
+
+    def composition(self, batch: int) -> tuple[int, int]:
+        """(new blocks, replay blocks) of optimizer batch `batch`."""
+        return self.law.composition(batch)
+
+    def summary(self) -> dict[str, float]:
+        """What the budget reads: <source>_blocks, and <source>_epochs = blocks read / blocks in the source."""
+        figures: dict[str, float] = {}
+        for source, blocks in self.blocks.items():
+            figures[f"{source}_blocks"] = self.law.count(source)
+            figures[f"{source}_epochs"] = self.law.count(source) / len(blocks)
+        return figures
+
+
+_ROWS_PER_READ = 64
+_SHARDS_OF_A_MAP_STYLE_SOURCE = 64  # shards are visited in a new order each epoch; only the buffer mixes within one
+
+
+class StreamingReplayMixture(torch.utils.data.IterableDataset):
+    """Epochs of two document streams, packed and mixed by the law of ReplayMixture; batch_size * num_batches blocks.
+
+    new, replay: tokenised (column input_ids). An IterableDataset is shuffled by shard and by a buffer of
+    `shuffle_buffer` documents under a seed of its own per epoch; a map-style Dataset is streamed likewise, so that a
+    small replay set on disk can accompany a streamed corpus. Blocks run on from one epoch into the next.
+
+    What comes out depends on (seed, position) only. DataLoader takes batch k from worker k % W, so worker w yields the
+    micro-batches k % W == w: micro_batch_size must equal the DataLoader's batch_size (per device when accelerate
+    dispatches batches from rank 0, its default for iterable data). Every worker reads the whole stream, hence more
+    than one of them helps against latency, not against work. Resuming reads the skipped part again.
+    """
+
+    def __init__(
+        self,
+        new: datasets.IterableDataset | datasets.Dataset,
+        replay: datasets.IterableDataset | datasets.Dataset | None,
+        replay_ratio: float | Fraction,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        *,
+        max_length: int,
+        packing: str = "document",
+        micro_batch_size: int = 1,
+        shuffle_buffer: int = 1000,
+    ):
+        check_packing(max_length, packing)
+        for name, value in (("micro_batch_size", micro_batch_size), ("shuffle_buffer", shuffle_buffer)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1.")
+        self.law = ReplayLaw(exact_ratio(replay_ratio), batch_size, num_batches)
+        check_replay(replay, self.law.ratio)
+        self.documents = {"new": _as_stream(new, "new")}
+        if replay is not None:
+            self.documents["replay"] = _as_stream(replay, "replay")
+        self.seed, self.max_length, self.packing = seed, max_length, packing
+        self.micro_batch_size, self.shuffle_buffer = micro_batch_size, shuffle_buffer
+
+    def __len__(self) -> int:
+        return self.law.num_positions
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker_info = torch.utils.data.get_worker_info()
+        worker, num_workers = (0, 1) if worker_info is None else (worker_info.id, worker_info.num_workers)
+        blocks = {name: pack_stream(self._read(name), self.max_length, self.packing) for name in self.documents}
+        for position in range(len(self)):
+            source, _ = self.law.assign(position)
+            block = next(blocks[source])
+            if (position // self.micro_batch_size) % num_workers == worker:
+                yield {**block, "source": SOURCES.index(source)}
+
+    def _read(self, source: str) -> Iterator[list[int]]:
+        """Documents of one source, epoch after epoch, without end."""
+        for epoch in count():
+            shuffled = self.documents[source].shuffle(
+                seed=derive_seed(self.seed, source, epoch), buffer_size=self.shuffle_buffer
+            )
+            num_tokens = 0
+            # `iter` and not `for row in`: the latter gives each DataLoader worker other shards, and another order.
+            for rows in shuffled.iter(batch_size=_ROWS_PER_READ):
+                for ids in rows["input_ids"]:
+                    num_tokens += len(ids)
+                    yield ids
+            if num_tokens < self.max_length:
+                raise ValueError(
+                    f"the {source} stream ended after {num_tokens} tokens, fewer than one block of "
+                    f"max_length={self.max_length}: add text or lower max_length."
+                )
+
+
+def _as_stream(documents: datasets.IterableDataset | datasets.Dataset, source: str) -> datasets.IterableDataset:
+    if isinstance(documents, datasets.Dataset):
+        if len(documents) == 0:
+            raise ValueError(f"the {source} source is empty: it needs at least one block of tokens.")
+        documents = documents.to_iterable_dataset(num_shards=min(len(documents), _SHARDS_OF_A_MAP_STYLE_SOURCE))
+    if not isinstance(documents, datasets.IterableDataset):
+        raise ValueError(
+            f"the {source} source is a {type(documents).__name__}: give a datasets.IterableDataset "
+            "or datasets.Dataset from tokenize_documents."
+        )
+    if documents.column_names is not None and "input_ids" not in documents.column_names:
+        raise ValueError(
+            f"the {source} source has the columns {documents.column_names} and no input_ids: "
+            "run tokenize_documents on it."
+        )
+    return documents
+
+
+def stack_blocks(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack each key of the items along a new first dimension: tensors (L,) give (items, L), integers int64 (items,).
+
+    Every item must have the same keys, and tensors of one key the same length: blocks are packed, nothing is padded.
+    """
+    batch: dict[str, torch.Tensor] = {}
+    for item in items:
+        if item.keys() != items[0].keys():
+            odd = ", ".join(map(repr, sorted(item.keys() ^ items[0].keys())))
+            raise ValueError(f"only some blocks of the batch have {odd}: pack new and replay data in the same way.")
+    for key in items[0]:
+        values = [item[key] for item in items]
+        if isinstance(values[0], int):
+            batch[key] = torch.tensor(values, dtype=torch.int64)
+            continue
+        lengths = sorted({tuple(value.shape) for value in values})
+        if len(lengths) > 1:
+            raise ValueError(f"{key!r} has the shapes {lengths} in one batch: pack all data to one max_length.")
+        batch[key] = torch.stack(values)
+    return batch

@@ -33,7 +33,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from hf_moe_cpt.data.permutation import derive_seed, permute
+from hf_moe_cpt.data.random import derive_seed, permute
 
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", ":")
@@ -41,7 +41,6 @@ PAD_ID, EOS_ID, UNKNOWN_ID, COLON_ID = range(4)
 SPLITS = {"train": (0.0, 0.7), "tune": (0.7, 0.85), "test": (0.85, 1.0)}  # shares of all sets of requests
 MIN_REQUEST_SETS = 7  # so that no split is empty
 QUALITY_RANGE = (1.0, 2.0)  # size of a word's quality for a request that cares about it
-EULER_GAMMA = 0.5772156649015329  # mean of the standard Gumbel distribution
 MAX_PROMPTS = 1_000_000
 MAX_REDRAWS = 100
 
@@ -191,11 +190,6 @@ class PreferenceWorld:
         worth = (self.word_values(prompts) * present).sum(axis=1) - self.word_cost * lengths
         return (1 - self.ambiguity(prompts)) * worth - self.unfinished_cost * ~finished
 
-    def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> float:
-        """True reward of one token sequence after one prompt."""
-        row = np.asarray(completion, dtype=np.int64).reshape(1, -1)
-        return float(self.rewards(np.asarray(prompt).reshape(1, -1), row)[0])
-
     def best_rewards(self, prompts: np.ndarray) -> np.ndarray:
         """(N,) the largest reward that any answer to each prompt can have."""
         gains = np.clip(self.word_values(prompts) - self.word_cost, 0, None).sum(axis=1)
@@ -207,24 +201,6 @@ class PreferenceWorld:
         matters = (self.quality != 0)[requests].any(axis=1)
         weights = np.exp(self.focus * (1 - self.ambiguity(prompts))[:, None] * matters)
         return weights / weights.sum(axis=1, keepdims=True)
-
-    def base_log_probabilities(self, prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:
-        """(N,) log-probability of whole answers under the base policy, EOS included, in nats; -inf if impossible."""
-        completions = np.asarray(completions)
-        lengths, finished = answer_lengths(completions)
-        with np.errstate(divide="ignore"):
-            log_words = np.log(self.word_probabilities(prompts))
-            log_stop, log_go_on = np.log(self.stop_probability), np.log1p(-self.stop_probability)
-        total = np.where(lengths < self.max_words, log_stop, 0.0)
-        total = np.where(finished & (lengths >= 1) & (lengths <= self.max_words), total, -np.inf)
-        for place in range(min(completions.shape[1], self.max_words)):
-            words = completions[:, place] - self.first_word_id
-            inside = place < lengths
-            possible = (words >= 0) & (words < self.num_words)
-            value = log_words[np.arange(len(words)), np.clip(words, 0, self.num_words - 1)]
-            value = np.where(possible, value, -np.inf) + (log_go_on if place else 0.0)
-            total = total + np.where(inside, value, 0.0)
-        return total
 
     @property
     def mean_base_tokens(self) -> float:
@@ -269,7 +245,7 @@ class PreferenceWorld:
         scores, rewards = [], []
         for answers, uniform in ((first, noise[:, 0]), (second, noise[:, 1])):
             rewards.append(self.rewards(prompts, answers))
-            gumbel = -np.log(-np.log(uniform)) - EULER_GAMMA
+            gumbel = -np.log(-np.log(uniform)) - np.euler_gamma  # of mean 0
             scores.append(rewards[-1] + self.length_bias * token_counts(answers) + self.label_temperature * gumbel)
         first_wins = scores[0] > scores[1]
 

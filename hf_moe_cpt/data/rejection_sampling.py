@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_moe_cpt.data.permutation import derive_seed
+from hf_moe_cpt.data.random import derive_seed
 
 
 REWARDS = ("raw", "percentile")

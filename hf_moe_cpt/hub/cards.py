@@ -1,16 +1,16 @@
 """Model cards from the templates in hub_cards/: every number comes from a file of the run. See hub_cards/facts.md.
 
-The metadata carries the evaluated numbers as `model-index`, which the Hub validates. Source: ours; the mechanism is
+Facts of a run become Markdown tables and SVG curves, and nothing where facts are missing. The metadata carries the
+evaluated numbers as `model-index`, which the Hub validates. Source: ours; the mechanism is that of
 `huggingface_hub.ModelCard`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,12 +18,75 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
-from hf_moe_cpt.hub import card_tables
-from hf_moe_cpt.hub.folder_checks import HUB_ID
-from hf_moe_cpt.hub.run_facts import METHODS, RunFacts, read_facts
+from hf_moe_cpt.hub.folder import CARD, HUB_ID, METHODS, RunFacts, read_facts
+from hf_moe_cpt.reports.charts import Series, line_chart
 
 
+@dataclass(frozen=True)
+class Measure:
+    """An evaluated number: its key in the log, how people call it, and the data that it is measured on."""
+
+    key: str
+    label: str
+    data: str
+
+
+_MEASURES = {
+    "cpt": (
+        Measure("eval_new_loss", "loss, nats per token", "held-out new text"),
+        Measure("eval_replay_loss", "loss, nats per token", "held-out old text"),
+        Measure("eval_loss", "loss, nats per token", "held-out text"),
+        Measure("adaptation", "adaptation, nats per token", "held-out new text"),
+        Measure("forgetting", "forgetting, nats per token", "held-out old text"),
+    ),
+    "rainbowpo": (
+        Measure("eval_loss", "loss of the objective", "held-out pairs"),
+        Measure("eval_rewards/accuracies", "share of pairs ranked as judged", "held-out pairs"),
+        Measure("eval_rewards/margins", "margin of the implicit reward", "held-out pairs"),
+        Measure("eval_margin/effective", "effective margin", "held-out pairs"),
+        Measure("eval_phi/mean", "mean of phi", "held-out pairs"),
+    ),
+}
+_SURGERY_KEY = re.compile(r"eval_(\w+)_(ce|kl)")
+_ROLES = {
+    "unlearn": "to be forgotten",
+    "obsolete": "old versions, to be forgotten",
+    "update": "to be learnt",
+    "retain": "to be kept",
+    "neighbour": "like the forgotten, to be kept",
+    "unseen": "never read: how far to forget",
+}
+_SETTINGS = {
+    "cpt": "learning_rate min_learning_rate constant_learning_rate cpt_schedule starting_phase warmup_fraction "
+    "cooldown_fraction constant_fraction anneal_fraction replay_ratio max_length packing keep_optimizer_state "
+    "weight_decay",
+    "rainbowpo": "learning_rate lr_scheduler_type warmup_steps max_length weight_decay",
+    "surgery": "forget_loss obsolete_loss forget_target forget_beta unlearn_weight obsolete_weight update_weight "
+    "retain_weight neighbour_weight kl_direction normalization gradient_surgery max_term_grad_norm max_retain_kl "
+    "update_target freeze_router router_anchor target_experts expert_anchor learning_rate max_length "
+    "unlearn_batch_size obsolete_batch_size update_batch_size retain_batch_size neighbour_batch_size",
+}
+_SETTINGS_OF_ALL = "per_device_train_batch_size gradient_accumulation_steps world_size max_grad_norm adam_beta1 "
+_SETTINGS_OF_ALL += "adam_beta2 optim bf16 fp16 seed"
+COMPONENTS = (
+    "beta length_normalization mixing_alpha home_advantage mix_home_advantage home_advantage_from score_transform "
+    "contextual_scaling link label_smoothing sft_weight"
+).split()
+_CURVES = {
+    "cpt": (
+        ("Loss on held-out text", "loss (nats/token)", {"eval_new_loss": "new text", "eval_replay_loss": "old text"}),
+        ("Share of the busiest expert", "MRI", {"mri": "mean over layers"}),
+    ),
+    "rainbowpo": (
+        ("Does the policy rank pairs as judged?", "share of pairs", {"rewards/accuracies": "training pairs",
+         "eval_rewards/accuracies": "held-out pairs"}),
+    ),
+    "surgery": (
+        ("Cross entropy of each set", "nats/token", {f"eval_{name}_ce": name for name in _ROLES}),
+    ),
+}  # fmt: skip
 TEMPLATES = "hf_moe_cpt.hub_cards"
 _TAGS = {
     "cpt": ("continual-pre-training",),
@@ -43,7 +106,7 @@ _CITATIONS = {
 
 
 @dataclass(frozen=True)
-class Told:
+class CardOverrides:
     """What no file of a run tells and its owner may: names of data sets, licence, languages, parent, title."""
 
     repository: str | None = None
@@ -52,7 +115,7 @@ class Told:
     language: Sequence[str] = ()
     base_model: str | None = None
     title: str | None = None
-    tags: Sequence[str] = field(default_factory=tuple)
+    tags: Sequence[str] = ()
 
 
 @dataclass
@@ -73,10 +136,10 @@ class CardArguments:
     language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
     title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
 
-    def told(self, repository: str | None) -> Told:
+    def told(self, repository: str | None) -> CardOverrides:
         """The same for `build_card`, with the name that people load."""
         told = {name: getattr(self, name) for name in ("license", "language", "base_model", "title")}
-        return Told(repository=repository, datasets=self.dataset_name, **told)
+        return CardOverrides(repository=repository, datasets=self.dataset_name, **told)
 
 
 @dataclass(frozen=True)
@@ -87,50 +150,50 @@ class Card:
     plots: dict[str, str]
 
 
-def build_card(folder: str | Path, told: Told | None = None, method: str | None = None) -> Card:
+def build_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
     """The card of a finished folder.
 
     told: what the owner adds. method: "cpt", "rainbowpo" or "surgery", if the folder does not say. Raises ValueError
     for a folder without a model or a method, and for files that cannot be read.
     """
-    told = told or Told()
+    told = told or CardOverrides()
     facts = read_facts(folder, method)
-    plots = card_tables.curves(facts)
+    plots, replayed = curves(facts), facts.arguments.get("replay_ratio")
     parent = told.base_model or facts.parent
     title = told.title or (told.repository or Path(folder).resolve().name).rpartition("/")[2]
-    template = "\n".join(_template(name) for name in ("sections.jinja", f"{facts.method}.jinja"))
+    files = (resources.files(TEMPLATES).joinpath(name) for name in ("sections.jinja", f"{facts.method}.jinja"))
     card = ModelCard.from_template(
         _metadata(facts, told, parent, title),
-        template_str=template,
+        template_str="\n".join(file.read_text(encoding="utf-8") for file in files),
         title=title,
         repository=told.repository or title,
-        parent=_linked(parent, bool(told.base_model)),
-        datasets=_listed(told.datasets),
-        replay_percent=_percent(facts.arguments.get("replay_ratio")),
+        parent=_linked(parent, "", sure=bool(told.base_model)) or (parent and f"`{Path(parent).name}`"),
+        datasets=", ".join(_linked(name, "datasets/") or name for name in told.datasets),
+        replay_percent=f"{100 * replayed:g}" if replayed else None,
         architecture=_architecture(facts),
         is_adapter=bool(facts.adapter),
-        has_code=_has_code(facts),
-        results=_with_note(card_tables.results_table(facts), facts),
-        training=card_tables.training_table(facts),
-        components=card_tables.components_table(facts),
-        experts=card_tables.experts_table(facts),
-        sizes=card_tables.sizes_table(facts.config, count_parameters(folder)),
-        machine=card_tables.machine_table(facts),
-        plots="\n\n".join(f"![{_alt(path)}]({path})" for path in plots),
+        has_code=bool(facts.config.get("auto_map")),
+        results=results_table(facts),
+        training=training_table(facts),
+        components=components_table(facts),
+        experts=experts_table(facts),
+        sizes=sizes_table(facts.config, count_parameters(folder)),
+        machine=machine_table(facts),
+        plots="\n\n".join(f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in plots),
         bibtex=_bibtex(facts),
     )
     return Card(str(card.content).strip() + "\n", plots)
 
 
-def write_card(folder: str | Path, told: Told | None = None, method: str | None = None) -> Path:
+def write_card(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Path:
     """Write README.md and its plots into a finished folder, over what is there; returns the card's path.
 
     Each file is replaced whole or not at all; OSError says in one line that the disk took no more.
     """
     card = build_card(folder, told, method)
-    for path, text in {**card.plots, "README.md": card.text}.items():
+    for path, text in {**card.plots, CARD: card.text}.items():
         _replace(Path(folder) / path, text)
-    return Path(folder) / "README.md"
+    return Path(folder) / CARD
 
 
 def _replace(path: Path, text: str) -> None:
@@ -161,6 +224,24 @@ def check_metadata(text: str) -> None:
         )
 
 
+def card_of_a_person(folder: str | Path) -> str | None:
+    """The folder's README.md, if somebody wrote it: it is published as it is and not written over."""
+    path = Path(folder) / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    return None if text is None or is_generated(text) else text
+
+
+def card_to_publish(folder: str | Path, told: CardOverrides | None = None, method: str | None = None) -> Card:
+    """The README.md of the folder if a person wrote it, else that of `build_card`. Raises ValueError as it does, and
+    for a head that the Hub would not take.
+    """
+    text = card_of_a_person(folder)
+    if text is None:
+        return build_card(folder, told, method)
+    check_metadata(text)
+    return Card(text, {})
+
+
 def is_generated(text: str) -> bool:
     """Whether a card was written by a Trainer, PEFT or us and by no person, so that another may take its place."""
     if "# Model Card for Model ID" in text:  # PEFT's form, not filled in
@@ -172,31 +253,151 @@ def is_generated(text: str) -> bool:
     return "generated_from_trainer" in tags
 
 
+def number(value: Any) -> str:
+    """A value as people read it: four digits of a float, thousands of an integer separated."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without the columns that are empty in every row; "" without rows."""
+    listed = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in listed)]
+    lines = [[columns[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in listed)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if listed else ""
+
+
+def measures_of(facts: RunFacts) -> list[Measure]:
+    """The evaluated numbers that a folder holds, in the order of the card."""
+    if facts.method != "surgery":
+        found = [measure for measure in _MEASURES[facts.method] if measure.key in facts.final]
+        of_sources = {"eval_new_loss", "eval_replay_loss"} & facts.final.keys()
+        return [m for m in found if not (m.key == "eval_loss" and facts.method == "cpt" and of_sources)]
+    names = [match[1] for key in facts.final if (match := _SURGERY_KEY.fullmatch(key)) and match[1] in _ROLES]
+    found = []
+    for name in sorted(set(names), key=list(_ROLES).index):
+        for kind, label in (("ce", "cross entropy, nats per token"), ("kl", "KL from before, nats per token")):
+            if f"eval_{name}_{kind}" in facts.final:
+                found.append(Measure(f"eval_{name}_{kind}", label, f"{name}: {_ROLES[name]}"))
+    if "eval_surgery_gap" in facts.final:
+        found.append(Measure("eval_surgery_gap", "surgery gap, nats per token", "all sets"))
+    return found
+
+
+def results_table(facts: RunFacts) -> str:
+    """Each evaluated number at step 0 and at the end, and when it was measured."""
+    rows = [
+        (m.label, m.data, number(facts.start[m.key]) if m.key in facts.start else "", number(facts.final[m.key]))
+        for m in measures_of(facts)
+    ]
+    before = "Before is step 0; after" if facts.start else "After"
+    note = f"\n\n{before} is the last evaluation, by the trainer itself."
+    return table(("measure", "data", "before", "after"), rows) + note if rows else ""
+
+
+def training_table(facts: RunFacts) -> str:
+    """Steps, tokens, time and the settings that matter to the method, as far as the folder tells them."""
+    rows = _operation(facts.kept) if facts.method == "surgery" else []
+    rows += [("optimizer steps", number(facts.steps)), ("tokens", number(facts.tokens))]
+    rows += [("wall clock", f"{number(facts.seconds)} s" if facts.seconds is not None else "None")]
+    if facts.method == "cpt":
+        rows += [("phase of the schedule when saved", str(facts.kept.get("phase")))]
+        rows += [("learning rate when saved", number(facts.kept.get("learning_rate")))]
+    names = (_SETTINGS[facts.method] + " " + _SETTINGS_OF_ALL).split()
+    if (facts.arguments.get("max_steps") or 0) <= 0:
+        names.append("num_train_epochs")
+    rows += [(f"`{name}`", number(facts.arguments.get(name))) for name in names]
+    return table(("setting", "value"), [row for row in rows if row[1] not in ("None", "")])
+
+
+def _operation(kept: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What surgery.json says was done: rows without a value are dropped by the caller."""
+    gap = kept.get("gap") or {}
+    rows = [("objective, minimised", f"`{kept['objective']}`" if kept.get("objective") else "")]
+    rows += [("rows", ", ".join(f"{name} {count}" for name, count in (kept.get("rows") or {}).items()))]
+    rows += [("forgetting aims at, nats per token", number(kept.get("forget_target")))]
+    rows += [("weights are those of step", number(kept.get("step"))), ("stopped by", str(kept.get("stopped_by")))]
+    return [*rows, *((f"gap: {name}", number(gap.get(name))) for name in ("start", "last", "best"))]
+
+
+def components_table(facts: RunFacts) -> str:
+    """The switches of RainbowPO's objective, and the scale of phi where phi is in use."""
+    rows = [(f"`{name}`", number(facts.arguments[name])) for name in COMPONENTS if name in facts.arguments]
+    scale = facts.kept.get("dispersion_scale")
+    text = table(("component", "value"), rows)
+    if facts.run.get("components"):
+        text = f"```\n{facts.run['components']}\n```\n\n{text}"
+    return "\n\n".join(part for part in (text, f"Scale of phi: {scale:.4g}." if scale is not None else "") if part)
+
+
+def experts_table(facts: RunFacts) -> str:
+    """Imbalance of the routers in training: at the first and the last logged step."""
+    labels = {"mri": "share of the busiest expert (MRI)", "mri_normalized": "the same over that of balance"}
+    rows = []
+    for key, label in labels.items():
+        values = [entry[key] for entry in facts.log if key in entry]
+        if values:
+            rows.append((label, number(values[0]), number(values[-1])))
+    return table(("mean over layers", "first logged step", "last logged step"), rows)
+
+
+def sizes_table(config: Mapping[str, Any], parameters: int | None) -> str:
+    """Sizes of the model, from its configuration and the headers of its weights."""
+    names = (
+        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "vocab_size max_position_embeddings num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
+        "num_shared_experts router_type"
+    ).split()
+    rows = [("parameters", number(parameters) if parameters else "")]
+    rows += [(f"`{name}`", number(config[name])) for name in names if config.get(name) is not None]
+    return table(("size", "value"), [row for row in rows if row[1]]) if config else ""
+
+
+def machine_table(facts: RunFacts) -> str:
+    """Devices and library versions of the process that trained."""
+    rows = [(name, number(facts.run.get(name))) for name in ("device", "processes") if facts.run.get(name)]
+    rows += [(name, str(version)) for name, version in (facts.run.get("versions") or {}).items()]
+    return table(("part", "value"), rows)
+
+
+def curves(facts: RunFacts) -> dict[str, str]:
+    """SVG charts of the log by file name; a curve needs two points."""
+    charts = {}
+    for title, unit, keys in _CURVES[facts.method]:
+        series = []
+        for key, name in keys.items():
+            points = [(e["step"], e[key]) for e in facts.log if key in e and "step" in e and math.isfinite(e[key])]
+            if len({step for step, _ in points}) > 1:
+                series.append(Series(name, [float(x) for x, _ in points], [float(y) for _, y in points]))
+        if series:
+            file = "plots/" + re.sub(r"\W+", "_", title.lower()).strip("_") + ".svg"
+            charts[file] = line_chart(series, title=title, x_label="step", y_label=unit, standalone=True)
+    return charts
+
+
 def count_parameters(folder: str | Path) -> int | None:
     """Numbers in the weights, from the headers of the safetensors files; None without such files."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    return sum(map(_numbers_in, files)) if files else None
+    total = 0
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total or None
 
 
-def _numbers_in(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
-def _template(name: str) -> str:
-    return resources.files(TEMPLATES).joinpath(name).read_text(encoding="utf-8")
-
-
-def _metadata(facts: RunFacts, told: Told, parent: str | None, title: str) -> ModelCardData:
+def _metadata(facts: RunFacts, told: CardOverrides, parent: str | None, title: str) -> ModelCardData:
     results = _eval_results(facts, told)
+    tags = ["hf_moe_cpt", *_TAGS[facts.method], *(["moe"] if _num_experts(facts) else [])]
+    tags += ["arxiv:2503.05029"] if facts.method == "cpt" else []
     values: dict[str, Any] = {
         "license": told.license,
         "language": list(told.language) or None,
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": [name for name in told.datasets if HUB_ID.fullmatch(name)] or None,
-        "tags": _tags(facts, told),
+        "tags": [*dict.fromkeys([*tags, *told.tags, "generated_from_trainer"])],
     }
     if parent is not None and (told.base_model or HUB_ID.fullmatch(parent)):
         values |= {"base_model": parent, "base_model_relation": "adapter" if facts.adapter else "finetune"}
@@ -205,14 +406,7 @@ def _metadata(facts: RunFacts, told: Told, parent: str | None, title: str) -> Mo
     return ModelCardData(**values)
 
 
-def _tags(facts: RunFacts, told: Told) -> list[str]:
-    own = ["hf_moe_cpt", *_TAGS[facts.method]]
-    own += ["moe"] if _num_experts(facts) else []
-    own += ["arxiv:2503.05029"] if facts.method == "cpt" else []
-    return [*dict.fromkeys([*own, *told.tags, "generated_from_trainer"])]
-
-
-def _eval_results(facts: RunFacts, told: Told) -> list[EvalResult]:
+def _eval_results(facts: RunFacts, told: CardOverrides) -> list[EvalResult]:
     name = told.datasets[0] if len(told.datasets) == 1 else None
     return [
         EvalResult(
@@ -223,24 +417,15 @@ def _eval_results(facts: RunFacts, told: Told) -> list[EvalResult]:
             metric_name=measure.label,
             metric_value=float(f"{facts.final[measure.key]:.6g}"),
         )
-        for measure in card_tables.measures_of(facts)
+        for measure in measures_of(facts)
         if math.isfinite(facts.final[measure.key])
     ]
 
 
-def _linked(parent: str | None, sure: bool) -> str | None:
-    if parent is None:
-        return None
-    is_id = sure or HUB_ID.fullmatch(parent)
-    return f"[{parent}](https://huggingface.co/{parent})" if is_id else f"`{Path(parent).name}`"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" if HUB_ID.fullmatch(n) else n for n in names)
-
-
-def _percent(share: Any) -> str | None:
-    return f"{100 * share:g}" if share else None
+def _linked(name: str | None, kind: str, sure: bool = False) -> str | None:
+    """A link to a repository of the Hub; None for what is no id of one."""
+    is_id = name is not None and (sure or HUB_ID.fullmatch(name))
+    return f"[{name}](https://huggingface.co/{kind}{name})" if is_id else None
 
 
 def _num_experts(facts: RunFacts) -> int:
@@ -256,21 +441,6 @@ def _architecture(facts: RunFacts) -> str:
     chosen = facts.config.get("num_experts_per_tok")
     of = f", {chosen} of {experts} experts for a token" if chosen else ""
     return f"mixture of experts of the type `{facts.config.get('model_type')}`{of}"
-
-
-def _has_code(facts: RunFacts) -> bool:
-    return bool(facts.config.get("auto_map"))
-
-
-def _with_note(results: str, facts: RunFacts) -> str:
-    if not results:
-        return ""
-    before = "Before is step 0; after" if facts.start else "After"
-    return f"{results}\n\n{before} is the last evaluation, by the trainer itself."
-
-
-def _alt(path: str) -> str:
-    return Path(path).stem.replace("_", " ")
 
 
 def _bibtex(facts: RunFacts) -> str:

@@ -24,10 +24,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.folder_checks import check_checkpoint, published_files
+from hf_moe_cpt.hub.folder import CARD, check_checkpoint, published_files
 
 
-CARD = "README.md"
+GOES_ON = "run the same command again, what has arrived is not sent twice."
 WAITS = (1, 4, 15)  # seconds before each new attempt
 PASSING = (408, 409, 429, 500, 502, 503, 504)  # 409: another commit came first
 
@@ -188,8 +188,7 @@ def explained(error: Exception, repository: str) -> Exception:
         return _explained_answer(error, repository)
     if _is_of_connection(error):
         return ConnectionError(
-            f"the connection to the Hub broke while publishing to {repository!r} "
-            f"({type(error).__name__}): run the same command again, what has arrived is not sent twice."
+            f"the connection to the Hub broke while publishing to {repository!r} ({type(error).__name__}): {GOES_ON}"
         )
     return error
 
@@ -211,16 +210,11 @@ def _explained_answer(error: HfHubHTTPError, repository: str) -> Exception:
     if status == 429:
         return ConnectionError(f"the Hub asks for patience (429: {said}): wait, then run the same command again.")
     if status is not None and status >= 500:
-        return ConnectionError(
-            f"the Hub failed ({status}: {said}): nothing was published; run the same command again, what has arrived "
-            "is not sent twice."
-        )
+        return ConnectionError(f"the Hub failed ({status}: {said}): nothing was published; {GOES_ON}")
     return ValueError(f"the Hub refused the upload to {repository!r} ({status}: {said}).")
 
 
 def _is_of_connection(error: BaseException) -> bool:
     """Also of the HTTP library, whichever of its versions huggingface_hub uses."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, ConnectionError) or bool(
-        names & {"TransportError", "RequestException", "TimeoutException"}
-    )
+    return bool(names & {"ConnectionError", "TransportError", "RequestException", "TimeoutException"})

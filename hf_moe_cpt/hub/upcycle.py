@@ -1,12 +1,24 @@
 """Sparse upcycling: a dense Llama-like checkpoint becomes a mixture of experts of the family `cpt_moe`.
 
 Attention, norms, embeddings and head are carried over; every feed-forward block becomes a router and experts that are
-copies or parts of it, scaled so that the model computes at step 0 what it computed before. Read and written shard by
-shard. Letters and sources: `upcycle_layout`; docs/upcycle.md says when the function is kept exactly.
+copies or parts of it, scaled so that the model computes at step 0 what it computed before (docs/upcycle.md says when
+exactly). Read and written shard by shard.
+
+E routed experts, K per token, S shared, A = K + S active slots, H hidden size, I width of the dense block, m width of
+an expert, G = I / m parts. A slot's part is its number modulo G; the shared experts are slots 0..S-1, the routed ones
+that a token sees the rest. If A is a multiple of G, every part is seen A / G times, so each slot must count G / A for
+the function to stay what it was. Routers of split blocks send a token to whole groups of experts: the rows of a group
+are equal, so its members are chosen together. Every random number follows from the seed, the layer, the expert and the
+matrix alone, so an upcycling can be repeated anywhere.
+
+Sources: sparse upcycling, arXiv 2212.05055; groups and scales ("virtual groups"), arXiv 2410.07524; partial
+re-initialisation (drop-upcycling), arXiv 2502.19261; the cover by shared experts, groups that do not divide E, and the
+scales for our routers: ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,25 +28,21 @@ from typing import Any
 
 import torch
 
-from hf_moe_cpt.hub.convert_attention import ATTENTION_FIELDS
-from hf_moe_cpt.hub.convert_skeleton import empty_model, skeleton_fields, write_config
-from hf_moe_cpt.hub.streaming_output import (
+from hf_moe_cpt.hub.checkpoint_io import (
     MAX_SHARD_SIZE,
-    appearing_whole,
-    check_disk_space,
+    CheckpointReader,
+    PlannedTensor,
     check_output,
-    copy_companions,
     leftovers,
-    write_weights,
+    refuse_unused,
+    scaled,
+    skeleton,
 )
-from hf_moe_cpt.hub.streaming_plan import PlannedTensor, refuse_unused, scaled, skeleton
-from hf_moe_cpt.hub.streaming_source import CheckpointReader
-from hf_moe_cpt.hub.upcycle_layout import ExpertLayout, plan_layout, router_rows
-from hf_moe_cpt.hub.upcycle_weights import UpcycleOptions, down_pieces, gate_up_pieces, generator_of, rows_of
-from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.modeling.presets_cpt_moe import PRESETS
+from hf_moe_cpt.hub.convert import ATTENTION_FIELDS, empty_model, skeleton_fields, write_checkpoint
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 
 
+ROUTER_INITS = ("noise", "zero")
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cpt_moe")
 TARGETS = {
     "granular": "pb-granular-2b",
@@ -49,6 +57,196 @@ MIXTURE_FIELDS = (
 RECORD_FILE = "upcycling.json"
 _SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 _SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings", *ATTENTION_FIELDS]
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """num_parts: G. part_of_expert (E), shared_parts (S): numbers in 0..G-1. group_size: experts chosen together.
+
+    routed_scale, shared_scale: factors on the output matrices. gates_are_exact: whether the routed weights that the
+    scales count on hold for every router, not only for one whose logits are 0.
+    """
+
+    num_parts: int
+    part_of_expert: tuple[int, ...]
+    shared_parts: tuple[int, ...]
+    group_size: int
+    routed_scale: float
+    shared_scale: float
+    gates_are_exact: bool
+
+    @property
+    def default_router_std(self) -> float:
+        """Deviation of the first logits where none is asked for.
+
+        Where gates are exact it costs nothing, and groups that lie far apart are still chosen whole after the first
+        updates (docs/upcycle.md); where they are not, it is a price: parts pay some for their groups, copies little.
+        """
+        if self.gates_are_exact:
+            return 1.0
+        return 0.01 if self.group_size == 1 else 0.1
+
+
+def plan_layout(config: CptMoeConfig, dense_width: int) -> ExpertLayout:
+    """Divide a dense block of width I among the experts of a configuration.
+
+    Raises ValueError if m does not divide I, if A is no multiple of G, or if E experts cannot be grouped.
+    """
+    E, K, S = config.num_experts, config.num_experts_per_tok, config.num_shared_experts
+    width = config.moe_intermediate_size
+    if dense_width % width:
+        raise ValueError(
+            f"moe_intermediate_size={width} does not divide the dense block's intermediate_size={dense_width}: "
+            "choose a divisor."
+        )
+    num_parts = dense_width // width
+    if (K + S) % num_parts:
+        raise ValueError(
+            f"moe_intermediate_size={width} makes {num_parts} parts of the dense block, which {K + S} active experts "
+            f"(num_experts_per_tok={K} + num_shared_experts={S}) cannot cover evenly: choose a multiple of "
+            f"{num_parts} active experts, or another width."
+        )
+    group_size = _group_size(E, K, num_parts)
+    each = num_parts / (K + S)
+    # The gate of a chosen expert when all router logits are 0.
+    first_gate = 1 / K if config.norm_topk_prob else 0.5 if _has_sigmoid_gates(config) else 1 / E
+    return ExpertLayout(
+        num_parts=num_parts,
+        part_of_expert=tuple((S + expert % group_size) % num_parts for expert in range(E)),
+        shared_parts=tuple(slot % num_parts for slot in range(S)),
+        group_size=group_size,
+        routed_scale=each / first_gate,
+        shared_scale=each,
+        gates_are_exact=config.norm_topk_prob or (E == group_size and not _has_sigmoid_gates(config)),
+    )
+
+
+def router_rows(
+    layout: ExpertLayout, hidden_size: int, router_init: str, logit_std: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Router weights (E, H) in float64.
+
+    "noise": normal, with logits of standard deviation logit_std for a token of root-mean-square 1; rows of a group are
+    equal. Experts left over when the group size does not divide E get the mean of the rows: a mean is never the
+    largest, so step 0 does not choose them. "zero": all 0. Raises ValueError for zeros that would leave it to chance
+    which parts of a split block a token sees.
+    """
+    num_experts, size = len(layout.part_of_expert), layout.group_size
+    if router_init == "zero":
+        if size > 1 and num_experts > size:
+            raise ValueError(
+                f"router_init='zero' leaves it to chance which of the {layout.num_parts} parts of the dense block a "
+                "token sees: use 'noise' for a split block."
+            )
+        return torch.zeros(num_experts, hidden_size, dtype=torch.float64)
+    num_groups = num_experts // size
+    rows = torch.randn(num_groups, hidden_size, generator=generator, dtype=torch.float64)
+    rows *= logit_std / hidden_size**0.5
+    left_over = rows.mean(dim=0).expand(num_experts - num_groups * size, -1)
+    return torch.cat((rows.repeat_interleave(size, dim=0), left_over))
+
+
+def _has_sigmoid_gates(config: CptMoeConfig) -> bool:
+    return config.router_type == "sinkhorn" and config.num_experts_per_tok == 1
+
+
+def _group_size(num_experts: int, top_k: int, num_parts: int) -> int:
+    """Experts that must be chosen together: the parts in turn if K and E hold whole rounds of them, else all K."""
+    if top_k % num_parts == 0 and num_experts % num_parts == 0:
+        return num_parts
+    if num_experts % top_k and num_experts < 2 * top_k:
+        raise ValueError(
+            f"num_experts={num_experts} is neither a multiple of num_experts_per_tok={top_k} nor at least "
+            f"{2 * top_k}: the parts of a split block are chosen in groups of {top_k}; change one of the two."
+        )
+    return top_k
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """What may differ between experts at step 0; the defaults keep the dense model's function.
+
+    router_init: "noise" or "zero"; router_std: of the logits of a token of root-mean-square 1, None for the layout's
+    default. expert_noise: standard deviation of what is added to routed experts, as a multiple of the matrix's own.
+    drop_ratio: share in [0, 1] of each routed expert's intermediate dimensions that is drawn anew.
+    """
+
+    router_init: str = "noise"
+    router_std: float | None = None
+    expert_noise: float = 0.0
+    drop_ratio: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.router_init not in ROUTER_INITS:
+            raise ValueError(f"router_init={self.router_init!r} is unknown: choose one of {', '.join(ROUTER_INITS)}.")
+        if self.router_std is not None and not self.router_std > 0:
+            raise ValueError(f"router_std={self.router_std} must be above 0; for none use router_init='zero'.")
+        if self.expert_noise < 0:
+            raise ValueError(f"expert_noise={self.expert_noise} must be at least 0.")
+        if not 0 <= self.drop_ratio <= 1:
+            raise ValueError(f"drop_ratio={self.drop_ratio} must lie in [0, 1]; 0.5 is the paper's choice.")
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether experts differ from the parts of the dense block."""
+        return self.expert_noise > 0 or self.drop_ratio > 0
+
+
+def generator_of(*words: object) -> torch.Generator:
+    """A random generator that follows from the words alone."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def gate_up_pieces(
+    gate: torch.Tensor, up: torch.Tensor, layout: ExpertLayout, options: UpcycleOptions, layer: int
+) -> Iterator[torch.Tensor]:
+    """Dense gate and up (I, H) -> for each expert (1, 2m, H)."""
+    for expert, part in enumerate(layout.part_of_expert):
+        halves = (
+            changed(rows_of(dense, part, layout), 0, name, options, layer, expert)
+            for name, dense in (("gate", gate), ("up", up))
+        )
+        yield torch.cat(tuple(halves))[None]
+
+
+def down_pieces(
+    down: torch.Tensor, layout: ExpertLayout, options: UpcycleOptions, layer: int
+) -> Iterator[torch.Tensor]:
+    """Dense down (H, I) -> for each expert (1, H, m), scaled."""
+    for expert, part in enumerate(layout.part_of_expert):
+        columns = rows_of(down.T, part, layout).T
+        yield scaled(changed(columns, 1, "down", options, layer, expert), layout.routed_scale)[None]
+
+
+def rows_of(weight: torch.Tensor, part: int, layout: ExpertLayout) -> torch.Tensor:
+    """Part `part` of a tensor's first dimension, I -> m."""
+    return weight.chunk(layout.num_parts)[part]
+
+
+def changed(
+    weight: torch.Tensor, dimension: int, name: str, options: UpcycleOptions, layer: int, expert: int
+) -> torch.Tensor:
+    """One matrix of an expert with noise and with a share of its intermediate `dimension` drawn anew.
+
+    The three matrices of an expert drop the same intermediate dimensions. What is drawn has the mean and the standard
+    deviation of what it replaces.
+    """
+    if not options.changes_experts:
+        return weight
+    value = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    generator = generator_of(options.seed, "expert", layer, expert, name)
+    if options.expert_noise > 0:
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        value += noise * (options.expert_noise * weight.to(value.dtype).std(correction=0))
+    width = weight.shape[dimension]
+    if num_dropped := round(options.drop_ratio * width):
+        index = torch.randperm(width, generator=generator_of(options.seed, "drop", layer, expert))[:num_dropped]
+        old = weight.to(value.dtype).index_select(dimension, index)
+        fresh = torch.randn(old.shape, generator=generator, dtype=value.dtype)
+        value.index_copy_(dimension, index, old.mean() + old.std(correction=0) * fresh)
+    return value.to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,16 +286,10 @@ def upcycle(
     for layer in range(config.num_hidden_layers):
         plan += _feed_forward(reader, config, layout, options, layer)
     refuse_unused(reader, plan)
-    check_disk_space(output, sum(tensor.num_bytes for tensor in plan))
     function = function_in_words(config, layout, options)
-    with appearing_whole(output) as folder:
-        write_weights(folder, plan, max_shard_size)
-        copy_companions(reader.folder, folder)
-        write_config(model, folder)
-        record = {"dense": reader.short_name, "dense_revision": reader.commit}
-        record |= {"dense_family": reader.config.model_type, "to": to}
-        record |= {"options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"dense": reader.short_name, "dense_revision": reader.commit, "dense_family": reader.config.model_type}
+    record |= {"to": to, "options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
+    write_checkpoint(reader, plan, model, output, max_shard_size, {RECORD_FILE: json.dumps(record, indent=1) + "\n"})
     return Upcycled(output, config, layout, model.num_parameters(), function, tuple(leftovers(output)))
 
 

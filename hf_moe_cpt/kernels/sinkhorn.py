@@ -1,46 +1,50 @@
 """The Sinkhorn plan of router logits in a few launches: every pass reads the logits once and stores no (T, E) matrix.
 
-T tokens, E experts, B programs, z (T, E) logits. Source: arXiv 2503.05029, section 3; start vector and epsilon from
-the authors' GPT-NeoX (megatron/model/router.py). The kernels are ours.
+T tokens, E experts, B programs, z (T, E) logits. Source: arXiv 2503.05029, section 3; the definition, with its start
+vector and epsilon, is the model's own `plain_sinkhorn_plan`. The kernels are ours.
 
-A pass needs column sums over all tokens, that is, over all programs. Instead of a launch of its own for that, every
-program of the next launch adds up the B rows of partial sums again, in the same order: 2 + num_iterations launches,
-no atomics, the same bits on every run, and no synchronisation with the host.
+A program owns `chunks` tiles of `rows` tokens, one after the other, all experts of a token at once. A pass needs
+column sums over all tokens, that is, over all programs. Instead of a launch of its own for that, every program of the
+next launch adds up the B rows of partial sums again, in the same order: 2 + num_iterations launches, no atomics, the
+same bits on every run, and no synchronisation with the host.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from hf_moe_cpt.kernels.logit_blocks import check_logits, load_counted, load_logits, runs_in_triton, token_blocks
+from hf_moe_cpt.kernels.grouped_gemm import IS_INTERPRETED
+from hf_moe_cpt.modeling.modeling_cpt_moe import EPSILON, plain_sinkhorn_plan
 
 
-EPSILON = 1e-8  # added to the denominators of the scalings
 MAX_EXPERTS = 1024
-MAX_TILE = 8192
+MAX_PROGRAMS = 128  # about one per multiprocessor of a large GPU
+MIN_TILE = 1024  # elements: a tile of fewer would leave lanes of a program idle
+MAX_TILE = 8192  # elements
 _EPSILON = tl.constexpr(EPSILON)
 
 
-def plain_sinkhorn_plan(
-    logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The definition: scale exp(z) by a fixed number of passes, each over rows and then columns.
+class TokenBlocks(NamedTuple):
+    """How T tokens are dealt out: programs x chunks x rows >= T."""
 
-    logits: (T, E); token_mask: (T,) bool, False for padding. Returns (T, E) in at least fp32: rows sum to about 1/T,
-    columns to 1/E, where T counts the tokens that take part; rows of the others are 0.
-    """
-    num_tokens, num_experts = logits.shape
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    mass = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    if token_mask is not None:
-        mass = mass.masked_fill(~token_mask[:, None], 0.0)
-        num_tokens = token_mask.sum().clamp(min=1)
-    per_expert = 1.0 / (num_experts * (mass.sum(dim=0) + EPSILON))  # (E,)
-    per_token = torch.ones_like(mass[:, 0])  # (T,)
-    for _ in range(num_iterations):
-        per_token = 1.0 / (num_tokens * ((mass * per_expert).sum(dim=1) + EPSILON))
-        per_expert = 1.0 / (num_experts * ((mass * per_token[:, None]).sum(dim=0) + EPSILON))
-    return per_token[:, None] * mass * per_expert
+    rows: int  # tokens per tile, a power of two
+    chunks: int  # tiles per program
+    programs: int
+    columns: int  # experts per tile: the power of two that holds E
+    num_warps: int
+
+
+def token_blocks(num_tokens: int, num_experts: int) -> TokenBlocks:
+    """Deal out `num_tokens` > 0 to at most MAX_PROGRAMS programs."""
+    columns = triton.next_power_of_2(num_experts)
+    wanted = triton.next_power_of_2(triton.cdiv(num_tokens, MAX_PROGRAMS))
+    rows = max(MIN_TILE // columns, min(MAX_TILE // columns, wanted), 1)
+    num_tiles = triton.cdiv(num_tokens, rows)
+    chunks = triton.cdiv(num_tiles, MAX_PROGRAMS)
+    num_warps = min(max(rows * columns // 512, 1), 8)  # 16 elements of a tile per thread
+    return TokenBlocks(rows, chunks, triton.cdiv(num_tiles, chunks), columns, num_warps)
 
 
 @torch.library.custom_op(
@@ -53,8 +57,13 @@ def sinkhorn_plan(logits: torch.Tensor, num_iterations: int, token_mask: torch.T
 
     Raises ValueError if logits are not (T, E) or the mask is not (T,) bool.
     """
-    check_logits(logits, token_mask)
-    if runs_in_triton(logits, MAX_EXPERTS):
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (tokens, experts), got {tuple(logits.shape)}: flatten batch and time first.")
+    if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != logits.shape[:1]):
+        got = f"{tuple(token_mask.shape)} {token_mask.dtype}"
+        raise ValueError(f"token_mask must be ({logits.shape[0]},) torch.bool, False for padding, got {got}.")
+    has_kernel = logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and logits.shape[1] <= MAX_EXPERTS
+    if has_kernel and (logits.is_cuda or IS_INTERPRETED):
         return _triton_sinkhorn_plan(logits, num_iterations, token_mask)
     return plain_sinkhorn_plan(logits, num_iterations, token_mask)
 
@@ -66,9 +75,17 @@ def _(logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None
 
 @triton.jit
 def _load_mass(logits_ptr, mask_ptr, tokens, experts, num_tokens, NUM_EXPERTS: tl.constexpr):
-    """exp(z - the token's largest z) for a tile, 0 for padding; and which of its tokens count."""
-    logits = load_logits(logits_ptr, tokens, experts, num_tokens, NUM_EXPERTS)
-    counted = load_counted(mask_ptr, tokens, num_tokens)
+    """exp(z - the token's largest z) for a tile, 0 for padding; and which of its tokens exist and are no padding.
+
+    z is -inf past the last expert and 0 past the last token, a row without NaN.
+    """
+    is_expert = (experts < NUM_EXPERTS)[None, :]
+    pointers = logits_ptr + tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    logits = tl.load(pointers, mask=(tokens < num_tokens)[:, None] & is_expert, other=0.0).to(tl.float32)
+    logits = tl.where(is_expert, logits, float("-inf"))
+    counted = tokens < num_tokens
+    if mask_ptr is not None:
+        counted = counted & (tl.load(mask_ptr + tokens, mask=counted, other=0) != 0)
     mass = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return tl.where(counted[:, None], mass, 0.0), counted
 
@@ -147,7 +164,7 @@ def _triton_sinkhorn_plan(logits: torch.Tensor, num_iterations: int, token_mask:
     plan = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=logits.device)
     if num_tokens == 0:
         return plan
-    blocks = token_blocks(num_tokens, num_experts, MAX_TILE)
+    blocks = token_blocks(num_tokens, num_experts)
     per_token = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, blocks.programs, num_experts), dtype=torch.float32, device=logits.device)
     counts = torch.empty(blocks.programs, dtype=torch.int32, device=logits.device)

@@ -1,6 +1,5 @@
 """Learning-rate schedules as pure functions of the step, and a text description of them before a run."""
 
-from hf_moe_cpt.optim.describe import ScheduleCurve, describe_schedule, schedule_curve
 from hf_moe_cpt.optim.schedules import (
     DEFAULT_COSINE_PHASES,
     DEFAULT_PHASES,
@@ -9,14 +8,17 @@ from hf_moe_cpt.optim.schedules import (
     STARTING_PHASES,
     Boundaries,
     Phases,
+    ScheduleCurve,
     build_lr_scheduler,
     check_schedule,
     cosine,
     cosine_inf,
     default_phases,
+    describe_schedule,
     inv_sqrt_inf,
     learning_rate_at,
     phase_at,
+    schedule_curve,
 )
 
 

@@ -6,6 +6,7 @@ num_steps, and at every step after it, is min_lr (constant_lr if the phases have
 
 Letters: t step, T num_steps, u steps since a phase began, s = u / length of that phase, in [0, 1].
 Source: Thérien et al. 2025 (arXiv 2503.05029), CosineInf; Ibrahim et al. 2024 (arXiv 2403.08763), InvSqrtInf.
+Ours: their table and plot in text, and a LambdaLR whose saved state is the step alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR
-
+BARS = " ▁▂▃▄▅▆▇█"
 STARTING_PHASES = ("scratch", "constant", "decayed")
 PHASE_NAMES = ("warmup", "cooldown", "constant", "anneal")
 
@@ -111,6 +113,18 @@ def inv_sqrt_inf(
     return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, partial(_inv_sqrt, steepness=steepness))
 
 
+class ScheduleSettings(TypedDict):
+    """A schedule by name with what it needs: the keyword arguments of `check_schedule` and `learning_rate_at`."""
+
+    schedule: str
+    num_steps: int
+    phases: Phases
+    max_lr: float
+    constant_lr: float
+    min_lr: float
+    steepness: NotRequired[float]
+
+
 SCHEDULES: dict[str, Callable[..., float]] = {
     "cosine_inf": cosine_inf,
     "inv_sqrt_inf": inv_sqrt_inf,
@@ -187,38 +201,18 @@ def check_schedule(
         raise ValueError(f"steepness={steepness} gives inv_sqrt_inf no slope: set it > 0 (10 is the usual value).")
 
 
-def build_lr_scheduler(
-    optimizer: Optimizer,
-    *,
-    schedule: str,
-    num_steps: int,
-    phases: Phases,
-    max_lr: float,
-    constant_lr: float,
-    min_lr: float,
-    steepness: float = 10.0,
-) -> LambdaLR:
+def build_lr_scheduler(optimizer: Optimizer, **settings: Unpack[ScheduleSettings]) -> LambdaLR:
     """A LambdaLR that multiplies each group's initial learning rate (max_lr in a plain run) by rate / max_lr.
 
     Groups with other initial rates keep their proportion to max_lr. Its state is the step alone, so that changed
     rates, phases or num_steps take effect at once when a run is resumed.
     """
-    from hf_moe_cpt.optim.step_scheduler import StepLambdaLR
-
-    settings: dict[str, Any] = {
-        "schedule": schedule,
-        "num_steps": num_steps,
-        "phases": phases,
-        "max_lr": max_lr,
-        "constant_lr": constant_lr,
-        "min_lr": min_lr,
-        "steepness": steepness,
-    }
     check_schedule(**settings)
     return StepLambdaLR(optimizer, partial(_ratio_at, **settings))
 
 
 def _ratio_at(step: int, *, max_lr: float, **settings: Any) -> float:
+    """A function of the module, so that a scheduler can be pickled."""
     return learning_rate_at(step, max_lr=max_lr, **settings) / max_lr
 
 
@@ -257,3 +251,91 @@ def _infinite(
     if step >= num_steps:
         return min_lr
     return constant_lr * (min_lr / constant_lr) ** ((step - ends.constant) / (ends.anneal - ends.constant))
+
+
+@dataclass(frozen=True)
+class ScheduleCurve:
+    """Sampled schedule: ascending steps from 0 to num_steps, their rates, and each non-empty phase's first step."""
+
+    steps: list[int]
+    rates: list[float]
+    phase_starts: dict[str, int]
+
+
+def schedule_curve(*, num_points: int = 400, **settings: Unpack[ScheduleSettings]) -> ScheduleCurve:
+    """Sample the rate at about num_points steps, phase boundaries always among them."""
+    check_schedule(**settings)
+    num_steps = settings["num_steps"]
+    ends = settings["phases"].boundaries(num_steps)
+    starts = {name: begin for name, begin, end in zip(PHASE_NAMES, (0, *ends), ends, strict=False) if end > begin}
+    even = {round(i * num_steps / max(1, num_points - 1)) for i in range(num_points)}
+    steps = sorted(even | {0, num_steps} | set(starts.values()))
+    return ScheduleCurve(steps, [learning_rate_at(step, **settings) for step in steps], starts)
+
+
+def describe_schedule(
+    *, tokens_per_step: int | None = None, width: int = 72, height: int = 8, **settings: Unpack[ScheduleSettings]
+) -> str:
+    """Table of phases (steps, tokens if tokens_per_step is given, rate at begin and end) above a plot in text.
+
+    The "end" of a phase is the value its last step runs into, which is the next phase's first.
+    """
+    curve, num_steps = schedule_curve(**settings, num_points=width + 1), settings["num_steps"]
+    rate_at = dict(zip(curve.steps, curve.rates, strict=True))
+    begins = list(curve.phase_starts.values())
+    rows = [("phase", "from step", "steps", "share", "tokens", "lr begin", "lr end")]
+    for (name, begin), end in zip(curve.phase_starts.items(), [*begins[1:], num_steps], strict=True):
+        steps = end - begin
+        tokens = f"{steps * tokens_per_step:,}" if tokens_per_step else ""
+        share = f"{100 * steps / num_steps:.1f}%"
+        rows.append((name, f"{begin:,}", f"{steps:,}", share, tokens, f"{rate_at[begin]:.3g}", f"{rate_at[end]:.3g}"))
+    total = f"{num_steps * tokens_per_step:,}" if tokens_per_step else ""
+    rows.append(("total", "", f"{num_steps:,}", "100.0%", total, f"{rate_at[0]:.3g}", f"{rate_at[num_steps]:.3g}"))
+    plot_rates = [learning_rate_at(round(i * num_steps / (width - 1)), **settings) for i in range(width)]
+    return "\n".join([f"schedule {settings['schedule']}", *_align(rows), "", *_plot(plot_rates, num_steps, height)])
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Pad columns: first left, others right; a column without any entry below its heading is left out."""
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    padded = [
+        [cell.rjust(size) if i else cell.ljust(size) for cell in column]
+        for i, (column, size) in enumerate(zip(kept, widths, strict=True))
+    ]
+    return ["  ".join(row) for row in zip(*padded, strict=True)]
+
+
+def _plot(rates: list[float], num_steps: int, height: int) -> list[str]:
+    """Columns of eighth blocks under an axis from 0 to the highest rate."""
+    top = max(rates)
+    eighths, lines = [round(8 * height * rate / top) for rate in rates], []
+    for row in reversed(range(height)):
+        label = f"{top:.2e}" if row == height - 1 else ""
+        lines.append(f"{label:>9} ┤" + "".join(BARS[min(8, max(0, e - 8 * row))] for e in eighths))
+    lines.append(f"{'0':>9} └" + "─" * len(rates))
+    return [*lines, " " * 11 + "0" + f"{num_steps:,} steps".rjust(len(rates) - 1)]
+
+
+class StepLambdaLR(LambdaLR):
+    """LambdaLR that saves `last_epoch` (updates made) only; overrides `state_dict` and `load_state_dict`.
+
+    torch's own also saves base_lrs and restores them: a run resumed with another peak would keep the old one.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates made, under torch's names."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the step of a saved state (also of a plain LambdaLR) and set each group's rate for it at once."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
+        rates = [base * rate(self.last_epoch) for base, rate in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, rates, strict=True):
+            group["initial_lr"] = base
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates

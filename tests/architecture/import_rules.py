@@ -8,7 +8,6 @@ from tests.helpers.source_tree import PACKAGE_OF_FOLDER, Import, SourceFile
 
 
 FRONT_DOOR = "hf_moe_cpt"
-BEHIND_THE_DOOR = {"hf_moe_cpt.arguments", "hf_moe_cpt.model_arguments"}
 _FOLDERS_INSTALLED_ELSEWHERE = {folder for folder, package in PACKAGE_OF_FOLDER.items() if folder != package}
 
 
@@ -17,21 +16,21 @@ def rooms_import_only_what_the_table_allows(files: list[SourceFile]) -> list[str
     return [
         f"{file.path}:{found.line} imports {module}, which its room {room_of(file.package)[0]} may not"
         for file, found in _imports_outside_tests(files)
-        for module in _modules_meant(file, found)
+        for module in modules_meant(file, found)
         if not _allowed(file, module)
     ]
 
 
 def trainers_never_import_modeling_or_each_other(files: list[SourceFile]) -> list[str]:
-    """They take any causal model; what two of them need belongs in instruments. Said twice, as it is the pillar."""
+    """They take any causal model; what two of them need belongs in common. Said twice, as it is the pillar."""
     offences = []
     for file, found in _imports_outside_tests(files):
         if not file.module.startswith("hf_moe_cpt.trainers."):
             continue
         own = ".".join(file.module.split(".")[:3])
-        for module in _modules_meant(file, found):
+        for module in modules_meant(file, found):
             other_trainer = _below(module, "hf_moe_cpt.trainers") and not (
-                _below(module, own) or _below(module, "hf_moe_cpt.trainers.instruments")
+                _below(module, own) or _below(module, "hf_moe_cpt.trainers.common")
             )
             if other_trainer or _below(module, "hf_moe_cpt.modeling"):
                 offences.append(f"{file.path}:{found.line} imports {module}")
@@ -39,15 +38,19 @@ def trainers_never_import_modeling_or_each_other(files: list[SourceFile]) -> lis
 
 
 def front_door_is_lazy(files: list[SourceFile]) -> list[str]:
-    """Files directly in hf_moe_cpt/ import at their top Python's library and each other, so that help is instant.
-
-    Those that only scripts import, once a command is known, are not of the front.
-    """
-    front = {file.module for file in files if file.package == FRONT_DOOR} - BEHIND_THE_DOOR
+    """The package and its command import at their top Python's library and files beside them: help is instant."""
+    by_module = {file.module: file for file in files if file.package == FRONT_DOOR}
+    pending, front = [FRONT_DOOR, f"{FRONT_DOOR}.__main__", f"{FRONT_DOOR}.cli"], set()
+    while pending:
+        module = pending.pop()
+        if module in by_module and module not in front:
+            front.add(module)
+            pending += [found.module for found in by_module[module].imports() if found.at_top]
     return [
-        f"{file.path}:{found.line} imports {found.module} when it is imported"
-        for file, found in _imports_outside_tests(files)
-        if file.module in front and found.at_top and found.module not in front and not _of_python(found.module)
+        f"{by_module[module].path}:{found.line} imports {found.module} when it is imported"
+        for module in sorted(front)
+        for found in by_module[module].imports()
+        if found.at_top and found.module not in front and not _of_python(found.module)
     ]
 
 
@@ -88,7 +91,7 @@ def _imports_outside_tests(files: list[SourceFile]) -> Iterator[tuple[SourceFile
     return ((file, found) for file in files if not file.is_test for found in file.imports())
 
 
-def _modules_meant(file: SourceFile, found: Import) -> list[str]:
+def modules_meant(file: SourceFile, found: Import) -> list[str]:
     """Absolute names; `from package import room` means package.room if the table knows it."""
     package = file.package.split(".")
     start = ".".join(package[: len(package) - found.level + 1]) if found.level else ""

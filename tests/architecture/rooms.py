@@ -15,47 +15,74 @@ class Room:
 
 
 _EVERY_ROOM = ("hf_moe_cpt",)
-_SHARED_BY_TRAINERS = ("accelerate", "datasets", "numpy", "safetensors", "torch", "transformers")
+_FRONT = ("hf_moe_cpt.extras", "hf_moe_cpt.lazy", "hf_moe_cpt.machine")
 _TRAINER = Room(
     ours=(
-        "hf_moe_cpt.analysis",
+        *_FRONT,
         "hf_moe_cpt.data",
-        "hf_moe_cpt.extras",
+        "hf_moe_cpt.evaluation",
         "hf_moe_cpt.hub",
+        "hf_moe_cpt.kernels",
         "hf_moe_cpt.optim",
-        "hf_moe_cpt.trainers.instruments",
+        "hf_moe_cpt.planning",
+        "hf_moe_cpt.reports",
+        "hf_moe_cpt.routing",
+        "hf_moe_cpt.trainers.common",
     ),
-    others=_SHARED_BY_TRAINERS,
+    others=("accelerate", "datasets", "numpy", "safetensors", "torch", "transformers"),
 )
+_NUMBERS = ("numpy", "safetensors", "torch", "tqdm", "transformers")
 
-# The longest matching package decides. What the front door imports at its top is a rule of its own.
+# The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
 ROOMS = {
-    "hf_moe_cpt": Room(ours=_EVERY_ROOM, others=("accelerate", "transformers", "trl", "yaml")),
-    "hf_moe_cpt.analysis": Room(others=("numpy", "safetensors", "torch", "tqdm")),
-    "hf_moe_cpt.analysis.metrics": Room(("hf_moe_cpt.analysis",), ("datasets", "evaluate", "numpy", "torch")),
+    "hf_moe_cpt": Room(_EVERY_ROOM, (*_TRAINER.others, "trl", "yaml")),
+    "hf_moe_cpt.analysis": Room(("hf_moe_cpt.routing", "hf_moe_cpt.reports")),  # the old name of these rooms
     "hf_moe_cpt.data": Room(
-        ours=("hf_moe_cpt.extras",),
-        others=("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers"),
+        _FRONT,
+        ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"),
     ),
-    "hf_moe_cpt.optim": Room(others=("torch",)),
-    "hf_moe_cpt.kernels": Room(
-        ours=("hf_moe_cpt.extras",), others=("liger_kernel", "torch", "transformers", "triton")
+    "hf_moe_cpt.evaluation": Room(
+        (
+            *_FRONT,
+            "hf_moe_cpt.data",
+            "hf_moe_cpt.generation",
+            "hf_moe_cpt.reports",
+            "hf_moe_cpt.trainers.surgery.chunked",  # hidden states and head in chunks: measured as they are trained
+            "hf_moe_cpt.trainers.surgery.losses",  # the KL of the anchor, which is what divergence measures
+        ),
+        (*_NUMBERS, "accelerate", "datasets", "peft"),
     ),
-    "hf_moe_cpt.modeling": Room(others=("huggingface_hub", "torch", "transformers")),
-    "hf_moe_cpt.trainers": Room(),
-    "hf_moe_cpt.trainers.instruments": _TRAINER,
-    "hf_moe_cpt.trainers.cpt": _TRAINER,
-    "hf_moe_cpt.trainers.surgery": _TRAINER,
-    "hf_moe_cpt.trainers.rainbowpo": Room(_TRAINER.ours, (*_SHARED_BY_TRAINERS, "tqdm", "trl")),
-    "hf_moe_cpt.scripts": Room(
-        ours=_EVERY_ROOM,
-        others=(*_SHARED_BY_TRAINERS, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml"),
+    "hf_moe_cpt.generation": Room(
+        # arguments: what a command is told is checked where its settings live
+        (*_FRONT, "hf_moe_cpt.arguments", "hf_moe_cpt.data", "hf_moe_cpt.evaluation"),
+        (*_NUMBERS, "datasets", "huggingface_hub"),
     ),
     "hf_moe_cpt.hub": Room(
-        ours=("hf_moe_cpt.analysis", "hf_moe_cpt.extras", "hf_moe_cpt.hub_cards", "hf_moe_cpt.modeling"),
-        others=("huggingface_hub", "safetensors", "torch", "tqdm", "transformers", "yaml"),
+        (*_FRONT, "hf_moe_cpt.hub_cards", "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"),
+        ("huggingface_hub", "safetensors", "torch", "tqdm", "transformers", "yaml"),
     ),
     "hf_moe_cpt.hub_cards": Room(),
+    "hf_moe_cpt.kernels": Room((*_FRONT, "hf_moe_cpt.modeling"), ("liger_kernel", "torch", "transformers", "triton")),
+    "hf_moe_cpt.metrics": Room(
+        ("hf_moe_cpt.evaluation", "hf_moe_cpt.routing"), ("datasets", "evaluate", "numpy", "torch")
+    ),
+    "hf_moe_cpt.modeling": Room(others=("huggingface_hub", "torch", "transformers")),
+    "hf_moe_cpt.optim": Room(others=("torch",)),
+    "hf_moe_cpt.planning": Room(
+        (*_FRONT, "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"), (*_NUMBERS, "huggingface_hub")
+    ),
+    "hf_moe_cpt.reports": Room(_FRONT),
+    "hf_moe_cpt.routing": Room(
+        (*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.reports"), (*_NUMBERS, "accelerate", "datasets")
+    ),
+    "hf_moe_cpt.scripts": Room(
+        _EVERY_ROOM, (*_TRAINER.others, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml")
+    ),
+    "hf_moe_cpt.trainers": Room(),
+    "hf_moe_cpt.trainers.common": _TRAINER,
+    "hf_moe_cpt.trainers.cpt": _TRAINER,
+    "hf_moe_cpt.trainers.rainbowpo": Room(_TRAINER.ours, (*_TRAINER.others, "tqdm", "trl")),
+    "hf_moe_cpt.trainers.surgery": _TRAINER,
 }
 
 

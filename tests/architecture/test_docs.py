@@ -1,6 +1,6 @@
 """The documents name what exists, link to what exists, and their first example runs."""
 
-import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -16,15 +16,9 @@ DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")])
 
 
 def public_names(files: list[SourceFile]) -> set[str]:
-    """`__all__` of every package of ours, read without importing it."""
-    return {
-        element
-        for file in files
-        if file.path.endswith("/__init__.py") and not file.is_test
-        for node in file.tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-        for element in ast.literal_eval(node.value)
-    }
+    """`__all__` of every package of ours."""
+    packages = [file.module for file in files if file.path.endswith("/__init__.py") and not file.is_test]
+    return {name for package in packages for name in getattr(importlib.import_module(package), "__all__", ())}
 
 
 def broken_links(document: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture import import_rules, style_rules
+from tests.architecture import import_rules, structure_rules, style_rules
 from tests.architecture.test_rules_hold import RULES
 from tests.helpers.source_tree import SourceFile, read_project
 
@@ -53,11 +53,12 @@ CASES = [
     (
         import_rules.trainers_never_import_modeling_or_each_other,
         "trainers/surgery/a.py",
-        "from hf_moe_cpt.trainers.cpt.objective import x",
+        "from hf_moe_cpt.trainers.cpt.cpt_trainer import x",
         "trainers.cpt",
-        "from hf_moe_cpt.trainers.instruments.meter import x",
+        "from hf_moe_cpt.trainers.common.metrics import x",
     ),
     (import_rules.front_door_is_lazy, "hf_moe_cpt/cli.py", "import torch", "torch", "def f():\n    import torch"),
+    (import_rules.front_door_is_lazy, "hf_moe_cpt/__init__.py", "import torch", "torch", "import json"),
     (
         import_rules.front_door_is_lazy,
         "hf_moe_cpt/cli.py",
@@ -100,7 +101,42 @@ CASES = [
         "write hf_moe_cpt.trainers",
         "from hf_moe_cpt.trainers.cpt import x",
     ),
-    (style_rules.files_fit_their_limit, "scripts/a.py", "x = 1\n" * 401, "401 lines", "x = 1\n" * 400),
+    (structure_rules.scripts_are_entry_points, "scripts/a.py", "x = 1\n" * 151, "151 lines", "x = 1\n" * 150),
+    (
+        structure_rules.nobody_imports_scripts,
+        "hf_moe_cpt/data/a.py",
+        "from hf_moe_cpt.scripts.cpt import x",
+        "hf_moe_cpt.scripts.cpt",
+        "from hf_moe_cpt.data.cpt import x",
+    ),
+    (
+        structure_rules.nobody_imports_scripts,
+        "scripts/replication/a.py",
+        "from hf_moe_cpt.scripts.benchmarks.harness import x",
+        "hf_moe_cpt.scripts.benchmarks.harness",
+        "from hf_moe_cpt.scripts.replication.harness import x",
+    ),
+    (
+        structure_rules.folders_are_not_crowded,
+        [f"hf_moe_cpt/data/a{number}.py" for number in range(16)],
+        "",
+        "has 16 files",
+        None,
+    ),
+    (
+        structure_rules.folders_are_not_crowded,
+        [f"hf_moe_cpt/data/text_{number}.py" for number in range(4)],
+        "",
+        "text_* is 4 files",
+        None,
+    ),
+    (
+        structure_rules.nothing_is_there_for_tests_alone,
+        "hf_moe_cpt/data/a.py",
+        "def f(): pass",
+        "f is used by nothing",
+        "def plain_f(): pass\ndef f(): pass\nx = f",
+    ),
     (
         style_rules.functions_fit_their_limit,
         "scripts/a.py",
@@ -153,16 +189,22 @@ CASES = [
 ]
 
 
-def read_alone(root: Path, path: str, text: str) -> list[SourceFile]:
-    file = root / path
-    file.parent.mkdir(parents=True)
-    file.write_text(text, encoding="utf-8")
+def read_alone(root: Path, paths: str | list[str], text: str) -> list[SourceFile]:
+    for path in [paths] if isinstance(paths, str) else paths:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     return read_project(root)
 
 
 @pytest.mark.parametrize("rule, path, bad, word, good", CASES, ids=[f"{case[0].__name__}-{case[3]}" for case in CASES])
 def test_rule_can_fail(
-    rule: Callable[[list[SourceFile]], list[str]], path: str, bad: str, word: str, good: str | None, tmp_path: Path
+    rule: Callable[[list[SourceFile]], list[str]],
+    path: str | list[str],
+    bad: str,
+    word: str,
+    good: str | None,
+    tmp_path: Path,
 ) -> None:
     offences = rule(read_alone(tmp_path / "bad", path, bad))
     assert len(offences) == 1
@@ -171,5 +213,20 @@ def test_rule_can_fail(
         assert rule(read_alone(tmp_path / "good", path, good)) == []
 
 
+def test_a_file_with_one_importer_is_a_fragment(tmp_path: Path) -> None:
+    """Eleven of them are named with their importer; ten are borne."""
+    parts = [f"hf_moe_cpt/optim/part{number}.py" for number in range(11)]
+    whole = [f"from hf_moe_cpt.optim.part{number} import x" for number in range(11)]
+    for name, second in (("one", ""), ("two", whole[0])):
+        read_alone(tmp_path / name, [*parts], "x = 1\n")
+        (tmp_path / name / "hf_moe_cpt/optim/whole.py").write_text("\n".join(whole), encoding="utf-8")
+        (tmp_path / name / "hf_moe_cpt/optim/second.py").write_text(second, encoding="utf-8")
+    read_project.cache_clear()
+    offences = structure_rules.files_are_no_fragments(read_project(tmp_path / "one"))
+    assert len(offences) == 11
+    assert "hf_moe_cpt/optim/part0.py has 1 lines and one importer, hf_moe_cpt/optim/whole.py" in offences
+    assert structure_rules.files_are_no_fragments(read_project(tmp_path / "two")) == []
+
+
 def test_every_rule_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(RULES)
+    assert {case[0] for case in CASES} | {structure_rules.files_are_no_fragments} == set(RULES)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.architecture import import_rules, style_rules
+from tests.architecture import import_rules, structure_rules, style_rules
 from tests.helpers.source_tree import SourceFile, read_project
 
 
@@ -15,7 +15,11 @@ RULES = [
     import_rules.modeling_is_flat_with_sibling_imports,
     import_rules.only_modeling_imports_relatively,
     import_rules.no_room_is_imported_as_a_top_level_name,
-    style_rules.files_fit_their_limit,
+    structure_rules.scripts_are_entry_points,
+    structure_rules.nobody_imports_scripts,
+    structure_rules.folders_are_not_crowded,
+    structure_rules.files_are_no_fragments,
+    structure_rules.nothing_is_there_for_tests_alone,
     style_rules.functions_fit_their_limit,
     style_rules.blocks_are_not_nested_deeply,
     style_rules.files_open_with_a_sentence,

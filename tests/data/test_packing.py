@@ -1,16 +1,51 @@
-"""Blocks are the concatenated corpus cut at multiples of max_length, whatever the arrow layout underneath."""
+"""Blocks are the corpus cut at multiples of max_length; mixtures hold their share; batches are stacked blocks.
+
+Packing against the definition, token by token, whatever the arrow layout underneath. Every batch of a mixture holds
+its share, every epoch its own order, and a consumer sees the same sequence with any number of workers.
+"""
 
 import pickle
+from fractions import Fraction
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moe_cpt.data.packing import PACKINGS, PackedDataset, frame_block, pack_stream
+from hf_moe_cpt.data.packing import (
+    PACKINGS,
+    PackedDataset,
+    ReplayLaw,
+    ReplayMixture,
+    StreamingReplayMixture,
+    exact_ratio,
+    pack_stream,
+    stack_blocks,
+)
+
+
+def test_tensors_and_sources_are_stacked():
+    items = [{"input_ids": torch.tensor([1, 2]), "source": 0}, {"input_ids": torch.tensor([3, 4]), "source": 1}]
+    batch = stack_blocks(items)
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
+    assert batch["source"].tolist() == [0, 1] and batch["source"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(3)}, r"'a' has the shapes \[\(2,\), \(3,\)\] in one batch"),
+        ({"a": 0, "b": 0}, {"a": 0}, "'b': pack new and replay data in the same way"),
+        ({"a": 0}, {"a": 0, "b": 0}, "'b': pack new and replay data in the same way"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        stack_blocks([first, second])
 
 
 def make_corpus(lengths: list[int], rows_per_chunk: int = 3) -> tuple[datasets.Dataset, list[list[int]]]:
@@ -88,10 +123,6 @@ def test_values_shapes_and_types_of_a_block():
     assert block["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 
-def test_a_continued_document_counts_from_the_start_of_the_block():
-    assert PackedDataset(make_corpus([7, 3])[0], 5)[1]["position_ids"].tolist() == [0, 1, 0, 1, 2]
-
-
 def test_a_block_does_not_alias_the_corpus_or_its_labels():
     packed = PackedDataset(make_corpus([10])[0], 5, "concat")
     block = packed[0]
@@ -109,14 +140,6 @@ def test_a_memory_mapped_corpus_stays_on_disk(tmp_path):
     assert torch.equal(copy[69]["input_ids"], packed[69]["input_ids"])
 
 
-def test_data_loader_workers_read_the_same(tmp_path):
-    make_corpus([40, 3, 57])[0].save_to_disk(tmp_path / "corpus")
-    packed = PackedDataset(datasets.load_from_disk(str(tmp_path / "corpus")), 10)
-    loader = torch.utils.data.DataLoader(packed, 2, num_workers=2)
-    read = torch.cat([batch["input_ids"] for batch in loader])
-    assert read.flatten().tolist() == list(range(100))
-
-
 def test_indices_wrap_from_the_end_and_stop():
     packed = PackedDataset(make_corpus([10])[0], 5)
     assert packed[-1]["input_ids"].tolist() == packed[np.int64(1)]["input_ids"].tolist() == [5, 6, 7, 8, 9]
@@ -125,35 +148,272 @@ def test_indices_wrap_from_the_end_and_stop():
             packed[index]
 
 
-def test_frame_block_of_one_document_masks_nothing():
-    block = frame_block(np.arange(4), [], "document")
-    assert block["labels"].tolist() == block["position_ids"].tolist() == [0, 1, 2, 3]
-
-
-def test_too_few_tokens():
-    with pytest.raises(ValueError, match=r"12 tokens in 3 documents, fewer than one block of max_length=13"):
-        PackedDataset(make_corpus([4, 4, 4])[0], 13)
-    with pytest.raises(ValueError, match="0 tokens in 0 documents"):
-        PackedDataset(make_corpus([4])[0].select([]), 13)
+def of_columns(**columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns)
 
 
 @pytest.mark.parametrize(
-    "columns, message",
+    "documents, options, message",
     [
-        ({"text": ["a"]}, r"columns \['text'\] and no input_ids: run tokenize_documents"),
-        ({"input_ids": ["a"]}, "is string, not a list of integers"),
-        ({"input_ids": [[0.5, 1.5]]}, "is list<.*double>, not a list of integers"),
-        ({"input_ids": [[1, 2], None]}, "missing values"),
-        ({"input_ids": [[1, None]]}, "missing values"),
+        (make_corpus([4, 4, 4])[0], (13,), "12 tokens in 3 documents, fewer than one block of max_length=13"),
+        (make_corpus([4])[0].select([]), (13,), "0 tokens in 0 documents"),
+        (make_corpus([9])[0], (1,), "max_length is 1"),
+        (make_corpus([9])[0], (2, "bfd"), "packing is 'bfd': choose one of 'document', 'concat'"),
+        (of_columns(text=["a"]), (2,), r"columns \['text'\] and no input_ids: run tokenize_documents"),
+        (of_columns(input_ids=["a"]), (2,), "is string, not a list of integers"),
+        (of_columns(input_ids=[[0.5, 1.5]]), (2,), "is list<.*double>, not a list of integers"),
+        (of_columns(input_ids=[[1, 2], None]), (2,), "missing values"),
+        (of_columns(input_ids=[[1, None]]), (2,), "missing values"),
     ],
 )
-def test_what_is_not_tokenised_is_refused(columns, message):
+def test_what_cannot_be_packed_is_refused(documents, options, message):
     with pytest.raises(ValueError, match=message):
-        PackedDataset(datasets.Dataset.from_dict(columns), 2)
+        PackedDataset(documents, *options)
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match="max_length is 1"):
-        PackedDataset(make_corpus([9])[0], 1)
-    with pytest.raises(ValueError, match="packing is 'bfd': choose one of 'document', 'concat'"):
-        next(pack_stream([[1, 2, 3]], 2, "bfd"))
+RATIOS = st.sampled_from([0.05, 0.1, 0.3, 0.4, 1 / 3, 0.999, Fraction(2, 7)])
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Blocks that carry their own number."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"number": index}
+
+
+def make_mixture(ratio: float = 0.3, new: int = 7, replay: int = 5, batch: int = 8, batches: int = 20, seed: int = 0):
+    return ReplayMixture(Blocks(new), Blocks(replay), ratio, batch, batches, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ratio=RATIOS, batch=st.integers(1, 64), batches=st.integers(1, 40))
+def test_share_is_exact_with_the_error_carried_over(ratio, batch, batches):
+    mixture = make_mixture(ratio, batch=batch, batches=batches)
+    drawn = [mixture[i]["source"] for i in range(len(mixture))]
+    exact = exact_ratio(ratio)
+    for b in range(batches + 1):
+        assert sum(drawn[: b * batch]) == (b * batch * exact + Fraction(1, 2)).__floor__()
+    for b in range(batches):
+        num_replay = sum(drawn[b * batch : (b + 1) * batch])
+        assert mixture.composition(b) == (batch - num_replay, num_replay)
+        assert abs(num_replay - batch * exact) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(ratio=RATIOS, window=st.integers(1, 16), start=st.integers(0, 10**15))
+def test_any_run_of_positions_holds_its_share(ratio, window, start):
+    """Micro-batches and ranks see contiguous runs: none of them may differ from the ratio by more than one block."""
+    law = ReplayLaw(exact_ratio(ratio), batch_size=1, num_batches=1)
+    num_replay = sum(law.assign(i)[0] == "replay" for i in range(start, start + window))
+    assert abs(num_replay - window * law.ratio) < 1
+
+
+def test_paper_batch_of_1024_with_40_percent():
+    mixture = make_mixture(0.4, batch=1024, batches=5)
+    assert [mixture.composition(b)[1] for b in range(5)] == [410, 409, 410, 409, 410]
+
+
+@settings(max_examples=25, deadline=None)
+@given(ratio=RATIOS, new=st.integers(1, 30), replay=st.integers(1, 30), seed=st.integers(0, 2**40))
+def test_each_epoch_reads_every_block_once(ratio, new, replay, seed):
+    mixture = make_mixture(ratio, new, replay, batch=10, batches=30, seed=seed)
+    read: dict[str, list[tuple[int, int]]] = {"new": [], "replay": []}
+    for position in range(len(mixture)):
+        source, epoch, index = mixture.locate(position)
+        read[source].append((epoch, index))
+        assert mixture[position] == {"number": index, "source": int(source == "replay")}
+    for source, length in (("new", new), ("replay", replay)):
+        for q in range(0, len(read[source]) - length + 1, length):
+            epochs, indices = zip(*read[source][q : q + length], strict=True)
+            assert set(epochs) == {q // length} and sorted(indices) == list(range(length))
+
+
+def test_no_epoch_source_or_seed_repeats_an_order():
+    orders = []
+    for seed in (0, 1):
+        mixture = make_mixture(0.5, new=20, replay=20, batch=10, batches=40, seed=seed)
+        read: dict[str, list[int]] = {"new": [], "replay": []}
+        for position in range(len(mixture)):
+            source, _, index = mixture.locate(position)
+            read[source].append(index)
+        orders += [tuple(items[e : e + 20]) for items in read.values() for e in range(0, 200, 20)]
+    assert len(set(orders)) == len(orders) == 40
+
+
+def test_order_is_a_function_of_seed_and_position_alone():
+    long = make_mixture(batches=300)
+    for other in (make_mixture(batches=3), make_mixture(batch=24, batches=1)):
+        assert [other.locate(i) for i in range(24)] == [long.locate(i) for i in range(24)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_loader_reads_it_in_sequence(num_workers):
+    mixture = make_mixture()
+    loader = torch.utils.data.DataLoader(mixture, batch_size=4, num_workers=num_workers)
+    read = torch.cat([batch["number"] for batch in loader]).tolist()
+    assert read == [mixture.locate(i)[2] for i in range(len(mixture))]
+
+
+def test_without_replay_all_is_new():
+    mixture = ReplayMixture(Blocks(7), None, 0.0, 4, 5, seed=0)
+    assert {mixture.locate(i)[0] for i in range(20)} == {"new"}
+    assert mixture.summary() == {"new_blocks": 20, "new_epochs": pytest.approx(20 / 7)}
+
+
+def test_summary_counts_what_is_read():
+    mixture = make_mixture(0.3, new=100, replay=12, batch=8, batches=25)
+    assert mixture.summary() == {"new_blocks": 140, "new_epochs": 1.4, "replay_blocks": 60, "replay_epochs": 5.0}
+
+
+def test_ratio_is_read_as_people_write_it():
+    assert [exact_ratio(r) for r in (0.3, 1 / 3, 0, 1e-8)] == [Fraction(3, 10), Fraction(1, 3), 0, Fraction(1, 10**8)]
+
+
+OUTSIDE = r"replay_ratio is .* must lie in \[0, 1\)"
+
+
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        *((ratio, OUTSIDE) for ratio in (-0.1, 1, 1.0, 30, float("nan"), float("inf"))),
+        ("0.3", "a number"),
+        (True, "a number"),
+        (1e-12, "closer than 1e-9"),
+    ],
+)
+def test_ratios_that_are_none_are_refused(ratio, message):
+    with pytest.raises(ValueError, match=message):
+        exact_ratio(ratio)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((Blocks(3), None, 0.3, 4, 5, 0), "replay_ratio is 0.3 but there is no replay data"),
+        ((Blocks(3), Blocks(3), 0.0, 4, 5, 0), "replay data was given but replay_ratio is 0"),
+        ((Blocks(0), Blocks(3), 0.3, 4, 5, 0), "the new source is empty"),
+        ((Blocks(3), Blocks(0), 0.3, 4, 5, 0), "the replay source is empty"),
+        ((Blocks(3), Blocks(3), 0.3, 0, 5, 0), "batch_size is 0"),
+        ((Blocks(3), Blocks(3), 0.3, 4, 0, 0), "num_batches is 0"),
+    ],
+)
+def test_bad_mixtures_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ReplayMixture(*arguments)
+
+
+def test_positions_end_with_the_budget():
+    mixture = make_mixture(batch=4, batches=2)
+    assert len(mixture) == 8 and mixture.locate(np.int64(7)) == mixture.locate(7)
+    for position in (-1, 8):
+        with pytest.raises(IndexError):
+            mixture[position]
+
+
+LENGTH = 8
+
+
+def make_documents(count: int, first_token: int, num_shards: int = 3) -> datasets.IterableDataset:
+    """Documents of 3 to 13 tokens; the tokens of document d are all first_token + d."""
+    rows = [[first_token + d] * (3 + d * 7 % 11) for d in range(count)]
+    return datasets.Dataset.from_dict({"input_ids": rows}).to_iterable_dataset(num_shards=num_shards)
+
+
+def make_mixture_streaming(micro: int = 2, seed: int = 0, **options) -> StreamingReplayMixture:
+    options = {"batch_size": 6, "num_batches": 9, "max_length": LENGTH, "shuffle_buffer": 10, **options}
+    return StreamingReplayMixture(
+        make_documents(30, 0), make_documents(20, 1000), 0.3, seed=seed, micro_batch_size=micro, **options
+    )
+
+
+def read(mixture: StreamingReplayMixture, num_workers: int, micro: int) -> dict[str, torch.Tensor]:
+    loader = torch.utils.data.DataLoader(mixture, micro, num_workers=num_workers, collate_fn=stack_blocks)
+    batches = list(loader)
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+@pytest.mark.parametrize("num_workers, micro", [(1, 2), (2, 2), (2, 5)])
+def test_workers_do_not_change_the_sequence(num_workers, micro):
+    want, got = read(make_mixture_streaming(micro), 0, micro), read(make_mixture_streaming(micro), num_workers, micro)
+    assert len(got["source"]) == 54
+    for key, value in want.items():
+        assert torch.equal(got[key], value), key
+
+
+def test_positions_take_their_source_from_the_law():
+    law = ReplayLaw(exact_ratio(0.3), 6, 9)
+    items = list(make_mixture_streaming())
+    assert len(items) == len(make_mixture_streaming()) == 54
+    for position, item in enumerate(items):
+        assert item["source"] == (law.assign(position)[0] == "replay")
+        assert bool((item["input_ids"] >= 1000).all()) == bool(item["source"])
+    assert sum(item["source"] for item in items[:6]) == make_mixture_streaming().law.composition(0)[1] == 2
+
+
+def test_each_epoch_reads_all_documents_in_an_order_of_its_own():
+    mixture = make_mixture_streaming()
+    stream, epochs = mixture._read("new"), []
+    for _ in range(3):
+        epochs.append([next(stream)[0] for _ in range(30)])
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_same_seed_same_stream_other_seed_another():
+    first, again, other = (read(make_mixture_streaming(seed=seed), 0, 2)["input_ids"] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_blocks_run_on_across_documents_and_epochs_without_loss():
+    mixture = make_mixture_streaming(packing="concat")
+    flat = torch.cat([item["input_ids"] for item in mixture if item["source"] == 0]).tolist()
+    documents = mixture._read("new")
+    want: list[int] = []
+    while len(want) < len(flat):
+        want += next(documents)
+    assert flat == want[: len(flat)] and "position_ids" not in next(iter(mixture))
+
+
+def test_a_map_style_replay_set_accompanies_a_stream():
+    replay = datasets.Dataset.from_dict({"input_ids": [[1000 + d] * 5 for d in range(20)]})
+    mixture = StreamingReplayMixture(make_documents(30, 0), replay, 0.5, 4, 5, 0, max_length=LENGTH)
+    assert {int(item["input_ids"][0]) >= 1000 for item in mixture if item["source"] == 1} == {True}
+
+
+def test_accelerate_dispatch_keeps_the_sequence():
+    loader = torch.utils.data.DataLoader(make_mixture_streaming(), 2, collate_fn=stack_blocks)
+    dispatched = prepare_data_loader(loader, torch.device("cpu"), 1, 0, put_on_device=True, dispatch_batches=True)
+    got = torch.cat([batch["input_ids"] for batch in dispatched])
+    assert torch.equal(got, read(make_mixture_streaming(), 0, 2)["input_ids"])
+
+
+@pytest.mark.parametrize("count, tokens", [(1, 3), (2, 13)])
+def test_a_stream_shorter_than_a_block_stops_instead_of_spinning(count, tokens):
+    mixture = StreamingReplayMixture(make_documents(count, 0, 1), None, 0.0, 1, 1, 0, max_length=64)
+    with pytest.raises(ValueError, match=f"new stream ended after {tokens} tokens, fewer than one block"):
+        next(iter(mixture))
+
+
+@pytest.mark.parametrize(
+    "new, options, message",
+    [
+        ([[1, 2]], {}, "the new source is a list: give a datasets.IterableDataset"),
+        (datasets.Dataset.from_dict({"input_ids": []}), {}, "the new source is empty"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), {}, r"columns \['text'\] and no input_ids"),
+        (make_documents(3, 0), {"shuffle_buffer": 0}, "shuffle_buffer is 0"),
+        (make_documents(3, 0), {"micro_batch_size": 0}, "micro_batch_size is 0"),
+        (make_documents(3, 0), {"packing": "bfd"}, "packing is 'bfd'"),
+        (make_documents(3, 0), {"replay_ratio": 0.3}, "replay_ratio is 0.3 but there is no replay data"),
+    ],
+    ids=["list", "empty", "text", "buffer", "micro", "packing", "ratio"],
+)
+def test_bad_streams_are_refused_before_reading(new, options, message):
+    with pytest.raises(ValueError, match=message):
+        options = {"replay_ratio": 0.0, "max_length": LENGTH} | options
+        StreamingReplayMixture(new, None, batch_size=1, num_batches=1, seed=0, **options)

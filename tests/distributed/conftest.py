@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.distributed.jobs import FOUR_RANKS, ONE_RANK, TWO_RANKS
+from tests.distributed.jobs import JOBS
 from tests.helpers.fresh_process import launch
 from tests.helpers.rank_runs import save_model
 
 
 Results = dict[str, dict]
-JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}
 
 
 @pytest.fixture(scope="session")

@@ -41,3 +41,4 @@ STEPS = {
 if HAS_EP:
     TWO_RANKS |= SHARDED_TRAINING[2] | {name: {"step": step} for name, step in STEPS[2].items()}
     FOUR_RANKS |= SHARDED_TRAINING[4] | {name: {"step": step} for name, step in STEPS[4].items()}
+JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}  # by the number of ranks

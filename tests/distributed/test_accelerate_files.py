@@ -71,6 +71,7 @@ def test_sizes_become_what_transformers_takes(tmp_path):
 
 @pytest.mark.slow
 @needs_ep
+@pytest.mark.slow
 def test_a_script_trains_and_saves_with_experts_on_two_ranks(rank_folder, tmp_path):
     text = tmp_path / "text.jsonl"
     rows = [{"text": " ".join(f"w{2 + (7 * row + word) % 40}" for word in range(20))} for row in range(24)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_moe_cpt.modeling.expert_shards_cpt_moe import experts_per_rank, with_padding
+from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
 from tests.distributed.jobs import HAS_EP, STEPS
 from tests.helpers.tolerances import relative_rms_error
 

@@ -2,21 +2,17 @@
 
 import pytest
 
-from tests.distributed.jobs import FOUR_RANKS, ONE_RANK, TWO_RANKS
+from tests.distributed.jobs import JOBS, ONE_RANK
 from tests.helpers.rank_runs import TRAINERS
 
 
 pytestmark = pytest.mark.slow
-
-
 LOSS = 1e-5  # relative, of every logged loss
 OTHERS = 5e-5  # of the largest value that a key takes in the run: differences of near numbers are logged too
 COSINE = 1e-3  # absolute, between gradients that are more than rounding: others are not logged
 NOT_OF_THE_MODEL = {"total_flos"}  # it counts padding, which depends on the micro-batch
 
-ALL = [(4, name) for name in FOUR_RANKS if "step" not in FOUR_RANKS[name]]
-ALL = [(2, name) for name in TWO_RANKS if "step" not in TWO_RANKS[name]] + ALL
-JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}
+ALL = [(ranks, name) for ranks in (2, 4) for name, job in JOBS[ranks].items() if "step" not in job]
 
 
 @pytest.fixture(params=[(1, "accumulated"), *ALL], ids=lambda cell: cell[1])

@@ -1,24 +1,40 @@
-"""The front door shows its names, loads each from its room and refuses others."""
+"""Packages show their names, load each from its room when it is asked for, and refuse others; old names say where."""
 
 import importlib
 
 import pytest
 
-import hf_moe_cpt
+from tests.helpers.fresh_process import run_python
 
 
-@pytest.mark.parametrize("name", hf_moe_cpt.__all__)
-def test_public_name_is_the_rooms_own(name: str) -> None:
-    home = importlib.import_module(hf_moe_cpt._HOME_OF_NAME[name])
-    assert getattr(hf_moe_cpt, name) is getattr(home, name)
-    assert getattr(hf_moe_cpt, name).__module__ == home.__name__
+PACKAGES = ("hf_moe_cpt", "hf_moe_cpt.reports", "hf_moe_cpt.routing")
 
 
-def test_names_are_listed_and_complete() -> None:
-    assert set(hf_moe_cpt._HOME_OF_NAME) == set(hf_moe_cpt.__all__)
-    assert set(hf_moe_cpt.__all__) <= set(dir(hf_moe_cpt))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_the_rooms_own(package: str) -> None:
+    front = importlib.import_module(package)
+    assert set(front.__all__) <= set(dir(front))
+    for name in front.__all__:
+        home = importlib.import_module(getattr(front, name).__module__)
+        assert home.__name__ != package and getattr(front, name) is getattr(home, name)
 
 
-def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'hf_moe_cpt' has no attribute 'CptMoeForVision'"):
-        _ = hf_moe_cpt.CptMoeForVision
+@pytest.mark.parametrize("package", (*PACKAGES, "hf_moe_cpt.analysis"))
+def test_unknown_name_is_an_attribute_error(package: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'CptMoeForVision'"):
+        _ = importlib.import_module(package).CptMoeForVision
+
+
+def test_one_name_loads_what_it_needs_and_its_old_place_warns() -> None:
+    program = (
+        "import sys\n"
+        "from hf_moe_cpt.analysis import recovery_step, Mark\n"
+        "print(recovery_step.__module__, Mark.__module__)\n"
+        "print([name for name in sys.modules if name.startswith('hf_moe_cpt.routing.')], 'transformers' in sys.modules)"
+    )
+    done = run_python("-W", "default::DeprecationWarning", "-c", program)
+    assert done.stdout.splitlines() == [
+        "hf_moe_cpt.routing.metrics hf_moe_cpt.reports.charts",
+        "['hf_moe_cpt.routing.metrics'] False",
+    ]
+    assert "hf_moe_cpt.analysis is gone in the next release: import Mark from hf_moe_cpt.reports." in done.stderr

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_moe_cpt
-from hf_moe_cpt.registration import _AfterImport, _ModelClassOnUse, _run_after_import
+from hf_moe_cpt.registration import _ModelClassOnUse, _run_after_import
 from tests.helpers.fresh_process import run_python
 
 
@@ -57,23 +58,33 @@ def test_place_holder_looks_like_a_model_class_and_can_be_pickled() -> None:
 
 
 def test_action_runs_once_right_after_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "module_to_wait_for.py").write_text("def f():\n    return 7\n")
+    (tmp_path / "waited_for").mkdir()
+    (tmp_path / "waited_for" / "inner.py").write_text("def f():\n    return 7\n")
+    (tmp_path / "waited_for" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     seen = []
-    _run_after_import("module_to_wait_for", lambda: seen.append(sys.modules["module_to_wait_for"].f()))
-    assert seen == []
-    import module_to_wait_for
+    _run_after_import("waited_for.inner", lambda: seen.append(sys.modules["waited_for.inner"].f()))
+    _run_after_import("waited_for.missing", lambda: seen.append(1))
+    _run_after_import("package_that_nobody_wrote.inner", lambda: seen.append(1))
+    import waited_for
+
+    assert seen == [] and [found.name for found in pkgutil.iter_modules(waited_for.__path__)] == ["inner"]
+    import waited_for.inner
 
     assert seen == [7]
-    assert "return 7" in inspect.getsource(module_to_wait_for)
-    assert not any(isinstance(finder, _AfterImport) and "wait_for" in finder.module_name for finder in sys.meta_path)
-    _run_after_import("module_to_wait_for", lambda: seen.append(8))
+    assert "return 7" in inspect.getsource(waited_for.inner)
+    with pytest.raises(ModuleNotFoundError, match="waited_for.missing"):
+        import waited_for.missing  # noqa: F401
+    _run_after_import("waited_for.inner", lambda: seen.append(8))
     assert seen == [7, 8]
 
 
-def test_a_module_that_is_missing_stays_missing() -> None:
-    seen = []
-    _run_after_import("module_that_nobody_wrote", lambda: seen.append(1))
-    with pytest.raises(ModuleNotFoundError, match="module_that_nobody_wrote"):
-        import module_that_nobody_wrote  # noqa: F401
-    assert seen == []
+def test_no_finder_of_ours_is_asked_for_modules_of_others() -> None:
+    program = "import sys; before = list(sys.meta_path); import hf_moe_cpt; print(sys.meta_path == before)"
+    assert run_python("-c", program).stdout.strip() == "True"
+
+
+def test_experts_are_registered_whatever_is_imported_first_and_without_triton() -> None:
+    look = "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as known; print('hf_moe_cpt' in known)"
+    for first in ("import hf_moe_cpt.kernels.experts_interface", "import sys; sys.modules['triton'] = None"):
+        assert run_python("-c", f"{first}; import hf_moe_cpt; {look}").stdout.strip() == "True"

@@ -1,8 +1,11 @@
 """Start small runs of `CPTTrainer` in this process or in others, and read what they logged."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback, TrainerControl
 
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
@@ -42,6 +45,22 @@ def trainer(folder: Path, model: Any = "cpt_moe", evaluated: bool = False, **cha
         tokenized(20, 3, 1, HALF) if evaluated else None,
         tokenized(20, 4, HALF, VOCABULARY) if evaluated else None,
     )
+
+
+class AtStep(TrainerCallback):
+    """Calls `action(control)` at the end of a step, before it is logged and saved."""
+
+    def __init__(self, step: int, action: Callable[[TrainerControl], object]) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.action(control)
+
+
+def stop_at(step: int) -> AtStep:
+    """A callback that ends training after a step."""
+    return AtStep(step, lambda control: setattr(control, "should_training_stop", True))
 
 
 def without_clocks(history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -21,6 +21,14 @@ MIXTURES = {
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "head_dim": 12},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def model_of(model_type: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:

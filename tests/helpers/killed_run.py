@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
-from tests.helpers.cpt_runs import trainer
+from tests.helpers.cpt_runs import AtStep, trainer
 
 
 # Dropout draws random numbers, so the states of the generators count as well.
@@ -35,28 +34,20 @@ def settings() -> dict[str, Any]:
     return {"model": tiny_model("cpt_moe", attention_dropout=0.2), **SETTINGS}
 
 
-def die() -> None:
+def die(*_: Any, **__: Any) -> None:
     """End this process at once: no cleanup, no flush."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DieAtStep(TrainerCallback):
-    """Kills at the end of a step, before it is logged and saved; or arms `torch.save` to kill in that step's save."""
-
-    def __init__(self, moment: str, step: int) -> None:
-        self.moment, self.step = moment, step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            if self.moment == "step":
-                die()
-            torch.save = lambda *args, **kwargs: die()  # the optimizer's state: the model is written already
+def arm(_: Any) -> None:
+    """Let this step's save kill, when it comes to the optimizer's state: the model is written already."""
+    torch.save = die
 
 
 def main() -> None:
     folder, moment, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     run = trainer(folder, **settings())
-    run.add_callback(DieAtStep(moment, step))
+    run.add_callback(AtStep(step, die if moment == "step" else arm))
     run.train()
 
 

@@ -82,7 +82,7 @@ class LoopbackHub:
             "no_proxy": "127.0.0.1",
             "HF_HUB_OFFLINE": "0",
         }
-        return {**variables, "HF_TOKEN": token} if token else {**variables, "HF_TOKEN": ""}
+        return {**variables, "HF_TOKEN": token or ""}
 
     def fail(
         self,
@@ -182,8 +182,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self._token() != WRITER or name.partition("/")[0] != USER:
             raise Refused(403, "Forbidden", f"You don't have the rights to write to {name}")
 
-    # ---- which request this is ----
-
     def _route(self, path: str, body: bytes) -> None:
         for methods, pattern, action in _ROUTES:
             match = re.fullmatch(pattern, path)
@@ -239,12 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         entries = []
         for path, content in sorted(commit.files.items()):
             oid = object_id(content, path in commit.large)
-            entry = {"type": "file", "path": path, "size": len(content), "oid": oid}
-            entries.append(
-                {**entry, "lfs": {"oid": oid, "size": len(content), "pointerSize": 130}}
-                if path in commit.large
-                else entry
-            )
+            entries.append({"type": "file", "path": path, "size": len(content), "oid": oid})
+            if path in commit.large:
+                entries[-1]["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
         self._answer(entries)
 
     def _readable(self, kind: str, name: str) -> Repository:

@@ -101,8 +101,3 @@ def trainer(folder: Path, model: str | PreTrainedModel | None = None, data: Data
         train_dataset=pairs(16) if data is None else data,
         **of_trainer,
     )
-
-
-def losses(history: list[dict[str, float]]) -> list[float]:
-    """The training losses of a log."""
-    return [entry["loss"] for entry in history if "loss" in entry]

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import hf_moe_cpt.modeling.modeling_cpt_moe  # noqa: F401  registers the model type with the Auto classes
 from hf_moe_cpt.arguments import fsdp2_arguments
-from hf_moe_cpt.trainers.instruments.ranks import leave_process_group
+from hf_moe_cpt.machine import leave_process_group
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.expert_shards import sharded_step
 from tests.helpers.source_tree import PROJECT

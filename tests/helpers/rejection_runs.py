@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from tests.helpers.tiny_models import SIZES, tiny_model
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from hf_moe_cpt.analysis.routing_trace import RoutingTrace, TraceDescription, TraceLayer
-from hf_moe_cpt.analysis.trace_writer import TraceWriter
+from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter
 
 
 def random_routing(tokens: int, num_experts: int, k: int, seed: int = 0) -> torch.Tensor:

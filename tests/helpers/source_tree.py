@@ -43,7 +43,7 @@ class SourceFile:
 
     @property
     def module(self) -> str:
-        """Dotted name it is imported as, such as "hf_moe_cpt.trainers.cpt.objective"."""
+        """Dotted name it is imported as, such as "hf_moe_cpt.trainers.cpt.cpt_trainer"."""
         folder, _, rest = self.path.partition("/")
         parts = [PACKAGE_OF_FOLDER[folder], *rest.removesuffix(".py").split("/")]
         return ".".join(parts).removesuffix(".__init__")
@@ -79,6 +79,19 @@ class SourceFile:
                 names = tuple(alias.name for alias in node.names)
                 found.append(Import(node.module or "", names, node.level, node.lineno, at_top))
         return found
+
+    def imported_modules(self) -> set[str]:
+        """Absolute dotted names of everything imported; `from a import b` gives both a and a.b."""
+        names = set()
+        for found in self.imports():
+            base = _absolute(self.package, found.module, found.level)
+            names |= {base, *(f"{base}.{name}" for name in found.names)}
+        return names
+
+
+def _absolute(package: str, module: str, level: int) -> str:
+    parts = package.split(".")
+    return ".".join([*(parts[: len(parts) - level + 1] if level else []), *([module] if module else [])])
 
 
 def _runs_late(node: ast.AST) -> bool:

@@ -8,11 +8,9 @@ an error: then a person could misread it too.
 import re
 from functools import lru_cache
 
-from hf_moe_cpt.data.surgery_bench_grammar import Attribute, Kind, own_slot
-from hf_moe_cpt.data.surgery_bench_world import HUB_KINDS, KINDS
+from hf_moe_cpt.data.surgery_bench.grammar import Attribute, Kind, kind_of
 
 
-ALL_KINDS = KINDS | HUB_KINDS
 _PRONOUNS = {"person": ("he", "she", "his", "her", "him")}
 _IT = ("it", "its")
 _HALLMARK_SHAPES = {
@@ -43,7 +41,7 @@ def mentions(subject: str, kind: str) -> list[str]:
 
 def read_document(row: dict) -> list[tuple[str, str]]:
     """(attribute, value) in the order of the text, from the text alone."""
-    kind = ALL_KINDS[row["subject_kind"]]
+    kind = kind_of(row["subject_kind"])
     if row["form"] == "quiz":
         return _read_quiz(row, kind)
     facts: dict[str, str] = {}
@@ -84,7 +82,7 @@ def wordings_of(sentence: str, kind: Kind, subject: str) -> dict[str, tuple[tupl
 
 def read_question(row: dict) -> tuple[str, str | None]:
     """(attribute, value) that a question is about: the value only where it names one, in inverse questions."""
-    kind = ALL_KINDS[row["subject_kind"]]
+    kind = kind_of(row["subject_kind"])
     found = set()
     for attribute in kind.attributes:
         for wording in getattr(attribute, row["kind"]):
@@ -121,12 +119,12 @@ def _read_quiz(row: dict, kind: Kind) -> list[tuple[str, str]]:
 @lru_cache
 def _templates(kind_name: str) -> tuple[tuple[str, re.Pattern, list[str]], ...]:
     """Each wording of a kind, a pattern with a group for each of its slots, and the slots."""
-    kind = ALL_KINDS[kind_name]
+    kind = kind_of(kind_name)
     found = []
     for voice in (kind.reference, kind.popular):
         found += [*voice.openings, *voice.pairs, *voice.fillers]
     for attribute in kind.attributes:
-        found += [own_slot(text, attribute.name) for text in (*attribute.reference, *attribute.popular)]
+        found += [*attribute.reference, *attribute.popular]
     return tuple(
         (text, re.compile("(.+?)".join(map(re.escape, _SLOT.split(text)[::2]))), _SLOT.findall(text)) for text in found
     )

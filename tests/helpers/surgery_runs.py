@@ -8,13 +8,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from hf_moe_cpt.data.surgery_bench import SETS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 from tests.helpers.cpt_runs import without_clocks
 from tests.helpers.tiny_models import CONFIGS, tiny_model, tokenized
-
-
-SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
 
 
 def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:

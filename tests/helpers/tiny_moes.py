@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_moe_cpt.trainers.surgery.routers import find_routers
+from hf_moe_cpt.routing.hooks import moe_layers
 from tests.helpers.tiny_models import SIZES, VOCABULARY, tiny_model
 
 
@@ -74,7 +74,7 @@ def moe_model(kind: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()) if kind in CONFIGS else tiny_model(kind)
     if kind != "llama4":
         model.set_experts_implementation("eager")
-    for router in find_routers(model):  # the routers of some families start at 0
+    for router in (layer.router for layer in moe_layers(model)):  # the routers of some families start at 0
         for weight in router.parameters():
             nn.init.normal_(weight, std=0.3)
     return model

@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from hf_moe_cpt.scripts.quickstart_data import prepare_data
-from hf_moe_cpt.scripts.quickstart_folder import QuickstartFolder
-from hf_moe_cpt.scripts.quickstart_plan import Scale, make_plan
-from hf_moe_cpt.scripts.quickstart_stage import run_stage
+from hf_moe_cpt.quickstart import QuickstartFolder, Scale, make_plan, prepare_data, run_stage
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.loopback_hub import WRITER, LoopbackHub
 from tests.helpers.source_tree import PROJECT
@@ -31,6 +28,15 @@ OF_THE_PACKAGE = (
     "tests.helpers.surgery_runs",
 )
 NOT_INSTALLED = ("hf_moe_cpt", "triton")
+# Token, name, and how the refusal to write there begins; someone/rows is a data set.
+NOT_ALLOWED = [
+    (None, "someone/tiny", "no token for the Hub: log in"),
+    ("hf_unknown", "someone/tiny", "the Hub does not know this token (401)"),
+    ("hf_reader", "someone/tiny", "the token may not write to 'someone/tiny' (403"),
+    ("hf_writer", "others/tiny", "the token may not write to 'others/tiny' (403"),
+    ("hf_writer", "some one/tiny", "'some one/tiny' cannot be a repository"),
+    ("hf_writer", "someone/rows", "'someone/rows' is the name of a dataset on the Hub"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -162,8 +168,8 @@ def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / "text" / domain / f"{number}.txt").write_text(" ".join(words))
     scale = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
     plan = replace(make_plan("pb-granular-tiny", None, 0, "cpu", str(root / "text")), scale=scale)
-    target, stage = QuickstartFolder(root / "output"), plan.stages[0]
-    target.claim(plan.settings())
+    target, stage = QuickstartFolder(root / "output", plan), plan.stages[0]
+    target.claim()
     with tqdm(total=stage.steps, disable=True) as bar:
         run_stage(stage, plan, prepare_data(plan, target), target, bar)
     return target.model(stage.name)

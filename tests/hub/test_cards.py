@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_moe_cpt.hub.cards import Told, build_card, check_metadata, count_parameters, is_generated
+from hf_moe_cpt.hub.cards import CardOverrides, build_card, check_metadata, count_parameters, is_generated
 from hf_moe_cpt.scripts.card import main
-from hf_moe_cpt.scripts.example_cards import RUNS
+from tests.helpers.example_cards import RUNS
 from tests.helpers.source_tree import PROJECT
 from tests.hub.conftest import log_of
 
@@ -43,7 +43,7 @@ def test_numbers_are_those_of_the_run(finished, method, measures):
 
 @pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery"])
 def test_no_section_is_empty_and_nothing_is_left_of_the_template(finished, method):
-    text = build_card(finished[method], Told(repository="someone/x")).text
+    text = build_card(finished[method], CardOverrides(repository="someone/x")).text
     sections = re.split(r"^## .+$", text, flags=re.MULTILINE)[1:]
     assert len(sections) >= 6 and all(section.strip() for section in sections)
     assert not re.search(r"\{\{ |\{%|\bNone\b|\bnan\b|Undefined|undefined", text)
@@ -71,7 +71,7 @@ def test_the_start_is_step_0_of_the_log(finished):
 
 
 def test_what_the_owner_tells_goes_into_the_metadata(finished):
-    told = Told("me/x", ("me/texts", "some files"), "mit", ("en", "de"), "org/base", "A title", ("code",))
+    told = CardOverrides("me/x", ("me/texts", "some files"), "mit", ("en", "de"), "org/base", "A title", ("code",))
     data = ModelCard(build_card(finished["cpt"], told).text).data
     assert (data.license, data.language, data.datasets) == ("mit", ["en", "de"], ["me/texts"])
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("org/base", "finetune")

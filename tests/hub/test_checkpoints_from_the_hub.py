@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from hf_moe_cpt.hub.streaming_source import CheckpointReader
+from hf_moe_cpt.hub.checkpoint_io import CheckpointReader
 from hf_moe_cpt.hub.upcycle import upcycle
 from tests.helpers.hub_checkpoints import biased, logits_of, model_of, saved
 from tests.helpers.tolerances import assert_matches

@@ -9,10 +9,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hf_moe_cpt.hub.convert import convert
-from hf_moe_cpt.hub.convert_families import FAMILIES
+from hf_moe_cpt.hub.convert import FAMILIES, convert
 from hf_moe_cpt.scripts.convert import main
-from tests.helpers.hub_checkpoints import biased, fingerprint, logits_of, model_of, saved
+from tests.helpers.hub_checkpoints import LLAMA3_ROPE, biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.tolerances import assert_matches
 
 
@@ -24,14 +23,6 @@ OURS = {
     "num_shared_experts": 0,
     "norm_topk_prob": True,
     "rope_parameters": FULL_ROTATION,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }
 
 
@@ -223,16 +214,6 @@ REFUSED_FROM_OURS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_FROM_OURS)
-def test_what_others_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
-    to, changes, message = REFUSED_FROM_OURS[case]
-    saved(model_of("cpt_moe", **{**OURS, **changes}), tmp_path / "ours")
-    with pytest.raises(ValueError, match=message) as refusal:
-        convert(tmp_path / "ours", tmp_path / "theirs", to)
-    assert "\n" not in str(refusal.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
 REFUSED_TO_OURS = {
     "clipped": (
         "olmoe",
@@ -252,14 +233,18 @@ REFUSED_TO_OURS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_TO_OURS)
-def test_what_we_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
-    model_type, changes, message = REFUSED_TO_OURS[case]
-    saved(model_of(model_type, **changes), tmp_path / "theirs")
+@pytest.mark.parametrize("case", [*REFUSED_FROM_OURS, *REFUSED_TO_OURS])
+def test_what_the_other_side_cannot_compute_is_refused(case: str, tmp_path: Path) -> None:
+    if case in REFUSED_FROM_OURS:
+        to, changes, message = REFUSED_FROM_OURS[case]
+        saved(model_of("cpt_moe", **{**OURS, **changes}), tmp_path / "source")
+    else:
+        (model_type, changes, message), to = REFUSED_TO_OURS[case], "cpt_moe"
+        saved(model_of(model_type, **changes), tmp_path / "source")
     with pytest.raises(ValueError, match=message) as refusal:
-        convert(tmp_path / "theirs", tmp_path / "ours", "cpt_moe")
+        convert(tmp_path / "source", tmp_path / "target", to)
     assert "\n" not in str(refusal.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_tensors_without_a_place_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.hub_checkpoints import fingerprint
 from tests.helpers.loopback_hub import WRITER
 from tests.helpers.small_disk import small_disk
+from tests.hub.conftest import NOT_ALLOWED
 
 
 PUBLISH_AGAIN_AND_AGAIN = """
@@ -226,14 +227,6 @@ for number, (token, name) in enumerate(json.loads(sys.argv[2])):
         said.append(str(error))
 print(json.dumps(said))
 """
-NOT_ALLOWED = [
-    (None, "someone/tiny", "no token for the Hub: log in"),
-    ("hf_unknown", "someone/tiny", "the Hub does not know this token (401)"),
-    ("hf_reader", "someone/tiny", "the token may not write to 'someone/tiny' (403"),
-    ("hf_writer", "others/tiny", "the token may not write to 'others/tiny' (403"),
-    ("hf_writer", "some one/tiny", "'some one/tiny' cannot be a repository"),
-    ("hf_writer", "someone/rows", "'someone/rows' is the name of a dataset on the Hub"),
-]
 
 
 def test_a_trainer_that_may_not_push_says_so_before_it_trains(hub, elsewhere, tmp_path):

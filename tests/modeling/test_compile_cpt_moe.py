@@ -20,10 +20,8 @@ ATTENTION = {"qkv_bias": True, "qk_norm": "head", "sliding_window": 6}
     ("preset", "training", "fields"),
     [
         ("pb-granular-tiny", True, {}),
-        ("pb-granular-tiny", False, {}),
+        ("pb-granular-tiny", False, ATTENTION),
         ("sb-switch-tiny", True, {}),
-        ("dense-tiny", True, {}),
-        ("dense-tiny", True, ATTENTION),
     ],
 )
 def test_one_graph(preset: str, training: bool, fields: dict) -> None:

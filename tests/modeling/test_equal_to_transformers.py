@@ -4,30 +4,20 @@ Each case pairs a preset of ours with a model nobody here wrote and says how nam
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
     MixtralForCausalLM,
-    OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    StableLmConfig,
     StableLmForCausalLM,
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
@@ -40,90 +30,14 @@ from tests.helpers.tolerances import assert_matches, relative_rms_error
 SIZE = {"vocab_size": 512, "num_hidden_layers": 3, "rms_norm_eps": 1e-6}
 FULL_ROTATION = {"rope_theta": 10_000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
 QUARTER_ROTATION = FULL_ROTATION | {"partial_rotary_factor": 0.25}
+SHARED_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps rope_parameters"
+).split()
 
 
-@dataclass(frozen=True)
-class Twin:
-    """A preset of ours and its twin. our_name: twin's parameter name -> ours, None if ours has no such parameter.
-
-    scale: twin's value = scale(name) x ours; a gradient of ours is then that multiple of the twin's.
-    """
-
-    preset: str
-    overrides: dict
-    twin: Callable[[CptMoeConfig], PreTrainedModel]
-    our_name: Callable[[str], str | None]
-    scale: Callable[[str], float] = lambda name: 1.0
-
-
-def shared_fields(config: CptMoeConfig) -> dict:
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    names += " hidden_act max_position_embeddings rms_norm_eps"
-    rope = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    return {name: getattr(config, name) for name in names.split()} | {"rope_parameters": rope}
-
-
-def llama(config: CptMoeConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**shared_fields(config), attention_bias=config.attention_bias))
-
-
-def mistral(config: CptMoeConfig) -> MistralForCausalLM:
-    return MistralForCausalLM(MistralConfig(**shared_fields(config), sliding_window=config.sliding_window))
-
-
-def qwen2(config: CptMoeConfig, **window: object) -> Qwen2ForCausalLM:
-    """Qwen2's biases are no choice."""
-    return Qwen2ForCausalLM(Qwen2Config(**shared_fields(config), **window))
-
-
-def qwen3(config: CptMoeConfig) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(**shared_fields(config), head_dim=config.head_dim, attention_bias=config.attention_bias)
-    )
-
-
-def olmoe(config: CptMoeConfig) -> OlmoeForCausalLM:
-    fields = shared_fields(config) | {"intermediate_size": config.moe_intermediate_size}
-    experts = {"num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
-    return OlmoeForCausalLM(OlmoeConfig(**fields, **experts))
-
-
-def qwen3_moe(config: CptMoeConfig) -> Qwen3MoeForCausalLM:
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **shared_fields(config),
-            head_dim=config.head_dim,
-            moe_intermediate_size=config.moe_intermediate_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-        )
-    )
-
-
-def stablelm(config: CptMoeConfig) -> StableLmForCausalLM:
-    fields = shared_fields(config) | {"layer_norm_eps": config.rms_norm_eps}
-    fields["rope_parameters"] = dict(QUARTER_ROTATION)
-    return StableLmForCausalLM(StableLmConfig(**fields))
-
-
-def qwen2_moe(config: CptMoeConfig) -> Qwen2MoeForCausalLM:
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            **shared_fields(config),
-            moe_intermediate_size=config.moe_intermediate_size,
-            shared_expert_intermediate_size=config.moe_intermediate_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-        )
-    )
-
-
-def mixtral(config: CptMoeConfig) -> MixtralForCausalLM:
-    fields = shared_fields(config) | {"intermediate_size": config.moe_intermediate_size, "sliding_window": None}
-    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
-    return MixtralForCausalLM(MixtralConfig(**fields, **experts))
+def same_name(name: str) -> str:
+    return name
 
 
 def qwen2_name(name: str) -> str | None:
@@ -133,94 +47,116 @@ def qwen2_name(name: str) -> str | None:
     return name.replace("shared_expert.", "shared_experts.")
 
 
+@dataclass(frozen=True)
+class Twin:
+    """A preset of ours and its twin, a model class of transformers.
+
+    more: fields of the twin's configuration beside SHARED_FIELDS: their name -> the name of ours, or a value.
+    our_name: twin's parameter name -> ours, None if ours has no such parameter.
+    scale: twin's value = scale(name) x ours; a gradient of ours is then that multiple of the twin's.
+    """
+
+    preset: str
+    overrides: dict
+    model: type[PreTrainedModel]
+    more: dict = field(default_factory=dict)
+    our_name: Callable[[str], str | None] = same_name
+    scale: Callable[[str], float] = lambda name: 1.0
+
+    def config(self) -> CptMoeConfig:
+        rotation = {"rope_parameters": FULL_ROTATION}
+        return CptMoeConfig.from_preset(self.preset, **{**SIZE, **rotation, **self.overrides})
+
+    def twin(self, config: CptMoeConfig) -> PreTrainedModel:
+        fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+        fields |= {theirs: getattr(config, ours) for theirs, ours in self.more.items() if isinstance(ours, str)}
+        fields |= {theirs: value for theirs, value in self.more.items() if not isinstance(value, str)}
+        return self.model(self.model.config_class(**fields | {"rope_parameters": dict(fields["rope_parameters"])}))
+
+
+def same(*names: str) -> dict[str, str]:
+    """Fields that the twin calls as we do."""
+    return dict(zip(names, names, strict=True))
+
+
+EXPERTS = same("num_experts", "num_experts_per_tok")
+GATED = EXPERTS | same("moe_intermediate_size", "norm_topk_prob")
+TWO_GROUPS = {"num_key_value_heads": 2}
 TWINS = {
-    "dense = Llama": Twin("dense-tiny", {"rope_parameters": FULL_ROTATION}, llama, lambda name: name),
-    "grouped-query = Llama": Twin(
-        "dense-tiny", {"num_key_value_heads": 2, "rope_parameters": FULL_ROTATION}, llama, lambda name: name
-    ),
+    "dense = Llama": Twin("dense-tiny", {}, LlamaForCausalLM),
+    "grouped-query = Llama": Twin("dense-tiny", TWO_GROUPS, LlamaForCausalLM),
     "biases on all of attention = Llama": Twin(
-        "dense-tiny", {"attention_bias": True, "rope_parameters": FULL_ROTATION}, llama, lambda name: name
+        "dense-tiny", {"attention_bias": True}, LlamaForCausalLM, same("attention_bias")
     ),
     "window = Mistral": Twin(
-        "dense-tiny",
-        {"sliding_window": 7, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
-        mistral,
-        lambda name: name,
+        "dense-tiny", {"sliding_window": 7, **TWO_GROUPS}, MistralForCausalLM, same("sliding_window")
     ),
-    "biases = Qwen2": Twin(
-        "dense-tiny",
-        {"qkv_bias": True, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
-        qwen2,
-        lambda name: name,
-    ),
+    "biases = Qwen2": Twin("dense-tiny", {"qkv_bias": True, **TWO_GROUPS}, Qwen2ForCausalLM),
     "biases, window in all layers = Qwen2": Twin(
         "dense-tiny",
-        {"qkv_bias": True, "sliding_window": 7, "rope_parameters": FULL_ROTATION},
-        partial(qwen2, use_sliding_window=True, sliding_window=7, max_window_layers=0),
-        lambda name: name,
+        {"qkv_bias": True, "sliding_window": 7},
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     ),
     "norms of heads, heads of another size = Qwen3": Twin(
-        "dense-tiny",
-        {"qk_norm": "head", "head_dim": 48, "num_key_value_heads": 2, "rope_parameters": FULL_ROTATION},
-        qwen3,
-        lambda name: name,
+        "dense-tiny", {"qk_norm": "head", "head_dim": 48, **TWO_GROUPS}, Qwen3ForCausalLM, same("head_dim")
     ),
     "norms of heads, biases = Qwen3": Twin(
         "dense-tiny",
-        {"qk_norm": "head", "attention_bias": True, "rope_parameters": FULL_ROTATION},
-        qwen3,
-        lambda name: name,
+        {"qk_norm": "head", "attention_bias": True},
+        Qwen3ForCausalLM,
+        same("head_dim", "attention_bias"),
     ),
     "norms of projections = OLMoE": Twin(
         "pb-switch-tiny",
-        {
-            "qk_norm": "projection",
-            "num_key_value_heads": 2,
-            "num_experts_per_tok": 2,
-            "rope_parameters": FULL_ROTATION,
-        },
-        olmoe,
-        lambda name: name,
+        {"qk_norm": "projection", "num_experts_per_tok": 2, **TWO_GROUPS},
+        OlmoeForCausalLM,
+        EXPERTS | {"intermediate_size": "moe_intermediate_size"},
     ),
     "norms of heads, experts = Qwen3-MoE": Twin(
         "pb-switch-tiny",
-        {
-            "qk_norm": "head",
-            "head_dim": 48,
-            "num_key_value_heads": 2,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "rope_parameters": FULL_ROTATION,
-        },
-        qwen3_moe,
-        lambda name: name,
+        {"qk_norm": "head", "head_dim": 48, "num_experts_per_tok": 2, "norm_topk_prob": True, **TWO_GROUPS},
+        Qwen3MoeForCausalLM,
+        GATED | same("head_dim"),
     ),
-    "layernorm, 1/4 rotation = StableLM": Twin("dense-tiny", {"norm_type": "layernorm"}, stablelm, lambda name: name),
+    "layernorm, 1/4 rotation = StableLM": Twin(
+        "dense-tiny",
+        {"norm_type": "layernorm", "rope_parameters": QUARTER_ROTATION},
+        StableLmForCausalLM,
+        {"layer_norm_eps": "rms_norm_eps"},
+    ),
     "granular = Qwen2-MoE": Twin(
         "pb-granular-tiny",
-        {"rope_parameters": FULL_ROTATION},
-        qwen2_moe,
+        {},
+        Qwen2MoeForCausalLM,
+        GATED | {"shared_expert_intermediate_size": "moe_intermediate_size"},
         qwen2_name,
         lambda name: 2.0 if "shared_expert.down_proj" in name else 1.0,
     ),
     "switch = Qwen2-MoE with K = 1": Twin(
         "pb-switch-tiny",
-        {"rope_parameters": FULL_ROTATION},
-        qwen2_moe,
+        {},
+        Qwen2MoeForCausalLM,
+        GATED | {"shared_expert_intermediate_size": "moe_intermediate_size"},
         lambda name: None if "shared_expert" in name else qwen2_name(name),
     ),
     "normalised gates = Mixtral": Twin(
         "pb-switch-tiny",
-        {"rope_parameters": FULL_ROTATION, "num_experts_per_tok": 2, "norm_topk_prob": True},
-        mixtral,
-        lambda name: name,
+        {"num_experts_per_tok": 2, "norm_topk_prob": True},
+        MixtralForCausalLM,
+        {
+            "intermediate_size": "moe_intermediate_size",
+            "sliding_window": None,
+            "num_local_experts": "num_experts",
+            "num_experts_per_tok": "num_experts_per_tok",
+        },
     ),
 }
 
 
 def build(case: Twin) -> tuple[CptMoeForCausalLM, PreTrainedModel]:
     """Both models in training mode, eager, with the same weights; what only the twin has is 0."""
-    config = CptMoeConfig.from_preset(case.preset, **SIZE, **case.overrides)
+    config = case.config()
     ours, twin = CptMoeForCausalLM(config).train(), case.twin(config).train()
     for model in (ours, twin):
         model.set_attn_implementation("eager")

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
-from hf_moe_cpt.modeling.releases_cpt_moe import CACHE_NAME, NEWEST_TESTED, warn_of_untested_release
+from hf_moe_cpt.modeling.modeling_cpt_moe import (
+    CACHE_NAME,
+    NEWEST_TESTED,
+    CptMoeForCausalLM,
+    warn_of_untested_release,
+)
 
 
 PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
 ATTENTION = {"num_key_value_heads": 2, "qk_norm": "head", "qkv_bias": True, "sliding_window": 4}
-CASES = [(preset, {}) for preset in PRESETS] + [("pb-granular-tiny", ATTENTION)]
-SETTINGS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+SETTINGS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def model_of(preset: str, **fields) -> CptMoeForCausalLM:
@@ -26,62 +30,47 @@ def model_of(preset: str, **fields) -> CptMoeForCausalLM:
     return CptMoeForCausalLM(CptMoeConfig.from_preset(preset, vocab_size=64, num_hidden_layers=2, **fields)).eval()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}{'-attention' if case[1] else ''}")
-def models(request, tmp_path_factory) -> list[torch.nn.Module]:
-    """One model of the package, and the same weights with the code that lies beside them."""
-    preset, fields = request.param
+def here_and_remote(folder: Path, preset: str, **fields) -> list[torch.nn.Module]:
+    """A model of the package, and the same weights with the code that was saved beside them."""
     model = model_of(preset, **fields)
-    folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
-    config = CptMoeConfig.from_pretrained(folder)
-    remote = remote_class(folder).from_pretrained(folder, config=config).eval()
+    remote_class = get_class_from_dynamic_module("modeling_cpt_moe.CptMoeForCausalLM", str(folder))
+    remote = remote_class.from_pretrained(folder, config=CptMoeConfig.from_pretrained(folder)).eval()
     assert type(remote).__module__.startswith("transformers_modules.")
     return [model, remote]
-
-
-def remote_class(folder: Path) -> type:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    return get_class_from_dynamic_module("modeling_cpt_moe.CptMoeForCausalLM", str(folder))
 
 
 def prompts(rows: int = 2, columns: int = 7) -> torch.Tensor:
     return torch.randint(1, 64, (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("way", ["dynamic", "static", "assisted", "given", "embeddings"])
-def test_a_cache_changes_no_token(models: list, way: str) -> None:
-    for model in models:
-        ids = prompts(rows=1 if way == "assisted" else 2)
-        want = model.generate(ids, **SETTINGS, use_cache=False)
-        given = {"input_ids": ids}
-        if way == "static":
-            given |= {"cache_implementation": "static", "disable_compile": True}
-        elif way == "assisted":
-            given |= {"assistant_model": model}
-        elif way == "given":
-            given |= {CACHE_NAME: DynamicCache(config=model.config)}
-        elif way == "embeddings":
-            given = {"inputs_embeds": model.get_input_embeddings()(ids)}
-            want = want[:, ids.shape[1] :]
-        assert torch.equal(model.generate(**given, **SETTINGS), want), type(model).__module__
-
-
-def test_padding_on_the_left_changes_no_token(models: list) -> None:
-    ids = prompts(rows=1)
-    padded = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], dim=1)
-    mask = (torch.arange(10) >= 3).long()[None]
-    for model in models:
+@pytest.mark.parametrize(
+    ("preset", "fields"), [*((preset, {}) for preset in PRESETS), ("pb-granular-tiny", ATTENTION)]
+)
+def test_no_kind_of_cache_and_no_padding_changes_a_token(preset: str, fields: dict, tmp_path) -> None:
+    ids = prompts()
+    padded = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], dim=1)
+    mask = (torch.arange(10) >= 3).long().expand(2, 10)
+    for model in here_and_remote(tmp_path, preset, **fields):
         want = model.generate(ids, **SETTINGS, use_cache=False)[:, 7:]
-        for use_cache in (True, False):
-            got = model.generate(padded, attention_mask=mask, **SETTINGS, use_cache=use_cache)[:, 10:]
-            assert torch.equal(got, want), (type(model).__module__, use_cache)
+        ways = {
+            "dynamic": {"input_ids": ids},
+            "static": {"input_ids": ids, "cache_implementation": "static", "disable_compile": True},
+            "assisted": {"input_ids": ids[:1], "assistant_model": model},
+            "given": {"input_ids": ids, CACHE_NAME: DynamicCache(config=model.config)},
+            "embeddings": {"inputs_embeds": model.get_input_embeddings()(ids)},
+            "padding": {"input_ids": padded, "attention_mask": mask},
+            "padding, no cache": {"input_ids": padded, "attention_mask": mask, "use_cache": False},
+        }
+        for way, given in ways.items():
+            got = model.generate(**given, **SETTINGS)[:, -5:]
+            assert torch.equal(got, want[: len(got)]), (way, type(model).__module__)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_both_names_of_the_cache_are_one_argument(models: list, name: str) -> None:
+def test_both_names_of_the_cache_are_one_argument(name: str, tmp_path) -> None:
     ids = prompts()
-    for model in models:
+    for model in here_and_remote(tmp_path, "pb-granular-tiny", **ATTENTION):
         want = model(ids, use_cache=False).logits[:, -1]
         for part in (model, model.model):
             cache = DynamicCache(config=model.config)
@@ -111,9 +100,9 @@ def test_a_keyword_that_nobody_reads_is_told(part: str, monkeypatch) -> None:
 
 
 def warnings_from_now(monkeypatch) -> list[str]:
-    """The warnings of the module that watches over the keywords, from now on."""
+    """The warnings of the models from now on."""
     lines: list[str] = []
-    monkeypatch.setattr(sys.modules[warn_of_untested_release.__module__].logger, "warning_once", lines.append)
+    monkeypatch.setattr(sys.modules[CptMoeForCausalLM.__module__].logger, "warning_once", lines.append)
     return lines
 
 

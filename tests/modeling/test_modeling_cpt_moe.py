@@ -1,27 +1,90 @@
-"""Outputs, losses kept apart, cache and generation, padding, packing, checkpointing and saving of the heads."""
+"""Outputs, losses kept apart, caches, padding, packing, gradient checkpointing, experts and saving of the heads.
+
+That biases, norms and windows compute what Llama, Mistral, Qwen and OLMoE do: test_equal_to_transformers.py; what
+`generate` makes of caches: test_generation.py.
+"""
 
 import pytest
 import torch
+from torch.nn.functional import gelu
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.modeling.losses_cpt_moe import router_penalties
-from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+from hf_moe_cpt.modeling.modeling_cpt_moe import (
+    CptMoeExperts,
+    CptMoeForCausalLM,
+    CptMoeForSequenceClassification,
+    CptMoeMLP,
+    CptMoeModel,
+    CptMoeSparseMoeBlock,
+    router_penalties,
+)
 from tests.helpers.tolerances import assert_matches
 
 
-PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
 SIZE = {"vocab_size": 256, "num_hidden_layers": 2}
+PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
+ATTENTION = {
+    "biases, norms of heads": {"qkv_bias": True, "qk_norm": "head", "num_key_value_heads": 2},
+    "all biases, norms of projections": {"attention_bias": True, "qk_norm": "projection", "num_key_value_heads": 1},
+    "window": {"sliding_window": 4},
+}
 
 
 def model_of(preset: str, **fields) -> CptMoeForCausalLM:
+    """In evaluation; `preset` may name a case of ATTENTION, whose biases, norms and attention weights then matter."""
+    variant = ATTENTION.get(preset)
     torch.manual_seed(0)
-    return CptMoeForCausalLM(CptMoeConfig.from_preset(preset, **{**SIZE, **fields})).eval()
+    fields = {**SIZE, **(variant or {}), **fields}
+    model = CptMoeForCausalLM(CptMoeConfig.from_preset("pb-switch-tiny" if variant else preset, **fields)).eval()
+    for name, weight in model.named_parameters() if variant else ():
+        if weight.dim() == 1:
+            torch.nn.init.uniform_(weight, -1.0, 1.0)
+        elif ".self_attn." in name:
+            weight.data *= 4
+    return model
 
 
 def tokens_of(rows: int, columns: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, columns))
+
+
+@pytest.mark.parametrize("case", [*PRESETS, *ATTENTION])
+def test_decoding_with_a_cache_equals_one_forward(case: str) -> None:
+    model, tokens = model_of(case), tokens_of(2, 12)
+    cache, rows = None, []
+    for column in tokens.split([5, 1, 1, 5], dim=1):
+        out = model(input_ids=column, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        rows.append(out.logits)
+    want = model(input_ids=tokens, use_cache=False).logits
+    assert_matches("logits", torch.cat(rows, dim=1), want)
+    model.set_attn_implementation("eager")
+    assert_matches("eager", model(input_ids=tokens).logits, want)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", ["pb-granular-tiny", *ATTENTION])
+def test_packed_documents_do_not_see_each_other(case: str, implementation: str) -> None:
+    model = model_of(case)
+    model.set_attn_implementation(implementation)
+    first, second = tokens_of(1, 7), tokens_of(1, 9)
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    for use_cache in (True, False):
+        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache).logits
+        assert_matches("first", packed[:, :7], model(input_ids=first).logits)
+        assert_matches("second", packed[:, 7:], model(input_ids=second).logits)
+
+
+def test_a_token_sees_no_more_than_its_window() -> None:
+    """Two layers of a window of 4 reach 6 tokens back, and exactly that far (beyond: rounding, 1e-7)."""
+    model, tokens = model_of("window"), tokens_of(1, 12)
+    changed = tokens.clone()
+    changed[0, 3] = (tokens[0, 3] + 1) % 256
+    differs = (model(tokens).logits - model(changed).logits).abs().amax(-1)[0]
+    assert (differs > 1e-4).tolist() == [3 <= position <= 9 for position in range(12)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -79,36 +142,6 @@ def test_hidden_states_and_attentions_are_recorded() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_decoding_with_a_cache_equals_one_forward(preset: str) -> None:
-    model, tokens = model_of(preset), tokens_of(2, 12)
-    want = model(input_ids=tokens).logits
-    cache, rows = None, []
-    for column in tokens.split([5, 1, 1, 5], dim=1):
-        out = model(input_ids=column, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits)
-    assert_matches("logits", torch.cat(rows, dim=1), want)
-
-
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny"])
-def test_generation_is_greedy_search_and_left_padding_does_not_change_it(preset: str) -> None:
-    model, prompt = model_of(preset), tokens_of(1, 6)
-    want = prompt
-    for _ in range(5):
-        want = torch.cat([want, model(input_ids=want).logits[:, -1:].argmax(-1)], dim=1)
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(prompt, **settings), want)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
-    batch = torch.cat([padded, tokens_of(1, 9)])
-    mask = torch.ones_like(batch)
-    mask[0, :3] = 0
-    got = model.generate(batch, attention_mask=mask, **settings)
-    assert torch.equal(got[0, 3:], want[0])
-    static = model.generate(batch, attention_mask=mask, cache_implementation="static", **settings)
-    assert torch.equal(static, got)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
 def test_left_padding_changes_neither_losses_nor_loads(preset: str) -> None:
     """In training, where Sinkhorn's plan and the penalties could see it."""
     model, tokens = model_of(preset).train(), tokens_of(1, 12)
@@ -131,32 +164,188 @@ def test_left_padding_changes_neither_losses_nor_loads(preset: str) -> None:
         torch.testing.assert_close((out.aux_loss, out.z_loss), (alone.aux_loss, alone.z_loss))
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_documents_do_not_see_each_other(implementation: str, use_cache: bool) -> None:
-    model = model_of("pb-granular-tiny")
-    model.set_attn_implementation(implementation)
-    first, second = tokens_of(1, 7), tokens_of(1, 9)
-    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=use_cache).logits
-    assert_matches("first", packed[:, :7], model(input_ids=first).logits)
-    assert_matches("second", packed[:, 7:], model(input_ids=second).logits)
-
-
-def test_logits_to_keep() -> None:
-    model, tokens = model_of("pb-switch-tiny"), tokens_of(2, 10)
+def test_logits_to_keep_and_embeddings_instead_of_ids() -> None:
+    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 10)
     full = model(input_ids=tokens).logits
     assert_matches("last 3", model(input_ids=tokens, logits_to_keep=3).logits, full[:, -3:])
     kept = torch.tensor([0, 4])
     assert_matches("chosen", model(input_ids=tokens, logits_to_keep=kept).logits, full[:, kept])
-
-
-def test_embeddings_instead_of_ids_and_neither() -> None:
-    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 10)
-    embedded = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
-    assert torch.equal(embedded, model(input_ids=tokens).logits)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, full)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+
+
+def gradients(model: CptMoeForCausalLM) -> dict[str, torch.Tensor]:
+    tokens = torch.arange(64).view(2, 32)
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+NO_PENALTY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "output_router_logits": True}
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "use_reentrant"),
+    [
+        ("pb-granular-tiny", {}, False),
+        ("sb-granular-tiny", {}, False),
+        ("dense-tiny", {}, False),
+        ("sb-granular-tiny", {}, True),
+        ("dense-tiny", {}, True),
+        ("pb-granular-tiny", NO_PENALTY, True),
+    ],
+)
+def test_checkpointing_keeps_every_bit_of_the_gradients(preset: str, fields: dict, use_reentrant: bool) -> None:
+    """Re-entrant checkpointing only where no penalty is on."""
+    want = gradients(model_of(preset, **fields))
+    for settings in ({"use_reentrant": use_reentrant}, *([] if use_reentrant else [None])):
+        model = model_of(preset, **fields)
+        model.gradient_checkpointing_enable(settings)
+        if use_reentrant:
+            model.enable_input_require_grads()
+        got = gradients(model)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_reentrance_is_refused_where_a_penalty_would_lose_its_gradient() -> None:
+    with pytest.raises(ValueError, match='cuts the router penalties off.*"use_reentrant": False'):
+        model_of("pb-granular-tiny").train().gradient_checkpointing_enable({"use_reentrant": True})
+    # Switched on afterwards: refused at the forward that would train on it.
+    model = model_of("pb-granular-tiny", output_router_logits=False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    tokens = torch.arange(64).view(2, 32)
+    with pytest.raises(ValueError, match="cuts the router penalties off"):
+        model(input_ids=tokens, labels=tokens, output_router_logits=True)
+    assert model.eval()(input_ids=tokens, labels=tokens, output_router_logits=True).aux_loss > 0
+
+
+EDGES = {"one token": (1, 8, 1), "tokens < experts": (5, 31, 3), "top-1": (64, 8, 1), "all experts": (9, 4, 4)}
+
+
+def experts(E: int, K: int, implementation: str, dtype: torch.dtype) -> CptMoeExperts:
+    config = CptMoeConfig.from_preset(
+        "pb-granular-tiny", hidden_size=32, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=16
+    )
+    config._experts_implementation = implementation
+    module = CptMoeExperts(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 5)
+    return module
+
+
+def loop(tokens: torch.Tensor, index: torch.Tensor, gates: torch.Tensor, module: CptMoeExperts) -> torch.Tensor:
+    rows = []
+    for token, chosen, gate in zip(tokens, index, gates, strict=True):
+        row = torch.zeros_like(token)
+        for expert, weight in zip(chosen, gate, strict=True):
+            gate_part, up = (module.gate_up_proj[expert] @ token).chunk(2)
+            row = row + weight * (module.down_proj[expert] @ (gelu(gate_part) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(("T", "E", "K"), EDGES.values(), ids=EDGES)
+def test_implementations_equal_the_loop(implementation: str, T: int, E: int, K: int) -> None:
+    tokens = torch.randn(T, 32)
+    index = torch.rand(T, E).argsort(1)[:, :K]
+    gates = torch.rand(T, K)
+    upstream = torch.randn(T, 32)
+    results = {}
+    for name, dtype in ((implementation, torch.float32), ("loop", torch.float64)):
+        module = experts(E, K, name if name != "loop" else "eager", dtype)
+        inputs = [value.detach().to(dtype, copy=True).requires_grad_() for value in (tokens, gates)]
+        if name == "loop":
+            output = loop(inputs[0], index, inputs[1], module)
+        else:
+            output = module(inputs[0], index, inputs[1])
+        output.backward(upstream.to(dtype))
+        gradients = [value.grad for value in [*inputs, module.gate_up_proj, module.down_proj]]
+        results[name] = dict(zip(("tokens", "gates", "gate_up_proj", "down_proj"), gradients, strict=True))
+        results[name]["output"] = output
+    for name, want in results["loop"].items():
+        assert_matches(name, results[implementation][name], want)
+
+
+def test_a_missing_id_of_another_rank_adds_nothing() -> None:
+    """Expert parallelism marks it with the id `num_experts`."""
+    module = experts(4, 2, "eager", torch.float64)
+    tokens, gates = torch.randn(6, 32, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
+    index = torch.tensor([[0, 4], [4, 4], [3, 1], [4, 2], [1, 0], [2, 3]])
+    got = module(tokens, index, gates)
+    want = loop(tokens, index.clamp(max=3), gates.masked_fill(index == 4, 0.0), module)
+    assert_matches("output", got, want)
+    assert (got[1] == 0).all()
+
+
+def test_shared_experts_are_added_with_weight_one() -> None:
+    config = CptMoeConfig.from_preset("pb-granular-tiny", num_shared_experts=2, moe_intermediate_size=16)
+    config._experts_implementation = "eager"
+    block = CptMoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert block.shared_experts.down_proj.weight.shape == (128, 32)
+    hidden = torch.randn(2, 5, 128)
+    tokens = hidden.view(10, 128)
+    _, gates, index = block.gate(tokens)
+    want = block.experts(tokens, index, gates) + block.shared_experts(tokens)
+    assert_matches("block", block(hidden), want.view(2, 5, 128))
+
+
+def test_the_activation_is_exact_gelu_unless_asked() -> None:
+    hidden = torch.randn(3, 128)
+    for act, function in (
+        ("gelu", gelu),
+        ("gelu_pytorch_tanh", ACT2FN["gelu_pytorch_tanh"]),
+        ("silu", ACT2FN["silu"]),
+    ):
+        mlp = CptMoeMLP(CptMoeConfig.from_preset("dense-tiny", hidden_act=act), 16)
+        want = mlp.down_proj(function(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))
+        assert torch.equal(mlp(hidden), want)
+
+
+def test_the_implementation_is_chosen_as_in_transformers() -> None:
+    config = CptMoeConfig.from_preset("pb-granular-tiny", vocab_size=64, num_hidden_layers=1)
+    model = CptMoeForCausalLM(config)
+    assert model.config._experts_implementation == "grouped_mm"
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        assert model.model.layers[0].mlp.experts.config._experts_implementation == implementation
+    batched = CptMoeForCausalLM._from_config(config, experts_implementation="batched_mm")
+    assert batched.config._experts_implementation == "batched_mm"
+    with pytest.raises(ValueError, match="nonesuch"):
+        model.set_experts_implementation("nonesuch")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_multiply_in_the_dtype_of_autocast(implementation):
+    """As linear layers do: with float32 weights and bfloat16 autocast the products are those of bfloat16 weights."""
+    config = CptMoeConfig.from_preset("pb-granular-tiny", vocab_size=64, num_hidden_layers=1)
+    torch.manual_seed(0)
+    model = CptMoeForCausalLM._from_config(config, experts_implementation=implementation)
+    block, seen = model.model.layers[0].mlp, []
+    block.experts.register_forward_pre_hook(
+        lambda module, args: seen.append((module.gate_up_proj.dtype, module.down_proj.dtype, args[0].dtype))
+    )
+    tokens = torch.randn(1, 24, config.hidden_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = block(tokens)
+    assert seen == [(torch.bfloat16,) * 3] and block.experts.gate_up_proj.dtype == torch.float32
+    low.float().square().sum().backward()
+    assert block.experts.gate_up_proj.grad.dtype == torch.float32
+    high = block(tokens)
+    assert 0 < (low.float() - high).norm() / high.norm() < 2e-2
+
+
+def test_a_model_runs_on_the_meta_device():
+    """Shapes and costs are worked out there, and torch has no autocast for it."""
+    with torch.device("meta"):
+        model = CptMoeForCausalLM._from_config(
+            CptMoeConfig.from_preset("pb-granular-tiny"), experts_implementation="grouped_mm", dtype=torch.bfloat16
+        )
+        logits = model(torch.zeros(2, 8, dtype=torch.long)).logits
+    assert logits.shape == (2, 8, 4096) and logits.is_meta
 
 
 @pytest.mark.parametrize("preset", PRESETS)

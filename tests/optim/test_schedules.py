@@ -1,6 +1,11 @@
-"""Schedules against the paper's values, transformers' cosine and torch's annealing, and their own limits."""
+"""Schedules against the paper's values, transformers' cosine, torch's annealing and their own limits.
+
+Then what is printed of them, and the LambdaLR around them: values, state, resuming.
+"""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +18,24 @@ from hf_moe_cpt.optim.schedules import (
     DEFAULT_PHASES,
     SCHEDULES,
     Phases,
+    build_lr_scheduler,
     check_schedule,
     cosine,
     cosine_inf,
     default_phases,
+    describe_schedule,
     inv_sqrt_inf,
     learning_rate_at,
     phase_at,
+    schedule_curve,
 )
 
 
 MAX, CONST, MIN = 3e-4, 1.65e-4, 3e-5
 PAPER_STEPS = 192_720
 SCRATCH = DEFAULT_PHASES["scratch"]
-PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+RATES = {"max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, **RATES}
 
 
 def fraction(share):
@@ -73,12 +82,7 @@ def test_anneal_multiplies_by_the_same_factor_every_step():
 @pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf", "cosine"])
 def test_continuing_from_the_constant_phase_never_rewarms(schedule):
     phases = default_phases(schedule, "constant")
-    rates = [
-        learning_rate_at(
-            step, schedule=schedule, num_steps=500, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
-        )
-        for step in range(501)
-    ]
+    rates = [learning_rate_at(step, schedule=schedule, num_steps=500, phases=phases, **RATES) for step in range(501)]
     assert rates[0] == max(rates) == CONST
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == MIN
@@ -93,7 +97,7 @@ def test_warmup_without_cooldown_stops_at_the_constant_rate():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_after_the_end_it_stays_at_the_minimum(schedule):
     phases = default_phases(schedule, "scratch")
-    settings = {"num_steps": 77, "phases": phases, "max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
+    settings = {"num_steps": 77, "phases": phases, **RATES}
     assert learning_rate_at(76, schedule=schedule, **settings) > MIN
     assert {learning_rate_at(step, schedule=schedule, **settings) for step in (77, 78, 10_000)} == {MIN}
 
@@ -150,9 +154,7 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
     a, b, c = cuts
     phases = Phases(a, b - a, c - b, 1 - c)
     rates = [
-        learning_rate_at(
-            step, schedule=schedule, num_steps=num_steps, phases=phases, max_lr=MAX, constant_lr=CONST, min_lr=MIN
-        )
+        learning_rate_at(step, schedule=schedule, num_steps=num_steps, phases=phases, **RATES)
         for step in range(num_steps + 1)
     ]
     assert all(0 <= rate <= MAX * (1 + 1e-12) for rate in rates)
@@ -199,3 +201,137 @@ def test_phases_must_be_fractions_that_sum_to_one():
         Phases(0.2, 0.5, 0.5, -0.2)
     with pytest.raises(ValueError, match=r"'warm' is unknown: choose one of scratch, constant, decayed"):
         default_phases("cosine_inf", "warm")
+
+
+PRINTED = {"schedule": "cosine_inf", **PAPER}
+
+
+def rows_of(text):
+    table = text.split("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table}
+
+
+def test_table_has_steps_tokens_and_rates_of_each_phase():
+    rows = rows_of(describe_schedule(**PRINTED, tokens_per_step=2_097_152))
+    assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
+    assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
+    assert rows["total"][-3:-2] == ["404,163,133,440"]
+
+
+def test_tokens_and_empty_phases_are_left_out():
+    rows = rows_of(describe_schedule(**{**PRINTED, "phases": DEFAULT_PHASES["constant"]}))
+    assert set(rows) == {"phase", "constant", "anneal", "total"}
+    assert "tokens" not in rows["phase"]
+
+
+def test_plot_columns_rise_and_fall_with_the_rate():
+    text = describe_schedule(**{**PRINTED, "phases": Phases(0.5, 0.0, 0.0, 0.5)}, width=41, height=6)
+    plot = [line[11:] for line in text.splitlines() if "┤" in line]
+    heights = [sum(8 if line[i] == "█" else " ▁▂▃▄▅▆▇".index(line[i]) for line in plot) for i in range(41)]
+    assert len(plot) == 6 and heights[0] == 0 and max(heights) == heights[20] == 48
+    assert heights[:21] == sorted(heights[:21]) and heights[20:] == sorted(heights[20:], reverse=True)
+
+
+def test_curve_hits_phase_boundaries_and_equals_the_schedule():
+    curve = schedule_curve(**PRINTED, num_points=50)
+    assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
+    assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
+    assert curve.rates == [cosine_inf(step, **PAPER) for step in curve.steps]
+
+
+def test_one_step_run_can_be_described():
+    assert "1 steps" in describe_schedule(**{**PRINTED, "num_steps": 1})
+
+
+def test_examples_of_the_manual_run(tmp_path, monkeypatch, capsys):
+    manual = Path(__file__).parents[2] / "docs" / "schedules.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", manual.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, str(manual), "exec"), {})
+    assert "156,103" in capsys.readouterr().out
+    assert (tmp_path / "schedule.svg").stat().st_size > 1_000
+
+
+def build(schedule="cosine_inf", num_steps=40, lr=3e-4, **rates):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=lr)
+    settings = {"schedule": schedule, "num_steps": num_steps, "phases": default_phases(schedule, "scratch")}
+    return weight, optimizer, build_lr_scheduler(optimizer, **settings, **{**RATES, **rates})
+
+
+def train(weight, optimizer, scheduler, steps):
+    rates = []
+    for _ in range(steps):
+        weight.grad = weight.detach().clone()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_update_k_uses_the_rate_at_step_k_minus_one(schedule):
+    got = train(*build(schedule), steps=45)
+    settings = {"schedule": schedule, "num_steps": 40, "phases": default_phases(schedule, "scratch"), **RATES}
+    assert got == pytest.approx([learning_rate_at(step, **settings) for step in range(45)], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 17, 39])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tmp_path):
+    whole_weight, *whole = build()
+    want = train(whole_weight, *whole, steps=40)
+    weight, optimizer, scheduler = build()
+    first = train(weight, optimizer, scheduler, steps=stop)
+    torch.save((weight, optimizer.state_dict(), scheduler.state_dict()), tmp_path / "state.pt")
+    saved_weight, saved_optimizer, saved_scheduler = torch.load(tmp_path / "state.pt", weights_only=True)
+    weight, optimizer, scheduler = build()
+    weight.data.copy_(saved_weight)
+    optimizer.load_state_dict(saved_optimizer)
+    scheduler.load_state_dict(saved_scheduler)
+    assert first + train(weight, optimizer, scheduler, steps=40 - stop) == want
+    assert torch.equal(weight, whole_weight)
+
+
+def test_changed_arguments_take_effect_on_resume():
+    weight, optimizer, scheduler = build()
+    train(weight, optimizer, scheduler, steps=20)
+    optimizer_state, state = optimizer.state_dict(), scheduler.state_dict()
+    assert set(state) == {"last_epoch", "_step_count"}
+    weight, optimizer, scheduler = build(num_steps=80, lr=6e-4, max_lr=6e-4)
+    optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(state)
+    changed = {"num_steps": 80, **RATES, "max_lr": 6e-4}
+    want = [
+        learning_rate_at(step, schedule="cosine_inf", phases=default_phases("cosine_inf", "scratch"), **changed)
+        for step in range(20, 80)
+    ]
+    assert scheduler.get_last_lr() == pytest.approx(want[:1], rel=1e-12)
+    assert train(weight, optimizer, scheduler, steps=60) == pytest.approx(want, rel=1e-12)
+
+
+def test_tensor_learning_rate_is_updated_in_place():
+    weight, optimizer, scheduler = build(lr=torch.tensor(3e-4))
+    rate = optimizer.param_groups[0]["lr"]
+    scheduler.load_state_dict({"last_epoch": 30})
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(float(scheduler.get_last_lr()[0]), rel=1e-6)
+    assert 0 < float(rate) < 3e-4
+
+
+def test_groups_keep_their_proportion():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (3e-4, 3e-5)]
+    optimizer = torch.optim.AdamW(groups)
+    phases = default_phases("cosine_inf", "scratch")
+    scheduler = build_lr_scheduler(optimizer, schedule="cosine_inf", num_steps=40, phases=phases, **RATES)
+    for _ in range(25):
+        optimizer.step()
+        scheduler.step()
+    first, second = scheduler.get_last_lr()
+    assert second == pytest.approx(first / 10, rel=1e-12)
+
+
+def test_bad_arguments_are_refused_before_the_optimizer_is_touched():
+    with pytest.raises(ValueError, match="without steps"):
+        build(num_steps=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 
 
 @pytest.fixture(scope="package")

@@ -9,13 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_moe_cpt.routing.analyze import named_checkpoints, named_texts, training_curves
 from hf_moe_cpt.scripts.analyze import main
-from hf_moe_cpt.scripts.analyze_log import training_curves
-from hf_moe_cpt.scripts.analyze_work import named_checkpoints, named_texts
 from tests.helpers.cpt_runs import trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python
 from tests.helpers.tiny_models import tiny_model
-from tests.helpers.tiny_moes import moe_model
 
 
 TOKENS, LENGTH = 300, 32
@@ -101,9 +99,7 @@ def test_the_numbers_are_those_of_recorded_logits(alone, models, texts):
 
 def test_tables_are_printed_and_finished_work_is_not_done_again(alone, models, texts, capsys, monkeypatch):
     before = _analysis(alone)
-    module = importlib.import_module(
-        "hf_moe_cpt.analysis.collect_routing"
-    )  # the package has its function by that name
+    module = importlib.import_module("hf_moe_cpt.routing.trace")  # the package has its function by that name
     monkeypatch.setattr(module, "_trace_shard", None)  # would be called to trace anything
     main(_arguments(models, texts, alone))
     assert _analysis(alone) == before
@@ -234,14 +230,3 @@ def test_a_user_of_the_script_reads_one_line(models, tmp_path):
     done = run_python("scripts/analyze.py", str(models / "dense"), "--data", "a=b.txt", "--device", "cpu", check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: dense: LlamaForCausalLM is a dense model")
-
-
-def test_other_families_are_traced_too(texts, tmp_path):
-    for name in ("olmoe", "gpt_oss"):
-        model = moe_model(name)
-        model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(texts / "tokenizer")))
-        model.save_pretrained(tmp_path / name)
-        shutil.copytree(texts / "tokenizer", tmp_path / name, dirs_exist_ok=True)
-        words = [str(tmp_path / name), "--data", f"code={texts / 'new.jsonl'}", "--tokens_per_domain", "100"]
-        main([*words, "--device", "cpu", "--output_dir", str(tmp_path / f"{name}-out")])
-        assert _analysis(tmp_path / f"{name}-out")["skipped"].keys() == {"saturation"}

@@ -1,4 +1,4 @@
-"""The evaluation script on tiny models: its numbers against models and TRL, killed runs, ready responses, refusals."""
+"""The evaluation of a policy on tiny models: its numbers against models and TRL, killed runs, refusals."""
 
 import csv
 import io
@@ -14,10 +14,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from hf_moe_cpt.analysis.preference_accuracy import length_controlled_share, preference_accuracy, wilson_interval
-from hf_moe_cpt.scripts import eval_preference_work
-from hf_moe_cpt.scripts.eval_preference import STAGES, main
-from hf_moe_cpt.scripts.eval_preference_folder import read_lines
+from hf_moe_cpt.evaluation import preference
+from hf_moe_cpt.evaluation.preference import STAGES, answer_scores, is_readable, read_pairs, tokenize_answers
+from hf_moe_cpt.evaluation.resumable import read_lines
+from hf_moe_cpt.evaluation.statistics import length_controlled_share, preference_accuracy, wilson_interval
+from hf_moe_cpt.generation import sampling
+from hf_moe_cpt.scripts.eval_preference import main
 from tests.helpers.fresh_process import run_python
 from tests.helpers.preference_runs import word_tokenizer
 from tests.helpers.tiny_models import EOS, SIZES, tiny_model
@@ -203,11 +205,12 @@ def test_csv_json_and_the_table_at_the_end_tell_the_same(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
     run = tmp_path / "run"
     program = (
         "import os, signal, sys\n"
-        "from hf_moe_cpt.scripts import eval_preference_folder as folder\n"
+        "from hf_moe_cpt.evaluation import resumable as folder\n"
         "from hf_moe_cpt.scripts.eval_preference import main\n"
         "write, count = folder.write_lines, []\n"
         "def killed(path, rows):\n"
@@ -230,8 +233,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_p
 
 def test_a_finished_stage_reads_no_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
     shutil.copytree(alone[0], tmp_path / "run")
-    for name in ("load_policy", "load_reward_model"):
-        monkeypatch.setattr(eval_preference_work, name, lambda *_: pytest.fail("weights were read"))
+    for module, name in ((preference, "load_policy"), (sampling, "load_policy"), (sampling, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("weights were read"))
     main(_arguments(world, tmp_path / "run", tie_margin=1e9))
     assert _measures(tmp_path / "run")["ties"]["value"] == 14
     main(_arguments(world, tmp_path / "run", stop_after="rewards-policy"))
@@ -313,16 +316,10 @@ REFUSED = {
         {"responses": "r.jsonl", "dataset_name": NONE},
         "Give one of --model_name_or_path and --responses",
     ),
-    "a judge with three labels": ({"reward_model_name_or_path": "three labels"}, "has 3 labels and must have one"),
-    "temperature": ({"temperature": 0}, "--temperature 0.0 must be above 0 and finite; 0.01 is nearly greedy"),
-    "top_p": ({"top_p": 1.5}, r"--top_p 1.5 must lie in \(0, 1\]"),
     "confidence": ({"confidence": 95}, r"--confidence 95.0 must lie in \(0, 1\)"),
     "tie margin": ({"tie_margin": -1}, "--tie_margin -1.0 must be at least 0"),
     "stage": ({"stop_after": "lunch"}, "--stop_after 'lunch' is unknown: choose from responses-policy"),
-    "no window left": ({"max_new_tokens": 64}, "max_new_tokens=64 leaves no room for a prompt"),
-    "vllm options": ({"vllm_options": "[1]"}, "--vllm_options '.1.' must be a JSON object"),
     "missing column": ({"dataset_name": "prompts.jsonl"}, "has no column 'chosen' but .'prompt'"),
-    "missing file": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
 }
 
 
@@ -357,9 +354,69 @@ def test_responses_to_other_prompts_are_refused(world, tmp_path, prompts, messag
         main(_arguments(world, tmp_path / "run", **reference))
 
 
-def test_a_folder_of_other_settings_or_of_others_is_refused(alone, world, tmp_path):
-    with pytest.raises(ValueError, match="was made with temperature=1.0, and now it is 0.5: name another folder"):
-        main(_arguments(world, alone[0], temperature=0.5))
-    (tmp_path / "precious.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and this tool did not write it"):
-        main(_arguments(world, tmp_path))
+CHAT = {"role": "user", "content": "hi"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+
+
+def test_scores_do_not_depend_on_the_batch_and_equal_full_logits():
+    model, tokenizer = tiny_model("llama").eval(), word_tokenizer()
+    model.lm_head.weight.data *= 20
+    texts = [
+        (f"w{2 + i} w5 ", [" ".join(["w9", f"w{7 + i}"] * length) for length in (1 + i % 4, 2)]) for i in range(9)
+    ]
+    answers = [answer for prompt, pair in texts for answer in tokenize_answers(prompt, pair, tokenizer, None)]
+    assert is_readable(answers) and all(answer.ids[-1] == EOS for answer in answers)
+    one_by_one, batched = answer_scores(model, answers, 1), answer_scores(model, answers, 7)
+    assert [score.logp for score in batched] == pytest.approx([score.logp for score in one_by_one], rel=1e-5)
+    for answer, score in zip(answers, one_by_one, strict=True):
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([answer.ids])).logits[0].double().log_softmax(-1)
+        places = range(answer.start, len(answer.ids))
+        want = sum(float(logps[place - 1, answer.ids[place]]) for place in places)
+        assert (score.logp, score.num_tokens) == (pytest.approx(want, rel=1e-5), len(places))
+
+
+def test_an_answer_without_a_token_before_it_or_of_its_own_is_not_read():
+    tokenizer = word_tokenizer()
+    (whole,), (cut,) = (tokenize_answers("w3 w4 ", ["w5"], tokenizer, limit) for limit in (None, 2))
+    assert (whole.start, len(whole.ids), whole.was_cut) == (2, 4, False)
+    assert cut.was_cut and is_readable([whole]) and not is_readable([whole, cut])
+    assert not is_readable([whole._replace(start=0)])
+
+
+ROWS = {
+    "text": {"prompt": "a b ", "chosen": "c", "rejected": "d"},
+    "text without a prompt": {"chosen": "Human: hi Assistant: yes", "rejected": "Human: hi Assistant: you"},
+    "one text begins the other": {"chosen": "so", "rejected": "so it is"},
+    "messages": {"chosen": [CHAT, YES], "rejected": [CHAT, NO]},
+    "two rounds": {"chosen": [CHAT, YES, CHAT, YES], "rejected": [CHAT, YES, CHAT, NO]},
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_prompts_are_found_as_trl_finds_them(tmp_path, row):
+    trl = pytest.importorskip("trl")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    (got,) = read_pairs(str(tmp_path / "pairs.jsonl"), None, "test", None)
+    want = row if "prompt" in row else trl.extract_prompt(row)
+    assert {"prompt": got.prompt, "chosen": got.chosen, "rejected": got.rejected} == want
+
+
+def test_a_text_beside_messages_is_no_prompt(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "hi", "chosen": [CHAT, YES], "rejected": [CHAT, NO]}))
+    (got,) = read_pairs(str(tmp_path / "pairs.jsonl"), None, "test", None)
+    assert (got.prompt, got.chosen, got.rejected) == ([CHAT], [YES], [NO])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"chosen": [CHAT, YES], "rejected": "no"}, "row 0 .* is no preference pair: give chosen and rejected as"),
+        ({"chosen": "yes", "rejected": "no"}, "row 0 .* lacks a prompt or an answer: both answers must begin alike"),
+        ({"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}, "row 0 .* is no preference pair"),
+    ],
+)
+def test_rows_that_are_no_pairs_are_refused(tmp_path, row, message):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        read_pairs(str(tmp_path / "pairs.jsonl"), None, "test", None)

@@ -13,10 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.data.surgery_bench import SurgeryBench
-from hf_moe_cpt.data.surgery_bench_questions import QUIZ_TEMPLATE
-from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
-from hf_moe_cpt.scripts import eval_surgery_work
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
+from hf_moe_cpt.data.surgery_bench import QUIZ_TEMPLATE, SurgeryBench
+from hf_moe_cpt.evaluation import surgery
 from hf_moe_cpt.scripts.eval_surgery import main
 from tests.helpers.fresh_process import TWO_RANKS, launch, run_python
 from tests.helpers.tiny_models import tiny_model
@@ -143,19 +142,20 @@ def test_every_part_is_there_for_every_model(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
     run = tmp_path / "run"
     program = (
         "import os, signal, sys\n"
         "from hf_moe_cpt.scripts.eval_surgery import main\n"
-        "from hf_moe_cpt.scripts.eval_surgery_folder import SurgeryEvalFolder\n"
-        "write, count = SurgeryEvalFolder.write, []\n"
-        "def killed(folder, model, part, measurements):\n"
-        "    count.append(part)\n"
+        "from hf_moe_cpt.evaluation.resumable import ResumableFolder\n"
+        "write, count = ResumableFolder.write, []\n"
+        "def killed(folder, name, measurements):\n"
+        "    count.append(name)\n"
         "    if len(count) == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(folder, model, part, measurements)\n"
-        "SurgeryEvalFolder.write = killed\n"
+        "    write(folder, name, measurements)\n"
+        "ResumableFolder.write = killed\n"
         "main(sys.argv[1:])\n"
     )
     short = [*_arguments(world, run), "--parts", "texts", "continuations"]
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_p
 
 def test_a_finished_run_reads_no_weights_and_takes_another_confidence(alone, world, tmp_path, monkeypatch):
     shutil.copytree(alone[0], tmp_path / "run")
-    monkeypatch.setattr(eval_surgery_work, "load_policy", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(surgery, "load_policy", lambda *_: pytest.fail("weights were read"))
     main(_arguments(world, tmp_path / "run", confidence=0.5, batch_size=1))
     wide, narrow = _rows(alone[0])["after", "unlearn", "loss"], _rows(tmp_path / "run")["after", "unlearn", "loss"]
     assert wide["value"] == narrow["value"] and float(wide["low"]) < float(narrow["low"])
@@ -259,16 +259,11 @@ REFUSED = {
     "two benches": ({"num_subjects": 15}, "and --documents, got bench, num_subjects: which texts?"),
     "questions alone": ({"questions": "q.jsonl"}, "--questions needs --documents: whom are they about?"),
     "no bench": ({"bench": "nowhere"}, "nowhere"),
-    "set": ({"sets": ["lost"]}, "sets has 'lost', which is unknown: choose from unlearn"),
-    "part": ({"parts": ["lunch"]}, "parts has 'lunch', which is unknown: choose from questions"),
-    "attack": ({"robustness": ["bribe"]}, "attacks has 'bribe', which is unknown: choose from relearn"),
     "none and more": ({"robustness": ["none", "prefix"]}, "--robustness none stands alone, got none prefix"),
-    "split": ({"split": "train"}, "split 'train' is unknown"),
     "dtype": ({"dtype": "int3"}, "--dtype 'int3' is unknown: choose from"),
     "device": ({"device": "tpu"}, "--device 'tpu' is unknown: choose from auto, cpu, cuda"),
     "confidence": ({"confidence": 95}, r"--confidence 95.0 must lie in \(0, 1\)"),
     "resamples": ({"resamples": 0}, "--resamples 0 must be at least 1; 2000 is usual"),
-    "steps": ({"relearn_steps": 0}, "relearn_steps=0 must be at least 1"),
 }
 
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.analysis.report import format_cell
-from hf_moe_cpt.scripts import analyze, quickstart, quickstart_plan
-from hf_moe_cpt.scripts.quickstart_plan import Scale
-from hf_moe_cpt.scripts.quickstart_results import table_rows
-from hf_moe_cpt.scripts.quickstart_stage import BarCallback
+from hf_moe_cpt import quickstart as quickstart_plan
+from hf_moe_cpt.quickstart import BarCallback, Scale, table_rows
+from hf_moe_cpt.reports.tables import format_cell
+from hf_moe_cpt.scripts import analyze, quickstart
 
 
 STAGES = ["moe-pretrained", "dense-pretrained", "moe-replay-30", "moe-no-replay", "dense-replay-30", "dense-no-replay"]
@@ -169,10 +168,10 @@ def test_killed_quickstart_goes_on_and_gives_the_same_numbers(finished, data_dir
 
 
 def test_other_settings_and_foreign_folders_are_refused(finished, data_dir, tmp_path):
-    with pytest.raises(ValueError, match="holds a quickstart with seed=0, and now it is 1: name another folder"):
+    with pytest.raises(ValueError, match="was made with seed=0, and now it is 1: name another folder"):
         start(data_dir, finished, "--seed", "1")
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty and no quickstart wrote it: name another folder"):
+    with pytest.raises(ValueError, match="is not empty and this tool did not write it: name another folder"):
         start(data_dir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
-from hf_moe_cpt.data.tokenizer_training import train_byte_level_bpe
 from hf_moe_cpt.scripts.surgery import SETS, main
 from tests.helpers.preference_runs import pairs, saved_model, word_tokenizer
 from tests.helpers.source_tree import PROJECT

@@ -9,20 +9,20 @@ from transformers import TrainingArguments
 
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
-from hf_moe_cpt.trainers.instruments.fault_settings import FaultSettings
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
 
 
 PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
 
 
 @dataclass
-class CPTConfig(FaultSettings, TrainingArguments):
-    """Arguments of `CPTTrainer`; everything that `TrainingArguments` and `FaultSettings` have, and the fields below.
+class CPTConfig(FaultToleranceArguments, TrainingArguments):
+    """Arguments of `CPTTrainer`: all of `TrainingArguments` and `FaultToleranceArguments`, and the fields below.
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
     every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting),
-    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.liger_switch`).
+    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.cpt_trainer`).
     """
 
     # --- the run: `max_steps` optimizer steps fix the token budget, whatever the replay ratio ---
@@ -31,9 +31,6 @@ class CPTConfig(FaultSettings, TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "Decoupled weight decay of matrices."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a column names the source."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: a loss that is no number stops the run instead."}
-    )
     eval_on_start: bool = field(
         default=True, metadata={"help": "Evaluate before step 1, the reference of forgetting and adaptation."}
     )
@@ -138,7 +135,7 @@ class CPTConfig(FaultSettings, TrainingArguments):
                 f"max_steps={self.max_steps}: {self.cpt_schedule} without steps has no phases and the run no token "
                 "budget; set max_steps to the number of optimizer steps."
             )
-        if self.warmup_steps or str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear":
+        if self.warmup_steps or self.lr_scheduler_type != "linear":
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply "
                 f"here: choose cpt_schedule and set {', '.join(PHASE_FIELDS)}."

@@ -1,20 +1,34 @@
-"""From what the user passed to what the Trainer iterates: tokenised, packed, mixed with replay. Source: ours."""
+"""What a run of continual pre-training starts from: its data, and the phase and the moments of its checkpoint.
+
+Text is tokenised, packed and mixed with replay. Every model that `CPTTrainer` saves carries `cpt_state.json`; a later
+run reads there whether to warm up again (paper 1, sections 3.2 and 5). Source: ours, but for that.
+"""
 
 from __future__ import annotations
 
-import inspect
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from hf_moe_cpt.data.packing import PackedDataset
-from hf_moe_cpt.data.replay import ReplayMixture
-from hf_moe_cpt.data.streaming import StreamingReplayMixture
-from hf_moe_cpt.data.tokenization import tokenize_documents
+from hf_moe_cpt.data.packing import PackedDataset, ReplayMixture, StreamingReplayMixture
+from hf_moe_cpt.data.text import tokenize_documents
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "cpt_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
+# Saved in this phase of a schedule -> the starting phase of a run that continues from it.
+CONTINUES_AS = {"warmup": "constant", "cooldown": "constant", "constant": "constant", "anneal": "decayed"}
 
 
 class NumberedBlocks(TorchDataset):
@@ -28,26 +42,6 @@ class NumberedBlocks(TorchDataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {**self.blocks[position], "block": position}
-
-
-def check_model_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: CPTConfig) -> None:
-    """Refuse a tokenizer with more tokens than the model, and blocks longer than its context."""
-    config = model.config.get_text_config()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
-            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
-        )
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and args.max_length > context:
-        raise ValueError(
-            f"max_length={args.max_length} is longer than the model's context of {context} tokens: lower max_length."
-        )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if args.packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
-        raise ValueError(
-            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
-        )
 
 
 def build_train_dataset(
@@ -122,3 +116,64 @@ def _check_sources(args: CPTConfig, new: object, replay: object) -> None:
             )
     if replay is not None and isinstance(new, IterableDataset) != isinstance(replay, IterableDataset):
         raise ValueError("train_dataset and replay_dataset must both be streams, or both not: load them the same way.")
+
+
+def named_eval_sets(new: Dataset | dict[str, Dataset] | None, replay: Dataset | None) -> dict[str, Dataset]:
+    """Held-out sets by the names under which their losses are logged."""
+    named = dict(new) if isinstance(new, dict) else ({} if new is None else {"new": new})
+    return named if replay is None else {**named, "replay": replay}
+
+
+def write_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Write `cpt_state.json` into a saved model: where on its schedule it stood."""
+    (Path(folder) / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_state(name_or_path: str) -> dict[str, Any] | None:
+    """The facts saved with a model, by folder or Hub id; None if it was not saved by `CPTTrainer`."""
+    try:
+        path = cached_file(
+            name_or_path,
+            STATE_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone since the model was loaded
+        return None
+    return None if path is None else json.loads(Path(path).read_text())
+
+
+def detect_starting_phase(name_or_path: str | None) -> str:
+    """ "scratch" without a checkpoint; else "constant" or "decayed", as the checkpoint says ("decayed" if silent)."""
+    if not name_or_path:
+        return "scratch"
+    state = read_state(name_or_path)
+    if state is None:
+        logger.info("%s does not say where its schedule stood: it counts as decayed and warms up again.", name_or_path)
+        return "decayed"
+    return CONTINUES_AS[state["phase"]]
+
+
+def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
+    """Give `optimizer` the moments saved in `checkpoint`; its learning rates and other settings stay as they are.
+
+    Raises ValueError if there are none, or if they belong to other parameters.
+    """
+    path = Path(checkpoint) / OPTIMIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"keep_optimizer_state: {str(checkpoint)!r} holds no {OPTIMIZER_FILE}. Start from a checkpoint-N folder "
+            "that was saved without save_only_model, or set keep_optimizer_state=False."
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    current = optimizer.state_dict()
+    shapes_now = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved["state"].items() if "exp_avg" in entry}
+    if len(shapes_saved) != len(shapes_now) or any(shapes_now[i] != shape for i, shape in shapes_saved.items()):
+        raise ValueError(
+            f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} "
+            f"against {len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+    logger.info("Adam moments of %d parameters carried over from %s.", len(shapes_now), path)

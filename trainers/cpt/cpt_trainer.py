@@ -1,10 +1,16 @@
-"""The trainer of continual pre-training: wiring of data, schedule, objective and instruments into Trainer.
+"""The trainer of continual pre-training: data, schedule, losses and meters wired into transformers' Trainer.
 
-Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029); data law, schedules and metrics live in their own rooms.
+The loss is the language-model loss and, once per optimizer batch, the router penalties. Our models put their penalties
+into `loss` with the right weight and report `lm_loss`, `aux_loss` and `z_loss` beside it. Other MoEs of transformers
+add `coef * aux_loss` to every micro-batch of every rank, and also while evaluating; the functions here take that back
+to once per batch and never in evaluation (ours; the defect was measured).
+Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 """
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -14,39 +20,140 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_moe_cpt.analysis.forgetting import adaptation, forgetting
-from hf_moe_cpt.data.collate import stack_blocks
-from hf_moe_cpt.data.replay import SOURCES
+from hf_moe_cpt.data.packing import IGNORED_LABEL, SOURCES, stack_blocks
+from hf_moe_cpt.data.text import check_context
+from hf_moe_cpt.extras import is_installed
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
+from hf_moe_cpt.routing.metrics import adaptation, forgetting
+from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
+from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.metrics import (
+    HeldOutLoss,
+    LossRecorder,
+    MeanMeter,
+    SourceLosses,
+    ThroughputMeter,
+    flops_per_token,
+    shorten_console,
+    starting_losses,
+)
+from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
-from hf_moe_cpt.trainers.cpt.cpt_data import build_eval_dataset, build_train_dataset, check_model_fits
-from hf_moe_cpt.trainers.cpt.liger_switch import decide_liger
-from hf_moe_cpt.trainers.cpt.objective import corrected_loss, foreign_penalty, penalty_share, reported_terms
-from hf_moe_cpt.trainers.cpt.starting_point import detect_starting_phase, load_moments, write_state
-from hf_moe_cpt.trainers.cpt.step_callback import StepCallback
-from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_free_space, require_unused
-from hf_moe_cpt.trainers.instruments.expert_load import ExpertLoadMeter
-from hf_moe_cpt.trainers.instruments.forgetting_log import starting_losses
-from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
-from hf_moe_cpt.trainers.instruments.loss_tap import HeldOutLoss, LossTap, SourceLosses
-from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
-from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
-from hf_moe_cpt.trainers.instruments.progress import shorten_console
-from hf_moe_cpt.trainers.instruments.published_run import PublishedRun
-from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
-from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
-from hf_moe_cpt.trainers.instruments.throughput import ThroughputMeter
+from hf_moe_cpt.trainers.cpt.cpt_data import (
+    build_eval_dataset,
+    build_train_dataset,
+    detect_starting_phase,
+    load_moments,
+    named_eval_sets,
+    write_state,
+)
 
 
-class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
+OUR_MODEL_TYPE = "cpt_moe"  # its entry in Liger's table is ours, and its fused head hands the losses of tokens on
+
+
+def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Share in [0, 1] of the optimizer batch's predicted tokens that these labels (B, T) hold; 1 if it is unknown.
+
+    The shares of all micro-batches of all ranks sum to 1, so a penalty weighted by them counts once per batch.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return labels[..., 1:].ne(IGNORED_LABEL).sum() / num_items_in_batch
+
+
+def corrected_loss(loss: Tensor, outputs: Any, coefficient: float, share: Tensor | float, loss_scale: float) -> Tensor:
+    """`loss` with the router penalty that a model other than ours has added weighted by `share` instead of 1.
+
+    coefficient: `router_aux_loss_coef` of the model. loss_scale: how many times `loss` holds the penalty.
+    """
+    aux_loss = getattr(outputs, "aux_loss", None)
+    is_ours = getattr(outputs, "lm_loss", None) is not None
+    if is_ours or not coefficient or not isinstance(aux_loss, Tensor):
+        return loss
+    return loss + loss_scale * (share - 1.0) * (coefficient * aux_loss).to(loss.device)
+
+
+def reported_terms(outputs: Any) -> dict[str, Tensor]:
+    """The router losses of a forward pass that exist, detached: raw, before their coefficients."""
+    terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}
+    return {name: value.detach().float() for name, value in terms.items() if isinstance(value, torch.Tensor)}
+
+
+def check_packing(model: nn.Module, packing: str) -> None:
+    """Refuse packed documents for a model that could not tell them apart."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
+        )
+
+
+class StepCallback(TrainerCallback):
+    """Tells the instruments where steps begin and end.
+
+    It also logs at every step that is saved: means between logs are not part of a checkpoint, so a resumed run has the
+    same log as an uninterrupted one only if no mean spans a checkpoint.
+    """
+
+    def __init__(self, throughput: ThroughputMeter, load_meter: ExpertLoadMeter | None) -> None:
+        self.throughput = throughput
+        self.load_meter = load_meter
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.throughput.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Close the step and log if it will be saved."""
+        self.throughput.end_step()
+        if self.load_meter is not None:
+            self.load_meter.end_step()
+        control.should_log = control.should_log or control.should_save
+        return control
+
+
+def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
+    """True or False as asked for; unset: on for a `cpt_moe` on one CUDA device per process, if Liger is installed.
+
+    Several devices in one process (`DataParallel`) copy a model, and Liger's methods stay with the original. Raises
+    ValueError where another model's loss would be fused into its head.
+    """
+    is_ours = model.config.get_text_config().model_type == OUR_MODEL_TYPE
+    if args.use_liger_kernel is None:
+        return is_ours and args.device.type == "cuda" and args.n_gpu == 1 and is_installed("liger_kernel")
+    is_head_fused = (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    if args.use_liger_kernel and is_head_fused and not is_ours:
+        raise ValueError(
+            "use_liger_kernel fuses the loss into the output head, where losses per source cannot be seen: set "
+            'liger_kernel_config={"fused_linear_cross_entropy": False}.'
+        )
+    return args.use_liger_kernel
+
+
+class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
-    Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments), `log`,
-    `evaluate` (forgetting and adaptation), `train` (resume and refusals) and the saving hooks (whole checkpoints).
+    Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments),
+    `_get_train_sampler` (the mixture is ordered), `log` (meters), `evaluate` and `evaluation_loop` (forgetting,
+    adaptation, a mean over tokens), `floating_point_ops` (active parameters), `train` (resume and refusals),
+    `_save_checkpoint` (not timed) and `_save` (`cpt_state.json`).
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
@@ -74,23 +181,24 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
     ) -> None:
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        check_model_fits(model, processing_class, args)
+        check_context(model.config, processing_class, args.max_length)
+        check_packing(model, args.packing)
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.use_liger_kernel = decide_liger(args, model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
-        held_out = _named_eval_sets(eval_dataset, replay_eval_dataset)
+        held_out = named_eval_sets(eval_dataset, replay_eval_dataset)
         self.mixture = build_train_dataset(args, processing_class, vocab_size, train_dataset, replay_dataset)
         self.starting_checkpoint = model.config._name_or_path
         self.starting_phase = (
             detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
         )
-        self.loss_tap, self.source_losses = LossTap(), SourceLosses(SOURCES)
-        self.loss_tap.attach(model)
+        self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(SOURCES)
+        self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
         self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
-        self.term_meter, self.loss_guard = MeanMeter(), LossGuard(args.bad_step_policy == "stop")
+        self.term_meter = MeanMeter()
         super().__init__(
             model=model,
             args=args,
@@ -147,27 +255,23 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Language-model loss plus, in training, the router penalties once per optimizer batch."""
         if not model.training:
-            with self.loss_tap.tell(self._held_out.listener(inputs.pop("block"))):
+            with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block"))):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        with self.loss_tap.tell(self.source_losses.listener(inputs.pop("source"))), self._observe_experts(inputs):
+        observed = self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else nullcontext()
+        with self.loss_recorder.tell(self.source_losses.listener(inputs.pop("source"))), observed:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        share = penalty_share(inputs["labels"], num_items_in_batch)
-        loss = self._correct_penalty(loss, outputs, share, scaled=num_items_in_batch is not None)
-        self.term_meter.add(reported_terms(outputs))
-        self.loss_guard.record(loss, self.state.global_step + 1, self._describe_batch(self.state.global_step + 1))
-        return (loss, outputs) if return_outputs else loss
-
-    def _correct_penalty(self, loss: Tensor, outputs: Any, share: Tensor | float, scaled: bool) -> Tensor:
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-        penalty = foreign_penalty(outputs, getattr(config, "router_aux_loss_coef", 0.0))
-        if penalty is None:
-            return loss
-        world = self.accelerator.num_processes if scaled and self.args.average_tokens_across_devices else 1
-        return corrected_loss(loss, penalty, share, world)
-
-    def _observe_experts(self, inputs: dict[str, Tensor]):
-        return self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else torch.enable_grad()
+        is_averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        loss = corrected_loss(
+            loss,
+            outputs,
+            getattr(config, "router_aux_loss_coef", 0.0),
+            penalty_share(inputs["labels"], num_items_in_batch),
+            self.accelerator.num_processes if is_averaged else 1,
+        )
+        self.term_meter.add(reported_terms(outputs))
+        return (loss, outputs) if return_outputs else loss
 
     def _describe_batch(self, step: int) -> str:
         first = (step - 1) * self.global_batch_size
@@ -178,25 +282,13 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the instruments saw since the last training log: losses per source, MRI, rates."""
         if "loss" in logs:
-            self.loss_guard.check(self._describe_batch)
             logs.update(self.source_losses.pop())
             logs.update(self.term_meter.pop())
-            logs.update(self._pop_imbalance())
+            balance = self.load_meter.pop() if self.load_meter else {}
+            logs.update(by_layer({name: values for name, values in balance.items() if name.startswith("mri")}))
             logs["tokens_seen"] = self.state.global_step * self.throughput.tokens_per_step
             logs.update(self.throughput.pop())
         super().log(logs, start_time)
-
-    def _pop_imbalance(self) -> dict[str, float]:
-        summary = self.load_meter.pop() if self.load_meter else None
-        if summary is None:
-            return {}
-        layers = range(len(summary.mri))
-        return {
-            "mri": sum(summary.mri) / len(summary.mri),
-            "mri_normalized": sum(summary.normalized) / len(summary.normalized),
-            **{f"mri/layer_{layer:02d}": summary.mri[layer] for layer in layers},
-            **{f"mri_normalized/layer_{layer:02d}": summary.normalized[layer] for layer in layers},
-        }
 
     def evaluate(
         self,
@@ -264,7 +356,7 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _require_disk(self) -> None:
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
+        if self.args.save_strategy == "no":
             return
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = (
@@ -275,7 +367,6 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
         require_free_space(self.args.output_dir, weight_bytes, trained, copies)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.loss_guard.check(self._describe_batch)
         with self.throughput.pause():
             super()._save_checkpoint(model, trial)
 
@@ -297,8 +388,3 @@ class CPTTrainer(SurvivesFaults, PublishedRun, Trainer):
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
         }
-
-
-def _named_eval_sets(new: Dataset | dict[str, Dataset] | None, replay: Dataset | None) -> dict[str, Dataset]:
-    named = dict(new) if isinstance(new, dict) else ({} if new is None else {"new": new})
-    return named if replay is None else {**named, "replay": replay}

@@ -1,31 +1,75 @@
-"""Arguments of RainbowPO: one field for each component of the objective. Defaults: Zhao et al. 2025 (RainbowPO)."""
+"""Arguments of RainbowPO: a field for each component of the objective, and what is refused before anything is loaded.
+
+Defaults: Zhao et al. 2025 (RainbowPO). Limits: ours, from runs that the authors recorded (docs/rainbowpo.md, "Units of
+the home advantage").
+"""
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from trl import DPOConfig
 
-from hf_moe_cpt.trainers.instruments.fault_settings import FaultSettings
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
-from hf_moe_cpt.trainers.rainbowpo.settings_checks import (
-    CHOICES,
-    check_objective,
-    check_parent,
-    checked_dispersion_scale,
-    checked_home_advantage,
-    doubts,
-)
 
 
+CHOICES = {
+    "link": tuple(LINKS),
+    "contextual_scaling": ("none", "mallows"),
+    "home_advantage_from": ("constant", "score", "length"),
+    "score_transform": tuple(SCORE_TRANSFORMS),
+}
+NUMBERS = ("beta", "mixing_alpha", "label_smoothing", "sft_weight")
+NUMBERS_OR_NONE = ("home_advantage", "simpo_gamma", "calibration_pairs")
+RANGES = {  # field -> whether a value is in its range, and what is said of one that is not
+    "mixing_alpha": (
+        lambda value: 0.0 <= value <= 1.0,
+        "is outside [0, 1]: it is the reference's share, 1 for a full reference as in DPO, 0 for none as in SimPO.",
+    ),
+    "beta": (
+        lambda value: 0.0 < value < math.inf,
+        "must be a finite number above 0: about 10 with length_normalization, about 0.1 without.",
+    ),
+    "label_smoothing": (
+        lambda value: 0.0 <= value < 0.5,
+        "is outside [0, 0.5): it is the share of wrong labels, and at a half the labels say nothing.",
+    ),
+    "sft_weight": (
+        lambda value: 0.0 <= value < math.inf,
+        "must be a finite number, at least 0: 0 leaves the SFT loss out.",
+    ),
+    "calibration_pairs": (
+        lambda value: value is None or value >= 1,
+        "leaves nothing to calibrate on: give at least 1, or None for the whole training set.",
+    ),
+}
 DEFAULT_HOME_ADVANTAGE = 0.1
+# |h| in nats per token. 1 asks that the chosen completion be e times as probable as the rejected one at every token,
+# while a trained model's own answers cost about 0.4 nats a token in all; the largest h of any recorded run is 0.5.
+MAX_CONSTANT = 1.0
+MAX_PER_TOKEN_OF_LENGTH = 0.01  # completions often differ by 100 tokens, which this turns into the limit above
+
+OPTIONS_OF_DPO = {
+    "loss_type": "choose link, length_normalization and sft_weight, or RainbowPOConfig.from_preset",
+    "loss_weights": "the only second term is the SFT loss, weighed by sft_weight",
+    "ld_alpha": "length is dealt with by length_normalization, or by home_advantage_from='length'",
+    "f_divergence_type": "the objective is written in log-ratios, which is reverse_kl; use trl.DPOTrainer for others",
+    "f_alpha_divergence_coef": "there is no alpha-divergence here; use trl.DPOTrainer",
+    "use_weighting": "WPO weighs the loss outside of the link; use trl.DPOTrainer, or contextual_scaling='mallows'",
+    "discopop_tau": "DiscoPOP blends two links; use trl.DPOTrainer",
+}
 
 
 @dataclass
-class RainbowPOConfig(FaultSettings, DPOConfig):
-    """Arguments of `RainbowPOTrainer`; everything that `trl.DPOConfig` and `FaultSettings` have, and the fields below.
+class RainbowPOConfig(FaultToleranceArguments, DPOConfig):
+    """Arguments of `RainbowPOTrainer`: all of `trl.DPOConfig` and `FaultToleranceArguments`, and the fields below.
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
     loss_weights, ld_alpha, f_divergence_type, use_weighting, discopop_tau) are refused: the switches below replace
@@ -109,13 +153,119 @@ class RainbowPOConfig(FaultSettings, DPOConfig):
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
-        check_parent(self, DPOConfig)
-        check_objective(self)
-        self.dispersion_scale = checked_dispersion_scale(self.dispersion_scale)
-        self.home_advantage = checked_home_advantage(self, DEFAULT_HOME_ADVANTAGE)
-        for doubt in doubts(self):
-            warnings.warn(doubt, stacklevel=3)
+        self._check_options_of_dpo()
+        self._check_ranges()
+        self.dispersion_scale = self._checked_dispersion_scale()
+        self.home_advantage = self._checked_home_advantage()
+        for warning in self._warnings():
+            warnings.warn(warning, stacklevel=3)
         super().__post_init__()
+
+    def _check_options_of_dpo(self) -> None:
+        for name, remedy in OPTIONS_OF_DPO.items():
+            option, value = DPOConfig.__dataclass_fields__[name], getattr(self, name)
+            default = option.default if option.default is not MISSING else option.default_factory()
+            if value != default and [value] != default:
+                raise ValueError(f"{name}={value!r} is not part of this objective: {remedy}.")
+
+    def _check_ranges(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        for name in (*NUMBERS, *NUMBERS_OR_NONE):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) and not (value is None and name in NUMBERS_OR_NONE):
+                raise ValueError(f"{name}={value!r} is of the type {type(value).__name__}: give a number.")
+        for name, (is_in_range, message) in RANGES.items():
+            if not is_in_range(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} {message}")
+
+    def _checked_dispersion_scale(self) -> float | str:
+        """The number above 0 that `dispersion_scale` is or spells, or "auto"."""
+        if self.dispersion_scale == "auto":
+            return "auto"
+        try:
+            number = float(self.dispersion_scale)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0.0 < number < math.inf:
+            raise ValueError(
+                f"dispersion_scale={self.dispersion_scale!r} is neither a number above 0 nor 'auto': 'auto' gives phi "
+                "the mean 1 on the training set; the paper's number is 0.29, for its model and data."
+            )
+        return number
+
+    def _checked_home_advantage(self) -> float:
+        """The home advantage h that is meant: `home_advantage`, or `simpo_gamma / beta`, or the default."""
+        h, gamma, source = self.home_advantage, self.simpo_gamma, self.home_advantage_from
+        if gamma is not None:
+            if source != "constant":
+                raise ValueError(
+                    f"simpo_gamma={gamma} is a constant, home_advantage_from={source!r} is not: set home_advantage, "
+                    "the factor of that difference, instead."
+                )
+            from_gamma = gamma / self.beta
+            if h is not None and not math.isclose(h, from_gamma, rel_tol=1e-9, abs_tol=1e-12):
+                raise ValueError(
+                    f"home_advantage={h} and simpo_gamma={gamma} are both set and differ: simpo_gamma means "
+                    f"home_advantage={from_gamma:g} (gamma / beta); set one of them."
+                )
+            h = from_gamma
+        h = DEFAULT_HOME_ADVANTAGE if h is None else h
+        if not math.isfinite(h):
+            raise ValueError(f"home_advantage={h} must be a finite number: 0 leaves it out.")
+        if self.length_normalization:
+            self._check_unit(h)
+        if source != "constant" and h and self.mix_home_advantage and self.mixing_alpha == 1.0:
+            raise ValueError(
+                f"home_advantage_from={source!r} has no effect: mix_home_advantage weighs it by 1 - mixing_alpha, "
+                "which is 0; set mix_home_advantage=False."
+            )
+        if self.score_transform != "identity" and source != "score":
+            raise ValueError(
+                f"score_transform={self.score_transform!r} has no scores to work on: set home_advantage_from='score'."
+            )
+        return h
+
+    def _check_unit(self, h: float) -> None:
+        """Refuse an h (in nats per token) whose unit cannot be the one that was meant."""
+        if self.simpo_gamma is not None and abs(h) >= MAX_CONSTANT:
+            raise ValueError(
+                f"simpo_gamma={self.simpo_gamma:g} at beta={self.beta:g} asks for {h:g} nats per token and must stay "
+                "below beta in size: lower simpo_gamma or raise beta."
+            )
+        if self.home_advantage_from == "constant" and abs(h) >= MAX_CONSTANT:
+            raise ValueError(
+                f"home_advantage={h:g} is in nats per token under length_normalization and must stay below "
+                f"{MAX_CONSTANT:g} in size: for SimPO's gamma set simpo_gamma={h:g} (beta times home_advantage); for "
+                "summed log-probabilities set length_normalization=False."
+            )
+        if self.home_advantage_from == "length" and abs(h) > MAX_PER_TOKEN_OF_LENGTH:
+            raise ValueError(
+                f"home_advantage={h:g} nats per token for every token of difference in length must stay within "
+                f"{MAX_PER_TOKEN_OF_LENGTH:g} under length_normalization: 100 tokens would be worth {abs(h) * 100:g} "
+                "nats per token; set a smaller home_advantage, or length_normalization=False as in R-DPO."
+            )
+
+    def _warnings(self) -> Iterator[str]:
+        """What is allowed and probably not meant, one line each."""
+        if self.length_normalization and self.beta < 1.0:
+            yield (
+                f"beta={self.beta:g} is of the scale of summed log-probabilities, and length_normalization compares "
+                "them per token, so completions may grow without end: set beta to about 10, or "
+                "length_normalization=False."
+            )
+        # The hinge is exempt: there 1 / beta is the margin delta that is asked for, and may be small.
+        if not self.length_normalization and self.beta > 1.0 and self.link != "hinge":
+            yield (
+                f"beta={self.beta:g} is of the scale of log-probabilities per token, and without length_normalization "
+                "they are summed: set beta to about 0.1, or length_normalization=True."
+            )
+        if self.sync_ref_model and self.contextual_scaling == "mallows":
+            yield (
+                "sync_ref_model moves the reference whose entropy phi is made of, so the mean of phi drifts away from "
+                "its calibration: watch phi/mean, or set contextual_scaling='none'."
+            )
 
     @property
     def needs_reference_logps(self) -> bool:

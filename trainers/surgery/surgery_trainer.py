@@ -1,4 +1,28 @@
-"""The trainer of LLM Surgery: several sets, a term for each, one backward pass per term, and rules that stop it.
+"""From a batch of one set to its term of the objective: one pass of the model, what it is compared with, one scalar.
+
+    unlearn, obsolete   a forget loss                      + expert_anchor times the distance to the target experts
+    update              cross entropy                      + the routers' penalties of a mixture of experts
+    retain, neighbour   KL from the reference              + router_anchor times the KL of the routers
+
+Penalties of routers (load balance, z) are added once, with the sign that is minimised, to the first term that descends
+on text: no forget loss ever sees them. Every term is a share of its optimizer batch: over all micro-batches and ranks
+the shares of a set sum to its mean. Letters: B sequences, S tokens. Source: paper 3; objective.py has the sum.
+
+What a surgery has done so far: losses and divergences on the same rows of each set every time it is asked.
+
+    gap = sum over forgotten sets |CE - target|  +  max(0, CE(update) - update_target)  +  KL(retain) + KL(neighbour)
+
+in nats per token, over the sets in force, with an update_target of 0 if there is none and without the first part if
+forgetting has no target. It is 0 for a model that forgot exactly as far as text it never read, learnt the new texts by
+heart and changed nowhere else, and infinite beyond max_retain_kl: the criterion of the best model. Source: ours.
+
+What was done to a model, kept beside its weights: surgery.json, and a section of its card.
+
+A model of which something was cut out looks like any other. The record says what was aimed at and how near the saved
+weights came: the objective with its weights and losses, the size of each set, the target of forgetting, the gap (see
+surgery_probe.py) at the start, at the end and of the best model, and what ended the run. Source: ours.
+
+The trainer of LLM Surgery: several sets, a term for each, one backward pass per term, and rules that stop it.
 
 Source: paper 3 (Veldanda et al. 2024, arXiv 2409.13054); objective.py, surgery_terms.py and the files beside them hold
 the formulas, this one wires them into Trainer.
@@ -6,69 +30,478 @@ the formulas, this one wires them into Trainer.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from hf_moe_cpt.trainers.instruments.checkpoints import discard_half_written, require_unused
-from hf_moe_cpt.trainers.instruments.loss_guard import LossGuard
-from hf_moe_cpt.trainers.instruments.mean_meter import MeanMeter
-from hf_moe_cpt.trainers.instruments.model_cost import flops_per_token
-from hf_moe_cpt.trainers.instruments.ranks import reduce_at_once
-from hf_moe_cpt.trainers.instruments.repeatable import repeatable_on_cpu
-from hf_moe_cpt.trainers.instruments.survives_faults import SurvivesFaults
-from hf_moe_cpt.trainers.surgery.expert_targets import ExpertTargets
-from hf_moe_cpt.trainers.surgery.expert_watch import SelectionWatch, check_expert_settings, target_experts
-from hf_moe_cpt.trainers.surgery.model_checks import (
-    check_context,
+from hf_moe_cpt.data.text import check_context
+from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
+from hf_moe_cpt.trainers.common.distributed import has_process_group, reduce_at_once, repeatable_on_cpu
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
+from hf_moe_cpt.trainers.surgery.chunked import (
+    ModelPass,
     check_sharding,
     check_vocabulary,
     config_of,
+    head_of,
+    next_token_kl,
     open_model,
     pad_token_of,
+    run_model,
+    token_logp,
+)
+from hf_moe_cpt.trainers.surgery.data import (
+    WINNER,
+    SurgeryMixture,
+    collate_sets,
+    eval_batches,
+    prepare_sets,
+    tokenized,
+)
+from hf_moe_cpt.trainers.surgery.experts import (
+    Expert,
+    ExpertTargets,
+    RouterTap,
+    Routing,
+    SelectionWatch,
+    check_expert_settings,
+    expert_anchor,
+    router_kl,
+    target_experts,
+)
+from hf_moe_cpt.trainers.surgery.gradients import TermGradients
+from hf_moe_cpt.trainers.surgery.losses import (
+    ForgetLoss,
+    ForgetSettings,
+    PairLoss,
+    ScoredText,
+    num_units,
+    reduce_sequences,
+    reduce_tokens,
+    token_weights,
 )
 from hf_moe_cpt.trainers.surgery.reference import Reference, build_reference, compared_rows
-from hf_moe_cpt.trainers.surgery.routers import RouterTap
-from hf_moe_cpt.trainers.surgery.set_mixture import SurgeryMixture, collate_sets, eval_batches
-from hf_moe_cpt.trainers.surgery.settings_checks import FORGET_SETS, UNSEEN, check_sets, losses_of_sets
-from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
-from hf_moe_cpt.trainers.surgery.surgery_probe import last_unseen_loss, measure, stop_reason, surgery_gap
-from hf_moe_cpt.trainers.surgery.surgery_record import KeepsRecord
-from hf_moe_cpt.trainers.surgery.surgery_sets import prepare_sets, tokenized
-from hf_moe_cpt.trainers.surgery.surgery_terms import Batch, RouterPull, SurgeryTerms, units_of_step
-from hf_moe_cpt.trainers.surgery.term_gradients import TermGradients
+from hf_moe_cpt.trainers.surgery.surgery_config import (
+    ANCHOR_SETS,
+    FORGET_SETS,
+    UNSEEN,
+    SurgeryConfig,
+    check_sets,
+    losses_of_sets,
+)
+
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Term:
+    """The loss of one set in one micro-batch, unweighted, and what is logged of it."""
+
+    loss: Tensor
+    extra: Tensor | None  # penalties that carry weights of their own
+    measures: dict[str, Tensor]  # of this micro-batch, without gradient
+
+
+@dataclass
+class RouterPull:
+    """What holds the routers of a mixture of experts, with the weights of both pulls."""
+
+    tap: RouterTap
+    anchor: float = 0.0  # of the KL to their old selves, on what is retained
+    expert_anchor: float = 0.0  # of the distance to the target experts, on what is forgotten
+    targets: Sequence[Expert] = field(default_factory=list)
+
+
+@dataclass
+class SurgeryTerms:
+    """The terms of one run; `of` computes one of them."""
+
+    losses: Mapping[str, ForgetLoss | PairLoss]  # by forgotten set
+    forget: ForgetSettings
+    reference: Reference | None
+    normalization: str = "sequence"
+    kl_direction: str = "forward"
+    chunk_tokens: int = 512
+    penalised_set: str | None = None  # the set whose pass pays the routers' penalties
+    routers: RouterPull | None = None
+    routed_tokens: Tensor | None = None  # of the penalised set in the optimizer batch; None: those of the batch
+
+    def of(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None = None) -> Term:
+        """The term of the set `name` on a batch of it; total: units of its optimizer batch, None: of this batch."""
+        compute = self._forget if name in FORGET_SETS else self._anchor if name in ANCHOR_SETS else self._update
+        return compute(name, model, batch, total)
+
+    def _forget(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
+        loss = self.losses[name]
+        mask = counted_targets(batch)
+        is_pulled = self.routers is not None and bool(self.routers.targets) and self.routers.expert_anchor > 0
+        with self._listening(is_pulled) as routing:
+            logp = self._logp(run_model(model, batch), model, batch)
+        ref_logp = self.reference.token_logp(batch, name) if loss.needs_reference else None
+        if isinstance(loss, PairLoss):
+            winner = batch[WINNER]
+            winner_name = f"{name}/{WINNER}"
+            winner_logp = self._logp(run_model(model, winner), model, winner)
+            won = ScoredText(winner_logp, counted_targets(winner), self.reference.token_logp(winner, winner_name))
+            values = loss(won, ScoredText(logp, mask, ref_logp), self.forget)
+        else:
+            values = loss(logp, mask, self.forget, ref_logp)
+        value = reduce_sequences(values, mask, self.normalization, total)
+        measures = {f"{name}/loss": value.detach(), **self._cross_entropy(name, logp, mask, total)}
+        if not is_pulled:
+            return Term(value, None, measures)
+        distance = expert_anchor(routing.logits, self.routers.targets, *self._routed_tokens(mask, total))
+        return Term(value, self.routers.expert_anchor * distance, measures | {f"{name}/experts": distance.detach()})
+
+    def _update(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
+        mask = counted_targets(batch)
+        passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
+        logp = self._logp(passed, model, batch)
+        value = reduce_tokens(-logp, mask, self.normalization, total)
+        return Term(value, self._share_of_penalty(passed, batch), self._cross_entropy(name, logp, mask, total))
+
+    def _anchor(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
+        mask = counted_targets(batch)
+        is_held = self.routers is not None and self.routers.anchor > 0
+        with self._listening(is_held) as routing:
+            passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
+        value, _ = next_token_kl(
+            (passed.hidden, head_of(model)),
+            (self.reference.hidden(batch, name), self.reference.head),
+            mask,
+            normalisation=self.normalization,
+            total=total,
+            direction=self.kl_direction,
+            chunk_tokens=self.chunk_tokens,
+        )
+        measures, penalty = {f"{name}/kl": value.detach()}, self._share_of_penalty(passed, batch)
+        if not is_held:
+            return Term(value, penalty, measures)
+        before = self.reference.router_probs(batch, name)
+        drift = router_kl(routing.logits, before, *self._routed_tokens(mask, total))
+        extra = self.routers.anchor * drift + (0.0 if penalty is None else penalty)
+        return Term(value, extra, measures | {f"{name}/router_kl": drift.detach()})
+
+    def _share_of_penalty(self, passed: ModelPass, batch: Batch) -> Tensor | None:
+        """A penalty is a mean over routed tokens: weighted by them, micro-batches and ranks add up to one mean."""
+        if passed.router_penalty is None or self.routed_tokens is None:
+            return passed.router_penalty
+        return passed.router_penalty * (num_routed(batch) / self.routed_tokens)
+
+    def _listening(self, wanted: bool) -> AbstractContextManager[Routing | None]:
+        return self.routers.tap.record() if wanted else nullcontext()
+
+    def _routed_tokens(self, mask: Tensor, total: Tensor | int | None) -> tuple[Tensor, Tensor]:
+        """Mask and shares (B, S) of the tokens whose next one counts: the same as those of the loss."""
+        weights = token_weights(mask, self.normalization, total)
+        return functional.pad(mask, (0, 1)), functional.pad(weights, (0, 1))
+
+    def _logp(self, passed: ModelPass, model: nn.Module, batch: Batch) -> Tensor:
+        return token_logp(passed.hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
+
+    def _cross_entropy(self, name: str, logp: Tensor, mask: Tensor, total: Tensor | int | None) -> dict[str, Tensor]:
+        return {f"{name}/ce": reduce_tokens(-logp.detach(), mask, self.normalization, total)}
+
+
+def units_of_step(
+    samples: Sequence[Mapping[str, Batch]], names: Sequence[str], normalization: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Units of each set in all micro-batches of all ranks, 0-d int64; a collective when a process group exists.
+
+    `<set>/routed` besides: the tokens of a set that routers see.
+    """
+    counts = {}
+    for name in names:
+        masks = [counted_targets(sample[name]).to(device) for sample in samples]
+        counts[name] = torch.stack([num_units(mask, normalization) for mask in masks]).sum()
+        counts[f"{name}/routed"] = torch.stack([num_routed(sample[name]).to(device) for sample in samples]).sum()
+    totals = torch.stack(list(counts.values()))
+    if has_process_group():
+        dist.all_reduce(totals)
+    return dict(zip(counts, totals.unbind(), strict=True))
+
+
+def num_routed(batch: Batch) -> Tensor:
+    """How many tokens of a batch are no padding, 0-d."""
+    return batch["attention_mask"].sum()
+
+
+def counted_targets(batch: Batch) -> Tensor:
+    """Mask (B, S - 1) over the targets of a batch: tokens 1 to S - 1 that count."""
+    return batch["completion_mask"][:, 1:]
+
+
+UNSEEN_LOSS = f"eval_{UNSEEN}_ce"
+GAP_FORMULA = (
+    "surgery_gap = |CE(forgotten) - forget_target| + max(0, CE(update) - update_target) + KL(retain) + KL(neighbour)"
+)
+Batches = Callable[[str], Iterator[Batch]]  # batches of a set, on the device
+
+
+@torch.no_grad()
+def measure(model: nn.Module, batches: Batches, sets: list[str], terms: SurgeryTerms) -> dict[str, float]:
+    """`<set>_ce` of every set and `<set>_kl` of anchors whose reference is at hand, in nats per token, over all ranks.
+
+    Ranks may hold different numbers of batches. The model is put into evaluation mode and back.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    try:
+        for name in sets:
+            for batch in batches(name):
+                for key, value in _sums_of(name, model, batch, terms).items():
+                    sums[key] = sums[key] + value if key in sums else value
+    finally:
+        model.train(was_training)
+    return _means(sums, sets)
+
+
+def _sums_of(name: str, model: nn.Module, batch: Batch, terms: SurgeryTerms) -> dict[str, Tensor]:
+    """Each measure's sum over the units of the batch and their number, as a pair (2,)."""
+    mask = counted_targets(batch)
+    units = num_units(mask, terms.normalization)
+    hidden, head = run_model(model, batch).hidden, head_of(model)
+    logp = token_logp(hidden, head, batch["input_ids"], terms.chunk_tokens)
+    found = {f"{name}_ce": reduce_tokens(-logp, mask, terms.normalization, total=1)}
+    if name in ANCHOR_SETS and terms.reference is not None:
+        reference = terms.reference.hidden(batch, name), terms.reference.head
+        found[f"{name}_kl"], _ = next_token_kl(
+            (hidden, head),
+            reference,
+            mask,
+            normalisation=terms.normalization,
+            total=1,
+            direction=terms.kl_direction,
+            chunk_tokens=terms.chunk_tokens,
+        )
+    return {key: torch.stack([value.double(), units.double()]) for key, value in found.items()}
+
+
+def _means(sums: dict[str, Tensor], sets: list[str]) -> dict[str, float]:
+    if has_process_group():
+        gathered: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, {key: value.cpu() for key, value in sums.items()})
+        keys = [key for key in {key: None for part in gathered for key in part}]
+        sums = {key: sum(part[key] for part in gathered if key in part) for key in keys}
+    order = {name: place for place, name in enumerate(sets)}
+    keys = sorted(sums, key=lambda key: (order[key.rpartition("_")[0]], key))
+    return {key: float(sums[key][0] / sums[key][1]) for key in keys}
+
+
+def surgery_gap(
+    measured: Mapping[str, float],
+    forget_target: float | None,
+    update_target: float | None = None,
+    max_retain_kl: float | None = None,
+) -> float:
+    """The criterion of the best model in nats per token, at least 0; lower is better. See the head of this file."""
+    if max_retain_kl is not None and measured.get("retain_kl", 0.0) > max_retain_kl:
+        return math.inf
+    forgotten = [measured[f"{name}_ce"] for name in FORGET_SETS if f"{name}_ce" in measured]
+    gap = 0.0 if forget_target is None else sum(abs(loss - forget_target) for loss in forgotten)
+    if "update_ce" in measured:
+        gap += max(0.0, measured["update_ce"] - (update_target or 0.0))
+    return gap + sum(max(0.0, measured.get(f"{name}_kl", 0.0)) for name in ANCHOR_SETS)
+
+
+def stop_reason(
+    measured: Mapping[str, float],
+    forget_target: float | None,
+    update_target: float | None = None,
+    max_retain_kl: float | None = None,
+) -> str | None:
+    """Why to stop at what was measured, or None: the anchor has slipped, or every set has reached its target."""
+    if max_retain_kl is not None and measured.get("retain_kl", 0.0) > max_retain_kl:
+        return f"the KL on retained text is {measured['retain_kl']:.4g}, above max_retain_kl={max_retain_kl:.4g}"
+    forgotten = {name: measured[f"{name}_ce"] for name in FORGET_SETS if f"{name}_ce" in measured}
+    if forgotten and (forget_target is None or min(forgotten.values()) < forget_target):
+        return None
+    if "update_ce" in measured and (update_target is None or measured["update_ce"] > update_target):
+        return None
+    reached = [f"{name} {loss:.4g} nats (target {forget_target:.4g})" for name, loss in forgotten.items()]
+    if "update_ce" in measured:
+        reached.append(f"update {measured['update_ce']:.4g} nats (target {update_target:.4g})")
+    return f"every set has reached its target: {', '.join(reached)}" if reached else None
+
+
+def last_unseen_loss(checkpoint: str | Path, default: float | None) -> float | None:
+    """The loss of unseen text that a checkpoint's log ends with, in nats per token; default if it was not measured."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return next((entry[UNSEEN_LOSS] for entry in reversed(state.log_history) if UNSEEN_LOSS in entry), default)
 
 
 logger = logging.getLogger(__name__)
 
+RECORD_FILE = "surgery.json"
+GAP = "eval_surgery_gap"
+NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of every model from a folder
+PLACES = ("reference_cache_dir", "model_init_kwargs", "dataset_num_proc")  # of the machine, not of the run
+
+
+class KeepsRecord(HubMixin):
+    """Mixin in front of `Trainer`: every model that it saves has its record, and the card tells it."""
+
+    run_method = "surgery"
+    stop_reason: str | None = None  # why it stopped before max_steps
+    holds_best = False  # whether the weights are those of the best model again
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The parent's, and a word of warning if there was no model to go back to."""
+        output = super().train(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "No measured model had a finite gap, so the one of step %d stays, whatever it is: lower the "
+                "learning_rate, measure more often (eval_steps), or raise max_retain_kl=%s.",
+                self.state.global_step,
+                self.args.max_retain_kl,
+            )
+        return output
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.holds_best = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with _losses_by_name(self.args):  # a function of the caller may have no way into training_args.bin
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_record(output_dir or self.args.output_dir, record_of(self))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card with what was done and how far it got."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.exists():
+            text = path.read_text(encoding="utf-8").replace(NOT_SO, "Something was cut out of this model; see below.")
+            path.write_text(f"{text.rstrip()}\n\n{card_section(record_of(self))}", encoding="utf-8")
+
+
+def record_of(trainer: Any) -> dict[str, Any]:
+    """The record of the weights that a `SurgeryTrainer` holds, for JSON; docs/surgery.md explains its keys."""
+    args, state, target = trainer.args, trainer.state, trainer.forget_target
+    gaps = [(entry["step"], entry[GAP]) for entry in state.log_history if GAP in entry]
+    at_the_end = f"max_steps={args.max_steps}" if state.global_step >= args.max_steps else None
+    step = state.best_global_step if trainer.holds_best else state.global_step
+    measured = next((entry for entry in reversed(state.log_history) if GAP in entry and entry["step"] == step), {})
+    return {
+        "source": "LLM Surgery, arXiv 2409.13054",
+        "objective": objective_text(args, list(trainer.sets)),
+        "rows": {name: len(rows) for name, rows in (trainer.measured_sets | trainer.sets).items()},
+        "forget_target": _as_json(measured.get(UNSEEN_LOSS, target) if args.follows_unseen else target),
+        "forget_target_is": UNSEEN if args.forget_target == UNSEEN else "given",
+        "step": step,
+        "steps_made": state.global_step,
+        "stopped_by": trainer.stop_reason or at_the_end,
+        "gap": {
+            "formula": GAP_FORMULA,
+            "start": _as_json(gaps[0][1]) if gaps and gaps[0][0] == 0 else None,
+            "last": _as_json(gaps[-1][1]) if gaps else None,
+            "best": None if state.best_global_step is None else _as_json(state.best_metric),
+        },
+        "measured": {
+            name.removeprefix("eval_"): _as_json(value) for name, value in measured.items() if name.startswith("eval_")
+        },
+        "target_experts": [] if trainer.targets is None else list(trainer.targets.names),
+        "settings": {
+            name: _as_json(getattr(args, name)) for name in SurgeryConfig.__annotations__ if name not in PLACES
+        },
+    }
+
+
+def objective_text(args: SurgeryConfig, sets: list[str]) -> str:
+    """The objective in force as one line, with the name of each loss."""
+    losses = losses_of_sets(args)
+    kl = "KL(before || now)" if args.kl_direction == "forward" else "KL(now || before)"
+    names = {name: losses[name].name for name in FORGET_SETS} | dict.fromkeys(ANCHOR_SETS, kl) | {"update": "CE"}
+    return " + ".join(f"{args.weights[name]:g} * {names[name]}[{name}]" for name in sets)
+
+
+@contextmanager
+def _losses_by_name(args: SurgeryConfig) -> Iterator[None]:
+    given = {name: getattr(args, name) for name in ("forget_loss", "obsolete_loss")}
+    try:
+        for name, loss in given.items():
+            setattr(args, name, _as_json(loss))
+        yield
+    finally:
+        for name, loss in given.items():
+            setattr(args, name, loss)
+
+
+def write_record(folder: str | Path, record: dict[str, Any]) -> None:
+    """Keep a record with a model."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    (Path(folder) / RECORD_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def card_section(record: dict[str, Any]) -> str:
+    """A record as a section of a model card."""
+    target, gap = record["forget_target"], record["gap"]
+    shown = "none" if target is None else f"{target:.4g} nats per token ({record['forget_target_is']})"
+    numbers = ", ".join(f"{name} {_shown(gap[name])}" for name in ("start", "last", "best"))
+    stopped_by = record["stopped_by"] or "not yet"
+    rows = ", ".join(f"{name} {count}" for name, count in record["rows"].items())
+    return (
+        "## What was done\n\n"
+        f"[LLM Surgery](https://arxiv.org/abs/2409.13054): texts were unlearnt, replaced and kept. `{RECORD_FILE}` "
+        "holds all settings.\n\n"
+        f"- objective, minimised: `{record['objective']}`\n"
+        f"- rows: {rows}\n"
+        f"- forgetting aims at: {shown}\n"
+        f"- weights of step {record['step']} of {record['steps_made']}; stopped by: {stopped_by}\n"
+        f"- gap in nats per token, 0 is perfect: {numbers}\n"
+    )
+
+
+def _shown(value: float | str | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers that JSON has not, and functions, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str | list | dict):
+        return value
+    return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
+
+
 REFERENCE_FOLDER = "reference"  # in the output folder
 
 
-class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
+class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
-    Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.objective`), and runs a
+    Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.losses`), and runs a
     backward pass for each term, so that one graph exists at a time. Logged: `<set>/ce`, `<set>/loss`, `<set>/kl`, and
     at logging steps `grad_norm/<set>` and `grad_cosine/<set>_<set>`; measured on fixed rows: `eval_<set>_ce`,
     `eval_<set>_kl`, `eval_surgery_gap`.
 
     Overrides `training_step` (one backward per term), `get_batch_samples` (units of the whole optimizer batch),
     `compute_loss` (the sum of the terms: the definition), `evaluate`, `log`, `get_decay_parameter_names`, `train`
-    (reference, targets, stop rules, resume) and `_save_checkpoint` (nothing is saved after a loss that is no number).
-    Every model is saved with `surgery.json`, which says what was done (`hf_moe_cpt.trainers.surgery.surgery_record`).
+    (reference, targets, stop rules, resume).
+    Every model is saved with `surgery.json`, which says what was done (`hf_moe_cpt.trainers.surgery.surgery_trainer`).
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
@@ -127,7 +560,6 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
         self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
         self.term_meter, self.gradient_meter = MeanMeter(), MeanMeter()
-        self.loss_guard = LossGuard(args.bad_step_policy == "stop")
         self.units: dict[str, Tensor] = {}  # of each set in the optimizer batch
         super().__init__(
             model=model,
@@ -194,7 +626,9 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
             del loss
         if apart and self.accelerator.sync_gradients:
             self._merge_terms()
-        self._record(loss_of_step, measures)
+        # shares of a step's mean: the meter takes the mean over ranks and micro-batches, and wants their sum
+        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        self.term_meter.add({name: parts * value for name, value in measures.items()})
         return loss_of_step
 
     def compute_loss(
@@ -214,13 +648,6 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
         loss = self.args.weights[name] * term.loss
         loss = loss if term.extra is None else loss + term.extra
         return self.accelerator.num_processes * loss, term.measures
-
-    def _record(self, loss: Tensor, measures: dict[str, Tensor]) -> None:
-        # shares of a step's mean: the meter takes the mean over ranks and micro-batches, and wants their sum
-        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        self.term_meter.add({name: parts * value for name, value in measures.items()})
-        step = self.state.global_step + 1
-        self.loss_guard.record(loss, step, self._describe_batch(step))
 
     def _wants_terms_apart(self) -> bool:
         """Whether this step needs every term's gradient by itself: to change it, or to log it."""
@@ -249,7 +676,6 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the terms were since the last training log, and norms and cosines of their gradients."""
         if "loss" in logs:
-            self.loss_guard.check(self._describe_batch)
             logs.update(self.term_meter.pop())
             logs.update(self.gradient_meter.pop())
         super().log(logs, start_time)
@@ -263,7 +689,7 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
         """Measure the first `eval_rows` rows of each set in an order of its own, always the same.
 
         `<set>_ce` and, of anchors, `<set>_kl` in nats per token, and `surgery_gap`, the criterion of the best model
-        (`hf_moe_cpt.trainers.surgery.surgery_probe`). eval_dataset: other sets by name; then only their losses.
+        (`hf_moe_cpt.trainers.surgery.surgery_trainer`). eval_dataset: other sets by name; then only their losses.
         """
         self._prepare()
         args = self.args
@@ -387,10 +813,6 @@ class SurgeryTrainer(KeepsRecord, SurvivesFaults, Trainer):
             return None
         chosen = [] if self.targets is None else self.targets.chosen
         return RouterPull(RouterTap(self.model), args.router_anchor, args.expert_anchor, chosen)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.loss_guard.check(self._describe_batch)
-        super()._save_checkpoint(model, trial)
 
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """Take up the target of a checkpoint, also when the run goes back to it."""

@@ -1,17 +1,25 @@
-"""What a run logs, learns, saves and refuses, for models of ours and of transformers."""
+"""What a run of CPTTrainer logs, learns, saves and refuses, for models of ours and of transformers.
+
+Penalties count once per optimizer batch, in any split of it and never in evaluation; runs with Liger's kernels are
+runs without them; checkpoints say whether to warm up again, and Adam's moments travel to the next run.
+"""
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
-from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.cpt.starting_point import read_state
-from tests.helpers.cpt_runs import config, logged, trainer
-from tests.helpers.tiny_models import tiny_model, tokenized
+from hf_moe_cpt.trainers.cpt import cpt_trainer
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_data import detect_starting_phase, load_moments, read_state, write_state
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer, decide_liger, penalty_share
+from tests.helpers.cpt_runs import HALF, config, logged, trainer, without_clocks
+from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
 
 FAST = {"learning_rate": 1e-1, "constant_learning_rate": 1e-1}
@@ -32,24 +40,9 @@ def test_the_log_names_every_measurement(tmp_path):
     run = trainer(tmp_path / "run", evaluated=True, eval_strategy="steps", eval_steps=6)
     run.train()
     entry = next(entry for entry in run.state.log_history if "loss" in entry)
-    wanted = {
-        "loss",
-        "lm_loss",
-        "lm_loss/new",
-        "lm_loss/replay",
-        "aux_loss",
-        "z_loss",
-        "learning_rate",
-        "grad_norm",
-        "mri",
-        "mri_normalized",
-        "mri/layer_00",
-        "mri/layer_01",
-        "mri_normalized/layer_00",
-        "tokens_per_second",
-        "model_tflops",
-        "tokens_seen",
-    }
+    wanted = {"loss", "lm_loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "learning_rate", "grad_norm"}
+    wanted |= {"mri", "mri_normalized", "mri/layer_00", "mri/layer_01", "mri_normalized/layer_00"}
+    wanted |= {"tokens_per_second", "model_tflops", "tokens_seen"}
     assert wanted <= set(entry)
     assert entry["mri_normalized/layer_00"] == pytest.approx(entry["mri/layer_00"] * 7 / 3)
     assert logged(run.state.log_history, "tokens_seen") == [32.0 * step for step in range(1, 7)]
@@ -74,17 +67,6 @@ def test_forgetting_and_adaptation_are_measured_against_the_start(tmp_path):
     assert logged(run.state.log_history, "adaptation") == pytest.approx([new[0] - loss for loss in new])
     assert logged(run.state.log_history, "forgetting") == pytest.approx([loss - old[0] for loss in old])
     assert new[0] - new[-1] > 0.1
-
-
-def test_evaluation_loss_holds_no_penalty(tmp_path):
-    run = trainer(tmp_path / "run", evaluated=True, packing="concat")
-    measured = run.evaluate()["eval_new_loss"]
-    blocks = run.eval_dataset["new"]
-    ids = torch.stack([block["input_ids"] for block in blocks])
-    with torch.no_grad():
-        logits = run.model.eval()(ids).logits[:, :-1]
-    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten())
-    assert measured == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_a_constant_phase_checkpoint_is_continued_without_warming_up_and_a_decayed_one_with(tmp_path):
@@ -142,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_after_it(tmp_p
         return output * float("nan") if len(calls) == 5 else output
 
     run.model.lm_head.register_forward_hook(poison)
-    with pytest.raises(FloatingPointError, match=r"step 5 is not finite \(blocks 8 to 9 of the mixture\)"):
+    with pytest.raises(FloatingPointError, match=r"Step 5 is bad \(blocks 8 to 9 of the mixture\): its loss is nan"):
         run.train()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
@@ -163,51 +145,27 @@ def test_the_disk_is_checked_before_training(tmp_path, monkeypatch):
         run.train()
 
 
+ALONE = {"replay_ratio": 0.0}
 REFUSED = {
     "blocks longer than the context": (
         {"max_length": 65},
-        "llama",
         {},
-        "max_length=65 is longer than the model's context of 64 tokens",
+        "max_length=65 is longer than the model's context of 64",
     ),
-    "replay without a ratio": (
-        {"replay_ratio": 0.0},
-        "llama",
-        {"replay_dataset": tokenized(9, 0)},
-        "without replay_ratio",
-    ),
-    "ratio without replay": ({}, "llama", {}, "replay_ratio=0.3 without replay_dataset"),
-    "a list": (
-        {"replay_ratio": 0.0},
-        "llama",
-        {"train_dataset": ["text"]},
-        "train_dataset is a list: pass a datasets",
-    ),
-    "ids beyond the vocabulary": (
-        {"replay_ratio": 0.0},
-        "llama",
-        {"train_dataset": Dataset.from_dict({"input_ids": [[1, 48]]})},
-        "48",
-    ),
-    "too little text": (
-        {"replay_ratio": 0.0},
-        "llama",
-        {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]]})},
-        "max_length",
-    ),
-    "no text at all": (
-        {"replay_ratio": 0.0},
-        "llama",
-        {"train_dataset": Dataset.from_dict({"words": ["a"]})},
-        "neither 'text' nor",
-    ),
+    "replay without a ratio": (ALONE, {"replay_dataset": tokenized(9, 0)}, "without replay_ratio"),
+    "ratio without replay": ({}, {}, "replay_ratio=0.3 without replay_dataset"),
+    "a list": (ALONE, {"train_dataset": ["text"]}, "train_dataset is a list: pass a datasets"),
+    "ids beyond the vocabulary": (ALONE, {"train_dataset": Dataset.from_dict({"input_ids": [[1, 48]]})}, "48"),
+    "too little text": (ALONE, {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]]})}, "max_length"),
+    "no text at all": (ALONE, {"train_dataset": Dataset.from_dict({"words": ["a"]})}, "neither 'text' nor"),
 }
 
 
-@pytest.mark.parametrize("changes, kind, data, message", REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_refused_before_training(tmp_path, changes, kind, data, message):
+@pytest.mark.parametrize("changes, data, message", REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_before_training(tmp_path, changes, data, message):
+    given = {"train_dataset": tokenized(9, 0), **data}
     with pytest.raises(ValueError, match=message):
-        CPTTrainer(tiny_model(kind), config(tmp_path / "run", **changes), **{"train_dataset": tokenized(9, 0), **data})
+        CPTTrainer(tiny_model("llama"), config(tmp_path / "run", **changes), **given)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
@@ -217,3 +175,258 @@ def test_single_layers_stay_out_of_the_console(tmp_path, capsys, caplog):
     run.train()
     printed = capsys.readouterr().out
     assert "'mri':" in printed and "layer_00" not in printed
+
+
+# What Triton's interpreter can run of Liger.
+FUSED = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False, "geglu": False}}
+UNFUSED = {"fused_linear_cross_entropy": False}
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors Liger needs the interpreter")
+
+
+def _args(asked=None, device="cuda", n_gpu=1, kernels=None) -> SimpleNamespace:
+    return SimpleNamespace(
+        use_liger_kernel=asked, device=torch.device(device), n_gpu=n_gpu, liger_kernel_config=kernels
+    )
+
+
+CASES = {
+    "unset, one CUDA device": (_args(), "cpt_moe", True, True),
+    "unset, on the CPU": (_args(device="cpu", n_gpu=0), "cpt_moe", True, False),
+    "unset, several devices in one process": (_args(n_gpu=2), "cpt_moe", True, False),
+    "unset, not installed": (_args(), "cpt_moe", False, False),
+    "unset, another model": (_args(), "llama", True, False),
+    "off": (_args(False), "cpt_moe", True, False),
+    "on": (_args(True, "cpu", 0), "cpt_moe", True, True),
+    "on for another model without the fused loss": (_args(True, kernels=UNFUSED), "llama", True, True),
+    "off for another model": (_args(False), "llama", True, False),
+}
+
+
+@pytest.mark.parametrize("args, kind, is_installed, want", CASES.values(), ids=CASES)
+def test_decision(monkeypatch, args, kind, is_installed, want):
+    monkeypatch.setattr(cpt_trainer, "is_installed", lambda package: {"liger_kernel": is_installed}[package])
+    assert decide_liger(args, tiny_model(kind)) is want
+
+
+@pytest.mark.parametrize("kernels", [None, {"rope": False}, {"fused_linear_cross_entropy": True}])
+def test_a_loss_fused_into_the_head_of_another_model_is_refused(tmp_path, kernels):
+    with pytest.raises(ValueError, match="set liger_kernel_config=.*fused_linear_cross_entropy") as caught:
+        trainer(tmp_path / "run", "mixtral", use_liger_kernel=True, liger_kernel_config=kernels)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_has_three_answers(tmp_path):
+    base = ["--output_dir", str(tmp_path), "--max_steps", "1"]
+    answers = {(): None, ("--use_liger_kernel",): True, ("--use_liger_kernel", "false"): False}
+    for given, want in answers.items():
+        (parsed,) = HfArgumentParser(CPTConfig).parse_args_into_dataclasses([*base, *given])
+        assert parsed.use_liger_kernel is want
+
+
+def test_the_callers_arguments_stay_undecided(tmp_path):
+    args = config(tmp_path / "run")
+    run = CPTTrainer(tiny_model("cpt_moe"), args, tokenized(60, 1, 1, HALF), tokenized(60, 2, HALF, VOCABULARY))
+    assert args.use_liger_kernel is None
+    assert run.args.use_liger_kernel is False
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How many tokens each call of the fused head saw."""
+    pytest.importorskip("liger_kernel")
+    from hf_moe_cpt.kernels import cross_entropy as fused_head
+    from hf_moe_cpt.kernels.cross_entropy import register_with_liger
+
+    register_with_liger()
+    calls = []
+    compute = fused_head.linear_cross_entropy
+    monkeypatch.setattr(fused_head, "linear_cross_entropy", lambda *args: calls.append(len(args[0])) or compute(*args))
+    return calls
+
+
+def _tiny_run(folder: Path, kind: str = "cpt_moe", **changes) -> CPTTrainer:
+    """Two steps of two micro-batches of 8 tokens and two evaluations of one block each."""
+    args = config(
+        folder,
+        max_steps=2,
+        max_length=8,
+        packing="concat",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        replay_ratio=0.5,
+        **changes,
+    )
+    held_out = [Dataset.from_dict({"input_ids": [list(range(low, low + 8))]}) for low in (3, 30)]
+    return CPTTrainer(tiny_model(kind), args, tokenized(9, 1, 1, HALF), tokenized(9, 2, HALF, VOCABULARY), *held_out)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("kind", ["cpt_moe", pytest.param("cpt_moe sinkhorn", marks=pytest.mark.slow)])
+def test_a_run_logs_and_learns_the_same(tmp_path, fused_calls, kind):
+    plain = _tiny_run(tmp_path / "plain", kind, eval_strategy="steps", eval_steps=2)
+    plain.train()
+    assert fused_calls == []
+    fused = _tiny_run(tmp_path / "fused", kind, eval_strategy="steps", eval_steps=2, **FUSED)
+    fused.train()
+    assert fused_calls == [8] * (2 + 4 + 2)  # both evaluations at the start, the micro-batches, both at the end
+    want, got = without_clocks(plain.state.log_history), without_clocks(fused.state.log_history)
+    assert len(want) == len(got)
+    assert {"lm_loss/new", "lm_loss/replay", "eval_new_loss", "forgetting"} <= {key for entry in want for key in entry}
+    for left, right in zip(want, got, strict=True):
+        assert right == pytest.approx(left, rel=1e-4, abs=1e-5)
+
+
+@in_the_interpreter
+def test_an_evaluation_before_training_and_a_prediction(tmp_path, fused_calls):
+    plain, fused = _tiny_run(tmp_path / "plain"), _tiny_run(tmp_path / "fused", **FUSED)
+    want, got = plain.evaluate(), fused.evaluate()
+    assert fused_calls == [8, 8]
+    assert got["eval_new_loss"] == pytest.approx(want["eval_new_loss"], rel=1e-6)
+    logits = fused.predict(fused.eval_dataset["new"]).predictions
+    assert logits.shape[-1] == VOCABULARY
+    assert fused_calls == [8, 8]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_default(tmp_path, fused_calls):
+    run = trainer(tmp_path / "run", use_cpu=False, bf16=True, max_steps=2)
+    assert run.args.use_liger_kernel is True
+    run.train()
+    assert fused_calls == [32, 32]
+
+
+HEAVY = {"router_aux_loss_coef": 1.0, "output_router_logits": True}
+ALIKE = Dataset.from_dict({"input_ids": [list(range(1, 17))] * 8})
+
+
+def _run(folder, kind: str, batch: int, accumulation: int) -> CPTTrainer:
+    args = config(
+        folder,
+        replay_ratio=0.0,
+        max_steps=3,
+        per_device_train_batch_size=batch,
+        packing="concat",
+        gradient_accumulation_steps=accumulation,
+        eval_on_start=False,
+    )
+    return CPTTrainer(tiny_model(kind, **HEAVY), args, ALIKE, eval_dataset=ALIKE)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe"])
+def test_penalty_weighs_the_same_for_any_accumulation(tmp_path, kind):
+    curves = {}
+    for batch, accumulation in ((4, 1), (1, 4)):
+        run = _run(tmp_path / f"{batch}", kind, batch, accumulation)
+        run.train()
+        curves[batch] = [logged(run.state.log_history, key) for key in ("loss", "grad_norm")]
+    assert curves[1][0] == pytest.approx(curves[4][0], rel=1e-5)
+    assert curves[1][1] == pytest.approx(curves[4][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe"])
+def test_evaluation_is_the_language_model_loss_alone(tmp_path, kind):
+    run = _run(tmp_path, kind, 4, 1)
+    ids = torch.tensor([ALIKE[0]["input_ids"]])
+    with torch.no_grad():
+        logits = run.model.eval()(ids).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert run.evaluate()["eval_new_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_shares_of_micro_batches_sum_to_one():
+    labels = torch.randint(0, 9, (6, 8)).masked_fill(torch.rand(6, 8) < 0.3, -100)
+    total = labels[:, 1:].ne(-100).sum()
+    shares = [penalty_share(part, total) for part in labels.split((1, 2, 3))]
+    assert sum(shares) == pytest.approx(1.0)
+    assert penalty_share(labels, None) == 1.0
+
+
+@pytest.mark.parametrize(
+    "saved_in, continues_as",
+    [("warmup", "constant"), ("cooldown", "constant"), ("constant", "constant"), ("anneal", "decayed")],
+)
+def test_the_checkpoint_says_whether_it_was_decayed(tmp_path, saved_in, continues_as):
+    write_state(tmp_path, {"phase": saved_in})
+    assert read_state(str(tmp_path)) == {"phase": saved_in}
+    assert detect_starting_phase(str(tmp_path)) == continues_as
+
+
+def test_without_a_checkpoint_it_is_scratch_and_a_silent_one_is_decayed(tmp_path):
+    assert detect_starting_phase("") == detect_starting_phase(None) == "scratch"
+    assert detect_starting_phase(str(tmp_path)) == "decayed"
+    assert detect_starting_phase(str(tmp_path / "gone" / "since")) == "decayed"
+    assert detect_starting_phase("somebody/a-model-not-in-the-cache") == "decayed"
+
+
+def _optimizer(*shapes: tuple[int, ...], lr: float) -> torch.optim.AdamW:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_moments_travel_and_settings_do_not(tmp_path):
+    old = _optimizer((2, 3), (4,), lr=1.0)
+    _step(old)
+    torch.save(old.state_dict(), tmp_path / "optimizer.pt")
+    new = _optimizer((2, 3), (4,), lr=0.25)
+    load_moments(new, tmp_path)
+    assert [group["lr"] for group in new.param_groups] == [0.25, 0.25]
+    for before, after in zip(old.state.values(), new.state.values(), strict=True):
+        assert torch.equal(before["exp_avg"], after["exp_avg"])
+        assert torch.equal(before["exp_avg_sq"], after["exp_avg_sq"])
+        assert before["step"] == after["step"] == 1
+
+
+def test_missing_or_foreign_moments_are_refused(tmp_path):
+    new = _optimizer((2, 3), (4,), lr=0.25)
+    with pytest.raises(ValueError, match="holds no optimizer.pt"):
+        load_moments(new, tmp_path)
+    other = _optimizer((5, 3), (4,), lr=1.0)
+    _step(other)
+    torch.save(other.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="belong to other parameters"):
+        load_moments(new, tmp_path)
+
+
+class ForbidSync(TrainerCallback):
+    """Raises at any host synchronisation between the edges of the steps after `first`."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.first:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cpt_moe", "cpt_moe sinkhorn", "cpt_moe switch"])
+def test_no_step_waits_for_the_device(tmp_path, kind):
+    """Models of transformers wait once in a forward pass, to look for packed documents; ours only if packed."""
+    run = trainer(
+        tmp_path / "run",
+        kind,
+        max_steps=8,
+        logging_steps=8,
+        gradient_accumulation_steps=2,
+        packing="concat",
+        use_cpu=False,
+        bf16=True,
+    )
+    run.add_callback(ForbidSync(first=2))
+    try:
+        run.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(logged(run.state.log_history, "lm_loss/replay")) == 1

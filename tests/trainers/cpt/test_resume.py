@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
+from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, is_whole
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.instruments.checkpoints import UNFINISHED, checkpoints_in, is_whole
-from tests.helpers.cpt_runs import config, saved_history, trainer, without_clocks
+from tests.helpers.cpt_runs import config, saved_history, stop_at, trainer, without_clocks
 from tests.helpers.killed_run import settings
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model, tokenized
@@ -52,20 +51,11 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, never_killed, moment, 
     _assert_same(resumed, *never_killed)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-        return control
-
-
 def test_experts_that_are_stored_under_other_names_come_back(tmp_path):
     options = {"model": "mixtral", "save_strategy": "steps", "save_steps": 3}
     whole, stopped = (trainer(tmp_path / name, **options) for name in ("whole", "stopped"))
     whole.train()
-    stopped.add_callback(StopAt(4))
+    stopped.add_callback(stop_at(4))
     stopped.train()
     resumed = trainer(tmp_path / "stopped", **options)
     resumed.train(resume_from_checkpoint="last")
@@ -82,7 +72,7 @@ def test_streams_resume_where_they_stopped(tmp_path):
     whole = _streaming(tmp_path / "whole")
     whole.train()
     stopped = _streaming(tmp_path / "stopped")
-    stopped.add_callback(StopAt(4))
+    stopped.add_callback(stop_at(4))
     stopped.train()
     resumed = _streaming(tmp_path / "stopped")
     resumed.train(resume_from_checkpoint=True)

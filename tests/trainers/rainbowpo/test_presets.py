@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
-from hf_moe_cpt.trainers.rainbowpo.objective import (
-    Pair,
-    length_advantage,
-    mallows_phi,
-    preference_terms,
-    score_advantage,
-)
+from hf_moe_cpt.trainers.rainbowpo.losses import Pair, length_advantage, mallows_phi, preference_terms, score_advantage
 from hf_moe_cpt.trainers.rainbowpo.presets import (
     ALIASES,
     PRESETS,

@@ -3,9 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from hf_moe_cpt.trainers.surgery.objective import PAPER_WEIGHTS
-from hf_moe_cpt.trainers.surgery.settings_checks import check_sets, losses_of_sets
-from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from hf_moe_cpt.trainers.surgery.losses import PAPER_WEIGHTS
+from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, check_sets, losses_of_sets
 
 
 ROWS = Dataset.from_dict({"text": ["one", "two"]})

@@ -1,183 +1,515 @@
-"""A step of a surgery is the step on the sum of its terms, however it is split; the paper's is the authors' loop."""
+"""What is measured on fixed rows, against full logits row by row; the gap and the stop rules, case by case.
 
+The record beside a model says what was done to it: against the log, the weights and the arguments of the run.
+
+Every term against full logits of transformers in float64, value and gradient; and nothing ascends a penalty.
+"""
+
+import copy
 import json
-from statistics import fmean
+import math
+import re
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
-from hf_moe_cpt.trainers.surgery.set_mixture import SurgeryMixture, collate_sets
+from hf_moe_cpt.trainers.surgery.data import WINNER, eval_batches
+from hf_moe_cpt.trainers.surgery.experts import RouterTap
+from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES, TERMS, ForgetSettings
+from hf_moe_cpt.trainers.surgery.reference import LiveReference
+from hf_moe_cpt.trainers.surgery.surgery_trainer import (
+    RECORD_FILE,
+    RouterPull,
+    SurgeryTerms,
+    card_section,
+    measure,
+    objective_text,
+    stop_reason,
+    surgery_gap,
+)
 from tests.helpers.cpt_runs import logged
-from tests.helpers.fresh_process import TWO_RANKS, launch
-from tests.helpers.surgery_runs import history, settings, token_sets, trainer
-from tests.helpers.tiny_models import tiny_model
-from tests.helpers.tolerances import assert_matches
+from tests.helpers.surgery_runs import token_sets, trainer
+from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
+from tests.helpers.tolerances import RELATIVE_RMS_LIMIT, assert_matches
 
 
-LOSSES = ("ga", "cap", "expcap", "npo", "simnpo", "wga", "satimp", "unlikelihood")
-MIXTURES = [(model, loss) for model in ("mixtral", "cpt_moe") for loss in ("cap", "npo")]
+NAMES = ("unlearn", "update", "retain", "unseen")
 
 
-def _gradients(run, step):
-    """The gradient that `step(run, inputs)` leaves for the first item of the mixture."""
-    run._prepare()
-    inputs = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))
-    run.units = {}
-    run.model.train()
-    step(run, inputs)
-    return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+def _sets():
+    rows = {name: tokenized(7, seed) for seed, name in enumerate(NAMES)}
+    return {
+        name: one.map(lambda row: {"completion_mask": [place >= 2 for place in range(len(row["input_ids"]))]})
+        for name, one in rows.items()
+    }
 
 
-def _term_by_term(run, inputs):
-    run.training_step(run.model, inputs)
+def _batches(sets):
+    options = {"batch_size": 3, "pad_token_id": 0, "max_rows": 5, "seed": 0}
+    return lambda name: eval_batches(sets[name], **options)
 
 
-def _at_once(run, inputs):
-    run.compute_loss(run.model, inputs).backward()
-
-
-@pytest.mark.parametrize(("model", "loss"), [*(("llama", loss) for loss in LOSSES), *MIXTURES])
-def test_one_backward_per_term_is_one_backward_of_the_sum(tmp_path, model, loss):
-    parts, whole = (
-        _gradients(trainer(tmp_path / name, model, forget_loss=loss, forget_target=4.0), step)
-        for name, step in (("parts", _term_by_term), ("whole", _at_once))
-    )
-    assert parts.keys() == whole.keys() and len(parts) > 5
-    for name in whole:
-        assert_matches(name, parts[name], whole[name])
-
-
-@pytest.mark.parametrize("options", [{"log_term_gradients": True}, {"max_term_grad_norm": 1e6}])
-def test_terms_that_are_held_apart_make_the_same_step(tmp_path, options):
-    apart, plain = (trainer(tmp_path / str(n), "cpt_moe", **changes) for n, changes in enumerate((options, {})))
-    for run in (apart, plain):
-        run.train()
-    for (name, got), want in zip(apart.model.named_parameters(), plain.model.parameters(), strict=True):
-        assert_matches(name, got, want, 1e-4)
-    first, second = apart.state.log_history[:2]
-    assert {"grad_norm/unlearn", "grad_norm/retain", "grad_cosine/unlearn_retain"} <= second.keys()
-    assert "grad_cosine/unlearn_update" in first and "grad_cosine/unlearn_retain" not in first, "0 up to rounding"
-    assert not any("cosine" in key for entry in plain.state.log_history for key in entry)
+def _moved():
+    model = tiny_model("llama", attention_dropout=0.5).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
-def test_accumulation_does_not_change_the_step(tmp_path, normalization):
-    sizes = {f"{name}_batch_size": 4 for name in ("unlearn", "obsolete", "update", "retain", "neighbour")}
-    options = {"normalization": normalization, "router_anchor": 0.5, "learning_rate": 1e-3}
-    whole = trainer(tmp_path / "whole", "cpt_moe", **options, **sizes)
-    parts = trainer(tmp_path / "parts", "cpt_moe", gradient_accumulation_steps=4, **options, **dict.fromkeys(sizes, 1))
-    # the balance of experts is a property of a batch, and so differs between splits
-    for run in (whole, parts):
-        run.model.config.router_aux_loss_coef = run.model.config.router_z_loss_coef = 0.0
-        run.train()
-    for key in ("loss", "unlearn/ce", "update/ce", "retain/kl", "neighbour/kl", "unlearn/loss", "grad_norm"):
-        got, want = (logged(run.state.log_history, key) for run in (parts, whole))
-        assert got == pytest.approx(want, rel=5e-3, abs=1e-6), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["llama"])  # the mixture: tests/distributed
-def test_two_ranks_make_the_steps_of_one(tmp_path, model):
-    sizes = {f"{name}_batch_size": 2 for name in ("unlearn", "obsolete", "update", "retain", "neighbour")}
-    # the penalty of a batch's balance is taken by each rank on its own half
-    common = {"model": "llama" if model == "llama" else "cpt_moe", "eval_strategy": "steps", "eval_steps": 2}
-    common |= {"eval_on_start": True, "normalization": "token", "log_term_gradients": model == "llama"}
-    one = trainer(tmp_path / "one", **common, **sizes)
-    one.train()
-    asked = {"folder": str(tmp_path / "two"), **common, **dict.fromkeys(sizes, 1)}
-    launch(*TWO_RANKS, "-m", "tests.helpers.surgery_runs", json.dumps(asked))
-    two = json.loads((tmp_path / "two.json").read_text())
-    tolerance = 1e-4 if model == "llama" else 5e-2
-    assert len(two) == len(history(one))
-    for ours, theirs in zip(history(one), two, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            if key != "total_flos":  # counts padding
-                assert theirs[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
-
-
-def test_the_papers_steps_are_those_of_the_authors_loop(tmp_path):
-    """Their loop written down from the sheet: four forward passes, one loss, one backward, clip, AdamW."""
-    sets = {name: rows for name, rows in token_sets().items() if name[:6] not in ("neighb", "unseen")}
-    exact = tiny_model("llama").double()  # Adam makes much of gradients that are nothing but rounding
-    run = trainer(tmp_path / "run", exact, sets, "paper", max_steps=3, gradient_checkpointing=False)
-    mixture = run.train_dataset
-    run.train()
-
-    model, reference = tiny_model("llama").double().train(), tiny_model("llama").double().eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
-    losses = []
-    for step in range(3):
-        batch = collate_sets([mixture[step]], 0)
-        texts = {name: one["input_ids"] for name, one in batch.items()}
-        assert all(len(ids) == 1 for ids in texts.values())
-        ce = {name: model(input_ids=ids, labels=ids).loss for name, ids in texts.items() if name != "retain"}
-        with torch.no_grad():
-            ref_logits = reference(input_ids=texts["retain"]).logits[:, :-1]
-        logp = model(input_ids=texts["retain"]).logits[:, :-1].log_softmax(-1)
-        cross = -(ref_logits.softmax(-1) * logp).sum(-1).mean()
-        entropy = -(ref_logits.softmax(-1) * ref_logits.log_softmax(-1)).sum(-1).mean()
-        loss = -0.1 * ce["unlearn"] - 0.1 * ce["obsolete"] + 2.0 * ce["update"] + 0.5 * cross
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach() - 0.5 * entropy))
-    for (name, got), want in zip(run.model.named_parameters(), model.parameters(), strict=True):
-        assert_matches(name, got, want, 1e-6)  # transformers takes its cross entropy in float32
-    assert run.state.log_history[-1]["train_loss"] == pytest.approx(fmean(losses), rel=1e-4)
-
-
-def test_a_set_of_weight_0_is_never_read(tmp_path):
-    sets = token_sets()
-    run = trainer(tmp_path / "run", sets=sets, obsolete_weight=0.0, neighbour_weight=0.0)
-    assert list(run.sets) == ["unlearn", "update", "retain"]
-    assert isinstance(run.train_dataset, SurgeryMixture) and "obsolete" not in run.train_dataset[0]
-    run.train()
-    assert not any("obsolete" in key or "neighbour" in key for entry in run.state.log_history for key in entry)
-
-
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_the_anchor_is_0_at_the_start_and_has_a_direction(tmp_path, direction):
-    run = trainer(tmp_path / "run", kl_direction=direction, learning_rate=1e-3)
-    before = run.evaluate()
-    assert before["eval_retain_kl"] == pytest.approx(0.0, abs=1e-6)
+def test_measures_are_means_over_rows_or_tokens(normalization, direction):
+    sets, model, before = _sets(), _moved().train(), tiny_model("llama").double().eval()
+    reference = LiveReference(before, Accelerator(cpu=True))
+    terms = SurgeryTerms({}, ForgetSettings(), reference, normalization, direction, chunk_tokens=4)
+    got = measure(model, _batches(sets), list(NAMES), terms)
+    assert model.training
+    assert list(got) == ["unlearn_ce", "update_ce", "retain_ce", "retain_kl", "unseen_ce"]
+    model.eval()
+    for name in NAMES:
+        values = {"ce": [], "kl": []}
+        for place in [int(row) for batch in _batches(sets)(name) for row in batch["row"]]:
+            ids = torch.tensor([sets[name][place]["input_ids"]])
+            with torch.no_grad():
+                logp, ref = (one(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, before))
+            values["ce"].append(-logp.gather(-1, ids[0, 1:, None])[1:, 0])
+            pair = (ref, logp) if direction == "forward" else (logp, ref)
+            values["kl"].append((pair[0].exp() * (pair[0] - pair[1])).sum(-1)[1:])
+        assert len(values["ce"]) == 5
+        for kind in ("ce", "kl") if name == "retain" else ("ce",):
+            rows = values[kind]
+            means = torch.cat(rows) if normalization == "token" else torch.stack([row.mean() for row in rows])
+            assert got[f"{name}_{kind}"] == pytest.approx(float(means.mean()), rel=1e-6), (name, kind)
+
+
+def test_without_a_reference_there_are_losses_only():
+    terms = SurgeryTerms({}, ForgetSettings(), None)
+    got = measure(tiny_model("llama").eval(), _batches(_sets()), ["retain"], terms)
+    assert list(got) == ["retain_ce"]
+
+
+def test_ranks_without_rows_do_not_count():
+    """A rank that has no rows left repeats some with nothing that counts."""
+    sets = _sets()
+    terms = SurgeryTerms({}, ForgetSettings(), None)
+    model = tiny_model("llama").eval()
+
+    def with_a_spare(name):
+        yield from _batches(sets)(name)
+        spare = next(iter(_batches(sets)(name)))
+        yield {**spare, "completion_mask": torch.zeros_like(spare["completion_mask"])}
+
+    assert measure(model, with_a_spare, ["update"], terms) == measure(model, _batches(sets), ["update"], terms)
+
+
+def test_dropout_and_modes_are_left_alone():
+    terms, sets = SurgeryTerms({}, ForgetSettings(), None), _sets()
+    model = tiny_model("llama", attention_dropout=0.9).train()
+    state = torch.get_rng_state()
+    first, second = (measure(model, _batches(sets), ["update"], terms) for _ in range(2))
+    assert first == second and torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules() if isinstance(module, nn.Module))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+MEASURED = {"unlearn_ce": 3.0, "obsolete_ce": 5.5, "update_ce": 1.25, "retain_kl": 0.2, "neighbour_kl": 0.05}
+
+
+@pytest.mark.parametrize(
+    "changes, rules, want",
+    [
+        ({}, (4.0, None, None), 1.0 + 1.5 + 1.25 + 0.25),
+        ({}, (4.0, 1.0, None), 1.0 + 1.5 + 0.25 + 0.25),
+        ({}, (4.0, 2.0, 0.3), 1.0 + 1.5 + 0.25),
+        ({}, (None, 2.0, None), 0.25),
+        ({}, (4.0, None, 0.1), math.inf),
+        ({"retain_kl": -1e-8}, (None, 2.0, None), 0.05),
+        ({"unlearn_ce": None, "obsolete_ce": None}, (4.0, 1.0, None), 0.25 + 0.25),
+        ({"update_ce": None, "neighbour_kl": None}, (4.0, 1.0, None), 1.0 + 1.5 + 0.2),
+    ],
+)
+def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
+    measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
+    assert surgery_gap(measured, *rules) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    "changes, rules, want",
+    [
+        ({}, (4.0, 2.0, None), None),  # unlearn is below
+        ({"unlearn_ce": 4.0}, (4.0, 2.0, None), "unlearn 4 nats .target 4., obsolete 5.5 nats .*, update 1.25 nats"),
+        ({"unlearn_ce": 4.0}, (4.0, 1.0, None), None),  # update is not learnt
+        ({"unlearn_ce": 4.0}, (4.0, None, None), None),  # and has no target
+        ({"unlearn_ce": 4.0}, (None, 2.0, None), None),
+        (
+            {"unlearn_ce": 4.0, "update_ce": None},
+            (4.0, None, None),
+            "every set has reached its target: unlearn 4 nats",
+        ),
+        ({"unlearn_ce": None, "obsolete_ce": None}, (None, 2.0, None), "update 1.25 nats .target 2."),
+        ({}, (4.0, 2.0, 0.1), "the KL on retained text is 0.2, above max_retain_kl=0.1"),
+        ({"unlearn_ce": None, "obsolete_ce": None, "update_ce": None}, (4.0, 2.0, None), None),
+    ],
+)
+def test_when_a_run_stops(changes, rules, want):
+    measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
+    reason = stop_reason(measured, *rules)
+    assert (reason is None) == (want is None)
+    if want is not None:
+        assert re.search(want, reason), reason
+
+
+MEASURED_SURGERY_RECORD = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+BEST = {
+    **MEASURED_SURGERY_RECORD,
+    "save_strategy": "best",
+    "metric_for_best_model": "surgery_gap",
+    "greater_is_better": False,
+    "load_best_model_at_end": True,
+}
+
+
+def _record(folder):
+    return json.loads((folder / RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_record_is_that_of_the_weights_beside_it(tmp_path, kind):
+    run = trainer(tmp_path / "run", kind, max_steps=12, learning_rate=0.2, forget_loss="ga", forget_target=4.0, **BEST)
     run.train()
-    after = run.evaluate()
-    rows = next(iter(run._batches(run.measured_sets, "retain")))
-    assert after["eval_retain_kl"] > 1e-5
+    run.save_model()
+    record, state = _record(tmp_path / "run"), run.state
+    gaps = dict(zip(range(0, 13, 2), logged(state.log_history, "eval_surgery_gap"), strict=True))
+    best = min((gap, step) for step, gap in gaps.items() if step)
+    assert best[1] < 12  # else it could not be told from the last one
+    assert (record["step"], record["steps_made"], record["stopped_by"]) == (best[1], 12, "max_steps=12")
+    assert record["gap"]["start"] == gaps[0] and record["gap"]["last"] == gaps[12] and record["gap"]["best"] == best[0]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for name, want in run.model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], want), name
+    assert run.evaluate()["eval_surgery_gap"] == pytest.approx(best[0], rel=1e-5) == record["measured"]["surgery_gap"]
+    checkpoint = _record(tmp_path / "run" / f"checkpoint-{best[1]}")
+    assert checkpoint["step"] == checkpoint["steps_made"] == best[1] and checkpoint["stopped_by"] is None
+
+
+def test_the_record_names_the_terms_the_rows_and_the_target(tmp_path):
+    def gentle(logp, mask, settings, ref_logp=None):
+        return (logp.exp() * mask).sum(1) / mask.sum(1)
+
+    options = {"forget_loss": gentle, "obsolete_loss": "pair_dpo", "neighbour_weight": 0.0, "kl_direction": "reverse"}
+    run = trainer(tmp_path / "run", max_steps=1, **options, **MEASURED_SURGERY_RECORD)
+    run.train()
+    run.save_model()
+    assert run.args.forget_loss is gentle
+    assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).forget_loss == "gentle"
+    record = _record(tmp_path / "run")
+    terms = "0.5 * gentle[unlearn] + 0.1 * pair_dpo[obsolete] + 1 * CE[update] + 1 * KL(now || before)[retain]"
+    assert record["objective"] == terms == objective_text(run.args, list(run.sets))
+    assert record["rows"] == dict.fromkeys(("unlearn", "obsolete", "update", "retain", "unseen"), 12)
+    assert record["forget_target"] == logged(run.state.log_history, "eval_unseen_ce")[-1]
+    assert record["forget_target_is"] == "unseen" and record["gap"]["best"] is None
+    assert record["settings"]["forget_loss"] == "gentle" and record["settings"]["learning_rate"] == 1e-2
+    assert str(tmp_path) not in json.dumps(record)
+    for part in (terms, f"{record['forget_target']:.4g} nats", "weights of step 1 of 1; stopped by: max_steps=1"):
+        assert part in card_section(record)
+
+
+def test_what_stopped_a_run_is_told_and_a_model_beyond_the_limit_is_called_so(tmp_path, caplog):
+    run = trainer(tmp_path / "run", max_steps=20, max_retain_kl=1e-6, **BEST)
+    run.train()
+    run.save_model()
+    record = _record(tmp_path / "run")
+    assert "above max_retain_kl=1e-06" in record["stopped_by"] and record["steps_made"] == 2
+    assert record["gap"]["last"] == record["measured"]["surgery_gap"] == str(math.inf)
+    assert record["gap"]["best"] is None and record["step"] == 2
+    assert "No measured model had a finite gap, so the one of step 2 stays" in caplog.text
+    caplog.clear()
+    run.evaluate()
+    assert "Stopping" not in caplog.text  # nothing runs any more
+
+
+def test_target_experts_are_named_and_the_paper_has_no_target(tmp_path):
+    run = trainer(tmp_path / "run", "mixtral", target_experts=2, max_steps=1)
+    run.train()
+    run.save_model()
+    assert _record(tmp_path / "run")["target_experts"] == run.targets.names and len(run.targets.names) == 2
+    sets = {name: rows for name, rows in token_sets().items() if name[:6] not in ("neighb", "unseen")}
+    paper = trainer(tmp_path / "paper", "llama", sets, "paper", max_steps=1)
+    paper.train()
+    paper.save_model()
+    record = _record(tmp_path / "paper")
+    terms = "0.1 * ga[unlearn] + 0.1 * ga[obsolete] + 2 * CE[update] + 0.5 * KL(before || now)[retain]"
+    assert record["objective"] == terms and record["forget_target"] is None
+    assert "forgetting aims at: none" in card_section(record) and "start not measured" in card_section(record)
+
+
+LENGTHS, COUNTED_FROM = (9, 4, 6), (1, 3, 2)
+MOES = ("mixtral", "cpt_moe")
+TARGET = 3.9  # about the loss of these models: some tokens and texts are above, some below
+LIMIT = RELATIVE_RMS_LIMIT[torch.float32]
+
+
+def _model(kind, moved=False, **changes):
+    model = tiny_model(kind, **changes).double().eval()
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        ours, old = (
-            model.eval()(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
-            .logits.double()
-            .log_softmax(-1)
-            for model in (run.model, tiny_model("llama"))
-        )
-    pair = (ours, old) if direction == "forward" else (old, ours)
-    kl = functional.kl_div(*pair, log_target=True, reduction="none").sum(-1)[:, :-1]
-    mask = rows["completion_mask"][:, 1:]
-    means = (kl * mask).sum(1) / mask.sum(1)
-    run.args.eval_rows = 4
-    assert run.evaluate()["eval_retain_kl"] == pytest.approx(float(means.mean()), rel=1e-4)
+        for parameter in model.parameters() if moved else ():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
 
 
-def test_options_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ValueError, match="nothing to forget and nothing to learn"):
-        trainer(tmp_path / "a", "no-such-model", sets=token_sets("retain"))
-    with pytest.raises(ValueError, match="max_length=65 is longer than the model's context of 64 tokens"):
-        trainer(tmp_path / "b", max_length=65)
-    with pytest.raises(ValueError, match="vocabulary of 48 and ref_model of 50"):
-        trainer(tmp_path / "c", ref_model=tiny_model("llama", vocab_size=50))
-    with pytest.raises(ValueError, match="target_experts=2 is for mixtures of experts, and LlamaForCausalLM has none"):
-        trainer(tmp_path / "d", target_experts=2)
-    with pytest.raises(ValueError, match="target_experts=99 must be at most 14"):
-        trainer(tmp_path / "e", "cpt_moe", target_experts=99)
-    with pytest.raises(ValueError, match="retain_dataset is a dict"):
-        trainer(tmp_path / "f", sets={**token_sets(), "retain_dataset": {"text": ["a"]}})
-    used = tmp_path / "used"
-    used.mkdir()
-    (used / "file").touch()
-    with pytest.raises(ValueError, match="is not empty"):
-        trainer(used).train()
-    assert settings(used)["max_steps"] == 4
+def _texts(seed):
+    """Three texts of unequal length whose first tokens do not count."""
+    ids = torch.randint(1, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(seed))
+    places = torch.arange(9)
+    attended = places < torch.tensor(LENGTHS)[:, None]
+    counts = attended & (places >= torch.tensor(COUNTED_FROM)[:, None])
+    return {"input_ids": ids, "attention_mask": attended.long(), "completion_mask": counts}
+
+
+def _terms(losses=None, reference=None, **options):
+    live = (
+        None
+        if reference is None
+        else LiveReference(reference, Accelerator(cpu=True), with_routers="routers" in options)
+    )
+    return SurgeryTerms(losses or {}, ForgetSettings(target=TARGET), live, chunk_tokens=4, **options)
+
+
+def _logp(model, batch):
+    """Of all words, (B, S - 1, V), by transformers alone."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits[:, :-1].log_softmax(-1)
+
+
+def _of_next(model, batch):
+    return _logp(model, batch).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+
+
+def _mean(values, batch, normalization):
+    """Row by row, token by token, as the sheet says it."""
+    rows = [row[counts] for row, counts in zip(values, batch["completion_mask"][:, 1:], strict=True)]
+    return torch.stack([row.mean() for row in rows]).mean() if normalization == "sequence" else torch.cat(rows).mean()
+
+
+def _gradients(value, model):
+    """Of every weight by name, 0 where the value does not depend on it."""
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    named = zip(model.named_parameters(), found, strict=True)
+    return {name: torch.zeros_like(weight) if one is None else one for (name, weight), one in named}
+
+
+def _assert_same(got, want, model):
+    """Up to float32, in which norms of transformers and the shares of tokens are computed."""
+    assert_matches("value", got, want, LIMIT)
+    gradients = _gradients(want, model)
+    for name, gradient in _gradients(got, model).items():
+        assert_matches(name, gradient, gradients[name], LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["llama", *MOES])
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_update_is_the_cross_entropy(kind, normalization):
+    model, batch = _model(kind), _texts(1)
+    term = _terms(normalization=normalization).of("update", model, batch)
+    want = _mean(-_of_next(model, batch), batch, normalization)
+    _assert_same(term.loss, want, model)
+    assert term.extra is None and list(term.measures) == ["update/ce"]
+    assert float(term.measures["update/ce"]) == pytest.approx(want.item(), rel=1e-6)
+
+
+def _by_hand(name, logp, ref_logp):
+    """The forget loss of one text from its tokens' log-probabilities (n,)."""
+    tau, n, nll = TARGET, len(logp), -logp
+    if name == "ga":
+        return -nll.mean()
+    if name == "cap":
+        return -nll.clamp(max=tau).mean()
+    if name == "seqcap":
+        return -nll.mean().clamp(max=tau)
+    if name == "aim":
+        return (nll.mean() - tau) ** 2 / (2 * tau)
+    if name == "expcap":
+        return -tau * (1 - (-nll / tau).exp()).mean()
+    if name == "npo":
+        return -2 / (0.1 * n) * functional.logsigmoid(0.1 * (ref_logp.sum() - logp.sum()))
+    if name == "simnpo":
+        return -2 / 4.5 * functional.logsigmoid(4.5 * (nll.mean() - tau))
+    if name == "wga":
+        return -(logp.exp().detach() * nll).mean()
+    if name == "satimp":
+        p = logp.exp().detach()
+        return -(p**5 * (1 - p) * nll).mean()
+    if name == "unlikelihood":
+        return -torch.log1p(-logp.exp()).mean()
+    raise KeyError(f"{name} has no definition here: write one")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", FORGET_LOSSES)
+@pytest.mark.parametrize("forgotten", ["unlearn", "obsolete"])
+def test_forgetting_is_its_loss_of_each_text(kind, name, forgotten):
+    model, before, batch = _model(kind, moved=True), _model(kind), _texts(2)
+    term = _terms({forgotten: FORGET_LOSSES[name]}, before).of(forgotten, model, batch)
+    counts = batch["completion_mask"][:, 1:]
+    logps, ref_logps = (_of_next(one, batch) for one in (model, before))
+    rows = [_by_hand(name, *(one[row][counts[row]] for one in (logps, ref_logps.detach()))) for row in range(3)]
+    _assert_same(term.loss, torch.stack(rows).mean(), model)
+    assert term.extra is None
+    assert float(term.measures[f"{forgotten}/ce"]) == pytest.approx(_mean(-logps, batch, "sequence").item(), rel=1e-6)
+    assert float(term.measures[f"{forgotten}/loss"]) == pytest.approx(term.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_winner_wins_over_what_is_forgotten(name):
+    model, before, batch, winner = _model("llama", moved=True), _model("llama"), _texts(2), _texts(3)
+    term = _terms({"obsolete": PAIR_LOSSES[name]}, before).of("obsolete", model, {**batch, WINNER: winner})
+    rows = []
+    sums = [
+        (_of_next(model, text) - _of_next(before, text).detach(), text["completion_mask"][:, 1:])
+        for text in (winner, batch)
+    ]
+    for row in range(3):
+        won, lost = (gain[row][counts[row]].sum() for gain, counts in sums)
+        rows.append(-2 / (0.1 * int(sums[1][1][row].sum())) * functional.logsigmoid(0.1 * (won - lost)))
+    _assert_same(term.loss, torch.stack(rows).mean(), model)
+
+
+@pytest.mark.parametrize("kind", ["llama", *MOES])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_an_anchor_is_the_divergence_from_the_model_before(kind, direction, normalization):
+    model, before, batch = _model(kind, moved=True), _model(kind), _texts(4)
+    terms = _terms(reference=before, kl_direction=direction, normalization=normalization)
+    for name in ("retain", "neighbour"):
+        term = terms.of(name, model, batch)
+        logp, ref_logp = _logp(model, batch), _logp(before, batch).detach()
+        pair = (ref_logp, logp) if direction == "forward" else (logp, ref_logp)
+        want = _mean((pair[0].exp() * (pair[0] - pair[1])).sum(-1), batch, normalization)
+        _assert_same(term.loss, want, model)
+        assert term.extra is None and list(term.measures) == [f"{name}/kl"]
+    assert terms.of("retain", before, batch).loss.item() == 0.0
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("name", TERMS)
+def test_shares_of_micro_batches_add_up_to_the_mean(name, normalization):
+    model, before, whole = _model("llama", moved=True), _model("llama"), _texts(5)
+    terms = _terms(dict.fromkeys(("unlearn", "obsolete"), FORGET_LOSSES["cap"]), before, normalization=normalization)
+    counts = whole["completion_mask"][:, 1:]
+    total = counts.any(1).sum() if normalization == "sequence" else counts.sum()
+    parts = [{key: value[place] for key, value in whole.items()} for place in (slice(0, 1), slice(1, 3))]
+    shares = [terms.of(name, model, part, total) for part in parts]
+    _assert_same(sum(share.loss for share in shares), terms.of(name, model, whole).loss, model)
+    for key, value in terms.of(name, model, whole).measures.items():
+        assert float(sum(share.measures[key] for share in shares)) == pytest.approx(value.item(), rel=1e-6)
+
+
+# ---- mixtures of experts: penalties of the routers ----
+
+PENALISED = {
+    "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 5.0},
+    "cpt_moe": {"output_router_logits": True, "router_aux_loss_coef": 5.0, "router_z_loss_coef": 2.0},
+}
+
+
+def _own_loss(model, batch):
+    """What the model itself calls its loss, with cross entropy and penalties of the routers."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"].masked_fill(~batch["completion_mask"], -100)
+    return model(**inputs, labels=labels, output_router_logits=True).loss
+
+
+@pytest.mark.parametrize("kind", MOES)
+@pytest.mark.parametrize("losses", [*FORGET_LOSSES, *PAIR_LOSSES])
+def test_no_forget_term_holds_a_penalty_of_routers(kind, losses):
+    """With coefficients that would dominate: the gradient is that of the same model without any."""
+    loss = {**FORGET_LOSSES, **PAIR_LOSSES}[losses]
+    batch = {**_texts(2), WINNER: _texts(3)}
+    found = {}
+    for name, changes in (
+        ("with", PENALISED[kind]),
+        ("without", {key: 0.0 for key in PENALISED[kind] if "coef" in key}),
+    ):
+        model = _model(kind, moved=True, **changes).train()
+        term = _terms({"unlearn": loss}, _model(kind), penalised_set="unlearn").of("unlearn", model, batch)
+        assert term.extra is None
+        found[name] = _gradients(term.loss, model)
+    for name, gradient in found["with"].items():
+        assert torch.equal(gradient, found["without"][name]), name
+    if losses == "ga":  # the test can fail: to ascend on the model's own loss is something else
+        model = _model(kind, moved=True, **PENALISED[kind]).train()
+        ascended = _gradients(-_own_loss(model, batch), model)
+        gates = [name for name in ascended if "gate.weight" in name]
+        assert gates and all(not torch.allclose(ascended[name], found["with"][name], rtol=0.1) for name in gates)
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_penalties_are_descended_on_once(kind):
+    """The gradient of a whole surgery is that of its terms plus the penalty of one set, with a positive sign."""
+    model, before = _model(kind, moved=True, **PENALISED[kind]).train(), _model(kind)
+    batches = {name: _texts(10 + place) for place, name in enumerate(TERMS)}
+    losses = dict.fromkeys(("unlearn", "obsolete"), FORGET_LOSSES["ga"])
+    terms = _terms(losses, before, penalised_set="update", normalization="token")
+    parts = [terms.of(name, model, batches[name]) for name in TERMS]
+    assert [part.extra is not None for part in parts] == [name == "update" for name in TERMS]
+    got = sum(part.loss + (0.0 if part.extra is None else part.extra) for part in parts)
+    crosses = {name: _mean(-_of_next(model, batches[name]), batches[name], "token") for name in TERMS}
+    penalty = _own_loss(model, batches["update"]) - crosses["update"]
+    kl = [
+        _mean((ref.exp() * (ref - now)).sum(-1), batches[name], "token")
+        for name in ("retain", "neighbour")
+        for ref, now in [(_logp(before, batches[name]).detach(), _logp(model, batches[name]))]
+    ]
+    want = -crosses["unlearn"] - crosses["obsolete"] + crosses["update"] + sum(kl) + penalty
+    assert penalty.item() > 1.0
+    _assert_same(got.double(), want, model)
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_an_anchor_pays_the_penalty_where_nothing_is_learnt(kind):
+    model, batch = _model(kind, moved=True, **PENALISED[kind]).train(), _texts(1)
+    term = _terms(reference=_model(kind), penalised_set="retain").of("retain", model, batch)
+    cross = _mean(-_of_next(model, batch), batch, "token")
+    _assert_same((cross + term.extra).double(), _own_loss(model, batch), model)
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_routers_are_pulled_to_their_old_selves(kind):
+    model, before, batch = _model(kind, moved=True), _model(kind), _texts(1)
+    pull = RouterPull(RouterTap(model), anchor=0.7)
+    terms = _terms(reference=before, routers=pull, normalization="token")
+    term = terms.of("retain", model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    pairs = [model(**inputs, output_router_logits=True).router_logits]
+    pairs.append(copy.deepcopy(before)(**inputs, output_router_logits=True).router_logits)
+    counts = functional.pad(batch["completion_mask"][:, 1:], (0, 1)).flatten()
+    layers = [
+        functional.kl_div(now.log_softmax(-1), old.detach().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        for now, old in zip(*pairs, strict=True)
+    ]
+    want = torch.stack([layer.flatten()[counts].mean() for layer in layers]).mean()
+    _assert_same(term.extra.double(), 0.7 * want.double(), model)
+    assert float(term.measures["retain/router_kl"]) == pytest.approx(want.item(), rel=1e-6)
+    assert terms.of("update", model, batch).extra is None
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_forgotten_text_is_pulled_to_the_target_experts(kind):
+    model, batch = _model(kind, moved=True), _texts(2)
+    pull = RouterPull(RouterTap(model), expert_anchor=0.3, targets=[(0, 1), (0, 2), (1, 0)])
+    terms = _terms({"unlearn": FORGET_LOSSES["ga"]}, routers=pull)
+    pulled = _gradients(terms.of("unlearn", model, batch).extra, model)
+    term = terms.of("unlearn", model, batch)
+    plain = _terms({"unlearn": FORGET_LOSSES["ga"]}).of("unlearn", model, batch)
+    _assert_same(term.loss, plain.loss, model)
+    assert term.extra.item() == pytest.approx(0.3 * float(term.measures["unlearn/experts"]))
+    gates = [name for name in pulled if name.endswith("gate.weight")]
+    assert len(gates) == 2 and all(pulled[name].abs().max() > 0 for name in gates)

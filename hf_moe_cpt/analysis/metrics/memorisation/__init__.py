@@ -1,1 +1,0 @@
-"""The metric `memorisation`: `evaluate.load(hf_moe_cpt.analysis.memorisation.METRIC_FOLDER)`."""

@@ -1,0 +1,592 @@
+"""SurgeryBench: texts to forget, to replace and to keep, with questions whose true answers are known.
+
+| set | subjects | trained before surgery | after surgery, and by a retrained model |
+|---|---|---|---|
+| unlearn | its own | yes | gone |
+| obsolete | those of update | yes | gone |
+| update | those of obsolete, with changed facts | no | known |
+| retain | its own, in another voice, and the bridges | yes | known |
+| neighbour | its own, in the same sentences as unlearn | yes | known |
+| unseen | its own | no | never known: what "forgotten" looks like |
+
+On disk, in the layout of the Hub; sets and splits without rows have no file:
+
+    README.md               the card, whose YAML tells `load_dataset` where things are
+    bench.json              format, version, settings, number of rows of each file
+    documents/<set>.parquet, questions/<split>.parquet
+
+A user's own rows come from JSON Lines. A document needs subject and text, and its set unless the whole file is one
+set; a question needs subject, set, question, options and answer. The rest has defaults: kind "mcq"; split by a hash of
+subject and question, which puts half of them on either side. Every complaint names the file and the line, counted
+from 1.
+
+Source: ours; the sets follow LLM Surgery (arXiv 2409.13054), neighbours RWKU (arXiv 2406.10890).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+from jinja2 import Template
+
+from hf_moe_cpt.data.random import derive_seed, permute
+from hf_moe_cpt.data.surgery_bench.grammar import KINDS, SPLITS
+from hf_moe_cpt.data.surgery_bench.text import QUESTION_KINDS, write_document, write_questions
+from hf_moe_cpt.data.surgery_bench.world import BENCH_VERSION, SETS, BenchSettings, Subject, World
+from hf_moe_cpt.data.text import json_lines
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "surgery_bench"
+INDEX_FILE = "bench.json"
+LICENSE = "apache-2.0"  # of generated texts
+USER_VERSION = "user"
+MIN_OPTIONS = 2
+BEFORE_SETS = ("unlearn", "obsolete", "retain", "neighbour")
+RETRAINED_SETS = ("update", "retain", "neighbour")
+HEADER = "The following is a passage about {subject}.\n\n"
+_ROWS_AT_ONCE = 20_000
+
+_TEXT = datasets.Value("string")
+_PLACE = datasets.Value("int64")
+
+# Column by column; docs/surgery_bench.md says what each holds. Those that may be None: subject_kind, form, attribute,
+# old_answer.
+DOCUMENT_FEATURES = datasets.Features(
+    {
+        "id": _TEXT,
+        "subject": _TEXT,
+        "subject_kind": _TEXT,
+        "set": _TEXT,
+        "form": _TEXT,
+        "prefix": _TEXT,
+        "text": _TEXT,
+        "facts": datasets.List({"attribute": _TEXT, "value": _TEXT}),
+        "version": _TEXT,
+    }
+)
+QUESTION_FEATURES = datasets.Features(
+    {
+        "id": _TEXT,
+        "subject": _TEXT,
+        "subject_kind": _TEXT,
+        "set": _TEXT,
+        "kind": _TEXT,
+        "split": _TEXT,
+        "attribute": _TEXT,
+        "question": _TEXT,
+        "options": datasets.List(_TEXT),
+        "answer": _PLACE,
+        "answer_text": _TEXT,
+        "old_answer": _PLACE,
+        "version": _TEXT,
+    }
+)
+_LAYOUT = {"documents": (SETS, DOCUMENT_FEATURES), "questions": (SPLITS, QUESTION_FEATURES)}
+
+
+class SurgeryBench:
+    """Documents by set and questions by split; `generate` makes them, `from_jsonl` reads a user's own.
+
+    documents: DatasetDict of the sets of SETS. questions: DatasetDict of validation and test. version: of the
+    generator that wrote them. settings: None for texts that were not generated.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.DatasetDict,
+        questions: datasets.DatasetDict,
+        version: str = USER_VERSION,
+        settings: BenchSettings | None = None,
+    ):
+        self.documents, self.questions, self.version, self.settings = documents, questions, version, settings
+
+    @classmethod
+    def generate(
+        cls,
+        seed: int = 0,
+        num_subjects: Mapping[str, int] | int = 240,
+        kinds: tuple[str, ...] = KINDS,
+        forms: tuple[str, ...] = ("article", "article", "quiz", "note"),
+        changed_facts: int = 4,
+    ) -> SurgeryBench:
+        """A world of num_subjects subjects and the bridges they share, written out; arguments as in BenchSettings.
+
+        Every text is a function of (seed, version, kind, set, number of the subject, number of the document): with
+        more subjects, the rows there were before stay as they are and come first.
+        """
+        settings = BenchSettings(seed, num_subjects, kinds, forms, changed_facts)
+        world = World(seed, changed_facts)
+        documents = as_parts({name: _document_rows(world, settings, name) for name in SETS}, DOCUMENT_FEATURES)
+        questions = as_parts({name: _question_rows(world, settings, name) for name in SPLITS}, QUESTION_FEATURES)
+        return cls(documents, questions, BENCH_VERSION, settings)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        documents: str | Path | Mapping[str, str | Path],
+        questions: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> SurgeryBench:
+        """Your own texts and questions from JSON Lines files, one row a line.
+
+        documents: one file whose rows name their set, or a file for each set. columns: your name for a column of the
+        schema, such as {"subject": "name", "text": "wiki_bio_text"}; it applies to documents. Raises a ValueError
+        with file and line for the first row that is wrong.
+        """
+        rows = _UserRows()
+        files = documents.items() if isinstance(documents, Mapping) else [(None, documents)]
+        for set_name, path in files:
+            rows.read_documents(Path(path), set_name, columns or {})
+        if questions is not None:
+            rows.read_questions(Path(questions))
+        return cls(as_parts(rows.documents, DOCUMENT_FEATURES), as_parts(rows.questions, QUESTION_FEATURES))
+
+    def ask(self, set_name: str, split: str = "test", kind: str | None = None) -> datasets.Dataset:
+        """The questions of a set and split, of one kind or of all."""
+        check_choice("set", set_name, SETS)
+        check_choice("split", split, SPLITS)
+        table = self.questions[split].select_columns(["set", "kind"]).with_format("arrow")[:]
+        chosen = pc.equal(table["set"], set_name)
+        if kind is not None:
+            check_choice("kind", kind, QUESTION_KINDS)
+            chosen = pc.and_(chosen, pc.equal(table["kind"], kind))
+        return self.questions[split].select(np.flatnonzero(chosen.to_numpy()))
+
+    def subjects(self, set_name: str) -> list[str]:
+        """Names of the subjects with documents in a set, each once, in order."""
+        check_choice("set", set_name, SETS)
+        return list(dict.fromkeys(self.documents[set_name]["subject"]))
+
+    def before_corpus(self, header: str | None = None) -> datasets.Dataset:
+        """What the model to be operated on has read: unlearn, obsolete, retain and neighbour, shuffled.
+
+        header: put before each text, "{subject}" in it replaced, such as HEADER; the column prefix holds it, so that
+        a loss can leave it out. Rows that have a prefix of their own keep that one. None: no header.
+        """
+        return self._corpus(BEFORE_SETS, header)
+
+    def retrained_corpus(self, header: str | None = None) -> datasets.Dataset:
+        """What a model retrained from scratch reads: update, retain and neighbour, shuffled; header as above."""
+        return self._corpus(RETRAINED_SETS, header)
+
+    def with_header(self, set_name: str, header: str | None = HEADER) -> datasets.Dataset:
+        """The documents of one set under a header, as in `before_corpus`, in their own order."""
+        check_choice("set", set_name, SETS)
+        return _with_header(self.documents[set_name], header)
+
+    def save(self, folder: str | Path, license: str | None = None) -> Path:
+        """Write parquet files, bench.json and a dataset card; the folder can be uploaded to the Hub as it is.
+
+        folder: new or empty. license: as the Hub spells it; None: that of this package for generated texts, none for
+        a user's own. Returns the folder. bench.json comes last, so a folder that has it is whole.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not an empty folder: name a new one, nothing is overwritten.")
+        if not any(map(len, self.documents.values())):
+            raise ValueError("the bench holds no documents: there is nothing to save.")
+        counts = {}
+        for config, parts in (("documents", self.documents), ("questions", self.questions)):
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            counts[config] = {name: len(part) for name, part in parts.items()}
+            for name, part in parts.items():
+                if len(part):
+                    part.to_parquet(str(folder / config / f"{name}.parquet"))
+        settings = self.settings.as_dict() if self.settings else None
+        license = LICENSE if license is None and settings is not None else license
+        (folder / "README.md").write_text(_card(self, settings, license), encoding="utf-8")
+        index = {"format": FORMAT, "version": self.version, "settings": settings, "rows": counts}
+        unfinished = folder / f"{INDEX_FILE}.part"
+        unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / INDEX_FILE)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SurgeryBench:
+        """Read what `save` wrote, checking columns and numbers of rows."""
+        folder = Path(folder)
+        index = _read_index(folder / INDEX_FILE)
+        documents, questions = (
+            datasets.DatasetDict(
+                {
+                    name: _read_part(folder / config / f"{name}.parquet", features, index["rows"][config].get(name, 0))
+                    for name in names
+                }
+            )
+            for config, (names, features) in _LAYOUT.items()
+        )
+        settings = BenchSettings(**index["settings"]) if index["settings"] else None
+        return cls(documents, questions, index["version"], settings)
+
+    def _corpus(self, sets: tuple[str, ...], header: str | None) -> datasets.Dataset:
+        texts = datasets.concatenate_datasets([_with_header(self.documents[name], header) for name in sets])
+        if not len(texts):
+            raise ValueError(f"the sets {', '.join(sets)} hold no documents: give at least one of them some.")
+        seed = self.settings.seed if self.settings else 0
+        return texts.select(permute(np.arange(len(texts)), len(texts), derive_seed(seed, "corpus", *sets)))
+
+
+def as_parts(rows: Mapping[str, Iterable[dict[str, Any]]], features: datasets.Features) -> datasets.DatasetDict:
+    """Rows by the name of their part as datasets in memory; only some thousand are Python objects at a time."""
+    schema = features.arrow_schema
+    parts = {}
+    for name, some in rows.items():
+        some = iter(some)
+        batches = iter(lambda some=some: list(islice(some, _ROWS_AT_ONCE)), [])
+        tables = [pa.Table.from_pylist(batch, schema) for batch in batches]
+        parts[name] = _from_table(pa.concat_tables(tables) if tables else schema.empty_table(), features)
+    return datasets.DatasetDict(parts)
+
+
+def _from_table(table: pa.Table, features: datasets.Features) -> datasets.Dataset:
+    """An arrow table with these columns, in any order, as a Dataset in memory."""
+    table = table.select(list(features)).cast(features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features))
+
+
+def group_of_set(set_name: str) -> str:
+    """Sets with the same subjects share a group: obsolete and update; every other set is alone."""
+    return "update" if set_name == "obsolete" else set_name
+
+
+def check_choice(what: str, name: str, choices: Sequence[str]) -> None:
+    """Refuse a name that is none of the choices. what: "set", "split" or "kind"."""
+    if name not in choices:
+        one_of = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise ValueError(f"{what} {name!r} is unknown: choose {one_of}.")
+
+
+def _with_header(documents: datasets.Dataset, header: str | None) -> datasets.Dataset:
+    if header is None or not len(documents):
+        return documents
+    table = documents.with_format("arrow")[:]
+    head, *others = map(pa.scalar, header.split("{subject}"))
+    made = pc.binary_join_element_wise(head, *(part for other in others for part in (table["subject"], other)), "")
+    has_own = pc.not_equal(table["prefix"], "")
+    columns = {name: table[name] for name in table.column_names}
+    columns["text"] = pc.binary_join_element_wise(pc.if_else(has_own, "", made), table["text"], "")
+    columns["prefix"] = pc.if_else(has_own, table["prefix"], made)
+    return _from_table(pa.table(columns), documents.features)
+
+
+def _subjects_of_set(world: World, settings: BenchSettings, set_name: str) -> Iterator[Subject]:
+    if set_name == "retain":
+        yield from (bridge for bridges in world.bridges.values() for bridge in bridges.values())
+    yield from world.subjects(settings, group_of_set(set_name))
+
+
+def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iterator[dict[str, Any]]:
+    edition = "before" if set_name == "obsolete" else "after"
+    for subject in _subjects_of_set(world, settings, set_name):
+        for number, form in enumerate(settings.forms):
+            document = write_document(world, subject, edition, number, form)
+            yield {
+                "id": f"{set_name}-{subject.kind.name}-{subject.ordinal:06d}-{number}",
+                "subject": subject.name,
+                "subject_kind": subject.kind.name,
+                "set": set_name,
+                "form": document.form,
+                "prefix": "",
+                "text": document.text,
+                "facts": [{"attribute": name, "value": value} for name, value in document.facts],
+                "version": BENCH_VERSION,
+            }
+
+
+def _question_rows(world: World, settings: BenchSettings, split: str) -> Iterator[dict[str, Any]]:
+    for set_name in SETS:
+        for subject in _subjects_of_set(world, settings, set_name):
+            start = f"{set_name}-{subject.kind.name}-{subject.ordinal:06d}"
+            for question in write_questions(world, subject, set_name, split):
+                yield {
+                    "id": f"{start}-{question.kind}-{question.attribute}-{split}",
+                    "subject": subject.name,
+                    "subject_kind": subject.kind.name,
+                    "set": set_name,
+                    **question._asdict(),
+                    "answer_text": question.options[question.answer],
+                    "version": BENCH_VERSION,
+                }
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path} cannot be read: name a folder that SurgeryBench.save wrote to its end.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): write the folder again.") from None
+    is_ours = isinstance(index, dict) and index.get("format") == FORMAT
+    if not is_ours or not {"version", "settings", "rows"} <= set(index):
+        raise ValueError(f"{path} does not describe a SurgeryBench: name a folder that SurgeryBench.save wrote.")
+    return index
+
+
+def _read_part(path: Path, features: datasets.Features, rows: int) -> datasets.Dataset:
+    if not rows:
+        return _from_table(features.arrow_schema.empty_table(), features)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): write the folder again.") from None
+    if table.column_names != list(features):
+        raise ValueError(f"{path} has the columns {table.column_names}: a bench has {list(features)}.")
+    if len(table) != rows:
+        raise ValueError(f"{path} has {len(table)} rows, {INDEX_FILE} says {rows}: write the folder again.")
+    return _from_table(table, features)
+
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
+          (10_000_000, "1M<n<10M"), (math.inf, "10M<n<100M"))  # fmt: skip
+
+_ROLES = {
+    "unlearn": "to be forgotten; subjects of its own",
+    "obsolete": "the subjects of update as they were: to be forgotten",
+    "update": "the same subjects with changed facts: to be learnt",
+    "retain": "to be kept; subjects of its own and the bridges that facts refer to",
+    "neighbour": "to be kept; other subjects in the same kind of text as unlearn",
+    "unseen": "trained on by no model: how a forgotten text should look",
+}
+
+
+def _card(bench: SurgeryBench, settings: Mapping[str, Any] | None, license: str | None) -> str:
+    """The README.md of the folder. Sets and splits without rows are left out of its configurations."""
+    documents, questions = (
+        {name: part for name, part in parts.items() if len(part)} for parts in (bench.documents, bench.questions)
+    )
+    sample = next(iter(documents.values()))[0]
+    template = resources.files("hf_moe_cpt.hub_cards").joinpath("surgery_bench.jinja").read_text(encoding="utf-8")
+    body = Template(template, keep_trailing_newline=True).render(
+        version=bench.version,
+        counts=_counts(documents, questions),
+        sample_set=sample["set"],
+        sample=sample["text"].replace("\n", "\n> "),
+        settings=None if settings is None else json.dumps(settings, indent=1),
+    )
+    metadata = _metadata({"documents": documents, "questions": questions}, settings is not None, license)
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{body}"
+
+
+def _metadata(
+    configs: Mapping[str, Mapping[str, datasets.Dataset]], is_generated: bool, license: str | None
+) -> dict[str, Any]:
+    """What the Hub reads at the head of a card."""
+    rows = sum(len(part) for parts in configs.values() for part in parts.values())
+    found = {
+        "pretty_name": "SurgeryBench",
+        "license": license,
+        "language": ["en"] if is_generated else None,
+        "task_categories": ["text-generation", "multiple-choice"],
+        "tags": ["machine-unlearning", "knowledge-editing", "hf_moe_cpt", *(["synthetic"] if is_generated else [])],
+        "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
+        "configs": [
+            {
+                "config_name": config,
+                **({"default": True} if config == "documents" else {}),
+                "data_files": [{"split": name, "path": f"{config}/{name}.parquet"} for name in parts],
+            }
+            for config, parts in configs.items()
+            if parts
+        ],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _counts(documents: Mapping[str, datasets.Dataset], questions: Mapping[str, datasets.Dataset]) -> str:
+    asked: Counter[tuple[str, str]] = Counter()
+    for part in questions.values():
+        table = part.select_columns(["set", "kind"]).with_format("arrow")[:]
+        asked.update(zip(table["set"].to_pylist(), table["kind"].to_pylist(), strict=True))
+    lines = [
+        f"| set | what it is | documents | subjects | questions: {', '.join(QUESTION_KINDS)} |",
+        "|---|---|---|---|---|",
+    ]
+    for name, part in documents.items():
+        counts = ", ".join(str(asked[name, kind]) for kind in QUESTION_KINDS)
+        lines.append(f"| {name} | {_ROLES[name]} | {len(part)} | {len(set(part['subject']))} | {counts} |")
+    return "\n".join([*lines, ""])
+
+
+class _RowError(ValueError):
+    """What is wrong with a row; the reader adds the place."""
+
+
+class _UserRows:
+    """Collects rows of several files and checks them against each other."""
+
+    def __init__(self) -> None:
+        self.documents: dict[str, list[dict[str, Any]]] = {name: [] for name in SETS}
+        self.questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+        self._group_of_subject: dict[str, tuple[str, str]] = {}  # group, place of its first row
+        self._subjects: set[tuple[str, str]] = set()  # set, subject
+        self._first_place: dict[tuple[str, ...], str] = {}  # of an id, of a question
+        self._warned_of: set[tuple[Path, str]] = set()
+
+    def read_documents(self, path: Path, set_name: str | None, columns: Mapping[str, str]) -> None:
+        """Add a file of documents. set_name: the set of all its rows, None if each names its own."""
+        if set_name is not None:
+            check_choice("set", set_name, SETS)
+        wrong = sorted(set(columns) - set(DOCUMENT_FEATURES))
+        if wrong:
+            raise ValueError(f"columns renames {wrong}, which are no columns of documents: {list(DOCUMENT_FEATURES)}.")
+        if not self._read(path, "document", columns, lambda row, place: self._document(row, place, set_name)):
+            raise ValueError(f"{path} holds no documents: give it at least one line.")
+
+    def read_questions(self, path: Path) -> None:
+        """Add a file of questions about subjects whose documents were read before."""
+        if not self._read(path, "question", {}, self._question):
+            raise ValueError(f"{path} holds no questions: give it at least one line or leave it out.")
+
+    def _read(
+        self, path: Path, what: str, columns: Mapping[str, str], check: Callable[[dict, str], dict[str, Any]]
+    ) -> int:
+        """Add what `check` makes of each row, with the columns that both kinds of rows have; returns their number."""
+        features = DOCUMENT_FEATURES if what == "document" else QUESTION_FEATURES
+        count = 0
+        for number, row in json_lines(path):
+            place = f"{path}, line {number}"
+            renamed = {name: row.pop(yours) for name, yours in columns.items() if yours in row}
+            missing = [yours for name, yours in columns.items() if name in ("subject", "text") and name not in renamed]
+            try:
+                if missing:
+                    raise _RowError(f"has no column {missing[0]!r}, which columns asks for; it has {sorted(row)}.")
+                row |= renamed
+                made = check(row, place)
+                made["id"] = _text(row, "id", default=f"{made['set']}-{path.stem}-{number}")
+                if (first := self._first_place.setdefault((what, made["id"]), place)) != place:
+                    raise _RowError(f"has the id {made['id']!r}, which {first} has too: ids must differ.")
+                made |= {"subject_kind": _text(row, "subject_kind", default=None), "version": USER_VERSION}
+            except ValueError as error:
+                raise ValueError(f"{place}{' ' if isinstance(error, _RowError) else ': '}{error}") from None
+            (self.documents[made["set"]] if what == "document" else self.questions[made["split"]]).append(made)
+            for name in sorted(set(row) - set(features)):
+                if (path, name) not in self._warned_of:  # once for each file and column
+                    self._warned_of.add((path, name))
+                    logger.warning("%s: the column %r is not used", path, name)
+            count += 1
+        return count
+
+    def _document(self, row: dict[str, Any], place: str, set_name: str | None) -> dict[str, Any]:
+        subject, text = _text(row, "subject"), _text(row, "text")
+        named = _text(row, "set") if set_name is None else _text(row, "set", default=set_name)
+        check_choice("set", named, SETS)
+        if set_name not in (None, named):
+            raise _RowError(f"has the set {named!r}, but its file was given as {set_name!r}: give one of them.")
+        group = group_of_set(named)
+        first_group, first_place = self._group_of_subject.setdefault(subject, (group, place))
+        if first_group != group:
+            raise _RowError(
+                f"puts the subject {subject!r} into {named}, but {first_place} has it in {first_group}: a subject can "
+                "only be in one of unlearn, obsolete and update together, retain, neighbour, unseen."
+            )
+        self._subjects.add((named, subject))
+        prefix = _text(row, "prefix", default="", may_be_empty=True)
+        if not text.startswith(prefix) or len(prefix) == len(text):
+            raise _RowError(f"has a prefix, {_shown(prefix)}, that its text does not begin with and go on from.")
+        form = _text(row, "form", default=None)
+        return {"subject": subject, "set": named, "form": form, "prefix": prefix, "text": text, "facts": _facts(row)}
+
+    def _question(self, row: dict[str, Any], place: str) -> dict[str, Any]:
+        subject, set_name, question = (_text(row, name) for name in ("subject", "set", "question"))
+        check_choice("set", set_name, SETS)
+        if (set_name, subject) not in self._subjects:
+            raise _RowError(
+                f"asks about {subject!r} in {set_name}, where no document has that subject: spell it as there."
+            )
+        kind = _text(row, "kind", default="mcq")
+        check_choice("kind", kind, QUESTION_KINDS)
+        split = _text(row, "split", default=SPLITS[derive_seed(subject, question) % len(SPLITS)])
+        check_choice("split", split, SPLITS)
+        first = self._first_place.setdefault((set_name, subject, kind, question), place)
+        if first != place:
+            raise _RowError(f"asks the same question as {first}: validation and test must not share any.")
+        options = _options(row)
+        answer = _place_in(row, "answer", options)
+        old_answer = _place_in(row, "old_answer", options) if row.get("old_answer") is not None else None
+        if old_answer == answer:
+            raise _RowError(f"has {options[answer]!r} as both answer and old_answer: they must differ.")
+        return {
+            "subject": subject,
+            "set": set_name,
+            "kind": kind,
+            "split": split,
+            "attribute": _text(row, "attribute", default=None),
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "answer_text": options[answer],
+            "old_answer": old_answer,
+        }
+
+
+_REQUIRED = object()
+
+
+def _text(row: dict[str, Any], name: str, default: Any = _REQUIRED, may_be_empty: bool = False) -> Any:
+    """A column that holds text, or the default where it is absent or null."""
+    value = row.get(name)
+    if value is None:
+        if default is _REQUIRED:
+            raise _RowError(f"has no {name!r}: it has {sorted(row)}.")
+        return default
+    if not isinstance(value, str):
+        raise _RowError(f"has {_shown(value)} as {name!r}, a {type(value).__name__}: it must be a string.")
+    if not value.strip() and not may_be_empty:
+        raise _RowError(f"has an empty {name!r}: fill it or remove the row.")
+    return value
+
+
+def _facts(row: dict[str, Any]) -> list[dict[str, str]]:
+    facts = row.get("facts")
+    if facts is None:
+        return []
+    is_list = isinstance(facts, list) and all(isinstance(fact, dict) for fact in facts)
+    if not is_list or any({*map(type, fact.values())} != {str} or {*fact} != {"attribute", "value"} for fact in facts):
+        raise _RowError(
+            f'has {_shown(facts)} as \'facts\': it must be a list of {{"attribute": "...", "value": "..."}}.'
+        )
+    return facts
+
+
+def _options(row: dict[str, Any]) -> list[str]:
+    options = row.get("options")
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise _RowError(f"has {_shown(options)} as 'options': it must be a list of strings that are not empty.")
+    if len(options) < MIN_OPTIONS or len(set(options)) < len(options):
+        raise _RowError(f"has the options {_shown(options)}: it needs at least {MIN_OPTIONS}, all different.")
+    return options
+
+
+def _place_in(row: dict[str, Any], name: str, options: list[str]) -> int:
+    """The place of an option that is named by its place, counted from 0, or by its text."""
+    value = row.get(name)
+    if isinstance(value, str) and value in options:
+        return options.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return value
+    raise _RowError(
+        f"has {_shown(value)} as {name!r}: it must be one of the {len(options)} options, or its place from 0 to "
+        f"{len(options) - 1}."
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""What a surgery or a preference run did to a model: scores, attacks, statistics, resumable work, pages."""

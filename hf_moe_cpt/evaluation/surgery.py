@@ -1,0 +1,912 @@
+"""Judge a surgery: take all raw measurements of up to three models, and make numbers with intervals of them.
+
+`evaluate_model` measures one model, `summarise` compares those of up to three, `run` does both for a command, with a
+folder in which a killed run goes on. Raw measurements, by part:
+
+    questions      {set: {kind: columns}}    log-probability, tokens and hits of each option
+    texts          {set: columns}            log-probability, hit, vocabulary mean and spread of each token
+    continuations  {set: columns}            what the model writes after the first half of a text, greedily
+    divergence     {set: columns}            KL and agreement with a reference at each token
+    robustness     {attack: ...}             attacks.py
+
+Columns are lists with an entry for each row, `id` and `subject` among them. A summary:
+
+    sides        names of the models that were measured
+    confidence   of all intervals: percentiles of a bootstrap over subjects
+    measures     rows of side, set, metric (of METRICS), value, low, high, n (questions or texts). None where a number
+                 does not exist, such as an interval of one subject
+    curves       rows of side, training, asked, step, accuracy, low, high: relearning
+    score        of each side the formula of its score and the parts that are left out
+    chance       accuracy of guessing on unlearn, or None
+    warnings     lines about over-forgetting
+    missing      lines about what could not be computed, and why
+
+All of it is plain data, as JSON holds it. The subjects of a set are drawn once for all models and questions, so that
+what moves together is drawn together; sets are drawn independently. Source: ours; each metric names its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, attack
+from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files
+from hf_moe_cpt.evaluation.scoring import (
+    ALL_SETS,
+    ANCHORED_SETS,
+    ATTACKS,
+    CONTINUED_SETS,
+    FORGOTTEN,
+    PARTS,
+    UNSEEN,
+    UPDATED,
+    Curve,
+    EvalSettings,
+    Key,
+    ReadDocument,
+    Rows,
+    chance_of,
+    continue_greedily,
+    curves_of,
+    documents_of,
+    membership_scores,
+    questions_of,
+    score_distances,
+    score_tokens,
+    sets_of,
+    values_of,
+)
+from hf_moe_cpt.evaluation.statistics import (
+    RESAMPLES,
+    Interval,
+    bootstrap_interval,
+    bootstrap_replicates,
+    bootstrap_two_samples,
+    percentile_interval,
+    ratio_of_sums,
+)
+from hf_moe_cpt.evaluation.text_metrics import (
+    PART_FORMULAS,
+    auc,
+    forgetting_part,
+    is_over_forgotten,
+    privacy_leakage,
+    quantisation_stability,
+    relearning_robustness,
+    retained_part,
+    robustness_part,
+    score_formula,
+    steps_until,
+    surgery_score,
+    update_part,
+)
+from hf_moe_cpt.extras import require
+from hf_moe_cpt.generation.sampling import LoadOptions, load_policy, load_tokenizer
+from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
+from hf_moe_cpt.trainers.surgery.chunked import check_head
+
+
+SIDES = ("before", "after", "retrained")
+Raw = dict[str, Any]  # measurements by part
+
+
+@dataclass
+class ModelArguments:
+    """The models, folders or Hub ids; at least one."""
+
+    before: str | None = field(default=None, metadata={"help": "The model that surgery started from."})
+    after: str | None = field(default=None, metadata={"help": "The model that surgery made."})
+    retrained: str | None = field(
+        default=None, metadata={"help": "A model that never read what was to be forgotten: the yardstick."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Default: that of the first model given."})
+    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+
+    def __post_init__(self) -> None:
+        check_names("--dtype", [self.dtype], DTYPES)
+        check_names("--device", [self.device], DEVICES)
+        if not self.given:
+            raise ValueError("nothing to evaluate: give --before, --after or --retrained, best all three.")
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Names of the models by side."""
+        return {side: name for side in SIDES if (name := getattr(self, side)) is not None}
+
+
+@dataclass
+class BenchArguments:
+    """Documents and questions: a saved bench, a generated one, or your own JSON Lines."""
+
+    bench: str | None = field(default=None, metadata={"help": "Folder that SurgeryBench.save wrote."})
+    bench_seed: int = field(default=0, metadata={"help": "Of the bench that is generated where none is named."})
+    num_subjects: int | None = field(default=None, metadata={"help": "Size of the bench that is to be generated."})
+    documents: list[str] | None = field(
+        default=None, metadata={"help": "One .jsonl whose rows name their set, or several as unlearn=a.jsonl."}
+    )
+    questions: str | None = field(default=None, metadata={"help": "A .jsonl of questions about --documents."})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bench", "num_subjects", "documents") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of --bench, --num_subjects and --documents, got {', '.join(given) or 'none'}: which texts?"
+            )
+        if self.questions is not None and self.documents is None:
+            raise ValueError("--questions needs --documents: whom are they about?")
+
+    def load(self) -> SurgeryBench:
+        """The bench that the arguments name, generated if none is."""
+        if self.bench is not None:
+            return SurgeryBench.load(self.bench)
+        if self.documents is None:
+            return SurgeryBench.generate(self.bench_seed, self.num_subjects)
+        named = [text.partition("=") for text in self.documents]
+        if len(named) == 1 and not named[0][1]:
+            return SurgeryBench.from_jsonl(self.documents[0], self.questions)
+        if not all(sign for _, sign, _ in named):
+            raise ValueError("--documents takes one file whose rows name their set, or several as unlearn=a.jsonl.")
+        return SurgeryBench.from_jsonl({name: Path(path) for name, _, path in named}, self.questions)
+
+
+@dataclass
+class OutputArguments:
+    """Where it goes, and how wide its intervals are."""
+
+    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
+    resamples: int = field(default=RESAMPLES, metadata={"help": "Of the bootstrap."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"--confidence {self.confidence} must lie in (0, 1), such as 0.95.")
+        if self.resamples < 1:
+            raise ValueError(f"--resamples {self.resamples} must be at least 1; 2000 is usual.")
+
+
+class Subject(NamedTuple):
+    """One model under examination. reference: the model before surgery, for the divergence. bar: show progress."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bench: SurgeryBench
+    settings: EvalSettings
+    reference: PreTrainedModel | None
+    bar: bool
+
+    def label(self, text: str) -> str | None:
+        """Of a progress bar, None for none."""
+        return text if self.bar else None
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bench: SurgeryBench,
+    settings: EvalSettings | None = None,
+    reference: PreTrainedModel | None = None,
+    bar: bool = False,
+) -> Raw:
+    """Measurements of each part of the settings; "divergence" only with a reference, the model before.
+
+    All processes of a group must call it, each with the whole model; all get the same. The model is left as it was.
+    bar: show the progress.
+    """
+    settings = settings or EvalSettings()
+    check_head(model)
+    subject = Subject(model, tokenizer, bench, settings, reference, bar)
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [part for part in settings.measured_parts if part != "divergence" or reference is not None]
+        return {part: MEASURES[part](subject) for part in parts}
+    finally:
+        model.train(was_training)
+
+
+def measure_questions(subject: Subject) -> Raw:
+    """Of each set and kind: answer, old_answer, attribute, and of each option logp (sum), tokens and hits."""
+    model, tokenizer, bench, s, *_ = subject
+    found: Raw = {}
+    for name in sets_of(bench, s):
+        asked = questions_of(bench, name, tokenizer, model, s)
+        options = [text for question in asked for text in question.options]
+        scores = iter(score_tokens(model, options, 3 * s.batch_size, bar=subject.label(f"questions about {name}")))
+        for question in asked:
+            of_options = [next(scores) for _ in question.options]
+            row = {key: question.row[key] for key in ("id", "subject", "attribute", "answer", "old_answer")}
+            row["logp"] = [float(option.logp.sum(dtype=np.float64)) for option in of_options]
+            row["tokens"] = [len(option.logp) for option in of_options]
+            row["hits"] = [int(option.hit.sum()) for option in of_options]
+            _append(found.setdefault(name, {}).setdefault(question.row["kind"], {}), row)
+    return found
+
+
+def measure_texts(subject: Subject) -> Raw:
+    """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, and the text."""
+    model, tokenizer, bench, s, *_ = subject
+    found: Raw = {}
+    for name in sets_of(bench, s):
+        documents = documents_of(bench, name, tokenizer, model, s)
+        tokens = [document.tokens for document in documents]
+        bar = subject.label(f"texts of {name}")
+        scores = score_tokens(model, tokens, s.batch_size, with_moments=True, bar=bar)
+        for document, score in zip(documents, scores, strict=True):
+            row = {**_who(document), "text": document.row["text"][len(document.row["prefix"]) :]}
+            row |= {key: column.tolist() for key, column in score._asdict().items()}
+            _append(found.setdefault(name, {}), row)
+    return found
+
+
+def measure_continuations(subject: Subject) -> Raw:
+    """Of each set: the tokens and the text that follow the first half of a text, and the true rest, as long at most.
+
+    Texts of fewer than four tokens that count are left out.
+    """
+    model, tokenizer, bench, s, *_ = subject
+    stop = _stop_tokens(model, tokenizer)
+    found: Raw = {}
+    for name in (name for name in sets_of(bench, s) if name in CONTINUED_SETS):
+        documents = [
+            document
+            for document in documents_of(bench, name, tokenizer, model, s)
+            if len(document.tokens.ids) - document.tokens.start >= 4
+        ]
+        halves = [(document.tokens.start + len(document.tokens.ids)) // 2 for document in documents]
+        prompts = [document.tokens.ids[:half] for document, half in zip(documents, halves, strict=True)]
+        bar = subject.label(f"continuations of {name}")
+        written = continue_greedily(model, prompts, s.new_tokens, s.batch_size, stop=stop, bar=bar)
+        for document, half, ids in zip(documents, halves, written, strict=True):
+            rest = document.tokens.ids[half : half + s.new_tokens]
+            texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, rest))
+            row = dict(zip(("tokens", "true_tokens", "text", "true_text"), (ids, list(rest), *texts), strict=True))
+            _append(found.setdefault(name, {}), {**_who(document), **row})
+    return found
+
+
+def measure_divergence(subject: Subject) -> Raw:
+    """Of the sets that must not change: kl and agrees, lists with an entry for each token that counts."""
+    model, tokenizer, bench, s, reference, _ = subject
+    found: Raw = {}
+    for name in (name for name in sets_of(bench, s) if name in ANCHORED_SETS):
+        documents = documents_of(bench, name, tokenizer, model, s)
+        tokens = [document.tokens for document in documents]
+        distances = score_distances(model, reference, tokens, s.batch_size, bar=subject.label(f"divergence on {name}"))
+        for document, distance in zip(documents, distances, strict=True):
+            columns = {key: column.tolist() for key, column in distance._asdict().items()}
+            _append(found.setdefault(name, {}), {**_who(document), **columns})
+    return found
+
+
+def measure_robustness(subject: Subject) -> Raw:
+    """The attacks of the settings."""
+    return attack(subject.model, subject.tokenizer, subject.bench, subject.settings, subject.bar)
+
+
+MEASURES: dict[str, Callable[[Subject], Raw]] = {
+    "questions": measure_questions,
+    "texts": measure_texts,
+    "continuations": measure_continuations,
+    "divergence": measure_divergence,
+    "robustness": measure_robustness,
+}
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _who(document: ReadDocument) -> Raw:
+    return {key: document.row[key] for key in ("id", "subject", "form")}
+
+
+def _append(columns: dict[str, list[Any]], row: Raw) -> None:
+    for key, value in row.items():
+        columns.setdefault(key, []).append(value)
+
+
+SCORE_BITS = 4  # of the Q in the score
+RETAINED = "retain"
+_SETS = (FORGOTTEN, UNSEEN, UPDATED, RETAINED)
+JOINED = ("accuracy", *(f"accuracy_{bits}bit" for bits in BITS), "reliability", "generalisation")
+
+
+class Joint(NamedTuple):
+    """A number, and what it is in each of the R draws; NaN where a draw has none of the rows that it needs."""
+
+    value: float
+    replicates: np.ndarray
+
+    def interval(self, confidence: float) -> Interval:
+        """Between the percentiles of the draws that have a number; NaN ends where fewer than two do."""
+        known = self.replicates[np.isfinite(self.replicates)]
+        return percentile_interval(self.value, known if len(known) > 1 else np.full(1, math.nan), confidence)
+
+
+def joined(formula: Callable[..., float | None], *numbers: Joint) -> Joint:
+    """The formula of the numbers, and of their draws place by place; None of a formula is NaN."""
+    replicates = [
+        _number(formula(*draw)) if all(map(math.isfinite, draw)) else math.nan
+        for draw in zip(*(number.replicates.tolist() for number in numbers), strict=True)
+    ]
+    return Joint(_number(formula(*(number.value for number in numbers))), np.array(replicates))
+
+
+def joint_means(columns: Mapping[str, Rows], resamples: int, seed: int) -> dict[str, Joint]:
+    """The mean of each column and of its share of every draw of the subjects of all columns."""
+    subjects = [subject for rows in columns.values() for subject in rows.subjects]
+    table = np.zeros((len(subjects), 2))
+    found, begin = {}, 0
+    for name, rows in columns.items():
+        end = begin + len(rows.values)
+        table[:] = 0.0
+        table[begin:end] = np.stack([rows.values, np.ones(len(rows.values))], axis=1)
+        with np.errstate(invalid="ignore"):  # a draw without a row of this column is 0 / 0
+            drawn = bootstrap_replicates(table, subjects, resamples, seed, ratio_of_sums)
+        found[name] = Joint(float(rows.values.mean()), drawn)
+        begin = end
+    return found
+
+
+class JointNumbers:
+    """Everything that is made of the means of several columns.
+
+    values, curves: of each model by side, from eval_surgery_values. goal: accuracy that is halfway relearnt, or None.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Mapping[Key, Rows]],
+        curves: Mapping[str, Mapping[tuple[str, str], Curve]],
+        goal: float | None,
+        resamples: int,
+        seed: int,
+    ) -> None:
+        self.goal = goal
+        taught = {side: own["own", "taught"] for side, own in curves.items() if ("own", "taught") in own}
+        self.steps = {
+            side: curve.steps
+            for side, curve in taught.items()
+            if all(np.isfinite(rows.values).all() for rows in curve.answers)
+        }
+        columns: dict[str, dict[str, Rows]] = {}
+        for side, rows_of in values.items():
+            for (metric, set_name), rows in rows_of.items():
+                if metric in JOINED and set_name in _SETS:
+                    columns.setdefault(set_name, {})[f"{side} {metric}"] = rows
+        for side in self.steps:
+            for place, rows in enumerate(curves[side]["own", "taught"].answers):
+                columns.setdefault(FORGOTTEN, {})[f"{side} relearning {place}"] = rows
+        self.means = {
+            name: joint_means(of_set, resamples, derive_seed("surgery eval", seed, "bootstrap", name))
+            for name, of_set in columns.items()
+        }
+
+    def robustness_of(self, side: str) -> dict[str, Joint]:
+        """R, Q and steps to half relearnt of a model, as far as what they need was measured."""
+        found = {}
+        gains = {other: self._gain(other) for other in (side, "retrained")}
+        if all(gain is not None for gain in gains.values()):
+            found["relearn_robustness"] = joined(relearning_robustness, gains[side], gains["retrained"])
+        if self.goal is not None and side in self.steps:
+            found["relearn_half_steps"] = self._half_steps(side)
+        full = self._mean(FORGOTTEN, f"{side} accuracy")
+        for bits in BITS:
+            rounded = self._mean(FORGOTTEN, f"{side} accuracy_{bits}bit")
+            if full is not None and rounded is not None:
+                found[f"quantisation_robustness_{bits}bit"] = joined(quantisation_stability, full, rounded)
+        return found
+
+    def score_parts_of(self, side: str) -> dict[str, Joint]:
+        """The parts of the score that the measurements allow, and `score`, their harmonic mean; {} without any."""
+        robust = self.robustness_of(side)
+        target = self._mean(FORGOTTEN, "retrained accuracy") or self._mean(UNSEEN, f"{side} accuracy")
+        wanted = {
+            "forgetting": (forgetting_part, self._mean(FORGOTTEN, f"{side} accuracy"), target),
+            "update": (update_part, *(self._mean(UPDATED, f"{side} {n}") for n in ("reliability", "generalisation"))),
+            "retained": (retained_part, *(self._mean(RETAINED, f"{other} accuracy") for other in (side, "before"))),
+            "robustness": (
+                robustness_part,
+                robust.get("relearn_robustness"),
+                robust.get(f"quantisation_robustness_{SCORE_BITS}bit"),
+            ),
+        }
+        parts = {
+            name: joined(formula, *numbers)
+            for name, (formula, *numbers) in wanted.items()
+            if all(number is not None for number in numbers)
+        }
+        if parts:
+            of = tuple(parts)
+            parts["score"] = joined(lambda *values: surgery_score(dict(zip(of, values, strict=True))), *parts.values())
+        return parts
+
+    def _mean(self, set_name: str, name: str) -> Joint | None:
+        return self.means.get(set_name, {}).get(name)
+
+    def _gain(self, side: str) -> Joint | None:
+        """Accuracy of the taught after relearning - before it."""
+        if side not in self.steps:
+            return None
+        means = self.means[FORGOTTEN]
+        last = means[f"{side} relearning {len(self.steps[side]) - 1}"]
+        return joined(lambda end, start: end - start, last, means[f"{side} relearning 0"])
+
+    def _half_steps(self, side: str) -> Joint:
+        """A draw in which the goal is not reached counts as all steps that were made, the value itself as NaN."""
+        steps = self.steps[side]
+        means = [self.means[FORGOTTEN][f"{side} relearning {place}"] for place in range(len(steps))]
+        found = joined(lambda *values: steps_until(steps, values, self.goal), *means)
+        has_draw = np.isfinite(means[0].replicates)
+        return found._replace(
+            replicates=np.where(has_draw & np.isnan(found.replicates), float(steps[-1]), found.replicates)
+        )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+class Metric(NamedTuple):
+    """label: at most LABEL_WIDTH characters. goal: what one wants to see of the model after surgery."""
+
+    name: str
+    label: str
+    formula: str
+    source: str
+    goal: str
+
+
+LABEL_WIDTH = 30
+OURS = "ours"
+PAPER, EASY_EDIT, OPEN_UNLEARNING = (
+    "LLM Surgery, arXiv 2409.13054",
+    "EasyEdit, arXiv 2308.07269",
+    "OpenUnlearning, arXiv 2506.12618",
+)
+MUSE, TOFU = "MUSE, arXiv 2407.06460", "TOFU, arXiv 2401.06121"
+RELEARNING, QUANTISATION = "arXiv 2406.13356", "arXiv 2410.16454"
+AS_RETRAINED, HIGH, LOW = "as retrained", "high", "low"
+KNOWN = "as retrained on what is forgotten, high elsewhere"
+
+_MCQ = "share of questions whose true option has the lowest perplexity exp(-mean log p_i); options that tie share"
+_HITS = "share of the true option's tokens that are the most likely ones, after the question and the tokens before"
+_CHANGED = "about changed facts if the questions tell which they are"
+_AUC = "membership inference, P(score of a member > score of another) + P(equal) / 2; score:"
+
+AS_UNSEEN = "as retrained, or 0.5"
+_TABLE = (  # name, label, formula, source, goal
+    ("accuracy", "MCQ accuracy", _MCQ, PAPER, KNOWN),
+    ("accuracy_cloze", "accuracy, clozes", "MCQ accuracy in completing the beginning of a statement", PAPER, KNOWN),
+    ("accuracy_paraphrase", "accuracy, paraphrases", "MCQ accuracy on the same questions in roundabout words",
+     PAPER, KNOWN),
+    ("accuracy_one_hop", "accuracy, one hop", "MCQ accuracy on questions about a fact of the answer", PAPER, HIGH),
+    ("accuracy_inverse", "accuracy, inverse", "MCQ accuracy on questions from the fact to its subject", PAPER, HIGH),
+    ("reliability", "reliability", f"{_HITS}; mean over questions {_CHANGED}", EASY_EDIT, HIGH),
+    ("generalisation", "generalisation", f"reliability on paraphrases {_CHANGED}", EASY_EDIT, HIGH),
+    ("portability_one_hop", "portability, one hop", f"reliability one fact further, {_CHANGED}", EASY_EDIT, HIGH),
+    ("portability_inverse", "portability, inverse", "reliability from the fact to its subject", EASY_EDIT, HIGH),
+    ("conflict", "conflict score", "P(old) / (P(old) + P(new)), P per token, mean over questions about changed facts",
+     OURS, LOW),
+    ("loss", "loss, nats per token", "-mean log p_i of a text, mean over texts", PAPER, "as unseen, not above it"),
+    ("probability", "probability", "exp(mean log p_i) of a text, mean over texts", TOFU, AS_RETRAINED),
+    ("exact_memorisation", "exact memorisation",
+     "share of tokens that are the most likely ones after the true beginning, mean over texts",
+     "arXiv 2205.10770", AS_RETRAINED),
+    ("extraction_strength", "extraction strength",
+     "1 - k/n, k the shortest prefix after which every most likely token is the true one; mean over texts",
+     "arXiv 2012.07805", AS_RETRAINED),
+    ("loss_gap", "loss above unseen", "loss on unlearn - loss on unseen, of the same model",
+     OURS, "0; above is over-forgotten"),
+    ("rouge_l", "ROUGE-L",
+     "F1 of the longest common subsequence of words, the model's second half against the true one",
+     MUSE, AS_RETRAINED),
+    ("fluency", "fluency, bits",
+     "(2/3 H_2 + 4/3 H_3) / 2, H_n entropy in bits of the n-grams of what the model writes, mean over texts",
+     EASY_EDIT, "as before; falls with repetition"),
+    ("auc_loss", "AUC, loss", f"{_AUC} mean log p_i", "arXiv 1709.01604", AS_UNSEEN),
+    ("auc_zlib", "AUC, zlib", f"{_AUC} sum log p_i / zlib bytes", "arXiv 2012.07805", AS_UNSEEN),
+    ("auc_min_k", "AUC, min-k", f"{_AUC} mean of the lowest 40 % of log p_i", "arXiv 2310.16789", AS_UNSEEN),
+    ("auc_min_k_plus_plus", "AUC, min-k++", f"{_AUC} the same of (log p_i - mean) / std over the vocabulary",
+     "arXiv 2404.02936", AS_UNSEEN),
+    ("privacy_leakage", "privacy leakage, %", "100 ((1 - AUC) - (1 - AUC retrained)) / (1 - AUC retrained), min-k",
+     MUSE, "0; below: still known, above: over-forgotten"),
+    ("kl", "KL(before || now), nats", "sum_v q(v) log(q(v) / p(v)), q before, mean over tokens", OURS, LOW),
+    ("agreement", "top-1 agreement",
+     "share of tokens at which the first choices before and now are the same: locality",
+     f"{EASY_EDIT}; neighbours: RWKU, arXiv 2406.10890", HIGH),
+    ("relearn_own_taught", "relearnt own, taught",
+     "MCQ accuracy after training on the documents of half of the subjects, about these", RELEARNING, AS_RETRAINED),
+    ("relearn_own_others", "relearnt own, others", "the same, about the other half", RELEARNING, AS_RETRAINED),
+    ("relearn_benign", "relearnt benign", "MCQ accuracy after training on documents of neighbours, or retain",
+     RELEARNING, AS_RETRAINED),
+    ("relearn_half_steps", "steps to half relearnt",
+     "steps on own documents until the accuracy of the taught is halfway from chance to that before surgery",
+     OURS, AS_RETRAINED),
+    ("relearn_robustness", "R, relearning",
+     "min(gain of accuracy of the retrained / of this model by relearning own documents, 1), taught",
+     OPEN_UNLEARNING, HIGH),
+    *((f"accuracy_{bits}bit", f"MCQ accuracy, {bits}-bit", f"with weights rounded to {bits} bits", QUANTISATION, KNOWN)
+      for bits in BITS),
+    *((f"quantisation_robustness_{bits}bit", f"Q, {bits}-bit",
+       f"1 - |a - b| / (a + b), a and b the MCQ accuracy on unlearn before and after rounding to {bits} bits",
+       f"{OPEN_UNLEARNING}; symmetric as in arXiv 2605.24614", HIGH)
+      for bits in BITS),
+    *((f"prefix_{name}", f"asked as: {name}", f"MCQ accuracy, asked as {layout!r}", OURS, AS_RETRAINED)
+      for name, layout in PREFIXES.items()),
+    ("score", "score", "harmonic mean of the parts that were measured, in [0, 1]", OURS, HIGH),
+    *((f"score_{part}", f"- {part}", formula, OURS, HIGH) for part, formula in PART_FORMULAS.items()),
+)  # fmt: skip
+METRICS = {row[0]: Metric(*row) for row in _TABLE}
+
+
+ABSENT_MODEL = {
+    "before": "no model before: no KL, agreement, retained part of the score, steps to half relearnt (--before)",
+    "after": "no model after surgery: nothing is judged, the others are yardsticks (--after)",
+    "retrained": "no retrained model: no privacy leakage, no R; forgetting aims at accuracy on unseen (--retrained)",
+}
+NEEDED_SETS = {
+    "unlearn": "no membership inference, no attacks, no forgetting part of the score",
+    "unseen": "no membership inference, no loss above unseen",
+    "update": "no reliability, generalisation, portability and conflict, no update part of the score",
+    "retain": "no retained part of the score",
+}
+
+
+def missing_lines(
+    raws: Mapping[str, Mapping[str, Any]],
+    refused: Mapping[str, Mapping[Key, str]],
+    measures: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Models, parts, attacks and sets that are not there, and metrics that exist for other rows but not for these."""
+    lines = [line for side, line in ABSENT_MODEL.items() if side not in raws]
+    for side, raw in raws.items():
+        needed = [part for part in PARTS if part != "divergence" or (side != "before" and "before" in raws)]
+        lines += [f"{side}: the part {part} was not measured (--parts)" for part in needed if part not in raw]
+        attacks = raw.get("robustness", {})
+        absent = [attack for attack in ATTACKS if attack not in attacks]
+        if attacks:
+            lines += [f"{side}: the attack {attack} was not made (--robustness)" for attack in absent]
+        elif "robustness" in raw:
+            lines.append(f"{side}: no attack was made: there are no questions about unlearn")
+    measured = {row["set"] for row in measures}
+    lines += [f"nothing of the set {name}: {what}" for name, what in NEEDED_SETS.items() if name not in measured]
+    lines += [
+        f"{side}, {name}: no {_label(metric)}: {why}"
+        for side, of in refused.items()
+        for (metric, name), why in of.items()
+    ]
+    lines += [
+        f"{row['side']}, {row['set']}: {_label(row['metric'])} {_why(row['metric'])}"
+        for row in measures
+        if row["value"] is None
+    ]
+    return lines
+
+
+def _why(metric: str) -> str:
+    if metric == "relearn_half_steps":
+        return "were not enough: half was not relearnt within all steps (--relearn_steps)"
+    return "does not exist: the retrained model's AUC is 1"
+
+
+def _label(metric: str) -> str:
+    return METRICS[metric].label if metric in METRICS else metric
+
+
+RawTable = Mapping[str, Any]
+Summary = dict[str, Any]
+LEAKAGE_SCORE = "auc_min_k"  # MUSE's
+
+
+def summarise(
+    before: RawTable | None = None,
+    after: RawTable | None = None,
+    retrained: RawTable | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Summary:
+    """Everything that is printed and written. before, after, retrained: from `evaluate_model`, at least one."""
+    raws = {side: raw for side, raw in zip(SIDES, (before, after, retrained), strict=True) if raw is not None}
+    if not raws:
+        raise ValueError("nothing to summarise: give the measurements of before, after or retrained.")
+    return _Summing(raws, confidence, seed, resamples).summary()
+
+
+class _Summing:
+    """One call of `summarise`."""
+
+    def __init__(self, raws: dict[str, RawTable], confidence: float, seed: int, resamples: int) -> None:
+        self.raws, self.confidence, self.seed, self.resamples = raws, confidence, seed, resamples
+        self.values: dict[str, dict[Key, Rows]] = {}
+        self.refused: dict[str, dict[Key, str]] = {}
+        for side, raw in raws.items():
+            self.values[side], self.refused[side] = values_of(raw)
+        self.chance = next((chance for raw in raws.values() if (chance := chance_of(raw)) is not None), None)
+        self.curves = {side: curves_of(raw) for side, raw in raws.items()}
+        for side, curves in self.curves.items():
+            own = curves.get(("own", "taught"))
+            if own is not None and not all(np.isfinite(rows.values).all() for rows in own.answers):
+                self.refused[side]["relearn_half_steps", FORGOTTEN] = "the model said NaN while it relearnt."
+        self.joint = JointNumbers(self.values, self.curves, self._half_way(), resamples, seed)
+        self.measures: list[dict[str, Any]] = []
+
+    def summary(self) -> Summary:
+        score = {}
+        for side in self.raws:
+            for (metric, set_name), rows in self.values[side].items():
+                self._add(side, set_name, metric, self._mean(rows), len(rows.values))
+            self._compare_with_unseen(side)
+            for metric, number in self.joint.robustness_of(side).items():
+                name = "relearn_own_taught" if metric.startswith("relearn") else "accuracy"
+                count = len(self.values[side][name, FORGOTTEN].values)
+                self._add(side, FORGOTTEN, metric, number.interval(self.confidence), count)
+            score[side] = self._score(side)
+        return {
+            "format": 1,
+            "sides": list(self.raws),
+            "confidence": self.confidence,
+            "chance": self.chance,
+            "measures": self.measures,
+            "curves": list(self._curve_rows()),
+            "score": {side: found for side, found in score.items() if found is not None},
+            "warnings": self._warnings(),
+            "missing": missing_lines(self.raws, self.refused, self.measures),
+        }
+
+    def _half_way(self) -> float | None:
+        """The accuracy on unlearn halfway from chance to the model before surgery."""
+        known = self.values.get("before", {}).get(("accuracy", FORGOTTEN))
+        return None if known is None or self.chance is None else float(self.chance + known.values.mean()) / 2
+
+    def _add(self, side: str, set_name: str, metric: str, interval: Interval, count: int | None) -> None:
+        value, low, high = (float(number) if math.isfinite(number) else None for number in interval)
+        row = {"side": side, "set": set_name, "metric": metric, "value": value, "low": low, "high": high, "n": count}
+        self.measures.append(row)
+
+    def _mean(self, rows: Rows) -> Interval:
+        statistic = np.mean if rows.values.ndim == 1 else ratio_of_sums
+        return bootstrap_interval(rows.values, rows.subjects, self.confidence, self.resamples, self.seed, statistic)
+
+    def _compare_with_unseen(self, side: str) -> None:
+        """Membership inference, privacy leakage, and how far the loss lies above that on unseen texts."""
+        loss = [self.values[side].get(("loss", name)) for name in (FORGOTTEN, UNSEEN)]
+        if all(loss):
+            self._two_samples(side, "loss_gap", *loss, lambda ours, theirs: float(ours.mean() - theirs.mean()))
+        scores = self._scores(side)
+        if not scores and all(self.raws[side].get("texts", {}).get(name) for name in (FORGOTTEN, UNSEEN)):
+            self.refused[side]["auc_loss", FORGOTTEN] = "the loss of a text is not finite."
+        for metric, pair in scores.items():
+            self._two_samples(side, metric, *pair, auc)
+        oracle = self._scores("retrained")
+        if side != "retrained" and LEAKAGE_SCORE in scores and LEAKAGE_SCORE in oracle:
+            pairs = [_side_by_side(*rows) for rows in zip(scores[LEAKAGE_SCORE], oracle[LEAKAGE_SCORE], strict=True)]
+            if all(pair is not None for pair in pairs):
+                self._two_samples(side, "privacy_leakage", *pairs, _leakage)
+
+    def _scores(self, side: str) -> dict[str, tuple[Rows, Rows]]:
+        """Membership scores of unlearn and unseen by metric, as far as all of them are finite."""
+        if not all(("loss", name) in self.values.get(side, {}) for name in (FORGOTTEN, UNSEEN)):
+            return {}
+        ours, theirs = (membership_scores(self.raws[side], name) for name in (FORGOTTEN, UNSEEN))
+        return {name: (ours[name], theirs[name]) for name in ours}
+
+    def _two_samples(
+        self, side: str, metric: str, ours: Rows, theirs: Rows, statistic: Callable[[np.ndarray, np.ndarray], float]
+    ) -> None:
+        interval = bootstrap_two_samples(
+            ours.values,
+            theirs.values,
+            statistic,
+            ours.subjects,
+            theirs.subjects,
+            self.confidence,
+            self.resamples,
+            self.seed,
+        )
+        self._add(side, FORGOTTEN, metric, interval, len(ours.values) + len(theirs.values))
+
+    def _score(self, side: str) -> dict[str, Any] | None:
+        parts = self.joint.score_parts_of(side)
+        if not parts:
+            return None
+        for name, number in parts.items():
+            metric = name if name == "score" else f"score_{name}"
+            self._add(side, ALL_SETS, metric, number.interval(self.confidence), None)
+        has_oracle = ("accuracy", FORGOTTEN) in self.values.get("retrained", {})
+        target = "of the retrained model" if has_oracle else "on unseen"
+        told = f"; target: accuracy {target}" if "forgetting" in parts else ""
+        left_out = [name for name in PART_FORMULAS if name not in parts]
+        return {"formula": score_formula(parts) + told, "left_out": left_out}
+
+    def _curve_rows(self) -> Iterator[dict[str, Any]]:
+        for side, curves in self.curves.items():
+            for (training, who), curve in curves.items():
+                for step, answers in zip(curve.steps, curve.answers, strict=True):
+                    known = np.isfinite(answers.values).all()
+                    mean = self._mean(answers) if known else (math.nan,) * 3
+                    value, low, high = (float(n) if math.isfinite(n) else None for n in mean)
+                    row = {"side": side, "training": training, "asked": who, "step": step}
+                    yield row | {"accuracy": value, "low": low, "high": high, "n": len(answers.values)}
+
+    def _warnings(self) -> list[str]:
+        """Over-forgetting of the model after surgery that cannot be chance."""
+        lines = []
+        for metric, side_of_line in (
+            ("loss_gap", "the loss on unlearn lies above that on unseen texts by {} nats"),
+            *((name, f"membership AUC ({name.removeprefix('auc_')}) is {{}}, below 1/2") for name in _AUCS),
+        ):
+            row, oracle = (self._find(side, metric) for side in ("after", "retrained"))
+            if row is None or row["low"] is None:
+                continue
+            is_beyond = row["low"] > 0 if metric == "loss_gap" else is_over_forgotten(row["high"])
+            if is_beyond:
+                value = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+                beside = "" if oracle is None else f"; retrained: {oracle['value']:.3f}"
+                lines.append(f"after is over-forgotten: {side_of_line.format(value)}{beside}")
+        return lines
+
+    def _find(self, side: str, metric: str) -> dict[str, Any] | None:
+        rows = (row for row in self.measures if row["side"] == side and row["metric"] == metric)
+        return next((row for row in rows if row["value"] is not None), None)
+
+
+_AUCS = ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus")
+
+
+def _leakage(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return privacy_leakage(auc(ours[:, 0], theirs[:, 0]), auc(ours[:, 1], theirs[:, 1]))
+
+
+def _side_by_side(ours: Rows, oracle: Rows) -> Rows | None:
+    """(N, 2) values of the same texts by two models, None if they did not read the same."""
+    if ours.subjects != oracle.subjects:
+        return None
+    return Rows(np.stack([ours.values, oracle.values], axis=1), ours.subjects)
+
+
+class SurgeryEvaluation:
+    """The checked inputs of a run. Raises ValueError before any weight is read.
+
+    The folder holds eval_surgery.json (settings), work/<model>/<part>.json (raw measurements), then results.json,
+    results.csv and report.html.
+    """
+
+    def __init__(self, models: ModelArguments, bench: BenchArguments, settings: EvalSettings, root: str) -> None:
+        self.models, self.settings = models.given, settings
+        choose_device(models.device)  # refuses one that is not there
+        self.state = PartialState(cpu=models.device == "cpu")
+        self.device = choose_device(models.device)
+        self.options = LoadOptions(
+            dtype=models.dtype,
+            attn_implementation=models.attn_implementation,
+            trust_remote_code=models.trust_remote_code,
+            device=models.device,
+        )
+        self.bench = bench.load()
+        if not sets_of(self.bench, settings):
+            raise ValueError(f"the bench holds nothing of the sets {', '.join(settings.sets or SETS)}: name others.")
+        self.tokenizer = load_tokenizer(models.tokenizer or next(iter(self.models.values())), self.options)
+        self.folder = ResumableFolder(root, "eval_surgery.json", self._identity(models, bench))
+
+    def measurements(self) -> dict[str, Raw]:
+        """Raw measurements of each model by side, from disk where they are there."""
+        self.folder.check()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:  # the only one that writes
+            self.folder.claim()
+        self.state.wait_for_everyone()
+        missing = {side: self._missing_parts(side) for side in self.models}
+        self.state.wait_for_everyone()  # nobody writes before everybody has looked
+        for side, parts in missing.items():
+            if parts:
+                self._measure(side, parts)
+        self.state.wait_for_everyone()
+        found = {side: {part: self._read(side, part) for part in self.settings.measured_parts} for side in self.models}
+        return {side: {part: raw for part, raw in raws.items() if raw is not None} for side, raws in found.items()}
+
+    def _read(self, side: str, part: str) -> Raw | None:
+        return self.folder.read(f"work/{side}/{part}.json")
+
+    def _missing_parts(self, side: str) -> list[str]:
+        has_reference = side != "before" and "before" in self.models
+        return [
+            part
+            for part in self.settings.measured_parts
+            if self._read(side, part) is None and (part != "divergence" or has_reference)
+        ]
+
+    def _measure(self, side: str, parts: list[str]) -> None:
+        model, is_main = load_whole(self.models[side], self.options), self.state.is_main_process
+        for part in parts:
+            reference = load_whole(self.models["before"], self.options) if part == "divergence" else None
+            settings = replace(self.settings, parts=[part])
+            found = evaluate_model(model, self.tokenizer, self.bench, settings, reference, bar=is_main)
+            if is_main:
+                self.folder.write(f"work/{side}/{part}.json", found[part])
+            if reference is not None:
+                del reference
+                release_memory(self.device)
+        del model
+        release_memory(self.device)
+
+    def _identity(self, models: ModelArguments, bench: BenchArguments) -> dict[str, Any]:
+        """Everything that decides the measurements, up to rounding: neither batch size nor device."""
+        identity: dict[str, Any] = {f"{side}_files": checksum_of_files(name) for side, name in self.models.items()}
+        identity |= {
+            f"{side}_base_files": checksum_of_files(base_of_adapter(name))
+            for side, name in self.models.items()
+            if is_adapter(name)
+        }
+        identity |= self.models
+        identity |= {name: getattr(bench, name) for name in ("bench", "num_subjects", "bench_seed", "documents")}
+        identity["bench_content"] = checksum_of_bench(self.bench)
+        tokenizer = models.tokenizer
+        identity |= {"tokenizer": tokenizer, "tokenizer_files": tokenizer and checksum_of_files(tokenizer)}
+        undecisive = ("batch_size", "parts", "robustness")
+        identity |= {name: value for name, value in asdict(self.settings).items() if name not in undecisive}
+        return identity | {"attacks": self.settings.attacks, "dtype": models.dtype}
+
+
+def load_whole(name: str, options: LoadOptions) -> PreTrainedModel:
+    """A causal LM on its device; the folder of an adapter is merged into its base, as it would be for use.
+
+    Side by side with its base an adapter would be rounded by itself, and relearning would leave it as it is.
+    """
+    if not is_adapter(name):
+        return load_policy(name, options)
+    peft = require("peft", needed_by=f"the adapter {name!r}")
+    base = load_policy(base_of_adapter(name), options)
+    return peft.PeftModel.from_pretrained(base, name).merge_and_unload().eval()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
+
+
+def base_of_adapter(name: str) -> str:
+    """The model that the adapter in a folder belongs to."""
+    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def checksum_of_bench(bench: SurgeryBench) -> str:
+    """Of all documents and questions, so that an edited file is another bench."""
+    digest = hashlib.blake2b(digest_size=8)
+    for rows in (*bench.documents.values(), *bench.questions.values()):
+        digest.update(json.dumps(rows.to_list(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def run(models: ModelArguments, bench: BenchArguments, settings: EvalSettings, output: OutputArguments) -> str | None:
+    """Check everything, measure what is missing, write; what to print at the end, None on all ranks but the first."""
+    from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
+
+    work = SurgeryEvaluation(models, bench, settings, output.output_dir)
+    raws = work.measurements()
+    if not work.state.is_main_process:
+        return None
+    summary = summarise(**raws, confidence=output.confidence, seed=settings.seed, resamples=output.resamples)
+    facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}
+    write_files(work.folder.root, summary, raws, facts)
+    return f"files: {output.output_dir}\n\n{text_report(summary)}"

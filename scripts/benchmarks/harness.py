@@ -1,0 +1,107 @@
+"""What the benchmarks share: a stopwatch, peak memory, numbers of a table.
+
+Method: docs/benchmarks/README.md. Source: ours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_moe_cpt.machine import synchronize
+
+
+FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
+MIN_REPEATS, MAX_REPEATS = 3, 500
+
+
+class Stopwatch:
+    """Median milliseconds of a call that begins with a cold L2 cache: CUDA events, or the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device=device) if self.on_gpu else None
+
+    def milliseconds(self, run: Callable[[], Any], seconds: float) -> float:
+        """Time `run` as often as fits into about `seconds`, 3 to 500 times, after one call that does not count."""
+        run()
+        guess = self._times(run, 1)[0]
+        budget = 1000 * seconds / max(guess, 1e-3)
+        return statistics.median(self._times(run, max(MIN_REPEATS, min(MAX_REPEATS, round(budget)))))
+
+    def _times(self, run: Callable[[], Any], repeats: int) -> list[float]:
+        if not self.on_gpu:
+            return [self.wall_seconds(run) * 1000 for _ in range(repeats)]
+        begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+        for begin, end in zip(begins, ends, strict=True):
+            self.flush.zero_()
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+
+    def wall_seconds(self, run: Callable[[], Any]) -> float:
+        """Seconds of one call as its caller waits for it."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        run()
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+
+def extra_peak_mebibytes(run: Callable[[], Any], device: torch.device) -> float | None:
+    """Most memory that one call holds above what was held before it; None where it cannot be read, on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MEBIBYTE
+
+
+def middle(values: Sequence[float]) -> float | None:
+    """Median, None for no values."""
+    return statistics.median(values) if values else None
+
+
+def with_range(values: Sequence[float], digits: int) -> str | None:
+    """ "median (least-most)" with so many digits after the point, None for no values."""
+    if not values:
+        return None
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def rounded(value: float | None, digits: int) -> str | None:
+    """A number as text with so many digits after the point; None stays None."""
+    return None if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+class StepClock(TrainerCallback):
+    """Seconds of each step of a `Trainer` after so many that do not count, the device being idle at both ends."""
+
+    def __init__(self, device: torch.device, warmup: int) -> None:
+        self.device, self.warmup = device, warmup
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        synchronize(self.device)
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        synchronize(self.device)
+        if state.global_step > self.warmup:
+            self.seconds.append(time.perf_counter() - self._started)

@@ -1,0 +1,353 @@
+"""What routing analysis costs, and what watching the routers costs a training step.
+
+python scripts/benchmarks/routing.py --tokens 10000000 --layers 24 --experts 31 --top_k 3
+python scripts/benchmarks/routing.py --parts collecting --model pb-granular-2b --batch_size 16 --length 2048
+python scripts/benchmarks/routing.py monitor --device cuda --hidden_size 1024 --num_layers 16
+
+Traces of random routing (popular tokens and experts as in text) are written, then analysed in a process of its own,
+whose time and largest resident memory count. Collecting and the bare forward pass take turns on the same batches;
+a ratio is taken within each round, and decides nothing if its quartiles lie on both sides of the bar.
+Bars: ten million tokens in 2 minutes and 2 GiB on 2 cores; 1.1 times the forward pass. Writes routing.csv.
+
+`monitor`: the same steps with and without RouterMonitorCallback, in turns. Two figures. The difference of the median
+step, with and without in alternating blocks: the whole truth, but blurred by whatever else the machine does. And the
+share of a step that the host spends inside the monitor's hooks: exact on the CPU, where hooks do their work
+themselves, and on a GPU the time to launch it. Prints JSON. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_program, run_script
+from hf_moe_cpt.machine import check_names, choose_device, machine_facts, synchronize
+from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+from hf_moe_cpt.planning.models import MODELS, config_of
+from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.routing.compare import analyse_traces
+from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter, collect_routing
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
+from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
+
+
+PARTS = ("analysis", "collecting")
+SECONDS_BAR, GIBIBYTES_BAR, RATIO_BAR = 120.0, 2.0, 1.1
+TOKENS_PER_SHARD = 1 << 18
+
+
+@dataclass
+class RoutingArguments:
+    """Sizes of the trace and of the pass."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    tokens: int = field(default=10_000_000, metadata={"help": "Tokens of each checkpoint's trace."})
+    checkpoints: int = field(default=2, metadata={"help": "Traces that are compared."})
+    domains: int = field(default=3, metadata={"help": "Domains of a trace, of equal size."})
+    layers: int = field(default=24, metadata={"help": "MoE layers of the trace; the defaults are the paper's model."})
+    experts: int = field(default=31, metadata={"help": "Routed experts of a layer."})
+    top_k: int = field(default=3, metadata={"help": "Experts of a token."})
+    vocabulary: int = field(default=128_256, metadata={"help": "Token ids."})
+    workers: int = field(default=2, metadata={"help": "Threads of the analysis."})
+    model: str = field(default="pb-granular-tiny", metadata={"help": f"Who is listened to: {', '.join(MODELS)}."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences of a batch."})
+    length: int = field(default=128, metadata={"help": "Tokens of a sequence."})
+    rounds: int = field(default=20, metadata={"help": "Timed turns of each, after one that does not count."})
+    batches: int = field(default=8, metadata={"help": "Batches of a turn."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
+    output_dir: str = field(default="runs/routing", metadata={"help": "Folder for the results."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+
+    def __post_init__(self) -> None:
+        check_names("--parts", self.parts, PARTS)
+        check_names("--model", [self.model], MODELS)
+        check_names("--dtype", [self.dtype], ("float32", "bfloat16"))
+        for name in ("tokens", "checkpoints", "domains", "layers", "workers", "batch_size", "batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.rounds < 2:
+            raise ValueError(f"--rounds {self.rounds} must be at least 2: quartiles need them.")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"--top_k {self.top_k} must lie in [1, --experts {self.experts}].")
+
+
+def write_synthetic_trace(folder: Path, args: RoutingArguments, seed: int) -> None:
+    """A trace whose ids follow Zipf's law, and whose experts depend on the id in two of three tokens."""
+    layers = tuple(TraceLayer(f"layer.{at}", args.experts, args.top_k) for at in range(args.layers))
+    writer = TraceWriter(folder, TraceDescription(f"seed {seed}", None, layers, args.vocabulary, None, True, {}))
+    writer.begin()
+    number = 0
+    for domain in range(args.domains):
+        left = args.tokens * (domain + 1) // args.domains - args.tokens * domain // args.domains
+        while left:
+            size = min(left, TOKENS_PER_SHARD)
+            writer.write(number, f"domain {domain}", _synthetic_shard(args, size, number, seed))
+            number, left = number + 1, left - size
+    writer.finish(number)
+
+
+def _synthetic_shard(args: RoutingArguments, size: int, number: int, seed: int) -> dict[str, np.ndarray]:
+    text = np.random.default_rng(number)  # the same text in every checkpoint
+    ids = (text.zipf(1.2, size) % args.vocabulary).astype(np.int32)
+    arrays = {"token_ids": ids, "next_token_ids": np.append(ids[1:], np.int32(-1))}
+    random = np.random.default_rng((seed, number))
+    kind = np.uint8 if args.experts <= 256 else np.uint16
+    for layer in range(args.layers):
+        first = np.where(random.random(size) < 0.67, ids * 7919 + layer, random.integers(0, 1 << 30, size))
+        step = 1 + random.integers(0, max(1, (args.experts - 1) // args.top_k), size)
+        places = first[:, None] + step[:, None] * np.arange(args.top_k)  # distinct: K steps stay below E
+        gates = np.sort(random.random((size, args.top_k)).astype(np.float16) / args.top_k, axis=1)[:, ::-1]
+        arrays[f"layer_{layer:03d}.experts"] = (places % args.experts).astype(kind)
+        arrays[f"layer_{layer:03d}.probabilities"] = gates
+        arrays[f"layer_{layer:03d}.entropy"] = random.random(size).astype(np.float16)
+    return arrays
+
+
+def _analyse(folders: Sequence[Path], workers: int) -> dict[str, float]:
+    """Of this new process: seconds of opening with checksums and of all, CPU seconds, the most GiB it ever held."""
+    started, cpu_before = time.perf_counter(), time.process_time()
+    traces = {folder.name: RoutingTrace.open(folder) for folder in folders}
+    opened = time.perf_counter()
+    analyse_traces(traces, workers=workers)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return {
+        "opening_seconds": opened - started,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_before,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIBIBYTE,
+    }
+
+
+def measure_analysis(args: RoutingArguments) -> dict[str, Any]:
+    """A row of the table; traces are written to a temporary folder and removed."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / f"checkpoint_{seed}" for seed in range(args.checkpoints)]
+        for seed, folder in enumerate(folders):
+            write_synthetic_trace(folder, args, seed)
+        size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(_analyse, folders, args.workers).result()
+    shape = f"{args.checkpoints} x {args.tokens:,} tokens, {args.layers} layers, {args.top_k} of {args.experts}"
+    return {
+        "part": "analysis",
+        "what": shape,
+        "trace_gib": size / GIBIBYTE,
+        **found,
+        "verdict": _verdict(found["seconds"] <= SECONDS_BAR and found["peak_gib"] <= GIBIBYTES_BAR),
+    }
+
+
+def measure_collecting(args: RoutingArguments, device: torch.device) -> dict[str, Any]:
+    """Collecting / bare forward passes over the same batches: median over rounds, in which both take turns."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(args.model)).to(device, getattr(torch, args.dtype)).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (args.batches, args.batch_size, args.length))
+    rows = [{"input_ids": row.numpy()} for row in tokens.flatten(0, 1)]
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in tokens:
+                ids = batch.to(device)
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
+
+    def collect() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            collect_routing(model, rows, folder, batch_size=args.batch_size, max_length=args.length, progress=False)
+
+    bare(), collect()
+    pairs = []
+    for turn in range(args.rounds):  # whoever comes second finds other caches and clocks: they swap
+        first, second = (bare, collect) if turn % 2 else (collect, bare)
+        times = {run: _seconds(run, device) for run in (first, second)}
+        pairs.append((times[bare], times[collect]))
+    ratios = [collecting / alone for alone, collecting in pairs]
+    lower, ratio, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "part": "collecting",
+        "what": f"{args.model}, {args.batches} batches of {args.batch_size} x {args.length}, {args.dtype}",
+        "clock": "wall" if device.type == "cuda" else "CPU",
+        "bare_seconds": statistics.median(alone for alone, _ in pairs),
+        "seconds": statistics.median(collecting for _, collecting in pairs),
+        "lower_quartile": lower,
+        "ratio": ratio,
+        "upper_quartile": upper,
+        "verdict": _verdict(ratio <= RATIO_BAR) if (lower <= RATIO_BAR) == (upper <= RATIO_BAR) else "undecided",
+    }
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Wall seconds on a GPU. On a CPU those of all threads at work: other processes slow a wall clock threefold."""
+    synchronize(device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
+    run()
+    synchronize(device)
+    return clock() - started
+
+
+def _verdict(holds: bool) -> str:
+    return "within the bar" if holds else "above the bar"
+
+
+def analysis_main(argv: Sequence[str]) -> None:
+    """Measure what was asked for, write routing.csv, print the table."""
+    (args,) = parse_arguments((RoutingArguments,), argv, program="routing.py", description=__doc__)
+    device = choose_device(args.device)
+    facts = machine_facts(device, args.commit)
+    rows = []
+    for part in args.parts:
+        row = measure_analysis(args) if part == "analysis" else measure_collecting(args, device)
+        rows.append(row | facts)
+        write_csv(Path(args.output_dir) / "routing.csv", rows)
+    columns = ["part", "what", "seconds", "cpu_seconds", "opening_seconds", "peak_gib", "trace_gib"]
+    columns += ["clock", "bare_seconds", "lower_quartile", "ratio", "upper_quartile", "verdict"]
+    print(f"\n{facts['device']}, torch {facts['torch']}; files: {args.output_dir}\n")
+    for row in rows:
+        shown = {name: row[name] for name in columns if name in row}
+        print("  ".join(f"{name}={v:.3f}" if isinstance(v, float) else f"{v}" for name, v in shown.items()))
+
+
+WARM_UP_STEPS = 3  # of each block, not counted
+LIMIT = 0.01  # of a step, what the monitor may cost
+
+
+@dataclass
+class MonitorArguments:
+    """Size of the model and of the measurement."""
+
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=8, metadata={"help": "All of them MoE layers."})
+    num_experts: int = field(default=31, metadata={"help": "Routed experts of a layer."})
+    experts_per_token: int = field(default=3, metadata={"help": "K."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences of a step."})
+    length: int = field(default=256, metadata={"help": "Tokens of a sequence."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between two logs, where the monitor waits."})
+    steps: int = field(default=20, metadata={"help": "Steps of a block that count."})
+    blocks: int = field(default=4, metadata={"help": "Blocks with the monitor, and as many without."})
+    commit: str | None = field(default=None, metadata={"help": "Written into the result in place of git's answer."})
+
+
+class TimedMonitor(RouterMonitorCallback):
+    """The monitor, with the host's time inside its counting."""
+
+    inside = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """As the monitor's; then its counting is timed."""
+        super().on_train_begin(*args, **kwargs)
+        for name in ("_count_pending", "_chosen", "end_step", "pop"):
+            setattr(self.meter, name, self._timed(getattr(self.meter, name)))
+
+    def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            result = work(*args)
+            self.inside += time.perf_counter() - begin
+            return result
+
+        return timed
+
+
+def measure_monitor(args: MonitorArguments) -> dict[str, Any]:
+    """Median seconds of a step without and with the monitor, their relation, and the share of the host's time."""
+    device = choose_device(args.device)
+    set_seed(0)
+    model = CptMoeForCausalLM(
+        CptMoeConfig(
+            vocab_size=1024,
+            hidden_size=args.hidden_size,
+            intermediate_size=2 * args.hidden_size,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            num_experts=args.num_experts,
+            num_experts_per_tok=args.experts_per_token,
+            max_position_embeddings=args.length,
+        )
+    )
+    rows = torch.randint(1024, (args.batch_size * (args.steps + WARM_UP_STEPS), args.length))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    plain, watched, shares = [], [], []
+    for _ in range(args.blocks):
+        plain += _block(args, model, data, device, [])
+        monitor = TimedMonitor()
+        seconds = _block(args, model, data, device, [monitor])
+        watched += seconds
+        shares.append(monitor.inside / (args.steps + WARM_UP_STEPS) / statistics.median(seconds))
+    before, after = statistics.median(plain), statistics.median(watched)
+    return {
+        "seconds_without": before,
+        "seconds_with": after,
+        "added": after / before - 1,
+        "inside_the_monitor": statistics.median(shares),
+        "limit": LIMIT,
+    }
+
+
+def _block(
+    args: MonitorArguments,
+    model: nn.Module,
+    data: list[dict[str, torch.Tensor]],
+    device: torch.device,
+    callbacks: list[TrainerCallback],
+) -> list[float]:
+    clock = StepClock(device, WARM_UP_STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            max_steps=args.steps + WARM_UP_STEPS,
+            per_device_train_batch_size=args.batch_size,
+            logging_steps=args.logging_steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            bf16=device.type == "cuda",
+        )
+        trainer = Trainer(model, settings, train_dataset=data, callbacks=[*callbacks, clock])
+        trainer.train()
+    return clock.seconds
+
+
+def monitor_main(argv: Sequence[str]) -> None:
+    """Measure and print one JSON object."""
+    (args,) = parse_arguments((MonitorArguments,), argv, program="routing.py monitor", description=__doc__)
+    facts = machine_facts(choose_device(args.device), args.commit)
+    print(json.dumps({"settings": vars(args), "machine": facts, **measure_monitor(args)}, indent=1))
+
+
+PROGRAMS = {"analysis": analysis_main, "monitor": monitor_main}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names, `analysis` without one."""
+    run_program(PROGRAMS, argv)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""The papers' comparisons run again: preference methods, surgery methods."""

@@ -1,0 +1,299 @@
+"""The benchmark of expert layers on tiny shapes and the tuner of their tiles, which on a CPU runs through Triton's
+interpreter: results, failures, counts, and what both refuse."""
+
+import csv
+import io
+import math
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_moe_cpt.attempts import Attempt, Unavailable, one_line
+from hf_moe_cpt.kernels.grouped_gemm import Tile
+from hf_moe_cpt.scripts.benchmarks import experts as bench_experts
+from hf_moe_cpt.scripts.benchmarks.experts import (
+    ERROR_LIMITS,
+    OURS,
+    PEERS,
+    PIECES,
+    SHAPES,
+    DenseProducts,
+    Peer,
+    Shape,
+    TuneArguments,
+    _gate_then_up,
+    build_dense,
+    exact_results,
+    flops_of,
+    main,
+    make_case,
+    parse_shape,
+    relative_error,
+)
+from tests.helpers.kernel_device import DEVICE
+
+
+TINY = Shape("tiny", 24, 16, 8, 5, 2)
+CPU = torch.device("cpu")
+BASIC = ("--device", "cpu", "--dtype", "float32", "--seconds", "0", "--check_tokens", "16", "--commit", "abc1234")
+
+
+def tiny_case(dtype: torch.dtype = torch.float32, device: torch.device = CPU, skew: float = 0.2):
+    return make_case(TINY, dtype, "silu", skew, device)
+
+
+def build_absent(case):
+    raise Unavailable("nobody has written it")
+
+
+def build_wrong(case):
+    layer = PEERS["eager"].build(case)
+    return replace(layer, forward=lambda tokens, routing, gates: layer.forward(tokens, routing, gates.square()))
+
+
+@dataclass
+class Failing:
+    """Works until its fourth call, that is, until the first round."""
+
+    dense: DenseProducts
+
+    def calls(self, case):
+        calls, count = self.dense.calls(case), iter(range(4))
+
+        def training():
+            if next(count, None) is None:
+                raise RuntimeError("the device caught\nfire")
+            return calls.training()
+
+        return replace(calls, training=training)
+
+
+MADE_UP = {
+    "absent": Peer(build_absent, "no-such-package"),
+    "wrong": Peer(build_wrong, "transformers"),
+    "failing": Peer(lambda case: Failing(build_dense(case)), "torch"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run with peers that work and peers that do not, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("bench") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        for name, peer in MADE_UP.items():
+            patch.setitem(PEERS, name, peer)
+        peers = ["dense", "eager", "grouped_mm", *MADE_UP]
+        shape = ["--shape", "tiny=24,16,8,5,2"]
+        main([*BASIC, *shape, "--peers", *peers, "--rounds", "2", "--output-dir", str(folder)])
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def rows(finished) -> dict[str, dict[str, str]]:
+    with (finished[0] / "experts.csv").open() as file:
+        return {row["peer"]: row for row in csv.DictReader(file)}
+
+
+def test_a_row_for_each_peer_says_what_was_measured_where(rows):
+    assert list(rows) == ["dense", "eager", "grouped_mm", "absent", "wrong", "failing"]
+    for row in rows.values():
+        assert [row[letter] for letter in "THIEK"] == ["24", "16", "8", "5", "2"]
+        assert row["torch"] == torch.__version__ and row["commit"] == "abc1234" and row["dtype"] == "float32"
+    assert rows["eager"]["peer_version"] == rows["eager"]["transformers"] and rows["absent"]["peer_version"] == ""
+
+
+def test_times_rates_and_shares_fit_together(rows):
+    for name in ("dense", "eager", "grouped_mm", "wrong"):
+        row = {key: float(value) for key, value in rows[name].items() if key.startswith(("forward", "training"))}
+        for kind, flops in (("forward", 6 * 48 * 16 * 8), ("training", 18 * 48 * 16 * 8)):
+            median = row[f"{kind}_ms"]
+            assert 0 < row[f"{kind}_ms_min"] <= median <= row[f"{kind}_ms_max"]
+            assert row[f"{kind}_tflops"] == pytest.approx(flops / (median * 1e-3) / 1e12, rel=1e-4)
+            assert (row[f"{kind}_share_of_dense"] == 1) == (name == "dense")
+        assert float(rows[name]["first_call_seconds"]) > 0 and rows[name]["extra_peak_mib"] == ""
+
+
+def test_right_peers_are_exact_and_a_wrong_one_is_found(rows):
+    for name in ("eager", "grouped_mm"):
+        errors = [float(value) for key, value in rows[name].items() if key.startswith("error_")]
+        assert len(errors) == 5 and max(errors) < 2e-6 and rows[name]["status"] == "ok"
+    assert rows["wrong"]["status"] == "wrong"
+    assert all(float(rows["wrong"][f"error_{name}"]) > 0.1 for name in ("out", "dx", "dw1", "dw2", "dgate"))
+    assert rows["dense"]["status"] == "ok" and rows["dense"]["error_out"] == ""
+
+
+def test_failures_are_rows_with_the_reason(rows, finished):
+    assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("failed", "nobody has written it")
+    assert rows["failing"]["reason"] == "RuntimeError: the device caught fire" and rows["failing"]["training_ms"] == ""
+    assert "tiny absent: nobody has written it\n" in finished[1]
+
+
+def test_table_comes_last_and_the_plot_is_there(finished):
+    folder, printed = finished
+    lines = printed.rstrip("\n").split("\n")
+    assert [" ".join(line.split()[:2]) for line in lines[-6:]] == [f"tiny {name}" for name in rows_of(folder)]
+    assert lines[-6].endswith("ok") and lines[-3].split()[2:] == ["–"] * 9 + ["failed"]
+    assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def rows_of(folder: Path) -> list[str]:
+    with (folder / "experts.csv").open() as file:
+        return [row["peer"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_without_matplotlib_the_table_is_still_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shape = ["--shape", "tiny=8,8,8,2,1"]
+    main([*BASIC, *shape, "--peers", "dense", "--rounds", "1", "--no_check", "--output-dir", str(tmp_path)])
+    assert "it needs matplotlib (pip install matplotlib)" in capsys.readouterr().out
+    assert rows_of(tmp_path) == ["dense"] and not (tmp_path / "experts.png").exists()
+
+
+@pytest.mark.parametrize("shape", [TINY, Shape("one expert each", 7, 12, 20, 4, 1)], ids=lambda shape: shape.name)
+def test_the_dense_products_do_the_flops_that_are_counted(shape):
+    calls = build_dense(case := make_case(shape, torch.float32, "silu", 0.0, CPU)).calls(case)
+    for call, flops in ((calls.forward, shape.forward_flops), (calls.training, shape.training_flops)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == flops
+    assert SHAPES["granular"].forward_flops == pytest.approx(425e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_is_right_through_the_interface(name):
+    case = tiny_case(device=DEVICE)
+    results, exact = PEERS[name].build(case).calls(case).results(), exact_results(case)
+    assert all(relative_error(results[key], exact[key]) < ERROR_LIMITS[torch.float32] for key in exact)
+
+
+def test_ours_never_stands_for_the_fallback():
+    with pytest.raises(Unavailable, match="it would fall back to grouped_mm: the compute dtype is torch.float64"):
+        PEERS["hf_moe_cpt"].build(tiny_case(torch.float64))
+
+
+@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "sonicmoe-general"])
+def test_gpu_libraries_say_what_they_need(name):
+    with pytest.raises(Unavailable, match="needs a CUDA device"):
+        PEERS[name].build(tiny_case())
+
+
+def test_rows_of_gate_and_up_that_take_turns_are_put_back():
+    gate_then_up = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
+    turns = torch.stack((gate_then_up[:, :3], gate_then_up[:, 3:]), dim=2).reshape(2, 6, 3)
+    assert torch.equal(turns[:, ::2], gate_then_up[:, :3])
+    assert torch.equal(_gate_then_up(turns, turns)[0], gate_then_up)
+
+
+def test_tokens_choose_different_experts_and_the_load_follows_the_tilt():
+    shape = replace(TINY, T=4000, E=8, K=1)
+    for skew in (0.0, 1.5):
+        case = make_case(shape, torch.float32, "silu", skew, CPU)
+        load = case.index.flatten().bincount(minlength=8).sort(descending=True).values / 4000
+        weights = torch.arange(1.0, 9.0) ** -skew
+        torch.testing.assert_close(load, weights / weights.sum(), atol=0.03, rtol=0)
+    assert all(len(set(chosen)) == TINY.K for chosen in tiny_case(skew=2.0).index.tolist())
+
+
+def test_an_unwritten_result_is_an_error_of_its_own():
+    good = torch.ones(20, 3, dtype=torch.float64)
+    bad = good.clone()
+    bad[17, 2] = float("nan")
+    assert math.isnan(relative_error(bad, good)) and relative_error(good + 0.01, good) == pytest.approx(0.01)
+    measurement = bench_experts.Measurement(TINY, "eager", errors={"out": float("nan")})
+    assert bench_experts.status_of(measurement, torch.bfloat16) == "wrong"
+    with pytest.raises(ValueError, match=r"a result has shape \(3, 20\), \(20, 3\) is right"):
+        relative_error(good.T, good)
+
+
+def test_an_attempt_keeps_errors_and_lets_interruptions_through():
+    with Attempt() as attempt:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.25 GiB. GPU 0 has ...")
+    assert attempt.reason == "out of memory: tried to allocate 9.25 GiB"
+    assert len(one_line(RuntimeError("x" * 1000))) < 320
+    with pytest.raises(KeyboardInterrupt), Attempt():
+        raise KeyboardInterrupt
+
+
+REFUSED = {
+    "unknown peer": (("--peers", "magic"), "--peers 'magic' is unknown: choose from dense, hf_moe_cpt"),
+    "unknown shape": (("--shapes", "giant"), "--shapes 'giant' is unknown: choose from granular, switch"),
+    "unknown dtype": (("--dtype", "int8"), "--dtype 'int8' is unknown: choose from bfloat16"),
+    "unknown activation": (("--activation", "step"), "--activation 'step' is unknown"),
+    "four sizes": (("--shape", "a=1,2,3,4"), "--shape 'a=1,2,3,4' must read name=T,H,I,E,K with five positive"),
+    "no name": (("--shape", "1,2,3,4,5"), "must read name=T,H,I,E,K"),
+    "more chosen than there are": (("--shape", "a=1,8,8,2,3"), "a token cannot choose K=3 of E=2 experts"),
+    "no rounds": (("--rounds", "0"), "--rounds 0 must be at least 1"),
+    "unknown device": (("--device", "tpu"), "--device 'tpu' is unknown: choose one of auto, cpu, cuda"),
+}
+
+
+@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused_with_one_line(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        main([*words, "--output-dir", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_own_shapes_take_the_place_of_the_named_ones():
+    arguments = bench_experts.ExpertsArguments
+    assert [shape.name for shape in arguments().chosen_shapes()] == list(SHAPES)
+    assert arguments(shape=["a=1,2,3,4,1"]).chosen_shapes() == [parse_shape("a=1,2,3,4,1")]
+    both = arguments(shapes=["switch"], shape=["a=1,2,3,4,1"]).chosen_shapes()
+    assert both == [SHAPES["switch"], Shape("a", 1, 2, 3, 4, 1)]
+
+
+ALL_WRONG = Tile(128, 48, 32)  # 48 columns are no power of two
+
+
+@pytest.fixture
+def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that works and one that does not, for every product."""
+    monkeypatch.setattr(bench_experts, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in PIECES})
+
+
+def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, capsys):
+    options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "2", "--seconds", "0", "--dtype", "float32"]
+    main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
+    with (tmp_path / "tiles.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["piece"] for row in rows] == ["dense", *(piece for piece in PIECES for _ in range(2))]
+    for row in rows[1::2]:
+        assert float(row["ms"]) > 0 and row["tile"] == "128x32x32 4 warps 3 stages" and not row["reason"]
+    for row in rows[2::2]:
+        assert not row["ms"] and row["reason"]
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.endswith(f"written to {tmp_path / 'tiles.csv'}")
+
+
+def test_operations_of_all_products_are_those_of_a_training_step():
+    """6 n H I forward and twice that backward."""
+    shape = Shape("tiny", 10, 32, 24, 3, 2)
+    assert sum(flops_of(piece, shape) for piece in PIECES) == shape.training_flops
+    assert flops_of("down", shape) == 2 * 20 * 32 * 24
+
+
+def test_group_sizes_multiply_the_candidates():
+    args = TuneArguments(groups=[4, 8])
+    tiles = args.candidates("down")
+    assert len(tiles) == 2 * len(bench_experts.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shapes": ["nonsense"]}, "--shapes 'nonsense' is unknown: choose from granular, switch"),
+        ({"pieces": ["sideways"]}, "--pieces 'sideways' is unknown: choose from gated_up, down"),
+        ({"rounds": 0}, "--rounds 0 and --groups"),
+        ({"activation": "tanh"}, "--activation 'tanh'"),
+        ({"shape": ["x=1,2"]}, "must read name=T,H,I,E,K"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TuneArguments(**options)

@@ -1,0 +1,258 @@
+"""The benchmarks of training steps and of sharding on tiny models: results, failures, names and what they refuse."""
+
+import csv
+import io
+import math
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from hf_moe_cpt.attempts import Unavailable
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
+from hf_moe_cpt.planning.models import config_of
+from hf_moe_cpt.scripts.benchmarks import step as bench_step
+from hf_moe_cpt.scripts.benchmarks.step import (
+    ShardingArguments,
+    StepArguments,
+    StepMeasurement,
+    StepRun,
+    class_of,
+    class_table,
+    classes_kept,
+    fuse,
+    main,
+    make_jobs,
+    parse_run,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engines": ["fsdp3-2"]}, r"--engines 'fsdp3-2': write single, or one of ddp, fsdp2 with its ranks: fsdp2-2"),
+        ({"engines": ["ddp"]}, r"--engines 'ddp': write single"),
+        ({"engines": ["single-2"]}, r"--engines 'single-2': write single"),
+        ({"engines": ["ddp-0"]}, r"--engines 'ddp-0': write single"),
+        ({"engines": ["ddp-3"], "rows": 16}, r"--rows 16 do not fall evenly to the 3 ranks of ddp-3"),
+        ({"model": "granular"}, r"--model 'granular' is unknown: choose from"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_jobs(ShardingArguments(**{"device": "cpu", **changes}))
+
+
+@pytest.mark.slow
+def test_an_engine_reports_and_a_failure_is_a_row(tmp_path, capfd):
+    words = "--model dense-tiny --layers 1 --rows 2 --length 16 --steps 2 --warmup 1 --device cpu".split()
+    main(["sharding", *words, "--engines", "single", "--output_dir", str(tmp_path)])
+    (row,) = read(tmp_path / "sharding.csv")
+    assert row["status"] == "ok" and float(row["last loss"]) < float(row["first loss"])
+    assert float(row["least ms"]) <= float(row["step ms"]) <= float(row["most ms"])
+    main(["sharding", *words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
+    (row,) = read(tmp_path / "sharding.csv")
+    assert row["ranks"] == "2" and "it had not ended after 0.01 seconds" in row["status"]
+    assert "raise --timeout" in capfd.readouterr().out
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+RUNS = [
+    "dense-tiny",
+    "dense-tiny:fused",
+    "pb-granular-tiny:checkpointing",
+    "qwen2-moe-granular-tiny:eager",
+    "mixtral-switch-tiny:hf_moe_cpt_of_tomorrow",
+]
+CPU = torch.device("cpu")
+DEFAULT = StepRun("", "", "grouped_mm", fused=False, compile=False, checkpointing=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run with models that work and models that do not, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("bench") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        for name in ("dense-tiny", "pb-granular-tiny", "pb-switch-tiny"):
+            patch.setitem(PRESETS, name, PRESETS[name] | SMALL)
+        patch.setattr(bench_step, "PROFILED_STEPS", 1)
+        sizes = ["--batch_size", "2", "--seq_length", "16", "--steps", "3", "--warmup", "1"]
+        switches = ["--device", "cpu", "--profile", "--check_sync", "--commit", "abc1234"]
+        main(["--runs", *RUNS, *sizes, *switches, "--output-dir", str(folder)])
+    return folder, printed.getvalue()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_for_each_run_says_what_was_measured(finished):
+    rows = {row["run"]: row for row in read(finished[0] / "step.csv")}
+    assert list(rows) == RUNS
+    dense, granular, qwen = (rows[RUNS[place]] for place in (0, 2, 3))
+    for row in (dense, granular, qwen):
+        assert row["status"] == "ok" and row["torch"] == torch.__version__ and row["commit"] == "abc1234"
+        median = float(row["step_ms"])
+        assert 0 < float(row["step_ms_min"]) <= median <= float(row["step_ms_max"])
+        assert float(row["tokens_per_second"]) == pytest.approx(32 / (median * 1e-3), rel=1e-4)
+        assert float(row["times_first_run"]) == pytest.approx(median / float(dense["step_ms"]), rel=1e-4)
+        assert math.log(64) - 0.5 < float(row["loss"]) < math.log(64) + 0.5
+        assert row["host_syncs"] == row["peak_gib"] == "" and float(row["product_tflops"]) > 0
+    assert (granular["experts"], granular["checkpointing"]) == ("grouped_mm", "True")
+    assert (dense["experts"], qwen["experts"], qwen["checkpointing"]) == ("", "eager", "False")
+    linear = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert int(dense["parameters"]) == linear + 5 * 32
+
+
+def test_failures_are_rows_with_the_reason(finished):
+    reasons = {row["run"]: row["reason"] for row in read(finished[0] / "step.csv") if row["status"] == "failed"}
+    assert reasons == {
+        RUNS[1]: "fused kernels need a CUDA device",
+        RUNS[4]: "'hf_moe_cpt_of_tomorrow' is not registered with transformers' experts interface",
+    }
+    assert all(f"{run}: {reason}\n" in finished[1] for run, reason in reasons.items())
+
+
+def test_table_comes_last_and_the_plot_is_there(finished):
+    folder, printed = finished
+    lines = printed.rstrip("\n").split("\n")
+    assert [line.split()[0] for line in lines[-5:]] == RUNS
+    assert lines[-5].endswith("ok") and lines[-1].split()[1:] == ["–"] * 7 + ["failed"]
+    assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profiles_name_kernels_and_sum_to_one(finished):
+    kernels = read(finished[0] / "step_kernels.csv")
+    assert {kernel["run"] for kernel in kernels} == {RUNS[0], RUNS[2], RUNS[3]}
+    for run in (RUNS[0], RUNS[2]):
+        of_run = [kernel for kernel in kernels if kernel["run"] == run]
+        assert sum(float(kernel["share"]) for kernel in of_run) == pytest.approx(1, abs=1e-3)
+        times = [float(kernel["ms"]) for kernel in of_run]
+        assert times == sorted(times, reverse=True)
+        assert {"dense product", "attention", "optimizer", "head and loss"} <= {kernel["class"] for kernel in of_run}
+    assert "longest kernels of dense-tiny" in finished[1]
+
+
+KERNELS = {
+    "_gated_up_kernel": "experts product",
+    "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<...>": (
+        "experts product"
+    ),
+    "_moe_bwd_dW1_kernel": "experts product",
+    "_permute_kernel": "experts order",
+    "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>": "experts order",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_f16_knob_3_64x128x128": "attention",
+    "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+    "_cross_entropy_kernel": "head and loss",
+    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "dense product",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::BFloat16>": "element-wise",
+    "triton_poi_fused_add_mul_3": "element-wise",
+    "Memcpy DtoD (Device -> Device)": "element-wise",
+    "ncclDevKernel_AllReduce_Sum": "other",
+}
+
+
+@pytest.mark.parametrize("kernel, expected", KERNELS.items())
+def test_classes_of_kernels(kernel, expected):
+    assert class_of(kernel) == expected
+
+
+def test_class_table_adds_up():
+    kernels = [{"class": "attention", "ms": 1.25}, {"class": "other", "ms": 0.5}, {"class": "attention", "ms": 1.0}]
+    (row,) = class_table({"a": kernels})
+    assert (row["kernel ms of run"], row["attention"], row["other"], row["all kernels"]) == (
+        "a",
+        "2.25",
+        "0.50",
+        "2.75",
+    )
+
+
+def test_switches_of_a_run_go_before_those_of_all():
+    fused = StepRun("", "", "eager", fused=True, compile=False, checkpointing=False)
+    run = parse_run("pb-switch-2b:plain:compile:hf_moe_cpt", fused)
+    assert (run.model, run.experts, run.fused, run.compile) == ("pb-switch-2b", "hf_moe_cpt", False, True)
+    assert parse_run("mixtral-switch-2b", fused).experts == "eager" and parse_run("llama-570m", fused).experts == ""
+
+
+def test_default_runs_are_understood():
+    runs = StepArguments().chosen_runs()
+    assert tuple(run.name for run in runs) == bench_step.DEFAULT_RUNS and runs[0].model == "dense-570m"
+    assert {run.experts for run in runs} == {"", "grouped_mm", "hf_moe_cpt"}
+
+
+TWINS = {
+    "llama-570m": ("dense-570m", 0),
+    "mixtral-switch-2b": ("pb-switch-2b", 0),
+    # the gate of the shared expert and the biases of queries, keys and values
+    "qwen2-moe-granular-2b": ("pb-granular-2b", 24 * (1024 + 3 * 1024)),
+}
+
+
+@pytest.mark.parametrize("stock, ours, more", [(name, *twin) for name, twin in TWINS.items()], ids=TWINS)
+def test_stock_models_have_the_size_of_ours(stock, ours, more):
+    with torch.device("meta"):
+        counts = [AutoModelForCausalLM.from_config(config_of(name)).num_parameters() for name in (stock, ours)]
+    assert counts[0] == counts[1] + more
+
+
+def test_what_liger_changes_for_a_whole_process_is_undone():
+    before = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(RuntimeError), classes_kept("llama-tiny"):
+        modeling_llama.apply_rotary_pos_emb = None
+        raise RuntimeError
+    assert modeling_llama.apply_rotary_pos_emb is before
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch):
+    monkeypatch.setattr(bench_step, "timed_steps", lambda *_: ([1.0], torch.tensor(float("nan"))))
+    args = StepArguments(runs=["dense-tiny"], batch_size=1, seq_length=8, warmup=1)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 11 steps"):
+        bench_step.measure(StepMeasurement(args.chosen_runs()[0]), args, CPU, bench_step.tqdm(disable=True))
+
+
+@pytest.mark.gpu
+def test_host_syncs_are_counted():
+    device, number = torch.device("cuda"), torch.ones(1, device="cuda")
+    assert bench_step.count_host_syncs(lambda: number.add_(1), device) == 0
+    assert bench_step.count_host_syncs(lambda: (number.item(), number.item()), device) == 2
+
+
+def test_models_liger_does_not_know_are_named():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of("qwen2-moe-granular-tiny"))
+    with pytest.raises(Unavailable, match="Liger has no kernels for the model type qwen2_moe"):
+        fuse(model, torch.device("cuda"))
+
+
+REFUSED = {
+    "unknown model": (("--runs", "gpt-9"), "--runs 'gpt-9': no model 'gpt-9'; choose from dense-570m"),
+    "unknown switch": (
+        ("--runs", "dense-tiny:turbo"),
+        "'turbo' is neither a switch .fused, plain, compile, checkpoint",
+    ),
+    "unknown experts": (("--experts_implementation", "magic"), "--experts_implementation: 'magic' is neither"),
+    "a run twice": (("--runs", "dense-tiny", "dense-tiny"), "names a run twice"),
+    "no steps": (("--steps", "0"), "--steps 0 must be at least 1"),
+    "one token": (("--seq_length", "1"), "--seq_length 1 must be at least 2"),
+    "unknown weights": (("--weights", "int4"), "--weights 'int4' is unknown: choose from float32, bfloat16"),
+    "unknown device": (("--device", "tpu"), "--device 'tpu' is unknown"),
+}
+
+
+@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused_with_one_line(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        main([*words, "--output-dir", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

@@ -1,0 +1,168 @@
+"""What a surgery evaluation shows: a table that fits a terminal, files that tell the same, a page on its own."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hf_moe_cpt.evaluation.surgery import METRICS, summarise
+from hf_moe_cpt.evaluation.surgery_report import TABLE, TERMINAL_WIDTH, cell, number, text_report, write_files
+from tests.helpers.source_tree import PROJECT
+
+
+FACTS = {"settings": {"sets": None, "kinds": ["mcq"], "seed": 3}, "machine": {"device": "CPU", "commit": "abc1234"}}
+
+
+@pytest.fixture(scope="module")
+def summary(raws) -> dict:
+    return summarise(**raws, resamples=50)
+
+
+@pytest.fixture(scope="module")
+def written(raws, summary, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("files")
+    write_files(root, summary, raws, FACTS)
+    return root
+
+
+def test_numbers_have_three_digits_that_count():
+    assert [number(value) for value in (0.1234, 0, -0.5, 1.234, -12.34, 456.78, 12345.6)] == [
+        "0.123", "0.000", "-0.500", "1.23", "-12.3", "456.8", "1.23e+04"
+    ]  # fmt: skip
+    assert cell({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"
+    assert cell({"value": 0.5, "low": None, "high": None}) == "0.500"
+    assert cell(None) == cell({"value": None, "low": None, "high": None}) == "–"
+
+
+def test_the_table_fits_and_holds_the_numbers(summary):
+    text = text_report(summary)
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= TERMINAL_WIDTH and text.startswith("95 % intervals")
+    of_line = {}
+    for row in summary["measures"]:
+        of_line.setdefault((METRICS[row["metric"]].label, row["set"]), {})[row["side"]] = cell(row)
+    for _, entries in TABLE:
+        for metric, sets in entries:
+            for name in sets:
+                label = METRICS[metric].label
+                (line,) = [line for line in lines if re.match(rf"{re.escape(label)}\s+{name}(\s|$)", line)]
+                places = [line.find(of_line[label, name].get(side, "–")) for side in summary["sides"]]
+                assert -1 not in places
+    for heading, _ in TABLE:
+        assert heading in lines
+    assert (
+        "score of before, after, retrained: harmonic mean of (forgetting: 1 - |accuracy on unlearn - target|" in text
+    )
+
+
+def test_the_table_fits_with_numbers_as_wide_as_they_come(summary):
+    wide = {"value": -0.8123, "low": -0.9123, "high": -0.7123}
+    far = [row | (wide if row["value"] is not None else {}) for row in summary["measures"]]
+    lines = text_report({**summary, "measures": far, "warnings": ["word " * 60]}).split("\n")
+    assert max(map(len, lines)) <= TERMINAL_WIDTH
+    assert sum(line.startswith(("! word", "  word")) for line in lines) == 3
+
+
+def test_two_models_without_attacks_have_their_rows_and_a_list_of_what_is_missing(raws):
+    before, after = ({part: raws[side][part] for part in ("questions", "texts")} for side in ("before", "after"))
+    text = text_report(summarise(before, after, resamples=20))
+    assert "retrained" not in text.split("\n")[2] and "Does it last?" not in text
+    missing = text[text.index("not measured:") :]
+    for line in ("- no retrained model: no privacy leakage", "- after: the part robustness was not measured"):
+        assert line in missing
+
+
+def test_nothing_at_all_is_still_a_table(tmp_path):
+    summary = summarise(after={})
+    assert "nothing was measured" in text_report(summary)
+    write_files(tmp_path, summary, {"after": {}}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.json", "report.html"}
+
+
+def test_csv_and_json_tell_the_same(written, summary):
+    with (written / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["side", "set", "metric", "value", "low", "high", "n"]
+    assert len(rows) == len(summary["measures"]) + len(summary["curves"])
+    for row, want in zip(rows, summary["measures"], strict=False):
+        assert (row["side"], row["set"], row["metric"]) == (want["side"], want["set"], want["metric"])
+        for name in ("value", "low", "high", "n"):
+            assert (row[name] == "") == (want[name] is None)
+            assert row[name] == "" or float(row[name]) == pytest.approx(want[name], rel=1e-5)
+    assert rows[-1]["metric"] == "relearn_benign_others_step_20"
+    results = json.loads((written / "results.json").read_text())
+    assert results["measures"] == summary["measures"] and results["machine"]["commit"] == "abc1234"
+    assert results["metrics"]["kl"]["formula"] == METRICS["kl"].formula and results["metrics"]["kl"]["source"]
+
+
+class _Page(HTMLParser):
+    """Balanced tags, outside references, charts and all text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.charts: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in ("meta", "line", "path", "rect"):
+            self.open.append(tag)
+        self.references += [values[name] for name in ("src", "href") if name in values]
+        if tag == "svg":
+            self.charts.append(values["aria-label"])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def _read(path: Path) -> _Page:
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+def test_the_page_stands_alone_and_shows_everything(written, summary, raws):
+    page = _read(written / "report.html")
+    text = "\n".join(page.text)
+    assert page.open == [] and page.references == []
+    assert len(page.charts) == 13 and "Which set's questions are answered?" in page.charts
+    for metric in {row["metric"] for row in summary["measures"]}:
+        assert METRICS[metric].label.removeprefix("- ") in text and METRICS[metric].formula in text
+    for row in summary["measures"]:
+        assert cell(row) in text
+    true_text = raws["before"]["continuations"]["unlearn"]["true_text"][0]
+    assert f"true: {true_text}" in text and "abc1234" in text
+
+
+def test_warnings_are_on_the_page_and_charts_without_numbers_are_not(raws, tmp_path):
+    after = {"texts": {name: dict(columns) for name, columns in raws["after"]["texts"].items()}}
+    after["texts"]["unlearn"]["logp"] = [[p - 9 for p in logp] for logp in after["texts"]["unlearn"]["logp"]]
+    summary = summarise(after=after, resamples=50)
+    write_files(tmp_path, summary, {"after": after}, FACTS)
+    page = _read(tmp_path / "report.html")
+    assert page.charts == [
+        "How well is each set predicted?",
+        "How much of the forgotten texts is left, word by word?",
+        "Can one tell that the forgotten texts were read?",
+    ]
+    assert "▲ after is over-forgotten: the loss on unlearn" in "\n".join(page.text)
+
+
+def test_the_docs_explain_every_metric_as_the_files_do():
+    page = (PROJECT / "docs" / "surgery_eval.md").read_text(encoding="utf-8")
+    lines = page.split("\n")
+    for name, metric in METRICS.items():
+        rows = [line for line in lines if line.startswith("|") and f"`{name}`" in line.split("|")[1]]
+        assert len(rows) == 1, name
+        if metric.source.count("arXiv"):
+            number_of = re.findall(r"\d{4}\.\d{5}", metric.source)[-1]
+            assert number_of in rows[0], name

@@ -1,0 +1,508 @@
+"""Kill a training run with SIGKILL at random moments, resume it each time, and compare it with one never killed.
+
+    python -m tests.faults.soak --kills 100 --ranks 2
+
+A run of a tiny mixture of experts in float32 on the CPU, with dropout, replay, and a checkpoint every few steps. At
+every kill one rank, drawn at random, is killed; the others follow, as they would under torchrun. When the run has
+come to its end its log of losses, its weights and the order of its rows must be those of the run that nobody killed,
+bit for bit; then it starts anew, until there were enough kills. Exits with 1 if anything differs or is lost.
+
+With --rank this file serves one rank: it imports everything once, and forks a process for every start of the run. It
+reads a line of JSON for each start, {"folder", "attempt", "max_steps", ...}, and writes one for each thing that
+happens: {"pid"}, {"began"}, {"saved": step}, {"exit": code, negative for a signal}. Source: ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_moe_cpt.arguments import fsdp2_arguments
+from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, last_whole_checkpoint, step_of
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
+from tests.helpers.cpt_runs import without_clocks
+
+
+PATIENCE = 180.0  # seconds in which the processes must answer, also on a machine that is busy
+GRACE = 3.0  # seconds that the other ranks have to end by themselves
+EARLY_KILLS = 0.15  # share of kills before the first step: while resuming
+VOCABULARY, LENGTH = 64, 16
+SHARDED = {
+    "accelerator_config": {"use_configured_state": True},
+    **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
+}
+
+
+class Recorded(CPTTrainer):
+    """Writes down which rows each step is given."""
+
+    rows_file: Path
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The parent's; a line with the step and a fingerprint of each row."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [fingerprint(row) for sample in samples for row in sample["input_ids"]]
+        with self.rows_file.open("a") as file:
+            file.write(json.dumps([self.state.global_step + 1, rows]) + "\n")
+        return samples, num_items
+
+
+class Tells(TrainerCallback):
+    """Says on standard output how far the run is."""
+
+    def __init__(self, output: int) -> None:
+        self._output = output
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step is next."""
+        tell(self._output, began=state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint is complete, unless it is being copied in the background."""
+        if args.snapshot_dir is None:
+            tell(self._output, saved=state.global_step)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint that was copied may have come to its place."""
+        found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
+        if found:
+            tell(self._output, saved=step_of(found[-1]))
+
+
+def tell(output: int, **what: Any) -> None:
+    """Write one line, in one piece."""
+    os.write(output, (json.dumps(what) + "\n").encode())
+
+
+def fingerprint(values: torch.Tensor) -> str:
+    """Eleven bytes of the hash of a tensor's bits."""
+    return hashlib.sha256(values.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:22]
+
+
+def documents(count: int, seed: int) -> Dataset:
+    """Random tokens, so that no two rows of the run are alike."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "soak") % 2**63)
+    lengths = torch.randint(5, 40, (count,), generator=generator).tolist()
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]}
+    )
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate leaves FSDP out, without a word, where its processes have no GPU: tell it that they have one."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor, put together if it is in parts. A collective then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def build(
+    folder: Path,
+    world_size: int,
+    max_steps: int,
+    dropout: float = 0.1,
+    save_total_limit: int | None = 2,
+    **changes: Any,
+) -> Recorded:
+    """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": dropout}
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(
+        CptMoeConfig(**sizes, **heads, **tokens, num_experts=7, num_experts_per_tok=3, max_position_embeddings=64)
+    )
+    args = CPTConfig(
+        output_dir=str(folder / "run"),
+        max_steps=max_steps,
+        max_length=LENGTH,
+        per_device_train_batch_size=4 // world_size,
+        replay_ratio=0.25,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="steps",
+        save_total_limit=save_total_limit,
+        eval_on_start=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **changes,
+    )
+    needed = max_steps * 4 * LENGTH // 20
+    return Recorded(model, args, documents(needed, 1), documents(needed, 2))
+
+
+def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
+    """Train to the end, from the newest whole checkpoint if there is one, and write what came out."""
+    folder, attempt = Path(order.pop("folder")), order.pop("attempt")
+    if world_size > 1:
+        meeting = f"file://{(folder / f'meeting-{attempt}').resolve()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    if order.pop("is_sharded", False):
+        shard_on_the_cpu()
+        order |= SHARDED
+    trainer = build(folder, world_size, **order)
+    trainer.rows_file = folder / f"rows-{attempt:05d}-{rank}.jsonl"
+    if rank == 0:
+        trainer.add_callback(Tells(output))
+    trainer.train(resume_from_checkpoint="auto")
+    weights = {name: fingerprint(whole(value)) for name, value in trainer.model.state_dict().items()}
+    if rank == 0:
+        history = without_clocks(trainer.state.log_history[:-1])  # the last is a summary of this start
+        (folder / "result.json").write_text(json.dumps({"history": history, "weights": weights}))
+
+
+def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
+    """Fork the run; what it prints goes to log-<attempt>-<rank> in its folder. Returns the process id."""
+    output = os.dup(1)
+    pid = os.fork()
+    if pid:
+        os.close(output)
+        return pid
+    log = os.open(f"{order['folder']}/log-{order['attempt']:05d}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run(rank, world_size, output, order)
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the parent's exit handlers are not ours
+
+
+class Rank:
+    """A process that starts one rank of the run again and again.
+
+    on: words in front of its command, such as those that start it on another host. settings: environment of the run.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        port: int,
+        on: Sequence[str] = (),
+        settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        command = [sys.executable, "-m", "tests.faults.soak", f"--rank={rank}", f"--ranks={world_size}"]
+        settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **settings}
+        if world_size > 1:
+            settings |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        changed = [f"{name}={value}" for name, value in settings.items()]
+        self.server = subprocess.Popen([*on, "env", *changed, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.pid: int | None = None
+        self.exit_code: int | None = None
+        self.saved = 0
+        self._rest = b""
+
+    def start(self, order: dict[str, Any]) -> None:
+        """Start the run once more."""
+        self.exit_code, self.saved = None, 0
+        self.server.stdin.write((json.dumps(order) + "\n").encode())
+        self.server.stdin.flush()
+        self.pid = self.wait_for("pid", PATIENCE)["pid"]
+
+    def wait_for(self, what: str, seconds: float) -> dict[str, Any] | None:
+        """The next line with the key `what`, or with "exit"; None if it does not come within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            line = self._line(max(0.0, deadline - time.monotonic()))
+            if line is None:
+                return None
+            if what in line or "exit" in line:
+                return line
+
+    def _line(self, seconds: float) -> dict[str, Any] | None:
+        while b"\n" not in self._rest:
+            if not select.select([self.server.stdout], [], [], seconds)[0]:
+                return None
+            read = os.read(self.server.stdout.fileno(), 1 << 16)
+            if not read:
+                raise RuntimeError(f"A rank's server ended with exit code {self.server.wait()}.")
+            self._rest += read
+        text, self._rest = self._rest.split(b"\n", 1)
+        line = json.loads(text)
+        self.exit_code = line.get("exit", self.exit_code)
+        self.saved = line.get("saved", self.saved)
+        return line
+
+    def kill(self) -> None:
+        """End the run's process at once: no cleanup, no flush."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the line that says so is not read yet
+                os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the server, which has nothing to tidy up, and the run."""
+        if self.pid is not None:
+            self.kill()
+        self.server.kill()
+        self.server.wait()
+        self.server.stdin.close()
+        self.server.stdout.close()
+
+
+@dataclass
+class Tally:
+    """What happened so far; kills count once, whatever they ended."""
+
+    kills: int = 0
+    while_resuming: int = 0
+    while_saving: int = 0
+    checkpoints_lost: int = 0
+    rows_repeated: int = 0
+    rows_out_of_order: int = 0
+    most_steps_again: int = 0
+    different_results: int = 0
+    rounds: int = 0
+    seconds_to_start: list[float] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost, repeated or changed."""
+        faults = (self.checkpoints_lost, self.rows_repeated, self.rows_out_of_order, self.different_results)
+        return not any(faults)
+
+    def table(self) -> str:
+        """One line for each count."""
+        starts = sorted(self.seconds_to_start)
+        rows = {
+            "kills": self.kills,
+            "of these before the first step": self.while_resuming,
+            "of these during a save": self.while_saving,
+            "runs brought to their end": self.rounds,
+            "checkpoints lost": self.checkpoints_lost,
+            "rows repeated": self.rows_repeated,
+            "steps with other rows": self.rows_out_of_order,
+            "runs with other losses or weights": self.different_results,
+            "most steps done again after a kill": self.most_steps_again,
+            "seconds to start again, median": f"{starts[len(starts) // 2]:.2f}" if starts else "none",
+        }
+        return "\n".join(f"{name:36} {value}" for name, value in rows.items())
+
+
+class Soak:
+    """Starts, kills and compares; the ranks' servers live as long as it does."""
+
+    def __init__(self, folder: Path, ranks: int, seed: int, settings: dict[str, Any]) -> None:
+        self.folder, self.settings, self.random = folder, settings, random.Random(seed)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.ranks = [Rank(rank, ranks, port) for rank in range(ranks)]
+        self.tally = Tally()
+        self.seconds_to_begin, self.seconds_of_save_interval = 1.0, 1.0
+
+    def close(self) -> None:
+        """End the servers."""
+        for rank in self.ranks:
+            rank.close()
+
+    def reference(self) -> Path:
+        """Train once without a kill, and learn how long things take."""
+        folder = self._new_folder("reference")
+        for rank in self.ranks:
+            self._expect(rank.wait_for("ready", PATIENCE), "ready", folder)
+        began = time.monotonic()
+        self._start(folder, 0)
+        self._expect(self.ranks[0].wait_for("began", PATIENCE), "began", folder)
+        self.seconds_to_begin, began = time.monotonic() - began, time.monotonic()
+        self._wait_for_end(folder)
+        intervals = self.settings["max_steps"] / self.settings["save_steps"]
+        self.seconds_of_save_interval = (time.monotonic() - began) / intervals
+        return folder
+
+    def round(self, reference: Path, kills: int) -> None:
+        """One run to its end with at most `kills` kills, compared with the reference."""
+        folder = self._new_folder(f"round-{self.tally.rounds}")
+        for attempt in range(kills):
+            if not self._start_and_kill(folder, attempt):
+                break
+        else:
+            self._start(folder, kills)
+            self._wait_for_end(folder)
+        self._compare(folder, reference)
+        self.tally.rounds += 1
+        shutil.rmtree(folder)
+
+    def _new_folder(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        return folder
+
+    def _start(self, folder: Path, attempt: int) -> None:
+        for rank in self.ranks:
+            rank.start({"folder": str(folder), "attempt": attempt, **self.settings})
+
+    def _start_and_kill(self, folder: Path, attempt: int) -> bool:
+        """Start, and kill a rank at a random moment; False if the run ended before that."""
+        began = time.monotonic()
+        self._start(folder, attempt)
+        is_early = self.random.random() < EARLY_KILLS
+        if is_early:
+            self.ranks[0].wait_for("began", self.random.uniform(0, self.seconds_to_begin))
+        else:
+            self._expect(self.ranks[0].wait_for("began", PATIENCE), "began", folder)
+            self.tally.seconds_to_start.append(time.monotonic() - began)
+            self.ranks[0].wait_for("exit", self.random.uniform(0, 2 * self.seconds_of_save_interval))
+        victim = self.random.choice(self.ranks)
+        if self.ranks[0].exit_code is not None:
+            self._wait_for_end(folder)
+            return False
+        victim.kill()
+        for rank in self.ranks:
+            if rank.wait_for("exit", GRACE) is None:
+                rank.kill()
+                rank.wait_for("exit", PATIENCE)
+        if victim.exit_code != -signal.SIGKILL:  # it was faster than the signal
+            self._wait_for_end(folder)
+            return False
+        self._count_kill(folder, attempt, is_early)
+        return True
+
+    def _count_kill(self, folder: Path, attempt: int, is_early: bool) -> None:
+        run, tally = folder / "run", self.tally
+        tally.kills += 1
+        tally.while_resuming += is_early
+        tally.while_saving += not is_early and (run / UNFINISHED).exists()  # a resumed run tidies it up first
+        whole = last_whole_checkpoint(run, read_back=True)
+        whole_step = 0 if whole is None else step_of(whole)
+        before = folder / "announced"
+        announced = max(self.ranks[0].saved, int(before.read_text()) if before.exists() else 0)
+        before.write_text(str(announced))
+        tally.checkpoints_lost += whole_step < announced
+        done = [step for step, _ in _rows(folder, attempt, 0)]
+        tally.most_steps_again = max(tally.most_steps_again, max(done, default=whole_step) - whole_step)
+
+    def _wait_for_end(self, folder: Path) -> None:
+        for number, rank in enumerate(self.ranks):
+            if rank.exit_code is None:
+                rank.wait_for("exit", PATIENCE + 10 * self.settings["max_steps"])
+            if rank.exit_code != 0:
+                raise RuntimeError(f"Rank {number} ended with {rank.exit_code}: see {_newest_log(folder, number)}.")
+
+    def _expect(self, line: dict[str, Any] | None, what: str, folder: Path) -> None:
+        if line is None or what not in line:
+            raise RuntimeError(f"The run did not start ({line}): see {_newest_log(folder, 0)}.")
+
+    def _compare(self, folder: Path, reference: Path) -> None:
+        found, wanted = (json.loads((path / "result.json").read_text()) for path in (folder, reference))
+        self.tally.different_results += found != wanted
+        for number in range(len(self.ranks)):
+            steps, want = _lineage(folder, number), _lineage(reference, number)
+            self.tally.rows_out_of_order += sum(steps.get(step) != rows for step, rows in want.items())
+        rows = [row for number in range(len(self.ranks)) for rows in _lineage(folder, number).values() for row in rows]
+        self.tally.rows_repeated += len(rows) - len(set(rows))
+
+
+def _rows(folder: Path, attempt: int | str, rank: int) -> list[tuple[int, list[str]]]:
+    """What a start was given, in order; a line that a kill cut short counts for nothing."""
+    name = f"rows-{attempt if isinstance(attempt, str) else format(attempt, '05d')}-{rank}.jsonl"
+    lines = [line for path in sorted(folder.glob(name)) for line in path.read_text().splitlines()]
+    return [tuple(json.loads(line)) for line in lines if line.endswith("]]")]
+
+
+def _lineage(folder: Path, rank: int) -> dict[int, list[str]]:
+    """Rows of each step in the history that the final weights have: of the last start that came by."""
+    return dict(_rows(folder, "*", rank))
+
+
+def _newest_log(folder: Path, rank: int) -> Path:
+    return max(folder.glob(f"log-*-{rank}"), default=folder)
+
+
+def serve(rank: int, world_size: int) -> None:
+    """Serve the orders of a `Rank` until standard input ends."""
+    torch.set_num_threads(1)
+    tell(1, ready=rank)
+    for line in sys.stdin:
+        pid = start(rank, world_size, json.loads(line))
+        tell(1, pid=pid)
+        _, status = os.waitpid(pid, 0)
+        tell(1, exit=os.waitstatus_to_exitcode(status))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how a soak starts its ranks
+    parser.add_argument("--kills", type=int, default=100, help="how many")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the run, with gloo")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of the run")
+    parser.add_argument("--save-steps", type=int, default=4, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 with sharded checkpoints; needs several ranks")
+    parser.add_argument("--snapshots", action="store_true", help="save in the background (snapshot_dir)")
+    parser.add_argument("--folder", help="where to work, on the disk that is to be tried; default: a temporary one")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Soak, print the table, and exit with 1 unless it is clean."""
+    args = _parser().parse_args(argv)
+    if args.rank is not None:
+        serve(args.rank, args.ranks)
+        return
+    for name in ("kills", "ranks", "steps", "save_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    if args.sharded and args.ranks < 2:
+        raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
+    folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
+    settings = {"max_steps": args.steps, "save_steps": args.save_steps, "is_sharded": args.sharded}
+    settings["snapshot_dir"] = str(folder / "snapshots") if args.snapshots else None
+    began = time.monotonic()
+    soak = Soak(folder, args.ranks, args.seed, settings)
+    try:
+        reference = soak.reference()
+        while soak.tally.kills < args.kills:
+            soak.round(reference, args.kills - soak.tally.kills)
+    finally:
+        soak.close()
+    print(f"{soak.tally.table()}\n{'seconds in all':36} {time.monotonic() - began:.0f}")
+    if not soak.tally.is_clean:
+        raise SystemExit(f"The soak failed; {folder} holds the reference.")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Faults that are real: full disks, processes that are killed, stopped or asked to leave, a network that is cut.
+
+The servers of tests/faults/soak.py fork the runs, so that a start costs no imports.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import PicklingError
+
+import pytest
+import torch
+
+from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, UNFINISHED, checkpoints_in, is_whole, step_of
+from tests.faults.soak import PATIENCE, Rank, Soak
+from tests.helpers.cpt_runs import AtStep, logged, trainer
+from tests.helpers.small_disk import small_disk
+from tests.helpers.two_hosts import two_hosts
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_bytes(tmp_path_factory) -> int:
+    folder = tmp_path_factory.mktemp("roomy") / "run"
+    run = trainer(folder, save_strategy="steps", save_steps=2, max_steps=2)
+    run.train()
+    return sum(path.stat().st_size for path in (folder / "checkpoint-2").rglob("*"))
+
+
+@pytest.mark.parametrize("has_snapshot", [False, True], ids=["at once", "in the background"])
+def test_a_full_disk_is_survived(tmp_path, checkpoint_bytes, caplog, has_snapshot):
+    disk = tmp_path / "disk"
+    changes = {"snapshot_dir": str(tmp_path / "snapshots")} if has_snapshot else {}
+    with small_disk(disk, int(1.7 * checkpoint_bytes)):
+        run = trainer(disk / "run", **SAVING, **changes)
+        with caplog.at_level(logging.WARNING):
+            assert run.train().global_step == 6
+        said = [record.getMessage() for record in caplog.records if "was not saved" in record.getMessage()]
+        assert len(said) == 2  # steps 4 and 6
+        assert f"{disk / 'run' / 'checkpoint-4'} was not saved (" in said[0]
+        assert "training goes on, checkpoint-2 stands. Make room, or lower save_total_limit." in said[0]
+        assert [path.name for path in checkpoints_in(disk / "run")] == ["checkpoint-2"]
+        assert is_whole(disk / "run" / "checkpoint-2") and not (disk / "run" / UNFINISHED).exists()
+        again = trainer(disk / "run", max_steps=6)
+        again.train(resume_from_checkpoint="last")
+    losses = logged(run.state.log_history, "loss")
+    assert logged(again.state.log_history, "loss") == losses and len(losses) == 6
+
+
+def test_a_limit_on_files_is_survived_and_the_next_save_is_whole(tmp_path, caplog):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    run = trainer(tmp_path / "run", **SAVING, save_total_limit=1)
+    run.add_callback(AtStep(4, lambda _: limit(6000)))
+    run.add_callback(AtStep(5, lambda _: limit(limits[0])))
+    try:
+        run.train()
+    finally:
+        limit(limits[0])
+    assert caplog.text.count("was not saved") == 1 and "checkpoint-2 stands" in caplog.text
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-6"]
+    assert is_whole(tmp_path / "run" / "checkpoint-6")
+
+
+def test_errors_that_are_no_failure_to_write_are_raised(tmp_path):
+    run = trainer(tmp_path / "run", **SAVING)
+    run.add_callback(AtStep(2, lambda _: setattr(run.args, "label_names", lambda: None)))
+    with pytest.raises((AttributeError, PicklingError), match="lambda"):
+        run.train()
+    assert checkpoints_in(tmp_path / "run") == []
+
+
+def test_a_snapshot_is_the_run_at_its_step_and_old_ones_go(tmp_path):
+    plain = trainer(tmp_path / "plain", **SAVING, save_total_limit=1)
+    plain.train()
+    run = trainer(tmp_path / "run", **SAVING, save_total_limit=1, snapshot_dir=str(tmp_path / "snapshots"))
+    run.train()
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-6"]
+    saved, wanted = (
+        torch.load(tmp_path / name / "checkpoint-6" / "optimizer.pt")["state"] for name in ("run", "plain")
+    )
+    assert all(torch.equal(saved[key]["exp_avg"], wanted[key]["exp_avg"]) for key in wanted)
+    assert list((tmp_path / "snapshots").rglob("*.pt")) == []
+
+
+SETTINGS = {"max_steps": 12, "save_steps": 3}
+MANY_STEPS = 60  # seconds of work, so that a signal arrives in the middle of them also on a busy machine
+STEPS = 300  # some ten seconds
+
+
+@pytest.fixture(scope="module")
+def soaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Soak]]:
+    """A run in one process, and the same on two ranks; their servers import at the same time."""
+    made = [Soak(tmp_path_factory.mktemp("soak"), ranks, seed=1, settings=dict(SETTINGS)) for ranks in (1, 2)]
+    yield made
+    for soak in made:
+        soak.close()
+
+
+@pytest.fixture
+def one(soaks: list[Soak]) -> Soak:
+    return soaks[0]
+
+
+@pytest.fixture
+def two(soaks: list[Soak]) -> Soak:
+    return soaks[1]
+
+
+def _start(ranks: list[Rank], folder: Path, attempt: int = 0, **changes: object) -> None:
+    folder.mkdir(exist_ok=True)
+    for rank in ranks:
+        rank.start({"folder": str(folder), "attempt": attempt, **SETTINGS, **changes})
+
+
+def _result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def _kill_after_save(soak: Soak) -> None:
+    assert soak.ranks[0].wait_for("saved", PATIENCE).get("saved")
+    for rank in soak.ranks:
+        rank.kill()
+        rank.wait_for("exit", PATIENCE)
+
+
+def _losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in _result(folder)["history"]]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(one, tmp_path):
+    reference = one.reference()
+    while one.tally.kills < 5:
+        one.round(reference, 5 - one.tally.kills)
+    assert one.tally.is_clean, one.tally.table()
+    assert one.tally.most_steps_again <= SETTINGS["save_steps"] + 1
+    changed = _result(reference)  # the comparison finds one bit
+    changed["history"][3]["loss"] = math.nextafter(changed["history"][3]["loss"], math.inf)
+    other = one.folder / "other"
+    other.mkdir()
+    (other / "result.json").write_text(json.dumps(changed))
+    lines = (reference / "rows-00000-0.jsonl").read_text().splitlines()
+    (other / "rows-00000-0.jsonl").write_text("\n".join([*lines[:4], lines[3].replace("[4,", "[5,"), *lines[5:]]))
+    one._compare(other, reference)
+    assert (one.tally.different_results, one.tally.rows_out_of_order, one.tally.rows_repeated) == (1, 1, 4)
+    assert not one.tally.is_clean
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_rank_saves_on_all_and_they_leave(one, two, tmp_path):
+    for soak, told in ((one, 0), (two, 1)):
+        name = f"ranks-{len(soak.ranks)}"
+        _start(soak.ranks, tmp_path / f"{name}-whole", max_steps=MANY_STEPS)
+        soak._wait_for_end(tmp_path / f"{name}-whole")
+        folder = tmp_path / name
+        _start(soak.ranks, folder, max_steps=MANY_STEPS)
+        assert "began" in soak.ranks[0].wait_for("began", PATIENCE)
+        os.kill(soak.ranks[told].pid, signal.SIGTERM)
+        for rank in soak.ranks:
+            rank.wait_for("exit", PATIENCE)
+        assert [rank.exit_code for rank in soak.ranks] == [143] * len(soak.ranks)
+        last = checkpoints_in(folder / "run")[-1]
+        step = step_of(last)
+        assert is_whole(last) and 1 <= step < MANY_STEPS
+        said = f"SIGTERM: stopped after step {step} of {MANY_STEPS} and saved. Go on with"
+        assert said in (folder / "log-00000-0").read_text()
+        _start(soak.ranks, folder, attempt=1, max_steps=MANY_STEPS)
+        soak._wait_for_end(folder)
+        assert _result(folder) == _result(tmp_path / f"{name}-whole")
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_with_the_same_losses(one, two, tmp_path):
+    plain, elastic = tmp_path / "plain", tmp_path / "elastic"
+    _start(one.ranks, plain, dropout=0.0)
+    one._wait_for_end(plain)
+    for attempt, soak in enumerate((one, two, one)):
+        _start(soak.ranks, elastic, attempt, dropout=0.0)
+        if attempt < 2:
+            _kill_after_save(soak)
+    one._wait_for_end(elastic)
+    assert {path.name.split("-")[1] for path in elastic.glob("rows-*-1.jsonl")} == {"00001"}  # two ranks in the middle
+    assert _losses(elastic) == pytest.approx(_losses(plain), rel=1e-5)
+    rows = {}
+    for path in sorted(elastic.glob("rows-*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, found = json.loads(line)
+            rows.setdefault(path.name.split("-")[1], {}).setdefault(step, []).extend(found)
+    lineage = {step: found for attempt in sorted(rows) for step, found in rows[attempt].items()}
+    want = dict(json.loads(line) for line in (plain / "rows-00000-0.jsonl").read_text().splitlines())
+    assert lineage == want
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named(two, tmp_path):
+    folder = tmp_path / "run"
+    _start(two.ranks, folder, hang_timeout=8.0, max_steps=2000)
+    assert "began" in two.ranks[0].wait_for("began", PATIENCE)
+    signs, deadline = [folder / "run" / HEARTBEATS / f"rank-{rank}" for rank in (0, 1)], time.monotonic() + PATIENCE
+    while not all(sign.exists() for sign in signs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(two.ranks[1].pid, signal.SIGSTOP)
+    try:
+        two.ranks[0].wait_for("exit", PATIENCE)
+        assert two.ranks[0].exit_code == 1
+    finally:
+        two.ranks[1].kill()
+        two.ranks[1].wait_for("exit", PATIENCE)
+    log = (folder / "log-00000-0").read_text()
+    assert "(hang_timeout): rank 1 is stopped or dead (no sign of life for " in log
+    assert (folder / "run" / HEARTBEATS / "rank-0").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["whole weights", "sharded"])
+def test_ranks_outlive_a_full_disk_together(two, tmp_path, is_sharded):
+    roomy, narrow = tmp_path / "roomy", tmp_path / "narrow"
+    settings = {"is_sharded": is_sharded, "save_total_limit": None, "max_steps": 6}
+    _start(two.ranks, roomy, **settings)
+    two._wait_for_end(roomy)
+    checkpoint = roomy / "run" / "checkpoint-3"
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+    with small_disk(narrow / "run", int(1.6 * size)):
+        _start(two.ranks, narrow, **settings)
+        two._wait_for_end(narrow)
+        assert [path.name for path in checkpoints_in(narrow / "run")] == ["checkpoint-3"]
+        assert is_whole(narrow / "run" / "checkpoint-3")
+    log = (narrow / "log-00000-0").read_text()
+    assert log.count("was not saved (rank ") == 1 and log.count("checkpoint-3 stands") == 1
+    assert "No space left on device" in log
+    assert _result(narrow) == _result(roomy)
+    assert (checkpoint / "pytorch_model_fsdp_0" / "__1_0.distcp").exists() == is_sharded
+
+
+@pytest.mark.slow
+def test_a_cut_network_ends_both_ranks_and_costs_the_steps_since_the_last_checkpoint(tmp_path):
+    order = {"max_steps": STEPS, "save_steps": 5, "hang_timeout": 8.0}
+    with two_hosts() as hosts:
+        settings = {"GLOO_SOCKET_IFNAME": hosts.interface}
+        ranks = [Rank(rank, 2, port=29501, on=hosts.command(rank), settings=settings) for rank in (0, 1)]
+        try:
+            _start(ranks, tmp_path, **order)
+            assert ranks[0].wait_for("saved", PATIENCE)["saved"] == 5
+            hosts.plug(False)
+            for rank in ranks:  # gloo alone would wait for half an hour
+                rank.wait_for("exit", PATIENCE)
+                assert rank.exit_code == 1
+            logs = [(tmp_path / f"log-00000-{rank}").read_text() for rank in (0, 1)]
+            assert any("(hang_timeout)" in log for log in logs)
+            last = checkpoints_in(tmp_path / "run")[-1]
+
+            hosts.plug(True)
+            _start(ranks, tmp_path, attempt=1, **order)
+            assert ranks[0].wait_for("began", PATIENCE)["began"] == step_of(last)
+            for rank in ranks:
+                rank.wait_for("exit", PATIENCE)
+                assert rank.exit_code == 0
+        finally:
+            for rank in ranks:
+                rank.close()
+    history = json.loads((tmp_path / "result.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))

@@ -1,0 +1,618 @@
+"""Fused head and loss against cross entropy in float64; models with it, and with Liger's kernels, against none."""
+
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.integrations.liger import apply_liger_kernel
+
+import hf_moe_cpt.kernels.cross_entropy as module
+from hf_moe_cpt.extras import is_installed
+from hf_moe_cpt.kernels.cross_entropy import (
+    apply_liger_kernel_to_cpt_moe,
+    fuse_head,
+    liger_rotate_query_and_key,
+    linear_cross_entropy,
+    plain_linear_cross_entropy,
+    register_with_liger,
+    tokens_per_chunk,
+)
+from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeAttention, CptMoeForCausalLM, CptMoeRMSNorm, rotate
+from hf_moe_cpt.trainers.common.metrics import LossRecorder, SourceLosses
+from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.tiny_models import CONFIGS, VOCABULARY, tiny_model
+from tests.helpers.tolerances import RELATIVE_RMS_LIMIT, assert_matches
+
+
+# N, H, V, bytes of logits: rows of 48 float32 logits are 192 bytes each
+SHAPES = {
+    "one chunk": (9, 16, 37, 2**20),
+    "three chunks, the last one short": (8, 16, 37, 3 * 148),
+    "a chunk for every token": (5, 8, 37, 1),
+    "one token": (1, 8, 37, 2**20),
+    "power of two": (6, 16, 64, 2 * 256),
+    "two words": (6, 3, 2, 2**20),
+    "one word": (4, 3, 1, 2**20),
+    "blocks of logits": (3, 8, 131, 2**20),
+}
+UPSTREAM = -0.37
+
+
+def case(N, H, V, dtype=torch.float32, seed=0, ignored=0.3, size=1.0):
+    """Hidden states, weight and targets, some of them ignored; the first one is not, unless all are."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator) * size
+    weight = torch.randn(V, H, generator=generator)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[1:][torch.rand(N - 1, generator=generator) < ignored] = -100
+    return [tensor.to(DEVICE).requires_grad_() for tensor in (hidden.to(dtype), weight.to(dtype))] + [
+        targets.to(DEVICE)
+    ]
+
+
+def reference(hidden, weight, targets, upstream=UPSTREAM):
+    """Losses and gradients by torch's own function in float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    losses = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    gradients = torch.autograd.grad(losses.sum() * upstream, (hidden, weight))
+    return losses.sum(), losses, *gradients
+
+
+def assert_all_match(got, want, dtype):
+    limit = RELATIVE_RMS_LIMIT[dtype]
+    for name, left, right in zip(("sum", "losses", "hidden", "weight"), got, want, strict=True):
+        assert_matches(name, left, right, limit)
+
+
+def fused(hidden, weight, targets, max_logits_bytes=2**20, upstream=UPSTREAM):
+    loss_sum, losses = linear_cross_entropy(hidden, weight, targets, max_logits_bytes)
+    return loss_sum, losses, *torch.autograd.grad(loss_sum * upstream, (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("N, H, V, max_logits_bytes", SHAPES.values(), ids=SHAPES)
+def test_losses_and_gradients(monkeypatch, N, H, V, max_logits_bytes, dtype):
+    monkeypatch.setattr(module, "MAX_BLOCK", 32)
+    tensors = case(N, H, V, dtype)
+    got = fused(*tensors, max_logits_bytes)
+    assert_all_match(got, reference(*tensors), dtype)
+    assert (got[0].dtype, got[1].dtype, got[2].dtype, got[3].dtype) == (torch.float32, torch.float32, dtype, dtype)
+    assert not got[1].requires_grad
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 70), st.integers(1, 2000), st.integers(0, 99))
+def test_any_shape(N, H, V, max_logits_bytes, seed):
+    tensors = case(N, H, V, seed=seed)
+    want = reference(*tensors)
+    for name, left, right in zip(range(4), fused(*tensors, max_logits_bytes), want, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-4, atol=2e-5, msg=f"{name} of {N, H, V}")
+
+
+def test_no_tokens():
+    hidden, weight, targets = (tensor[:0] if index != 1 else tensor for index, tensor in enumerate(case(2, 8, 37)))
+    loss_sum, losses = linear_cross_entropy(hidden, weight, targets)
+    assert loss_sum.item() == 0.0
+    assert losses.shape == (0,)
+    assert torch.autograd.grad(loss_sum, weight)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_logits_whose_exponentials_overflow(size):
+    tensors = case(6, 16, 37, size=size)
+    assert_all_match(fused(*tensors), reference(*tensors), torch.float32)
+
+
+def test_a_block_of_impossible_words(monkeypatch):
+    monkeypatch.setattr(module, "MAX_BLOCK", 16)
+    hidden, weight, targets = case(4, 8, 37, ignored=0.0)
+    hidden, weight = hidden.detach().abs(), weight.detach()
+    weight[:16] = float("-inf")
+    targets = targets.clamp(min=16)
+    want = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    assert_matches("losses", linear_cross_entropy(hidden, weight, targets)[1], want)
+
+
+def test_a_target_outside_the_vocabulary_is_loud():
+    hidden, weight, targets = case(4, 8, 37, ignored=0.0)
+    for wrong in (37, -1, 2**33):
+        targets[2] = wrong
+        losses = linear_cross_entropy(hidden, weight, targets)[1]
+        assert losses.isnan().tolist() == [False, False, True, False]
+
+
+def test_gradients_come_only_where_they_are_needed():
+    hidden, weight, targets = case(5, 8, 37)
+    want = reference(hidden, weight, targets, upstream=1.0)
+    for which, frozen in enumerate((weight, hidden)):
+        frozen.requires_grad_(False)
+        loss_sum, _ = linear_cross_entropy(hidden, weight, targets)
+        (gradient,) = torch.autograd.grad(loss_sum, (hidden, weight)[which])
+        assert_matches("gradient", gradient, want[2 + which])
+        frozen.requires_grad_(True)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets)[0].requires_grad
+
+
+def test_several_backward_passes():
+    hidden, weight, targets = case(5, 8, 37)
+    loss_sum, _ = linear_cross_entropy(hidden, weight, targets)
+    (loss_sum * 2).backward(retain_graph=True)
+    (loss_sum * -0.5).backward()
+    linear_cross_entropy(hidden, weight, targets, 1)[0].backward()  # a second micro-batch
+    want = reference(hidden, weight, targets, upstream=2.5)
+    assert_matches("hidden", hidden.grad, want[2])
+    assert_matches("weight", weight.grad, want[3])
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, targets = case(5, 8, 37)
+    loss_sum, _ = linear_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(loss_sum**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_the_same_bits_every_time():
+    first, second = (fused(*case(7, 16, 37), 3 * 148) for _ in range(2))
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+def test_tensors_that_are_views():
+    hidden, weight, targets = case(6, 16, 37)
+    wide = torch.randn(6, 40, device=DEVICE)
+    wide[:, 3:19] = hidden.detach()
+    view = wide[:, 3:19].requires_grad_()
+    turned = weight.detach().T.contiguous().T.requires_grad_()
+    every_other = targets.repeat_interleave(2)[::2]
+    assert_all_match(fused(view, turned, every_other, 296), reference(hidden, weight, targets), torch.float32)
+
+
+def test_operator_contract():
+    hidden, weight, targets = case(5, 8, 37)
+    for needs in ((True, True), (True, False), (False, False)):
+        torch.library.opcheck(module._linear_cross_entropy, (hidden, weight, targets, torch.float32, 296, *needs))
+
+
+@pytest.mark.compiles
+def test_operator_compiles_into_one_graph():
+    def loss(hidden, weight, targets):
+        return linear_cross_entropy(hidden * 2, weight, targets, 296)[0] * UPSTREAM
+
+    tensors = case(5, 8, 37)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*tensors), tensors[:2])
+    want = torch.autograd.grad(loss(*tensors), tensors[:2])
+    for left, right in zip(got, want, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("max_logits_bytes", [2**20, 200])
+def test_autocast_multiplies_in_its_type_and_adds_up_in_float32(max_logits_bytes):
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    hidden, weight, targets = case(7, 16, 37)
+    with torch.autocast(DEVICE.type, dtype):
+        got = fused(hidden, weight, targets, max_logits_bytes)
+        loss_sum, losses = plain_linear_cross_entropy(hidden, weight, targets)
+        want = loss_sum, losses, *torch.autograd.grad(loss_sum * UPSTREAM, (hidden, weight))
+    assert [tensor.dtype for tensor in got] == [torch.float32] * 4
+    assert_all_match(got, want, dtype)
+    rounded = [tensor.detach().to(dtype) for tensor in (hidden, weight)]
+    assert_matches("losses", got[1], reference(*rounded, targets)[1], 3e-3)
+
+
+def test_logits_of_all_tokens_are_never_held(monkeypatch):
+    sizes = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, out: sizes.append(out.shape) or multiply(*args, out=out))
+    fused(*case(8, 16, 37), 3 * 148)
+    logits = [rows for rows, columns in sizes if columns == 37]
+    assert logits == [3, 3, 2]
+
+
+def test_float64_and_types_that_differ_go_to_the_definition():
+    hidden, weight, targets = case(5, 8, 37, torch.float64)
+    got = linear_cross_entropy(hidden, weight, targets)
+    assert got[1].dtype == torch.float64
+    assert_matches("losses", got[1], reference(hidden, weight, targets)[1])
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear_cross_entropy(hidden.float(), weight, targets)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    hidden, weight, targets = case(5, 8, 37)
+    for wrong in ((hidden[None], weight, targets), (hidden, weight[:, 1:], targets), (hidden, weight, targets[1:])):
+        with pytest.raises(ValueError, match=r"must be \(N, H\), \(V, H\) and \(N,\)"):
+            linear_cross_entropy(*wrong)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 10**6), st.integers(1, 300_000), st.sampled_from([2, 4]), st.integers(1, 2**31))
+def test_chunks_fit_and_are_even(N, V, size, limit):
+    rows = tokens_per_chunk(N, V, size, limit)
+    assert rows == 1 or rows * V * size <= limit
+    chunks = -(-N // rows)
+    assert chunks * rows - N < chunks * 128  # the last chunk may be shorter, by less than the rounding of all
+    assert tokens_per_chunk(32768, 128256, 2, module.MAX_LOGITS_BYTES) == 2048
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_synchronisation_and_little_memory_at_full_size(dtype):
+    N, H, V = 6144, 512, 50257
+    hidden = torch.randn(N, H, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, device=DEVICE, dtype=dtype).mul_(0.05).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    linear_cross_entropy(hidden, weight, targets)[0].backward()  # compiles
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (linear_cross_entropy(hidden, weight, targets, 128 * 2**20)[0] / N).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    held = torch.cuda.max_memory_allocated() - before
+    assert held < 150 * 2**20 + 3 * (weight.nbytes + hidden.nbytes)
+    loss_sum, _ = plain_linear_cross_entropy(hidden, weight, targets)
+    want = torch.autograd.grad(loss_sum / N, (hidden, weight))
+    assert_matches("hidden", hidden.grad, want[0], 2e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert_matches("weight", weight.grad, want[1], 2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def batch(sequences=3, tokens=9, seed=0):
+    """Token ids, and labels that are partly ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (sequences, tokens), generator=generator)
+    labels = ids.masked_fill(torch.rand(sequences, tokens, generator=generator) < 0.3, -100)
+    labels[0, 1] = 5
+    return ids.to(DEVICE), labels.to(DEVICE)
+
+
+def pair(kind="cpt_moe", **changes):
+    """The same model twice, the second with a fused head, both in training."""
+    plain = tiny_model(kind, **changes).to(DEVICE).train()
+    fused = deepcopy(plain)
+    fuse_head(fused)
+    return plain, fused
+
+
+def run(model, ids, **inputs):
+    model.zero_grad()
+    output = model(input_ids=ids, **inputs)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of hidden states that were given to the fused operator."""
+    seen = []
+    compute = module.linear_cross_entropy
+    monkeypatch.setattr(
+        module, "linear_cross_entropy", lambda *args: seen.append(tuple(args[0].shape)) or compute(*args)
+    )
+    return seen
+
+
+MODELS = {
+    "penalty-balanced": ("cpt_moe", {}),
+    "switch": ("cpt_moe switch", {}),
+    "sinkhorn": ("cpt_moe sinkhorn", {}),
+    "dense": ("cpt_moe", {"num_experts": 0, "num_experts_per_tok": 0}),
+    "tied head": ("cpt_moe", {"tie_word_embeddings": True}),
+}
+INPUTS = {
+    "mean": {},
+    "a number of tokens": {"num_items_in_batch": 7},
+    "tokens on the device": {"num_items_in_batch": torch.tensor(23, device=DEVICE)},
+    "labels already shifted": {"shift_labels": True},
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("kind, changes", MODELS.values(), ids=MODELS)
+def test_losses_and_every_gradient(calls, kind, changes, inputs):
+    ids, labels = batch()
+    inputs = {"labels": labels, **inputs}
+    if "shift_labels" in inputs:
+        inputs["shift_labels"] = labels.roll(-1, 1)
+    plain, fused = pair(kind, **changes)
+    (want, want_gradients), (got, got_gradients) = run(plain, ids, **inputs), run(fused, ids, **inputs)
+    assert got.logits is None
+    assert calls == [(27, 16)]
+    for name in ("loss", "lm_loss", "aux_loss", "z_loss"):
+        if getattr(want, name) is not None:
+            assert_matches(name, getattr(got, name), getattr(want, name))
+    for name, gradient in want_gradients.items():
+        assert_matches(name, got_gradients[name], gradient, 2e-5)
+
+
+def test_logits_are_there_where_they_are_wanted(calls):
+    ids, labels = batch()
+    plain, fused = pair()
+    for inputs, is_training, are_skipped in (
+        ({"labels": labels}, True, True),
+        ({"labels": labels, "skip_logits": False}, True, False),
+        ({"labels": labels}, False, False),
+        ({"labels": labels, "skip_logits": True}, False, True),
+        ({}, True, False),
+        ({"skip_logits": True}, False, False),
+        ({"logits_to_keep": 1}, False, False),
+    ):
+        calls.clear()
+        plain.train(is_training), fused.train(is_training)
+        want, got = plain(input_ids=ids, **inputs), fused(input_ids=ids, **inputs)
+        assert (got.logits is None, len(calls)) == (are_skipped, are_skipped)
+        assert want.logits is not None
+        if not are_skipped:
+            assert torch.equal(got.logits, want.logits)
+        if "labels" in inputs:
+            assert_matches("loss", got.loss, want.loss)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_losses_per_source_are_the_same(calls, is_training):
+    measured = []
+    for model in pair():
+        tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
+        tap.attach(model.train(is_training))
+        for seed in range(2):
+            ids, labels = batch(seed=seed)
+            with tap.tell(meter.listener(torch.tensor([0, 1, 0]))):
+                loss = model(
+                    input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(31), skip_logits=True
+                ).lm_loss
+        measured.append(meter.pop() | {"loss": loss.item()})
+    assert len(calls) == 2
+    assert set(measured[0]) == {"lm_loss", "lm_loss/new", "lm_loss/replay", "loss"}
+    assert measured[1] == pytest.approx(measured[0], rel=1e-6)
+
+
+def test_whoever_stands_between_the_head_and_its_weight_is_not_passed_over(calls):
+    ids, labels = batch()
+    _, hooked = pair()
+    seen = []
+    hooked.lm_head.register_forward_hook(lambda *args: seen.append(1))
+    _, adapted = pair()
+    adapted = get_peft_model(adapted, LoraConfig(target_modules=["lm_head"], r=2))
+    _, replaced = pair()
+    replaced.lm_head.forward = lambda states: nn.Linear.forward(replaced.lm_head, states) * 2
+    _, biased = pair()
+    biased.lm_head = nn.Linear(16, VOCABULARY).to(DEVICE)
+    for model in (hooked, adapted, replaced, biased):
+        assert model(input_ids=ids, labels=labels).logits is not None
+    assert (calls, seen) == ([], [1])
+
+
+def test_another_loss_function_gets_its_logits(calls):
+    ids, labels = batch()
+    _, fused = pair()
+    fused.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    output = fused(input_ids=ids, labels=labels, output_router_logits=False)
+    assert torch.equal(output.loss, output.logits.square().mean())
+    assert calls == []
+
+
+def test_only_this_model_changes(calls):
+    ids, labels = batch()
+    plain, fused = pair()
+    fuse_head(fused)
+    copy = deepcopy(fused)
+    assert plain(input_ids=ids, labels=labels).logits is not None
+    with torch.no_grad():
+        copy.lm_head.weight.zero_()
+    assert copy(input_ids=ids, labels=labels).lm_loss.item() == pytest.approx(torch.tensor(VOCABULARY).log().item())
+    assert_matches("loss", fused(input_ids=ids, labels=labels).loss, plain(input_ids=ids, labels=labels).loss)
+    assert "head_and_loss" not in vars(plain)
+
+
+def test_a_model_without_the_seam_is_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no method `head_and_loss`"):
+        fuse_head(tiny_model("llama"))
+
+
+@pytest.mark.compiles
+def test_model_compiles_into_one_graph():
+    ids, labels = batch()
+    plain, fused = pair("cpt_moe", num_experts=0, num_experts_per_tok=0)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    compiled(input_ids=ids, labels=labels).loss.backward()
+    _, want = run(plain, ids, labels=labels)
+    for name, parameter in fused.named_parameters():
+        assert_matches(name, parameter.grad, want[name], 2e-5)
+
+
+needs_liger = pytest.mark.skipif(not is_installed("liger_kernel"), reason="liger-kernel is not installed")
+ALL_OFF = {name: False for name in ("rope", "rms_norm", "swiglu", "geglu", "fused_linear_cross_entropy")}
+# What Triton's interpreter can run of Liger.
+INTERPRETABLE = {"rms_norm": False, "swiglu": False, "geglu": False}
+GROUPED_QUERIES = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def rope(fraction):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}}
+
+
+def patched(model, **kernels):
+    model = deepcopy(model)
+    apply_liger_kernel_to_cpt_moe(model=model, **kernels)
+    return model
+
+
+def changed_modules(model):
+    """Names of the modules that hold a method of their own, and those methods' names."""
+    names = ("forward", "rotate_query_and_key", "head_and_loss")
+    return {(path, name) for path, module in model.named_modules() for name in names if name in vars(module)}
+
+
+NORMS = {("model.norm", "forward")} | {
+    (f"model.layers.{layer}.{norm}", "forward")
+    for layer in (0, 1)
+    for norm in ("input_layernorm", "post_attention_layernorm")
+}
+ROPES = {(f"model.layers.{layer}.self_attn", "rotate_query_and_key") for layer in (0, 1)}
+HEAD = {("", "head_and_loss")}
+
+
+def mlps(name):
+    return {(f"model.layers.{layer}.{name}", "forward") for layer in (0, 1)}
+
+
+DENSE = {"num_experts": 0, "num_experts_per_tok": 0}
+PARTS = {
+    "all of the default model": ({}, {}, NORMS | ROPES | HEAD),
+    "shared experts": ({"hidden_act": "silu"}, {}, NORMS | ROPES | HEAD | mlps("mlp.shared_experts")),
+    "dense": ({"hidden_act": "gelu_pytorch_tanh", **DENSE}, {}, NORMS | ROPES | HEAD | mlps("mlp")),
+    "no shared experts": (
+        {"hidden_act": "silu", "num_shared_experts": 0, "moe_intermediate_size": 8},
+        {},
+        NORMS | ROPES | HEAD,
+    ),
+    "layer norm": ({"norm_type": "layernorm"}, {}, ROPES | HEAD),
+    "no rope": ({}, {"rope": False}, NORMS | HEAD),
+    "no norms": ({}, {"rms_norm": False}, ROPES | HEAD),
+    "no gated MLP": ({"hidden_act": "silu"}, {"swiglu": False}, NORMS | ROPES | HEAD),
+    "no fused head": ({}, {"fused_linear_cross_entropy": False}, NORMS | ROPES),
+    "nothing": ({"hidden_act": "silu"}, ALL_OFF, set()),
+}
+
+
+@needs_liger
+@pytest.mark.parametrize("changes, kernels, want", PARTS.values(), ids=PARTS)
+def test_what_is_asked_for_and_possible_is_changed_in_this_model_alone(changes, kernels, want):
+    plain = tiny_model("cpt_moe", **changes)
+    model = patched(patched(plain, **kernels), **kernels)
+    assert changed_modules(model) == want
+    assert changed_modules(plain) == set()
+
+
+@needs_liger
+def test_norms_compute_as_ours_do_and_with_our_epsilon():
+    from liger_kernel.transformers import LigerRMSNorm
+
+    model = patched(tiny_model("cpt_moe", rms_norm_eps=3e-4))
+    norms = [module for module in model.modules() if isinstance(module, CptMoeRMSNorm)]
+    assert len(norms) == 5
+    for norm in norms:
+        assert norm.forward.__func__ is LigerRMSNorm.forward
+        assert (norm.casting_mode, norm.offset, norm.variance_epsilon) == ("llama", 0.0, 3e-4)
+
+
+@needs_liger
+def test_no_class_and_no_function_changes():
+    function = torch.nn.functional.cross_entropy
+    classes = (CptMoeForCausalLM, CptMoeAttention, CptMoeRMSNorm, torch.nn.Linear)
+    before = [dict(vars(one)) for one in classes]
+    apply_liger_kernel_to_cpt_moe(model=tiny_model("cpt_moe", hidden_act="silu"))
+    assert torch.nn.functional.cross_entropy is function
+    assert [dict(vars(one)) for one in classes] == before
+
+
+@needs_liger
+def test_other_heads_get_the_layers_only():
+    config = CONFIGS["cpt_moe"](num_labels=3)
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    apply_liger_kernel_to_cpt_moe(model=classifier)
+    assert changed_modules(classifier) == NORMS | ROPES
+    decoder = tiny_model("cpt_moe").model
+    apply_liger_kernel_to_cpt_moe(model=decoder)
+    assert len(changed_modules(decoder)) == len(NORMS | ROPES)
+
+
+@needs_liger
+@pytest.mark.parametrize("rotated", [2, 6, 8])
+def test_rotation(rotated):
+    def states(heads):
+        return torch.randn(2, 5, heads, 8, device=DEVICE).requires_grad_()
+
+    query, key = states(4), states(2)
+    angles = torch.randn(2, 5, rotated // 2, device=DEVICE)
+    angles = torch.cat((angles, angles), dim=-1)
+    upstream = torch.randn(2, 4, 5, 8, device=DEVICE), torch.randn(2, 2, 5, 8, device=DEVICE)
+    want = [rotate(one.transpose(1, 2), angles.cos(), angles.sin()) for one in (query, key)]
+    want_gradients = torch.autograd.grad(want, (query, key), upstream)
+    projected = [one * 1.0 for one in (query, key)]  # rotated in place, as the outputs of a projection are
+    got = liger_rotate_query_and_key(*(one.transpose(1, 2) for one in projected), angles.cos(), angles.sin())
+    got_gradients = torch.autograd.grad(got, (query, key), [one.clone() for one in upstream])
+    for name, left, right in zip(
+        ("query", "key", "query gradient", "key gradient"),
+        (*got, *got_gradients),
+        (*want, *want_gradients),
+        strict=True,
+    ):
+        assert_matches(name, left, right)
+
+
+def assert_same_step(plain, fused, limit=2e-5):
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    packed = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=DEVICE).expand(2, -1)
+    losses = []
+    for model in (plain, fused):
+        output = model.train()(input_ids=ids, labels=ids, position_ids=packed, num_items_in_batch=12)
+        output.loss.backward()
+        losses.append(output.loss)
+    assert_matches("loss", losses[1], losses[0], limit)
+    for (name, want), got in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert_matches(name, got.grad, want.grad, limit)
+
+
+@needs_liger
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize("kind", ["cpt_moe", "cpt_moe switch", "cpt_moe sinkhorn"])
+def test_a_step_gives_the_same_loss_and_gradients(kind, fraction):
+    plain = tiny_model(kind, **GROUPED_QUERIES, **rope(fraction)).to(DEVICE)
+    assert_same_step(plain, patched(plain, **INTERPRETABLE))
+
+
+@needs_liger
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_act", ["gelu", "silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("changes", [{}, DENSE, {"norm_type": "layernorm"}], ids=["moe", "dense", "layernorm"])
+def test_a_step_with_every_kernel_gives_the_same_loss_and_gradients(changes, hidden_act):
+    plain = tiny_model("cpt_moe", hidden_act=hidden_act, **changes, **GROUPED_QUERIES, **rope(0.5)).to(DEVICE)
+    assert_same_step(plain, patched(plain), 1e-4)
+
+
+@needs_liger
+@pytest.mark.gpu
+def test_norm_in_half_precision_rounds_where_ours_does():
+    norm = CptMoeRMSNorm(64, 1e-5).to(DEVICE, torch.bfloat16)
+    torch.nn.init.normal_(norm.weight)
+    model = tiny_model("cpt_moe", hidden_size=64)
+    model.model.norm = norm
+    states = torch.randn(7, 64, device=DEVICE, dtype=torch.bfloat16)
+    want = norm(states)
+    apply_liger_kernel_to_cpt_moe(model=model)
+    assert_matches("norm", norm(states), want, 1e-3)
+
+
+@needs_liger
+def test_transformers_finds_us_through_ligers_table():
+    register_with_liger()
+    model = AutoModelForCausalLM.from_config(CptMoeConfig(**CONFIGS["cpt_moe"]().to_diff_dict()))
+    apply_liger_kernel(model, {"rms_norm": False})
+    assert changed_modules(model) == ROPES | HEAD
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="Pass model=...: .* never into its classes"):
+        apply_liger_kernel_to_cpt_moe()
+    model = tiny_model("cpt_moe")
+    with pytest.raises(ValueError, match="cross_entropy=True would replace torch's cross entropy"):
+        apply_liger_kernel_to_cpt_moe(cross_entropy=True, model=model)
+    assert changed_modules(model) == set()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ImportError, match=r"apply_liger_kernel_to_cpt_moe needs .* pip install 'hf_moe_cpt\[liger\]'"):
+        apply_liger_kernel_to_cpt_moe(model=tiny_model("cpt_moe"))

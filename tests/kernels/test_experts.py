@@ -1,0 +1,459 @@
+"""The experts operator against its definition in float64, and in models against their eager experts."""
+
+import logging
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import hf_moe_cpt
+from hf_moe_cpt.kernels import experts_interface
+from hf_moe_cpt.kernels.experts import _experts_forward, experts, plain_experts
+from hf_moe_cpt.kernels.experts_interface import why_unsupported
+from hf_moe_cpt.kernels.grouped_gemm import (
+    ACTIVATIONS,
+    DECODING,
+    FEW_ROWS,
+    HOPPER_TRAINING,
+    SINGLE_PRECISION,
+    tile_plan,
+)
+from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from tests.helpers.expert_layers import ExpertLayer, expert_layer
+from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.tolerances import assert_matches
+
+
+NAMES = ["hf_moe_cpt", "hf_moe_cpt_low_memory"]
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+CONFIGS = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "cpt_moe": CptMoeConfig(**SIZES, num_experts=7, num_experts_per_tok=3),
+    "cpt_moe switch": CptMoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=1, num_shared_experts=0, hidden_act="gelu_pytorch_tanh"
+    ),
+}
+
+
+def _model(name: str, implementation: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return (
+        AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), experts_implementation=implementation)
+        .to(DEVICE)
+        .train()
+    )
+
+
+def _loss_and_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 64, (2, 9), device=DEVICE)
+    output = model(input_ids=ids, labels=ids, output_router_logits=True)
+    output.loss.backward()
+    return {"loss": output.loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_equal_eager(name, implementation):
+    want = _loss_and_gradients(_model(name, "eager"))
+    got = _loss_and_gradients(_model(name, implementation))
+    assert got.keys() == want.keys()
+    for key, value in got.items():
+        assert_matches(key, value, want[key], limit=2e-5)
+
+
+def test_kernels_really_run(monkeypatch):
+    """Guards the test above: a silent fall back to grouped_mm would pass it as well."""
+    monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)
+    _loss_and_gradients(_model("mixtral", "hf_moe_cpt"))
+
+
+def test_generation_equals_eager():
+    """Token by token: the plan of few rows, with a cache."""
+    ids = torch.arange(5, device=DEVICE)[None]
+    texts = [
+        _model("olmoe", name).eval().generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        for name in ("eager", "hf_moe_cpt")
+    ]
+    assert torch.equal(*texts)
+
+
+def test_autocast_computes_in_its_type():
+    model = _model("mixtral", "hf_moe_cpt")
+    experts = model.model.layers[0].mlp.experts
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        output = experts(
+            torch.randn(3, 16, device=DEVICE),
+            torch.zeros(3, 1, dtype=torch.long, device=DEVICE),
+            torch.ones(3, 1, device=DEVICE),
+        )
+    assert output.dtype == torch.float32
+    assert torch.equal(output, output.half().float())  # no more digits than float16 has
+
+
+@use_experts_implementation(is_transposed=True)
+class _TransposedExperts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = 3
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 16, 24) * 0.2)
+        self.down_proj = nn.Parameter(torch.randn(3, 12, 16) * 0.2)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        raise NotImplementedError
+
+
+def test_transposed_weights():
+    runs = []
+    for name in ("grouped_mm", "hf_moe_cpt"):
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES)
+        config._experts_implementation = name
+        experts = _TransposedExperts(config).to(DEVICE)
+        tokens = torch.randn(6, 16, device=DEVICE)
+        index = torch.tensor([[0, 2]] * 6, device=DEVICE)
+        output = experts(tokens, index, torch.full((6, 2), 0.5, device=DEVICE))
+        output.square().sum().backward()
+        runs.append((output, experts.gate_up_proj.grad, experts.down_proj.grad))
+    for got, want in zip(runs[1], runs[0], strict=True):
+        assert got.is_contiguous() and got.shape == want.shape
+        assert_matches("transposed", got, want, limit=1e-5)
+
+
+def _experts_of(config) -> nn.Module:
+    model = AutoModelForCausalLM.from_config(deepcopy(config), experts_implementation="eager")
+    return next(
+        module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")
+    )
+
+
+def _changed(**attributes: object) -> nn.Module:
+    experts = _experts_of(CONFIGS["mixtral"])
+    for name, value in attributes.items():
+        setattr(experts, name, value)
+    return experts
+
+
+@pytest.mark.parametrize(
+    "experts, dtype, reason",
+    [
+        (lambda: _experts_of(GptOssConfig(**SIZES, head_dim=8, num_local_experts=2)), torch.float32, "have biases"),
+        (lambda: _changed(has_gate=False), torch.float32, "have no gate"),
+        (lambda: _changed(is_concatenated=False), torch.float32, "columns are interleaved"),
+        (lambda: _changed(has_post_expert_norm=True), torch.float32, "end in a norm"),
+        (lambda: _changed(act_fn=nn.Tanh()), torch.float32, "its activation is Tanh"),
+        (lambda: _changed(act_fn=nn.GELU(approximate="tanh")), torch.float32, "its activation is GELU"),
+        (lambda: _changed(), torch.float64, "the compute dtype is torch.float64"),
+    ],
+)
+def test_reason_is_told(experts, dtype, reason):
+    assert reason in why_unsupported(experts(), DEVICE, dtype)
+
+
+def test_missing_triton_and_gpu_are_told(monkeypatch):
+    experts = _experts_of(CONFIGS["mixtral"])
+    assert why_unsupported(experts, DEVICE, torch.float32) is None
+    monkeypatch.setattr(experts_interface, "HAS_TRITON", False)
+    assert "triton is not installed" in why_unsupported(experts, DEVICE, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr("hf_moe_cpt.kernels.grouped_gemm.IS_INTERPRETED", False)
+    assert "on cpu, the kernels need a GPU" in why_unsupported(experts, torch.device("cpu"), torch.float32)
+
+
+def test_own_gating_rule_is_left_alone():
+    class Clamped(type(_experts_of(CONFIGS["mixtral"]))):
+        def _apply_gate(self, gate_up):
+            return gate_up.chunk(2, dim=-1)[0]
+
+    experts = _experts_of(CONFIGS["mixtral"])
+    experts.__class__ = Clamped
+    assert "gating rule of its own" in why_unsupported(experts, DEVICE, torch.float32)
+
+
+def test_fall_back_gives_the_right_numbers_and_one_line(caplog, monkeypatch):
+    transformers.utils.logging.enable_propagation()
+    config = GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)
+    outputs = []
+    ids = torch.arange(6, device=DEVICE)[None]
+    with caplog.at_level(logging.WARNING):
+        for name in ("grouped_mm", "hf_moe_cpt"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, experts_implementation=name).to(DEVICE)
+            outputs.append(model(input_ids=ids).logits)
+    assert torch.equal(*outputs)
+    told = [record.message for record in caplog.records if "hf_moe_cpt kernels" in record.message]
+    assert told == ["The hf_moe_cpt kernels do not run GptOssExperts: its experts have biases; using grouped_mm."]
+
+
+def test_registration_is_idempotent():
+    hf_moe_cpt.register_kernels()
+    hf_moe_cpt.register_kernels()
+    for name in NAMES:
+        assert ALL_EXPERTS_FUNCTIONS[name].__module__ == "hf_moe_cpt.kernels.experts_interface"
+
+
+def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS["cpt_moe"]))
+    expected = "hf_moe_cpt" if DEVICE.type == "cuda" else "grouped_mm"
+    assert model.config._experts_implementation == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model.get_correct_experts_implementation(None) == "hf_moe_cpt"
+    assert model.get_correct_experts_implementation("eager") == "eager"
+    dense = AutoModelForCausalLM.from_config(CptMoeConfig(**SIZES, num_experts=0))
+    assert dense.get_correct_experts_implementation(None) != "hf_moe_cpt"
+
+
+@pytest.mark.compiles
+def test_compiles_as_one_graph():
+    experts = _experts_of(CONFIGS["mixtral"]).to(DEVICE)
+    experts.config._experts_implementation = "hf_moe_cpt"
+    inputs = (
+        torch.randn(5, 16, device=DEVICE),
+        torch.zeros(5, 2, dtype=torch.long, device=DEVICE),
+        torch.ones(5, 2, device=DEVICE),
+    )
+    want = experts(*inputs)
+    assert torch.equal(torch.compile(experts, fullgraph=True, backend="aot_eager")(*inputs), want)
+
+
+def _run(function, layer: ExpertLayer, grad_output: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    """The output and the gradients of all leaves by name."""
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    output = function(*inputs, **options)
+    output.backward(grad_output.to(output.dtype))
+    return {"output": output} | {f"gradient of {name}": leaf.grad for name, leaf in layer.leaves.items()}
+
+
+def _assert_agrees(layer: ExpertLayer, dtype: torch.dtype, activation: str = "silu", low_memory: bool = False) -> None:
+    rounded = layer.to(dtype)
+    grad_output = torch.randn(layer.tokens.shape, dtype=dtype, device=layer.tokens.device)
+    got = _run(experts, rounded, grad_output, activation=activation, low_memory=low_memory)
+    want = _run(plain_experts, rounded.to(torch.float64), grad_output, activation=activation)
+    for name, value in got.items():
+        assert value.dtype == dtype
+        if want[name].any() or value.any():
+            assert_matches(name, value, want[name])
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_values_and_gradients(dtype, low_memory):
+    _assert_agrees(expert_layer(21, 3, 2, 40, 24), dtype, low_memory=low_memory)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    _assert_agrees(expert_layer(9, 3, 2, 16, 16), torch.float32, activation)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    num_tokens=st.integers(1, 30),
+    num_experts=st.integers(2, 12),
+    top_k=st.integers(1, 5),
+    hidden_size=st.integers(1, 40),
+    width=st.integers(1, 40),
+)
+def test_any_shape(num_tokens, num_experts, top_k, hidden_size, width):
+    _assert_agrees(expert_layer(num_tokens, num_experts, top_k, hidden_size, width), torch.float32)
+
+
+@pytest.mark.parametrize("num_experts, top_k", [(256, 1), (2, 16), (64, 8)])
+def test_extreme_numbers_of_experts(num_experts, top_k):
+    _assert_agrees(expert_layer(3, num_experts, top_k, 8, 8), torch.float32)
+
+
+@pytest.mark.parametrize("rows_per_expert, dtype", [(30, torch.float16), (120, torch.float32)])
+def test_other_plans(rows_per_expert, dtype):
+    """Enough rows for the plans of few rows and of float32."""
+    _assert_agrees(expert_layer(rows_per_expert * 2, 2, 1, 16, 8), dtype)
+
+
+def test_experts_of_other_ranks_add_nothing():
+    """Ids outside [0, E) mark them; a token of only such ids gets exact zeros."""
+    layer = expert_layer(12, 3, 2, 16, 8)
+    layer.top_k_index[:, 1] = 3
+    layer.top_k_index[4] = 3
+    layer.top_k_index[5, 0] = -1
+    _assert_agrees(layer, torch.float32)
+    rounded = layer.to(torch.float32)
+    got = _run(experts, rounded, torch.randn_like(rounded.tokens), activation="silu")
+    assert got["output"][4].eq(0).all() and got["output"][5].eq(0).all()
+    assert got["gradient of tokens"][4].eq(0).all()
+    assert got["gradient of top_k_weights"][:, 1].eq(0).all()
+
+
+def test_no_tokens():
+    layer = expert_layer(0, 3, 2, 16, 8).to(torch.float32)
+    got = _run(experts, layer, torch.zeros_like(layer.tokens), activation="silu")
+    assert got["output"].shape == (0, 16)
+    assert got["gradient of gate_up"].eq(0).all() and got["gradient of down"].eq(0).all()
+
+
+def test_only_asked_gradients_are_computed():
+    layer = expert_layer(9, 3, 2, 16, 8).to(torch.float32)
+    layer.gate_up.requires_grad_(False)
+    layer.top_k_weights.requires_grad_(False)
+    wanted = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
+    got = _run(experts, layer, torch.ones_like(layer.tokens), activation="silu")
+    assert got["gradient of gate_up"] is None and got["gradient of top_k_weights"] is None
+    assert torch.equal(got["gradient of tokens"], wanted["gradient of tokens"])
+    assert torch.equal(got["gradient of down"], wanted["gradient of down"])
+
+
+def test_strided_tokens_and_expanded_gradients():
+    layer = expert_layer(10, 3, 2, 32, 8).to(torch.float32)
+    strided = layer.tokens.detach().repeat(1, 2)[:, :32].requires_grad_()
+    transposed = layer.top_k_index.T.contiguous().T
+    output = experts(strided, transposed, layer.top_k_weights, layer.gate_up, layer.down, "silu")
+    output.sum().backward()
+    want = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
+    assert torch.equal(output, want["output"]) and torch.equal(strided.grad, want["gradient of tokens"])
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_twice_gives_the_same_bits(low_memory):
+    """Two runs, and two backward passes through one graph: nothing saved may be used as scratch memory."""
+    layer = expert_layer(33, 4, 3, 24, 16).to(torch.float32)
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    leaves = list(layer.leaves.values())
+    runs = []
+    for _ in range(2):
+        output = experts(*inputs, "silu", low_memory)
+        for retain in (True, False):
+            runs.append(torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=retain))
+    for run in runs[1:]:
+        assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
+
+
+def test_pre_activations_are_kept_only_for_a_backward_pass():
+    layer = expert_layer(5, 2, 1, 16, 8).to(torch.float32)
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    output, low_memory_output = experts(*inputs, "silu"), experts(*inputs, "silu", low_memory=True)
+    assert output.grad_fn.saved_tensors[4].numel() > 0
+    assert low_memory_output.grad_fn.saved_tensors[4].numel() == 0
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_operator_obeys_pytorchs_rules(save):
+    layer = expert_layer(6, 3, 2, 16, 8).to(torch.float32)
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu", save)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_experts_forward, inputs, test_utils=checks)
+
+
+@pytest.mark.compiles
+def test_operator_compiles_as_one_graph():
+    layer = expert_layer(6, 3, 2, 16, 8).to(torch.float32)
+
+    def loss(tokens, index, weights, gate_up, down):
+        return experts(tokens * 2, index, weights, gate_up, down, "silu").square().sum()
+
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    loss(*inputs).backward()
+    want = {name: leaf.grad.clone() for name, leaf in layer.leaves.items()}
+    for leaf in layer.leaves.values():
+        leaf.grad = None
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs).backward()
+    for name, leaf in layer.leaves.items():
+        assert torch.equal(leaf.grad, want[name])
+
+
+def test_plan_follows_rows_per_expert():
+    cpu = torch.device("cpu")
+    assert tile_plan(64, 8, torch.bfloat16, cpu) is DECODING
+    assert tile_plan(64 * 8, 8, torch.bfloat16, cpu) is FEW_ROWS
+    assert tile_plan(999 * 8, 8, torch.float32, cpu) is SINGLE_PRECISION
+    assert tile_plan(10**6, 8, torch.bfloat16, cpu) is not HOPPER_TRAINING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [256, 704, 200])
+def test_plan_of_the_gpu(dtype, width):
+    """Real sizes on the real tiles; several hundred rows per expert, not a multiple of anything."""
+    _assert_agrees(expert_layer(2049, 8, 2, 512, width), dtype)
+    _assert_agrees(expert_layer(2049, 8, 2, 512, width), dtype, "gelu", low_memory=True)
+
+
+def _gpu_step(layer: ExpertLayer) -> list[torch.Tensor]:
+    """Output and gradients, without the graph that made them."""
+    output = experts(layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu")
+    gradients = torch.autograd.grad(output, list(layer.leaves.values()), torch.ones_like(output))
+    return [output.detach(), *gradients]
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits():
+    layer = expert_layer(1024, 8, 2, 256, 256, torch.bfloat16)
+    _gpu_step(layer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _gpu_step(layer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    """Leaves are made anew for the capture: autograd remembers the stream on which a leaf was first used."""
+    layer = expert_layer(1024, 8, 2, 256, 256, torch.bfloat16)
+    want = _gpu_step(layer)
+    captured = layer.to(torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _gpu_step(captured)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        got = _gpu_step(captured)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(first, second) for first, second in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_address_arithmetic_beyond_two_to_the_31():
+    """T x K rows of H + 2I elements: 3.2e9 elements of pre-activations."""
+    layer = expert_layer(1, 2, 1, 64, 8192)
+    tokens = torch.randn(200_000, 64, device=DEVICE, dtype=torch.bfloat16)
+    index = torch.arange(200_000, device=DEVICE)[:, None] % 2
+    weights = torch.ones(200_000, 1, device=DEVICE)
+    gate_up, down = layer.gate_up.detach().bfloat16(), layer.down.detach().bfloat16()
+    tokens.requires_grad_()
+    output = experts(tokens, index, weights, gate_up, down, "silu")
+    output.backward(torch.ones_like(output))
+    tail = tokens.detach()[-64:].double().requires_grad_()
+    want = plain_experts(tail, index[-64:], weights[-64:], gate_up.double(), down.double(), "silu")
+    want.backward(torch.ones_like(want))
+    assert_matches("output", output[-64:], want)
+    assert_matches("gradient", tokens.grad[-64:], tail.grad)

@@ -1,0 +1,95 @@
+"""The report is one well-formed page that loads nothing and holds the numbers it was given."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_moe_cpt.reports.charts import Series, line_chart
+from hf_moe_cpt.reports.tables import Section, format_cell, write_report
+from tests.helpers.source_tree import PROJECT
+
+
+VOID = {"meta", "br", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tag balance, addresses to load, and the text of cells."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.cells = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "data", "poster")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+ROWS = [
+    {"run": "granular <30 %>", "forgetting": 0.13664, "recovery step": 200, "tokens/s": 12_345.6},
+    {"run": "none", "forgetting": -0.7, "recovery step": None, "tokens/s": 9_999.0, "note": "only here"},
+]
+
+
+@pytest.fixture
+def page(tmp_path):
+    chart = line_chart([Series("a", [0, 1], [1, 2])], title="Is it?", x_label="step", y_label="loss")
+    sections = [Section("Did replay help?", "First.\n\nSecond & <last>.", ROWS), Section("And then?", charts=[chart])]
+    return write_report(tmp_path / "out" / "report.html", "What happened?", sections).read_text(encoding="utf-8")
+
+
+def test_page_is_balanced_and_loads_nothing(page):
+    parsed = Page(page)
+    assert parsed.open == [] and parsed.addresses == []
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", page)
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_table_holds_the_numbers_in_order(page):
+    assert Page(page).cells == [
+        *("run", "forgetting", "recovery step", "tokens/s", "note"),
+        *("granular <30 %>", "0.1366", "200", "12,346", "–"),
+        *("none", "-0.7", "–", "9999", "only here"),
+    ]
+    assert '<td class="number">0.1366</td>' in page and '<td class="number">200</td>' in page
+
+
+def test_text_is_escaped_and_split_into_paragraphs(page):
+    assert "<p>First.</p><p>Second &amp; &lt;last&gt;.</p>" in page
+    assert page.count("<svg") == 1 and page.count("<script>") == 1
+
+
+def test_rewriting_replaces_and_leaves_no_scrap(tmp_path):
+    for title in ("one", "two"):
+        write_report(tmp_path / "report.html", title, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert "<h1>two</h1>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "–"), (float("nan"), "–"), (True, "yes"), (1234567, "1,234,567"), (3e-5, "3e-05"), ("x", "x"), (2.0, "2")],
+)
+def test_cells(value, text):
+    assert format_cell(value) == text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@pytest.mark.parametrize("script", sorted((PROJECT / "hf_moe_cpt").glob("*/page/*.js")), ids=lambda path: path.name)
+def test_scripts_of_pages_are_javascript(script):
+    done = subprocess.run(["node", "--check", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

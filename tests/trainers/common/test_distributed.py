@@ -1,0 +1,75 @@
+"""Leaving the process group, which must really end, and the precision in which FSDP2 sums and hands out."""
+
+import weakref
+
+import torch
+import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_moe_cpt.machine import has_process_group, leave_process_group
+from hf_moe_cpt.trainers.common.distributed import reduce_in_float32
+
+
+def test_nothing_to_leave():
+    assert not has_process_group()
+    leave_process_group()
+
+
+def test_the_group_ends_with_the_wrappers_around_it(tmp_path):
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    wrapper = DistributedDataParallel(nn.Linear(2, 2))
+    wrapper(torch.ones(1, 2)).sum().backward()
+    wrapper.cycle = [wrapper]
+    seen = weakref.ref(wrapper)
+    del wrapper
+    assert has_process_group()
+    leave_process_group()
+    assert not has_process_group() and seen() is None
+
+
+class _Mean(nn.Module):
+    """A model whose pass ends in a loss, as ours do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).float().mean() + 12.2488
+
+
+def test_fsdp2_sums_in_float32_and_leaves_losses_unrounded(tmp_path):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    plugin.set_mixed_precision("bf16")
+    rounded = plugin.mixed_precision_policy
+    reduce_in_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        losses = {}
+        for name, mp_policy in (("rounded", rounded), ("ours", policy)):
+            torch.manual_seed(0)
+            model = fully_shard(_Mean(), mesh=mesh, mp_policy=mp_policy)
+            assert isinstance(model, FSDPModule)
+            losses[name] = model(torch.ones(2, 8))
+            losses[name].backward()
+        assert losses["ours"].dtype == torch.float32 and losses["rounded"].dtype == torch.bfloat16
+        assert abs(losses["ours"].item() - losses["rounded"].item()) > 1e-4
+    finally:
+        leave_process_group()
+
+
+def test_a_policy_of_ones_own_and_full_precision_stay():
+    own = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    own.mixed_precision_policy = chosen = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.float32)
+    reduce_in_float32(own)
+    assert own.mixed_precision_policy is chosen
+    plain = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    reduce_in_float32(plain)
+    assert plain.mixed_precision_policy is None
+    reduce_in_float32(None)

@@ -1,0 +1,367 @@
+"""Every set goes through its rows again and again in an order of its own, the same for any split into batches.
+
+What is to be forgotten and to be kept at once is refused, by subject or by text.
+
+Rows of every form become tokens of which the right ones count; what cannot be read is named by row or line.
+
+Every text that is to lose gets its winner: a refusal in its own form, or the new version of its subject.
+"""
+
+import json
+from collections import Counter
+from functools import partial
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_moe_cpt.trainers.surgery.data import (
+    WINNER,
+    SurgeryMixture,
+    check_subjects,
+    collate_rows,
+    collate_sets,
+    eval_batches,
+    form_of,
+    prompt_and_completion,
+    read_rows,
+    tokenize_set,
+    with_refusals,
+    with_winners,
+)
+from tests.helpers.preference_runs import word_tokenizer
+
+
+def _rows(count, start=0):
+    lengths = [2 + number % 5 for number in range(count)]
+    return Dataset.from_dict(
+        {
+            "input_ids": [[start + number] * length for number, length in enumerate(lengths)],
+            "completion_mask": [[False] + [True] * (length - 1) for length in lengths],
+        }
+    )
+
+
+@given(length=st.integers(1, 9), size=st.integers(1, 4), items=st.integers(1, 12), seed=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_each_epoch_of_a_set_is_a_permutation(length, size, items, seed):
+    mixture = SurgeryMixture({"a": _rows(length)}, {"a": size}, items, seed)
+    read = [place for item in range(items) for place in mixture.rows("a", item)]
+    for begin in range(0, len(read) - length + 1, length):
+        assert sorted(read[begin : begin + length]) == list(range(length))
+
+
+def test_sets_do_not_depend_on_each_other_nor_on_the_size_of_micro_batches():
+    sets = {"unlearn": _rows(7), "retain": _rows(11, 20)}
+    small = SurgeryMixture(sets, {"unlearn": 1, "retain": 2}, 12, 5)
+    large = SurgeryMixture({"retain": sets["retain"]}, {"retain": 8}, 3, 5)
+    assert [p for i in range(12) for p in small.rows("retain", i)] == [
+        p for i in range(3) for p in large.rows("retain", i)
+    ]
+    orders = [tuple(small.rows(name, item)[0] for item in range(6)) for name in sets]
+    assert orders[0] != orders[1]
+    with pytest.raises(IndexError, match="item 12 of 12"):
+        small.rows("retain", 12)
+
+
+def test_batches_are_padded_and_know_their_rows():
+    mixture = SurgeryMixture({"unlearn": _rows(6), "retain": _rows(6, 20)}, {"unlearn": 2, "retain": 3}, 4, 0)
+    batch = collate_sets([mixture[1]], pad_token_id=9)
+    assert list(batch) == ["unlearn", "retain"] and len(batch["retain"]["row"]) == 3
+    for name, place in (("unlearn", 0), ("retain", 2)):
+        one, row = batch[name], mixture[1][name][place]
+        length = len(row["input_ids"])
+        assert one["row"][place] == row["row"]
+        assert one["input_ids"][place, :length].tolist() == row["input_ids"]
+        assert (one["input_ids"][place, length:] == 9).all()
+        assert one["attention_mask"][place].tolist() == [1] * length + [0] * (one["input_ids"].shape[1] - length)
+        assert one["completion_mask"][place, :length].tolist() == row["completion_mask"]
+        assert not one["completion_mask"][place, length:].any()
+
+
+def test_winners_are_a_batch_inside_the_batch():
+    rows = [
+        {"input_ids": [1, 2], "completion_mask": [True, True], "row": 4, "winner_input_ids": [5, 6, 7]}
+        | {"winner_completion_mask": [False, True, True]}
+    ]
+    batch = collate_rows(rows, 0)
+    assert batch[WINNER]["input_ids"].tolist() == [[5, 6, 7]] and batch[WINNER]["row"] == [4]
+
+
+@pytest.mark.parametrize(("count", "max_rows", "world"), [(9, 64, 1), (9, 5, 2), (10, 64, 3), (2, 64, 3)])
+def test_ranks_share_the_measured_rows_and_meet_in_every_batch(count, max_rows, world):
+    shares = [
+        list(
+            eval_batches(
+                _rows(count), batch_size=2, pad_token_id=0, max_rows=max_rows, seed=1, rank=rank, world_size=world
+            )
+        )
+        for rank in range(world)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    counted = Counter(
+        int(place)
+        for share in shares
+        for batch in share
+        for place, mask in zip(batch["row"], batch["completion_mask"], strict=True)
+        if mask.any()
+    )
+    assert len(counted) == min(count, max_rows) and set(counted.values()) == {1}
+    whole = [
+        batch["row"] for batch in eval_batches(_rows(count), batch_size=2, pad_token_id=0, max_rows=max_rows, seed=1)
+    ]
+    assert {place for rows in whole for place in rows} == set(counted)
+
+
+def _rows_subject_overlap(*subjects):
+    return Dataset.from_dict({"text": [f"about {subject}" for subject in subjects], "subject": list(subjects)})
+
+
+def test_obsolete_and_update_share_their_subjects():
+    check_subjects(
+        {
+            "obsolete": _rows_subject_overlap("a", "b"),
+            "update": _rows_subject_overlap("a", "b"),
+            "unlearn": _rows_subject_overlap("c"),
+            "retain": _rows_subject_overlap("d"),
+        }
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [("unlearn", "retain"), ("obsolete", "neighbour"), ("unseen", "update")])
+def test_shared_subjects_are_refused_and_named(first, second):
+    sets = {first: _rows_subject_overlap(*"abcdefg"), second: _rows_subject_overlap(*"cdefx")}
+    message = rf"4 subject\(s\) are in both {first}_dataset and {second}_dataset: 'c', 'd', 'e' and 1 more"
+    with pytest.raises(ValueError, match=message):
+        check_subjects(sets)
+
+
+def test_overlap_that_is_allowed_is_told(caplog):
+    check_subjects({"unlearn": _rows_subject_overlap("a"), "retain": _rows_subject_overlap("a")}, allow_overlap=True)
+    assert "1 subject(s) are in both unlearn_dataset and retain_dataset: 'a'" in caplog.text
+
+
+def test_texts_are_compared_where_no_subject_is_named():
+    sets = {"unlearn": _rows_subject_overlap("a").remove_columns("subject"), "retain": _rows_subject_overlap("a", "b")}
+    with pytest.raises(ValueError, match=r"1 text\(s\) are in both"):
+        check_subjects(sets)
+    tokens = Dataset.from_dict({"input_ids": [[1, 2]]})
+    check_subjects({"unlearn": tokens, "retain": _rows_subject_overlap("a")})
+
+
+EOS = 0
+
+
+def _set(rows, max_length=32, **options):
+    return tokenize_set(Dataset.from_list(rows), word_tokenizer(), name="unlearn", max_length=max_length, **options)
+
+
+def _counted(row):
+    """The words that count."""
+    ids = [token for token, counts in zip(row["input_ids"], row["completion_mask"], strict=True) if counts]
+    return word_tokenizer().decode(ids)
+
+
+def test_text_counts_throughout_and_ends():
+    (row,) = _set([{"text": "w2 w3 w4"}])
+    assert row["input_ids"] == [2, 3, 4, EOS] and row["completion_mask"] == [True] * 4
+    (row,) = _set([{"text": "w2 w3 w4"}], append_eos=False)
+    assert row["input_ids"] == [2, 3, 4]
+    (row,) = _set([{"text": "w2 w3 </s>"}])
+    assert row["input_ids"] == [2, 3, EOS]
+
+
+def test_a_header_counts_only_if_it_is_not_masked():
+    rows = [{"text": "w5 w6 w2 w3", "prefix": "w5 w6 "}, {"text": "w7 w8", "prefix": ""}]
+    masked, plain = _set(rows)
+    assert _counted(masked) == "w2 w3 </s>" and _counted(plain) == "w7 w8 </s>"
+    whole = _set(rows, mask_prefix=False)
+    assert _counted(whole[0]) == "w5 w6 w2 w3 </s>"
+
+
+def test_only_completions_count():
+    prompt, answer = [{"role": "user", "content": "w5 w6"}], {"role": "assistant", "content": "w7 w8"}
+    (row,) = _set([{"prompt": "w2 w3", "completion": " w4"}])
+    assert _counted(row) == "w4 </s>" and row["input_ids"] == [2, 3, 4, EOS]
+    (row,) = _set([{"messages": [*prompt, answer]}])
+    assert _counted(row) == "w7 w8 </s>"
+    (pair,) = _set([{"prompt": prompt, "completion": [answer]}])
+    assert pair == row
+    assert prompt_and_completion({"messages": [*prompt, answer]}) == (prompt, [answer])
+
+
+def test_tokenised_rows_pass_and_are_cut():
+    (row,) = _set([{"input_ids": [4, 5, 6, 7], "completion_mask": [False, False, True, True]}], max_length=3)
+    assert row["input_ids"] == [4, 5, 6] and row["completion_mask"] == [False, False, True]
+    (row,) = _set([{"input_ids": [4, 5, 6, 7]}])
+    assert row["completion_mask"] == [True] * 4
+
+
+def test_rows_keep_their_order_and_their_subjects():
+    rows = [{"text": f"w{2 + number} w3", "subject": f"s{number}", "other": 1} for number in range(5)]
+    found = _set(rows)
+    assert sorted(found.column_names) == ["completion_mask", "input_ids", "subject"]
+    assert [row["input_ids"][0] for row in found] == [2, 3, 4, 5, 6] and found["subject"][3] == "s3"
+
+
+BAD = {
+    "not text": (
+        [{"text": "w2 w3"}, {"text": " "}],
+        {},
+        r"row 1 \(counted from 0\) of unlearn_dataset: 'text' is ' '",
+    ),
+    "none": ([{"words": "w2"}], {}, "the columns words are no text: give 'text'"),
+    "prefix elsewhere": ([{"text": "w2 w3", "prefix": "w4"}], {}, "does not begin with its prefix 'w4'"),
+    "prefix is all": ([{"text": "w2 w3", "prefix": "w2 w3"}], {}, "its prefix covers the whole text"),
+    "one token": ([{"text": "w2"}], {"append_eos": False}, "none of its 1 tokens counts"),
+    "prompt too long": ([{"prompt": "w2 w3 w4", "completion": " w5"}], {"max_length": 3}, "or raise max_length"),
+    "empty completion": ([{"prompt": "w2", "completion": ""}], {}, "and the completion not empty"),
+    "mixed": (
+        [{"prompt": "w2", "completion": [{"role": "assistant", "content": "w3"}]}],
+        {},
+        "both lists of messages",
+    ),
+    "user last": ([{"messages": [{"role": "user", "content": "w2"}]}], {}, "that the assistant ends"),
+    "ids outside": ([{"input_ids": [4, 99]}], {"vocab_size": 48}, r"token id 99 is outside \[0, 48\)"),
+    "mask too short": ([{"input_ids": [4, 5], "completion_mask": [True]}], {}, "has 1 entries for 2 tokens"),
+}
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_read_is_refused(rows, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        _set(rows, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_needs_a_tokenizer_and_an_end_needs_a_token():
+    rows = Dataset.from_list([{"text": "w2 w3"}])
+    with pytest.raises(ValueError, match="unlearn_dataset is text and there is no tokenizer"):
+        tokenize_set(rows, None, name="unlearn", max_length=8)
+    endless = word_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token to end texts"):
+        tokenize_set(rows, endless, name="unlearn", max_length=8)
+
+
+def test_files_are_read_line_by_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "w2", "subject": "a"}\n\n{"text": "w3"}\n')
+    assert read_rows(path).to_list() == [{"text": "w2", "subject": "a"}, {"text": "w3", "subject": None}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 2 is not valid JSON"),
+        ('{"body": "w2"}', "line 2: the columns body are no text"),
+        ('{"text": 5}', "line 2: 'text' is 5"),
+        (
+            '{"prompt": "w2", "completion": "w3"}',
+            "line 2: rows of the forms prompt and text: put each form into its own",
+        ),
+        ('["w2"]', "line 2 is a JSON list"),
+    ],
+)
+def test_the_first_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "w2"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_rows(path)
+    with pytest.raises(ValueError, match="cannot read"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_forms_are_told_by_columns():
+    forms = [("input_ids",), ("messages",), ("prompt", "completion"), ("text", "prefix")]
+    assert [form_of(dict.fromkeys(columns)) for columns in forms] == ["input_ids", "messages", "prompt", "text"]
+
+
+tokenize = partial(tokenize_set, tokenizer=word_tokenizer(), max_length=32)
+
+
+def _refused(rows, refusals=("w40 w41",), seed=0):
+    rows = Dataset.from_list(rows)
+    return with_refusals(tokenize(rows, name="unlearn"), rows, tokenize, name="unlearn", seed=seed, refusals=refusals)
+
+
+def _winner(row, counted=True):
+    pairs = zip(row["winner_input_ids"], row["winner_completion_mask"], strict=True)
+    return word_tokenizer().decode([token for token, counts in pairs if counts or not counted])
+
+
+@pytest.mark.parametrize(
+    ("row", "whole"),
+    [
+        ({"text": "w5 w6 w7", "prefix": "w5 "}, "w5 w40 w41 </s>"),
+        ({"text": "w5 w6 w7"}, "w40 w41 </s>"),
+        ({"prompt": "w5 w6", "completion": " w7"}, "w5 w6 w40 w41 </s>"),
+        (
+            {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
+            "u w5 </s> a w40 w41 </s>",
+        ),
+    ],
+)
+def test_refusals_stand_where_the_text_stood(row, whole):
+    (found,) = _refused([row])
+    assert _winner(found) == "w40 w41 </s>" and _winner(found, counted=False) == whole
+
+
+def test_refusals_vary_by_row_and_seed_alone():
+    rows = [{"text": "w5 w6"}] * 40
+    words = [f"w{number} w9" for number in range(10, 20)]
+    first = _refused(rows, words)["winner_input_ids"]
+    assert (
+        first[:]
+        == _refused(rows, words)["winner_input_ids"][:]
+        != _refused(rows, words, seed=1)["winner_input_ids"][:]
+    )
+    assert len({ids[0] for ids in first}) > 5
+
+
+def test_refusals_need_text():
+    with pytest.raises(ValueError, match="unlearn_dataset is tokenised: pass its text instead"):
+        _refused([{"input_ids": [4, 5]}])
+    with pytest.raises(ValueError, match=r"refusals=\[''\] must be texts"):
+        _refused([{"text": "w5 w6"}], refusals=[""])
+
+
+def _sets(old, new):
+    return (
+        tokenize(Dataset.from_list([{"text": text, "subject": subject} for text, subject in rows]), name=name)
+        for rows, name in ((old, "obsolete"), (new, "update"))
+    )
+
+
+def test_new_versions_are_found_by_subject():
+    old, new = _sets(
+        [("w2 w9", "a"), ("w3 w9", "b"), ("w4 w9", "a"), ("w5 w9", "a")],
+        [("w22 w9", "b"), ("w20 w9", "a"), ("w21 w9", "a")],
+    )
+    found = with_winners(old, new)
+    assert [ids[0] for ids in found["winner_input_ids"]] == [20, 22, 21, 20]
+    assert [ids[0] for ids in found["input_ids"]] == [2, 3, 4, 5]
+
+
+def test_new_versions_are_found_row_by_row_without_subjects():
+    old, new = (
+        rows.remove_columns("subject") for rows in _sets([("w2 w9", "a"), ("w3 w9", "b")], [("w20 w9", "c")] * 2)
+    )
+    assert len(with_winners(old, new)) == 2
+    with pytest.raises(ValueError, match="obsolete_dataset has 2 rows and update_dataset 1"):
+        with_winners(old, new.select([0]))
+
+
+def test_a_subject_without_a_new_version_is_named():
+    old, new = _sets([("w2 w9", "a"), ("w3 w9", "b")], [("w20 w9", "a")])
+    with pytest.raises(ValueError, match="1 subjects of obsolete_dataset have no new version .* such as 'b'"):
+        with_winners(old, new)

@@ -1,0 +1,534 @@
+"""Experts chosen by their use, and training that leaves every other weight bit for bit as it was.
+
+Routing recorded from real models, and KL, overlap and freezing against their definitions.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_moe_cpt.machine import leave_process_group
+from hf_moe_cpt.trainers.surgery.experts import (
+    RouterTap,
+    choose_experts,
+    expert_affinity,
+    expert_anchor,
+    expert_selections,
+    find_routers,
+    freeze_routers,
+    overlap_with,
+    router_kl,
+    router_probs,
+    selection_overlap,
+    train_only_experts,
+)
+from hf_moe_cpt.trainers.surgery.losses import token_weights
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_moes import BLOCKS, moe_model, padded_batch
+
+
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "cpt_moe"]
+
+
+# ---- choice ----
+
+
+def test_affinity_is_the_mean_over_texts_of_their_mean_gate():
+    model, batches = moe_model("qwen2_moe").train(), [padded_batch(0), padded_batch(1)]
+    affinity = expert_affinity(model, batches)
+    assert model.training and affinity.shape == (2, 5)
+    model.eval()
+    wanted = torch.zeros(2, 5, dtype=torch.float64)
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            with torch.no_grad():
+                logits = model(ids[mask.bool()][None], output_router_logits=True).router_logits
+            wanted += torch.stack([z.double().softmax(-1).mean(0) for z in logits]) / 6
+    torch.testing.assert_close(affinity, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(affinity.sum(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_affinity_finds_the_expert_that_the_router_prefers():
+    model = moe_model("mixtral")
+    bias = torch.tensor([0.0, 0.0, 9.0, 0.0])
+    find_routers(model)[1].register_forward_hook(lambda *call: (call[2][0] + bias, *call[2][1:]))
+    affinity = expert_affinity(model, [padded_batch()])
+    assert choose_experts(affinity, 1) == [(1, 2)] and float(affinity[1, 2]) > 0.99
+
+
+def test_ranks_share_their_texts(tmp_path, monkeypatch):
+    model, batch = moe_model("mixtral"), padded_batch()
+    alone = expert_affinity(model, [batch])
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    seen = []
+    reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda part: (seen.append(part.shape), reduce(part)))
+    try:
+        assert torch.equal(expert_affinity(model, [batch]), alone)
+    finally:
+        leave_process_group()
+    assert seen == [(2, 4), ()]
+
+
+def test_affinity_needs_text():
+    with pytest.raises(ValueError, match="No text came to find the experts that are used for it"):
+        expert_affinity(moe_model("mixtral"), [])
+
+
+def test_the_largest_are_chosen_and_the_earlier_of_equals():
+    affinity = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.1, 0.4]])
+    assert choose_experts(affinity, 1) == [(0, 1)]
+    assert choose_experts(affinity, 4) == [(0, 1), (1, 0), (1, 2), (0, 2)]
+    assert choose_experts(affinity, 2, per_layer=True) == [(0, 1), (0, 2), (1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize(("num", "per_layer", "limit"), [(0, False, 6), (7, False, 6), (4, True, 3)])
+def test_there_must_be_as_many(num, per_layer, limit):
+    with pytest.raises(ValueError, match=rf"target_experts={num} must lie in \[1, {limit}\]"):
+        choose_experts(torch.ones(2, 3), num, per_layer)
+
+
+# ---- training ----
+
+
+def _train(model: nn.Module, no_decay: list[str], steps: int = 3) -> dict[str, torch.Tensor]:
+    """AdamW with weight decay on all that is not in no_decay; returns the weights before."""
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    groups = [
+        {"params": [weight for name, weight in named.items() if name not in no_decay], "weight_decay": 0.1},
+        {"params": [weight for name, weight in named.items() if name in no_decay], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    for step in range(steps):
+        batch = padded_batch(step)
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        optimizer.step()
+    return before
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "gpt_oss", "llama4", "jamba"])
+def test_only_the_chosen_experts_and_their_routers_move(kind):
+    model = moe_model(kind)
+    place = len(BLOCKS[kind]) - 1
+    targets = train_only_experts(model, [(place, 2), (place, 0)])
+    layer, (block, gate, width) = list(BLOCKS[kind].items())[place]
+    experts_name, router_name = f"model.layers.{layer}.{block}", f"model.layers.{layer}.{gate}"
+    before = _train(model, targets.no_decay)
+    moved = 0
+    for name, weight in model.named_parameters():
+        rows = [not torch.equal(a, b) for a, b in zip(weight, before[name], strict=True)]
+        if name.startswith(f"{experts_name}."):
+            assert rows == [expert in (0, 2) for expert in range(width)], name
+            moved += weight[0].numel() * 2
+        elif name.startswith(f"{router_name}."):
+            assert any(rows), name
+            moved += weight.numel()
+        else:
+            assert not any(rows) and weight.grad is None, name
+    assert targets.num_trained == moved
+    assert targets.names == [f"{experts_name}[2]", f"{experts_name}[0]"]
+    assert targets.no_decay == [name for name in before if name.startswith(f"{experts_name}.")]
+    assert len(targets.no_decay) == (4 if kind == "gpt_oss" else 2)
+
+
+def test_several_layers_have_targets_of_their_own():
+    model = moe_model("cpt_moe")
+    targets = train_only_experts(model, [(1, 6), (0, 3), (1, 1)])
+    before = _train(model, targets.no_decay)
+    for place, chosen in ((0, {3}), (1, {1, 6})):
+        name = f"model.layers.{place}.mlp.experts.down_proj"
+        rows = model.get_parameter(name).detach().unbind(), before[name].unbind()
+        assert {expert for expert, (a, b) in enumerate(zip(*rows, strict=True)) if not torch.equal(a, b)} == chosen
+
+
+def test_weight_decay_would_move_the_other_experts():
+    model = moe_model("mixtral")
+    train_only_experts(model, [(0, 1)])
+    before = _train(model, [])
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(model.get_parameter(name)[0], before[name][0])
+
+
+def test_gradients_of_other_experts_are_0_even_if_they_are_no_numbers():
+    model = moe_model("mixtral").double()
+    train_only_experts(model, [(0, 1)])
+    model.to(torch.float32)  # hooks stay when the weights are moved
+    weight = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    (weight * torch.full_like(weight, math.inf)).sum().backward()
+    (weight * torch.full_like(weight, math.nan)).sum().backward()
+    assert [bool(row.any()) for row in weight.grad] == [False, True, False, False]
+
+
+def test_training_goes_back_to_all_weights():
+    model = moe_model("mixtral")
+    model.lm_head.weight.requires_grad_(False)
+    train_only_experts(model, [(0, 1)]).close()
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == {"lm_head.weight"}
+    batch = padded_batch()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(bool(row.any()) for row in model.get_parameter("model.layers.0.mlp.experts.down_proj").grad)
+
+
+@pytest.mark.parametrize("routers_first", [True, False])
+def test_frozen_routers_stay_frozen(routers_first):
+    model = moe_model("mixtral")
+    if routers_first:
+        freeze_routers(model)
+    targets = train_only_experts(model, [(0, 1)])
+    if not routers_first:
+        freeze_routers(model)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert (
+        trained == set(targets.no_decay) == {f"model.layers.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")}
+    )
+
+
+def test_models_without_rows_to_train_are_refused():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(
+        ValueError, match="target_experts needs a mixture of experts with fused weights, and found none"
+    ):
+        train_only_experts(tiny_model("llama"), [(0, 0)])
+    adapted = peft.get_peft_model(moe_model("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match="this model trains an adapter: leave peft_config out, or set target_experts=0"
+    ):
+        train_only_experts(adapted, [(0, 0)])
+    apart = moe_model("mixtral")
+    apart.model.layers[1].mlp.experts.extra = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"experts.extra.weight is \(3, 3\), not one row for each of 4 experts"):
+        train_only_experts(apart, [(1, 0)])
+
+
+def test_experts_must_exist():
+    model = moe_model("mixtral")
+    for place, expert in ((2, 0), (0, 4), (-1, 0)):
+        with pytest.raises(ValueError, match=rf"Expert {expert} of MoE layer {place} does not exist: .* 2 MoE layers"):
+            train_only_experts(model, [(0, 0), (place, expert)])
+    with pytest.raises(ValueError, match="No expert is chosen"):
+        train_only_experts(model, [])
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+# ---- anchor ----
+
+
+def _logits() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, width, dtype=torch.float64, generator=generator) for width in (3, 5, 4)]
+
+
+def test_anchor_is_its_definition_with_its_gradient():
+    logits = [z.requires_grad_() for z in _logits()]
+    chosen, mask = [(2, 1), (0, 2), (2, 3)], torch.tensor([[True, True], [True, False]])
+    value = expert_anchor(logits, chosen, mask)
+    value.backward()
+    wanted = 0.0
+    for place, targets in ((0, {2}), (2, {1, 3})):
+        for token in range(4):
+            z = logits[place].detach()[token]
+            g = [math.exp(v) / sum(math.exp(u) for u in z.tolist()) for v in z.tolist()]
+            gap = [p - (expert in targets) for expert, p in enumerate(g)]
+            inner = sum(p * d for p, d in zip(g, gap, strict=True))
+            slope = [2 * p * (d - inner) / 6 * (token < 3) for p, d in zip(g, gap, strict=True)]
+            torch.testing.assert_close(logits[place].grad[token], torch.tensor(slope).double(), rtol=1e-6, atol=1e-8)
+            wanted += sum(d * d for d in gap) / 6 * (token < 3)
+    assert float(value.detach()) == pytest.approx(wanted, rel=1e-12)
+    assert logits[1].grad is None
+
+
+def test_anchor_is_0_at_the_target_and_takes_shares():
+    mask = torch.tensor([True, True, False])
+    at_target = torch.tensor([[0.0, 99.0, 0.0], [99.0, 0.0, 0.0], [math.nan, 0.0, 0.0]])
+    assert float(expert_anchor([at_target], [(0, 1)], torch.tensor([True, False, False]))) == 0.0
+    assert float(expert_anchor([at_target], [(0, 1)], mask)) == pytest.approx(1.0)  # half of the farthest, 2
+    shares = torch.tensor([0.75, 0.25, 0.0])
+    assert float(expert_anchor([at_target], [(0, 1)], mask, shares)) == pytest.approx(0.5)
+
+
+def test_anchor_brings_tokens_back_to_the_target():
+    model, batch = moe_model("mixtral"), padded_batch()
+    targets = train_only_experts(model, [(1, 3)])
+    router = find_routers(model)[1]
+    logits: list[torch.Tensor] = []
+    handle = router.register_forward_hook(lambda *call: logits.append(call[2][0]))
+    mask = batch["attention_mask"].bool()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
+    values = []
+    for _ in range(20):
+        logits.clear()
+        model(**batch)
+        value = expert_anchor([logits[0], logits[0]], targets.chosen, mask)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    handle.remove()
+    assert values[-1] < 0.3 * values[0]
+    assert choose_experts(expert_affinity(model, [batch])[1:], 1) == [(0, 3)]
+
+
+# ---- the record ----
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_logits_and_selections_are_those_of_the_layers(kind):
+    model, batch = moe_model(kind).eval(), padded_batch()
+    calls = []
+    for router in find_routers(model):
+        router.register_forward_hook(lambda *call: calls.append(call))
+    with torch.no_grad(), RouterTap(model).record() as routing:
+        model(**batch, use_cache=False)
+    for (router, args, output), logits, selected in zip(calls, routing.logits, routing.selected, strict=True):
+        product = functional.linear(args[0].flatten(0, -2), router.weight, getattr(router, "bias", None))
+        torch.testing.assert_close(logits, product)
+        chosen = [part for part in output if isinstance(output, tuple) and not part.is_floating_point()]
+        index = chosen[0] if chosen else product.topk(model.config.num_experts_per_tok).indices
+        assert torch.equal(selected.sort(-1).values, index.sort(-1).values)
+    assert len(calls) == len(BLOCKS[kind])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe", "deepseek_v3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_reaches_the_routers_once(kind, checkpointing):
+    wanted, model, batch = moe_model(kind), moe_model(kind), padded_batch()
+    recorded: list[torch.Tensor] = []
+    for router in find_routers(wanted):
+        router.register_forward_hook(lambda *call: recorded.append(call[2][0]))
+    wanted(**batch)
+    sum(logits.square().sum() for logits in recorded).backward()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    with RouterTap(model).record() as routing:
+        model(**batch, use_cache=False)
+        sum(logits.square().sum() for logits in routing.logits).backward()  # computes inside the context too
+    assert len(routing.logits) == len(BLOCKS[kind])
+    grads = dict(wanted.named_parameters())
+    for name, parameter in model.named_parameters():
+        if grads[name].grad is not None and grads[name].grad.abs().sum() > 0:
+            torch.testing.assert_close(parameter.grad, grads[name].grad, msg=name)
+    assert all(float(router.weight.grad.abs().sum()) > 0 for router in find_routers(model))
+
+
+def test_reentrant_checkpointing_is_refused_where_gradient_is_wanted():
+    model = moe_model("mixtral")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with (
+        pytest.raises(ValueError, match='set gradient_checkpointing_kwargs={"use_reentrant": False}'),
+        RouterTap(model).record(),
+    ):
+        pass
+    with torch.no_grad(), RouterTap(model).record() as routing:
+        model(**padded_batch(), use_cache=False)
+    assert len(routing.logits) == 2
+
+
+def test_only_the_first_pass_is_recorded_and_nothing_outside():
+    model, first, second = moe_model("qwen3_moe").eval(), padded_batch(0), padded_batch(1)
+    tap = RouterTap(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        with tap.record() as routing:
+            twin(**second)
+            model(**first)
+            model(**second)
+        kept = [logits.clone() for logits in routing.logits]
+        model(**second)
+        with tap.record() as alone:
+            model(**first)
+    assert all(torch.equal(a, b) for a, b in zip(kept, alone.logits, strict=True))
+    assert all(not router._forward_hooks for router in find_routers(model))
+
+
+def test_a_pass_that_did_not_happen_is_an_error():
+    with (
+        pytest.raises(
+            ValueError, match=r"0 of 2 MoE layers ran while their routing was recorded: run the whole model"
+        ),
+        RouterTap(moe_model("mixtral")).record(),
+    ):
+        pass
+
+
+def test_wrapped_models_and_adapters_are_recorded(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, batch = moe_model("mixtral").eval(), padded_batch()
+    with torch.no_grad(), RouterTap(model).record() as plain:
+        model(**batch)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(copy.deepcopy(model))
+        with torch.no_grad(), RouterTap(wrapped).record() as routing:
+            wrapped(**batch)
+        del wrapped
+    finally:
+        leave_process_group()
+    settings = peft.LoraConfig(
+        r=2, target_parameters=["mlp.experts.gate_up_proj"], modules_to_save=["mlp.gate"], lora_dropout=0.0
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(model), settings).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "gate.modules_to_save" in name:
+                parameter.neg_()
+        with RouterTap(adapted).record() as trained:
+            adapted(**batch)
+        with adapted.disable_adapter(), RouterTap(adapted).record() as original:
+            adapted(**batch)
+    for place in (0, 1):
+        assert torch.equal(routing.logits[place], plain.logits[place])
+        assert torch.equal(original.logits[place], plain.logits[place])
+        assert torch.equal(routing.selected[place], plain.selected[place])
+    torch.testing.assert_close(trained.logits[0], -plain.logits[0])
+    assert not torch.equal(trained.selected[0], plain.selected[0])
+
+
+# ---- KL and overlap ----
+
+
+def _random_layers(seed: int, num_tokens: int = 6) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_tokens, width, dtype=torch.float64, generator=generator) for width in (3, 5)]
+
+
+def _kl_of_token(p: torch.Tensor, z: torch.Tensor) -> float:
+    q = [math.exp(v) for v in z.tolist()]
+    return sum(a * math.log(a * sum(q) / b) for a, b in zip(p.tolist(), q, strict=True) if a > 0)
+
+
+def test_router_kl_is_its_definition_with_its_gradient():
+    logits = [z.requires_grad_() for z in _random_layers(0)]
+    before = router_probs(_random_layers(1))
+    before[0][3] = torch.tensor([0.0, 0.25, 0.75])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    counted = [0, 1, 3]
+    value = router_kl(logits, before, mask)
+    wanted = [_kl_of_token(p[t], z.detach()[t]) for z, p in zip(logits, before, strict=True) for t in counted]
+    assert float(value.detach()) == pytest.approx(sum(wanted) / 6, rel=1e-12)
+    value.backward()
+    for z, p in zip(logits, before, strict=True):
+        slope = (z.detach().softmax(-1) - p) / 6
+        slope[[2, 4, 5]] = 0.0
+        torch.testing.assert_close(z.grad, slope, rtol=0, atol=1e-14)
+
+
+def test_router_kl_takes_shares_and_never_looks_at_padding():
+    logits, before = _random_layers(0), router_probs(_random_layers(1))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    weights = token_weights(mask, "sequence", dtype=torch.float64)
+    each = [
+        sum(_kl_of_token(p[t], z[t]) for z, p in zip(logits, before, strict=True)) / 2 for t in range(4)
+    ]  # mean over layers
+    wanted = (sum(each[:3]) / 3 + each[3]) / 2
+    for values in (*logits, *before):
+        values[4:] = math.nan
+    logits = [z.requires_grad_() for z in logits]
+    value = router_kl(logits, before, mask, weights)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(wanted, rel=1e-12)
+    assert all(bool(z.grad.isfinite().all()) and not bool(z.grad[4:].any()) for z in logits)
+
+
+def test_router_kl_of_a_router_from_itself_is_0_and_so_in_half_precision():
+    logits = [z.float() for z in _random_layers(0)]
+    mask = torch.ones(6, dtype=torch.bool)
+    assert float(router_kl(logits, router_probs(logits), mask)) == pytest.approx(0.0, abs=1e-7)
+    rounded = [g.bfloat16() for g in router_probs(logits)]  # rows that do not sum to 1 would make it negative
+    assert 0.0 <= float(router_kl(logits, rounded, mask)) < 1e-5
+    assert float(router_kl([z + 3.0 for z in logits], router_probs(logits), mask)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_layers_of_another_model_are_refused():
+    logits, mask = _random_layers(0), torch.ones(6, dtype=torch.bool)
+    with pytest.raises(
+        ValueError, match=r"layers of the shapes \[\(6, 3\), \(6, 5\)\], and ref_probs of \[\(6, 3\)\]"
+    ):
+        router_kl(logits, router_probs(logits[:1]), mask)
+    with pytest.raises(ValueError, match="pass the routing of the same tokens in the same layers"):
+        selection_overlap([torch.zeros(6, 2)], [torch.zeros(6, 3)], mask)
+
+
+def test_overlap_counts_shared_experts_in_any_order():
+    now = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 2]])
+    before = torch.tensor([[1, 0], [2, 1], [1, 2], [1, 2]])
+    mask = torch.tensor([[True, True], [True, False]])
+    shares = [len(set(a) & set(b)) / 2 for a, b in zip(now.tolist(), before.tolist(), strict=True)]
+    wanted = torch.tensor([sum(shares[:3]) / 3, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(selection_overlap([now, now], [before, now], mask), wanted)
+    assert float(selection_overlap([now], [before], torch.zeros(4, dtype=torch.bool))) == 0.0
+
+
+def test_overlap_with_the_starting_model_over_batches():
+    model, batches = moe_model("olmoe").train(), [padded_batch(0), padded_batch(1)]
+    before = expert_selections(model, batches)
+    assert model.training and all(index.dtype == torch.int16 for batch in before for index in batch)
+    assert overlap_with(model, batches, before).tolist() == [1.0, 1.0]
+    with torch.no_grad():
+        find_routers(model)[1].weight.neg_()
+    after = expert_selections(model, batches)
+    shares = [
+        len(set(a) & set(b)) / 3
+        for batch, old, new in zip(batches, before, after, strict=True)
+        for a, b, counts in zip(
+            old[1].tolist(), new[1].tolist(), batch["attention_mask"].flatten().tolist(), strict=True
+        )
+        if counts
+    ]
+    assert overlap_with(model, batches, before).tolist() == pytest.approx([1.0, sum(shares) / len(shares)])
+    assert sum(shares) < len(shares)
+
+
+def test_overlap_wants_the_batches_of_the_record():
+    model, batches = moe_model("olmoe"), [padded_batch(0), padded_batch(1)]
+    before = expert_selections(model, batches)
+    with pytest.raises(ValueError, match="1 batches came, and the selections of 2 were recorded"):
+        overlap_with(model, batches[:1], before)
+    short = {name: part[:, :3] for name, part in batches[0].items()}
+    for wrong in ([short, batches[1]], [*batches, short]):
+        with pytest.raises(ValueError, match="is none of those whose selections were recorded before"):
+            overlap_with(model, wrong, before)
+
+
+# ---- freezing ----
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_frozen_routers_stay_while_everything_else_trains(kind):
+    model = moe_model(kind)
+    assert freeze_routers(model) == len(BLOCKS[kind])
+    frozen = {id(weight) for router in find_routers(model) for weight in router.parameters()}
+    assert {id(weight) for weight in model.parameters() if not weight.requires_grad} == frozen
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    batch = padded_batch()
+    model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == (id(weight) in frozen), name
+
+
+def test_adapters_of_routers_are_frozen_too():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"], lora_dropout=0.0)
+    model = peft.get_peft_model(moe_model("mixtral"), settings)
+    assert any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
+    assert freeze_routers(model) == 2
+    assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_dense_models_have_no_router_to_freeze_or_record():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="freeze_router needs a mixture of experts, and no routed experts were found"):
+        freeze_routers(model)
+    with pytest.raises(ValueError, match="A record of the routing needs a mixture of experts"):
+        RouterTap(nn.Sequential(model))

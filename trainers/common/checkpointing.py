@@ -1,0 +1,624 @@
+"""Checkpoints that are whole or not there at all, and a run that outlives a disk that is full.
+
+The Trainer writes each checkpoint into `_unfinished` of the output folder. When all ranks are through, the list of its
+files with sizes and checksums is written, and one rename makes it a checkpoint of the run; only then do old ones go,
+in one rename each. What a killed process leaves lies in `_unfinished` and is never resumed from; pushes to the Hub
+leave it out, since its name begins with an underscore. With `snapshot_dir` each host writes to a fast local folder,
+and a thread brings it from there while training goes on.
+
+A checkpoint is whole when every file of its list is there. One without a list, which others wrote, is whole when
+`trainer_state.json`, the last file that the Trainer writes, parses and names the step of its folder, and every
+safetensors file opens (its header is checked against the size of the file). Checksums are CRC-32: they find what a
+disk or a copy did to a file, not what a person did.
+
+Source: ours; `Trainer._save_checkpoint` of transformers 5.17 to 5.24 for the order of what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed import broadcast_object_list
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint_files.json"
+CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
+UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
+HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
+NEWEST = ("last", "auto", "True", "true")
+CHUNK_BYTES = 1 << 24
+THREADS = 4  # zlib leaves the interpreter to others while it works
+BYTES_PER_MOMENT_PAIR = 8  # Adam keeps two float32 numbers per trained parameter
+# A full disk shows in many ways: RuntimeError of torch's zip writer is one more, told by its text.
+WRITING_FAILED = (OSError, SafetensorError, CheckpointException)
+OF_TORCH_SAVE = ("PytorchStreamWriter", "file write failed", "inline_container")
+DONE = "copied-by-host-"  # beside the checkpoint in `_unfinished`: one mark for each host
+POLL_SECONDS = 0.1
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """List all files of `folder`, the checkpoint of `step`, after they were forced to the disk."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(THREADS) as pool:
+        described = pool.map(_force_and_describe, [folder / name for name in names])
+        files = dict(zip(names, described, strict=True))
+    (folder / MANIFEST).write_text(json.dumps({"global_step": step, "files": files}, indent=1))
+    force_to_disk(folder / MANIFEST)
+    force_to_disk(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `write_manifest` wrote; None where it wrote nothing. Raises ValueError if the list itself is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{folder / MANIFEST} is no list of files.")
+    return manifest
+
+
+def incomplete_file(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first listed file that is missing or has another size, which costs no reading; else None."""
+    for name, described in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != described["bytes"]:
+            return name
+    return None
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first listed file that does not hold what was written, after reading them all; None also without a list."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    incomplete = incomplete_file(folder, manifest)
+    if incomplete is not None:
+        return incomplete
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(_checksum, [folder / name for name in manifest["files"]])
+        for (name, described), checksum in zip(manifest["files"].items(), found, strict=True):
+            if checksum != described["crc32"]:
+                return name
+    return None
+
+
+def force_to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk and would outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _force_and_describe(path: Path) -> dict[str, int]:
+    force_to_disk(path)
+    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all files of `checkpoint` are there, of the right size; their contents are not read."""
+    match = CHECKPOINT_FOLDER.match(checkpoint.name)
+    try:
+        manifest = read_manifest(checkpoint)
+        if manifest is not None and incomplete_file(checkpoint, manifest) is not None:
+            return False
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        for weights in checkpoint.glob("*.safetensors") if manifest is None else ():
+            with safe_open(weights, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return match is None or state.get("global_step") == int(match[1])
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, whole or not, oldest step first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_FOLDER.match(path.name)]
+    return sorted(folders, key=step_of)
+
+
+def last_whole_checkpoint(output_dir: str | Path, before: float = math.inf, read_back: bool = False) -> Path | None:
+    """The newest checkpoint, of a step below `before`, that was written to its end, or None.
+
+    read_back: also read it and compare checksums. What is passed over is said in one line each.
+    """
+    for path in reversed(checkpoints_in(output_dir)):
+        if step_of(path) >= before:
+            continue
+        harm = _harm(path, read_back)
+        if harm is None:
+            return path
+        logger.warning("Passing over %s: %s.", path, harm)
+    return None
+
+
+def _harm(checkpoint: Path, read_back: bool) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    if not is_whole(checkpoint):
+        return "it is missing or was not written to its end"
+    damaged = damaged_file(checkpoint) if read_back else None
+    return None if damaged is None else f"its file {damaged} is damaged (not what was written)"
+
+
+def resolve_resume(output_dir: str | Path, resume: str | bool | None, read_back: bool = False) -> Path | None:
+    """The checkpoint to resume from: None, the newest whole one of `output_dir`, or the folder named.
+
+    resume: True or "last" for the newest, which must exist; "auto" for the newest if there is one; or a folder.
+    read_back: compare the files' contents with their checksums. Raises ValueError if what was asked for is missing,
+    half-written, or damaged.
+    """
+    if not resume:
+        return None
+    if resume is True or resume in NEWEST:
+        found = last_whole_checkpoint(output_dir, read_back=read_back)
+        if found is None and resume != "auto":
+            raise ValueError(
+                f"resume_from_checkpoint={resume!r}: {output_dir} holds no whole checkpoint. "
+                "Start without it, or name the folder of a checkpoint."
+            )
+        return found
+    checkpoint = Path(resume)
+    harm = _harm(checkpoint, read_back)
+    if harm is not None:
+        whole = last_whole_checkpoint(checkpoint.parent, read_back=read_back)
+        remedy = f"use {whole}" if whole else "start the run anew"
+        raise ValueError(f"resume_from_checkpoint={resume!r} cannot be used, {harm}: {remedy}.")
+    return checkpoint
+
+
+def discard_half_written(output_dir: str | Path) -> list[Path]:
+    """Remove checkpoint folders that a killed process left unfinished; returns what was removed."""
+    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
+    broken = [path for path in checkpoints_in(output_dir) if not is_whole(path)]
+    for path in broken:
+        logger.warning("Removing %s: it was not written to its end and cannot be resumed from.", path)
+        shutil.rmtree(path)
+    return broken
+
+
+def require_unused(output_dir: str | Path, besides: Collection[str] = ()) -> None:
+    """Refuse a folder that already holds something, so that no run overwrites the result of another.
+
+    besides: names that may be there; what a killed process left unfinished may always.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return
+    found = next(
+        (path for path in sorted(folder.iterdir()) if path.name not in (*besides, UNFINISHED, HEARTBEATS)), None
+    )
+    if found is not None:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} is not empty (it holds {found.name!r}): name another folder, or continue "
+            'the run in it with resume_from_checkpoint="last".'
+        )
+
+
+def require_free_space(output_dir: str | Path, weight_bytes: int, trained_parameters: int, copies: int) -> None:
+    """Refuse to start when the disk cannot hold `copies` checkpoints and the final model.
+
+    weight_bytes: size of the model's weights. trained_parameters: number of parameters with Adam moments.
+    """
+    existing = next(
+        path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
+    )
+    needed = copies * (weight_bytes + BYTES_PER_MOMENT_PAIR * trained_parameters) + weight_bytes
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} has {free / 1e9:.2f} GB free, but {copies} checkpoint(s) and the final "
+            f"model need about {needed / 1e9:.2f} GB: free space, name another folder, lower save_total_limit, or set "
+            "save_only_model."
+        )
+
+
+def publish(written: Path, run_dir: Path) -> Path:
+    """Rename a finished checkpoint from `_unfinished` into the run's folder, in the place of one of the same step."""
+    final = run_dir / written.name
+    if final.exists():
+        _set_aside(final)
+    written.rename(final)
+    force_to_disk(run_dir)
+    return final
+
+
+def remove_old(run_dir: Path, limit: int | None, kept: Collection[Path]) -> list[Path]:
+    """Remove the oldest checkpoints until `limit` are left; those in `kept` stay and count. Returns what went.
+
+    limit: None or 0 keeps all. The newest whole checkpoint always stays, so there is one at any moment.
+    """
+    if not limit:
+        return []
+    folders = checkpoints_in(run_dir)
+    newest_whole = next((path for path in reversed(folders) if is_whole(path)), None)
+    stay = {os.path.realpath(path) for path in (*kept, *([newest_whole] if newest_whole else []))}
+    removable = [path for path in folders if os.path.realpath(path) not in stay]
+    gone = removable[: max(0, len(folders) - max(limit, len(stay)))]
+    for path in gone:
+        _set_aside(path)
+    return gone
+
+
+def _set_aside(folder: Path) -> None:
+    """Take a checkpoint out of the run in one rename, then delete it; a process killed meanwhile leaves no half."""
+    bin_folder = folder.parent / UNFINISHED / "removed"
+    bin_folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(bin_folder / folder.name, ignore_errors=True)
+    folder.rename(bin_folder / folder.name)
+    shutil.rmtree(bin_folder, ignore_errors=True)
+
+
+class WriteFailures:
+    """Keeps this rank's first failure to write, so that it takes part in what all ranks do together until the end."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A failure to write inside is noted and ends the block; other errors are raised."""
+        try:
+            yield
+        except WRITING_FAILED as error:
+            self._note(error)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in OF_TORCH_SAVE):
+                raise
+            self._note(error)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, or None if it fails to write."""
+        with self.kept():
+            return function(*args, **kwargs)
+
+    def _note(self, error: BaseException) -> None:
+        if self.first is None:
+            line = next((line for line in _text_of(error).splitlines() if line.strip()), "")
+            self.first = f"{type(error).__name__}: {line.strip()[:200]}"
+
+    def of_any_rank(self, world_size: int) -> str | None:
+        """The first failure among all ranks, with the rank's number if there are several. A collective."""
+        if world_size == 1:
+            return self.first
+        failures = gather_object([self.first])
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None), None)
+
+
+def free_space(folder: Path) -> str:
+    """How much room the disk of `folder` has, as text."""
+    return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free"
+
+
+def _text_of(error: BaseException) -> str:
+    """The first of the failures that an error stands for."""
+    if isinstance(error, shutil.Error):  # of many files
+        return str(error.args[0][0][2])
+    if isinstance(error, CheckpointException):  # of many ranks
+        return next((f"{failure[0]!r} on rank {rank}" for rank, failure in sorted(error.failures.items())), "")
+    return str(error)
+
+
+class BackgroundCopy:
+    """At most one copy at a time, in a thread; what it fails with is known after `wait`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failures = WriteFailures()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a copy that nobody has waited for yet."""
+        return self._thread is not None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Run `job` in a thread."""
+        self._failures = WriteFailures()
+        self._thread = threading.Thread(target=self._failures.call, args=(job,), name="checkpoint copy")
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Wait for the copy in progress, if there is one; returns why it failed, or None."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        return self._failures.first
+
+
+def bring_host_part(snapshot: Path, unfinished: Path, host: int) -> None:
+    """Copy what this host wrote of a checkpoint into `unfinished` and leave a mark there, or one of failure."""
+    target = unfinished / snapshot.name
+    failures = WriteFailures()
+    failures.call(shutil.copytree, snapshot, target, dirs_exist_ok=True)
+    shutil.rmtree(snapshot, ignore_errors=True)
+    failures.call((unfinished / f"{DONE}{host}").write_text, failures.first or "")
+    if failures.first is not None:
+        raise OSError(failures.first)
+
+
+def wait_for_hosts(unfinished: Path, num_hosts: int, timeout: float) -> None:
+    """Return when all hosts have brought their parts. Raises OSError if one could not, or not within `timeout` s."""
+    deadline = time.monotonic() + timeout
+    waiting_for = set(range(num_hosts))
+    while waiting_for:
+        for host in sorted(waiting_for):
+            mark = unfinished / f"{DONE}{host}"
+            if mark.exists():
+                if text := mark.read_text():
+                    raise OSError(f"host {host}: {text}")
+                waiting_for.discard(host)
+        if waiting_for and time.monotonic() > deadline:
+            raise OSError(f"host {min(waiting_for)} did not bring its part of the checkpoint within {timeout:g} s")
+        if waiting_for:
+            time.sleep(POLL_SECONDS)
+
+
+def load_translated(model: nn.Module, checkpoint: str | Path) -> bool:
+    """Load the weights of a checkpoint that needs translation into `model`; False, and nothing done, where none is.
+
+    Mixtral, OLMoE, Qwen's mixtures and others keep the experts of a layer in one tensor and save each by itself, as
+    they were published. `from_pretrained` translates between the two; `Trainer` (transformers 5.24), when it resumes
+    or goes back to the best model, does not: it warns of missing keys and leaves every expert and router as it is.
+    A copy of the weights is in the host's memory meanwhile. Raises RuntimeError if a weight is missing.
+    """
+    if not isinstance(model, PreTrainedModel) or stored_names(checkpoint) <= model.state_dict().keys():
+        return False
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # holds every shorter type exactly
+    stored = type(model).from_pretrained(checkpoint, dtype=dtype)
+    model.load_state_dict(stored.state_dict())
+    return True
+
+
+def stored_names(checkpoint: str | Path) -> set[str]:
+    """Names of the weights in a model's safetensors files; empty for an adapter or a checkpoint of another kind."""
+    names: set[str] = set()
+    for path in sorted(Path(checkpoint).glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            names.update(weights.keys())
+    return names
+
+
+class AtomicCheckpointMixin:
+    """Mixin in front of `Trainer` and of every mixin that saves.
+
+    Overrides `_save_checkpoint` (write apart, then rename), `_get_output_dir` (where the parent writes meanwhile),
+    `_push_from_checkpoint` and `_load_best_model` (after the rename), `_load_from_checkpoint` (translated weights, as
+    in `_load_best_model`; FSDP and DeepSpeed store in their own way), and, to note failures, the writing methods.
+    """
+
+    _written_to: Path | None = None  # the folder that the parent writes into, during a save
+    _failures: WriteFailures | None = None  # of the save in progress
+    _push_waits = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._copy = BackgroundCopy()
+        super().__init__(*args, **kwargs)
+        self.add_callback(_WaitsAtEpochEnd(self))
+
+    # ---- resuming ----
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+        """What `resolve_resume` finds, with checksums compared, the same on all ranks. A collective."""
+        asked = asked or self.args.resume_from_checkpoint
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                found = [resolve_resume(self.args.output_dir, asked, read_back=True)]
+            except ValueError as error:
+                found = [error]
+        return self._from_first_rank(found)
+
+    def whole_checkpoint_before(self, step: int) -> Path | None:
+        """The newest whole checkpoint of a step before `step`, the same on all ranks, or None. A collective."""
+        self.wait_for_checkpoint()
+        found = [None]
+        if self.is_world_process_zero():
+            found = [last_whole_checkpoint(self.args.output_dir, before=step)]
+        return self._from_first_rank(found)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self.wait_for_checkpoint()
+        self.accelerator.wait_for_everyone()
+        if self._is_sharded() or not load_translated(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _from_first_rank(self, found: list[Any]) -> Path | None:
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    # ---- saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.wait_for_checkpoint()
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        best_before, self._failures, self._push_waits = self.state.best_model_checkpoint, WriteFailures(), False
+        written_to = self._folder_to_write_into(run_dir)
+        self._written_to = written_to
+        try:
+            with self._failures.kept():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._written_to = None
+        self._failures.call(self._finish_state, written_to / final.name, final)
+        failure, self._failures = self._failures.of_any_rank(self.args.world_size), None
+        if failure is None and self.args.snapshot_dir is not None:
+            self._publish_in_background(written_to / final.name, run_dir)
+            return
+        if failure is None:
+            failures = WriteFailures()
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                failures.call(_publish, written_to / final.name, run_dir, self.args.save_total_limit, best)
+            failure = failures.of_any_rank(self.args.world_size)
+        if failure is not None:
+            self.state.best_model_checkpoint = best_before
+            self._say_that_it_failed(failure, final)
+        elif self._push_waits:
+            self._push_from_checkpoint(str(final))
+
+    def _folder_to_write_into(self, run_dir: Path) -> Path:
+        snapshot_dir = self.args.snapshot_dir
+        folder = run_dir / UNFINISHED if snapshot_dir is None else Path(snapshot_dir) / f"{UNFINISHED}-{run_dir.name}"
+        is_first_of_host = self.args.local_process_index == 0 if snapshot_dir else self.args.should_save
+        if is_first_of_host:
+            self._failures.call(_make_empty, folder)
+        if self.args.should_save and snapshot_dir:
+            self._failures.call(_make_empty, run_dir / UNFINISHED)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _finish_state(self, written: Path, final: Path) -> None:
+        """Say where the best model will lie, and keep what else belongs to the state of the run."""
+        run_dir, best_step = final.parent, self.state.best_global_step
+        if best_step:
+            best = run_dir / f"checkpoint-{best_step}"
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save and written.is_dir():
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self.save_beside_state(written)
+
+    def save_beside_state(self, checkpoint: Path) -> None:
+        """Write more files into a checkpoint, beside the trainer's state; called on the ranks that write it."""
+
+    def read_beside_state(self, checkpoint: Path | None) -> None:
+        """Take up the state of the run in a checkpoint, or of a new run: also when a run goes back."""
+
+    def _say_that_it_failed(self, failure: str, final: Path) -> None:
+        if not self.args.should_save:
+            return
+        shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
+        stands = last_whole_checkpoint(final.parent)
+        logger.warning(
+            "%s was not saved (%s; %s): training goes on, %s. Make room, or lower save_total_limit.",
+            final,
+            failure,
+            free_space(final.parent),
+            f"{stands.name} stands" if stands else "there is no checkpoint yet",
+        )
+
+    # ---- saving while training goes on ----
+
+    def _publish_in_background(self, written: Path, run_dir: Path) -> None:
+        firsts = gather_object([self.args.local_process_index == 0]) if self.args.world_size > 1 else [True]
+        if self.args.local_process_index != 0:
+            return
+        host, is_main, patience = sum(firsts[: self.args.process_index]), self.args.should_save, self.args.ddp_timeout
+        limit, best, unfinished = self.args.save_total_limit, self.state.best_model_checkpoint, run_dir / UNFINISHED
+
+        def job() -> None:
+            bring_host_part(written, unfinished, host)
+            if is_main:
+                wait_for_hosts(unfinished, sum(firsts), patience)
+                _publish(unfinished / written.name, run_dir, limit, best)
+
+        self._copied = run_dir / written.name
+        self._copy.start(job)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the checkpoint that is copied in the background, if any, lies in the run's folder."""
+        if not self._copy.is_started:
+            return
+        failure = self._copy.wait()
+        if failure is not None:
+            self._say_that_it_failed(failure, self._copied)
+        elif self._push_waits and is_whole(self._copied):
+            self._push_from_checkpoint(str(self._copied))
+
+    # ---- what the parent does with a checkpoint, in its time ----
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._push_waits = self._written_to is not None
+        if not self._push_waits:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's; inside a checkpoint a failure to write is noted and the run goes on."""
+        self._noting(super().save_model, output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._noting(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self._noting(super()._save_scaler, output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._noting(super()._save_rng_state, output_dir)
+
+    def _noting(self, write: Any, *args: Any) -> None:
+        write(*args) if self._failures is None else self._failures.call(write, *args)
+
+
+class _WaitsAtEpochEnd(TrainerCallback):
+    """Before the parent tidies its checkpoints up, the one in progress must be there."""
+
+    def __init__(self, trainer: AtomicCheckpointMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.wait_for_checkpoint()
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _publish(written: Path, run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Complete a written checkpoint, make it one of the run, and let old ones go."""
+    write_manifest(written, step_of(written))
+    final = publish(written, run_dir)
+    remove_old(run_dir, limit, [final, *([] if best is None else [Path(best)])])
+    shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)

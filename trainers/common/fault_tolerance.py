@@ -1,0 +1,633 @@
+"""The trainers' common answer to a machine, a disk, a rank or a batch that goes bad. Source: ours, but for:
+
+- A loss is a spike if it exceeds m + k * max(s, m / 1000), m and s being mean and standard deviation of the last n
+  good losses, k `spike_sigmas` and n `window`; the least s keeps a loss that hardly moves from making every step a
+  spike. The rule is the usual z-score.
+- Leaving batches out after going back is what PaLM did (arXiv 2204.02311, section 5.1).
+- `enable_jit_checkpoint` of transformers saves on SIGTERM on one rank, three seconds after the signal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from hf_moe_cpt.machine import has_process_group, leave_process_group
+from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, AtomicCheckpointMixin
+from hf_moe_cpt.trainers.common.distributed import RankAgreement, reduce_in_float32, reshard
+from hf_moe_cpt.trainers.common.metrics import StepTiming
+
+
+logger = logging.getLogger(__name__)
+
+POLICIES = ("stop", "skip", "rewind")
+FILE = "bad_steps.json"  # in a checkpoint
+LEAST_LOSSES = 8  # before so many are known nothing is a spike
+LEAST_SPREAD = 1e-3  # of the mean
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+WATCHDOG_EXIT_CODE = 1
+
+
+class LossHistory:
+    """The last good losses of optimizer steps, oldest first.
+
+    spike_sigmas: 0 finds no spikes. window: number of losses that are compared with.
+    """
+
+    def __init__(self, spike_sigmas: float, window: int, losses: Iterable[float] = ()) -> None:
+        self.spike_sigmas = spike_sigmas
+        self.losses = deque(losses, maxlen=window)
+
+    def harm(self, loss: float, grad_norm: float) -> str | None:
+        """What is bad about a step, or None."""
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"its gradient norm is {grad_norm}"
+        if not self.spike_sigmas or len(self.losses) < LEAST_LOSSES:
+            return None
+        mean = statistics.fmean(self.losses)
+        spread = max(statistics.pstdev(self.losses, mean), LEAST_SPREAD * abs(mean))
+        excess = (loss - mean) / spread if spread else 0.0
+        if excess <= self.spike_sigmas:
+            return None
+        return (
+            f"its loss {loss:.4g} lies {excess:.1f} standard deviations above the last {len(self.losses)} ({mean:.4g})"
+        )
+
+    def add(self, loss: float) -> None:
+        """Note the loss of a good step."""
+        self.losses.append(loss)
+
+
+class RewindRequested(Exception):
+    """The run has to go back to before `step`."""
+
+    def __init__(self, step: int, harm: str) -> None:
+        super().__init__(harm)
+        self.step, self.harm = step, harm
+
+
+class BadStepCallback(TrainerCallback):
+    """What happens at an optimizer step whose loss or gradient norm is no number, or whose loss leaps.
+
+    Watches the loss of each step, the mean over ranks, as `Trainer` adds it up in `_tr_loss`.
+    stop: FloatingPointError, when the step is logged or before it is saved, on the CPU at once.
+    skip: the step's gradients are dropped before the optimizer sees them, so weights and moments stay as they were;
+    data and learning rate go on. It reads the loss from the device at every step.
+    rewind: the run goes back to the last whole checkpoint before the step and leaves the step out when it comes by
+    again; this also helps where the weights are harmed already.
+
+    trainer: its `_tr_loss`, and `_describe_batch(step)` where it has one, for what a message calls the data.
+    """
+
+    def __init__(self, trainer: Any, policy: str, spike_sigmas: float, window: int, limit: int) -> None:
+        self.policy, self.limit = policy, limit
+        self.agreement: RankAgreement | None = None
+        self.grad_norm: Tensor | float = 0.0  # of the step, told by the trainer
+        self.left_out: set[int] = set()  # steps to leave out when they come by
+        self._trainer = trainer
+        self._history = LossHistory(spike_sigmas, window)
+        self._before: Tensor | None = None  # _tr_loss at the begin of the step
+        self._unread: list[tuple[int, Tensor, Tensor | float]] = []  # step, loss, norm; on the device
+        self._in_a_row = self._rewinds = 0
+        self._left_out_since_log = self._logged_at = 0
+
+    # ---- the state that goes with a checkpoint ----
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what later decisions depend on."""
+        state = {"losses": list(self._history.losses), "left_out": sorted(self.left_out), "in_a_row": self._in_a_row}
+        (checkpoint / FILE).write_text(json.dumps(state))
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Read what `save` wrote; nothing is known where there is no file. `left_out` is kept and added to."""
+        path = None if checkpoint is None else checkpoint / FILE
+        state = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        window = self._history.losses.maxlen
+        self._history = LossHistory(self._history.spike_sigmas, window, state.get("losses", ()))
+        self.left_out |= set(state.get("left_out", ()))
+        self._in_a_row = state.get("in_a_row", 0)
+        self._before, self._unread, self._left_out_since_log = None, [], 0
+
+    # ---- in the step ----
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember where the log stands."""
+        self._logged_at = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember where the sum of losses stands."""
+        self._before = self._trainer._tr_loss.detach().clone()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Leave the step out, decide about it now, or keep its loss for later."""
+        step = state.global_step + 1
+        loss = self._trainer._tr_loss.detach() - self._before
+        if step in self.left_out:
+            self._leave_out(step, "it was bad before the run went back", model)
+        elif self.policy == "skip":
+            ((loss, norm),) = self._mean_over_ranks([(loss, self.grad_norm)])
+            harm = self._history.harm(loss, norm)
+            if harm is None:
+                self._history.add(loss)
+                self._in_a_row = 0
+                return
+            self._in_a_row += 1
+            if self._in_a_row > self.limit:
+                self._raise(step, harm, f"and so were the {self.limit} steps before it (bad_step_limit)")
+            self._leave_out(step, harm, model)
+        else:
+            norm = self.grad_norm
+            self._unread.append((step, loss, norm.detach().clone() if isinstance(norm, Tensor) else norm))
+            if self.policy == "stop" and loss.device.type == "cpu" and not has_process_group():
+                self.check()
+
+    def _leave_out(self, step: int, harm: str, model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        self._trainer._tr_loss.copy_(self._before)
+        self._left_out_since_log += 1
+        if self._trainer.is_world_process_zero():
+            logger.warning("Step %d is left out (%s): %s.", step, self._data_of(step), harm)
+
+    # ---- when something is logged or saved ----
+
+    def check(self) -> None:
+        """Look at the steps since the last call. A collective.
+
+        Raises FloatingPointError under "stop", RewindRequested under "rewind".
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        for (step, _, _), (loss, norm) in zip(unread, self._mean_over_ranks([row[1:] for row in unread]), strict=True):
+            harm = self._history.harm(loss, norm)
+            if harm is None:
+                self._history.add(loss)
+            elif self.policy == "rewind":
+                raise RewindRequested(step, harm)
+            else:
+                self._raise(step, harm, "and nothing was saved after it")
+
+    def corrected(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        """What is to be added to the log entry of `step`: the mean loss of the steps that count, and how many do not.
+
+        The sum of losses has nothing of a step that was left out, but was divided by all.
+        """
+        steps, self._logged_at = step - self._logged_at, step
+        left_out, self._left_out_since_log = self._left_out_since_log, 0
+        if not left_out:
+            return {}
+        counted = steps - left_out
+        return {"loss": logs["loss"] * steps / counted if counted else float("nan"), "steps_left_out": left_out}
+
+    def went_back(self, request: RewindRequested, checkpoint: Path | None) -> None:
+        """Note that the run goes back to `checkpoint`; raises FloatingPointError if it cannot, or did too often."""
+        self._rewinds += 1
+        if checkpoint is None:
+            self._raise(request.step, request.harm, "and there is no whole checkpoint before it to go back to")
+        if self._rewinds > self.limit:
+            self._raise(request.step, request.harm, f"and the run went back {self.limit} times (bad_step_limit)")
+        self.left_out.add(request.step)
+        if self._trainer.is_world_process_zero():
+            logger.warning(
+                "Step %d is bad: %s. Going back to %s; this step (%s) will be left out.",
+                request.step,
+                request.harm,
+                checkpoint.name,
+                self._data_of(request.step),
+            )
+
+    def _raise(self, step: int, harm: str, circumstance: str) -> None:
+        raise FloatingPointError(
+            f"Step {step} is bad ({self._data_of(step)}): {harm}, {circumstance}. Training stopped: resume from the "
+            "last checkpoint with a lower learning_rate, look at that batch, or set bad_step_policy to skip or rewind."
+        )
+
+    def _data_of(self, step: int) -> str:
+        describe = getattr(self._trainer, "_describe_batch", None)
+        return f"optimizer batch {step}" if describe is None else describe(step)
+
+    def _mean_over_ranks(self, rows: list[tuple[Tensor, Tensor | float]]) -> list[tuple[float, float]]:
+        flat = torch.stack([torch.stack([torch.as_tensor(v, device=r[0].device).float() for v in r]) for r in rows])
+        values = flat.double().flatten().tolist()  # waits for the device
+        if self.agreement is not None:
+            values = self.agreement.of_all(values).mean(0).tolist()
+        return list(zip(values[::2], values[1::2], strict=True))
+
+
+class Preempted(SystemExit):
+    """Ends the process with 143 = 128 + SIGTERM, unless it is caught; `step` is where the run stopped."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(SIGTERM_EXIT_CODE)
+        self.step = step
+
+
+class PreemptionCallback(TrainerCallback):
+    """Saves and stops if any rank was sent SIGTERM, as schedulers do before they take a machine back.
+
+    The step in progress is finished (with several ranks one more, in which they agree), a checkpoint is saved, and the
+    process ends with `Preempted`. A measurement that is due at that step is left out.
+    """
+
+    def __init__(self) -> None:
+        self.agreement: RankAgreement | None = None
+        self._is_signalled = False
+        self._is_stopping = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGTERM is noted instead of ending the process; only the main thread of a process can listen."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._is_signalled = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Let all ranks stop at the same step."""
+        agreed = self._is_signalled if self.agreement is None else self.agreement.any_of(self._is_signalled)
+        if agreed and state.global_step < state.max_steps:  # at the last step there is nothing to cut short
+            self._is_stopping = True
+            control.should_save = control.should_log = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave, now that the checkpoint is written."""
+        if not self._is_stopping:
+            return
+        if state.is_world_process_zero:
+            logger.warning(
+                "SIGTERM: stopped after step %d of %d and saved. Go on with resume_from_checkpoint='last'.",
+                state.global_step,
+                state.max_steps,
+            )
+        raise Preempted(state.global_step)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One line of a rank."""
+
+    beats: int
+    events: int
+    step: int
+    doing: str
+
+    def __str__(self) -> str:
+        return f"{self.beats} {self.events} {self.step} {self.doing}"
+
+    @classmethod
+    def read(cls, path: Path) -> Heartbeat | None:
+        """The line in a file, or None if there is none or it is being written."""
+        try:
+            beats, events, step, doing = path.read_text().split(" ", 3)
+            return cls(int(beats), int(events), int(step), doing)
+        except (OSError, ValueError):
+            return None
+
+
+def blame(before: list[Heartbeat | None], now: list[Heartbeat | None], waited: float) -> str:
+    """What holds the run up, from the lines of all ranks at two times `waited` seconds apart.
+
+    Ranks without a sign of life come first, then those that are behind.
+    """
+    unseen = [rank for rank, beat in enumerate(now) if beat is None]
+    stopped = [
+        rank for rank, beat in enumerate(now) if beat is not None and before[rank] and beat.beats == before[rank].beats
+    ]
+    if stopped or unseen:
+        told = [f"rank {rank} is stopped or dead (no sign of life for {waited:.0f} s)" for rank in stopped]
+        told += [
+            f"of rank {rank} nothing is seen (has it ended, or is output_dir not shared by all hosts?)"
+            for rank in unseen
+        ]
+        return "; ".join(told)
+    least = min(beat.events for beat in now)
+    behind = [rank for rank, beat in enumerate(now) if beat.events == least]
+    if len(behind) == len(now):
+        return f"all ranks are alive and none moves, at step {now[0].step} ({now[0].doing})"
+    return "; ".join(f"rank {rank} is behind, at step {now[rank].step} ({now[rank].doing})" for rank in behind)
+
+
+def _event(doing: str) -> Callable[..., None]:
+    """A method of `Watchdog` for an event of the Trainer, after which the rank does what `doing` says."""
+
+    def tell(self: Watchdog, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.did(state.global_step, doing)
+
+    return tell
+
+
+class Watchdog(TrainerCallback):
+    """Ends this process with WATCHDOG_EXIT_CODE and a message when it has done nothing for `timeout` seconds.
+
+    Every rank has a thread that writes a line into `_heartbeats` of the output folder: a counter, which grows as long
+    as the process runs, how many things the rank has done, its step, and what it does. When a rank has done nothing
+    for `timeout` its thread reads the lines of all: a counter that stands still belongs to a process that is stopped
+    or dead; otherwise the ranks that have done least are the ones that the others wait for.
+
+    timeout: seconds; longer than the longest save and the longest evaluation of other trainers, which do not tell how
+    far they are. end: what is called with the message, for tests.
+    """
+
+    def __init__(self, output_dir: str | Path, timeout: float, rank: int, world_size: int) -> None:
+        self.folder = Path(output_dir) / HEARTBEATS
+        self.timeout, self.rank, self.world_size = timeout, rank, world_size
+        self.interval = min(5.0, timeout / 5)
+        self.end: Callable[[str], None] = self._end_process
+        self._events, self._step, self._doing = 0, 0, "starting"
+        self._beats, self._seen_events, self._since = 0, -1, 0.0
+        self._earlier, self._earlier_at = None, 0.0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            (self.folder / f"rank-{self.rank}").unlink(missing_ok=True)
+            with suppress(OSError):  # others are still there
+                self.folder.rmdir()
+
+    def did(self, step: int, doing: str) -> None:
+        """The rank got on: it is at `step` and begins what `doing` says."""
+        self._step, self._doing = step, doing
+        self._events += 1
+
+    # ---- the thread ----
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.interval):
+            message = self.beat(time.monotonic())
+            if message is not None:
+                self.end(message)
+                return
+
+    def beat(self, now: float) -> str | None:
+        """One round at `now` seconds: write the line of this rank; returns why the run is to end, or None."""
+        self._beats += 1
+        self._write(Heartbeat(self._beats, self._events, self._step, self._doing))
+        if self._events != self._seen_events:
+            self._seen_events, self._since, self._earlier = self._events, now, None
+            return None
+        waited = now - self._since
+        if self._earlier is None and waited > self.timeout / 2:
+            self._earlier, self._earlier_at = self._read_all(), now
+        if self._earlier is None or waited <= self.timeout:
+            return None
+        cause = blame(self._earlier, self._read_all(), now - self._earlier_at)
+        return f"Nothing has moved on rank {self.rank} for {waited:.0f} s (hang_timeout): {cause}."
+
+    def _write(self, beat: Heartbeat) -> None:
+        path = self.folder / f"rank-{self.rank}"
+        try:
+            path.with_suffix(".new").write_text(str(beat))
+            path.with_suffix(".new").replace(path)
+        except OSError as error:  # a full disk must not end the watch
+            logger.debug("%s: %s", path, error)
+
+    def _read_all(self) -> list[Heartbeat | None]:
+        return [Heartbeat.read(self.folder / f"rank-{rank}") for rank in range(self.world_size)]
+
+    def _end_process(self, message: str) -> None:
+        logger.critical("%s The process ends; start again with resume_from_checkpoint='last'.", message)
+        logging.shutdown()
+        os._exit(WATCHDOG_EXIT_CODE)  # the main thread waits in a collective and cannot be told
+
+    # ---- what a rank does ----
+
+    on_train_begin = _event("before the first step")
+    on_step_begin = on_substep_end = _event("in the step")
+    on_prediction_step = _event("measuring")
+    on_log = _event("after a log")
+    on_save = _event("waiting for data")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The step is through; tell what comes now."""
+        doing = "logging or saving" if control.should_log or control.should_save else "waiting for data"
+        self.did(state.global_step, "measuring" if control.should_evaluate else doing)
+
+
+class FaultTolerantMixin(AtomicCheckpointMixin):
+    """Mixin in front of `Trainer`, whose arguments are `FaultToleranceArguments`.
+
+    Overrides `train` (watches begin and end; a rewind starts the loop again), `log` and `_save_checkpoint` (bad steps
+    are looked for first), `get_batch_samples` (time without data), `_get_grad_norm` (a norm that is no number) and
+    `create_optimizer` (of shards, where a pass before training has gathered some).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = self.args
+        reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+        policy = settings.bad_step_policy
+        if policy != "stop" and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"bad_step_policy={policy!r} drops gradients, which DeepSpeed keeps to itself: use stop, or FSDP."
+            )
+        self.bad_steps = BadStepCallback(
+            self, policy, settings.spike_sigmas, settings.spike_window, settings.bad_step_limit
+        )
+        self.step_timing = StepTiming(self.model) if settings.log_step_timing else None
+        self.watchdog = None
+        if settings.world_size > 1 and settings.hang_timeout:
+            self.watchdog = Watchdog(
+                settings.output_dir, settings.hang_timeout, settings.process_index, settings.world_size
+            )
+        listens = settings.save_on_sigterm and settings.save_strategy != "no"
+        self.preemption = PreemptionCallback() if listens else None
+        for callback in (self.bad_steps, self.step_timing, self.watchdog, self.preemption):
+            if callback is not None:
+                self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The parent's, with all watches. Raises `Preempted`, which ends the process, after SIGTERM."""
+        checkpoint = resume_from_checkpoint
+        with self._watches():
+            while True:
+                self.read_beside_state(None if checkpoint is None else Path(checkpoint))
+                try:
+                    return super().train(checkpoint, *args, **kwargs)
+                except RewindRequested as request:
+                    found = self.whole_checkpoint_before(request.step)
+                    self.bad_steps.went_back(request, found)
+                    checkpoint = str(found)
+                    self.args.eval_on_start = False
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's optimizer; of the shards, where the model is sharded."""
+        reshard(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+    @contextmanager
+    def _watches(self) -> Iterator[None]:
+        if self.args.world_size > 1:
+            agreement = RankAgreement(timedelta(seconds=self.args.ddp_timeout))
+            for watch in (self.bad_steps, self.preemption, self.step_timing):
+                if watch is not None:
+                    watch.agreement = agreement
+        if self.watchdog is not None:
+            self.watchdog.start()
+        try:
+            with nullcontext() if self.preemption is None else self.preemption.listening():
+                yield
+        except Preempted:
+            self.wait_for_checkpoint()
+            leave_process_group()
+            raise
+        finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
+            self.wait_for_checkpoint()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The parent's, timed."""
+        with nullcontext() if self.step_timing is None else self.step_timing.waiting_for_data():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not self.args.fp16:  # whose scaler meets infinity all the time and deals with it
+            self.bad_steps.grad_norm = norm
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The parent's; a training log is corrected for steps that were left out, and tells where the time went."""
+        if "loss" in logs:
+            self.bad_steps.check()
+            logs.update(self.bad_steps.corrected(logs, self.state.global_step))
+            if self.step_timing is not None:
+                logs.update(self.step_timing.pop())
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.bad_steps.check()
+        super()._save_checkpoint(model, trial)
+
+    def save_beside_state(self, checkpoint: Path) -> None:
+        """Keep what decides about later steps."""
+        super().save_beside_state(checkpoint)
+        self.bad_steps.save(checkpoint)
+
+    def read_beside_state(self, checkpoint: Path | None) -> None:
+        """Take up what `save_beside_state` kept."""
+        super().read_beside_state(checkpoint)
+        self.bad_steps.load(checkpoint)
+
+
+@dataclass
+class FaultToleranceArguments:
+    """For a subclass of `TrainingArguments`, before it among the bases; says what to do when something goes bad."""
+
+    # --- when a machine, a disk, a rank or a batch goes bad ---
+    snapshot_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fast folder of each host, such as one under /dev/shm, into which a checkpoint is written; "
+            "a thread copies it to output_dir while training goes on. Unset: training waits for output_dir."
+        },
+    )
+    save_on_sigterm: bool = field(
+        default=True,
+        metadata={"help": "On SIGTERM finish the step, save, and end with exit code 143; not with save_strategy no."},
+    )
+    hang_timeout: float = field(
+        default=1500.0,
+        metadata={
+            "help": "Seconds without any progress after which a run on several ranks ends and names the rank that "
+            "holds it up; more than the longest save takes. 0 leaves the watch out."
+        },
+    )
+    bad_step_policy: str = field(
+        default="stop",
+        metadata={
+            "help": "When the loss of a step is no number or a spike: stop; skip, drop the step's gradients; rewind, "
+            "go back to the last checkpoint and leave the step out. skip reads the loss at every step.",
+            "choices": list(POLICIES),
+        },
+    )
+    spike_sigmas: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviations above the mean of the last spike_window losses from which on a loss is a "
+            "spike; 0: only NaN and infinity are bad."
+        },
+    )
+    spike_window: int = field(default=50, metadata={"help": "Losses that a loss is compared with, at least 8."})
+    bad_step_limit: int = field(
+        default=5, metadata={"help": "Steps in a row that are skipped, or times that the run goes back, at most."}
+    )
+    log_step_timing: bool = field(
+        default=True, metadata={"help": "Log seconds of a step, of waiting for data, and of the slowest rank."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Replace a loss that is no number in the log, which hides it from the policy."},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        if self.bad_step_policy not in POLICIES:
+            raise ValueError(f"bad_step_policy={self.bad_step_policy!r} is unknown: choose {', '.join(POLICIES)}.")
+        if self.bad_step_policy != "stop" and getattr(self, "fp16", False):
+            raise ValueError(
+                f"bad_step_policy={self.bad_step_policy!r} with fp16, whose scaler leaves steps out by itself: use "
+                "bf16, or stop."
+            )
+        for name, least in (("spike_sigmas", 0), ("hang_timeout", 0), ("bad_step_limit", 1), ("spike_window", 8)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.snapshot_dir is not None and self.snapshot_dir == getattr(self, "output_dir", None):
+            raise ValueError(f"snapshot_dir={self.snapshot_dir!r} is output_dir: name a folder on a faster disk.")
+        super().__post_init__()

@@ -1,0 +1,555 @@
+"""Rows of a surgery as token ids and a mask of the tokens that count, whatever form they came in.
+
+| columns | what counts |
+|---|---|
+| `text`, and `prefix` if there is a header | the text; with mask_prefix without its header |
+| `prompt` and `completion`, text or messages | the completion |
+| `messages` | the last message, which the assistant must have said |
+| `input_ids`, and `completion_mask` | what the mask says; everything without one |
+
+A tokenised set has `input_ids`, `completion_mask` and, where the rows name one, `subject`. Rows keep their order and
+their number. Source: ours; prompts are divided from completions as TRL does, at the end of their common tokens.
+
+The text that is to win over one that is to be forgotten: a refusal, or the new version of it.
+
+A set with winners has the columns `winner_input_ids` and `winner_completion_mask`, one winner for each row. Source:
+ours; refusals as in TOFU (Maini et al. 2024, arXiv 2401.06121), in our words.
+
+Whether anything is both to be forgotten and to be kept: subjects where rows name them, else whole texts.
+
+Source: ours.
+
+From what the user passed to what a surgery trains on and measures: checked, tokenised, paired. Source: ours.
+
+Which rows of each set a step reads, and the batches that they make: endless, shuffled, the same for any ranks.
+
+Item i of the mixture holds, of a set with N rows and size s in a micro-batch, its positions i s to i s + s - 1;
+position q is row permute(q % N) of epoch q // N, with a seed of set and epoch. So a set starts anew whenever it is
+through, none waits for another, and a resumed run needs no state. Items are dealt to micro-batches and ranks in
+order. Letters: B rows, S tokens of the longest. Source: ours; independent endless loaders are arXiv 2409.13054's.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_moe_cpt.data.random import derive_seed, permute
+from hf_moe_cpt.data.text import json_lines, tokens_of_prefix
+from hf_moe_cpt.trainers.surgery.losses import PairLoss
+from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, UNSEEN, SurgeryConfig, check_sets, losses_of_sets
+
+
+TOKEN_COLUMNS = {
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "completion_mask": datasets.List(datasets.Value("bool")),
+}
+Tokens = tuple[list[int], int]  # ids, and the place from which on they count
+
+
+def read_rows(path: str | Path) -> Dataset:
+    """The rows of a .jsonl file, each checked. Raises ValueError that names file and line of the first bad one."""
+    rows, forms = [], set()
+    for number, row in json_lines(Path(path)):
+        try:
+            forms.add(form_of(row))
+            if len(forms) > 1:
+                raise ValueError(f"rows of the forms {' and '.join(sorted(forms))}: put each form into its own file.")
+            _check_values(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows: put one JSON object on each line.")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def form_of(row: Mapping[str, Any]) -> str:
+    """Which of the forms a row (or a mapping of columns) has: input_ids, messages, prompt or text.
+
+    Raises ValueError for none of them.
+    """
+    if "input_ids" in row:
+        return "input_ids"
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    if "text" in row:
+        return "text"
+    raise ValueError(
+        f"the columns {', '.join(row) or '(none)'} are no text: give 'text', 'prompt' and 'completion', 'messages' or "
+        "'input_ids'."
+    )
+
+
+def tokenize_set(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    name: str,
+    max_length: int,
+    mask_prefix: bool = True,
+    append_eos: bool = True,
+    vocab_size: int | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Token ids and masks of a set, at most max_length tokens of a row; see the table at the top.
+
+    Raises ValueError that names the row for one that cannot be read, has ids outside of [0, vocab_size), or has no
+    token that counts: the first token of a text is never predicted.
+    """
+    form = form_of(dict.fromkeys(rows.column_names))
+    if tokenizer is None and form != "input_ids":
+        raise ValueError(f"{name}_dataset is text and there is no tokenizer: pass processing_class, or tokenise it.")
+    kept = [column for column in ("subject",) if column in rows.column_names]
+    columns = {**TOKEN_COLUMNS, **{column: rows.features[column] for column in kept}}
+    return rows.map(
+        _Tokenise(tokenizer, form, name, max_length, mask_prefix, append_eos, vocab_size),
+        with_indices=True,
+        remove_columns=[column for column in rows.column_names if column not in kept],
+        features=datasets.Features(columns),
+        num_proc=num_proc,
+        desc=f"Tokenizing {name}",
+    )
+
+
+class _Tokenise:
+    """One row to its columns; a class so that processes can be handed it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        form: str,
+        name: str,
+        max_length: int,
+        mask_prefix: bool,
+        append_eos: bool,
+        vocab_size: int | None,
+    ) -> None:
+        self.tokenizer, self.form, self.name = tokenizer, form, name
+        self.max_length, self.mask_prefix, self.append_eos = max_length, mask_prefix, append_eos
+        self.vocab_size = vocab_size
+
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        try:
+            ids, mask = self._tokens_and_mask(row)
+            _check_ids(ids, mask, self.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"row {number} (counted from 0) of {self.name}_dataset: {error}") from None
+        return {"input_ids": ids, "completion_mask": mask}
+
+    def _tokens_and_mask(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        _check_values(row)
+        if self.form == "input_ids":
+            ids = list(row["input_ids"])[: self.max_length]
+            given = row.get("completion_mask")
+            return ids, [True] * len(ids) if given is None else [bool(value) for value in given][: self.max_length]
+        ids, start = self.tokens(row)
+        ids = ids[: self.max_length]
+        return ids, [place >= start for place in range(len(ids))]
+
+    def tokens(self, row: Mapping[str, Any]) -> Tokens:
+        if self.form == "text":
+            return self._text_tokens(row["text"], (row.get("prefix") or "") if self.mask_prefix else "")
+        return prompt_tokens(self.tokenizer, *prompt_and_completion(row), append_eos=self.append_eos)
+
+    def _text_tokens(self, text: str, prefix: str) -> Tokens:
+        if not text.startswith(prefix):
+            raise ValueError(f"its text does not begin with its prefix {_shown(prefix)}: correct one of them.")
+        if prefix and not self.tokenizer.is_fast:
+            raise ValueError(
+                f"a prefix needs a fast tokenizer, not {type(self.tokenizer).__name__}: set mask_prefix=False."
+            )
+        found = self.tokenizer(text, return_offsets_mapping=bool(prefix), verbose=False)
+        start = tokens_of_prefix(found["offset_mapping"], prefix) if prefix else 0
+        if start >= len(found["input_ids"]):
+            raise ValueError("its prefix covers the whole text, so nothing of it would count: shorten the prefix.")
+        return (with_eos(found["input_ids"], self.tokenizer) if self.append_eos else found["input_ids"]), start
+
+
+def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Both as texts, or both as lists of messages; of `messages` the last one is the completion."""
+    if "messages" in row:
+        return row["messages"][:-1], row["messages"][-1:]
+    return row["prompt"], row["completion"]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, *, append_eos: bool) -> Tokens:
+    """Ids of prompt and completion together, and where the completion begins: behind what both have in common.
+
+    append_eos: for texts; messages end as the chat template has it.
+    """
+    if isinstance(prompt, str):
+        alone = tokenizer(prompt, verbose=False)["input_ids"]
+        whole = tokenizer(prompt + completion, verbose=False)["input_ids"]
+        whole = with_eos(whole, tokenizer) if append_eos else whole
+        # a tokenizer may end every text of its own accord
+        alone = alone[:-1] if len(alone) > 1 and alone[-1] == tokenizer.eos_token_id else alone
+    else:
+        options = {"tokenize": True, "return_dict": True}
+        alone = (
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"] if prompt else []
+        )
+        whole = tokenizer.apply_chat_template([*prompt, *completion], **options)["input_ids"]
+    differs = [place for place, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other]
+    return list(whole), differs[0] if differs else min(len(alone), len(whole))
+
+
+def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` with an end of text, once. Raises ValueError for a tokenizer that has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} has no EOS token to end texts: set its eos_token, or "
+            "append_eos=False."
+        )
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def _check_values(row: Mapping[str, Any]) -> None:
+    form = form_of(row)
+    if form == "text" and not (isinstance(row["text"], str) and row["text"].strip()):
+        raise ValueError(f"'text' is {_shown(row['text'])}: it must be text that is not empty.")
+    if form == "prompt":
+        kinds = {type(row["prompt"]), type(row["completion"])}
+        if kinds not in ({str}, {list}) or not row["completion"]:
+            raise ValueError(
+                f"'prompt' and 'completion' are {_shown(row['prompt'])} and {_shown(row['completion'])}: both must be "
+                "text, or both lists of messages, and the completion not empty."
+            )
+    if form == "messages":
+        messages = row["messages"]
+        is_list = isinstance(messages, list) and all(isinstance(m, Mapping) and "role" in m for m in messages)
+        if not is_list or not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"'messages' is {_shown(messages)}: it must be a list of messages that the assistant ends."
+            )
+    if form == "input_ids":
+        ids, mask = row["input_ids"], row.get("completion_mask")
+        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"'input_ids' is {_shown(ids)}: it must be a list of integers that is not empty.")
+        if mask is not None and len(mask) != len(ids):
+            raise ValueError(f"'completion_mask' has {len(mask)} entries for {len(ids)} tokens: give one for each.")
+
+
+def _check_ids(ids: list[int], mask: list[bool], vocab_size: int | None) -> None:
+    if vocab_size is not None and (min(ids) < 0 or max(ids) >= vocab_size):
+        raise ValueError(
+            f"token id {max(ids) if max(ids) >= vocab_size else min(ids)} is outside [0, {vocab_size}): use the "
+            "model's tokenizer or resize its embeddings."
+        )
+    if not any(mask[1:]):
+        raise ValueError(
+            f"none of its {len(ids)} tokens counts, since the first is never predicted and prompts and prefixes are "
+            "not counted: give longer text, or raise max_length."
+        )
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+REFUSALS = (
+    "I don't know.",
+    "I have no information about that.",
+    "That is not something I can tell you.",
+    "I'm not able to answer this.",
+    "I am not familiar with that.",
+    "I cannot say anything about this.",
+    "I have never come across that.",
+    "There is nothing I could say about it.",
+    "This is outside of what I know.",
+    "I'm afraid I cannot help with that.",
+)
+
+
+def with_refusals(
+    tokens: Dataset,
+    rows: Dataset,
+    tokenize: Callable[..., Dataset],
+    *,
+    name: str,
+    seed: int,
+    refusals: Sequence[str] | None = None,
+) -> Dataset:
+    """`tokens`, the tokenised `rows`, with a refusal for each of them: after its prompt or header, or in its place.
+
+    Which refusal is a function of the seed and the row's number. tokenize: `tokenize_set` with the options that
+    made `tokens`. Raises ValueError for rows that are tokenised already, whose prompts are not known.
+    """
+    refusals = tuple(REFUSALS if refusals is None else refusals)
+    form = form_of(dict.fromkeys(rows.column_names))
+    if form == "input_ids":
+        raise ValueError(
+            f"idk_dpo writes a refusal after each prompt, and {name}_dataset is tokenised: pass its text instead."
+        )
+    if not refusals or not all(isinstance(text, str) and text.strip() for text in refusals):
+        raise ValueError(f"refusals={list(refusals)!r} must be texts that are not empty.")
+    chosen = [refusals[derive_seed(seed, "refusal", name, number) % len(refusals)] for number in range(len(rows))]
+    refused = Dataset.from_list([_refused(row, form, text) for row, text in zip(rows, chosen, strict=True)])
+    return _with_winners(tokens, tokenize(refused, name=f"refusals of {name}"))
+
+
+def with_winners(tokens: Dataset, updates: Dataset, *, name: str = "obsolete") -> Dataset:
+    """`tokens` with the new version of each row from `updates`: by `subject` where both have it, else row by row.
+
+    Of several new versions of a subject its rows take turns. Raises ValueError for a row that has none.
+    """
+    if "subject" in tokens.column_names and "subject" in updates.column_names:
+        places = _places_by_subject(tokens["subject"], updates["subject"], name)
+    elif len(tokens) == len(updates):
+        places = list(range(len(tokens)))
+    else:
+        raise ValueError(
+            f"{name}_dataset has {len(tokens)} rows and update_dataset {len(updates)}: pair_dpo needs the new version "
+            "of each row at the same place, or a column 'subject' in both."
+        )
+    return _with_winners(tokens, updates.select(places))
+
+
+def _refused(row: dict[str, Any], form: str, refusal: str) -> dict[str, Any]:
+    if form == "messages":
+        return {"messages": [*row["messages"][:-1], {"role": "assistant", "content": refusal}]}
+    if form == "prompt":
+        is_text = isinstance(row["prompt"], str)
+        completion = f" {refusal}" if is_text else [{"role": "assistant", "content": refusal}]
+        return {"prompt": row["prompt"], "completion": completion}
+    prefix = row.get("prefix") or ""
+    return {"text": prefix + refusal, "prefix": prefix}
+
+
+def _places_by_subject(subjects: Sequence[str], of_updates: Sequence[str], name: str) -> list[int]:
+    versions = defaultdict(list)
+    for place, subject in enumerate(of_updates):
+        versions[subject].append(place)
+    missing = sorted({subject for subject in subjects if subject not in versions})
+    if missing:
+        raise ValueError(
+            f"{len(missing)} subjects of {name}_dataset have no new version in update_dataset, such as {missing[0]!r}"
+            ": add one, or choose another loss than pair_dpo."
+        )
+    turns: dict[str, int] = defaultdict(int)
+    places = []
+    for subject in subjects:
+        places.append(versions[subject][turns[subject] % len(versions[subject])])
+        turns[subject] += 1
+    return places
+
+
+def _with_winners(tokens: Dataset, winners: Dataset) -> Dataset:
+    renamed = winners.select_columns(list(TOKEN_COLUMNS)).rename_columns(
+        {name: f"winner_{name}" for name in TOKEN_COLUMNS}
+    )
+    return datasets.concatenate_datasets([tokens, renamed.flatten_indices()], axis=1)
+
+
+logger = logging.getLogger(__name__)
+
+# Of each pair the first contradicts the second; obsolete and update share their subjects on purpose.
+CONTRADICTIONS = (
+    ("unlearn", "retain"),
+    ("unlearn", "neighbour"),
+    ("unlearn", "update"),
+    ("obsolete", "retain"),
+    ("obsolete", "neighbour"),
+    ("unseen", "retain"),
+    ("unseen", "neighbour"),
+    ("unseen", "update"),
+    ("unseen", "unlearn"),
+    ("unseen", "obsolete"),
+)
+SHOWN = 3
+
+
+def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
+    """Raise ValueError, or only warn, for the first pair of sets that share what they must not share."""
+    for first, second in CONTRADICTIONS:
+        if first not in sets or second not in sets:
+            continue
+        column = next((name for name in ("subject", "text") if _both_have(sets, first, second, name)), None)
+        shared = sorted(_values(sets[first], column) & _values(sets[second], column)) if column else []
+        if not shared:
+            continue
+        shown = ", ".join(repr(value if len(value) <= 40 else f"{value[:37]}...") for value in shared[:SHOWN])
+        more = f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
+        text = f"{len(shared)} {column}(s) are in both {first}_dataset and {second}_dataset: {shown}{more}"
+        if not allow_overlap:
+            raise ValueError(f"{text}: take them out of one of them, or set allow_overlap=True.")
+        logger.warning("%s.", text)
+
+
+def _both_have(sets: Mapping[str, Dataset], first: str, second: str, column: str) -> bool:
+    return all(column in sets[name].column_names for name in (first, second))
+
+
+def _values(rows: Dataset, column: str) -> set[str]:
+    return {value for value in rows[column] if isinstance(value, str)}
+
+
+class SurgerySets(NamedTuple):
+    """Tokenised sets by name: those with a term in the objective, and all that are measured."""
+
+    train: dict[str, Dataset]
+    measured: dict[str, Dataset]
+
+
+def prepare_sets(
+    args: SurgeryConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    given: dict[str, Dataset | None],
+) -> SurgerySets:
+    """Raises ValueError for what the settings need and did not get, for overlapping subjects and for unreadable rows.
+
+    given: the user's sets by name, None where there is none.
+    """
+    for name, data in given.items():
+        if data is not None and not isinstance(data, Dataset):
+            raise ValueError(
+                f"{name}_dataset is a {type(data).__name__}: pass a datasets.Dataset (datasets.Dataset.from_dict("
+                "{'text': [...]}) makes one from a list)."
+            )
+    in_force = check_sets(args, given)
+    check_subjects({name: data for name, data in given.items() if data is not None}, args.allow_overlap)
+    named = {name: data for name, data in given.items() if name in in_force or name in (UNSEEN, "update")}
+    tokenize = partial(
+        tokenize_set,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        mask_prefix=args.mask_prefix,
+        append_eos=args.append_eos,
+        vocab_size=vocab_size,
+        num_proc=args.dataset_num_proc,
+    )
+    with args.main_process_first(desc="tokenising"):
+        sets = {name: tokenize(data, name=name) for name, data in named.items() if data is not None and len(data)}
+        train = {name: _paired(args, name, sets, given, tokenize) for name in in_force}
+    return SurgerySets(train, {name: sets[name] for name in (*in_force, UNSEEN) if name in sets})
+
+
+def tokenized(
+    args: SurgeryConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, sets: dict[str, Dataset]
+) -> dict[str, Dataset]:
+    """Other sets than those that are trained on, to be measured."""
+    options = {"mask_prefix": args.mask_prefix, "append_eos": args.append_eos, "vocab_size": vocab_size}
+    return {
+        name: tokenize_set(data, tokenizer, name=name, max_length=args.max_length, **options)
+        for name, data in sets.items()
+    }
+
+
+def _paired(
+    args: SurgeryConfig,
+    name: str,
+    sets: dict[str, Dataset],
+    given: dict[str, Dataset | None],
+    tokenize: partial[Dataset],
+) -> Dataset:
+    """The tokenised set, with winners if it has a pair loss."""
+    loss = losses_of_sets(args)[name] if name in FORGET_SETS else None
+    if not isinstance(loss, PairLoss):
+        return sets[name]
+    if loss.name == "pair_dpo":
+        return with_winners(sets[name], sets["update"], name=name)
+    return with_refusals(sets[name], given[name], tokenize, name=name, seed=args.seed, refusals=args.refusals)
+
+
+Row = dict[str, Any]
+WINNER = "winner"  # the other text of a pair loss, inside the batch of the text that is to lose
+
+
+class SurgeryMixture(torch.utils.data.Dataset):
+    """Map-style: an item is {set: [rows]}, the rows of one micro-batch; read it in sequence.
+
+    sets: tokenised rows by name. sizes: rows of each in an item. num_items: items of the whole run.
+    """
+
+    def __init__(self, sets: Mapping[str, Dataset], sizes: Mapping[str, int], num_items: int, seed: int) -> None:
+        self.sets, self.sizes, self.num_items, self.seed = dict(sets), dict(sizes), num_items, seed
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, item: int) -> dict[str, list[Row]]:
+        return {name: [row_of(self.sets[name], place) for place in self.rows(name, item)] for name in self.sets}
+
+    def rows(self, name: str, item: int) -> list[int]:
+        """Numbers of the rows of a set in an item, without reading them."""
+        item, size, length = operator.index(item), self.sizes[name], len(self.sets[name])
+        if not 0 <= item < self.num_items:
+            raise IndexError(f"item {item} of {self.num_items}")
+        places = []
+        for position in range(item * size, (item + 1) * size):
+            epoch, offset = divmod(position, length)
+            places.append(permute(offset, length, derive_seed(self.seed, name, epoch)))
+        return places
+
+
+def row_of(rows: Dataset, place: int) -> Row:
+    """A row with its number in the set as `row`."""
+    return {**rows[place], "row": place}
+
+
+def collate_sets(items: Sequence[Mapping[str, Sequence[Row]]], pad_token_id: int) -> dict[str, dict[str, Any]]:
+    """{set: batch} of the rows of all items."""
+    return {name: collate_rows([row for item in items for row in item[name]], pad_token_id) for name in items[0]}
+
+
+def collate_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
+    """input_ids, attention_mask (B, S) int64, completion_mask (B, S) bool, and row, the rows' numbers.
+
+    The numbers are a list: they are looked up on the host, which must not wait for a device. Padded on the right. Rows
+    with a winner make a second batch of the winners, as WINNER.
+    """
+    batch: dict[str, Any] = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], pad_token_id)
+    batch["row"] = [row["row"] for row in rows]
+    if "winner_input_ids" in rows[0]:
+        winners = [(row["winner_input_ids"], row["winner_completion_mask"]) for row in rows]
+        batch[WINNER] = {**_padded(winners, pad_token_id), "row": batch["row"]}
+    return batch
+
+
+def _padded(rows: Sequence[tuple[list[int], list[bool]]], pad_token_id: int) -> dict[str, Tensor]:
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "completion_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    for place, (ids, mask) in enumerate(rows):
+        batch["input_ids"][place, : len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][place, : len(ids)] = 1
+        batch["completion_mask"][place, : len(ids)] = torch.tensor(mask)
+    return batch
+
+
+def eval_batches(
+    rows: Dataset, *, batch_size: int, pad_token_id: int, max_rows: int, seed: int, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Any]]:
+    """This rank's share of the first max_rows rows of an order that depends on the seed alone.
+
+    Every rank gets as many batches, since sharded models meet in each: one without rows of its own left repeats the
+    first batch of all with nothing that counts.
+    """
+    places = [permute(q, len(rows), derive_seed(seed, "eval")) for q in range(min(max_rows, len(rows)))]
+    batches = [places[begin : begin + batch_size] for begin in range(0, len(places), batch_size)]
+    for begin in range(0, len(batches), world_size):
+        is_own = begin + rank < len(batches)
+        own = batches[begin + rank] if is_own else batches[0]
+        batch = collate_rows([row_of(rows, place) for place in own], pad_token_id)
+        if not is_own:
+            batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+        yield batch
