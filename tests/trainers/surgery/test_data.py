@@ -23,8 +23,6 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_rows,
     collate_sets,
     eval_batches,
-    form_of,
-    prompt_and_completion,
     read_rows,
     tokenize_set,
     with_refusals,
@@ -114,40 +112,40 @@ def test_ranks_share_the_measured_rows_and_meet_in_every_batch(count, max_rows, 
     assert {place for rows in whole for place in rows} == set(counted)
 
 
-def _rows_subject_overlap(*subjects):
+def _named(*subjects):
     return Dataset.from_dict({"text": [f"about {subject}" for subject in subjects], "subject": list(subjects)})
 
 
 def test_obsolete_and_update_share_their_subjects():
     check_subjects(
         {
-            "obsolete": _rows_subject_overlap("a", "b"),
-            "update": _rows_subject_overlap("a", "b"),
-            "unlearn": _rows_subject_overlap("c"),
-            "retain": _rows_subject_overlap("d"),
+            "obsolete": _named("a", "b"),
+            "update": _named("a", "b"),
+            "unlearn": _named("c"),
+            "retain": _named("d"),
         }
     )
 
 
 @pytest.mark.parametrize(("first", "second"), [("unlearn", "retain"), ("obsolete", "neighbour"), ("unseen", "update")])
 def test_shared_subjects_are_refused_and_named(first, second):
-    sets = {first: _rows_subject_overlap(*"abcdefg"), second: _rows_subject_overlap(*"cdefx")}
+    sets = {first: _named(*"abcdefg"), second: _named(*"cdefx")}
     message = rf"4 subject\(s\) are in both {first}_dataset and {second}_dataset: 'c', 'd', 'e' and 1 more"
     with pytest.raises(ValueError, match=message):
         check_subjects(sets)
 
 
 def test_overlap_that_is_allowed_is_told(caplog):
-    check_subjects({"unlearn": _rows_subject_overlap("a"), "retain": _rows_subject_overlap("a")}, allow_overlap=True)
+    check_subjects({"unlearn": _named("a"), "retain": _named("a")}, allow_overlap=True)
     assert "1 subject(s) are in both unlearn_dataset and retain_dataset: 'a'" in caplog.text
 
 
 def test_texts_are_compared_where_no_subject_is_named():
-    sets = {"unlearn": _rows_subject_overlap("a").remove_columns("subject"), "retain": _rows_subject_overlap("a", "b")}
+    sets = {"unlearn": _named("a").remove_columns("subject"), "retain": _named("a", "b")}
     with pytest.raises(ValueError, match=r"1 text\(s\) are in both"):
         check_subjects(sets)
     tokens = Dataset.from_dict({"input_ids": [[1, 2]]})
-    check_subjects({"unlearn": tokens, "retain": _rows_subject_overlap("a")})
+    check_subjects({"unlearn": tokens, "retain": _named("a")})
 
 
 EOS = 0
@@ -188,7 +186,6 @@ def test_only_completions_count():
     assert _counted(row) == "w7 w8 </s>"
     (pair,) = _set([{"prompt": prompt, "completion": [answer]}])
     assert pair == row
-    assert prompt_and_completion({"messages": [*prompt, answer]}) == (prompt, [answer])
 
 
 def test_tokenised_rows_pass_and_are_cut():
@@ -279,11 +276,6 @@ def test_an_empty_file_is_refused(tmp_path):
         read_rows(path)
     with pytest.raises(ValueError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl")
-
-
-def test_forms_are_told_by_columns():
-    forms = [("input_ids",), ("messages",), ("prompt", "completion"), ("text", "prefix")]
-    assert [form_of(dict.fromkeys(columns)) for columns in forms] == ["input_ids", "messages", "prompt", "text"]
 
 
 tokenize = partial(tokenize_set, tokenizer=word_tokenizer(), max_length=32)
