@@ -1,5 +1,7 @@
 """Arguments of a surgery: presets to the letter, and every contradiction refused in one line before anything loads."""
 
+import math
+
 import pytest
 from datasets import Dataset
 
@@ -59,6 +61,8 @@ def test_overrides_win_over_a_preset(tmp_path):
         ({"forget_target": -2.0}, "forget_target=-2.0 must be a number"),
         ({"forget_target": None}, "aim needs forget_target"),
         ({"forget_beta": 0.0}, "beta=0.0 must be a finite number above 0"),
+        ({"forget_max_weight": math.inf}, "max_weight=inf must be a finite number above 0"),
+        ({"satimp_beta2": math.nan}, "satimp_beta2=nan must be a finite number, at least 0"),
         ({"update_batch_size": 0}, "update_batch_size=0 must be at least 1"),
         ({"max_retain_kl": 0.0}, "max_retain_kl=0.0 must be above 0, or unset"),
         ({"router_anchor": -1.0}, "router_anchor=-1.0 must be a finite number, at least 0"),

@@ -347,8 +347,6 @@ def test_the_papers_steps_are_those_of_the_authors_loop(tmp_path):
 def test_options_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="nothing to forget and nothing to learn"):
         trainer(tmp_path / "a", "no-such-model", sets=token_sets("retain"))
-    with pytest.raises(ValueError, match="max_length=65 is longer than the model's context of 64 tokens"):
-        trainer(tmp_path / "b", max_length=65)
     with pytest.raises(ValueError, match="vocabulary of 48 and ref_model of 50"):
         trainer(tmp_path / "c", ref_model=tiny_model("llama", vocab_size=50))
     with pytest.raises(ValueError, match="target_experts=2 is for mixtures of experts, and LlamaForCausalLM has none"):

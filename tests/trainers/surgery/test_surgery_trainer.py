@@ -87,12 +87,6 @@ def test_measures_are_means_over_rows_or_tokens(normalization, direction):
             assert got[f"{name}_{kind}"] == pytest.approx(float(means.mean()), rel=1e-6), (name, kind)
 
 
-def test_without_a_reference_there_are_losses_only():
-    terms = SurgeryTerms({}, ForgetSettings(), None)
-    got = measure(tiny_model("llama").eval(), _batches(_sets()), ["retain"], terms)
-    assert list(got) == ["retain_ce"]
-
-
 def test_ranks_without_rows_do_not_count():
     """A rank that has no rows left repeats some with nothing that counts."""
     sets = _sets()
