@@ -35,7 +35,7 @@ from hf_moe_cpt.scripts.benchmarks.experts import (
     parse_shape,
     relative_error,
 )
-from tests.helpers.kernel_device import DEVICE
+from tests.helpers.expert_layers import DEVICE
 
 
 TINY = Shape("tiny", 24, 16, 8, 5, 2)
