@@ -26,13 +26,18 @@ def check_names(option: str, names: Sequence[str] | None, known: Collection[str]
             raise ValueError(f"{option} {name!r} is unknown: choose from {', '.join(known)}.")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called "auto", "cpu" or "cuda". Raises ValueError if it is unknown or not there."""
-    if name not in DEVICES:
-        raise ValueError(f"--device {name!r} is unknown: choose one of auto, cpu, cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device 'cuda': torch finds no such device here; use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(name: str, known: Sequence[str] = DEVICES) -> torch.device:
+    """The device of this name, which is one of `known`; "auto" is cuda where there is one, else the CPU.
+
+    Raises ValueError if it is unknown or not there.
+    """
+    if name not in known:
+        raise ValueError(f"--device {name!r} is unknown: choose one of {', '.join(known)}.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not {"cuda": torch.cuda, "mps": torch.mps}[name].is_available():
+        raise ValueError(f"--device {name!r}: torch finds no such device here; use --device cpu.")
+    return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,24 +1,12 @@
-"""What the quickstart runs: sizes from a small fixed table, and six training runs in order.
+"""The quickstart: a mixture of experts and its dense twin learn an old domain, go on with a new one, and are compared.
 
-Two models, a mixture of experts and its dense twin, learn the old domain; each is then continued on the new one twice,
-with replay of the old and without. Shares follow paper 1 (arXiv 2503.05029): continuing takes half the steps of
-pre-training, replay is 30 % of a batch. Sizes and rates are ours, chosen on two CPU cores.
+Each of the two is pre-trained on the old domain and then continued on the new one twice, with replay of the old and
+without. Shares follow paper 1 (arXiv 2503.05029): continuing takes half the steps of pre-training, replay is 30 % of a
+batch. Sizes and rates are ours, chosen on two CPU cores. Losses are held-out, in nats per token; MRI is the mean over
+layers, each layer's as in paper 1, Eq. 1.
 
-Text, tokenizer and tokens of the quickstart, made once and kept in its output folder. Source: ours.
-
-Run one stage of the quickstart with `CPTTrainer`: make or continue a model, save it, keep its log. Source: ours.
-
-From the logs of the six runs to results.json: one row per run, its curves, and the table that is printed.
-
-Losses are held-out, in nats per token. MRI is the mean over layers, each layer's MRI as in paper 1, Eq. 1.
-
-The quickstart's HTML page, made of results.json and nothing else. Source: ours.
-
-How the quickstart's mixtures of experts route held-out text: the comparison that `hf-moe-cpt analyze` makes.
-
-The first checkpoint is the pre-trained model, the others are what became of it with and without replay. Traces go to
-routing/traces/, the page with everything to routing/report.html; results.json keeps what the quickstart's own page
-shows. Source: ours; the questions are those of paper 1 (arXiv 2503.05029).
+All numbers are in results.json; the printed table and report.html are made of it and nothing else. How the mixtures
+route held-out text is the comparison that `hf-moe-cpt analyze` makes: routing/. Source: ours.
 """
 
 from __future__ import annotations
@@ -27,12 +15,14 @@ import dataclasses
 import math
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -48,6 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt import __version__
 from hf_moe_cpt.data.python_corpus import (
@@ -60,9 +51,10 @@ from hf_moe_cpt.data.python_corpus import (
 )
 from hf_moe_cpt.data.text import tokenize_documents
 from hf_moe_cpt.evaluation.resumable import ResumableFolder
+from hf_moe_cpt.machine import DEVICES, choose_device
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.reports.charts import Mark, Series, line_chart
-from hf_moe_cpt.reports.tables import Section, write_report
+from hf_moe_cpt.reports.tables import Section, text_table, write_report
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.metrics import ContinualOutcome, imbalance_around_shift, imbalance_curve
 from hf_moe_cpt.routing.report import write_routing_report
@@ -73,12 +65,22 @@ from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
+MOE, DENSE = "moe", "dense"
 REPLAY_RATIO = 0.3
 HELD_OUT_FRACTION = 0.05
 CHARACTERS_PER_TOKEN = 4  # a little more than a tokenizer of this size needs, so that no text is seen twice
 LEAST_CHARACTERS, MOST_CHARACTERS = 2_000_000, 40_000_000  # of a domain
 LEAST_STEPS = 4
-MOE, DENSE = "moe", "dense"
+EVALUATIONS = 3  # of held-out text during a run, the last one at its end
+TOKENS_PER_HELD_OUT_DOCUMENT = 1024  # from its beginning; many short views of a domain measure it better than few long
+TRACED_TOKENS = 8192  # of each domain's held-out text, a few seconds for each model on two CPU cores
+PROMPT_TOKENS, CONTINUATION_TOKENS = 24, 48
+# With a few tokens a step, single values of MRI scatter by a tenth: recovery is read from a longer mean.
+RECOVERY_TOLERANCE, RECOVERY_MEAN_STEPS = 0.1, 20
+RECOVERY = (
+    f"steps after the shift until the mean MRI of {RECOVERY_MEAN_STEPS} steps stays within {RECOVERY_TOLERANCE:.0%} "
+    "of its level before"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ SCALES = {
 }
 DENSE_TWINS = {"tiny": "dense-tiny", "2b": "dense-570m"}
 MOE_PRESETS = tuple(name for name in PRESETS if not name.startswith("dense"))
-EVALUATIONS = 3  # of held-out text during a run, the last one at its end
+QUICKSTART_DEVICES = (*DEVICES, "mps")
 # Warm-up is longer than the paper's 1 %, which would be two steps. No anneal: the run ends in the constant phase.
 PRETRAINING_PHASES = {
     "warmup_fraction": 0.05,
@@ -112,6 +114,39 @@ PRETRAINING_PHASES = {
     "constant_fraction": 0.25,
     "anneal_fraction": 0.0,
 }
+
+
+@dataclass
+class QuickstartArguments:
+    """What a user may change; everything else is in the table of sizes."""
+
+    preset: str = field(
+        default="pb-granular-tiny",
+        metadata={"help": f"Mixture of experts to train beside its dense twin: {', '.join(MOE_PRESETS)}."},
+    )
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps of pre-training; continuing takes half of them. "
+            + "; ".join(f"{scale.steps} for {size} presets" for size, scale in SCALES.items())
+            + " if unset."
+        },
+    )
+    device: str = field(
+        default="auto",
+        metadata={"help": f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one."},
+    )
+    output_dir: str = field(
+        default="quickstart-output",
+        metadata={"help": "Folder for models, results.json and report.html; a killed quickstart goes on in it."},
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your text in place of Python's: a folder with two subfolders, the old domain first by name."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Decides the split of the text, the weights and the data order."})
 
 
 @dataclass(frozen=True)
@@ -164,33 +199,32 @@ class Plan:
         held_in = CHARACTERS_PER_TOKEN * self.scale.steps * self.tokens_per_step
         return min(max(round(held_in / (1 - HELD_OUT_FRACTION)), LEAST_CHARACTERS), MOST_CHARACTERS)
 
-    def settings(self) -> dict[str, Any]:
-        """The plan as JSON can hold it, to recognise an unfinished quickstart as the same."""
-        return dataclasses.asdict(self)
 
+def make_plan(args: QuickstartArguments) -> Plan:
+    """What is asked for, with the sizes of the table.
 
-def make_plan(preset: str, steps: int | None, seed: int, device: str, data_dir: str | None) -> Plan:
-    """The plan for a preset; steps: of pre-training, None for the table's.
-
-    Raises ValueError for a preset that is no mixture of experts, or too few steps.
+    Raises ValueError for a preset that is no mixture of experts, too few steps, or a device that is not there.
     """
-    preset = preset.replace("-2b-tiny", "-tiny")  # the long names that CptMoeConfig.from_preset takes too
+    preset = args.preset.replace("-2b-tiny", "-tiny")  # the long names that CptMoeConfig.from_preset takes too
     if preset not in MOE_PRESETS:
         raise ValueError(f"--preset {preset!r} is no mixture of experts: choose one of {', '.join(MOE_PRESETS)}.")
-    if steps is not None and steps < LEAST_STEPS:
-        raise ValueError(f"--steps {steps} leaves nothing to continue from: give at least {LEAST_STEPS}.")
+    if args.steps is not None and args.steps < LEAST_STEPS:
+        raise ValueError(f"--steps {args.steps} leaves nothing to continue from: give at least {LEAST_STEPS}.")
     size = preset.rpartition("-")[2]
-    scale = SCALES[size] if steps is None else dataclasses.replace(SCALES[size], steps=steps)
-    return Plan(preset, DENSE_TWINS[size], scale, seed, device, data_dir)
+    scale = SCALES[size] if args.steps is None else dataclasses.replace(SCALES[size], steps=args.steps)
+    device = choose_device(args.device, QUICKSTART_DEVICES).type
+    return Plan(preset, DENSE_TWINS[size], scale, args.seed, device, args.data_dir)
 
 
 class QuickstartFolder(ResumableFolder):
-    """quickstart.json (the plan), corpus/, tokenizer/, work/<stage>/ (the trainer's, until all is done), models/<stage>/
-    (to be loaded), records/<stage>.json (a finished stage), results.json, report.html, routing/ (traces and their page).
+    """Where everything of a plan goes, and a killed quickstart goes on.
+
+    quickstart.json (the plan), corpus/, tokenizer/, work/<stage>/ (the trainer's, until all is done), models/<stage>/
+    (for `from_pretrained`), records/<stage>.json (finished), results.json, report.html, routing/ (traces and page).
     """
 
     def __init__(self, root: str | Path, plan: Plan) -> None:
-        super().__init__(root, "quickstart.json", plan.settings())
+        super().__init__(root, "quickstart.json", dataclasses.asdict(plan))
         self.results = self.root / "results.json"
         self.report = self.root / "report.html"
         self.tokenizer = self.root / "tokenizer"
@@ -203,40 +237,6 @@ class QuickstartFolder(ResumableFolder):
     def model(self, stage: str) -> Path:
         """The folder that `from_pretrained` loads."""
         return self.root / "models" / stage
-
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left, or None if it is not finished."""
-        return self.read(f"records/{stage}.json")
-
-    def finish(self, stage: str, record: dict[str, Any], keep_work: bool) -> None:
-        """Mark a stage as finished, its model being saved; keep_work: another stage starts from its checkpoint."""
-        self.write(f"records/{stage}.json", record)
-        if not keep_work:
-            shutil.rmtree(self.work(stage))
-
-    def conclude(self, results: dict[str, Any]) -> None:
-        """Write the results of all stages; what only the trainer needed goes."""
-        self.write(self.results.name, results)
-        shutil.rmtree(self.root / "work", ignore_errors=True)
-
-    def require_space(self, needed_bytes: int) -> None:
-        """Raise ValueError if the disk under the folder cannot hold that much."""
-        free = shutil.disk_usage(self.root).free
-        if free < needed_bytes:
-            raise ValueError(
-                f"--output_dir {str(self.root)!r} has {free / 1e9:.1f} GB free and the checkpoints need about "
-                f"{needed_bytes / 1e9:.1f} GB: free space, or name a folder on another disk."
-            )
-
-    def checkpoint_to_resume(self, stage: str) -> Path | None:
-        """The last whole checkpoint of a stage that was killed; what a kill left without one is removed."""
-        checkpoint = last_whole_checkpoint(self.work(stage))
-        if checkpoint is None:
-            shutil.rmtree(self.work(stage), ignore_errors=True)
-        return checkpoint
-
-
-TOKENS_PER_HELD_OUT_DOCUMENT = 1024  # from its beginning; many short views of a domain measure it better than few long
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,17 @@ def prepare_data(plan: Plan, folder: QuickstartFolder) -> QuickstartData:
     """Read or collect the text, train the tokenizer on both domains, tokenise."""
     corpus = _corpus(plan, folder)
     tokenizer = _tokenizer(corpus, plan, folder)
-    domains = [_tokenised(name, sides, tokenizer, plan.scale.held_out_tokens) for name, sides in corpus.items()]
-    facts = {domain.name: _facts(domain, corpus[domain.name]) for domain in domains}
+    domains, facts = [], {}
+    for name, sides in corpus.items():
+        train, held_out = (tokenize_documents(sides[side], tokenizer) for side in ("train", "held_out"))
+        held_out = _beginnings(held_out, plan.scale.held_out_tokens)
+        domains.append(DomainTokens(name, train, held_out))
+        facts[name] = {
+            "train_documents": len(sides["train"]),
+            "train_characters": sum(map(len, sides["train"]["text"])),
+            "train_tokens": sum(map(len, train["input_ids"])),
+            "held_out_tokens": sum(map(len, held_out["input_ids"])),
+        }
     return QuickstartData(tokenizer, *domains, facts)
 
 
@@ -295,14 +304,7 @@ def _tokenizer(corpus: Corpus, plan: Plan, folder: QuickstartFolder) -> PreTrain
     return AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
 
 
-def _tokenised(
-    name: str, sides: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, held_out_tokens: int
-) -> DomainTokens:
-    held_out = tokenize_documents(sides["held_out"], tokenizer)
-    return DomainTokens(name, tokenize_documents(sides["train"], tokenizer), sample_of(held_out, held_out_tokens))
-
-
-def sample_of(documents: Dataset, num_tokens: int) -> Dataset:
+def _beginnings(documents: Dataset, num_tokens: int) -> Dataset:
     """The beginnings of the first documents, about `num_tokens` tokens together, or of all if there are fewer."""
     rows, size = [], 0
     for row in documents:
@@ -311,18 +313,6 @@ def sample_of(documents: Dataset, num_tokens: int) -> Dataset:
         if size >= num_tokens:
             break
     return Dataset.from_dict({"input_ids": rows}, features=documents.features)
-
-
-def _facts(domain: DomainTokens, sides: dict[str, Dataset]) -> dict[str, int]:
-    return {
-        "train_documents": len(sides["train"]),
-        "train_characters": sum(map(len, sides["train"]["text"])),
-        "train_tokens": sum(map(len, domain.train["input_ids"])),
-        "held_out_tokens": sum(map(len, domain.held_out["input_ids"])),
-    }
-
-
-BYTES_PER_WEIGHT = 4  # float32
 
 
 class BarCallback(TrainerCallback):
@@ -355,10 +345,11 @@ class BarCallback(TrainerCallback):
 
 def run_stage(stage: Stage, plan: Plan, data: QuickstartData, folder: QuickstartFolder, bar: tqdm) -> dict[str, Any]:
     """Train, save to `models/`, and return the record: the trainer's log, sizes and where the model came from."""
-    checkpoint = folder.checkpoint_to_resume(stage.name)
-    start = None if stage.starts_from is None else last_checkpoint(folder, stage.starts_from, plan)
+    checkpoint = last_whole_checkpoint(folder.work(stage.name))
+    if checkpoint is None:  # a kill may have left one that is not whole
+        shutil.rmtree(folder.work(stage.name), ignore_errors=True)
     trainer = CPTTrainer(
-        _model(stage, plan, data.tokenizer, start),
+        _model(stage, plan, data.tokenizer, folder),
         _arguments(stage, plan, folder),
         **_data_sets(stage, data),
         processing_class=data.tokenizer,
@@ -367,38 +358,40 @@ def run_stage(stage: Stage, plan: Plan, data: QuickstartData, folder: Quickstart
     trainer.remove_callback(ShortPrinter)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder.model(stage.name)))
-    model = trainer.model
+    model, config = trainer.model, trainer.model.config
     return {
         "parameters": model.num_parameters(),
         "active_parameters": model.num_parameters(only_active=True),
         "tokens_per_step": plan.tokens_per_step,
-        "ideal_mri": model.config.num_experts_per_tok / model.config.num_experts if model.config.is_moe else None,
+        "ideal_mri": config.num_experts_per_tok / config.num_experts if config.is_moe else None,
         "history": trainer.state.log_history,
     }
 
 
-def last_checkpoint(folder: QuickstartFolder, stage: str, plan: Plan) -> Path:
-    """The checkpoint at the end of a pre-training stage, with its Adam moments."""
-    return folder.work(stage) / f"checkpoint-{plan.scale.steps}"
-
-
-def checkpoint_bytes(plan: Plan, vocab_size: int) -> int:
-    """Disk that a whole quickstart takes at its height.
+def _require_space(plan: Plan, folder: QuickstartFolder, vocab_size: int) -> None:
+    """Raise ValueError if the disk under the folder cannot hold what a whole quickstart takes at its height.
 
     Of each model: three sets of weights, and three checkpoints with Adam moments (of pre-training, the last one of a
-    continued run, and the one that takes its place).
+    continued run, and the one that takes its place), all in float32.
     """
-    parameters = 0
+    needed = 0
     for preset in (plan.preset, plan.dense_preset):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(CptMoeConfig.from_preset(preset, vocab_size=vocab_size))
-        parameters += model.num_parameters()
-    return 3 * (BYTES_PER_WEIGHT + BYTES_PER_WEIGHT + BYTES_PER_MOMENT_PAIR) * parameters
+        needed += 3 * (4 + 4 + BYTES_PER_MOMENT_PAIR) * model.num_parameters()
+    free = shutil.disk_usage(folder.root).free
+    if free < needed:
+        raise ValueError(
+            f"--output_dir {str(folder.root)!r} has {free / 1e9:.1f} GB free and the checkpoints need about "
+            f"{needed / 1e9:.1f} GB: free space, or name a folder on another disk."
+        )
 
 
-def _model(stage: Stage, plan: Plan, tokenizer: PreTrainedTokenizerBase, start: Path | None) -> PreTrainedModel:
-    if start is not None:
-        return AutoModelForCausalLM.from_pretrained(start, local_files_only=True)
+def _model(stage: Stage, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: QuickstartFolder) -> PreTrainedModel:
+    """A fresh one, or the checkpoint at the end of the stage that is continued, with its Adam moments beside it."""
+    if stage.starts_from is not None:
+        last = folder.work(stage.starts_from) / f"checkpoint-{plan.scale.steps}"
+        return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
     config = CptMoeConfig.from_preset(
         plan.preset if stage.model == MOE else plan.dense_preset,
         vocab_size=len(tokenizer),
@@ -452,14 +445,6 @@ def _arguments(stage: Stage, plan: Plan, folder: QuickstartFolder) -> CPTConfig:
     return args
 
 
-# With a few tokens a step, single values of MRI scatter by a tenth: recovery is read from a longer mean.
-RECOVERY_TOLERANCE, RECOVERY_MEAN_STEPS = 0.1, 20
-RECOVERY = (
-    f"steps after the shift until the mean MRI of {RECOVERY_MEAN_STEPS} steps stays within {RECOVERY_TOLERANCE:.0%} "
-    "of its level before"
-)
-
-
 def summarise(plan: Plan, records: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """Everything the table and the report are made of, as JSON can hold it.
 
@@ -467,32 +452,26 @@ def summarise(plan: Plan, records: dict[str, dict[str, Any]], facts: dict[str, A
     """
     old, new = facts
     return {
-        "settings": plan.settings(),
-        "environment": environment(plan.device),
+        "settings": dataclasses.asdict(plan),
+        "environment": {
+            "hf_moe_cpt": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name() if plan.device == "cuda" else plan.device,
+            "threads": torch.get_num_threads(),
+        },
         "domains": {"old": old, "new": new},
         "corpus": facts,
-        "rows": [row_of(stage, plan, records, old, new) for stage in plan.stages],
-        "curves": {stage.name: curves_of(stage, records[stage.name]) for stage in plan.stages},
+        "rows": [_row(stage, plan, records, old, new) for stage in plan.stages],
+        "curves": {stage.name: _curves(stage, records[stage.name]) for stage in plan.stages},
         "ideal_mri": records[plan.stages[0].name]["ideal_mri"],
     }
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Versions and the device that the numbers belong to."""
-    return {
-        "hf_moe_cpt": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def row_of(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]], old: str, new: str) -> dict[str, Any]:
-    """One run in numbers; None where a number does not apply."""
+def _row(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]], old: str, new: str) -> dict[str, Any]:
+    """One run in numbers, those that apply. Seconds are of training steps: evaluation and saving are left out."""
     record = records[stage.name]
-    seconds = training_seconds(record)
     row: dict[str, Any] = {
         "run": stage.name,
         "model": plan.preset if stage.model == MOE else plan.dense_preset,
@@ -502,46 +481,52 @@ def row_of(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]], old: st
         "tokens": stage.steps * record["tokens_per_step"],
         "replay_ratio": None if stage.is_pretraining else stage.replay_ratio,
     }
+    new_losses = [loss for _, loss in _points(record, "eval_new_loss")]
     if stage.is_pretraining:
-        row |= {f"{old} after": _points(record, "eval_new_loss")[-1][1]}
+        row[f"{old} after"] = new_losses[-1]
     else:
-        row |= _outcome(record, old, new) | _imbalance(record, records[stage.starts_from])
+        old_losses = [loss for _, loss in _points(record, "eval_replay_loss")]
+        outcome = ContinualOutcome(old_losses[0], old_losses[-1], new_losses[0], new_losses[-1])
+        row |= {
+            f"{old} before": outcome.old_before,
+            f"{old} after": outcome.old_after,
+            "forgetting": outcome.forgetting,
+            f"{new} before": outcome.new_before,
+            f"{new} after": outcome.new_after,
+            "adaptation": outcome.adaptation,
+        }
+        if stage.model == MOE:
+            around = (records[name] for name in (stage.starts_from, stage.name))
+            shift = imbalance_around_shift(*([mri for _, mri in _points(part, "mri")] for part in around))
+            row |= {"MRI before": shift.before, "MRI peak": shift.peak, "MRI after": shift.after}
+            row["recovery step"] = _imbalance(stage, plan, records)["recovery_step"]
+    seconds = math.fsum(record["tokens_per_step"] / rate for _, rate in _points(record, "tokens_per_second"))
     return row | {"seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
 
 
-def _outcome(record: dict[str, Any], old: str, new: str) -> dict[str, float]:
-    old_losses, new_losses = (_points(record, f"eval_{source}_loss") for source in ("replay", "new"))
-    outcome = ContinualOutcome(old_losses[0][1], old_losses[-1][1], new_losses[0][1], new_losses[-1][1])
-    return {
-        f"{old} before": outcome.old_before,
-        f"{old} after": outcome.old_after,
-        "forgetting": outcome.forgetting,
-        f"{new} before": outcome.new_before,
-        f"{new} after": outcome.new_after,
-        "adaptation": outcome.adaptation,
-    }
+def _imbalance(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """MRI of a continued mixture by step and layer, behind that of pre-training; what `imbalance_curve` returns."""
+    steps: list[int] = []
+    layers: list[list[float]] = []
+    for name, begin in ((stage.starts_from, 0), (stage.name, plan.scale.steps)):
+        entries = [entry for entry in records[name]["history"] if "mri/layer_00" in entry]
+        steps += [begin + entry["step"] for entry in entries]
+        keys = sorted(key for key in entries[0] if key.startswith("mri/layer_"))
+        layers = layers or [[] for _ in keys]
+        for layer, key in zip(layers, keys, strict=True):
+            layer += [entry[key] for entry in entries]
+    return imbalance_curve(
+        stage.name,
+        steps,
+        layers,
+        ideal=records[stage.name]["ideal_mri"],
+        shift_step=plan.scale.steps + 1,
+        tolerance=RECOVERY_TOLERANCE,
+        smooth=RECOVERY_MEAN_STEPS,
+    )
 
 
-def _imbalance(record: dict[str, Any], started_from: dict[str, Any]) -> dict[str, float | int | None]:
-    if record["ideal_mri"] is None:
-        return {}
-    before, after = ([value for _, value in _points(part, "mri")] for part in (started_from, record))
-    shift = imbalance_around_shift(before, after)
-    smoothed = imbalance_around_shift(before, after, RECOVERY_TOLERANCE, RECOVERY_MEAN_STEPS)
-    return {
-        "MRI before": shift.before,
-        "MRI peak": shift.peak,
-        "MRI after": shift.after,
-        "recovery step": smoothed.recovery_step,
-    }
-
-
-def training_seconds(record: dict[str, Any]) -> float:
-    """Seconds of training steps, from the rate logged at each; evaluation and saving are left out."""
-    return math.fsum(record["tokens_per_step"] / rate for _, rate in _points(record, "tokens_per_second"))
-
-
-def curves_of(stage: Stage, record: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+def _curves(stage: Stage, record: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """(step, value) pairs by name; sources are called old and new, steps count from the start of the run."""
     learned = "old" if stage.is_pretraining else "new"
     keys = {
@@ -593,26 +578,38 @@ then. Dashed: without replay. More, expert by expert, is in routing/report.html.
 def write_quickstart_report(results: dict[str, Any], path: str | Path) -> Path:
     """Write the page and return its path."""
     old, new = results["domains"].values()
-    table = table_rows(results)
+    table, ideal = table_rows(results), results["ideal_mri"]
+    percent = round(100 * max(row["replay_ratio"] or 0.0 for row in results["rows"]))
+    text = INTRODUCTION.format(old=old, new=new, percent=percent, ideal=ideal, recovery=RECOVERY)
+    first_runs = [row["run"] for row in results["rows"] if row["model"] == results["settings"]["preset"]][:2]
+    held_out, training = (
+        [_chart(results, f"{curve}/{which}", title.format(name), unit) for which, name in results["domains"].items()]
+        for curve, title, unit in (
+            ("held_out", "How well do they predict {}?", "held-out loss (nats/token)"),
+            ("loss", "Loss on {} in the training batches", "loss (nats/token)"),
+        )
+    )
+    balance = {"horizontal": [Mark(ideal, "perfect balance")]}
+    mri = _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", **balance)
+    only_two = {"runs": first_runs, "from_zero": True}  # a pre-training and a continued run: the rate is that of all
+    rate = _chart(results, "learning_rate", "How does the rate go on?", "learning rate", **only_two)
+    settings = dict(results["settings"])
+    settings = results["environment"] | settings.pop("scale") | settings
+    sizes = ("run", "model", "parameters", "active_parameters", "steps", "tokens", "replay_ratio")
+    ran = [{name.replace("_", " "): row[name] for name in sizes} for row in results["rows"]]
     losses = _columns(table, *(name for name in table[0] if name not in ROUTING + SPEED))
     sections = [
-        Section("What was forgotten, what was learned?", _introduction(results), losses),
-        Section(
-            "Loss on held-out text",
-            "Dashed: without replay.",
-            charts=[_held_out(results, name) for name in ("old", "new")],
-        ),
-        Section(
-            "Loss while training, by source", "", charts=[_training_loss(results, name) for name in ("old", "new")]
-        ),
-        Section("Learning rate", "", charts=[_learning_rate(results)]),
-        Section("Routing", "", _columns(table, "run", *ROUTING), charts=[_imbalance_chart(results)]),
+        Section("What was forgotten, what was learned?", text, losses),
+        Section("Loss on held-out text", "Dashed: without replay.", charts=held_out),
+        Section("Loss while training, by source", "", charts=training),
+        Section("Learning rate", "", charts=[rate]),
+        Section("Routing", "", _columns(table, "run", *ROUTING), charts=[mri]),
         *_routing_by_layer(results),
         Section("What a model writes", _samples(results)),
-        Section("What ran", "", _sizes(results)),
+        Section("What ran", "", ran),
         Section("How fast", "", _columns(table, "run", *SPEED)),
         Section("Text", "", [{"domain": name} | facts for name, facts in results["corpus"].items()]),
-        Section("Where", "", [{"what": name, "value": value} for name, value in _settings(results).items()]),
+        Section("Where", "", [{"what": name, "value": value} for name, value in settings.items()]),
     ]
     return write_report(path, f"hf-moe-cpt quickstart: from {old} to {new}", sections)
 
@@ -622,23 +619,12 @@ def _columns(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]
     return [{name: row[name] for name in names} for row in rows if any(row[name] is not None for name in names[1:])]
 
 
-def _introduction(results: dict[str, Any]) -> str:
-    ratio = max(row["replay_ratio"] or 0.0 for row in results["rows"])
-    return INTRODUCTION.format(
-        **results["domains"], percent=round(100 * ratio), ideal=results["ideal_mri"], recovery=RECOVERY
-    )
-
-
-def _shift(results: dict[str, Any]) -> int:
-    return results["settings"]["scale"]["steps"]
-
-
 def _curve(results: dict[str, Any], run: str, name: str) -> Series | None:
     """A run's curve on the axis of the whole experiment, where continued runs begin at the shift."""
     points = results["curves"][run].get(name)
     if not points:
         return None
-    begin = 0 if run.endswith("pretrained") else _shift(results)
+    begin = 0 if run.endswith("pretrained") else results["settings"]["scale"]["steps"]
     is_dense = run.startswith("dense")
     return Series(
         run, [begin + step for step, _ in points], [value for _, value in points], 1 if is_dense else 0, "no-" in run
@@ -650,7 +636,7 @@ def _chart(
 ) -> str:
     """One curve a run, of all runs that have it or of those named; the shift is marked. options: of `line_chart`."""
     curves = [_curve(results, run, name) for run in runs or results["curves"]]
-    shift = Mark(_shift(results), f"{results['domains']['new']} begins")
+    shift = Mark(results["settings"]["scale"]["steps"], f"{results['domains']['new']} begins")
     return line_chart(
         [curve for curve in curves if curve is not None],
         title=title,
@@ -659,27 +645,6 @@ def _chart(
         vertical=[shift],
         **options,
     )
-
-
-def _held_out(results: dict[str, Any], which: str) -> str:
-    domain = results["domains"][which]
-    return _chart(results, f"held_out/{which}", f"How well do they predict {domain}?", "held-out loss (nats/token)")
-
-
-def _training_loss(results: dict[str, Any], which: str) -> str:
-    domain = results["domains"][which]
-    return _chart(results, f"loss/{which}", f"Loss on {domain} in the training batches", "loss (nats/token)")
-
-
-def _learning_rate(results: dict[str, Any]) -> str:
-    """One pre-training and one continued run: the rate is the same for all."""
-    runs = [row["run"] for row in results["rows"] if row["model"] == results["settings"]["preset"]][:2]
-    return _chart(results, "learning_rate", "How does the rate go on?", "learning rate", runs=runs, from_zero=True)
-
-
-def _imbalance_chart(results: dict[str, Any]) -> str:
-    ideal = Mark(results["ideal_mri"], "perfect balance")
-    return _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", horizontal=[ideal])
 
 
 def _routing_by_layer(results: dict[str, Any]) -> list[Section]:
@@ -715,17 +680,29 @@ def _samples(results: dict[str, Any]) -> str:
     return "\n\n".join(line.replace("\n", " ⏎ ") for line in lines)
 
 
-def _sizes(results: dict[str, Any]) -> list[dict[str, Any]]:
-    names = ("run", "model", "parameters", "active_parameters", "steps", "tokens", "replay_ratio")
-    return [{name.replace("_", " "): row[name] for name in names} for row in results["rows"]]
-
-
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(results["settings"])
-    return results["environment"] | settings.pop("scale") | settings
-
-
-TRACED_TOKENS = 8192  # of each domain's held-out text, a few seconds for each model on two CPU cores
+def _summary(results: dict[str, Any], folder: QuickstartFolder) -> str:
+    """What is printed at the end: the table, how to read it, two samples, and where things are."""
+    old, new = results["domains"].values()
+    model = folder.model(results["samples"][0]["model"]).as_posix()
+    lines = [
+        "",
+        text_table(table_rows(results)),
+        "",
+        f"losses: held-out, nats per token; forgetting: rise on {old}; adaptation: fall on {new}",
+        f"MRI: share of tokens at the busiest expert, mean over layers, {results['ideal_mri']:.3f} if balanced",
+        f"recovery step: {RECOVERY}",
+        "seconds: training steps only",
+    ]
+    for domain, item in zip((old, new), results["samples"], strict=True):
+        lines += ["", f"{item['model']} goes on with {domain} at >>>:", f"{item['prompt']}>>>{item['continuation']}"]
+    lines += [
+        "",
+        f"report: {folder.report}",
+        f"routing: {folder.routing / 'report.html'}",
+        f"numbers: {folder.results}",
+        f'models: import hf_moe_cpt; AutoModelForCausalLM.from_pretrained("{model}")',
+    ]
+    return "\n".join(lines)
 
 
 def compare_routing(
@@ -736,10 +713,12 @@ def compare_routing(
     records: of finished stages, whose logs give MRI by training step.
     """
     texts = {data.old.name: data.old.held_out, data.new.name: data.new.held_out}
-    traces = {}
+    traces, training = {}, []
     for stage in plan.stages:
         if stage.model != MOE:
             continue
+        if not stage.is_pretraining:
+            training.append(_imbalance(stage, plan, records))
         model = AutoModelForCausalLM.from_pretrained(folder.model(stage.name), local_files_only=True).to(plan.device)
         traces[stage.name] = collect_routing(
             model,
@@ -752,7 +731,7 @@ def compare_routing(
             tokens_per_domain=TRACED_TOKENS,
             progress=False,
         )
-    analysis = analyse_traces(traces, tokenizer=data.tokenizer, training=_curves(plan, records), min_occurrences=5)
+    analysis = analyse_traces(traces, tokenizer=data.tokenizer, training=training, min_occurrences=5)
     write_routing_report(analysis, folder.routing, f"Routing before and after {data.new.name}")
     return {
         "metrics": {
@@ -763,23 +742,82 @@ def compare_routing(
     }
 
 
-def _curves(plan: Plan, records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """MRI by step of each continued mixture, behind that of pre-training."""
-    curves = []
-    for stage in plan.stages:
-        if stage.model != MOE or stage.is_pretraining:
-            continue
-        steps: list[int] = []
-        layers: list[list[float]] = []
-        for name in (stage.starts_from, stage.name):
-            entries = [entry for entry in records[name]["history"] if "mri/layer_00" in entry]
-            begin = 0 if name == stage.starts_from else plan.scale.steps
-            steps += [begin + entry["step"] for entry in entries]
-            keys = sorted(key for key in entries[0] if key.startswith("mri/layer_"))
-            layers = layers or [[] for _ in keys]
-            for layer, key in zip(layers, keys, strict=True):
-                layer += [entry[key] for entry in entries]
-        shift, ideal = plan.scale.steps + 1, records[stage.name]["ideal_mri"]
-        curve = imbalance_curve(stage.name, steps, layers, ideal=ideal, shift_step=shift, tolerance=RECOVERY_TOLERANCE)
-        curves.append(curve)
-    return curves
+def run_quickstart(args: QuickstartArguments) -> str:
+    """Prepare the text, run the six stages, write the report, and return what is printed at the end.
+
+    What an earlier, killed run finished in the folder is not done again. Raises ValueError for settings that cannot
+    work and for a folder that holds anything else.
+    """
+    plan = make_plan(args)
+    folder = QuickstartFolder(args.output_dir, plan)
+    folder.claim()
+    results = folder.read(folder.results.name)
+    if results is None:
+        with _quiet_libraries():
+            folder.write(folder.results.name, _run(plan, folder))
+        shutil.rmtree(folder.root / "work", ignore_errors=True)  # what only the trainer needed
+        results = folder.read(folder.results.name)
+    write_quickstart_report(results, folder.report)
+    return _summary(results, folder)
+
+
+def _run(plan: Plan, folder: QuickstartFolder) -> dict[str, Any]:
+    """Everything that takes time: the results."""
+    print(f"text, tokenizer and models go to {folder.root}", flush=True)
+    data = prepare_data(plan, folder)
+    files = {stage.name: f"records/{stage.name}.json" for stage in plan.stages}
+    records = {name: folder.read(file) for name, file in files.items()}
+    if not any(records.values()):
+        _require_space(plan, folder, len(data.tokenizer))
+    with tqdm(total=sum(stage.steps for stage in plan.stages), unit="step", dynamic_ncols=True) as bar:
+        for stage in plan.stages:
+            if records[stage.name] is not None:
+                bar.update(stage.steps)
+                continue
+            records[stage.name] = run_stage(stage, plan, data, folder, bar)
+            folder.write(files[stage.name], records[stage.name])
+            if not stage.is_pretraining:  # else the next stages start from its checkpoint
+                shutil.rmtree(folder.work(stage.name))
+        bar.set_description("done")
+    results = summarise(plan, records, data.facts)
+    results["routing"] = compare_routing(plan, data, folder, records)
+    results["samples"] = [_sample(plan, data, folder, domain) for domain in (data.old, data.new)]
+    return results
+
+
+def _sample(plan: Plan, data: QuickstartData, folder: QuickstartFolder, domain: DomainTokens) -> dict[str, str]:
+    """What the mixture of experts that was continued with replay makes of the beginning of a held-out document."""
+    name = next(stage.name for stage in plan.stages if stage.replay_ratio > 0)
+    model = AutoModelForCausalLM.from_pretrained(folder.model(name), local_files_only=True).to(plan.device)
+    prompt = domain.held_out[0]["input_ids"][:PROMPT_TOKENS]
+    set_seed(plan.seed)
+    output = model.generate(
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        max_new_tokens=CONTINUATION_TOKENS,
+        do_sample=True,
+        temperature=0.7,
+        top_k=50,
+    )[0]
+    return {
+        "model": name,
+        "prompt": data.tokenizer.decode(prompt),
+        "continuation": data.tokenizer.decode(output[len(prompt) :], skip_special_tokens=True),
+    }
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """One bar for the whole job: no bar for each little step, and no advice of transformers between them."""
+    bars_were_on = not datasets.are_progress_bars_disabled()
+    level = transformers_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+        if bars_were_on:
+            datasets.enable_progress_bars()

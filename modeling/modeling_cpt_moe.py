@@ -1,7 +1,7 @@
 """The `cpt_moe` model and its heads: a pre-norm decoder with dense or mixture-of-experts feed-forward blocks.
 
 B batch, S sequence, H hidden size, A attention heads, D head size, V vocabulary; T = B x S tokens, E routed experts,
-K experts per token, I expert width; z (T, E) router logits.
+K experts per token; z (T, E) router logits.
 
 Sources: arXiv 2503.05029 (architecture, both routers, penalties); GPT-NeoX, the authors' training code, for the
 Sinkhorn start vector, raw gates and initialisation (megatron/model/router.py); Switch Transformers eq. 4-6 and ST-MoE
@@ -236,7 +236,8 @@ class CptMoeRouter(nn.Module):
     """What both routers share: the bias-free map z = W x, and gates read from the scores of the chosen experts.
 
     A router says what its scores are and which experts it chooses. Gates are always taken from the unbalanced scores,
-    so that gradient reaches W; the choice itself carries none.
+    so that gradient reaches W; the choice itself carries none. Everything is computed in at least fp32, whatever the
+    dtype of weights and activations, and under autocast as well.
     """
 
     def __init__(self, config: CptMoeConfig) -> None:
@@ -393,7 +394,7 @@ def router_penalties(
     token_mask: torch.Tensor | None = None,
     over_all_ranks: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load balance and z-loss summed over layers, before their coefficients: two scalars.
+    """Load balance and z-loss summed over layers (the paper leaves that open), before their coefficients: two scalars.
 
     router_logits: one (T, E) per layer; router_indices: one (T, K) per layer. With `over_all_ranks` the expert counts
     of all layers are added up over the default process group in one collective. Ranks that hold the same tokens, as
@@ -457,7 +458,7 @@ def dtype_of_autocast(device_type: str) -> torch.dtype | None:
 
 
 class CptMoeMLP(nn.Module):
-    """Gated MLP (GEGLU with the default activation), (..., H) -> (..., H)."""
+    """W_down (act(W_gate x) * W_up x), GEGLU with the default activation: (..., H) -> (..., H)."""
 
     def __init__(self, config: CptMoeConfig, intermediate_size: int) -> None:
         super().__init__()
@@ -544,7 +545,12 @@ def padded_forward(experts: nn.Module) -> Callable:
 
 
 def register_padded_shard() -> None:
-    """Make the style known to transformers, where it has expert parallelism of this kind (from 5.23 on)."""
+    """Make the style known to transformers, where it has expert parallelism of this kind (from 5.23 on).
+
+    Experts are dealt in order, C = ceil(E / N) to each of N ranks: 31 are 16 + 15 on 2 ranks, 8 + 8 + 8 + 7 on 4.
+    Where the last ranks hold fewer, padding experts, zeros, fill them up to C while the experts run. They belong to
+    no parameter: no router knows their ids, no token reaches them, no optimizer holds them, and they are not saved.
+    """
     try:
         from torch.distributed.tensor import Shard, distribute_tensor
         from transformers.distributed.expert_parallel import MoEParamShard

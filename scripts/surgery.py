@@ -22,17 +22,13 @@ from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.trainers.surgery.data import read_rows
-from hf_moe_cpt.trainers.surgery.losses import TERMS
-from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, UNSEEN, SurgeryConfig, check_sets, preset_settings
+from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import GAP_FORMULA, REFERENCE_FOLDER, SurgeryTrainer
-
-
-SETS = (*TERMS, UNSEEN)
 
 
 @dataclass
@@ -69,12 +65,12 @@ def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
     found: dict[str, Dataset | None] = {}
     for name in SETS:
         source = getattr(args, f"{name}_dataset_name")
-        if source is not None:
-            is_lines = Path(source).suffix == ".jsonl"
-            found[name] = read_rows(source) if is_lines else load_table(source, args.dataset_split)
+        if source is None:
+            found[name] = (bench.documents.get(name) or None) if bench else None
+        elif Path(source).suffix == ".jsonl":
+            found[name] = read_rows(source)
         else:
-            rows = None if bench is None else bench.documents.get(name)
-            found[name] = rows if rows is not None and len(rows) else None
+            found[name] = load_table(source, args.dataset_split)
     return found
 
 
@@ -94,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfig) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     sets = load_sets(surgery)
-    check_sets(training, sets)
+    training.sets_in_force(sets)
     trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
         model.model_name_or_path,
         args=model.given_to(

@@ -36,6 +36,10 @@ KNOWN_FAILURES = {
     "test_training_gradient_checkpointing_use_reentrant_true": (
         "re-entrant checkpointing is refused while a router penalty is on; it passes where none is"
     ),
+    **dict.fromkeys(
+        (f"dense::test_eager_matches_batched_and_grouped_inference_{n}" for n in ("0_fp16", "1_fp32", "2_bf16")),
+        "takes every class that can have experts for a mixture; a dense model of the family has none to run",
+    ),
     "grouped_window::test_generate_with_static_cache": (
         "expects a cache as long as the text whatever the window; Mistral with this window fails alike"
     ),

@@ -58,8 +58,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
     token_accuracy,
     zlib_score,
 )
-from hf_moe_cpt.trainers.surgery.chunked import LanguageHead, head_of, run_model
-from hf_moe_cpt.trainers.surgery.losses import forward_kl
+from hf_moe_cpt.trainers.surgery.chunked import LanguageHead, forward_kl, head_of, run_model
 
 
 LOGITS_AT_ONCE = 2**24  # numbers in the logits of a chunk: 64 MiB in float32, of which a handful live at a time

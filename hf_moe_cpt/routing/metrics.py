@@ -504,12 +504,14 @@ def imbalance_curve(
     ideal: float,
     shift_step: int | None = None,
     tolerance: float = 0.05,
+    smooth: int = 5,
 ) -> dict[str, Any]:
     """An entry of "training" in the dictionary of `analyse_traces`.
 
     steps: rising optimizer steps. layers: for each layer the MRI at each of them. ideal: K/E. shift_step: first step
     on the new text, None without a shift. `recovery_step` counts optimizer steps after the shift until the mean over
-    layers stays within `tolerance` of its level before; None if it never does or nothing came before.
+    layers, and over the last `smooth` points, stays within `tolerance` of its level before; None if it never does or
+    nothing came before.
     """
     if not steps or not layers or any(len(layer) != len(steps) for layer in layers):
         raise ValueError(
@@ -523,7 +525,7 @@ def imbalance_curve(
     if shift_step is not None:
         cut = bisect_left(steps, shift_step)
         if 0 < cut < len(steps):
-            points = imbalance_around_shift(mean[:cut], mean[cut:], tolerance).recovery_step
+            points = imbalance_around_shift(mean[:cut], mean[cut:], tolerance, smooth).recovery_step
             recovery = None if points is None else steps[cut + points] - shift_step
     return {
         "name": name,

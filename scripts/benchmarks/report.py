@@ -2,21 +2,18 @@
 
 python scripts/benchmarks/report.py docs/benchmarks/h200
 
-Every number of docs/benchmarks comes through here, so a page and its files cannot disagree. Source: ours.
+Every number of a folder of benchmarks comes through here, so a page and its files cannot disagree. Source: ours.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
-from hf_moe_cpt.scripts.replication.preference_methods import comparison_table
-from hf_moe_cpt.scripts.replication.surgery_methods import comparison_text
 
 
 OURS = "hf_moe_cpt"
@@ -95,12 +92,12 @@ def step_table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def contenders_table(rows: Sequence[dict[str, str]]) -> str:
-    """Milliseconds and memory of every contender's step, or, from a file of ratios, each ratio and its bar."""
-    return markdown_table([_ratio_row(row) if "ratio" in row else _contender_row(row) for row in rows])
+def trainers_table(rows: Sequence[dict[str, str]]) -> str:
+    """Milliseconds and memory of every baseline's step, or, from a file of ratios, each ratio and its bar."""
+    return markdown_table([_ratio_row(row) if "ratio" in row else _trainer_row(row) for row in rows])
 
 
-def _contender_row(row: dict[str, str]) -> dict[str, str]:
+def _trainer_row(row: dict[str, str]) -> dict[str, str]:
     times = [f"{float(row[name]):.1f}" for name in ("total_ms", "total_ms_min", "total_ms_max") if row[name]]
     return {
         "contender": row["contender"],
@@ -143,20 +140,17 @@ def sharding_table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-COMPARISON = "results.json"  # of compare_preference_methods.py or compare_surgery_methods.py
 TABLES = (
     ("experts*.csv", experts_table),
-    ("preference*.csv", contenders_table),
+    ("preference*.csv", trainers_table),
     ("sharding.csv", sharding_table),
     ("step.csv", step_table),
-    ("surgery*.csv", contenders_table),
+    ("surgery*.csv", trainers_table),
 )
 
 
 def page_of(folder: Path) -> str:
     """The page: one section for each CSV that TABLES knows, in order of name."""
-    if (folder / COMPARISON).is_file():
-        return _comparison_page(folder)
     found = sorted((path, table) for pattern, table in TABLES for path in folder.glob(pattern))
     if not found:
         raise ValueError(f"{folder} holds none of {', '.join(name for name, _ in TABLES)}: run the benchmarks first.")
@@ -169,27 +163,9 @@ def page_of(folder: Path) -> str:
         plot = path.with_suffix(".png")
         drawn = f"\n![]({plot.name})\n" if plot.exists() else ""
         sections.append(f"## {path.name}\n\n{made}\n\n{table(rows)}\n{drawn}")
-    return f"{_head(folder)} [README](../README.md).\n\n" + "\n".join(sections)
-
-
-def _head(folder: Path) -> str:
     written = f"Written by `python scripts/benchmarks/report.py {folder.as_posix()}` from the files beside it"
-    return f"# {folder.name}\n\n{written}; what is measured:"
-
-
-def _comparison_page(folder: Path) -> str:
-    """What a comparison of methods printed, with the machine and the plot."""
-    results = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
-    made = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    is_surgery = "claims" in results
-    page = (
-        "surgery methods](../../surgery_comparison.md)"
-        if is_surgery
-        else "the preference world](../../preference_world.md)"
-    )
-    printed = comparison_text(results) if is_surgery else comparison_table(results)
-    table = "\n".join(line.rstrip() for line in printed.splitlines())
-    return f"{_head(folder)} [{page}.\n\n{made}.\n\n```text\n{table}\n```\n\n![](comparison.png)\n"
+    head = f"# {folder.name}\n\n{written}; what is measured: [README](../README.md)."
+    return f"{head}\n\n" + "\n".join(sections)
 
 
 @dataclass
@@ -201,7 +177,7 @@ class PageArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write README.md into the folder that is named."""
-    (args,) = parse_arguments((PageArguments,), argv, program="benchmark_page.py", description=__doc__)
+    (args,) = parse_arguments((PageArguments,), argv, program="report.py", description=__doc__)
     folder = Path(args.folder)
     (folder / "README.md").write_text(page_of(folder), encoding="utf-8")
     print(f"wrote {folder / 'README.md'}")

@@ -1,46 +1,29 @@
-"""The tiny policy of the preference world: trained on the base policy's answers in seconds, sampled, and scored.
+"""Compare preference methods in a world where the true reward of every answer is known.
 
-Letters: N sequences, P tokens of a prompt (the same for all), T tokens of the longest answer, V vocabulary. An answer
-ends with its first EOS; what follows it is padding. Sampling inverts the cumulative distribution at uniform numbers
-that are a function of (seed, row, position), so an answer depends on its model, prompt and row alone. Source: ours.
+A tiny policy is trained on the world's base policy in seconds; every preset of RainbowPO and a few ablations start
+from it, on the same pairs, for the same number of steps, and may choose among the same number of settings: learning
+rates times strengths of their beta, judged by true reward on prompts of their own ("tune"). The choice is then trained
+afresh with other seeds and judged on other prompts ("test"). Differences to another method are taken seed by seed, on
+the same pairs: intervals tell the spread of pairs, data order and samples, in one world and from one policy. What is
+measured and how: docs/preference_world.md.
 
-Which methods the preference world compares, with which settings, and which training runs that makes.
+The betas of the presets are meant for answers of hundreds of tokens. Here a method's beta is strength * (SQUARE_FACTOR
+for square links) / (1 with length normalisation, else tokens of a mean base answer), so that one strength asks the
+same of a method with sums as of one with means.
 
-Every method trains from the same policy on the same pairs for the same number of steps, and may choose among the same
-number of settings: learning rates times strengths of its beta, judged by true reward on prompts of their own ("tune").
-The choice is then trained afresh with other seeds and judged on other prompts ("test").
+KL is that of whole answers, policy against reference, in nats: a Monte Carlo mean over the policy's samples of the sum
+over their tokens of the exact divergence between the two next-token distributions. It has the same expectation as the
+sum of log-ratios and varies less.
 
-The betas of the presets are meant for answers of hundreds of tokens. Here a method's beta is
-strength * (SQUARE_FACTOR for square links) / (1 with length normalisation, else tokens of a mean base answer), so
-that one strength asks the same of a method with sums as of one with means. Source: ours.
-
-What a policy is worth in the preference world, by its own samples: true reward, wins, KL, length, accuracy.
-
-Letters: N prompts, S samples of each, T tokens of the longest sample, R rows = N * S, V vocabulary. KL is that of
-whole answers, policy against reference, in nats: a Monte Carlo mean over the policy's samples of the sum over their
-tokens of the exact divergence between the two next-token distributions. It has the same expectation as the sum of
-log-ratios and varies less. Source: ours.
-
-One run of the comparison: pairs for a seed, training with `RainbowPOTrainer`, grades. Runs in worker processes.
-
-What all runs of a process share (the reference, its samples, the pairs of a seed) is made once. Source: ours.
-
-From the records of the runs to rows with 95 % intervals over seeds, a table, a CSV file and a plot. Source: ours.
-
-Intervals are Student's t over the seeds of the final runs: they tell the spread of pairs, data order and samples, in
-one world and from one policy. Differences to another method are taken seed by seed, on the same pairs.
-
-Compare preference methods in a world where the true reward of every answer is known.
-
-A tiny policy is trained on the world's base policy; every preset of RainbowPO and a few ablations start from it, on
-the same pairs, with the same budget and the same number of settings to choose from; the truth judges the results on
-held-out prompts. A killed comparison goes on in its folder. What is measured and how: docs/preference_world.md.
+Letters: N sequences or prompts, S samples of each, R rows = N * S, P tokens of a prompt (the same for all), T tokens
+of the longest answer, V vocabulary. An answer ends with its first EOS; what follows it is padding. Sampling inverts
+the cumulative distribution at uniform numbers that are a function of (seed, row, position), so an answer depends on
+its model, prompt and row alone. Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -48,13 +31,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -69,11 +50,9 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
-from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.data.preference_world import (
     EOS_ID,
     PAD_ID,
@@ -83,12 +62,26 @@ from hf_moe_cpt.data.preference_world import (
     token_counts,
 )
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.evaluation.resumable import write_json
+from hf_moe_cpt.evaluation.resumable import ResumableFolder
 from hf_moe_cpt.evaluation.statistics import preference_accuracy
-from hf_moe_cpt.machine import machine_facts
+from hf_moe_cpt.machine import check_names, machine_facts
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.plots import plotting
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.scripts.replication.sweep import (
+    SCALE_OF_SWEEP,
+    Column,
+    Crew,
+    Estimate,
+    Records,
+    check_request,
+    open_folder,
+    quiet_process,
+    t_interval,
+    table_row,
+    write_page,
+    write_results,
+)
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
@@ -306,12 +299,9 @@ class Comparison:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a folder that is taken up again, as JSON can hold it, by flat names."""
-        scale = dataclasses.asdict(self.scale)
-        for name in ("learning_rates", "strengths", "seeds"):  # they say which runs there are, not what a run is
-            del scale[name]
+        scale = {name: v for name, v in dataclasses.asdict(self.scale).items() if name not in SCALE_OF_SWEEP}
         parts = {"world": dataclasses.asdict(self.world), "policy": dataclasses.asdict(self.policy), "scale": scale}
         flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        flat["world.ambiguity_levels"] = list(self.world.ambiguity_levels)
         return flat | {"pairs_from": self.pairs_from}
 
     def first_pair(self, seed: int) -> int:
@@ -347,7 +337,7 @@ def method_settings(method: str, strength: float, mean_tokens: float) -> dict[st
 
     A home advantage that is a constant keeps the preset's value per token; ODPO's keeps its product with beta.
     """
-    check_methods([method])
+    check_names("--methods", [method], METHODS)
     changes = ABLATIONS.get(method, {})
     preset = preset_settings(method if method in PRESETS else "rainbowpo") | changes
     settings = {name: value for name, value in preset.items() if name not in LLM_SCALE}
@@ -362,13 +352,6 @@ def method_settings(method: str, strength: float, mean_tokens: float) -> dict[st
     elif not per_token:
         settings["home_advantage"] = preset["home_advantage"] * mean_tokens
     return settings | {"beta": beta}
-
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Raise ValueError for the first name that is no method."""
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"--methods {method!r} is unknown: choose from {', '.join(METHODS)}.")
 
 
 MIN_EFFECTIVE_SAMPLES = 20  # below it the best policy is not estimated any more but guessed
@@ -596,32 +579,6 @@ def _arguments(settings: dict[str, Any], folder: str) -> RainbowPOConfig:
     )
 
 
-_worker: Worker | None = None
-
-
-def start_worker(comparison: Comparison, policy_folder: Path) -> None:
-    """Make this process a worker: one thread, no bars of libraries, and what `run_one` needs."""
-    global _worker
-    torch.set_num_threads(1)
-    quiet_libraries()
-    _worker = Worker(comparison, policy_folder)
-
-
-def quiet_libraries() -> None:
-    """No progress bars of single runs and no advice of libraries in this process: one bar shows the whole job."""
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
-def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
-    """The run's record from this process's workshop; of a run that failed, {"error": one line}."""
-    with Attempt() as attempt:
-        return run, _worker.carry_out(run)
-    return run, {"error": attempt.reason}
-
-
-CONFIDENCE = 0.95
 BASELINE = "rainbowpo"  # whose reward the others' are compared with, if it is among the methods
 DIFFERENCE = f"reward_over_{BASELINE}"
 LEGEND = (
@@ -631,54 +588,14 @@ LEGEND = (
 REFERENCE_ROW, BEST_ROW = "(reference)", "(best possible)"
 
 
-class Estimate(NamedTuple):
-    """A mean over seeds and half the width of its interval; None where there are fewer than two."""
-
-    mean: float
-    half_width: float | None
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Mean of independent values with Student's t-interval."""
-    if not values:
-        raise ValueError("an interval needs at least one value.")
-    if len(values) == 1:
-        return Estimate(values[0], None)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(statistics.fmean(values), t_quantile((1 + confidence) / 2, len(values) - 1) * error)
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution. probability: in [1/2, 1). degrees: of freedom, an integer >= 1."""
-    if not 0.5 <= probability < 1 or degrees < 1:
-        raise ValueError(f"probability={probability} must be in [1/2, 1) and degrees={degrees} at least 1.")
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)), in which the distribution has a closed form
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _share_within(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _share_within(angle: float, degrees: int) -> float:
-    """P(|t| < sqrt(degrees) * tan(angle)); Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    cosine, odd = math.cos(angle), degrees % 2
-    term = total = cosine if odd else 1.0
-    for power in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine**2 * (power - 1) / power
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
-
-
-def choose(runs: Sequence[Run], records: Mapping[str, dict[str, Any]]) -> Run | None:
+def choose(runs: Sequence[Run], records: Records) -> Run | None:
     """The run of a grid with the largest true reward; of equal ones the first. None if all failed."""
     finished = [run for run in runs if "grades" in records[run.name]]
     return max(finished, key=lambda run: records[run.name]["grades"]["reward"], default=None)
 
 
 def method_rows(
-    methods: Sequence[str], final_runs: Mapping[str, Sequence[Run]], records: Mapping[str, dict[str, Any]]
+    methods: Sequence[str], final_runs: Mapping[str, Sequence[Run]], records: Records
 ) -> list[dict[str, Any]]:
     """One row for each method, best reward first, failed ones last: settings, and each grade as (mean, half width).
 
@@ -708,13 +625,12 @@ def method_rows(
     return sorted(rows, key=lambda row: -row["reward"].mean if "reward" in row else math.inf)
 
 
-def _rewards(runs: Sequence[Run], records: Mapping[str, dict[str, Any]]) -> dict[int, float]:
+def _rewards(runs: Sequence[Run], records: Records) -> dict[int, float]:
     finished = [run for run in runs if "grades" in records[run.name]]
     return {run.seed: records[run.name]["grades"]["reward"] for run in finished}
 
 
-# heading, name of the grade, factor, digits
-_COLUMNS = (
+_COLUMNS: tuple[Column, ...] = (
     ("true reward", "reward", 1, 2),
     (f"reward minus {BASELINE}'s", DIFFERENCE, 1, 2),
     ("win rate %", "win_rate", 100, 1),
@@ -730,30 +646,15 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     reference = {name: Estimate(value, None) for name, value in results["reference"].items()}
     by_level = [(f"KL {name[3:]}*", name, 1, 2) for name in reference if name.startswith("kl/")]
     columns = [*_COLUMNS[:4], *by_level, *_COLUMNS[4:]]
+    settings = {"learning rate": "learning_rate", "strength": "strength", "beta": "beta"}
     best = {"reward": Estimate(results["best_reward"], None)}
     rows = [{"method": REFERENCE_ROW} | reference, *results["rows"], {"method": BEST_ROW} | best]
     failed = [f"{row['method']} failed: {row['error']}" for row in results["rows"] if "error" in row]
-    return "\n".join([text_table([_cells(row, columns) for row in rows]), LEGEND, *failed])
+    return "\n".join([text_table([table_row(row, columns, settings) for row in rows]), LEGEND, *failed])
 
 
-def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, float, int]]) -> dict[str, str]:
-    cells = {"method": row["method"]}
-    for heading, name, factor, digits in columns:
-        cells[heading] = _text(row.get(name), factor, digits)
-    for heading, name in (("learning rate", "learning_rate"), ("strength", "strength"), ("beta", "beta")):
-        cells[heading] = f"{row[name]:.3g}" if name in row else ""
-    return cells
-
-
-def _text(estimate: Estimate | None, factor: float, digits: int) -> str:
-    if estimate is None:
-        return ""
-    mean, half_width = (None if value is None else value * factor for value in estimate)
-    return f"{mean:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
-
-
-def write_rows(path: Path, results: Mapping[str, Any]) -> None:
-    """A CSV file with one line for each method, each grade as its mean and, under `name_95`, half its interval."""
+def csv_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each method, each grade as its mean and, under `name_95`, half its interval."""
     lines = []
     for row in results["rows"]:
         line: dict[str, Any] = {}
@@ -761,7 +662,7 @@ def write_rows(path: Path, results: Mapping[str, Any]) -> None:
             line |= {name: value[0], f"{name}_95": value[1]} if isinstance(value, (tuple, list)) else {name: value}
         lines.append(line)
     reference = {"method": REFERENCE_ROW, **results["reference"]}
-    write_csv(path, [*lines, reference, {"method": BEST_ROW, "reward": results["best_reward"]}])
+    return [*lines, reference, {"method": BEST_ROW, "reward": results["best_reward"]}]
 
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:
@@ -802,7 +703,7 @@ PAIRS_FROM = ("base", "reference")
 
 @dataclass
 class CompareArguments:
-    """The world, the methods and how much work to spend; the rest is in compare_preference_plan.py."""
+    """The world, the methods and how much work to spend; the rest is in `SETTINGS`."""
 
     setting: str = field(default="small", metadata={"help": f"Size of the comparison: {', '.join(SETTINGS)}."})
     methods: list[str] = field(
@@ -833,40 +734,24 @@ class CompareArguments:
     world_seed: int = field(default=0, metadata={"help": "Another number, another world and another policy."})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def compare_main(argv: Sequence[str]) -> None:
     """Train the policy, run the grids, run the choices with other seeds, write and print what came out."""
-    (args,) = parse_arguments((CompareArguments,), argv, program="compare_preference_methods.py", description=__doc__)
+    (args,) = parse_arguments((CompareArguments,), argv, program="preference_methods.py", description=__doc__)
     comparison = make_comparison(args)
-    folder = ComparisonFolder(args.output_dir)
-    folder.claim(comparison.fingerprint())
-    quiet_libraries()
-    torch.set_num_threads(1)  # on matrices this small a second thread costs more than it brings
-    if not folder.policy.is_dir():
-        folder.make_policy(comparison)
-    methods = list(dict.fromkeys(args.methods))
-    results = compare(comparison, methods, folder, args.workers)
-    write_json(folder.root / "results.json", results)
-    write_rows(folder.root / "results.csv", results)
-    draw(folder.root / "comparison.png", results)
-    print(comparison_table(results))
+    folder = open_folder(args.output_dir, comparison.fingerprint())
+    quiet_process()
+    make_policy(comparison, folder.root)
+    results = compare(comparison, list(dict.fromkeys(args.methods)), folder, args.workers)
+    write_results(folder.root, results, csv_rows(results), draw, comparison_table)
 
 
 def make_comparison(args: CompareArguments) -> Comparison:
     """What the arguments ask for. Raises ValueError for what cannot be run, before anything is."""
-    if args.setting not in SETTINGS:
-        raise ValueError(f"--setting {args.setting!r} is unknown: choose one of {', '.join(SETTINGS)}.")
-    if not args.methods:
-        raise ValueError(f"--methods is empty: choose from {', '.join(METHODS)}.")
-    check_methods(args.methods)
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: at least one process must do the work.")
-    if args.pairs_from not in PAIRS_FROM:
-        raise ValueError(f"--pairs_from {args.pairs_from!r} is unknown: choose one of {', '.join(PAIRS_FROM)}.")
+    check_request(args, SETTINGS, METHODS)
+    check_names("--pairs_from", [args.pairs_from], PAIRS_FROM)
     scale = SETTINGS[args.setting]
     if args.seeds is not None:
-        if args.seeds < 1:
-            raise ValueError(f"--seeds {args.seeds}: every method needs at least one final run.")
-        scale = replace(scale, seeds=args.seeds)
+        scale = dataclasses.replace(scale, seeds=args.seeds)
     world = PreferenceWorld(
         seed=args.world_seed,
         ambiguity_levels=(0.0, args.ambiguity),
@@ -878,62 +763,30 @@ def make_comparison(args: CompareArguments) -> Comparison:
     return Comparison(world, policy, scale, args.pairs_from)
 
 
-class ComparisonFolder:
-    """comparison.json (what it compares), policy/, runs/<run>.json, results.json, results.csv, comparison.png."""
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.policy = self.root / "policy"
-
-    def claim(self, fingerprint: dict[str, Any]) -> None:
-        """Make the folder, or take up the comparison in it. Raises ValueError if it holds anything else."""
-        path, name = self.root / "comparison.json", f"--output_dir {str(self.root)!r}"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            for key in sorted(before.keys() | fingerprint.keys()):
-                if before.get(key) != fingerprint.get(key):
-                    raise ValueError(
-                        f"{name} holds a comparison with {key}={before.get(key)}, and now it is "
-                        f"{fingerprint.get(key)}: name another folder, or delete this one."
-                    )
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise ValueError(f"{name} is not empty and no comparison wrote it: name another folder.")
-        (self.root / "runs").mkdir(parents=True, exist_ok=True)
-        write_json(path, fingerprint)
-
-    def make_policy(self, comparison: Comparison) -> None:
-        """Train the policy that all runs start from; it appears whole or not at all."""
-        partial = self.root / ".policy.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        print(f"training the policy for {comparison.policy.steps} steps", flush=True)
-        train_policy(comparison.world, comparison.policy, partial, seed=comparison.world.seed)
-        os.replace(partial, self.policy)
-
-    def record(self, run: Run) -> dict[str, Any] | None:
-        """What a finished run left, None if it is not finished."""
-        path = self._path(run)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def keep(self, run: Run, record: dict[str, Any]) -> None:
-        """Keep the record of a finished run; a failed one is to be tried again."""
-        if "error" not in record:
-            write_json(self._path(run), record)
-
-    def _path(self, run: Run) -> Path:
-        return self.root / "runs" / f"{run.name}.json"
+def make_policy(comparison: Comparison, root: Path) -> None:
+    """Train the policy that all runs start from, if it is not there; it appears whole or not at all."""
+    if (root / "policy").is_dir():
+        return
+    partial = root / ".policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    print(f"training the policy for {comparison.policy.steps} steps", flush=True)
+    train_policy(comparison.world, comparison.policy, partial, seed=comparison.world.seed)
+    os.replace(partial, root / "policy")
 
 
-def compare(comparison: Comparison, methods: Sequence[str], folder: ComparisonFolder, workers: int) -> dict[str, Any]:
+def compare(comparison: Comparison, methods: Sequence[str], folder: ResumableFolder, workers: int) -> dict[str, Any]:
     """All runs that are not finished, then everything that is printed, as JSON can hold it."""
     grids = {method: comparison.tuning_runs(method) for method in methods}
     total = sum(len(grid) + comparison.scale.seeds for grid in grids.values())
-    with Crew(comparison, folder, workers) as crew, tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
+    given = comparison, folder.root / "policy"
+    bar = tqdm(total=total, unit="run", dynamic_ncols=True)
+    with Crew(folder, workers, Worker, *given) as crew, bar:
         records = crew.records([run for grid in grids.values() for run in grid], bar)
         chosen = {method: choose(grid, records) for method, grid in grids.items()}
         final = {method: comparison.final_runs(run) if run else [] for method, run in chosen.items()}
         records |= crew.records([run for runs in final.values() for run in runs], bar)
         bar.set_description("done")
-    exam = Worker(comparison, folder.policy).exam("test")
+    exam = Worker(*given).exam("test")
     samples = comparison.scale.frontier_samples
     judged = exam.sample(exam.reference, samples, "frontier", seed=0)
     graded = {run.name: run for grid in grids.values() for run in grid if "grades" in records[run.name]}
@@ -952,47 +805,13 @@ def compare(comparison: Comparison, methods: Sequence[str], folder: ComparisonFo
     }
 
 
-class Crew:
-    """Carries out runs, in this process or in several, and keeps each record as soon as it is there."""
+PROGRAM, GUIDE = "preference_methods.py", "[the preference world](../../preference_world.md)"
+PROGRAMS = {"compare": compare_main, "page": lambda argv: write_page(argv, PROGRAM, GUIDE, comparison_table)}
 
-    def __init__(self, comparison: Comparison, folder: ComparisonFolder, workers: int) -> None:
-        self.comparison, self.folder, self.workers = comparison, folder, workers
-        self.pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def records(self, runs: Sequence[Run], bar: tqdm) -> dict[str, dict[str, Any]]:
-        """The record of each run by its name; what is finished in the folder is not done again."""
-        found = {run.name: self.folder.record(run) for run in runs}
-        missing = [run for run in runs if found[run.name] is None]
-        bar.total -= len(runs) - len(missing)
-        bar.refresh()
-        for run, record in self._carry_out(missing):
-            self.folder.keep(run, record)
-            found[run.name] = record
-            bar.set_description(run.method)
-            bar.update(1)
-        return found
-
-    def _carry_out(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        start = (self.comparison, self.folder.policy)
-        if not runs:
-            return
-        if self.workers == 1:
-            start_worker(*start)
-            yield from map(run_one, runs)
-            return
-        if self.pool is None:
-            self.pool = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=start
-            )
-        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
-            yield future.result()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names: `compare`, the first, or `page`."""
+    run_program(PROGRAMS, argv)
 
 
 if __name__ == "__main__":

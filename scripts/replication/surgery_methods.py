@@ -1,18 +1,16 @@
-"""What the comparison of surgery methods trains: sizes, methods with their settings, and the runs that they make.
+"""Compare surgery methods on models that learnt a SurgeryBench: what is gone, what is new, what stayed.
 
-A cell is a seed of one architecture: a world of its own, a model that has read it ("before"), one that never read what
-is to be forgotten ("retrained"), and one run of each method from the model before. Methods share steps and rows of a
-step, and each had the same number of settings to choose from: learning rates times strengths, judged by validation
-questions about worlds of their own. A strength multiplies the weights of the forget losses, or what a method has
-instead. Source: ours; the objective and the weights of "paper" are those of arXiv 2409.13054.
+A cell is a seed of one architecture: a world of its own, a model trained from scratch on the texts before the change
+("before"), another on those after it that never read what is to be forgotten ("retrained"), and one run of each method
+from the model before; all are asked the same questions, as `hf-moe-cpt surgery-eval` does. Methods share steps and
+rows of a step, and each had the same number of settings to choose from: learning rates times strengths, judged by
+validation questions about worlds of their own. A strength multiplies the weights of the forget losses, or what a
+method has instead. `--setting gpu` takes models of 100 million parameters and real text among what they read. What is
+measured and how: docs/surgery_comparison.md.
 
-A cell's texts and tokenizer, and the training from scratch of its model before and of its retrained model.
-
-Both read the texts of the bench `epochs` times, each text a row of its own, and real text once, cut into rows. The
+Models read the texts of the bench `epochs` times, each text a row of its own, and real text once, cut into rows. The
 tokenizer is made from all texts of the bench, those that are never read included, so that no word is easier for a
-model that has read it. Source: ours.
-
-From the raw measurements of a model to the numbers that the comparison shows, by name.
+model that has read it.
 
     accuracy/<set>              MCQ accuracy of a set's questions; chance is 1/3
     accuracy/<set>_paraphrase   the same questions in roundabout words
@@ -22,29 +20,9 @@ From the raw measurements of a model to the numbers that the comparison shows, b
     gauge                       ce/unlearn - ce/unseen: 0 is forgotten, above is over-forgotten
     kl/<set>, agreement/<set>   KL(before || now) in nats and share of equal first choices, means over tokens
 
-Source: ours; the accuracy is the paper's, by the perplexity of options (arXiv 2409.13054).
-
-One run of the comparison: a model is trained or operated on, then examined. Runs in worker processes.
-
-What is measured is what `hf-moe-cpt surgery-eval` measures, as far as the comparison needs it. Source: ours.
-
-What the results say: verdicts on what is claimed of surgery, and whether the method "safe" meets its targets.
-
 A claim holds in a seed or it does not; it is confirmed if it holds in all, refuted if in none, and mixed otherwise.
-Targets are about means over seeds of differences and ratios within a seed. Source: ours; the claims follow
-arXiv 2409.13054 and what is known of gradient ascent.
-
-From the records of the runs to rows with 95 % intervals over seeds, verdicts, targets, a table, CSV and a plot.
-
-Every seed has a world, a model before and a retrained model of its own; differences and ratios are taken within a
-seed. Intervals are Student's t over seeds. Source: ours; the claims are those of arXiv 2409.13054 and its critics.
-
-Compare surgery methods on models that learnt a SurgeryBench: what is gone, what is new, what stayed.
-
-For every seed and architecture a small model is trained from scratch on the texts before the change, another on those
-after it; each method operates on the first, and all are asked the same questions. A killed comparison goes on in its
-folder. `--setting gpu` does the same with models of 100 million parameters and real text among what they read. What
-is measured and how: docs/surgery_comparison.md.
+Targets of the method "safe" are about means over seeds of differences and ratios within a seed. Source: ours; claims,
+objective, accuracy and the weights of "paper" follow arXiv 2409.13054, the others what is known of gradient ascent.
 """
 
 from __future__ import annotations
@@ -56,10 +34,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -80,14 +56,12 @@ from transformers import (
 )
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
-from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
-from hf_moe_cpt.evaluation import text_metrics as robustness
 from hf_moe_cpt.evaluation.attacks import relearn
-from hf_moe_cpt.evaluation.resumable import write_json
+from hf_moe_cpt.evaluation.resumable import ResumableFolder
 from hf_moe_cpt.evaluation.scoring import (
     EvalSettings,
     option_losses,
@@ -97,12 +71,24 @@ from hf_moe_cpt.evaluation.scoring import (
     score_tokens,
 )
 from hf_moe_cpt.evaluation.surgery import evaluate_model
-from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_correct
-from hf_moe_cpt.machine import check_names, choose_device, machine_facts, release_memory
+from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_correct, steps_until
+from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.plots import grouped_bars, plotting
-from hf_moe_cpt.reports.tables import text_table, write_csv
-from hf_moe_cpt.scripts.replication.preference_methods import ComparisonFolder, Estimate, quiet_libraries, t_interval
+from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.scripts.replication.sweep import (
+    SCALE_OF_SWEEP,
+    Column,
+    Crew,
+    Records,
+    check_choice,
+    check_request,
+    open_folder,
+    t_interval,
+    table_row,
+    write_page,
+    write_results,
+)
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
@@ -304,11 +290,8 @@ class Comparison:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a folder that is taken up again, as JSON can hold it."""
-        scale = dataclasses.asdict(self.scale)
-        for name in ("seeds", "learning_rates", "strengths"):  # they say which runs there are, not what a run is
-            del scale[name]
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in scale.items()}
-        return {"setting": self.setting, "device": self.device} | lists
+        scale = {name: v for name, v in dataclasses.asdict(self.scale).items() if name not in SCALE_OF_SWEEP}
+        return {"setting": self.setting, "device": self.device} | scale
 
     def tuning_runs(self, architecture: str, method: str) -> list[Run]:
         """The grid of a method."""
@@ -523,14 +506,6 @@ def curve_of(raw: Mapping[str, Any]) -> dict[str, list[float]]:
     return {"steps": list(raw["steps"])} | curve
 
 
-def steps_until(curve: Mapping[str, Sequence[float]], accuracy: float) -> float | None:
-    """Steps of relearning until the taught subjects' accuracy is reached, between measurements in a straight line.
-
-    None if it never is; 0 if it was from the start.
-    """
-    return robustness.steps_until(curve["steps"], curve["taught"], accuracy)
-
-
 KINDS = ("mcq", "paraphrase")
 EVAL_BATCH_SIZE = 32
 
@@ -656,24 +631,6 @@ def _arguments(settings: dict[str, Any], folder: str, device: torch.device) -> S
         report_to="none",
         disable_tqdm=True,
     )
-
-
-_worker: Worker | None = None
-
-
-def start_worker(comparison: Comparison, root: Path) -> None:
-    """Make this process a worker: one thread, no bars of libraries, and what `run_one` needs."""
-    global _worker
-    torch.set_num_threads(1)
-    quiet_libraries()
-    _worker = Worker(comparison, root)
-
-
-def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
-    """The run's record from this process's workshop; of a run that failed, {"error": one line}."""
-    with Attempt() as attempt:
-        return run, _worker.carry_out(run)
-    return run, {"error": attempt.reason}
 
 
 DIVERGED = 2.0  # times the loss of unseen text before surgery: further than forgotten
@@ -871,8 +828,7 @@ LEGEND = (
     "unseen; 95 % intervals over seeds",
     "relearn: steps of training on unlearned texts until half of the accuracy is back, or the most that were made",
 )
-# heading, measure, factor, digits
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("unlearn", "accuracy/unlearn", 100, 1),
     ("obsolete", "accuracy/obsolete", 100, 1),
     ("update", "accuracy/update", 100, 1),
@@ -901,8 +857,9 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         start = before.get((record["architecture"], record["seed"]))
         if "relearn" in record and start is not None:
             goal = (CHANCE + start["measures"]["accuracy/unlearn"]) / 2
-            steps = steps_until(record["relearn"], goal)
-            row[RELEARN_STEPS] = record["relearn"]["steps"][-1] if steps is None else steps
+            curve = record["relearn"]
+            steps = steps_until(curve["steps"], curve["taught"], goal)
+            row[RELEARN_STEPS] = curve["steps"][-1] if steps is None else steps
         row[SECONDS] = record["seconds"]["training"]
         if "peak_gib" in record:
             row["peak_gib"] = record["peak_gib"]
@@ -954,7 +911,7 @@ def comparison_text(results: Mapping[str, Any]) -> str:
     for architecture in dict.fromkeys(row["architecture"] for row in results["rows"]):
         own = [row for row in results["rows"] if row["architecture"] == architecture]
         shown = [column for column in COLUMNS if any(column[1] in row for row in own)]
-        table = text_table([_cells(row, shown) for row in own])
+        table = text_table([table_row(row, shown, {"rate": "learning_rate", "strength": "strength"}) for row in own])
         parts += [f"{architecture}, {max(row['seeds'] for row in own)} seeds", table]
     parts += LEGEND
     for title, key in (("Claims", "claims"), ("Targets for the method safe", "targets")):
@@ -962,27 +919,6 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             parts += ["", title, text_table(results[key])]
     parts += [f"{row['run']} failed: {row['error']}" for row in results["failed"]]
     return "\n".join(parts)
-
-
-def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, float, int]]) -> dict[str, str]:
-    cells = {"method": row["method"]}
-    for heading, name, factor, digits in columns:
-        cells[heading] = _text(row.get(name), factor, digits)
-    for heading, name in (("rate", "learning_rate"), ("strength", "strength")):
-        cells[heading] = f"{row[name]:.3g}" if name in row else ""
-    return cells
-
-
-def _text(estimate: Sequence[float | None] | None, factor: float, digits: int) -> str:
-    if estimate is None:
-        return ""
-    mean, half_width = Estimate(*estimate)
-    return f"{mean * factor:.{digits}f}" + ("" if half_width is None else f" ± {half_width * factor:.{digits}f}")
-
-
-def write_runs(path: Path, results: Mapping[str, Any]) -> None:
-    """A CSV file with one line for each run: method, seed, architecture and every number."""
-    write_csv(path, results["runs"])
 
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:
@@ -1034,13 +970,12 @@ def _draw_curves(axes: Any, curves: Sequence[Mapping[str, Any]], methods: Sequen
 
 
 ARCHITECTURES = ("llama", "cpt_moe")
-Records = dict[str, dict[str, Any]]
 Choice = tuple[float, float]  # learning rate and strength
 
 
 @dataclass
 class CompareArguments:
-    """What is compared and how much work to spend; the rest is in compare_surgery_plan.py."""
+    """What is compared and how much work to spend; the rest is in `SETTINGS`."""
 
     setting: str = field(default="small", metadata={"help": f"Size of the comparison: {', '.join(SETTINGS)}."})
     methods: list[str] = field(
@@ -1067,48 +1002,32 @@ class CompareArguments:
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda; auto: cpu with the setting small."})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def compare_main(argv: Sequence[str]) -> None:
     """Train the models before, operate on them, examine all; write and print what came out."""
-    (args,) = parse_arguments((CompareArguments,), argv, program="compare_surgery_methods.py", description=__doc__)
+    (args,) = parse_arguments((CompareArguments,), argv, program="surgery_methods.py", description=__doc__)
     comparison = make_comparison(args)
-    folder = ComparisonFolder(args.output_dir)
-    folder.claim(comparison.fingerprint())
-    quiet_libraries()
-    torch.set_num_threads(1)  # on matrices this small a second thread costs more than it brings
+    folder = open_folder(args.output_dir, comparison.fingerprint())
     results = compare(comparison, args, folder)
-    write_json(folder.root / "results.json", results)
-    write_runs(folder.root / "results.csv", results)
-    draw(folder.root / "comparison.png", results)
-    print(comparison_text(results))
+    write_results(folder.root, results, results["runs"], draw, comparison_text)
 
 
 def make_comparison(args: CompareArguments) -> Comparison:
     """What the arguments ask for. Raises ValueError for what cannot be run, before anything is."""
-    check_names("--setting", [args.setting], SETTINGS)
-    for option, names, known in (
-        ("--methods", args.methods, METHODS),
-        ("--architectures", args.architectures, ARCHITECTURES),
-    ):
-        if not names:
-            raise ValueError(f"{option} is empty: choose from {', '.join(known)}.")
-        check_names(option, names, known)
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: at least one process must do the work.")
+    check_request(args, SETTINGS, METHODS)
+    check_choice("--architectures", args.architectures, ARCHITECTURES)
     if args.first_seed <= TUNING_SEED:
         raise ValueError(
             f"--first_seed {args.first_seed}: settings were chosen on seed {TUNING_SEED}; take a later one."
         )
     scale = SETTINGS[args.setting]
     if args.seeds is not None:
-        if args.seeds < 1:
-            raise ValueError(f"--seeds {args.seeds}: every method needs at least one final run.")
         scale = replace(scale, seeds=dict.fromkeys(scale.seeds, args.seeds))
     is_small = args.setting == "small" and args.device == "auto"
     device = "cpu" if is_small else choose_device(args.device).type
     return Comparison(args.setting, scale, device, args.first_seed)
 
 
-def compare(comparison: Comparison, args: CompareArguments, folder: ComparisonFolder) -> dict[str, Any]:
+def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFolder) -> dict[str, Any]:
     """All runs that are not finished, then everything that is printed, as JSON can hold it."""
     pairs = [(name, method) for name in dict.fromkeys(args.architectures) for method in dict.fromkeys(args.methods)]
     grids = {pair: comparison.tuning_runs(*pair) if args.tune else [] for pair in pairs}
@@ -1116,7 +1035,8 @@ def compare(comparison: Comparison, args: CompareArguments, folder: ComparisonFo
     retrained = [replace(run, method=RETRAINED) for run in final_models]
     tuned_models = [Run(BEFORE, name, TUNING_SEED, "validation") for name in args.architectures if args.tune]
     num_runs = len(final_models) * (2 + len(set(args.methods))) + len(tuned_models) + sum(map(len, grids.values()))
-    with Crew(comparison, folder, args.workers) as crew, tqdm(total=num_runs, unit="run", dynamic_ncols=True) as bar:
+    bar = tqdm(total=num_runs, unit="run", dynamic_ncols=True)
+    with Crew(folder, args.workers, Worker, comparison, folder.root) as crew, bar:
         records = crew.records([*tuned_models, *final_models], bar)
         records |= crew.records([*retrained, *(run for grid in grids.values() for run in grid)], bar)
         chosen = {pair: choice_of(comparison, *pair, grid, records) for pair, grid in grids.items()}
@@ -1154,45 +1074,13 @@ def choice_of(comparison: Comparison, architecture: str, method: str, grid: Sequ
     return best.learning_rate, best.strength
 
 
-class Crew:
-    """Carries out runs, in this process or in several, and keeps each record as soon as it is there."""
+PROGRAM, GUIDE = "surgery_methods.py", "[surgery methods](../../surgery_comparison.md)"
+PROGRAMS = {"compare": compare_main, "page": lambda argv: write_page(argv, PROGRAM, GUIDE, comparison_text)}
 
-    def __init__(self, comparison: Comparison, folder: ComparisonFolder, workers: int) -> None:
-        self.start = (comparison, folder.root)
-        self.folder, self.workers = folder, workers
-        self.pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def records(self, runs: Sequence[Run], bar: tqdm) -> Records:
-        """The record of each run by its name; what is finished in the folder is not done again."""
-        found = {run.name: self.folder.record(run) for run in runs}
-        missing = [run for run in runs if found[run.name] is None]
-        bar.update(len(runs) - len(missing))
-        for run, record in self._carry_out(missing):
-            self.folder.keep(run, record)
-            found[run.name] = record
-            bar.set_description(run.method)
-            bar.update(1)
-        return found
-
-    def _carry_out(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        if self.workers == 1:
-            if runs:
-                start_worker(*self.start)
-            yield from map(run_one, runs)
-            return
-        if self.pool is None and runs:
-            self.pool = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=self.start
-            )
-        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
-            yield future.result()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names: `compare`, the first, or `page`."""
+    run_program(PROGRAMS, argv)
 
 
 if __name__ == "__main__":

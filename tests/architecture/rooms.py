@@ -47,8 +47,7 @@ ROOMS = {
             "hf_moe_cpt.data",
             "hf_moe_cpt.generation",
             "hf_moe_cpt.reports",
-            "hf_moe_cpt.trainers.surgery.chunked",  # hidden states and head in chunks: measured as they are trained
-            "hf_moe_cpt.trainers.surgery.losses",  # the KL of the anchor, which is what divergence measures
+            "hf_moe_cpt.trainers.surgery.chunked",  # hidden states, head and KL of the anchor: measured as trained
         ),
         (*_NUMBERS, "accelerate", "datasets", "peft"),
     ),

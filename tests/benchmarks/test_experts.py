@@ -35,7 +35,7 @@ from hf_moe_cpt.scripts.benchmarks.experts import (
     parse_shape,
     relative_error,
 )
-from tests.helpers.kernel_device import DEVICE
+from tests.helpers.expert_layers import DEVICE
 
 
 TINY = Shape("tiny", 24, 16, 8, 5, 2)
@@ -220,26 +220,6 @@ def test_an_attempt_keeps_errors_and_lets_interruptions_through():
         raise KeyboardInterrupt
 
 
-REFUSED = {
-    "unknown peer": (("--peers", "magic"), "--peers 'magic' is unknown: choose from dense, hf_moe_cpt"),
-    "unknown shape": (("--shapes", "giant"), "--shapes 'giant' is unknown: choose from granular, switch"),
-    "unknown dtype": (("--dtype", "int8"), "--dtype 'int8' is unknown: choose from bfloat16"),
-    "unknown activation": (("--activation", "step"), "--activation 'step' is unknown"),
-    "four sizes": (("--shape", "a=1,2,3,4"), "--shape 'a=1,2,3,4' must read name=T,H,I,E,K with five positive"),
-    "no name": (("--shape", "1,2,3,4,5"), "must read name=T,H,I,E,K"),
-    "more chosen than there are": (("--shape", "a=1,8,8,2,3"), "a token cannot choose K=3 of E=2 experts"),
-    "no rounds": (("--rounds", "0"), "--rounds 0 must be at least 1"),
-    "unknown device": (("--device", "tpu"), "--device 'tpu' is unknown: choose one of auto, cpu, cuda"),
-}
-
-
-@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
-def test_bad_arguments_are_refused_with_one_line(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        main([*words, "--output-dir", str(tmp_path / "out")])
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-
-
 def test_own_shapes_take_the_place_of_the_named_ones():
     arguments = bench_experts.ExpertsArguments
     assert [shape.name for shape in arguments().chosen_shapes()] == list(SHAPES)
@@ -282,18 +262,3 @@ def test_group_sizes_multiply_the_candidates():
     args = TuneArguments(groups=[4, 8])
     tiles = args.candidates("down")
     assert len(tiles) == 2 * len(bench_experts.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"shapes": ["nonsense"]}, "--shapes 'nonsense' is unknown: choose from granular, switch"),
-        ({"pieces": ["sideways"]}, "--pieces 'sideways' is unknown: choose from gated_up, down"),
-        ({"rounds": 0}, "--rounds 0 and --groups"),
-        ({"activation": "tanh"}, "--activation 'tanh'"),
-        ({"shape": ["x=1,2"]}, "must read name=T,H,I,E,K"),
-    ],
-)
-def test_bad_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        TuneArguments(**options)

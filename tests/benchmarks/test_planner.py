@@ -44,8 +44,3 @@ def test_speeds_are_those_of_the_committed_steps(tmp_path) -> None:
     committed = PROJECT / "hf_moe_cpt/planning/speeds.csv"
     assert committed.read_text() == (tmp_path / "speeds.csv").read_text(), "run scripts/benchmarks/planner.py speeds"
     assert SPEED_OF_GPU["h100"] == pytest.approx(device_ratio(BENCHMARKS), abs=5e-5)
-
-
-def test_an_unknown_program_is_refused() -> None:
-    with pytest.raises(ValueError, match="^'prices' is unknown: choose from speeds, errors"):
-        main(["prices"])

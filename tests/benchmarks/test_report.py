@@ -8,7 +8,7 @@ from hf_moe_cpt.scripts.benchmarks.report import main, page_of
 
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
-FOLDERS = sorted(path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.glob("*/README.md"))
+FOLDERS = sorted(path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.glob("h*/README.md"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -47,17 +47,3 @@ def test_checkpoints_of_synthetic_traces_share_their_text(tmp_path):
     index = first.top_k_index(0)
     assert not index.equal(second.top_k_index(0))
     assert (index.sort(-1).values.diff(dim=-1) > 0).all() and 0 <= int(index.min()) <= int(index.max()) < 300
-
-
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        ("--top_k 9 --experts 8", r"--top_k 9 must lie in \[1, --experts 8\]"),
-        ("--parts speed", "--parts 'speed' is unknown: choose from analysis, collecting"),
-        ("--rounds 1", "--rounds 1 must be at least 2: quartiles need them"),
-        ("--tokens 0", "--tokens 0 must be at least 1"),
-    ],
-)
-def test_refusals(words, text):
-    with pytest.raises(ValueError, match=text):
-        main(words.split())

@@ -16,7 +16,6 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
 from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.scripts.benchmarks import step as bench_step
 from hf_moe_cpt.scripts.benchmarks.step import (
-    ShardingArguments,
     StepArguments,
     StepMeasurement,
     StepRun,
@@ -25,25 +24,8 @@ from hf_moe_cpt.scripts.benchmarks.step import (
     classes_kept,
     fuse,
     main,
-    make_jobs,
     parse_run,
 )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"engines": ["fsdp3-2"]}, r"--engines 'fsdp3-2': write single, or one of ddp, fsdp2 with its ranks: fsdp2-2"),
-        ({"engines": ["ddp"]}, r"--engines 'ddp': write single"),
-        ({"engines": ["single-2"]}, r"--engines 'single-2': write single"),
-        ({"engines": ["ddp-0"]}, r"--engines 'ddp-0': write single"),
-        ({"engines": ["ddp-3"], "rows": 16}, r"--rows 16 do not fall evenly to the 3 ranks of ddp-3"),
-        ({"model": "granular"}, r"--model 'granular' is unknown: choose from"),
-    ],
-)
-def test_what_cannot_be_run_is_refused_at_once(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_jobs(ShardingArguments(**{"device": "cpu", **changes}))
 
 
 @pytest.mark.slow
@@ -234,25 +216,3 @@ def test_models_liger_does_not_know_are_named():
         model = AutoModelForCausalLM.from_config(config_of("qwen2-moe-granular-tiny"))
     with pytest.raises(Unavailable, match="Liger has no kernels for the model type qwen2_moe"):
         fuse(model, torch.device("cuda"))
-
-
-REFUSED = {
-    "unknown model": (("--runs", "gpt-9"), "--runs 'gpt-9': no model 'gpt-9'; choose from dense-570m"),
-    "unknown switch": (
-        ("--runs", "dense-tiny:turbo"),
-        "'turbo' is neither a switch .fused, plain, compile, checkpoint",
-    ),
-    "unknown experts": (("--experts_implementation", "magic"), "--experts_implementation: 'magic' is neither"),
-    "a run twice": (("--runs", "dense-tiny", "dense-tiny"), "names a run twice"),
-    "no steps": (("--steps", "0"), "--steps 0 must be at least 1"),
-    "one token": (("--seq_length", "1"), "--seq_length 1 must be at least 2"),
-    "unknown weights": (("--weights", "int4"), "--weights 'int4' is unknown: choose from float32, bfloat16"),
-    "unknown device": (("--device", "tpu"), "--device 'tpu' is unknown"),
-}
-
-
-@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
-def test_bad_arguments_are_refused_with_one_line(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        main([*words, "--output-dir", str(tmp_path / "out")])
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

@@ -20,8 +20,7 @@ import torch
 from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, UNFINISHED, checkpoints_in, is_whole, step_of
 from tests.faults.soak import PATIENCE, Rank, Soak
 from tests.helpers.cpt_runs import AtStep, logged, trainer
-from tests.helpers.small_disk import small_disk
-from tests.helpers.two_hosts import two_hosts
+from tests.helpers.faulty_hardware import small_disk, two_hosts
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

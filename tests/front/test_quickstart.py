@@ -1,14 +1,39 @@
-"""Numbers of the quickstart's table from logs written by hand."""
+"""The quickstart: its numbers from logs written by hand, and in miniature end to end, four steps and no network."""
+
+import json
+import random
+import shutil
+import socket
+from html import unescape
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt.quickstart import DENSE, MOE, _imbalance, make_plan, summarise, table_rows
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt import quickstart
+from hf_moe_cpt.quickstart import (
+    DENSE,
+    MOE,
+    BarCallback,
+    QuickstartArguments,
+    Scale,
+    make_plan,
+    summarise,
+    table_rows,
+)
+from hf_moe_cpt.reports.tables import format_cell, text_table
+from hf_moe_cpt.scripts import analyze
+from hf_moe_cpt.scripts.quickstart import main
 
 
-def record(history: list[dict], ideal_mri: float | None) -> dict:
-    sizes = {"parameters": 1000, "active_parameters": 400, "tokens_per_step": 2048}
-    return {**sizes, "ideal_mri": ideal_mri, "history": history}
+STAGES = ["moe-pretrained", "dense-pretrained", "moe-replay-30", "moe-no-replay", "dense-replay-30", "dense-no-replay"]
+SMALL = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
+CLOCKS = ("seconds", "tokens_per_second")
+
+
+def plan_of(steps: int | None = 8, **changes):
+    return make_plan(QuickstartArguments(steps=steps, **{"device": "cpu", **changes}))
 
 
 def trained(steps: int, mri: list[float] | None, rate: float, **losses: float) -> list[dict]:
@@ -16,92 +41,61 @@ def trained(steps: int, mri: list[float] | None, rate: float, **losses: float) -
         {"step": step, **losses, "tokens_per_second": rate, "learning_rate": 0.1} for step in range(1, steps + 1)
     ]
     for entry, value in zip(entries, mri or [], strict=False):
-        entry["mri"] = value
+        entry |= {"mri": value, "mri/layer_00": value - 0.05, "mri/layer_01": value + 0.05}
     return entries
 
 
-@pytest.fixture
-def results():
-    plan = make_plan("pb-granular-tiny", 8, 0, "cpu", None)
-    records = {}
+def summary_of(steps: int, before: list[float], after: list[float]) -> dict:
+    """Of runs that log nothing but what is given here; MRI is for the mixtures."""
+    plan, records = plan_of(steps), {}
     for stage in plan.stages:
         ideal = 0.1 if stage.model == MOE else None
         if stage.is_pretraining:
-            history = trained(8, [0.2] * 8 if ideal else None, 1024.0, **{"lm_loss/new": 5.0})
-            history.append({"step": 8, "eval_new_loss": 4.0})
+            history = trained(steps, before if ideal else None, 1024.0, **{"lm_loss/new": 5.0})
+            history.append({"step": steps, "eval_new_loss": 4.0})
         else:
             history = [{"step": 0, "eval_new_loss": 7.0}, {"step": 0, "eval_replay_loss": 4.0}]
-            history += trained(4, [0.4, 0.3, 0.2, 0.2] if ideal else None, 512.0, **{"lm_loss/new": 6.0})
+            history += trained(steps // 2, after if ideal else None, 512.0, **{"lm_loss/new": 6.0})
             rise = 0.25 if stage.replay_ratio else 1.0
-            history += [{"step": 4, "eval_new_loss": 5.5}, {"step": 4, "eval_replay_loss": 4.0 + rise}]
-        records[stage.name] = record(history, ideal)
+            history += [{"step": steps // 2, "eval_new_loss": 5.5}]
+            history += [{"step": steps // 2, "eval_replay_loss": 4.0 + rise}]
+        sizes = {"parameters": 1000, "active_parameters": 400, "tokens_per_step": 2048}
+        records[stage.name] = {**sizes, "ideal_mri": ideal, "history": history}
     return summarise(plan, records, {"prose": {"train_tokens": 1}, "code": {"train_tokens": 2}})
 
 
-def test_rows(results):
+def test_rows_curves_and_the_printed_table():
+    results = summary_of(8, [0.2] * 8, [0.4, 0.3, 0.2, 0.2])
     rows = {row["run"]: row for row in results["rows"]}
     assert rows["moe-pretrained"] == {
         "run": "moe-pretrained", "model": "pb-granular-tiny", "parameters": 1000, "active_parameters": 400, "steps": 8,
         "tokens": 8 * 2048, "replay_ratio": None, "prose after": 4.0, "seconds": 16.0, "tokens_per_second": 1024.0,
     }  # fmt: skip
-    replayed = rows["moe-replay-30"]
-    assert (replayed["prose before"], replayed["prose after"], replayed["forgetting"]) == (4.0, 4.25, 0.25)
-    assert (replayed["code before"], replayed["code after"], replayed["adaptation"]) == (7.0, 5.5, 1.5)
-    assert (replayed["MRI before"], replayed["MRI peak"]) == pytest.approx((0.2, 0.4))
-    assert replayed["MRI after"] == pytest.approx(0.275)
-    assert replayed["seconds"] == pytest.approx(4 * 2048 / 512)
     assert rows["moe-no-replay"]["forgetting"] == 1.0
     assert "MRI peak" not in rows["dense-replay-30"] and rows["dense-replay-30"]["model"] == "dense-tiny"
-
-
-def test_curves_call_the_first_domain_old_in_every_run(results):
-    curves = results["curves"]
+    curves = results["curves"]  # they call the first domain old in every run
     assert curves["moe-pretrained"]["loss/old"][0] == (1, 5.0) and "loss/new" not in curves["moe-pretrained"]
     assert curves["moe-no-replay"]["loss/new"][0] == (1, 6.0)
     assert curves["moe-no-replay"]["held_out/old"] == [(0, 4.0), (4, 5.0)]
     assert "mri" not in curves["dense-no-replay"]
-
-
-def test_text_table_aligns_and_leaves_out_what_does_not_apply(results):
     lines = text_table(table_rows(results)).split("\n")
     assert lines[0].split() == ["prose", "prose", "code", "code", "MRI", "MRI", "MRI", "recovery"]
     assert lines[1].split()[:4] == ["run", "before", "after", "forgetting"]
     assert lines[3].split() == ["moe-pretrained", "–", "4.000", *"–" * 8, "16", "1,024"]
-    assert lines[5].split() == (
-        [
-            "moe-replay-30",
-            "4.000",
-            "4.250",
-            "0.250",
-            "7.000",
-            "5.500",
-            "1.500",
-            "0.200",
-            "0.400",
-            "0.275",
-            "–",
-            "16",
-            "512",
-        ]
-    )
+    assert lines[5].split() == ("moe-replay-30 4.000 4.250 0.250 7.000 5.500 1.500 0.200 0.400 0.275 – 16 512".split())
     assert max(map(len, lines)) <= 130
 
 
-def test_recovery_is_read_from_a_mean_that_single_steps_do_not_disturb(results):
-    assert next(row["recovery step"] for row in results["rows"] if row["run"] == "moe-no-replay") is None
-    before = record(trained(40, [0.2] * 40, 1024.0), 0.1)
-    after = record(trained(80, [0.7] * 10 + [0.2] * 40 + [0.24] + [0.2] * 29, 1024.0), 0.1)
-    assert _imbalance(after, before) == pytest.approx(
-        {"MRI before": 0.2, "MRI peak": 0.7, "MRI after": 0.2, "recovery step": 29}
-    )
-
-
-def test_long_names_of_the_tiny_presets_mean_the_same():
-    assert make_plan("sb-granular-2b-tiny", 8, 0, "cpu", None) == make_plan("sb-granular-tiny", 8, 0, "cpu", None)
+def test_recovery_is_read_from_a_mean_that_single_steps_do_not_disturb():
+    """The trailing mean of 20 steps is within a tenth of 0.2 once 1 of its 20 steps is high, not 2; then a spike."""
+    after = [0.7] * 10 + [0.2] * 40 + [0.24] + [0.2] * 29
+    (row,) = (row for row in summary_of(160, [0.2] * 160, after)["rows"] if row["run"] == "moe-no-replay")
+    got = {name: row[name] for name in ("MRI before", "MRI peak", "MRI after", "recovery step")}
+    assert got == pytest.approx({"MRI before": 0.2, "MRI peak": 0.7, "MRI after": 0.2, "recovery step": 29})
 
 
 def test_plan_has_six_runs_with_the_ratios_of_the_paper():
-    plan = make_plan("sb-switch-2b", None, 0, "cuda", None)
+    plan = plan_of(None, preset="sb-switch-2b")
     assert [(stage.model, stage.starts_from, stage.replay_ratio) for stage in plan.stages] == [
         (MOE, None, 0.0), (DENSE, None, 0.0),
         (MOE, "moe-pretrained", 0.3), (MOE, "moe-pretrained", 0.0),
@@ -110,3 +104,166 @@ def test_plan_has_six_runs_with_the_ratios_of_the_paper():
     assert plan.dense_preset == "dense-570m"
     assert {stage.steps for stage in plan.stages if not stage.is_pretraining} == {plan.scale.steps // 2}
     assert plan.characters_per_domain > 3 * plan.scale.steps * plan.tokens_per_step
+    assert plan_of(preset="sb-granular-2b-tiny") == plan_of(preset="sb-granular-tiny")  # the long name
+
+
+@pytest.fixture(scope="module")
+def small_and_offline():
+    """A small table of sizes, threads enough to disagree, and an error for whoever opens a connection."""
+
+    def refuse(*_arguments):
+        raise AssertionError("the quickstart opened a network connection")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quickstart.SCALES, "tiny", SMALL)
+        patch.setattr(socket.socket, "connect", refuse)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data_dir(small_and_offline, tmp_path_factory) -> Path:
+    """Two domains of forty documents."""
+    root = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    for domain, letters in (("1-words", "abcdefgh"), ("2-numbers", "12345678")):
+        (root / domain).mkdir()
+        for number in range(40):
+            words = ["".join(rng.choices(letters, k=rng.randint(1, 6))) for _ in range(160)]
+            (root / domain / f"{number}.txt").write_text(" ".join(words))
+    return root
+
+
+def start(data_dir: Path, output_dir: Path, *more: str) -> None:
+    main(["--device", "cpu", "--data-dir", str(data_dir), "--output-dir", str(output_dir), *more])
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("quickstart") / "output"
+    start(data_dir, output_dir)
+    return output_dir
+
+
+def results_of(output_dir: Path) -> dict:
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def without_clocks(results: dict) -> dict:
+    rows = [{name: value for name, value in row.items() if name not in CLOCKS} for row in results["rows"]]
+    return {**results, "rows": rows}
+
+
+def test_runs_continue_their_model_with_the_replay_and_the_tokens_they_ask_for(finished):
+    results = results_of(finished)
+    rows, curves = {row["run"]: row for row in results["rows"]}, results["curves"]
+    assert list(rows) == STAGES
+    for name, row in rows.items():
+        if name not in STAGES[:2]:
+            start_of = f"{name.split('-')[0]}-pretrained"
+            assert row["1-words before"] == pytest.approx(rows[start_of]["1-words after"], rel=1e-6)
+            assert ("MRI peak" in row) == name.startswith("moe")
+            assert curves[name]["learning_rate"][0][1] == pytest.approx(curves[start_of]["learning_rate"][-1][1])
+    moe, dense = rows["moe-pretrained"], rows["dense-pretrained"]
+    assert moe["active_parameters"] == pytest.approx(dense["parameters"], rel=0.05) and dense["tokens"] == 4 * 4 * 32
+    assert moe["tokens"] == dense["tokens"] == 2 * rows["moe-replay-30"]["tokens"]
+    assert len(curves["moe-replay-30"]["loss/old"]) == len(curves["moe-replay-30"]["loss/new"]) == 2
+    assert "loss/old" not in curves["moe-no-replay"]
+
+
+def test_report_shows_the_numbers_of_the_results(finished):
+    results, page = results_of(finished), unescape((finished / "report.html").read_text())
+    for row in table_rows(results):
+        for value in row.values():
+            assert f">{format_cell(value)}</td>" in page
+    assert page.count("<svg") == 8 and "2-numbers begins" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    for item in results["samples"]:
+        assert item["prompt"].split()[0] in page
+
+
+def test_routing_of_the_mixtures_is_what_the_command_analyze_finds(finished, tmp_path):
+    names = [name for name in STAGES if name.startswith("moe")]
+    kept = json.loads((finished / "routing" / "analysis.json").read_text())
+    traces = [f"{name}={finished / 'routing' / 'traces' / name}" for name in names]
+    analyze.main([*traces, "--output_dir", str(tmp_path), "--min_occurrences", "5"])
+    again = json.loads((tmp_path / "analysis.json").read_text())
+    assert again["metrics"] == kept["metrics"] and again["saturation"] == kept["saturation"]
+    results = results_of(finished)
+    assert results["routing"]["saturation"] == kept["saturation"]
+    assert list(kept["saturation"]) == names[1:] and kept["domains"] == ["1-words", "2-numbers"]
+    for curve in kept["training"]:
+        assert curve["shift_step"] == 5 and curve["steps"] == [1, 2, 3, 4, 5, 6]
+        (row,) = (row for row in results["rows"] if row["run"] == curve["name"])
+        assert row["recovery step"] == curve["recovery_step"]
+    assert "Routing before and after 2-numbers" in (finished / "routing" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["dense-pretrained", "moe-replay-30"])
+def test_models_load_and_go_on_with_text(finished, name):
+    path = finished / "models" / name
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompt = tokenizer("abc 123", return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    assert output.shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+def test_finished_quickstart_is_shown_and_not_run_again(finished, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "run_stage", None)
+    monkeypatch.setattr(quickstart, "prepare_data", None)
+    (finished / "report.html").unlink()
+    start(data_dir, finished)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in STAGES) and str(finished / "report.html") in shown
+    assert sorted(path.name for path in finished.iterdir()) == [  # only what is of use stays
+        "corpus", "models", "quickstart.json", "records", "report.html", "results.json", "routing", "tokenizer",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (finished / "models").iterdir()) == sorted(STAGES)
+
+
+@pytest.mark.slow
+def test_killed_quickstart_goes_on_and_gives_the_same_numbers(finished, data_dir, tmp_path, monkeypatch):
+    def kill_in_third_stage(self, args, state, control, **_):
+        if self.stage.name == STAGES[2] and state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BarCallback, "on_step_end", kill_in_third_stage)
+        with pytest.raises(KeyboardInterrupt):
+            start(data_dir, tmp_path / "output")
+    assert not (tmp_path / "output/results.json").exists()
+    run_stage, made = quickstart.run_stage, []
+    monkeypatch.setattr(
+        quickstart, "run_stage", lambda stage, *rest: made.append(stage.name) or run_stage(stage, *rest)
+    )
+    start(data_dir, tmp_path / "output")
+    assert made == STAGES[2:]
+    assert without_clocks(results_of(tmp_path / "output")) == without_clocks(results_of(finished))
+
+
+def test_full_disk_is_refused_before_training(data_dir, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=100_000_000))
+    with pytest.raises(ValueError, match=r"has 0\.1 GB free and the checkpoints need about 0\.\d GB: free"):
+        start(data_dir, tmp_path / "output")
+    assert not (tmp_path / "output/work").exists()
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+REFUSED = [
+    ("--preset dense-tiny", "--preset 'dense-tiny' is no mixture of experts: choose one of pb-"),
+    ("--steps 3", "--steps 3 leaves nothing to continue from: give at least 4"),
+    ("--device tpu", "--device 'tpu' is unknown: choose one of auto, cpu, cuda, mps"),
+    pytest.param("--device cuda", "--device 'cuda': torch finds no such device here; use --device cpu", marks=NO_CUDA),
+    ("--data-dir /no/such/folder", "data_dir='/no/such/folder' is no folder"),
+    ("--output-dir {finished} --device cpu --seed 1", "with data_dir=.*, and now it is None: name another folder"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSED)
+def test_bad_arguments_are_refused_with_one_line(words, message, finished, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        main(["--output-dir", str(tmp_path / "output"), *words.format(finished=finished).split()])
+    assert "\n" not in str(caught.value)

@@ -1,11 +1,15 @@
-"""Small expert layers with random routing, for the kernel tests."""
+"""Small expert layers with random routing, and the device of kernel tests: the GPU, else Triton's interpreter."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tests.helpers.kernel_device import DEVICE
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# The interpreter multiplies bf16 as if it were integers, so bf16 is tested on a real device only.
+FLOAT_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,16 @@ from tests.helpers.cpt_runs import without_clocks
 from tests.helpers.tiny_models import CONFIGS, tiny_model, tokenized
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+BEST = {
+    **EVALUATED,
+    "save_strategy": "best",
+    "metric_for_best_model": "surgery_gap",
+    "greater_is_better": False,
+    "load_best_model_at_end": True,
+}
+
+
 def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:
     """Tokenised documents of 5 to 40 tokens for each set, others for each."""
     return {f"{name}_dataset": tokenized(rows, 10 + SETS.index(name)) for name in names or SETS}

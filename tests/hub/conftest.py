@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from hf_moe_cpt.quickstart import QuickstartFolder, Scale, make_plan, prepare_data, run_stage
+from hf_moe_cpt.quickstart import QuickstartArguments, QuickstartFolder, Scale, make_plan, prepare_data, run_stage
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.loopback_hub import WRITER, LoopbackHub
 from tests.helpers.source_tree import PROJECT
@@ -167,7 +167,8 @@ def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = ["".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(160)]
             (root / "text" / domain / f"{number}.txt").write_text(" ".join(words))
     scale = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
-    plan = replace(make_plan("pb-granular-tiny", None, 0, "cpu", str(root / "text")), scale=scale)
+    asked = QuickstartArguments(device="cpu", data_dir=str(root / "text"))
+    plan = replace(make_plan(asked), scale=scale)
     target, stage = QuickstartFolder(root / "output", plan), plan.stages[0]
     target.claim()
     with tqdm(total=stage.steps, disable=True) as bar:

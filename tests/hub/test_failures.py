@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.faulty_hardware import small_disk
 from tests.helpers.hub_checkpoints import fingerprint
 from tests.helpers.loopback_hub import WRITER
-from tests.helpers.small_disk import small_disk
 from tests.hub.conftest import NOT_ALLOWED
 
 

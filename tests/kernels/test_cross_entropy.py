@@ -27,19 +27,16 @@ from hf_moe_cpt.kernels.cross_entropy import (
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeAttention, CptMoeForCausalLM, CptMoeRMSNorm, rotate
 from hf_moe_cpt.trainers.common.metrics import LossRecorder, SourceLosses
-from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES
 from tests.helpers.tiny_models import CONFIGS, VOCABULARY, tiny_model
 from tests.helpers.tolerances import RELATIVE_RMS_LIMIT, assert_matches
 
 
 # N, H, V, bytes of logits: rows of 48 float32 logits are 192 bytes each
 SHAPES = {
-    "one chunk": (9, 16, 37, 2**20),
     "three chunks, the last one short": (8, 16, 37, 3 * 148),
-    "a chunk for every token": (5, 8, 37, 1),
-    "one token": (1, 8, 37, 2**20),
-    "power of two": (6, 16, 64, 2 * 256),
-    "two words": (6, 3, 2, 2**20),
+    "a chunk for every token": (3, 8, 64, 1),
+    "one token": (1, 3, 2, 2**20),
     "one word": (4, 3, 1, 2**20),
     "blocks of logits": (3, 8, 131, 2**20),
 }
@@ -88,15 +85,6 @@ def test_losses_and_gradients(monkeypatch, N, H, V, max_logits_bytes, dtype):
     assert not got[1].requires_grad
 
 
-@settings(deadline=None, max_examples=12)
-@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 70), st.integers(1, 2000), st.integers(0, 99))
-def test_any_shape(N, H, V, max_logits_bytes, seed):
-    tensors = case(N, H, V, seed=seed)
-    want = reference(*tensors)
-    for name, left, right in zip(range(4), fused(*tensors, max_logits_bytes), want, strict=True):
-        torch.testing.assert_close(left.double(), right, rtol=1e-4, atol=2e-5, msg=f"{name} of {N, H, V}")
-
-
 def test_no_tokens():
     hidden, weight, targets = (tensor[:0] if index != 1 else tensor for index, tensor in enumerate(case(2, 8, 37)))
     loss_sum, losses = linear_cross_entropy(hidden, weight, targets)
@@ -105,10 +93,15 @@ def test_no_tokens():
     assert torch.autograd.grad(loss_sum, weight)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("size", [1e3, 1e4])
-def test_logits_whose_exponentials_overflow(size):
-    tensors = case(6, 16, 37, size=size)
-    assert_all_match(fused(*tensors), reference(*tensors), torch.float32)
+def test_logits_whose_exponentials_overflow_and_the_same_bits_from_views():
+    hidden, weight, targets = tensors = case(6, 16, 37, size=1e4)
+    got = fused(*tensors, 296)
+    assert_all_match(got, reference(*tensors), torch.float32)
+    wide = torch.randn(6, 40, device=DEVICE)
+    wide[:, 3:19] = hidden.detach()
+    views = (wide[:, 3:19].requires_grad_(), weight.detach().T.contiguous().T.requires_grad_())
+    again = fused(*views, targets.repeat_interleave(2)[::2], 296)
+    assert all(torch.equal(left, right) for left, right in zip(got, again, strict=True))
 
 
 def test_a_block_of_impossible_words(monkeypatch):
@@ -161,21 +154,6 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_the_same_bits_every_time():
-    first, second = (fused(*case(7, 16, 37), 3 * 148) for _ in range(2))
-    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
-
-
-def test_tensors_that_are_views():
-    hidden, weight, targets = case(6, 16, 37)
-    wide = torch.randn(6, 40, device=DEVICE)
-    wide[:, 3:19] = hidden.detach()
-    view = wide[:, 3:19].requires_grad_()
-    turned = weight.detach().T.contiguous().T.requires_grad_()
-    every_other = targets.repeat_interleave(2)[::2]
-    assert_all_match(fused(view, turned, every_other, 296), reference(hidden, weight, targets), torch.float32)
-
-
 def test_operator_contract():
     hidden, weight, targets = case(5, 8, 37)
     for needs in ((True, True), (True, False), (False, False)):
@@ -195,12 +173,11 @@ def test_operator_compiles_into_one_graph():
         torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize("max_logits_bytes", [2**20, 200])
-def test_autocast_multiplies_in_its_type_and_adds_up_in_float32(max_logits_bytes):
+def test_autocast_multiplies_in_its_type_and_adds_up_in_float32():
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     hidden, weight, targets = case(7, 16, 37)
     with torch.autocast(DEVICE.type, dtype):
-        got = fused(hidden, weight, targets, max_logits_bytes)
+        got = fused(hidden, weight, targets, 200)
         loss_sum, losses = plain_linear_cross_entropy(hidden, weight, targets)
         want = loss_sum, losses, *torch.autograd.grad(loss_sum * UPSTREAM, (hidden, weight))
     assert [tensor.dtype for tensor in got] == [torch.float32] * 4
@@ -218,17 +195,13 @@ def test_logits_of_all_tokens_are_never_held(monkeypatch):
     assert logits == [3, 3, 2]
 
 
-def test_float64_and_types_that_differ_go_to_the_definition():
+def test_float64_goes_to_the_definition_and_what_does_not_fit_is_refused():
     hidden, weight, targets = case(5, 8, 37, torch.float64)
     got = linear_cross_entropy(hidden, weight, targets)
     assert got[1].dtype == torch.float64
     assert_matches("losses", got[1], reference(hidden, weight, targets)[1])
     with pytest.raises(RuntimeError, match="dtype"):
         linear_cross_entropy(hidden.float(), weight, targets)
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    hidden, weight, targets = case(5, 8, 37)
     for wrong in ((hidden[None], weight, targets), (hidden, weight[:, 1:], targets), (hidden, weight, targets[1:])):
         with pytest.raises(ValueError, match=r"must be \(N, H\), \(V, H\) and \(N,\)"):
             linear_cross_entropy(*wrong)
@@ -303,23 +276,20 @@ def calls(monkeypatch):
     return seen
 
 
+DENSE = {"num_experts": 0, "num_experts_per_tok": 0}
 MODELS = {
-    "penalty-balanced": ("cpt_moe", {}),
-    "switch": ("cpt_moe switch", {}),
-    "sinkhorn": ("cpt_moe sinkhorn", {}),
-    "dense": ("cpt_moe", {"num_experts": 0, "num_experts_per_tok": 0}),
-    "tied head": ("cpt_moe", {"tie_word_embeddings": True}),
-}
-INPUTS = {
-    "mean": {},
-    "a number of tokens": {"num_items_in_batch": 7},
-    "tokens on the device": {"num_items_in_batch": torch.tensor(23, device=DEVICE)},
-    "labels already shifted": {"shift_labels": True},
+    "penalty-balanced, a number of tokens": ("cpt_moe", {}, {"num_items_in_batch": 7}),
+    "switch, labels already shifted": ("cpt_moe switch", {}, {"shift_labels": True}),
+    "sinkhorn, mean": ("cpt_moe sinkhorn", {}, {}),
+    "dense, tied head, tokens on the device": (
+        "cpt_moe",
+        {**DENSE, "tie_word_embeddings": True},
+        {"num_items_in_batch": torch.tensor(23, device=DEVICE)},
+    ),
 }
 
 
-@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("kind, changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind, changes, inputs", MODELS.values(), ids=MODELS)
 def test_losses_and_every_gradient(calls, kind, changes, inputs):
     ids, labels = batch()
     inputs = {"labels": labels, **inputs}
@@ -379,7 +349,8 @@ def test_losses_per_source_are_the_same(calls, is_training):
 
 def test_whoever_stands_between_the_head_and_its_weight_is_not_passed_over(calls):
     ids, labels = batch()
-    _, hooked = pair()
+    plain, hooked = pair()
+    assert plain(input_ids=ids, labels=labels).logits is not None  # fuse_head has changed its own model alone
     seen = []
     hooked.lm_head.register_forward_hook(lambda *args: seen.append(1))
     _, adapted = pair()
@@ -391,39 +362,28 @@ def test_whoever_stands_between_the_head_and_its_weight_is_not_passed_over(calls
     for model in (hooked, adapted, replaced, biased):
         assert model(input_ids=ids, labels=labels).logits is not None
     assert (calls, seen) == ([], [1])
-
-
-def test_another_loss_function_gets_its_logits(calls):
-    ids, labels = batch()
-    _, fused = pair()
-    fused.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
-    output = fused(input_ids=ids, labels=labels, output_router_logits=False)
+    _, other_loss = pair()
+    other_loss.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    output = other_loss(input_ids=ids, labels=labels, output_router_logits=False)
     assert torch.equal(output.loss, output.logits.square().mean())
     assert calls == []
 
 
-def test_only_this_model_changes(calls):
+def test_a_copy_of_a_fused_model_has_a_head_of_its_own():
     ids, labels = batch()
     plain, fused = pair()
-    fuse_head(fused)
+    fuse_head(fused)  # twice is the same as once
     copy = deepcopy(fused)
-    assert plain(input_ids=ids, labels=labels).logits is not None
     with torch.no_grad():
         copy.lm_head.weight.zero_()
     assert copy(input_ids=ids, labels=labels).lm_loss.item() == pytest.approx(torch.tensor(VOCABULARY).log().item())
     assert_matches("loss", fused(input_ids=ids, labels=labels).loss, plain(input_ids=ids, labels=labels).loss)
-    assert "head_and_loss" not in vars(plain)
-
-
-def test_a_model_without_the_seam_is_refused():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no method `head_and_loss`"):
-        fuse_head(tiny_model("llama"))
 
 
 @pytest.mark.compiles
 def test_model_compiles_into_one_graph():
     ids, labels = batch()
-    plain, fused = pair("cpt_moe", num_experts=0, num_experts_per_tok=0)
+    plain, fused = pair("cpt_moe", **DENSE)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     compiled(input_ids=ids, labels=labels).loss.backward()
     _, want = run(plain, ids, labels=labels)
@@ -432,20 +392,7 @@ def test_model_compiles_into_one_graph():
 
 
 needs_liger = pytest.mark.skipif(not is_installed("liger_kernel"), reason="liger-kernel is not installed")
-ALL_OFF = {name: False for name in ("rope", "rms_norm", "swiglu", "geglu", "fused_linear_cross_entropy")}
-# What Triton's interpreter can run of Liger.
-INTERPRETABLE = {"rms_norm": False, "swiglu": False, "geglu": False}
 GROUPED_QUERIES = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def rope(fraction):
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}}
-
-
-def patched(model, **kernels):
-    model = deepcopy(model)
-    apply_liger_kernel_to_cpt_moe(model=model, **kernels)
-    return model
 
 
 def changed_modules(model):
@@ -463,73 +410,49 @@ ROPES = {(f"model.layers.{layer}.self_attn", "rotate_query_and_key") for layer i
 HEAD = {("", "head_and_loss")}
 
 
-def mlps(name):
-    return {(f"model.layers.{layer}.{name}", "forward") for layer in (0, 1)}
-
-
-DENSE = {"num_experts": 0, "num_experts_per_tok": 0}
+MLPS = {(f"model.layers.{layer}.mlp", "forward") for layer in (0, 1)}
+SHARED = {(f"{path}.shared_experts", name) for path, name in MLPS}
+# Changed fields of the model, what is left out of the kernels, what changes.
 PARTS = {
-    "all of the default model": ({}, {}, NORMS | ROPES | HEAD),
-    "shared experts": ({"hidden_act": "silu"}, {}, NORMS | ROPES | HEAD | mlps("mlp.shared_experts")),
-    "dense": ({"hidden_act": "gelu_pytorch_tanh", **DENSE}, {}, NORMS | ROPES | HEAD | mlps("mlp")),
-    "no shared experts": (
+    "all of the default model": ({}, (), NORMS | ROPES | HEAD),
+    "shared experts": ({"hidden_act": "silu"}, (), NORMS | ROPES | HEAD | SHARED),
+    "dense": ({"hidden_act": "gelu_pytorch_tanh", **DENSE}, (), NORMS | ROPES | HEAD | MLPS),
+    "no shared": (
         {"hidden_act": "silu", "num_shared_experts": 0, "moe_intermediate_size": 8},
-        {},
-        NORMS | ROPES | HEAD,
+        ("rope",),
+        NORMS | HEAD,
     ),
-    "layer norm": ({"norm_type": "layernorm"}, {}, ROPES | HEAD),
-    "no rope": ({}, {"rope": False}, NORMS | HEAD),
-    "no norms": ({}, {"rms_norm": False}, ROPES | HEAD),
-    "no gated MLP": ({"hidden_act": "silu"}, {"swiglu": False}, NORMS | ROPES | HEAD),
-    "no fused head": ({}, {"fused_linear_cross_entropy": False}, NORMS | ROPES),
-    "nothing": ({"hidden_act": "silu"}, ALL_OFF, set()),
+    "layer norm": ({"norm_type": "layernorm"}, (), ROPES | HEAD),
+    "two left out": ({"hidden_act": "silu"}, ("rms_norm", "swiglu"), ROPES | HEAD),
+    "no fused head": ({}, ("fused_linear_cross_entropy",), NORMS | ROPES),
+    "nothing": ({"hidden_act": "silu"}, ("rope", "rms_norm", "swiglu", "geglu", "fused_linear_cross_entropy"), set()),
 }
 
 
 @needs_liger
-@pytest.mark.parametrize("changes, kernels, want", PARTS.values(), ids=PARTS)
-def test_what_is_asked_for_and_possible_is_changed_in_this_model_alone(changes, kernels, want):
-    plain = tiny_model("cpt_moe", **changes)
-    model = patched(patched(plain, **kernels), **kernels)
-    assert changed_modules(model) == want
-    assert changed_modules(plain) == set()
-
-
-@needs_liger
-def test_norms_compute_as_ours_do_and_with_our_epsilon():
+@pytest.mark.parametrize("changes, left_out, want", PARTS.values(), ids=PARTS)
+def test_what_is_asked_for_and_possible_is_changed_in_this_model_alone(changes, left_out, want):
+    """Twice is once; classes and torch's functions stay; norms keep our epsilon; other heads get the layers only."""
     from liger_kernel.transformers import LigerRMSNorm
 
-    model = patched(tiny_model("cpt_moe", rms_norm_eps=3e-4))
-    norms = [module for module in model.modules() if isinstance(module, CptMoeRMSNorm)]
-    assert len(norms) == 5
-    for norm in norms:
+    classes = (CptMoeForCausalLM, CptMoeAttention, CptMoeRMSNorm, nn.Linear)
+    before = [dict(vars(one)) for one in classes], F.cross_entropy
+    plain = tiny_model("cpt_moe", rms_norm_eps=3e-4, **changes)
+    model = deepcopy(plain)
+    for _ in range(2):
+        apply_liger_kernel_to_cpt_moe(model=model, **dict.fromkeys(left_out, False))
+    assert changed_modules(model) == want
+    assert changed_modules(plain) == set() and before == ([dict(vars(one)) for one in classes], F.cross_entropy)
+    for norm in (module for module in model.modules() if isinstance(module, CptMoeRMSNorm) and NORMS <= want):
         assert norm.forward.__func__ is LigerRMSNorm.forward
         assert (norm.casting_mode, norm.offset, norm.variance_epsilon) == ("llama", 0.0, 3e-4)
+    classifier = AutoModelForSequenceClassification.from_config(CONFIGS["cpt_moe"](num_labels=3, **changes))
+    apply_liger_kernel_to_cpt_moe(model=classifier, **dict.fromkeys(left_out, False))
+    assert changed_modules(classifier) == want - HEAD
 
 
 @needs_liger
-def test_no_class_and_no_function_changes():
-    function = torch.nn.functional.cross_entropy
-    classes = (CptMoeForCausalLM, CptMoeAttention, CptMoeRMSNorm, torch.nn.Linear)
-    before = [dict(vars(one)) for one in classes]
-    apply_liger_kernel_to_cpt_moe(model=tiny_model("cpt_moe", hidden_act="silu"))
-    assert torch.nn.functional.cross_entropy is function
-    assert [dict(vars(one)) for one in classes] == before
-
-
-@needs_liger
-def test_other_heads_get_the_layers_only():
-    config = CONFIGS["cpt_moe"](num_labels=3)
-    classifier = AutoModelForSequenceClassification.from_config(config)
-    apply_liger_kernel_to_cpt_moe(model=classifier)
-    assert changed_modules(classifier) == NORMS | ROPES
-    decoder = tiny_model("cpt_moe").model
-    apply_liger_kernel_to_cpt_moe(model=decoder)
-    assert len(changed_modules(decoder)) == len(NORMS | ROPES)
-
-
-@needs_liger
-@pytest.mark.parametrize("rotated", [2, 6, 8])
+@pytest.mark.parametrize("rotated", [6, 8])
 def test_rotation(rotated):
     def states(heads):
         return torch.randn(2, 5, heads, 8, device=DEVICE).requires_grad_()
@@ -543,16 +466,16 @@ def test_rotation(rotated):
     projected = [one * 1.0 for one in (query, key)]  # rotated in place, as the outputs of a projection are
     got = liger_rotate_query_and_key(*(one.transpose(1, 2) for one in projected), angles.cos(), angles.sin())
     got_gradients = torch.autograd.grad(got, (query, key), [one.clone() for one in upstream])
-    for name, left, right in zip(
-        ("query", "key", "query gradient", "key gradient"),
-        (*got, *got_gradients),
-        (*want, *want_gradients),
-        strict=True,
-    ):
-        assert_matches(name, left, right)
+    for left, right in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        assert_matches("states or gradient", left, right)
 
 
-def assert_same_step(plain, fused, limit=2e-5):
+def assert_same_step(kind, fraction, limit, left_out=(), **changes):
+    """A step of a model with and without Liger's kernels; the rotation takes a fraction of each head."""
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}
+    plain = tiny_model(kind, **GROUPED_QUERIES, rope_parameters=rope, **changes).to(DEVICE)
+    fused = deepcopy(plain)
+    apply_liger_kernel_to_cpt_moe(model=fused, **dict.fromkeys(left_out, False))
     ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     packed = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], device=DEVICE).expand(2, -1)
     losses = []
@@ -566,11 +489,10 @@ def assert_same_step(plain, fused, limit=2e-5):
 
 
 @needs_liger
-@pytest.mark.parametrize("fraction", [0.5, 1.0])
-@pytest.mark.parametrize("kind", ["cpt_moe", "cpt_moe switch", "cpt_moe sinkhorn"])
+@pytest.mark.parametrize("kind, fraction", [("cpt_moe", 0.5), ("cpt_moe switch", 1.0)])
 def test_a_step_gives_the_same_loss_and_gradients(kind, fraction):
-    plain = tiny_model(kind, **GROUPED_QUERIES, **rope(fraction)).to(DEVICE)
-    assert_same_step(plain, patched(plain, **INTERPRETABLE))
+    """With what Triton's interpreter can run of Liger."""
+    assert_same_step(kind, fraction, 2e-5, left_out=("rms_norm", "swiglu", "geglu"))
 
 
 @needs_liger
@@ -578,8 +500,7 @@ def test_a_step_gives_the_same_loss_and_gradients(kind, fraction):
 @pytest.mark.parametrize("hidden_act", ["gelu", "silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("changes", [{}, DENSE, {"norm_type": "layernorm"}], ids=["moe", "dense", "layernorm"])
 def test_a_step_with_every_kernel_gives_the_same_loss_and_gradients(changes, hidden_act):
-    plain = tiny_model("cpt_moe", hidden_act=hidden_act, **changes, **GROUPED_QUERIES, **rope(0.5)).to(DEVICE)
-    assert_same_step(plain, patched(plain), 1e-4)
+    assert_same_step("cpt_moe", 0.5, 1e-4, hidden_act=hidden_act, **changes)
 
 
 @needs_liger
@@ -603,16 +524,15 @@ def test_transformers_finds_us_through_ligers_table():
     assert changed_modules(model) == ROPES | HEAD
 
 
-def test_what_cannot_be_is_refused():
+def test_what_cannot_be_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no method `head_and_loss`"):
+        fuse_head(tiny_model("llama"))
     with pytest.raises(ValueError, match="Pass model=...: .* never into its classes"):
         apply_liger_kernel_to_cpt_moe()
     model = tiny_model("cpt_moe")
     with pytest.raises(ValueError, match="cross_entropy=True would replace torch's cross entropy"):
         apply_liger_kernel_to_cpt_moe(cross_entropy=True, model=model)
     assert changed_modules(model) == set()
-
-
-def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ImportError, match=r"apply_liger_kernel_to_cpt_moe needs .* pip install 'hf_moe_cpt\[liger\]'"):
-        apply_liger_kernel_to_cpt_moe(model=tiny_model("cpt_moe"))
+        apply_liger_kernel_to_cpt_moe(model=model)

@@ -33,8 +33,7 @@ from hf_moe_cpt.kernels.grouped_gemm import (
     tile_plan,
 )
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from tests.helpers.expert_layers import ExpertLayer, expert_layer
-from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES, ExpertLayer, expert_layer
 from tests.helpers.tolerances import assert_matches
 
 

@@ -29,8 +29,7 @@ from hf_moe_cpt.kernels.grouped_gemm import (
     weight_gradient,
 )
 from hf_moe_cpt.kernels.routing import RoutingTable, plain_permute_tokens, plain_routing_table
-from tests.helpers.expert_layers import ExpertLayer, expert_layer
-from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES, ExpertLayer, expert_layer
 from tests.helpers.tolerances import assert_matches
 
 

@@ -19,7 +19,7 @@ from hf_moe_cpt.kernels.routing import (
     plain_routing_table,
     routing_table,
 )
-from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES
 from tests.helpers.tolerances import RELATIVE_RMS_LIMIT, assert_matches
 
 

@@ -9,7 +9,7 @@ from hf_moe_cpt.kernels import sinkhorn
 from hf_moe_cpt.kernels.sinkhorn import sinkhorn_plan
 from hf_moe_cpt.modeling import modeling_cpt_moe
 from hf_moe_cpt.modeling.modeling_cpt_moe import plain_sinkhorn_plan
-from tests.helpers.kernel_device import DEVICE, FLOAT_DTYPES
+from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES
 from tests.helpers.tolerances import assert_matches
 
 

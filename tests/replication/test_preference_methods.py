@@ -1,13 +1,8 @@
-"""The tiny policy and its examination, against enumeration of all answers, scipy and hand-made cases.
-
-The comparison in miniature, end to end: its files, resuming, failures and refusals; and what its plan asks for.
-
-Intervals against scipy, and rows, choices and the table of records made by hand.
-"""
+"""The tiny policy and its examination against enumeration of all answers, scipy and cases made by hand; the comparison
+in miniature, end to end; what its plan asks for; rows, choices and the table of records made by hand."""
 
 import csv
 import io
-import itertools
 import json
 import math
 from contextlib import redirect_stdout
@@ -21,15 +16,13 @@ from scipy import optimize, stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.data.preference_world import EOS_ID, PAD_ID, PreferenceWorld
-from hf_moe_cpt.scripts.replication import preference_methods as compare_preference_methods
-from hf_moe_cpt.scripts.replication import preference_methods as compare_preference_run
+from hf_moe_cpt.scripts.replication import preference_methods
 from hf_moe_cpt.scripts.replication.preference_methods import (
     ABLATIONS,
     METHODS,
     POLICY_STEPS,
     SETTINGS,
     CompareArguments,
-    Crew,
     JudgedSamples,
     PolicyPlan,
     Run,
@@ -45,13 +38,12 @@ from hf_moe_cpt.scripts.replication.preference_methods import (
     method_settings,
     sample_answers,
     sequence_divergence,
-    t_interval,
-    t_quantile,
     taken,
     train_policy,
     uniform_numbers,
     win_rate,
 )
+from hf_moe_cpt.scripts.replication.sweep import Crew, open_folder, t_interval
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 
@@ -72,8 +64,16 @@ def policies(tmp_path_factory) -> tuple[PreferenceWorld, AutoModelForCausalLM, A
 def test_imitation_learns_the_base_policy(tmp_path):
     world = PreferenceWorld(num_requests=8, num_words=6, max_words=4)
     losses = train_policy(world, PolicyPlan(steps=150), tmp_path)
-    logs = world.base_log_probabilities(world.prompts(range(3000)), world.base_completions(range(3000)))
-    entropy = -logs.sum() / (world.mean_base_tokens * 3000)
+    answers = world.base_completions(range(3000))
+    lengths = (answers >= world.first_word_id).sum(axis=1)
+    inside = np.arange(answers.shape[1]) < lengths[:, None]
+    words = np.where(inside, answers - world.first_word_id, 0)
+    logs = np.take_along_axis(np.log(world.word_probabilities(world.prompts(range(3000)))), words, axis=1)[
+        inside
+    ].sum()
+    logs += np.log1p(-world.stop_probability) * (lengths - 1).sum()
+    logs += np.log(world.stop_probability) * (lengths < world.max_words).sum()
+    entropy = -logs / (world.mean_base_tokens * 3000)  # of the base policy, in nats per token
     assert losses[0] > entropy + 1 and np.mean(losses[-20:]) < entropy + 0.1
     assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == len(world.vocabulary)
 
@@ -242,11 +242,11 @@ def test_results_are_those_of_the_records(finished):
 
 def test_what_is_finished_is_not_run_again(finished, tmp_path, monkeypatch):
     made = []
-    carry_out = compare_preference_run.Worker.carry_out
+    carry_out = preference_methods.Worker.carry_out
     monkeypatch.setattr(
-        compare_preference_run.Worker, "carry_out", lambda self, run: made.append(run.name) or carry_out(self, run)
+        preference_methods.Worker, "carry_out", lambda self, run: made.append(run.name) or carry_out(self, run)
     )
-    monkeypatch.setattr(compare_preference_methods, "train_policy", None)
+    monkeypatch.setattr(preference_methods, "train_policy", None)
     before = results_of(finished[0])
     start(finished[0], "--methods", *METHODS_RUN)
     assert made == [] and results_of(finished[0])["rows"] == before["rows"]
@@ -257,44 +257,16 @@ def test_what_is_finished_is_not_run_again(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_comparison_goes_on_and_gives_the_same_numbers(finished, tmp_path, monkeypatch):
-    keep, kept = compare_preference_methods.ComparisonFolder.keep, []
-
-    def die_at_fourth(self, run, record):
-        if len(kept) == 3:
-            raise KeyboardInterrupt
-        kept.append(run.name)
-        keep(self, run, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compare_preference_methods.ComparisonFolder, "keep", die_at_fourth)
-        with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / "out", "--methods", *METHODS_RUN)
-    assert not (tmp_path / "out/results.json").exists()
-    start(tmp_path / "out", "--methods", *METHODS_RUN)
-
-    def without_clocks(results):
-        return [{**row, "seconds": None} for row in results["rows"]]
-
-    assert without_clocks(results_of(tmp_path / "out")) == without_clocks(results_of(finished[0]))
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(finished):
+def test_two_processes_give_what_one_gives(finished, tmp_path):
     comparison = make_comparison(CompareArguments())
-    folder = compare_preference_methods.ComparisonFolder(finished[0])
     runs = [run for method in METHODS_RUN for run in comparison.tuning_runs(method)[:1]]
-
-    class Elsewhere:
-        policy = folder.policy
-        record = staticmethod(lambda run: None)
-        keep = staticmethod(lambda run, record: None)
-
-    bar = compare_preference_methods.tqdm(total=len(runs), disable=True)
-    with Crew(comparison, Elsewhere(), workers=2) as crew:
+    bar = preference_methods.tqdm(total=len(runs), disable=True)
+    given = comparison, finished[0] / "policy"
+    with Crew(open_folder(str(tmp_path / "out"), {}), 2, preference_methods.Worker, *given) as crew:
         records = crew.records(runs, bar)
     for run in runs:
-        assert records[run.name]["grades"] == pytest.approx(folder.record(run)["grades"], rel=1e-6)
+        alone = json.loads((finished[0] / "runs" / f"{run.name}.json").read_text())
+        assert records[run.name]["grades"] == pytest.approx(alone["grades"], rel=1e-6)
 
 
 def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch):
@@ -303,7 +275,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
             raise RuntimeError("the loss of step 1\nis not a number")
         return json.loads(next((finished[0] / "runs").glob(f"{run.method}-{run.split}-*")).read_text())
 
-    monkeypatch.setattr(compare_preference_run.Worker, "carry_out", fail)
+    monkeypatch.setattr(preference_methods.Worker, "carry_out", fail)
     printed = start(tmp_path / "out", "--methods", *METHODS_RUN)
     assert printed.splitlines()[-1] == "rainbowpo failed: every run of its grid failed"
     assert not list((tmp_path / "out/runs").glob("rainbowpo*"))
@@ -313,7 +285,7 @@ def test_failed_run_is_reported_and_tried_again(finished, tmp_path, monkeypatch)
 def test_pairs_can_come_from_the_reference(finished, tmp_path):
     """Then both answers are samples of the model, which the base policy may find impossible."""
     comparison = make_comparison(CompareArguments(pairs_from="reference"))
-    workshop = compare_preference_run.Worker(comparison, finished[0] / "policy")
+    workshop = preference_methods.Worker(comparison, finished[0] / "policy")
     rows, world = workshop.training_pairs(1), comparison.world
     tokenizer = world.tokenizer()
     begin = comparison.first_pair(1)
@@ -325,30 +297,9 @@ def test_pairs_can_come_from_the_reference(finished, tmp_path):
         assert {row["chosen"].strip(), row["rejected"].strip()} == expected
 
 
-def test_other_settings_and_foreign_folders_are_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="holds a comparison with world.length_bias=0.1, and now it is 0.5: name"):
+def test_another_world_is_refused(finished):
+    with pytest.raises(ValueError, match="was made with world.length_bias=0.1, and now it is 0.5: name"):
         start(finished[0], "--methods", "dpo", "--length_bias", "0.5")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty and no comparison wrote it: name another folder"):
-        start(tmp_path, "--methods", "dpo")
-
-
-REFUSED = {
-    "setting": (("--setting", "huge"), "--setting 'huge' is unknown: choose one of small, normal"),
-    "method": (("--methods", "dpo", "ppo"), "--methods 'ppo' is unknown: choose from rainbowpo, dpo"),
-    "seeds": (("--seeds", "0"), "--seeds 0: every method needs at least one final run"),
-    "workers": (("--workers", "0"), "--workers 0: at least one process"),
-    "pairs": (("--pairs_from", "people"), "--pairs_from 'people' is unknown: choose one of base, reference"),
-    "architecture": (("--architecture", "rnn"), "--architecture 'rnn' is unknown: choose one of llama, cpt_moe"),
-    "ambiguity": (("--ambiguity", "2"), r"ambiguity_levels=\(0.0, 2.0\) must hold"),
-}
-
-
-@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
-def test_bad_arguments_are_refused_with_one_line_before_anything_is_written(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        start(tmp_path / "out", *words)
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_config_file(tmp_path):
@@ -395,42 +346,22 @@ def test_scale_says_how_long_a_run_is():
     assert replace(MINIATURE, num_pairs=100, epochs=3, batch_size=8).steps == 3 * 12
 
 
-METHODS_COMPARE_PREFERENCE_REPORT = ["dpo", "rainbowpo"]
-
-
-def test_t_quantiles_are_scipys():
-    for degrees, probability in itertools.product([1, 2, 3, 4, 7, 10, 29, 60], [0.5, 0.8, 0.975, 0.999]):
-        assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-9)
-    values = [0.3, 0.9, 0.4, 0.45]
-    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    assert t_interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
-    assert t_interval([2.0]) == (2.0, None)
-    with pytest.raises(ValueError, match="an interval needs at least one value"):
-        t_interval([])
-    with pytest.raises(ValueError, match=r"probability=1 must be in \[1/2, 1\) and degrees=0 at least 1"):
-        t_quantile(1, 0)
-
-
 def record(reward: float) -> dict:
     return {"grades": {"reward": reward, "kl": 1.0}, "settings": {"beta": 2.0}, "seconds": {"training": 3.0}}
 
 
 def test_rows_choices_and_table_of_hand_made_records():
-    runs = {
-        (method, seed): Run(method, 1e-3, 1.0, seed, "test")
-        for method in METHODS_COMPARE_PREFERENCE_REPORT
-        for seed in (1, 2)
-    }
+    runs = {(method, seed): Run(method, 1e-3, 1.0, seed, "test") for method in METHODS_RUN for seed in (1, 2)}
     rewards = {("dpo", 1): 0.5, ("dpo", 2): 0.7, ("rainbowpo", 1): 0.9, ("rainbowpo", 2): 1.2}
     records = {run.name: record(rewards[key]) for key, run in runs.items()}
-    final = {method: [runs[method, 1], runs[method, 2]] for method in METHODS_COMPARE_PREFERENCE_REPORT}
-    rows = method_rows(METHODS_COMPARE_PREFERENCE_REPORT, final, records)
+    final = {method: [runs[method, 1], runs[method, 2]] for method in METHODS_RUN}
+    rows = method_rows(METHODS_RUN, final, records)
     assert [row["method"] for row in rows] == ["rainbowpo", "dpo"]
     assert rows[1]["reward_over_rainbowpo"] == t_interval([0.5 - 0.9, 0.7 - 1.2])
     assert choose(final["dpo"], records) is runs["dpo", 2]
     records[runs["dpo", 2].name] = {"error": "out of memory"}
     assert choose(final["dpo"], records) is runs["dpo", 1] and choose([runs["dpo", 2]], records) is None
-    failed = method_rows(METHODS_COMPARE_PREFERENCE_REPORT, final, records)[-1]
+    failed = method_rows(METHODS_RUN, final, records)[-1]
     assert failed == {"method": "dpo", "error": "out of memory"}
     reference = {"reward": -0.25, "kl/0.9": 0.125}
     table = comparison_table({"rows": rows, "reference": reference, "best_reward": 2.0})

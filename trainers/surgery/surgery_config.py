@@ -1,15 +1,12 @@
-"""What contradicts itself in the arguments of a surgery, said in one line before anything is loaded. Source: ours.
-
-Whole settings of a surgery by name: the paper's own, and a bounded one that is the default.
+"""Arguments of LLM Surgery: one weight and one batch size for each set, and how forgetting is bounded.
 
 "paper" follows the authors' code in everything that decides a number: four sets, weights, plain ascent, forward KL,
 AdamW with decay on every parameter, a constant rate, 120 steps, no rule that stops it, and the model of the last step.
 What the code leaves to the launch is not in it: how many GPUs, hence how many sequences of each set make a step.
-Source: akshajkumarv/llm_surgery_code, config_surgery.yaml at 87826d1 (2024-09-25); "safe" is ours.
+"safe" is the defaults.
 
-Arguments of LLM Surgery: one weight and one batch size for each set, and how forgetting is bounded.
-
-Source: Veldanda et al. 2024 (arXiv 2409.13054) for the objective; bounds, stop rules and expert options are ours.
+Source: Veldanda et al. 2024 (arXiv 2409.13054) for the objective; akshajkumarv/llm_surgery_code, config_surgery.yaml
+at 87826d1 (2024-09-25), for "paper"; bounds, stop rules and expert options are ours.
 """
 
 from __future__ import annotations
@@ -21,26 +18,25 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
     FORGET_LOSSES,
-    KL_DIRECTIONS,
-    NORMALISATIONS,
+    NORMALIZATIONS,
     PAIR_LOSSES,
-    PAPER_WEIGHTS,
     TERMS,
     ForgetLoss,
     ForgetSettings,
     PairLoss,
-    check_weights,
     forget_loss_of,
 )
 
 
+UNSEEN = "unseen"
 FORGET_SETS = ("unlearn", "obsolete")
 ANCHOR_SETS = ("retain", "neighbour")
-UNSEEN = "unseen"
+PAPER_WEIGHTS = {"unlearn": 0.1, "obsolete": 0.1, "update": 2.0, "retain": 0.5, "neighbour": 0.0}
 CHOICES = {
-    "normalization": NORMALISATIONS,
+    "normalization": NORMALIZATIONS,
     "kl_direction": tuple(KL_DIRECTIONS),
     "gradient_surgery": ("none", "project", "pcgrad"),
     "reference": ("auto", "copy", "adapter", "cache"),
@@ -53,104 +49,6 @@ _MUST_STAY = {
     "logging_nan_inf_filter": (False, "a loss that is no number must stop the run"),
     "per_device_train_batch_size": (1, "set <set>_batch_size, rows of each set in a micro-batch"),
 }
-
-
-def check_settings(config: Any) -> None:
-    """Raise ValueError for the first contradiction in a `SurgeryConfig`."""
-    check_weights(config.weights)
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name}={getattr(config, name)!r} is unknown: choose one of {', '.join(choices)}.")
-    for name in _POSITIVE:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1; a set is left out by a weight of 0.")
-    for name in _AT_LEAST_0:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name}={getattr(config, name)} must be a finite number, at least 0; 0 leaves it out.")
-    for name in _ABOVE_0_OR_NONE:
-        value = getattr(config, name)
-        if value is not None and not value > 0.0:
-            raise ValueError(f"{name}={value} must be above 0, or unset to leave the rule out.")
-    for name, (value, reason) in _MUST_STAY.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)} must stay {value}: {reason}.")
-    if config.max_steps < 1:
-        raise ValueError(f"max_steps={config.max_steps} must be at least 1: the sets are endless, so steps end a run.")
-    config.forget_target = _checked_target(config.forget_target)
-    config.forget_settings(1.0)  # raises for wrong numbers
-    _check_losses(config)
-    if config.fp16 and config.max_term_grad_norm is not None:
-        raise ValueError("max_term_grad_norm with fp16 would clip scaled gradients: use bf16, or leave it unset.")
-
-
-def losses_of_sets(config: Any) -> dict[str, ForgetLoss | PairLoss]:
-    """The forget loss of each forgotten set."""
-    own = config.forget_loss if config.obsolete_loss is None else config.obsolete_loss
-    return {"unlearn": forget_loss_of(config.forget_loss), "obsolete": forget_loss_of(own)}
-
-
-def check_sets(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The sets of `given` (by name, None if not given) that have a weight. Raises ValueError unless they suffice.
-
-    A missing set is refused where its weight was set above 0 and the set cannot be optional: a surgery needs text to
-    forget or to learn, and text that holds the model where it forgets.
-    """
-    in_force = {name: data for name, data in given.items() if name in TERMS and data is not None}
-    in_force = {name: data for name, data in in_force.items() if config.weights[name] > 0}
-    for name, data in in_force.items():
-        if len(data) == 0:
-            raise ValueError(
-                f"{name}_dataset is empty and {name}_weight={config.weights[name]}: give it rows, or the weight 0."
-            )
-    if not any(name in in_force for name in (*FORGET_SETS, "update")):
-        raise ValueError(
-            "There is nothing to forget and nothing to learn: pass unlearn_dataset, obsolete_dataset or "
-            "update_dataset, with a weight above 0."
-        )
-    forgotten = [name for name in FORGET_SETS if name in in_force]
-    if forgotten and not any(name in in_force for name in ANCHOR_SETS) and not config.allow_unanchored:
-        raise ValueError(
-            f"{' and '.join(forgotten)} would be forgotten with nothing that holds the rest of the model: pass "
-            "retain_dataset (or neighbour_dataset) with a weight above 0, or set allow_unanchored=True."
-        )
-    losses = losses_of_sets(config)
-    if "obsolete" in forgotten and losses["obsolete"].name == "pair_dpo" and given.get("update") is None:
-        raise ValueError("pair_dpo lets new texts win over old ones: pass update_dataset, or choose another loss.")
-    if config.forget_target == UNSEEN and forgotten and given.get(UNSEEN) is None:
-        raise ValueError(
-            "forget_target='unseen' aims at the loss of text that the model never read: pass unseen_dataset (held-out "
-            "text of the same kind), or a number of nats per token, at most ln(vocabulary size)."
-        )
-    return in_force
-
-
-def _checked_target(target: float | str | None) -> float | str | None:
-    """The target as a number, "unseen" or None; parsers hand numbers over as text."""
-    if target is None or target == UNSEEN:
-        return target
-    if isinstance(target, str) and target.lower() in ("none", "null"):
-        return None
-    try:
-        value = float(target)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"forget_target={target!r} must be a number of nats per token above 0, 'unseen', or None.")
-    return value
-
-
-def _check_losses(config: Any) -> None:
-    losses = losses_of_sets(config)
-    if losses["unlearn"].name == "pair_dpo" and config.unlearn_weight > 0:
-        raise ValueError(
-            "forget_loss='pair_dpo' needs a new version of each text, which the unlearn set has not: set "
-            "obsolete_loss='pair_dpo' and another forget_loss, or unlearn_weight=0."
-        )
-    for name, loss in losses.items():
-        if loss.needs_target and config.forget_target is None and config.weights[name] > 0:
-            raise ValueError(
-                f"{loss.name} needs forget_target: 'unseen' with unseen_dataset, or a number of nats per token."
-            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -357,8 +255,58 @@ class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse contradictions, before anything is loaded."""
-        check_settings(self)
+        self._check_numbers()
+        self.forget_target = _checked_target(self.forget_target)
+        self.forget_settings(1.0)  # raises for wrong numbers
+        self._check_losses()
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name, weight in self.weights.items():
+            if not 0.0 <= weight < math.inf:
+                raise ValueError(
+                    f"{name}_weight={weight} must be a finite number, at least 0: a forget loss already has the sign "
+                    "of what is minimised; 0 leaves a set out."
+                )
+        if not any(self.weights.values()):
+            raise ValueError("all weights are 0: give at least one set a weight above 0.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1; a set is left out by a weight of 0."
+                )
+        for name in _AT_LEAST_0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0; 0 leaves it out.")
+        for name in _ABOVE_0_OR_NONE:
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"{name}={value} must be above 0, or unset to leave the rule out.")
+        for name, (value, reason) in _MUST_STAY.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)} must stay {value}: {reason}.")
+        if self.max_steps < 1:
+            raise ValueError(
+                f"max_steps={self.max_steps} must be at least 1: the sets are endless, so steps end a run."
+            )
+        if self.fp16 and self.max_term_grad_norm is not None:
+            raise ValueError("max_term_grad_norm with fp16 would clip scaled gradients: use bf16, or leave it unset.")
+
+    def _check_losses(self) -> None:
+        losses = self.forget_losses
+        if losses["unlearn"].name == "pair_dpo" and self.unlearn_weight > 0:
+            raise ValueError(
+                "forget_loss='pair_dpo' needs a new version of each text, which the unlearn set has not: set "
+                "obsolete_loss='pair_dpo' and another forget_loss, or unlearn_weight=0."
+            )
+        for name, loss in losses.items():
+            if loss.needs_target and self.forget_target is None and self.weights[name] > 0:
+                raise ValueError(
+                    f"{loss.name} needs forget_target: 'unseen' with unseen_dataset, or a number of nats per token."
+                )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SurgeryConfig:
@@ -371,6 +319,12 @@ class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
         return self.follow_unseen and self.forget_target == UNSEEN
 
     @property
+    def forget_losses(self) -> dict[str, ForgetLoss | PairLoss]:
+        """The forget loss of each forgotten set."""
+        own = self.forget_loss if self.obsolete_loss is None else self.obsolete_loss
+        return {"unlearn": forget_loss_of(self.forget_loss), "obsolete": forget_loss_of(own)}
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term of the objective."""
         return {name: getattr(self, f"{name}_weight") for name in TERMS}
@@ -378,3 +332,53 @@ class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
     def forget_settings(self, target: float | None) -> ForgetSettings:
         """The numbers of the forget losses, with the target in nats per token once it is known."""
         return ForgetSettings(target, self.forget_beta, self.satimp_beta2, self.forget_max_weight)
+
+    def sets_in_force(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The sets of `given` (by name, None if not given) that have a weight. Raises ValueError unless they suffice.
+
+        A missing set is refused where its weight was set above 0 and the set cannot be optional: a surgery needs text
+        to forget or to learn, and text that holds the model where it forgets.
+        """
+        in_force = {
+            name: data for name, data in given.items() if name in TERMS and data is not None and self.weights[name] > 0
+        }
+        for name, data in in_force.items():
+            if len(data) == 0:
+                raise ValueError(
+                    f"{name}_dataset is empty and {name}_weight={self.weights[name]}: give it rows, or the weight 0."
+                )
+        if not any(name in in_force for name in (*FORGET_SETS, "update")):
+            raise ValueError(
+                "There is nothing to forget and nothing to learn: pass unlearn_dataset, obsolete_dataset or "
+                "update_dataset, with a weight above 0."
+            )
+        forgotten = [name for name in FORGET_SETS if name in in_force]
+        if forgotten and not any(name in in_force for name in ANCHOR_SETS) and not self.allow_unanchored:
+            raise ValueError(
+                f"{' and '.join(forgotten)} would be forgotten with nothing that holds the rest of the model: pass "
+                "retain_dataset (or neighbour_dataset) with a weight above 0, or set allow_unanchored=True."
+            )
+        is_paired = "obsolete" in forgotten and self.forget_losses["obsolete"].name == "pair_dpo"
+        if is_paired and given.get("update") is None:
+            raise ValueError("pair_dpo lets new texts win over old ones: pass update_dataset, or choose another loss.")
+        if self.forget_target == UNSEEN and forgotten and given.get(UNSEEN) is None:
+            raise ValueError(
+                "forget_target='unseen' aims at the loss of text that the model never read: pass unseen_dataset "
+                "(held-out text of the same kind), or a number of nats per token, at most ln(vocabulary size)."
+            )
+        return in_force
+
+
+def _checked_target(target: float | str | None) -> float | str | None:
+    """The target as a number, "unseen" or None; parsers hand numbers over as text."""
+    if target is None or target == UNSEEN:
+        return target
+    if isinstance(target, str) and target.lower() in ("none", "null"):
+        return None
+    try:
+        value = float(target)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"forget_target={target!r} must be a number of nats per token above 0, 'unseen', or None.")
+    return value

@@ -1,31 +1,30 @@
-"""From a batch of one set to its term of the objective: one pass of the model, what it is compared with, one scalar.
+"""The trainer of LLM Surgery: several sets, a term for each, one backward pass per term, and rules that stop it.
 
-    unlearn, obsolete   a forget loss                      + expert_anchor times the distance to the target experts
-    update              cross entropy                      + the routers' penalties of a mixture of experts
-    retain, neighbour   KL from the reference              + router_anchor times the KL of the routers
+    loss = w_u F(unlearn) + w_o F(obsolete) + w_n CE(update) + w_r KL(retain) + w_k KL(neighbour)
 
-Penalties of routers (load balance, z) are added once, with the sign that is minimised, to the first term that descends
-on text: no forget loss ever sees them. Every term is a share of its optimizer batch: over all micro-batches and ranks
-the shares of a set sum to its mean. Letters: B sequences, S tokens. Source: paper 3; objective.py has the sum.
+    unlearn, obsolete   F, a forget loss                   + expert_anchor times the distance to the target experts
+    update              CE, cross entropy                  + the routers' penalties of a mixture of experts
+    retain, neighbour   KL from the model before surgery   + router_anchor times the KL of the routers
 
-What a surgery has done so far: losses and divergences on the same rows of each set every time it is asked.
+CE is the mean cross entropy in nats per token; with ga, F = -CE. The printed objective, to be maximised, is
+CE(unlearn) - CE(update) - KL(P || P_ref): the negative of this with weights of 1, ga and the reverse direction. The
+authors' code has the weights of PAPER_WEIGHTS and the forward direction. Penalties of routers (load balance, z) are
+added once, with the sign that is minimised, to the first term that descends on text: no forget loss ever sees them.
+Every term is a share of its optimizer batch: over all micro-batches and ranks the shares of a set sum to its mean.
+
+Losses and divergences are measured on the same rows of each set every time it is asked:
 
     gap = sum over forgotten sets |CE - target|  +  max(0, CE(update) - update_target)  +  KL(retain) + KL(neighbour)
 
 in nats per token, over the sets in force, with an update_target of 0 if there is none and without the first part if
 forgetting has no target. It is 0 for a model that forgot exactly as far as text it never read, learnt the new texts by
-heart and changed nowhere else, and infinite beyond max_retain_kl: the criterion of the best model. Source: ours.
+heart and changed nowhere else, and infinite beyond max_retain_kl: the criterion of the best model.
 
-What was done to a model, kept beside its weights: surgery.json, and a section of its card.
+A model of which something was cut out looks like any other: surgery.json beside its weights and a section of its card
+say what was aimed at and how near the saved weights came.
 
-A model of which something was cut out looks like any other. The record says what was aimed at and how near the saved
-weights came: the objective with its weights and losses, the size of each set, the target of forgetting, the gap (see
-surgery_probe.py) at the start, at the end and of the best model, and what ended the run. Source: ours.
-
-The trainer of LLM Surgery: several sets, a term for each, one backward pass per term, and rules that stop it.
-
-Source: paper 3 (Veldanda et al. 2024, arXiv 2409.13054); objective.py, surgery_terms.py and the files beside them hold
-the formulas, this one wires them into Trainer.
+Letters: B sequences, S tokens. Source: paper 3 (Veldanda et al. 2024, arXiv 2409.13054); neighbours, penalties, gap
+and record are ours.
 """
 
 from __future__ import annotations
@@ -52,14 +51,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from hf_moe_cpt.data.text import check_context
+from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
-from hf_moe_cpt.trainers.common.distributed import has_process_group, reduce_at_once, repeatable_on_cpu
+from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.surgery.chunked import (
+    LanguageHead,
     ModelPass,
-    check_sharding,
     check_vocabulary,
     config_of,
     head_of,
@@ -75,16 +75,16 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_sets,
     eval_batches,
     prepare_sets,
-    tokenized,
+    set_tokenizer,
 )
 from hf_moe_cpt.trainers.surgery.experts import (
     Expert,
     ExpertTargets,
     RouterTap,
-    Routing,
     SelectionWatch,
     check_expert_settings,
     expert_anchor,
+    freeze_routers,
     router_kl,
     target_experts,
 )
@@ -100,17 +100,22 @@ from hf_moe_cpt.trainers.surgery.losses import (
     token_weights,
 )
 from hf_moe_cpt.trainers.surgery.reference import Reference, build_reference, compared_rows
-from hf_moe_cpt.trainers.surgery.surgery_config import (
-    ANCHOR_SETS,
-    FORGET_SETS,
-    UNSEEN,
-    SurgeryConfig,
-    check_sets,
-    losses_of_sets,
-)
+from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
 
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
+Batches = Callable[[str], Iterator[Batch]]  # batches of a set, on the device
+RECORD_FILE = "surgery.json"
+REFERENCE_FOLDER = "reference"  # in the output folder
+GAP = "eval_surgery_gap"
+UNSEEN_LOSS = f"eval_{UNSEEN}_ce"
+GAP_FORMULA = (
+    "surgery_gap = |CE(forgotten) - forget_target| + max(0, CE(update) - update_target) + KL(retain) + KL(neighbour)"
+)
+NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of every model from a folder
+PLACES = ("reference_cache_dir", "model_init_kwargs", "dataset_num_proc")  # of the machine, not of the run
 
 
 @dataclass
@@ -155,7 +160,7 @@ class SurgeryTerms:
         loss = self.losses[name]
         mask = counted_targets(batch)
         is_pulled = self.routers is not None and bool(self.routers.targets) and self.routers.expert_anchor > 0
-        with self._listening(is_pulled) as routing:
+        with self._listening(is_pulled) as logits:
             logp = self._logp(run_model(model, batch), model, batch)
         ref_logp = self.reference.token_logp(batch, name) if loss.needs_reference else None
         if isinstance(loss, PairLoss):
@@ -170,7 +175,7 @@ class SurgeryTerms:
         measures = {f"{name}/loss": value.detach(), **self._cross_entropy(name, logp, mask, total)}
         if not is_pulled:
             return Term(value, None, measures)
-        distance = expert_anchor(routing.logits, self.routers.targets, *self._routed_tokens(mask, total))
+        distance = expert_anchor(logits, self.routers.targets, *self._routed_tokens(mask, total))
         return Term(value, self.routers.expert_anchor * distance, measures | {f"{name}/experts": distance.detach()})
 
     def _update(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
@@ -183,24 +188,28 @@ class SurgeryTerms:
     def _anchor(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
         mask = counted_targets(batch)
         is_held = self.routers is not None and self.routers.anchor > 0
-        with self._listening(is_held) as routing:
+        with self._listening(is_held) as logits:
             passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
-        value, _ = next_token_kl(
-            (passed.hidden, head_of(model)),
-            (self.reference.hidden(batch, name), self.reference.head),
-            mask,
-            normalisation=self.normalization,
-            total=total,
-            direction=self.kl_direction,
-            chunk_tokens=self.chunk_tokens,
-        )
+        value = self.kl(name, (passed.hidden, head_of(model)), batch, total)
         measures, penalty = {f"{name}/kl": value.detach()}, self._share_of_penalty(passed, batch)
         if not is_held:
             return Term(value, penalty, measures)
         before = self.reference.router_probs(batch, name)
-        drift = router_kl(routing.logits, before, *self._routed_tokens(mask, total))
+        drift = router_kl(logits, before, *self._routed_tokens(mask, total))
         extra = self.routers.anchor * drift + (0.0 if penalty is None else penalty)
         return Term(value, extra, measures | {f"{name}/router_kl": drift.detach()})
+
+    def kl(self, name: str, states: tuple[Tensor, LanguageHead], batch: Batch, total: Tensor | int | None) -> Tensor:
+        """Mean KL from the reference, a scalar, of a model's hidden states (B, S, H) with its head."""
+        return next_token_kl(
+            states,
+            (self.reference.hidden(batch, name), self.reference.head),
+            counted_targets(batch),
+            normalization=self.normalization,
+            total=total,
+            direction=self.kl_direction,
+            chunk_tokens=self.chunk_tokens,
+        )
 
     def _share_of_penalty(self, passed: ModelPass, batch: Batch) -> Tensor | None:
         """A penalty is a mean over routed tokens: weighted by them, micro-batches and ranks add up to one mean."""
@@ -208,7 +217,7 @@ class SurgeryTerms:
             return passed.router_penalty
         return passed.router_penalty * (num_routed(batch) / self.routed_tokens)
 
-    def _listening(self, wanted: bool) -> AbstractContextManager[Routing | None]:
+    def _listening(self, wanted: bool) -> AbstractContextManager[list[Tensor] | None]:
         return self.routers.tap.record() if wanted else nullcontext()
 
     def _routed_tokens(self, mask: Tensor, total: Tensor | int | None) -> tuple[Tensor, Tensor]:
@@ -251,13 +260,6 @@ def counted_targets(batch: Batch) -> Tensor:
     return batch["completion_mask"][:, 1:]
 
 
-UNSEEN_LOSS = f"eval_{UNSEEN}_ce"
-GAP_FORMULA = (
-    "surgery_gap = |CE(forgotten) - forget_target| + max(0, CE(update) - update_target) + KL(retain) + KL(neighbour)"
-)
-Batches = Callable[[str], Iterator[Batch]]  # batches of a set, on the device
-
-
 @torch.no_grad()
 def measure(model: nn.Module, batches: Batches, sets: list[str], terms: SurgeryTerms) -> dict[str, float]:
     """`<set>_ce` of every set and `<set>_kl` of anchors whose reference is at hand, in nats per token, over all ranks.
@@ -285,16 +287,7 @@ def _sums_of(name: str, model: nn.Module, batch: Batch, terms: SurgeryTerms) -> 
     logp = token_logp(hidden, head, batch["input_ids"], terms.chunk_tokens)
     found = {f"{name}_ce": reduce_tokens(-logp, mask, terms.normalization, total=1)}
     if name in ANCHOR_SETS and terms.reference is not None:
-        reference = terms.reference.hidden(batch, name), terms.reference.head
-        found[f"{name}_kl"], _ = next_token_kl(
-            (hidden, head),
-            reference,
-            mask,
-            normalisation=terms.normalization,
-            total=1,
-            direction=terms.kl_direction,
-            chunk_tokens=terms.chunk_tokens,
-        )
+        found[f"{name}_kl"] = terms.kl(name, (hidden, head), batch, total=1)
     return {key: torch.stack([value.double(), units.double()]) for key, value in found.items()}
 
 
@@ -302,7 +295,7 @@ def _means(sums: dict[str, Tensor], sets: list[str]) -> dict[str, float]:
     if has_process_group():
         gathered: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
         dist.all_gather_object(gathered, {key: value.cpu() for key, value in sums.items()})
-        keys = [key for key in {key: None for part in gathered for key in part}]
+        keys = dict.fromkeys(key for part in gathered for key in part)
         sums = {key: sum(part[key] for part in gathered if key in part) for key in keys}
     order = {name: place for place, name in enumerate(sets)}
     keys = sorted(sums, key=lambda key: (order[key.rpartition("_")[0]], key))
@@ -351,53 +344,7 @@ def last_unseen_loss(checkpoint: str | Path, default: float | None) -> float | N
     return next((entry[UNSEEN_LOSS] for entry in reversed(state.log_history) if UNSEEN_LOSS in entry), default)
 
 
-logger = logging.getLogger(__name__)
-
-RECORD_FILE = "surgery.json"
-GAP = "eval_surgery_gap"
-NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of every model from a folder
-PLACES = ("reference_cache_dir", "model_init_kwargs", "dataset_num_proc")  # of the machine, not of the run
-
-
-class KeepsRecord(HubMixin):
-    """Mixin in front of `Trainer`: every model that it saves has its record, and the card tells it."""
-
-    run_method = "surgery"
-    stop_reason: str | None = None  # why it stopped before max_steps
-    holds_best = False  # whether the weights are those of the best model again
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The parent's, and a word of warning if there was no model to go back to."""
-        output = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
-            logger.warning(
-                "No measured model had a finite gap, so the one of step %d stays, whatever it is: lower the "
-                "learning_rate, measure more often (eval_steps), or raise max_retain_kl=%s.",
-                self.state.global_step,
-                self.args.max_retain_kl,
-            )
-        return output
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.holds_best = True
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        with _losses_by_name(self.args):  # a function of the caller may have no way into training_args.bin
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_record(output_dir or self.args.output_dir, record_of(self))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card with what was done and how far it got."""
-        super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and path.exists():
-            text = path.read_text(encoding="utf-8").replace(NOT_SO, "Something was cut out of this model; see below.")
-            path.write_text(f"{text.rstrip()}\n\n{card_section(record_of(self))}", encoding="utf-8")
-
-
-def record_of(trainer: Any) -> dict[str, Any]:
+def record_of(trainer: SurgeryTrainer) -> dict[str, Any]:
     """The record of the weights that a `SurgeryTrainer` holds, for JSON; docs/surgery.md explains its keys."""
     args, state, target = trainer.args, trainer.state, trainer.forget_target
     gaps = [(entry["step"], entry[GAP]) for entry in state.log_history if GAP in entry]
@@ -431,7 +378,7 @@ def record_of(trainer: Any) -> dict[str, Any]:
 
 def objective_text(args: SurgeryConfig, sets: list[str]) -> str:
     """The objective in force as one line, with the name of each loss."""
-    losses = losses_of_sets(args)
+    losses = args.forget_losses
     kl = "KL(before || now)" if args.kl_direction == "forward" else "KL(now || before)"
     names = {name: losses[name].name for name in FORGET_SETS} | dict.fromkeys(ANCHOR_SETS, kl) | {"update": "CE"}
     return " + ".join(f"{args.weights[name]:g} * {names[name]}[{name}]" for name in sets)
@@ -447,12 +394,6 @@ def _losses_by_name(args: SurgeryConfig) -> Iterator[None]:
     finally:
         for name, loss in given.items():
             setattr(args, name, loss)
-
-
-def write_record(folder: str | Path, record: dict[str, Any]) -> None:
-    """Keep a record with a model."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    (Path(folder) / RECORD_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def card_section(record: dict[str, Any]) -> str:
@@ -487,21 +428,17 @@ def _as_json(value: Any) -> Any:
     return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
 
 
-REFERENCE_FOLDER = "reference"  # in the output folder
-
-
-class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
+class SurgeryTrainer(HubMixin, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
-    Every step takes rows of each set, makes one term out of each (`hf_moe_cpt.trainers.surgery.losses`), and runs a
+    Every step takes rows of each set, makes one term out of each (`SurgeryTerms`), and runs a
     backward pass for each term, so that one graph exists at a time. Logged: `<set>/ce`, `<set>/loss`, `<set>/kl`, and
     at logging steps `grad_norm/<set>` and `grad_cosine/<set>_<set>`; measured on fixed rows: `eval_<set>_ce`,
     `eval_<set>_kl`, `eval_surgery_gap`.
 
     Overrides `training_step` (one backward per term), `get_batch_samples` (units of the whole optimizer batch),
     `compute_loss` (the sum of the terms: the definition), `evaluate`, `log`, `get_decay_parameter_names`, `train`
-    (reference, targets, stop rules, resume).
-    Every model is saved with `surgery.json`, which says what was done (`hf_moe_cpt.trainers.surgery.surgery_trainer`).
+    (reference, targets, stop rules, resume), `_save` and `create_model_card` (surgery.json, its section of the card).
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
@@ -517,6 +454,10 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         peft_config: train an adapter of this kind.
         callbacks: as in `Trainer`.
     """
+
+    run_method = "surgery"
+    stop_reason: str | None = None  # why it stopped before max_steps
+    holds_best = False  # whether the weights are those of the best model again
 
     def __init__(
         self,
@@ -545,7 +486,7 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs: start with torchrun or accelerate launch, one each."
             )
-        check_sets(args, given)
+        args.sets_in_force(given)
         options = args.model_init_kwargs or {}
         config = config_of(model, options)
         check_context(config, processing_class, args.max_length)
@@ -556,6 +497,8 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             check_vocabulary(model, ref_model)
         self.pad_token_id = pad_token_of(processing_class)
         check_expert_settings(model, args)
+        if args.freeze_router:
+            freeze_routers(model)
         self.given_reference = ref_model
         self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
@@ -570,19 +513,26 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        is_sharded = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
-        check_sharding(args, is_deepspeed=self.is_deepspeed_enabled, is_fsdp=is_sharded)
+        self._refuse_sharding()
         self.term_gradients: TermGradients | None = None  # of the step, where it wants them apart
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.targets: ExpertTargets | None = None
         self.selections: SelectionWatch | None = None
 
+    def _refuse_sharding(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed runs one backward pass a step, and a surgery one for each set: use FSDP or plain data "
+                "parallelism, or train an adapter."
+            )
+        is_sharded = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
+        if is_sharded and self.args.target_experts:
+            raise ValueError("target_experts trains rows of whole tensors, which FSDP shards: use data parallelism.")
+
     def _mixture(self, args: SurgeryConfig) -> SurgeryMixture:
         sizes = {name: getattr(args, f"{name}_batch_size") for name in self.sets}
         num_items = args.max_steps * args.gradient_accumulation_steps * args.world_size
         return SurgeryMixture(self.sets, sizes, num_items, args.seed if args.data_seed is None else args.data_seed)
-
-    # ---- data: the mixture is ordered already, position by position ----
 
     def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> Sampler | None:
         return SequentialSampler(self.train_dataset)
@@ -596,8 +546,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             self.units = units_of_step(samples, self.sets, self.args.normalization, device)
             self.terms.routed_tokens = self.units.get(f"{self.terms.penalised_set}/routed")
         return samples, None
-
-    # ---- the step ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -671,8 +619,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             decayed = [name for name, _ in model.named_parameters()]
         return [name for name in decayed if self.targets is None or name not in self.targets.no_decay]
 
-    # ---- measurement ----
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the terms were since the last training log, and norms and cosines of their gradients."""
         if "loss" in logs:
@@ -688,13 +634,16 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
     ) -> dict[str, float]:
         """Measure the first `eval_rows` rows of each set in an order of its own, always the same.
 
-        `<set>_ce` and, of anchors, `<set>_kl` in nats per token, and `surgery_gap`, the criterion of the best model
-        (`hf_moe_cpt.trainers.surgery.surgery_trainer`). eval_dataset: other sets by name; then only their losses.
+        `<set>_ce` and, of anchors, `<set>_kl` in nats per token, and `surgery_gap`, the criterion of the best model.
+        eval_dataset: other sets by name; then only their losses.
         """
         self._prepare()
         args = self.args
         own = eval_dataset is None or eval_dataset is self.measured_sets
-        sets = self.measured_sets if own else tokenized(args, self.processing_class, self._vocab_size, eval_dataset)
+        sets = self.measured_sets
+        if not own:
+            tokenize = set_tokenizer(args, self.processing_class, self._vocab_size)
+            sets = {name: tokenize(rows, name=name) for name, rows in eval_dataset.items()}
         with self.accelerator.autocast():
             terms = self.terms if own else replace(self.terms, reference=None)
             measured = measure(self.model, partial(self._batches, sets), list(sets), terms)
@@ -734,8 +683,6 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         """Model FLOPs of the trained passes of a micro-batch."""
         return int(self._flops_per_token * sum(inputs[name]["input_ids"].numel() for name in self.sets))
 
-    # ---- starting, stopping, saving ----
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Operate, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`.
 
@@ -753,9 +700,17 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
             self._prepare()
             self.term_gradients = None
             try:
-                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} {self._restore_last_good()}") from error
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "No measured model had a finite gap, so the one of step %d stays, whatever it is: lower the "
+                "learning_rate, measure more often (eval_steps), or raise max_retain_kl=%s.",
+                self.state.global_step,
+                self.args.max_retain_kl,
+            )
+        return output
 
     def _restore_last_good(self) -> str:
         self.stop_reason, best = "a loss that is no number", self.state.best_model_checkpoint
@@ -771,7 +726,7 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         args = self.args
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
-            losses_of_sets(args),
+            args.forget_losses,
             args.forget_settings(self.forget_target),
             self._build_reference(),
             args.normalization,
@@ -795,7 +750,7 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         return build_reference(
             args.reference,
             self.model,
-            compared_rows(self.sets, losses_of_sets(args)),
+            compared_rows(self.sets, args.forget_losses),
             self.accelerator,
             args.reference_cache_dir or Path(args.output_dir) / REFERENCE_FOLDER,
             given=self.given_reference,
@@ -819,3 +774,22 @@ class SurgeryTrainer(KeepsRecord, FaultTolerantMixin, Trainer):
         super().read_beside_state(checkpoint)
         if checkpoint is not None and self.args.follows_unseen:
             self._aim_at(last_unseen_loss(checkpoint, self.forget_target))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.holds_best = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with _losses_by_name(self.args):  # a function of the caller may have no way into training_args.bin
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            text = json.dumps(record_of(self), indent=2, ensure_ascii=False, allow_nan=False)
+            (Path(output_dir or self.args.output_dir) / RECORD_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card with what was done and how far it got."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.exists():
+            text = path.read_text(encoding="utf-8").replace(NOT_SO, "Something was cut out of this model; see below.")
+            path.write_text(f"{text.rstrip()}\n\n{card_section(record_of(self))}", encoding="utf-8")

@@ -23,8 +23,6 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_rows,
     collate_sets,
     eval_batches,
-    form_of,
-    prompt_and_completion,
     read_rows,
     tokenize_set,
     with_refusals,
@@ -114,40 +112,40 @@ def test_ranks_share_the_measured_rows_and_meet_in_every_batch(count, max_rows, 
     assert {place for rows in whole for place in rows} == set(counted)
 
 
-def _rows_subject_overlap(*subjects):
+def _named(*subjects):
     return Dataset.from_dict({"text": [f"about {subject}" for subject in subjects], "subject": list(subjects)})
 
 
 def test_obsolete_and_update_share_their_subjects():
     check_subjects(
         {
-            "obsolete": _rows_subject_overlap("a", "b"),
-            "update": _rows_subject_overlap("a", "b"),
-            "unlearn": _rows_subject_overlap("c"),
-            "retain": _rows_subject_overlap("d"),
+            "obsolete": _named("a", "b"),
+            "update": _named("a", "b"),
+            "unlearn": _named("c"),
+            "retain": _named("d"),
         }
     )
 
 
 @pytest.mark.parametrize(("first", "second"), [("unlearn", "retain"), ("obsolete", "neighbour"), ("unseen", "update")])
 def test_shared_subjects_are_refused_and_named(first, second):
-    sets = {first: _rows_subject_overlap(*"abcdefg"), second: _rows_subject_overlap(*"cdefx")}
+    sets = {first: _named(*"abcdefg"), second: _named(*"cdefx")}
     message = rf"4 subject\(s\) are in both {first}_dataset and {second}_dataset: 'c', 'd', 'e' and 1 more"
     with pytest.raises(ValueError, match=message):
         check_subjects(sets)
 
 
 def test_overlap_that_is_allowed_is_told(caplog):
-    check_subjects({"unlearn": _rows_subject_overlap("a"), "retain": _rows_subject_overlap("a")}, allow_overlap=True)
+    check_subjects({"unlearn": _named("a"), "retain": _named("a")}, allow_overlap=True)
     assert "1 subject(s) are in both unlearn_dataset and retain_dataset: 'a'" in caplog.text
 
 
 def test_texts_are_compared_where_no_subject_is_named():
-    sets = {"unlearn": _rows_subject_overlap("a").remove_columns("subject"), "retain": _rows_subject_overlap("a", "b")}
+    sets = {"unlearn": _named("a").remove_columns("subject"), "retain": _named("a", "b")}
     with pytest.raises(ValueError, match=r"1 text\(s\) are in both"):
         check_subjects(sets)
     tokens = Dataset.from_dict({"input_ids": [[1, 2]]})
-    check_subjects({"unlearn": tokens, "retain": _rows_subject_overlap("a")})
+    check_subjects({"unlearn": tokens, "retain": _named("a")})
 
 
 EOS = 0
@@ -163,39 +161,29 @@ def _counted(row):
     return word_tokenizer().decode(ids)
 
 
-def test_text_counts_throughout_and_ends():
-    (row,) = _set([{"text": "w2 w3 w4"}])
-    assert row["input_ids"] == [2, 3, 4, EOS] and row["completion_mask"] == [True] * 4
-    (row,) = _set([{"text": "w2 w3 w4"}], append_eos=False)
-    assert row["input_ids"] == [2, 3, 4]
-    (row,) = _set([{"text": "w2 w3 </s>"}])
-    assert row["input_ids"] == [2, 3, EOS]
+PROMPT, ANSWER = [{"role": "user", "content": "w5 w6"}], {"role": "assistant", "content": "w7 w8"}
+COUNTED = {  # a row, options, what counts of it
+    "text": ({"text": "w2 w3 w4"}, {}, "w2 w3 w4 </s>"),
+    "no end": ({"text": "w2 w3 w4"}, {"append_eos": False}, "w2 w3 w4"),
+    "ends already": ({"text": "w2 w3 </s>"}, {}, "w2 w3 </s>"),
+    "header": ({"text": "w5 w6 w2 w3", "prefix": "w5 w6 "}, {}, "w2 w3 </s>"),
+    "empty header": ({"text": "w7 w8", "prefix": ""}, {}, "w7 w8 </s>"),
+    "header that counts": ({"text": "w5 w2", "prefix": "w5 "}, {"mask_prefix": False}, "w5 w2 </s>"),
+    "completion": ({"prompt": "w2 w3", "completion": " w4"}, {}, "w4 </s>"),
+    "messages": ({"messages": [*PROMPT, ANSWER]}, {}, "w7 w8 </s>"),
+    "prompt of messages": ({"prompt": PROMPT, "completion": [ANSWER]}, {}, "w7 w8 </s>"),
+    "tokens": ({"input_ids": [4, 5, 6], "completion_mask": [False, True, True]}, {"max_length": 2}, "w5"),
+    "tokens without a mask": ({"input_ids": [4, 5, 6]}, {}, "w4 w5 w6"),
+}
 
 
-def test_a_header_counts_only_if_it_is_not_masked():
-    rows = [{"text": "w5 w6 w2 w3", "prefix": "w5 w6 "}, {"text": "w7 w8", "prefix": ""}]
-    masked, plain = _set(rows)
-    assert _counted(masked) == "w2 w3 </s>" and _counted(plain) == "w7 w8 </s>"
-    whole = _set(rows, mask_prefix=False)
-    assert _counted(whole[0]) == "w5 w6 w2 w3 </s>"
-
-
-def test_only_completions_count():
-    prompt, answer = [{"role": "user", "content": "w5 w6"}], {"role": "assistant", "content": "w7 w8"}
-    (row,) = _set([{"prompt": "w2 w3", "completion": " w4"}])
-    assert _counted(row) == "w4 </s>" and row["input_ids"] == [2, 3, 4, EOS]
-    (row,) = _set([{"messages": [*prompt, answer]}])
-    assert _counted(row) == "w7 w8 </s>"
-    (pair,) = _set([{"prompt": prompt, "completion": [answer]}])
-    assert pair == row
-    assert prompt_and_completion({"messages": [*prompt, answer]}) == (prompt, [answer])
-
-
-def test_tokenised_rows_pass_and_are_cut():
-    (row,) = _set([{"input_ids": [4, 5, 6, 7], "completion_mask": [False, False, True, True]}], max_length=3)
-    assert row["input_ids"] == [4, 5, 6] and row["completion_mask"] == [False, False, True]
-    (row,) = _set([{"input_ids": [4, 5, 6, 7]}])
-    assert row["completion_mask"] == [True] * 4
+@pytest.mark.parametrize(("row", "options", "counted"), COUNTED.values(), ids=COUNTED)
+def test_what_counts_of_a_row(row, options, counted):
+    (found,) = _set([row], **options)
+    assert _counted(found) == counted
+    if row.keys() == {"prompt", "completion"}:
+        (same,) = _set([{"messages": [*PROMPT, ANSWER]}]) if row["prompt"] is PROMPT else _set([{"text": "w2 w3 w4"}])
+        assert found["input_ids"] == same["input_ids"]
 
 
 def test_rows_keep_their_order_and_their_subjects():
@@ -273,17 +261,9 @@ def test_the_first_bad_line_is_named(tmp_path, line, message):
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n")
+    (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
-        read_rows(path)
-    with pytest.raises(ValueError, match="cannot read"):
-        read_rows(tmp_path / "none.jsonl")
-
-
-def test_forms_are_told_by_columns():
-    forms = [("input_ids",), ("messages",), ("prompt", "completion"), ("text", "prefix")]
-    assert [form_of(dict.fromkeys(columns)) for columns in forms] == ["input_ids", "messages", "prompt", "text"]
+        read_rows(tmp_path / "rows.jsonl")
 
 
 tokenize = partial(tokenize_set, tokenizer=word_tokenizer(), max_length=32)

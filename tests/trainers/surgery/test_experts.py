@@ -1,6 +1,6 @@
 """Experts chosen by their use, and training that leaves every other weight bit for bit as it was.
 
-Routing recorded from real models, and KL, overlap and freezing against their definitions.
+Logits recorded from real models; KL, anchor, overlap and freezing against their definitions.
 """
 
 import copy
@@ -14,18 +14,16 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_moe_cpt.machine import leave_process_group
+from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.trainers.surgery.experts import (
     RouterTap,
+    SelectionWatch,
     choose_experts,
     expert_affinity,
     expert_anchor,
-    expert_selections,
-    find_routers,
     freeze_routers,
-    overlap_with,
     router_kl,
     router_probs,
-    selection_overlap,
     train_only_experts,
 )
 from hf_moe_cpt.trainers.surgery.losses import token_weights
@@ -33,10 +31,11 @@ from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_moes import BLOCKS, moe_model, padded_batch
 
 
-FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "cpt_moe"]
+FAMILIES = ["mixtral", "deepseek_v3", "cpt_moe"]
 
 
-# ---- choice ----
+def find_routers(model):
+    return [layer.router for layer in moe_layers(model)]
 
 
 def test_affinity_is_the_mean_over_texts_of_their_mean_gate():
@@ -52,14 +51,6 @@ def test_affinity_is_the_mean_over_texts_of_their_mean_gate():
             wanted += torch.stack([z.double().softmax(-1).mean(0) for z in logits]) / 6
     torch.testing.assert_close(affinity, wanted, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(affinity.sum(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_affinity_finds_the_expert_that_the_router_prefers():
-    model = moe_model("mixtral")
-    bias = torch.tensor([0.0, 0.0, 9.0, 0.0])
-    find_routers(model)[1].register_forward_hook(lambda *call: (call[2][0] + bias, *call[2][1:]))
-    affinity = expert_affinity(model, [padded_batch()])
-    assert choose_experts(affinity, 1) == [(1, 2)] and float(affinity[1, 2]) > 0.99
 
 
 def test_ranks_share_their_texts(tmp_path, monkeypatch):
@@ -85,16 +76,6 @@ def test_the_largest_are_chosen_and_the_earlier_of_equals():
     affinity = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.1, 0.4]])
     assert choose_experts(affinity, 1) == [(0, 1)]
     assert choose_experts(affinity, 4) == [(0, 1), (1, 0), (1, 2), (0, 2)]
-    assert choose_experts(affinity, 2, per_layer=True) == [(0, 1), (0, 2), (1, 0), (1, 2)]
-
-
-@pytest.mark.parametrize(("num", "per_layer", "limit"), [(0, False, 6), (7, False, 6), (4, True, 3)])
-def test_there_must_be_as_many(num, per_layer, limit):
-    with pytest.raises(ValueError, match=rf"target_experts={num} must lie in \[1, {limit}\]"):
-        choose_experts(torch.ones(2, 3), num, per_layer)
-
-
-# ---- training ----
 
 
 def _train(model: nn.Module, no_decay: list[str], steps: int = 3) -> dict[str, torch.Tensor]:
@@ -139,24 +120,6 @@ def test_only_the_chosen_experts_and_their_routers_move(kind):
     assert len(targets.no_decay) == (4 if kind == "gpt_oss" else 2)
 
 
-def test_several_layers_have_targets_of_their_own():
-    model = moe_model("cpt_moe")
-    targets = train_only_experts(model, [(1, 6), (0, 3), (1, 1)])
-    before = _train(model, targets.no_decay)
-    for place, chosen in ((0, {3}), (1, {1, 6})):
-        name = f"model.layers.{place}.mlp.experts.down_proj"
-        rows = model.get_parameter(name).detach().unbind(), before[name].unbind()
-        assert {expert for expert, (a, b) in enumerate(zip(*rows, strict=True)) if not torch.equal(a, b)} == chosen
-
-
-def test_weight_decay_would_move_the_other_experts():
-    model = moe_model("mixtral")
-    train_only_experts(model, [(0, 1)])
-    before = _train(model, [])
-    name = "model.layers.0.mlp.experts.down_proj"
-    assert not torch.equal(model.get_parameter(name)[0], before[name][0])
-
-
 def test_gradients_of_other_experts_are_0_even_if_they_are_no_numbers():
     model = moe_model("mixtral").double()
     train_only_experts(model, [(0, 1)])
@@ -165,16 +128,6 @@ def test_gradients_of_other_experts_are_0_even_if_they_are_no_numbers():
     (weight * torch.full_like(weight, math.inf)).sum().backward()
     (weight * torch.full_like(weight, math.nan)).sum().backward()
     assert [bool(row.any()) for row in weight.grad] == [False, True, False, False]
-
-
-def test_training_goes_back_to_all_weights():
-    model = moe_model("mixtral")
-    model.lm_head.weight.requires_grad_(False)
-    train_only_experts(model, [(0, 1)]).close()
-    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == {"lm_head.weight"}
-    batch = padded_batch()
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert all(bool(row.any()) for row in model.get_parameter("model.layers.0.mlp.experts.down_proj").grad)
 
 
 @pytest.mark.parametrize("routers_first", [True, False])
@@ -193,32 +146,13 @@ def test_frozen_routers_stay_frozen(routers_first):
 
 def test_models_without_rows_to_train_are_refused():
     peft = pytest.importorskip("peft")
-    with pytest.raises(
-        ValueError, match="target_experts needs a mixture of experts with fused weights, and found none"
-    ):
-        train_only_experts(tiny_model("llama"), [(0, 0)])
     adapted = peft.get_peft_model(moe_model("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(
-        ValueError, match="this model trains an adapter: leave peft_config out, or set target_experts=0"
-    ):
+    with pytest.raises(ValueError, match="trains an adapter: leave peft_config out, or set target_experts=0"):
         train_only_experts(adapted, [(0, 0)])
     apart = moe_model("mixtral")
     apart.model.layers[1].mlp.experts.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=r"experts.extra.weight is \(3, 3\), not one row for each of 4 experts"):
         train_only_experts(apart, [(1, 0)])
-
-
-def test_experts_must_exist():
-    model = moe_model("mixtral")
-    for place, expert in ((2, 0), (0, 4), (-1, 0)):
-        with pytest.raises(ValueError, match=rf"Expert {expert} of MoE layer {place} does not exist: .* 2 MoE layers"):
-            train_only_experts(model, [(0, 0), (place, expert)])
-    with pytest.raises(ValueError, match="No expert is chosen"):
-        train_only_experts(model, [])
-    assert all(weight.requires_grad for weight in model.parameters())
-
-
-# ---- anchor ----
 
 
 def _logits() -> list[torch.Tensor]:
@@ -254,64 +188,36 @@ def test_anchor_is_0_at_the_target_and_takes_shares():
     assert float(expert_anchor([at_target], [(0, 1)], mask, shares)) == pytest.approx(0.5)
 
 
-def test_anchor_brings_tokens_back_to_the_target():
-    model, batch = moe_model("mixtral"), padded_batch()
-    targets = train_only_experts(model, [(1, 3)])
-    router = find_routers(model)[1]
-    logits: list[torch.Tensor] = []
-    handle = router.register_forward_hook(lambda *call: logits.append(call[2][0]))
-    mask = batch["attention_mask"].bool()
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
-    values = []
-    for _ in range(20):
-        logits.clear()
-        model(**batch)
-        value = expert_anchor([logits[0], logits[0]], targets.chosen, mask)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(float(value.detach()))
-    handle.remove()
-    assert values[-1] < 0.3 * values[0]
-    assert choose_experts(expert_affinity(model, [batch])[1:], 1) == [(0, 3)]
-
-
-# ---- the record ----
-
-
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_logits_and_selections_are_those_of_the_layers(kind):
+def test_logits_are_those_of_the_layers(kind):
     model, batch = moe_model(kind).eval(), padded_batch()
     calls = []
     for router in find_routers(model):
         router.register_forward_hook(lambda *call: calls.append(call))
-    with torch.no_grad(), RouterTap(model).record() as routing:
+    with torch.no_grad(), RouterTap(model).record() as recorded:
         model(**batch, use_cache=False)
-    for (router, args, output), logits, selected in zip(calls, routing.logits, routing.selected, strict=True):
+    for (router, args, _), logits in zip(calls, recorded, strict=True):
         product = functional.linear(args[0].flatten(0, -2), router.weight, getattr(router, "bias", None))
         torch.testing.assert_close(logits, product)
-        chosen = [part for part in output if isinstance(output, tuple) and not part.is_floating_point()]
-        index = chosen[0] if chosen else product.topk(model.config.num_experts_per_tok).indices
-        assert torch.equal(selected.sort(-1).values, index.sort(-1).values)
     assert len(calls) == len(BLOCKS[kind])
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_reaches_the_routers_once(kind, checkpointing):
     wanted, model, batch = moe_model(kind), moe_model(kind), padded_batch()
-    recorded: list[torch.Tensor] = []
+    heard: list[torch.Tensor] = []
     for router in find_routers(wanted):
-        router.register_forward_hook(lambda *call: recorded.append(call[2][0]))
+        router.register_forward_hook(lambda *call: heard.append(call[2][0]))
     wanted(**batch)
-    sum(logits.square().sum() for logits in recorded).backward()
+    sum(logits.square().sum() for logits in heard).backward()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    with RouterTap(model).record() as routing:
+    with RouterTap(model).record() as recorded:
         model(**batch, use_cache=False)
-        sum(logits.square().sum() for logits in routing.logits).backward()  # computes inside the context too
-    assert len(routing.logits) == len(BLOCKS[kind])
+        sum(logits.square().sum() for logits in recorded).backward()  # computes inside the context too
+    assert len(recorded) == len(BLOCKS[kind])
     grads = dict(wanted.named_parameters())
     for name, parameter in model.named_parameters():
         if grads[name].grad is not None and grads[name].grad.abs().sum() > 0:
@@ -327,9 +233,9 @@ def test_reentrant_checkpointing_is_refused_where_gradient_is_wanted():
         RouterTap(model).record(),
     ):
         pass
-    with torch.no_grad(), RouterTap(model).record() as routing:
+    with torch.no_grad(), RouterTap(model).record() as recorded:
         model(**padded_batch(), use_cache=False)
-    assert len(routing.logits) == 2
+    assert len(recorded) == 2
 
 
 def test_only_the_first_pass_is_recorded_and_nothing_outside():
@@ -337,15 +243,15 @@ def test_only_the_first_pass_is_recorded_and_nothing_outside():
     tap = RouterTap(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        with tap.record() as routing:
+        with tap.record() as recorded:
             twin(**second)
             model(**first)
             model(**second)
-        kept = [logits.clone() for logits in routing.logits]
+        kept = [logits.clone() for logits in recorded]
         model(**second)
         with tap.record() as alone:
             model(**first)
-    assert all(torch.equal(a, b) for a, b in zip(kept, alone.logits, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
     assert all(not router._forward_hooks for router in find_routers(model))
 
 
@@ -367,7 +273,7 @@ def test_wrapped_models_and_adapters_are_recorded(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(copy.deepcopy(model))
-        with torch.no_grad(), RouterTap(wrapped).record() as routing:
+        with torch.no_grad(), RouterTap(wrapped).record() as recorded:
             wrapped(**batch)
         del wrapped
     finally:
@@ -385,14 +291,9 @@ def test_wrapped_models_and_adapters_are_recorded(tmp_path):
         with adapted.disable_adapter(), RouterTap(adapted).record() as original:
             adapted(**batch)
     for place in (0, 1):
-        assert torch.equal(routing.logits[place], plain.logits[place])
-        assert torch.equal(original.logits[place], plain.logits[place])
-        assert torch.equal(routing.selected[place], plain.selected[place])
-    torch.testing.assert_close(trained.logits[0], -plain.logits[0])
-    assert not torch.equal(trained.selected[0], plain.selected[0])
-
-
-# ---- KL and overlap ----
+        assert torch.equal(recorded[place], plain[place])
+        assert torch.equal(original[place], plain[place])
+    torch.testing.assert_close(trained[0], -plain[0])
 
 
 def _random_layers(seed: int, num_tokens: int = 6) -> list[torch.Tensor]:
@@ -447,64 +348,37 @@ def test_router_kl_of_a_router_from_itself_is_0_and_so_in_half_precision():
     assert float(router_kl([z + 3.0 for z in logits], router_probs(logits), mask)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_layers_of_another_model_are_refused():
-    logits, mask = _random_layers(0), torch.ones(6, dtype=torch.bool)
-    with pytest.raises(
-        ValueError, match=r"layers of the shapes \[\(6, 3\), \(6, 5\)\], and ref_probs of \[\(6, 3\)\]"
-    ):
-        router_kl(logits, router_probs(logits[:1]), mask)
-    with pytest.raises(ValueError, match="pass the routing of the same tokens in the same layers"):
-        selection_overlap([torch.zeros(6, 2)], [torch.zeros(6, 3)], mask)
-
-
-def test_overlap_counts_shared_experts_in_any_order():
-    now = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 2]])
-    before = torch.tensor([[1, 0], [2, 1], [1, 2], [1, 2]])
-    mask = torch.tensor([[True, True], [True, False]])
-    shares = [len(set(a) & set(b)) / 2 for a, b in zip(now.tolist(), before.tolist(), strict=True)]
-    wanted = torch.tensor([sum(shares[:3]) / 3, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(selection_overlap([now, now], [before, now], mask), wanted)
-    assert float(selection_overlap([now], [before], torch.zeros(4, dtype=torch.bool))) == 0.0
-
-
-def test_overlap_with_the_starting_model_over_batches():
+def test_overlap_with_the_starting_model_is_counted_over_batches():
     model, batches = moe_model("olmoe").train(), [padded_batch(0), padded_batch(1)]
-    before = expert_selections(model, batches)
-    assert model.training and all(index.dtype == torch.int16 for batch in before for index in batch)
-    assert overlap_with(model, batches, before).tolist() == [1.0, 1.0]
+
+    def chosen():
+        found = []
+        with torch.no_grad():
+            for batch in batches:
+                model.eval()
+                logits = model(**batch, output_router_logits=True).router_logits
+                counts = batch["attention_mask"].flatten().bool()
+                found.append([z[counts].topk(3).indices.tolist() for z in logits])
+        model.train()
+        return found
+
+    watch, before = SelectionWatch(model, lambda name: batches, ["unlearn", "update"]), chosen()
+    assert model.training
+    assert watch.measure(model) == {"unlearn_expert_overlap": 1.0, "unlearn_expert_overlap_min": 1.0}
     with torch.no_grad():
         find_routers(model)[1].weight.neg_()
-    after = expert_selections(model, batches)
-    shares = [
-        len(set(a) & set(b)) / 3
-        for batch, old, new in zip(batches, before, after, strict=True)
-        for a, b, counts in zip(
-            old[1].tolist(), new[1].tolist(), batch["attention_mask"].flatten().tolist(), strict=True
-        )
-        if counts
-    ]
-    assert overlap_with(model, batches, before).tolist() == pytest.approx([1.0, sum(shares) / len(shares)])
-    assert sum(shares) < len(shares)
+    pairs = [pair for old, new in zip(before, chosen(), strict=True) for pair in zip(old[1], new[1], strict=True)]
+    want = sum(len(set(a) & set(b)) / 3 for a, b in pairs) / len(pairs)
+    found = watch.measure(model)
+    assert found["unlearn_expert_overlap_min"] == pytest.approx(want) and want < 1.0
+    assert found["unlearn_expert_overlap"] == pytest.approx((1.0 + want) / 2)
+    assert SelectionWatch(tiny_model("llama"), lambda name: batches, ["unlearn"]).measure(model) == {}
 
 
-def test_overlap_wants_the_batches_of_the_record():
-    model, batches = moe_model("olmoe"), [padded_batch(0), padded_batch(1)]
-    before = expert_selections(model, batches)
-    with pytest.raises(ValueError, match="1 batches came, and the selections of 2 were recorded"):
-        overlap_with(model, batches[:1], before)
-    short = {name: part[:, :3] for name, part in batches[0].items()}
-    for wrong in ([short, batches[1]], [*batches, short]):
-        with pytest.raises(ValueError, match="is none of those whose selections were recorded before"):
-            overlap_with(model, wrong, before)
-
-
-# ---- freezing ----
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_frozen_routers_stay_while_everything_else_trains(kind):
     model = moe_model(kind)
-    assert freeze_routers(model) == len(BLOCKS[kind])
+    freeze_routers(model)
     frozen = {id(weight) for router in find_routers(model) for weight in router.parameters()}
     assert {id(weight) for weight in model.parameters() if not weight.requires_grad} == frozen
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -521,14 +395,6 @@ def test_adapters_of_routers_are_frozen_too():
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"], lora_dropout=0.0)
     model = peft.get_peft_model(moe_model("mixtral"), settings)
     assert any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
-    assert freeze_routers(model) == 2
+    freeze_routers(model)
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
     assert any(weight.requires_grad for weight in model.parameters())
-
-
-def test_dense_models_have_no_router_to_freeze_or_record():
-    model = tiny_model("llama")
-    with pytest.raises(ValueError, match="freeze_router needs a mixture of experts, and no routed experts were found"):
-        freeze_routers(model)
-    with pytest.raises(ValueError, match="A record of the routing needs a mixture of experts"):
-        RouterTap(nn.Sequential(model))

@@ -1,10 +1,11 @@
 """Arguments of a surgery: presets to the letter, and every contradiction refused in one line before anything loads."""
 
+import math
+
 import pytest
 from datasets import Dataset
 
-from hf_moe_cpt.trainers.surgery.losses import PAPER_WEIGHTS
-from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, check_sets, losses_of_sets
+from hf_moe_cpt.trainers.surgery.surgery_config import PAPER_WEIGHTS, SurgeryConfig
 
 
 ROWS = Dataset.from_dict({"text": ["one", "two"]})
@@ -32,7 +33,7 @@ def test_safe_is_the_default_and_bounded(tmp_path):
     config = SurgeryConfig.from_preset("safe", output_dir=str(tmp_path), use_cpu=True, report_to="none")
     plain = _config(tmp_path)
     assert config.to_dict() == plain.to_dict()
-    assert losses_of_sets(config)["unlearn"].is_bounded and config.forget_target == "unseen"
+    assert config.forget_losses["unlearn"].is_bounded and config.forget_target == "unseen"
     assert config.metric_for_best_model == "surgery_gap" and config.load_best_model_at_end
 
 
@@ -60,6 +61,8 @@ def test_overrides_win_over_a_preset(tmp_path):
         ({"forget_target": -2.0}, "forget_target=-2.0 must be a number"),
         ({"forget_target": None}, "aim needs forget_target"),
         ({"forget_beta": 0.0}, "beta=0.0 must be a finite number above 0"),
+        ({"forget_max_weight": math.inf}, "max_weight=inf must be a finite number above 0"),
+        ({"satimp_beta2": math.nan}, "satimp_beta2=nan must be a finite number, at least 0"),
         ({"update_batch_size": 0}, "update_batch_size=0 must be at least 1"),
         ({"max_retain_kl": 0.0}, "max_retain_kl=0.0 must be above 0, or unset"),
         ({"router_anchor": -1.0}, "router_anchor=-1.0 must be a finite number, at least 0"),
@@ -97,15 +100,15 @@ def test_targets_of_a_command_line_are_read(tmp_path, text, value):
 )
 def test_missing_and_empty_sets_are_refused(tmp_path, changes, sets, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check_sets(_config(tmp_path, **changes), sets)
+        _config(tmp_path, **changes).sets_in_force(sets)
     assert "\n" not in str(caught.value)
 
 
 def test_sets_in_force_are_those_with_rows_and_a_weight(tmp_path):
     sets = {"unlearn": ROWS, "update": ROWS, "retain": ROWS, "obsolete": None, "unseen": ROWS}
-    found = check_sets(_config(tmp_path, update_weight=0.0), sets)
+    found = _config(tmp_path, update_weight=0.0).sets_in_force(sets)
     assert list(found) == ["unlearn", "retain"]
     config = _config(tmp_path, allow_unanchored=True)
-    assert list(check_sets(config, {"unlearn": ROWS, "unseen": ROWS})) == ["unlearn"]
+    assert list(config.sets_in_force({"unlearn": ROWS, "unseen": ROWS})) == ["unlearn"]
     ascent = _config(tmp_path, forget_loss="ga", forget_target=None)
-    assert list(check_sets(ascent, {"unlearn": ROWS, "retain": ROWS})) == ["unlearn", "retain"]
+    assert list(ascent.sets_in_force({"unlearn": ROWS, "retain": ROWS})) == ["unlearn", "retain"]

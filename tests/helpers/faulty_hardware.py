@@ -1,17 +1,31 @@
-"""Two hosts on one machine: network namespaces with a cable between them that can be cut. Source: ours."""
+"""Hardware that fails: a disk that is soon full, two hosts whose cable can be cut. Source: ours."""
 
 import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system in memory of `size` bytes; skips the test where mounting is not permitted."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @dataclass(frozen=True)
 class Hosts:
-    """Names of the namespaces; the interface of the cable has the same name in both."""
+    """Network namespaces; the interface of the cable has the same name in both."""
 
     names: tuple[str, str]
     interface: str

@@ -1,0 +1,242 @@
+"""What the comparisons of methods share: runs that workers carry out and a folder keeps, means over seeds, the page.
+
+A comparison makes runs, each with a `name` and a `method`. Its folder holds comparison.json (everything that decides
+the numbers), runs/<name>.json (a record of each finished run), results.json, results.csv and comparison.png, so that a
+killed comparison goes on and methods or seeds can be added later.
+
+Intervals are Student's t over the seeds of the final runs. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import datasets
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.attempts import Attempt
+from hf_moe_cpt.evaluation.resumable import ResumableFolder, write_json
+from hf_moe_cpt.machine import check_names
+from hf_moe_cpt.reports.tables import write_csv
+
+
+CONFIDENCE = 0.95
+SCALE_OF_SWEEP = ("learning_rates", "strengths", "seeds")  # they say which runs there are, not what a run is
+
+Records = dict[str, dict[str, Any]]  # of runs by their names; {"error": one line} for a failed one
+Column = tuple[str, str, float, int]  # heading, name of the number, factor, digits
+
+
+class Run(Protocol):
+    """One run of a comparison."""
+
+    method: str
+
+    @property
+    def name(self) -> str:
+        """Also its file in the folder, without the ending."""
+        ...
+
+
+class Worker(Protocol):
+    """What carries out the runs of a process."""
+
+    def carry_out(self, run: Any) -> dict[str, Any]:
+        """The record of a run."""
+        ...
+
+
+def open_folder(root: str, fingerprint: Mapping[str, Any]) -> ResumableFolder:
+    """Make the folder, or take up the comparison in it. Raises ValueError if it holds anything else."""
+    folder = ResumableFolder(root, "comparison.json", fingerprint)
+    folder.claim()
+    return folder
+
+
+def check_request(args: Any, settings: Collection[str], methods: Collection[str]) -> None:
+    """Raise ValueError for what cannot be run of --setting, --methods, --workers and --seeds."""
+    check_names("--setting", [args.setting], settings)
+    check_choice("--methods", args.methods, methods)
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least one process must do the work.")
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: every method needs at least one final run.")
+
+
+def check_choice(option: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise ValueError for no name and for the first that is not known."""
+    if not names:
+        raise ValueError(f"{option} is empty: choose from {', '.join(known)}.")
+    check_names(option, names, known)
+
+
+def quiet_process() -> None:
+    """One thread in this process, and no bars or advice of libraries: one bar shows the whole job."""
+    torch.set_num_threads(1)  # on matrices this small a second thread costs more than it brings
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+_worker: Worker | None = None
+
+
+def start_worker(make: Callable[..., Worker], *given: Any) -> None:
+    """Make this process a quiet worker."""
+    global _worker
+    quiet_process()
+    _worker = make(*given)
+
+
+def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
+    """The run's record from this process's worker; of a run that failed, {"error": one line}."""
+    with Attempt() as attempt:
+        return run, _worker.carry_out(run)
+    return run, {"error": attempt.reason}
+
+
+class Crew:
+    """Carries out runs, in this process or in several, and keeps each record as soon as it is there.
+
+    make: the worker of a process, called with `given`; both must be picklable. A failed run is kept nowhere: it is to
+    be tried again.
+    """
+
+    def __init__(self, folder: ResumableFolder, workers: int, make: Callable[..., Worker], *given: Any) -> None:
+        self.folder, self.workers, self.start = folder, workers, (make, *given)
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def records(self, runs: Sequence[Run], bar: tqdm) -> Records:
+        """The record of each run by its name; what is finished in the folder is not done again."""
+        found = {run.name: self.folder.read(f"runs/{run.name}.json") for run in runs}
+        missing = [run for run in runs if found[run.name] is None]
+        bar.update(len(runs) - len(missing))
+        for run, record in self._carry_out(missing):
+            if "error" not in record:
+                self.folder.write(f"runs/{run.name}.json", record)
+            found[run.name] = record
+            bar.set_description(run.method)
+            bar.update(1)
+        return found
+
+    def _carry_out(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        if not runs:
+            return
+        if self.workers == 1:
+            start_worker(*self.start)
+            yield from map(run_one, runs)
+            return
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(
+                self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=self.start
+            )
+        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
+            yield future.result()
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and half the width of its interval; None where there are fewer than two."""
+
+    mean: float
+    half_width: float | None
+
+    def text(self, factor: float, digits: int) -> str:
+        """ "mean ± half width", both times a factor."""
+        half = "" if self.half_width is None else f" ± {self.half_width * factor:.{digits}f}"
+        return f"{self.mean * factor:.{digits}f}{half}"
+
+
+def t_interval(values: Sequence[float]) -> Estimate:
+    """Mean of independent values with Student's t-interval."""
+    if not values:
+        raise ValueError("an interval needs at least one value.")
+    if len(values) == 1:
+        return Estimate(values[0], None)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(statistics.fmean(values), t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * error)
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution. probability: in [1/2, 1). degrees: of freedom, an integer >= 1."""
+    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)), in which the distribution has a closed form
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share_within(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _share_within(angle: float, degrees: int) -> float:
+    """P(|t| < sqrt(degrees) * tan(angle)); Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    cosine, odd = math.cos(angle), degrees % 2
+    term = total = cosine if odd else 1.0
+    for power in range(3 if odd else 2, degrees - 1, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+
+
+def table_row(row: Mapping[str, Any], columns: Sequence[Column], settings: Mapping[str, str]) -> dict[str, str]:
+    """A method's line of a text table. columns: of estimates. settings: names of plain numbers by heading."""
+    cells = {"method": row["method"]}
+    for heading, name, factor, digits in columns:
+        cells[heading] = Estimate(*row[name]).text(factor, digits) if name in row else ""
+    return cells | {heading: f"{row[name]:.3g}" if name in row else "" for heading, name in settings.items()}
+
+
+def write_results(
+    folder: Path,
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    draw: Callable[[Path, Mapping[str, Any]], None],
+    text: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """results.json, `rows` as results.csv, the plot; and what is to be read on the screen."""
+    write_json(folder / "results.json", results)
+    write_csv(folder / "results.csv", rows)
+    draw(folder / "comparison.png", results)
+    print(text(results))
+
+
+@dataclass
+class PageArguments:
+    """What the page is about."""
+
+    folder: str = field(metadata={"positional": True, "help": "Results, such as docs/benchmarks/surgery_small."})
+
+
+def page_of(folder: Path, program: str, guide: str, text: Callable[[Mapping[str, Any]], str]) -> str:
+    """What a comparison printed, with the machine and the plot. program: its file; guide: a link to what it means."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    made = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    table = "\n".join(line.rstrip() for line in text(results).splitlines())
+    command = f"python scripts/replication/{program} page {folder.as_posix()}"
+    head = f"# {folder.name}\n\nWritten by `{command}` from the files beside it; what is measured: {guide}."
+    return f"{head}\n\n{made}.\n\n```text\n{table}\n```\n\n![](comparison.png)\n"
+
+
+def write_page(argv: Sequence[str], program: str, guide: str, text: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write README.md into a folder of results; as `page_of`."""
+    (args,) = parse_arguments((PageArguments,), argv, program=f"{program} page", description=write_page.__doc__)
+    folder = Path(args.folder)
+    (folder / "README.md").write_text(page_of(folder, program, guide, text), encoding="utf-8")
+    print(f"wrote {folder / 'README.md'}")
