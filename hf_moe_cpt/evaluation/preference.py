@@ -34,7 +34,7 @@ from hf_moe_cpt.evaluation.resumable import (
 )
 from hf_moe_cpt.evaluation.scoring import room_of, score_tokens
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, pair_outcomes, preference_accuracy, share_of_wins
-from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_rows
+from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_messages, read_rows, text_of
 from hf_moe_cpt.generation.sampling import (
     LoadOptions,
     Policy,
@@ -349,17 +349,11 @@ def read_responses(path: str, option: str, max_rows: int | None) -> tuple[list[P
     if "response" not in table.column_names:
         raise ValueError(f"{option} {path!r} has no column 'response' but {table.column_names}.")
     rows = read_rows(table, Columns(), max_rows)
-    responses = [_one_text(value) for value in table["response"][: len(rows)]]
+    responses = [text_of(value) for value in table["response"][: len(rows)]]
     for index, response in enumerate(responses):
         if response is None:
             raise ValueError(f"{option} {path!r}: the response of row {index} (counted from 0) is no string.")
     return rows, responses
-
-
-def _one_text(value: Any) -> str | None:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")
-    return value if isinstance(value, str) else None
 
 
 def require_same_prompts(rows: Sequence[PromptRow], others: Sequence[PromptRow], option: str, source: str) -> None:
@@ -392,8 +386,10 @@ def read_pairs(name: str, config_name: str | None, split: str, max_pairs: int | 
 
 
 def _pair(index: int, row: dict[str, Any], where: str) -> PairRow:
-    chosen, rejected = (_answer(row[side]) for side in ("chosen", "rejected"))
-    prompt = _answer(row.get("prompt"))
+    prompt, chosen, rejected = (
+        value if isinstance(value := row.get(name), str) else read_messages(value)
+        for name in ("prompt", "chosen", "rejected")
+    )
     if type(chosen) is not type(rejected) or chosen is None:
         raise ValueError(
             f"{where} is no preference pair: give chosen and rejected as strings, or as lists of messages with role "
@@ -412,17 +408,6 @@ def _num_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     most = max(0, min(len(one), len(other)) - 1)
     shared = next((place for place in range(most) if one[place] != other[place]), most)
     return shared - 1 if shared and one[shared - 1] == " " else shared
-
-
-def _answer(value: Any) -> Any:
-    """A string or a list of messages as it is, without empty fields; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return None
-    turns = [{name: part for name, part in turn.items() if part is not None} for turn in value]
-    is_text = all(isinstance(turn.get(name), str) for turn in turns for name in ("role", "content"))
-    return turns if turns and is_text else None
 
 
 def prompts_of(pairs: Sequence[PairRow]) -> list[PromptRow]:

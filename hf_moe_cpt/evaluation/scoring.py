@@ -42,7 +42,7 @@ from hf_moe_cpt.data.surgery_bench import (
     as_completions,
     group_of_set,
 )
-from hf_moe_cpt.data.text import tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
 from hf_moe_cpt.evaluation.text_metrics import (
     agreement_totals,
     conflict_score,
@@ -463,8 +463,8 @@ def ask(
     return questions
 
 
-def room_of(model: PreTrainedModel, settings: EvalSettings) -> int | None:
-    """Most tokens of a text: what the model can read or what the settings allow, None where neither has a limit."""
+def room_of(model: PreTrainedModel, settings: Any) -> int | None:
+    """Most tokens of a text: what the model can read or `settings.max_length`, None where neither has a limit."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (window, settings.max_length) if limit is not None]
     return min(limits, default=None)

@@ -46,7 +46,6 @@ import yaml
 from jinja2 import Template
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.text import json_lines
 
 
 if TYPE_CHECKING:  # what writes a world is read when one is asked for
@@ -316,6 +315,16 @@ def _from_table(table: pa.Table, features: datasets.Features) -> datasets.Datase
     return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features))
 
 
+def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
+    """How many leading tokens belong to the first len(prefix) characters of a text, special tokens in between too.
+
+    offsets: (begin, end) characters of each token, as a fast tokenizer returns them. A token that reaches from the
+    prefix into the text belongs to the prefix. 0 without a prefix.
+    """
+    covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
+    return max(covered, default=-1) + 1
+
+
 def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:
     """(prompt, one continuation per option): what a language model scores. A continuation begins with its space.
 
@@ -525,6 +534,8 @@ class _UserRows:
         self, path: Path, what: str, columns: Mapping[str, str], check: Callable[[dict, str], dict[str, Any]]
     ) -> int:
         """Add what `check` makes of each row, with the columns that both kinds of rows have; returns their number."""
+        from hf_moe_cpt.data.text import json_lines
+
         features = DOCUMENT_FEATURES if what == "document" else QUESTION_FEATURES
         count = 0
         for number, row in json_lines(path):
