@@ -38,8 +38,7 @@ ROOMS = {
     "hf_moe_cpt": Room(_EVERY_ROOM, (*_TRAINER.others, "tqdm", "trl", "yaml")),
     "hf_moe_cpt.analysis": Room(("hf_moe_cpt.routing", "hf_moe_cpt.reports")),  # the old name of these rooms
     "hf_moe_cpt.data": Room(
-        _FRONT,
-        ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"),
+        _FRONT, ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml")
     ),
     "hf_moe_cpt.evaluation": Room(
         (
