@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 
 MAPPED = ("hub_cards", "modeling", "scripts", "trainers")  # `package_dir` in setup.cfg says to where
@@ -11,6 +11,7 @@ MAPPED = ("hub_cards", "modeling", "scripts", "trainers")  # `package_dir` in se
 README = Path("README.md").read_text(encoding="utf-8")
 
 inside = find_packages(include=["hf_moe_cpt", "hf_moe_cpt.*"])
+inside += find_namespace_packages(include=["hf_moe_cpt.metrics.*"])  # evaluate's folders, without __init__.py
 mapped = find_packages(include=[name for folder in MAPPED for name in (folder, f"{folder}.*")])
 
 

@@ -8,8 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.lazy import lazy_names
-from hf_moe_cpt.registration import register_kernels, register_model_type
+from hf_moe_cpt.lazy import _lazy_names
 
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_CHECKOUT, "setup.cfg")) and os.path.isdir(os.path.join(_CHECKOUT, "modeling")):
     __path__.append(_CHECKOUT)
 
-_import, __dir__ = lazy_names(
+_import, __dir__ = _lazy_names(
     __name__,
     {
         "hf_moe_cpt.trainers.cpt.cpt_config": ("CPTConfig",),
@@ -74,5 +73,4 @@ def __getattr__(name: str) -> object:
     return _import(name)
 
 
-register_model_type()
-register_kernels()
+from hf_moe_cpt.registration import register_kernels  # noqa: E402  registers everything, once rooms can be found

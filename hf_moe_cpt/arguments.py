@@ -22,9 +22,7 @@ import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_moe_cpt.cli import USER_ERROR
-from hf_moe_cpt.command_help import HELP_ALL_WORDS, HELP_WORDS, format_help
-from hf_moe_cpt.recipes import path_of_config
+from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR
 
 
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
@@ -105,6 +103,8 @@ def parse_arguments(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if asked := next((word for word in words if word in (*HELP_WORDS, *HELP_ALL_WORDS)), None):
+        from hf_moe_cpt.command_help import format_help
+
         print(format_help(program, description, dataclass_types, everything=asked in HELP_ALL_WORDS))
         sys.exit(0)
     parser = SettingsParser(dataclass_types, program)
@@ -160,6 +160,8 @@ def _given(argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
         finder.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
     found = finder.parse_known_args(None if argv is None else list(argv))[0]
     if found.config is not None:
+        from hf_moe_cpt.recipes import path_of_config
+
         found.config = path_of_config(found.config)
     return found
 

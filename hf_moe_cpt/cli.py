@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hf_moe_cpt import __version__
-from hf_moe_cpt.command_help import HELP_WORDS, command_help
 from hf_moe_cpt.extras import require
 
 
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+HELP_WORDS = ("-h", "--help")
+HELP_ALL_WORDS = ("--help_all", "--help-all")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, words: Sequence[str]) -> None:
     command = COMMANDS[name]
     if any(word in HELP_WORDS for word in words):
+        from hf_moe_cpt.command_help import command_help
+
         print(command_help(command.module, f"hf-moe-cpt {name}"))
         return
     if command.package is not None:

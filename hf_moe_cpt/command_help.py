@@ -24,8 +24,6 @@ from typing import Any
 import hf_moe_cpt
 
 
-HELP_WORDS = ("-h", "--help")
-HELP_ALL_WORDS = ("--help_all", "--help-all")
 FOREIGN = ("transformers", "trl")  # owners of base classes whose fields are on --help_all only
 MOST_USED = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_steps")
 CONFIG_HELP = "YAML file with arguments, or recipe:NAME; the command line wins over it"

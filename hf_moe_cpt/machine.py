@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -56,6 +57,13 @@ def release_memory(device: torch.device) -> None:
 def has_process_group() -> bool:
     """Whether torch.distributed is initialised, so that sums have to be taken over ranks."""
     return dist.is_available() and dist.is_initialized()
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers, such as those of several processes, and adapters."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def leave_process_group() -> None:

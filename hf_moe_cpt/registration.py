@@ -10,7 +10,7 @@ classes and these want `transformers.modeling_utils`. So each part waits for its
 
 Only public `register` methods and tables are used and no module of anybody else is changed. Nothing is put on
 `sys.meta_path`: a finder there would be asked for every module that is missing, in every step of a training.
-Source: ours.
+Importing this file does all of it. Source: ours.
 """
 
 import importlib.util
@@ -40,12 +40,6 @@ AUTO_CLASS_OF_MODEL = {
 }
 _CONFIGURATION_FILE = "hf_moe_cpt.modeling.configuration_cpt_moe"
 _MODEL_FILE = "hf_moe_cpt.modeling.modeling_cpt_moe"
-
-
-def register_model_type() -> None:
-    """Make `AutoConfig`, `AutoModel` and their like know `cpt_moe`, whichever package is imported first."""
-    _run_after_import("transformers.models.auto.configuration_auto", _register_configuration)
-    _run_after_import("transformers.models.auto.modeling_auto", _register_models)
 
 
 def register_kernels() -> None:
@@ -144,3 +138,8 @@ class _AfterImport(FileFinder):
 
         spec.loader.exec_module = execute_then_act
         return spec
+
+
+_run_after_import("transformers.models.auto.configuration_auto", _register_configuration)
+_run_after_import("transformers.models.auto.modeling_auto", _register_models)
+register_kernels()

@@ -371,16 +371,6 @@ def _shorten(value: object) -> str:
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
-    """How many leading tokens belong to the first len(prefix) characters of a text, special tokens in between too.
-
-    offsets: (begin, end) characters of each token, as a fast tokenizer returns them. A token that reaches from the
-    prefix into the text belongs to the prefix. 0 without a prefix.
-    """
-    covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
-    return max(covered, default=-1) + 1
-
-
 def check_file(path: Path, kind: str, text_column: str) -> None:
     """Refuse a file that is unreadable, empty, damaged at its head or lacks both text_column and input_ids.
 

@@ -37,7 +37,7 @@ from hf_moe_cpt.evaluation.scoring import (
     questions_of,
     right_answers,
     room_of,
-    score_tokens,
+    score_options,
 )
 from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
 
@@ -76,12 +76,9 @@ def attack(
 def answers_of(model: PreTrainedModel, asked: Sequence[AskedQuestion], batch_size: int) -> dict[str, Any]:
     """Columns subject and right, a row for each question: 1 if the true option has the lowest perplexity, else 0, a
     share of 1 where options tie, NaN where the model says NaN."""
-    scores = iter(score_tokens(model, [text for question in asked for text in question.options], 3 * batch_size))
-    columns: dict[str, list[Any]] = {"logp": [], "tokens": [], "answer": [q.row["answer"] for q in asked]}
-    for question in asked:
-        of_options = [next(scores).logp for _ in question.options]
-        columns["logp"].append([float(logp.sum(dtype=np.float64)) for logp in of_options])
-        columns["tokens"].append([len(logp) for logp in of_options])
+    scores = score_options(model, asked, batch_size)
+    columns = {name: [score[name] for score in scores] for name in ("logp", "tokens")}
+    columns["answer"] = [question.row["answer"] for question in asked]
     return {"subject": [q.row["subject"] for q in asked], "right": right_answers(columns).tolist()}
 
 

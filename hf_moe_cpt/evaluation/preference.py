@@ -4,13 +4,11 @@ A pair is tokenised as trainers do: the prompt alone, and prompt and answer as a
 begin to differ, and ends with EOS where it is a string. All that can be refused is refused from configurations,
 tokenizers and data; weights are read by the first stage that misses a shard.
 
-Letters: B rows of a batch, S their tokens, P the positions that predict an answer's token in any of them, V words.
 Source: ours.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -21,8 +19,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.evaluation.resumable import (
@@ -34,9 +32,9 @@ from hf_moe_cpt.evaluation.resumable import (
     write_json,
     write_lines,
 )
-from hf_moe_cpt.evaluation.scoring import padded
+from hf_moe_cpt.evaluation.scoring import room_of, score_tokens
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, pair_outcomes, preference_accuracy, share_of_wins
-from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_rows
+from hf_moe_cpt.generation.pairs import Columns, PromptRow, load_table, read_messages, read_rows, text_of
 from hf_moe_cpt.generation.sampling import (
     LoadOptions,
     Policy,
@@ -47,11 +45,11 @@ from hf_moe_cpt.generation.sampling import (
     check_at_least,
     load_policy,
     load_tokenizer,
-    read_config,
     require_template,
 )
 from hf_moe_cpt.machine import DEVICES, check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.trainers.surgery.chunked import check_head
 
 
 SIDES = ("policy", "reference")
@@ -351,17 +349,11 @@ def read_responses(path: str, option: str, max_rows: int | None) -> tuple[list[P
     if "response" not in table.column_names:
         raise ValueError(f"{option} {path!r} has no column 'response' but {table.column_names}.")
     rows = read_rows(table, Columns(), max_rows)
-    responses = [_one_text(value) for value in table["response"][: len(rows)]]
+    responses = [text_of(value) for value in table["response"][: len(rows)]]
     for index, response in enumerate(responses):
         if response is None:
             raise ValueError(f"{option} {path!r}: the response of row {index} (counted from 0) is no string.")
     return rows, responses
-
-
-def _one_text(value: Any) -> str | None:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")
-    return value if isinstance(value, str) else None
 
 
 def require_same_prompts(rows: Sequence[PromptRow], others: Sequence[PromptRow], option: str, source: str) -> None:
@@ -394,8 +386,10 @@ def read_pairs(name: str, config_name: str | None, split: str, max_pairs: int | 
 
 
 def _pair(index: int, row: dict[str, Any], where: str) -> PairRow:
-    chosen, rejected = (_answer(row[side]) for side in ("chosen", "rejected"))
-    prompt = _answer(row.get("prompt"))
+    prompt, chosen, rejected = (
+        value if isinstance(value := row.get(name), str) else read_messages(value)
+        for name in ("prompt", "chosen", "rejected")
+    )
     if type(chosen) is not type(rejected) or chosen is None:
         raise ValueError(
             f"{where} is no preference pair: give chosen and rejected as strings, or as lists of messages with role "
@@ -416,17 +410,6 @@ def _num_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return shared - 1 if shared and one[shared - 1] == " " else shared
 
 
-def _answer(value: Any) -> Any:
-    """A string or a list of messages as it is, without empty fields; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return None
-    turns = [{name: part for name, part in turn.items() if part is not None} for turn in value]
-    is_text = all(isinstance(turn.get(name), str) for turn in turns for name in ("role", "content"))
-    return turns if turns and is_text else None
-
-
 def prompts_of(pairs: Sequence[PairRow]) -> list[PromptRow]:
     """The different prompts of the pairs, in order."""
     distinct = {json.dumps(pair.prompt): pair.prompt for pair in pairs}
@@ -439,13 +422,6 @@ class AnswerTokens(NamedTuple):
     ids: list[int]
     start: int
     was_cut: bool
-
-
-class AnswerScore(NamedTuple):
-    """Summed log-probability of an answer in nats, and its tokens."""
-
-    logp: float
-    num_tokens: int
 
 
 def tokenize_answers(
@@ -472,43 +448,6 @@ def tokenize_answers(
 def is_readable(answers: Sequence[AnswerTokens]) -> bool:
     """Whether at least one token of every answer is left and has a token before it."""
     return all(1 <= answer.start < len(answer.ids) for answer in answers)
-
-
-def answer_scores(
-    model: PreTrainedModel,
-    answers: Sequence[AnswerTokens],
-    batch_size: int,
-    progress: Progress = lambda count: None,
-) -> list[AnswerScore]:
-    """One score for each answer, in their order; progress gets the size of each finished batch.
-
-    Rows of similar length go together, padded on the right, the longest first, so that memory fails at once.
-    """
-    order = sorted(range(len(answers)), key=lambda place: -len(answers[place].ids))
-    scores: dict[int, AnswerScore] = {}
-    for begin in range(0, len(order), batch_size):
-        places = order[begin : begin + batch_size]
-        scores |= zip(places, _batch(model, [answers[place] for place in places]), strict=True)
-        progress(len(places))
-    return [scores[place] for place in range(len(answers))]
-
-
-@torch.inference_mode()
-def _batch(model: PreTrainedModel, answers: Sequence[AnswerTokens]) -> list[AnswerScore]:
-    ids, mask, _ = padded(answers, model.device)
-    width, first = ids.shape[1], min(answer.start for answer in answers) - 1
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=width - first).logits  # (B, P, V)
-    else:
-        logits = model(**inputs).logits[:, first:]
-    scores = []
-    for row, answer in enumerate(answers):  # row by row: only one row of logits is held in float32
-        predicting = logits[row, answer.start - 1 - first : len(answer.ids) - 1 - first].float()
-        targets = ids[row, answer.start : len(answer.ids)]
-        loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
-        scores.append(AnswerScore(-float(loss), len(targets)))
-    return scores
 
 
 class Stopped(Exception):
@@ -641,29 +580,27 @@ class Evaluation:
 
     def _pair_scorer(self, side: Side) -> Make:
         """From pairs to log-probabilities; None for pairs whose prompt leaves no room."""
-        model, limit = load_policy(side.model, side.options), self._max_length(side)
+        model = load_policy(side.model, side.options)
+        check_head(model)
+        limit = room_of(model, self.job.data)
 
         def score(pairs: Sequence[PairRow], progress: Progress) -> list[Row]:
             tokens = [tokenize_answers(p.prompt, (p.chosen, p.rejected), side.tokenizer, limit) for p in pairs]
             readable = [place for place, answers in enumerate(tokens) if is_readable(answers)]
             flat = [answer for place in readable for answer in tokens[place]]
-            scores = iter(answer_scores(model, flat, self.job.policy.batch_size, lambda count: progress(count // 2)))
-            found = {place: (next(scores), next(scores)) for place in readable}
+            scores = iter(score_tokens(model, flat, self.job.policy.batch_size))
+            found = {place: (next(scores).logp, next(scores).logp) for place in readable}
             rows = []
             for place, pair in enumerate(pairs):
                 row: Row = {"index": pair.index, "cut": place in found and any(a.was_cut for a in tokens[place])}
-                for number, answer in enumerate(("chosen", "rejected")):
-                    one = found[place][number] if place in found else None
-                    row |= {f"{answer}_logp": one and one.logp, f"{answer}_length": one and one.num_tokens}
+                for answer, logp in zip(("chosen", "rejected"), found.get(place, (None, None)), strict=True):
+                    row[f"{answer}_logp"] = None if logp is None else float(logp.sum(dtype=np.float64))
+                    row[f"{answer}_length"] = None if logp is None else len(logp)
                 rows.append(row)
+                progress(1)
             return rows
 
         return score
-
-    def _max_length(self, side: Side) -> int | None:
-        window = getattr(read_config(side.model, side.options).get_text_config(), "max_position_embeddings", None)
-        limits = [limit for limit in (window, self.job.data.max_length) if limit is not None]
-        return min(limits, default=None)
 
     def _read_prompts(self) -> None:
         """The prompts and where they are from, and the ready responses to them."""

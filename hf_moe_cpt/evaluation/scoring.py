@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ from hf_moe_cpt.data.surgery_bench import (
     as_completions,
     group_of_set,
 )
-from hf_moe_cpt.data.text import tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
 from hf_moe_cpt.evaluation.text_metrics import (
     agreement_totals,
     conflict_score,
@@ -112,6 +113,20 @@ def score_tokens(
         return [TokenScores(*columns) for columns in _by_text(parts, batch)]
 
     return over_rows(texts, lambda text: len(text.ids), score, batch_size, bar)
+
+
+def score_options(
+    model: PreTrainedModel, asked: Sequence[AskedQuestion], batch_size: int, bar: str | None = None
+) -> list[dict[str, list[Any]]]:
+    """For each question logp (sum, float64), tokens and hits, lists with an entry for each option."""
+    scores = iter(score_tokens(model, [text for q in asked for text in q.options], 3 * batch_size, bar=bar))
+    found = []
+    for question in asked:
+        options = [next(scores) for _ in question.options]
+        row = {"logp": [float(option.logp.sum(dtype=np.float64)) for option in options]}
+        row |= {"tokens": [len(option.logp) for option in options], "hits": [int(o.hit.sum()) for o in options]}
+        found.append(row)
+    return found
 
 
 def score_distances(
@@ -448,8 +463,8 @@ def ask(
     return questions
 
 
-def room_of(model: PreTrainedModel, settings: EvalSettings) -> int | None:
-    """Most tokens of a text: what the model can read or what the settings allow, None where neither has a limit."""
+def room_of(model: PreTrainedModel, settings: Any) -> int | None:
+    """Most tokens of a text: what the model can read or `settings.max_length`, None where neither has a limit."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (window, settings.max_length) if limit is not None]
     return min(limits, default=None)
@@ -467,6 +482,24 @@ EDIT_OF_KIND = {
     "paraphrase": "generalisation",
     "one_hop": "portability_one_hop",
     "inverse": "portability_inverse",
+}
+
+
+METRICS_OF_PART: dict[str, dict[str, Callable[[Columns], Any]]] = {
+    "texts": {
+        "loss": lambda columns: -loss_score(columns["logp"]),
+        "probability": lambda columns: probability(columns["logp"]),
+        "exact_memorisation": lambda columns: exact_memorisation(columns["hit"]),
+        "extraction_strength": lambda columns: extraction_strength(columns["hit"]),
+    },
+    "continuations": {
+        "rouge_l": lambda columns: rouge_l(columns["text"], columns["true_text"]).f1,
+        "fluency": lambda columns: ngram_entropy(columns["text"]),
+    },
+    "divergence": {
+        "kl": lambda columns: kl_totals(columns["kl"]),
+        "agreement": lambda columns: agreement_totals(columns["agrees"]),
+    },
 }
 
 
@@ -565,15 +598,11 @@ def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[st
         for kind, columns in kinds.items():
             if columns and columns["id"]:
                 yield from _of_questions(set_name, kind, columns)
-    for part, metrics in (
-        ("texts", _of_texts),
-        ("continuations", _of_continuations),
-        ("divergence", _of_divergence),
-    ):
+    for part, metrics in METRICS_OF_PART.items():
         for set_name, columns in raw.get(part, {}).items():
             if columns and columns["id"]:
-                for metric, compute in metrics(columns).items():
-                    yield metric, set_name, columns["subject"], compute
+                for metric, compute in metrics.items():
+                    yield metric, set_name, columns["subject"], partial(compute, columns)
     yield from _of_attacks(raw.get("robustness", {}))
 
 
@@ -591,26 +620,6 @@ def _of_questions(
     if kind == "mcq" and changed:
         old, new = (_per_token(asked, name) for name in ("old_answer", "answer"))
         yield "conflict", set_name, asked["subject"], lambda: conflict_score(old, new)
-
-
-def _of_texts(columns: Columns) -> dict[str, Callable[[], Any]]:
-    return {
-        "loss": lambda: -loss_score(columns["logp"]),
-        "probability": lambda: probability(columns["logp"]),
-        "exact_memorisation": lambda: exact_memorisation(columns["hit"]),
-        "extraction_strength": lambda: extraction_strength(columns["hit"]),
-    }
-
-
-def _of_continuations(columns: Columns) -> dict[str, Callable[[], Any]]:
-    return {
-        "rouge_l": lambda: rouge_l(columns["text"], columns["true_text"]).f1,
-        "fluency": lambda: ngram_entropy(columns["text"]),
-    }
-
-
-def _of_divergence(columns: Columns) -> dict[str, Callable[[], Any]]:
-    return {"kl": lambda: kl_totals(columns["kl"]), "agreement": lambda: agreement_totals(columns["agrees"])}
 
 
 def _of_attacks(attacks: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:

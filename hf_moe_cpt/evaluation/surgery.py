@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
@@ -64,6 +64,7 @@ from hf_moe_cpt.evaluation.scoring import (
     membership_scores,
     questions_of,
     score_distances,
+    score_options,
     score_tokens,
     sets_of,
     values_of,
@@ -93,7 +94,6 @@ from hf_moe_cpt.evaluation.text_metrics import (
     update_part,
 )
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.generation.sampling import LoadOptions, load_policy, load_tokenizer
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.trainers.surgery.chunked import check_head
 
@@ -226,15 +226,10 @@ def measure_questions(subject: Subject) -> Raw:
     found: Raw = {}
     for name in sets_of(bench, s):
         asked = questions_of(bench, name, tokenizer, model, s)
-        options = [text for question in asked for text in question.options]
-        scores = iter(score_tokens(model, options, 3 * s.batch_size, bar=subject.label(f"questions about {name}")))
-        for question in asked:
-            of_options = [next(scores) for _ in question.options]
+        scores = score_options(model, asked, s.batch_size, subject.label(f"questions about {name}"))
+        for question, score in zip(asked, scores, strict=True):
             row = {key: question.row[key] for key in ("id", "subject", "attribute", "answer", "old_answer")}
-            row["logp"] = [float(option.logp.sum(dtype=np.float64)) for option in of_options]
-            row["tokens"] = [len(option.logp) for option in of_options]
-            row["hits"] = [int(option.hit.sum()) for option in of_options]
-            _append(found.setdefault(name, {}).setdefault(question.row["kind"], {}), row)
+            _append(found.setdefault(name, {}).setdefault(question.row["kind"], {}), row | score)
     return found
 
 
@@ -260,7 +255,8 @@ def measure_continuations(subject: Subject) -> Raw:
     Texts of fewer than four tokens that count are left out.
     """
     model, tokenizer, bench, s, *_ = subject
-    stop = _stop_tokens(model, tokenizer)
+    known = getattr(model.generation_config, "eos_token_id", None)
+    stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
     found: Raw = {}
     for name in (name for name in sets_of(bench, s) if name in CONTINUED_SETS):
         documents = [
@@ -271,12 +267,12 @@ def measure_continuations(subject: Subject) -> Raw:
         halves = [(document.tokens.start + len(document.tokens.ids)) // 2 for document in documents]
         prompts = [document.tokens.ids[:half] for document, half in zip(documents, halves, strict=True)]
         bar = subject.label(f"continuations of {name}")
-        written = continue_greedily(model, prompts, s.new_tokens, s.batch_size, stop=stop, bar=bar)
+        written = continue_greedily(model, prompts, s.new_tokens, s.batch_size, stop=sorted(stop), bar=bar)
         for document, half, ids in zip(documents, halves, written, strict=True):
-            rest = document.tokens.ids[half : half + s.new_tokens]
-            texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, rest))
-            row = dict(zip(("tokens", "true_tokens", "text", "true_text"), (ids, list(rest), *texts), strict=True))
-            _append(found.setdefault(name, {}), {**_who(document), **row})
+            rest = list(document.tokens.ids[half : half + s.new_tokens])
+            text, true_text = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, rest))
+            row = {"tokens": ids, "true_tokens": rest, "text": text, "true_text": true_text}
+            _append(found.setdefault(name, {}), _who(document) | row)
     return found
 
 
@@ -294,24 +290,13 @@ def measure_divergence(subject: Subject) -> Raw:
     return found
 
 
-def measure_robustness(subject: Subject) -> Raw:
-    """The attacks of the settings."""
-    return attack(subject.model, subject.tokenizer, subject.bench, subject.settings, subject.bar)
-
-
 MEASURES: dict[str, Callable[[Subject], Raw]] = {
     "questions": measure_questions,
     "texts": measure_texts,
     "continuations": measure_continuations,
     "divergence": measure_divergence,
-    "robustness": measure_robustness,
+    "robustness": lambda subject: attack(*subject[:4], bar=subject.bar),
 }
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    known = getattr(model.generation_config, "eos_token_id", None)
-    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
-    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def _who(document: ReadDocument) -> Raw:
@@ -793,20 +778,15 @@ class SurgeryEvaluation:
     """
 
     def __init__(self, models: ModelArguments, bench: BenchArguments, settings: EvalSettings, root: str) -> None:
-        self.models, self.settings = models.given, settings
+        self.models, self.settings, self.arguments = models.given, settings, models
         choose_device(models.device)  # refuses one that is not there
         self.state = PartialState(cpu=models.device == "cpu")
         self.device = choose_device(models.device)
-        self.options = LoadOptions(
-            dtype=models.dtype,
-            attn_implementation=models.attn_implementation,
-            trust_remote_code=models.trust_remote_code,
-            device=models.device,
-        )
         self.bench = bench.load()
         if not sets_of(self.bench, settings):
             raise ValueError(f"the bench holds nothing of the sets {', '.join(settings.sets or SETS)}: name others.")
-        self.tokenizer = load_tokenizer(models.tokenizer or next(iter(self.models.values())), self.options)
+        tokenizer = models.tokenizer or next(iter(self.models.values()))
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=models.trust_remote_code)
         self.folder = ResumableFolder(root, "eval_surgery.json", self._identity(models, bench))
 
     def measurements(self) -> dict[str, Raw]:
@@ -837,9 +817,9 @@ class SurgeryEvaluation:
         ]
 
     def _measure(self, side: str, parts: list[str]) -> None:
-        model, is_main = load_whole(self.models[side], self.options), self.state.is_main_process
+        model, is_main = load_whole(self.models[side], self.arguments), self.state.is_main_process
         for part in parts:
-            reference = load_whole(self.models["before"], self.options) if part == "divergence" else None
+            reference = load_whole(self.models["before"], self.arguments) if part == "divergence" else None
             settings = replace(self.settings, parts=[part])
             found = evaluate_model(model, self.tokenizer, self.bench, settings, reference, bar=is_main)
             if is_main:
@@ -868,16 +848,18 @@ class SurgeryEvaluation:
         return identity | {"attacks": self.settings.attacks, "dtype": models.dtype}
 
 
-def load_whole(name: str, options: LoadOptions) -> PreTrainedModel:
+def load_whole(name: str, arguments: ModelArguments) -> PreTrainedModel:
     """A causal LM on its device; the folder of an adapter is merged into its base, as it would be for use.
 
     Side by side with its base an adapter would be rounded by itself, and relearning would leave it as it is.
     """
-    if not is_adapter(name):
-        return load_policy(name, options)
-    peft = require("peft", needed_by=f"the adapter {name!r}")
-    base = load_policy(base_of_adapter(name), options)
-    return peft.PeftModel.from_pretrained(base, name).merge_and_unload().eval()
+    options = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    peft = require("peft", needed_by=f"the adapter {name!r}") if is_adapter(name) else None
+    model = AutoModelForCausalLM.from_pretrained(name if peft is None else base_of_adapter(name), **options)
+    model = model.to(choose_device(arguments.device))
+    return (model if peft is None else peft.PeftModel.from_pretrained(model, name).merge_and_unload()).eval()
 
 
 def is_adapter(name: str) -> bool:
@@ -900,13 +882,13 @@ def checksum_of_bench(bench: SurgeryBench) -> str:
 
 def run(models: ModelArguments, bench: BenchArguments, settings: EvalSettings, output: OutputArguments) -> str | None:
     """Check everything, measure what is missing, write; what to print at the end, None on all ranks but the first."""
-    from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
-
     work = SurgeryEvaluation(models, bench, settings, output.output_dir)
     raws = work.measurements()
     if not work.state.is_main_process:
         return None
     summary = summarise(**raws, confidence=output.confidence, seed=settings.seed, resamples=output.resamples)
+    from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
+
     facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}
     write_files(work.folder.root, summary, raws, facts)
     return f"files: {output.output_dir}\n\n{text_report(summary)}"

@@ -22,7 +22,8 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from statistics import harmonic_mean
 from typing import NamedTuple
 
 import numpy as np
@@ -387,14 +388,6 @@ def retained_part(after: float, before: float) -> float:
 def robustness_part(relearning: float, quantisation: float) -> float:
     """R x Q in [0, 1] of `robustness.relearning_robustness` and `robustness.quantisation_stability`."""
     return _share("relearning", relearning) * _share("quantisation", quantisation)
-
-
-def harmonic_mean(values: Iterable[float]) -> float:
-    """Of values of at least 0; 0 if one of them is 0."""
-    read = list(values)
-    if not read or not all(math.isfinite(value) and value >= 0 for value in read):
-        raise ValueError(f"a harmonic mean needs finite values of at least 0, got {read}.")
-    return len(read) / sum(1 / value for value in read) if min(read) > 0 else 0.0
 
 
 def _share(name: str, value: float) -> float:

@@ -301,7 +301,11 @@ def _read_row(index: int, row: dict[str, Any], columns: Columns) -> PromptRow:
         prompt = [{"role": "user", "content": prompt}]
     responses = scores = None
     if columns.responses is not None:
-        responses = [_read_text(item, where, columns.responses) for item in _items(row[columns.responses])]
+        responses = [text_of(item) for item in _items(row[columns.responses])]
+        if None in responses:
+            raise ValueError(
+                f"{where} of column {columns.responses!r} is no list of responses: each is a string or one message."
+            )
     if columns.scores is not None:
         scores = list(_items(row[columns.scores]))
         if not all(_is_number(score) for score in scores):
@@ -321,8 +325,8 @@ def _read_prompt(value: object, where: str) -> Prompt:
         if not value:
             raise ValueError(f"{where} is empty: remove that row.")
         return value
-    turns = [{k: v for k, v in turn.items() if v is not None} for turn in _items(value) if isinstance(turn, dict)]
-    if not turns or any(not isinstance(turn.get(key), str) for turn in turns for key in ("role", "content")):
+    turns = read_messages(value)
+    if turns is None:
         raise ValueError(f"{where} is neither a string nor a list of messages with role and content.")
     if turns[-1]["role"] not in ANSWERED_ROLES:
         raise ValueError(
@@ -331,14 +335,19 @@ def _read_prompt(value: object, where: str) -> Prompt:
     return turns
 
 
-def _read_text(item: object, where: str, column: str) -> str:
-    """A response as a string, or as the one message of an assistant."""
-    messages = list(_items(item))
-    if len(messages) == 1 and isinstance(messages[0], dict):
-        item = messages[0].get("content")
-    if not isinstance(item, str):
-        raise ValueError(f"{where} of column {column!r} is no list of responses: each is a string or one message.")
-    return item
+def read_messages(value: object) -> list[dict[str, str]] | None:
+    """A list of messages without empty fields; None for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return None
+    turns = [{name: part for name, part in turn.items() if part is not None} for turn in value]
+    return turns if all(isinstance(turn.get(name), str) for turn in turns for name in ("role", "content")) else None
+
+
+def text_of(value: object) -> str | None:
+    """A response: a string, or the content of its one message; None for anything else."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    return value if isinstance(value, str) else None
 
 
 def _is_number(value: object) -> bool:

@@ -66,15 +66,9 @@ def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,
-    targets_ptr,
-    losses_ptr,
-    row_stride,
-    vocab_size,
-    IGNORED: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
+    logits_ptr, targets_ptr, losses_ptr, row_stride, vocab_size, IGNORED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (rows,). A program owns one row of logits: it writes the row's loss, then the gradient over the logits.
 
     The largest logit and the sum of exponentials are found in one pass (online softmax); the second pass reads the row

@@ -230,17 +230,9 @@ def load_expert_matrix(
 
 @triton.jit
 def store_expert_matrix(
-    target,
-    tile,
-    expert,
-    row,
-    column,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    target, tile, expert, row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
-):
+):  # fmt: skip
     """Write the (ROWS, COLUMNS) tile at (row, column) of an expert's matrix in its dtype, up to its ends."""
     if TMA:
         target.store([expert, row, column], tile.to(target.dtype).reshape(1, ROWS, COLUMNS))
@@ -274,20 +266,11 @@ def grouped_product(rows: Tensor, weight: Tensor, table: RoutingTable, contract_
     box = [1, tile.block_n, tile.block_k] if contract_last else [1, tile.block_k, tile.block_n]
     num_row_tiles, num_column_tiles = table.expert_of_tile.shape[0], triton.cdiv(num_columns, tile.block_n)
     _grouped_product_kernel[tile.grid(num_row_tiles * num_column_tiles, rows.device)](
-        tile_source(rows, [tile.block_m, tile.block_k], use_tma),
-        tile_source(weight, box, use_tma),
-        tile_source(out, [tile.block_m, tile.block_n], use_tma),
-        table.expert_of_tile,
-        table.group_start,
-        num_experts,
-        num_columns,
-        rows.shape[1],
-        CONTRACT_LAST=contract_last,
-        TMA=use_tma,
-        PERSISTENT=tile.persistent,
-        PRECISION=dot_precision(rows.dtype),
-        **tile.launch_options(),
-    )
+        tile_source(rows, [tile.block_m, tile.block_k], use_tma), tile_source(weight, box, use_tma),
+        tile_source(out, [tile.block_m, tile.block_n], use_tma), table.expert_of_tile, table.group_start, num_experts,
+        num_columns, rows.shape[1], CONTRACT_LAST=contract_last, TMA=use_tma, PERSISTENT=tile.persistent,
+        PRECISION=dot_precision(rows.dtype), **tile.launch_options(),
+    )  # fmt: skip
     return out
 
 
@@ -298,18 +281,9 @@ def _grouped_product_kernel(
     out,  # (R, N)
     expert_of_tile,  # (row tiles,) int32
     group_start,  # (E + 1,) int32
-    num_experts,
-    num_columns,
-    depth,
-    CONTRACT_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    num_experts, num_columns, depth, CONTRACT_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program owns one (BLOCK_M, BLOCK_N) tile of `out`, or, if persistent, every num_programs-th of them."""
     num_row_tiles = tl.load(group_start + num_experts) // BLOCK_M
     num_tiles = num_row_tiles * tl.cdiv(num_columns, BLOCK_N)
@@ -423,22 +397,12 @@ def gated_up(
     box, saved_box = [1, 2, tile.block_n, tile.block_k], [tile.block_m, 1, tile.block_n]
     num_row_tiles, num_column_tiles = table.expert_of_tile.shape[0], triton.cdiv(width, tile.block_n)
     _gated_up_kernel[tile.grid(num_row_tiles * num_column_tiles, rows.device)](
-        tile_source(rows, [tile.block_m, tile.block_k], use_tma),
-        tile_source(halves, box, use_tma),
+        tile_source(rows, [tile.block_m, tile.block_k], use_tma), tile_source(halves, box, use_tma),
         tile_source(hidden, [tile.block_m, tile.block_n], use_tma),
-        tile_source(saved_halves, saved_box, use_tma) if save else hidden,
-        table.expert_of_tile,
-        table.group_start,
-        num_experts,
-        width,
-        hidden_size,
-        ACTIVATION=activation,
-        SAVE=save,
-        TMA=use_tma,
-        PERSISTENT=tile.persistent,
-        PRECISION=dot_precision(rows.dtype),
-        **tile.launch_options(),
-    )
+        tile_source(saved_halves, saved_box, use_tma) if save else hidden, table.expert_of_tile, table.group_start,
+        num_experts, width, hidden_size, ACTIVATION=activation, SAVE=save, TMA=use_tma, PERSISTENT=tile.persistent,
+        PRECISION=dot_precision(rows.dtype), **tile.launch_options(),
+    )  # fmt: skip
     return hidden, preactivation
 
 
@@ -450,19 +414,10 @@ def _gated_up_kernel(
     preactivation,  # (R, 2, I)
     expert_of_tile,  # (row tiles,) int32
     group_start,  # (E + 1,) int32
-    num_experts,
-    width,
-    hidden_size,
-    ACTIVATION: tl.constexpr,
-    SAVE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    num_experts, width, hidden_size, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One program owns a (BLOCK_M, BLOCK_N) tile of `hidden` and the two of `preactivation` that it is made from; if
     persistent, every num_programs-th of them.
     """
@@ -563,24 +518,12 @@ def gated_backward(
     use_tma = tile.tma and fits_tma(grad_rows, down)
     _gated_backward_kernel[(num_row_tiles * num_column_tiles,)](
         tile_source(grad_rows, [tile.block_m, tile.block_k], use_tma),
-        tile_source(down, [1, tile.block_k, tile.block_n], use_tma),
-        preactivation,
-        table.weight_of_row,
-        grad_preactivation,
-        weighted,
-        partials,
-        table.expert_of_tile,
-        table.group_start,
-        num_experts,
-        width,
-        hidden_size,
-        grad_rows.shape[0],
-        ACTIVATION=activation,
-        CHUNKS=min(4, max(1, tile.block_m * tile.block_n // (1024 * tile.num_warps))),
-        TMA=use_tma,
-        PRECISION=dot_precision(grad_rows.dtype),
-        **tile.launch_options(),
-    )
+        tile_source(down, [1, tile.block_k, tile.block_n], use_tma), preactivation, table.weight_of_row,
+        grad_preactivation, weighted, partials, table.expert_of_tile, table.group_start, num_experts, width,
+        hidden_size, grad_rows.shape[0], ACTIVATION=activation,
+        CHUNKS=min(4, max(1, tile.block_m * tile.block_n // (1024 * tile.num_warps))), TMA=use_tma,
+        PRECISION=dot_precision(grad_rows.dtype), **tile.launch_options(),
+    )  # fmt: skip
     return grad_preactivation, weighted, partials
 
 
@@ -595,19 +538,9 @@ def _gated_backward_kernel(
     partials,  # (column tiles, R) float32
     expert_of_tile,  # (row tiles,) int32
     group_start,  # (E + 1,) int32
-    num_experts,
-    width,
-    hidden_size,
-    num_rows,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    num_experts, width, hidden_size, num_rows, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program owns a (BLOCK_M, BLOCK_N) tile of `weighted`, the two of `grad_preactivation` beside it, and BLOCK_M
     entries of one row of `partials`. The epilogue works on CHUNKS parts of the columns, or registers would spill.
     """
@@ -694,14 +627,9 @@ def weight_gradient(left: Tensor, right: Tensor, table: RoutingTable, tile: Tile
     _weight_gradient_kernel[(num_experts * num_row_tiles * num_column_tiles,)](
         tile_source(left, [tile.block_k, tile.block_m], use_tma),
         tile_source(right, [tile.block_k, tile.block_n], use_tma),
-        tile_source(out, [1, tile.block_m, tile.block_n], use_tma),
-        table.group_start,
-        num_rows,
-        num_columns,
-        TMA=use_tma,
-        PRECISION=dot_precision(left.dtype),
-        **tile.launch_options(),
-    )
+        tile_source(out, [1, tile.block_m, tile.block_n], use_tma), table.group_start, num_rows, num_columns,
+        TMA=use_tma, PRECISION=dot_precision(left.dtype), **tile.launch_options(),
+    )  # fmt: skip
     return out
 
 
@@ -711,15 +639,9 @@ def _weight_gradient_kernel(
     right,  # (R, N)
     out,  # (E, M, N)
     group_start,  # (E + 1,) int32
-    num_rows,
-    num_columns,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program owns a (BLOCK_M, BLOCK_N) tile of one expert's matrix and walks over all rows of that expert."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_M)
     num_column_tiles = tl.cdiv(num_columns, BLOCK_N)

@@ -111,21 +111,10 @@ def _fill(pointer, first, end, value, STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tiles"])
 def _scatter_kernel(
-    top_k_index_ptr,
-    top_k_weights_ptr,
-    block_offsets_ptr,
-    group_size_ptr,
-    row_of_slot_ptr,
-    weight_of_row_ptr,
-    expert_of_tile_ptr,
-    group_start_ptr,
-    num_slots,
-    num_experts,
-    num_tiles,
-    BLOCK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    top_k_index_ptr, top_k_weights_ptr, block_offsets_ptr, group_size_ptr, row_of_slot_ptr, weight_of_row_ptr,
+    expert_of_tile_ptr, group_start_ptr, num_slots, num_experts, num_tiles, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Grid (E + blocks). Every program first adds up the padded group sizes by itself.
 
     Program e < E describes group e: its start, the expert of its tiles, the zero weights of its padding rows; the last
@@ -188,22 +177,10 @@ def routing_table(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, 
         block_counts, table.group_size, num_blocks, EXPERTS=num_columns, STEP=_BLOCKS_PER_STEP, num_warps=4
     )
     _scatter_kernel[(num_experts + num_blocks,)](
-        top_k_index,
-        top_k_weights,
-        block_counts,
-        table.group_size,
-        table.row_of_slot,
-        table.weight_of_row,
-        table.expert_of_tile,
-        table.group_start,
-        num_slots,
-        num_experts,
-        num_tiles,
-        BLOCK=block,
-        EXPERTS=num_columns,
-        BLOCK_M=block_m,
-        num_warps=8,
-    )
+        top_k_index, top_k_weights, block_counts, table.group_size, table.row_of_slot, table.weight_of_row,
+        table.expert_of_tile, table.group_start, num_slots, num_experts, num_tiles, BLOCK=block, EXPERTS=num_columns,
+        BLOCK_M=block_m, num_warps=8,
+    )  # fmt: skip
     return table
 
 
@@ -244,17 +221,9 @@ def plain_permute_tokens(tokens: Tensor, table: RoutingTable) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_experts"])
 def _permute_kernel(
-    tokens_ptr,
-    rows_ptr,
-    row_of_slot_ptr,
-    group_start_ptr,
-    group_size_ptr,
-    num_experts,
-    tokens_stride,
-    H,
-    K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    tokens_ptr, rows_ptr, row_of_slot_ptr, group_start_ptr, group_size_ptr, num_experts, tokens_stride, H,
+    K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Grid (E + T, column blocks). One program owns BLOCK_H columns of one expert or of one token.
 
     Program e < E writes zeros to the padding rows of group e. Program E + t copies token t to its rows.
@@ -290,18 +259,9 @@ def permute_tokens(tokens: Tensor, table: RoutingTable) -> Tensor:
     rows = torch.empty(table.weight_of_row.shape[0], hidden_size, dtype=tokens.dtype, device=tokens.device)
     block_h = _block_h(hidden_size)
     _permute_kernel[(num_experts + num_tokens, triton.cdiv(hidden_size, block_h))](
-        tokens,
-        rows,
-        table.row_of_slot,
-        table.group_start,
-        table.group_size,
-        num_experts,
-        tokens.stride(0),
-        hidden_size,
-        K=num_slots_per_token,
-        BLOCK_H=block_h,
-        num_warps=4,
-    )
+        tokens, rows, table.row_of_slot, table.group_start, table.group_size, num_experts, tokens.stride(0),
+        hidden_size, K=num_slots_per_token, BLOCK_H=block_h, num_warps=4,
+    )  # fmt: skip
     return rows
 
 
@@ -316,16 +276,9 @@ def plain_combine_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr,
-    row_of_slot_ptr,
-    weights_ptr,
-    out_ptr,
-    rows_stride,
-    H,
-    K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    rows_ptr, row_of_slot_ptr, weights_ptr, out_ptr, rows_stride, H, K: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (T, column blocks). One program owns BLOCK_H columns of one token: it adds up K rows in float32."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -360,17 +313,9 @@ def combine_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, num_
     out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
     block_h = _block_h(hidden_size)
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
-        rows,
-        row_of_slot,
-        None if weights is None else weights.contiguous(),
-        out,
-        rows.stride(0),
-        hidden_size,
-        K=num_slots_per_token,
-        BLOCK_H=block_h,
-        HAS_WEIGHTS=weights is not None,
-        num_warps=4,
-    )
+        rows, row_of_slot, None if weights is None else weights.contiguous(), out, rows.stride(0), hidden_size,
+        K=num_slots_per_token, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -406,15 +351,9 @@ def gather_partials(partials: Tensor, row_of_slot: Tensor, shape: tuple[int, int
     num_slots = row_of_slot.numel()
     out = torch.empty(shape, dtype=dtype, device=partials.device)
     _gather_partials_kernel[(triton.cdiv(num_slots, _SLOTS_PER_PROGRAM),)](
-        partials,
-        row_of_slot,
-        out,
-        num_slots,
-        partials.shape[1],
-        C=partials.shape[0],
-        BLOCK=_SLOTS_PER_PROGRAM,
+        partials, row_of_slot, out, num_slots, partials.shape[1], C=partials.shape[0], BLOCK=_SLOTS_PER_PROGRAM,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 

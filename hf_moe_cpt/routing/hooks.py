@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.routing.metrics import router_distribution, router_entropy
 
 
@@ -208,7 +209,7 @@ def _router_beside(experts_name: str, recorded: Iterable[str], experts: Iterable
 def _router_by_shape(model: nn.Module, experts_name: str, num_experts: int) -> str:
     block_name = experts_name.rpartition(".")[0]
     for name, module in model.get_submodule(block_name).named_children():
-        rows = [weight.shape[0] for weight in module.parameters(recurse=False) if weight.ndim == 2]
+        rows = [weight.shape[0] for weight in module.parameters() if weight.ndim == 2]
         if rows == [num_experts]:
             return f"{block_name}.{name}".lstrip(".")
     raise ValueError(
@@ -306,13 +307,6 @@ def layers_to_watch(model: nn.Module) -> list[MoeLayer]:
         "forward takes top_k_index, or that have num_experts, gate_up_proj and down_proj. Load it with a version of "
         "transformers that has such modules for it."
     )
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside wrappers and adapters."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _expert_fields(model: nn.Module) -> dict[str, int]:

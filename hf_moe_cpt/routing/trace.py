@@ -38,7 +38,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_moe_cpt.routing.hooks import LayerRouting, RoutingTap, inner_model
+from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.routing.hooks import LayerRouting, RoutingTap
 
 
 INDEX = "trace.json"

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
+from transformers.hf_argparser import HfArg
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -465,41 +466,32 @@ PEERS = {
 
 
 @dataclass
-class ExpertsArguments:
+class ExpertsArguments(tools.BenchmarkArguments):
     """What is measured, on what, and for how long."""
 
-    shapes: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Named shapes: {', '.join(SHAPES)}; all without this and --shape."},
+    shapes: list[str] | None = HfArg(
+        default=None, help=f"Named shapes: {', '.join(SHAPES)}; all without this and --shape."
     )
-    shape: list[str] | None = field(
-        default=None, metadata={"help": "Shapes of your own as name=T,H,I,E,K: tokens, hidden, width, experts, top-k."}
+    shape: list[str] | None = HfArg(
+        default=None, help="Shapes of your own as name=T,H,I,E,K: tokens, hidden, width, experts, top-k."
     )
-    peers: list[str] | None = field(
-        default=None, metadata={"help": f"What is compared: {', '.join(PEERS)}; all if not given."}
-    )
-    dtype: str = field(default="bfloat16", metadata={"help": f"Of weights and tokens: {', '.join(DTYPES)}."})
-    activation: str = field(default="silu", metadata={"help": "Of the gate, as transformers names it."})
-    skew: float = field(
-        default=0.2, metadata={"help": "Power of the load's tilt: expert number r is drawn with weight r^-skew."}
-    )
-    rounds: int = field(default=5, metadata={"help": "How often each peer has its turn."})
-    seconds: float = field(default=0.2, metadata={"help": "Time for one measurement of a turn; there are two."})
-    check: bool = field(default=True, metadata={"help": "Compare results and gradients with float64 first."})
-    check_tokens: int = field(default=512, metadata={"help": "Tokens of that comparison."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of the random inputs."})
-    output_dir: str = field(default="runs/experts", metadata={"help": "Folder for experts.csv and experts.png."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    peers: list[str] | None = HfArg(default=None, help=f"What is compared: {', '.join(PEERS)}; all if not given.")
+    dtype: str = HfArg(default="bfloat16", help=f"Of weights and tokens: {', '.join(DTYPES)}.")
+    activation: str = HfArg(default="silu", help="Of the gate, as transformers names it.")
+    skew: float = HfArg(default=0.2, help="Power of the load's tilt: expert number r is drawn with weight r^-skew.")
+    rounds: int = HfArg(default=5, help="How often each peer has its turn.")
+    seconds: float = HfArg(default=0.2, help="Time for one measurement of a turn; there are two.")
+    check: bool = HfArg(default=True, help="Compare results and gradients with float64 first.")
+    check_tokens: int = HfArg(default=512, help="Tokens of that comparison.")
+    seed: int = HfArg(default=0, help="Of the random inputs.")
+    output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv and experts.png.")
 
     def __post_init__(self) -> None:
         check_names("--peers", self.peers, PEERS)
         check_names("--shapes", self.shapes, SHAPES)
         check_names("--dtype", [self.dtype], DTYPES)
         check_names("--activation", [self.activation], ACT2FN)
-        for name, least in (("rounds", 1), ("check_tokens", 1), ("seconds", 0), ("skew", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
+        self.check_least({"rounds": 1, "check_tokens": 1, "seconds": 0, "skew": 0})
         self.chosen_shapes()
 
     def chosen_shapes(self) -> list[Shape]:
@@ -744,27 +736,24 @@ CANDIDATES["down_weight_gradient"] = CANDIDATES["up_weight_gradient"]
 
 
 @dataclass
-class TuneArguments:
+class TuneArguments(tools.BenchmarkArguments):
     """What is tuned, and for how long."""
 
-    shapes: list[str] | None = field(
-        default=None, metadata={"help": f"Named shapes: {', '.join(SHAPES)}; granular, switch, olmoe if not given."}
+    shapes: list[str] | None = HfArg(
+        default=None, help=f"Named shapes: {', '.join(SHAPES)}; granular, switch, olmoe if not given."
     )
-    shape: list[str] | None = field(default=None, metadata={"help": "Shapes of your own as name=T,H,I,E,K."})
-    pieces: list[str] | None = field(
-        default=None, metadata={"help": f"Products, all by default: {', '.join(PIECES)}."}
+    shape: list[str] | None = HfArg(default=None, help="Shapes of your own as name=T,H,I,E,K.")
+    pieces: list[str] | None = HfArg(default=None, help=f"Products, all by default: {', '.join(PIECES)}.")
+    groups: list[int] = HfArg(
+        default_factory=lambda: [8], help="Row tiles walked together; each is tried with each candidate."
     )
-    groups: list[int] = field(
-        default_factory=lambda: [8], metadata={"help": "Row tiles walked together; each is tried with each candidate."}
-    )
-    dtype: str = field(default="bfloat16", metadata={"help": f"Of weights and tokens: {', '.join(DTYPES)}."})
-    activation: str = field(default="silu", metadata={"help": "silu, gelu, gelu_tanh or relu."})
-    rounds: int = field(default=5, metadata={"help": "How often each candidate has its turn."})
-    seconds: float = field(default=0.02, metadata={"help": "Time for one turn."})
-    workers: int = field(default=0, metadata={"help": "Processes that compile; 0 takes one for each core."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu (the interpreter, to try the script), cuda."})
-    seed: int = field(default=0, metadata={"help": "Of the random inputs."})
-    output_dir: str = field(default="runs/tiles", metadata={"help": "Folder for tiles.csv."})
+    dtype: str = HfArg(default="bfloat16", help=f"Of weights and tokens: {', '.join(DTYPES)}.")
+    activation: str = HfArg(default="silu", help="silu, gelu, gelu_tanh or relu.")
+    rounds: int = HfArg(default=5, help="How often each candidate has its turn.")
+    seconds: float = HfArg(default=0.02, help="Time for one turn.")
+    workers: int = HfArg(default=0, help="Processes that compile; 0 takes one for each core.")
+    seed: int = HfArg(default=0, help="Of the random inputs.")
+    output_dir: str = HfArg(default="runs/tiles", help="Folder for tiles.csv.")
 
     def __post_init__(self) -> None:
         check_names("--shapes", self.shapes, SHAPES)
@@ -900,7 +889,7 @@ def tune_main(argv: Sequence[str]) -> None:
         for shape in shapes:
             rows += tune_shape(shape, args, device, progress)
             release_memory(device)
-    facts = machine_facts(device, commit=None)
+    facts = machine_facts(device, args.commit)
     path = Path(args.output_dir) / "tiles.csv"
     write_csv(path, [{**row, **facts} for row in rows])
     print(text_table([{**row, "ms": row["ms"] and round(row["ms"], 3)} for row in rows]))

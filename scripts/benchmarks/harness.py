@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.machine import synchronize
 
@@ -20,6 +22,21 @@ from hf_moe_cpt.machine import synchronize
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 MIN_REPEATS, MAX_REPEATS = 3, 500
+
+
+@dataclass
+class BenchmarkArguments:
+    """What every benchmark is told."""
+
+    device: str = HfArg(default="auto", help="auto, cpu, cuda; auto takes cuda where there is one.")
+    output_dir: str = HfArg(default="runs/benchmark", help="Folder for the results.")
+    commit: str | None = HfArg(default=None, help="Written into the results in place of git's answer.")
+
+    def check_least(self, least_of: Mapping[str, float]) -> None:
+        """Raise ValueError for the first number below its least."""
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
 
 
 class Stopwatch:

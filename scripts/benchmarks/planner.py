@@ -15,20 +15,15 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 import hf_moe_cpt.planning
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.planning.memory import (
-    KeptBytes,
-    ModelSize,
-    TrainingSetup,
-    measure_kept,
-    measure_size,
-    training_memory,
-)
+from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.planning.plan import GIBIBYTE, MeasuredStep, flops_per_token
 
@@ -157,10 +152,8 @@ def error_table(folder: Path) -> str:
 class PlannerArguments:
     """Where the results are and the speeds go."""
 
-    benchmarks: str = field(default="docs/benchmarks", metadata={"help": "Folder of the committed results."})
-    output: str = field(
-        default=str(Path(hf_moe_cpt.planning.__file__).with_name("speeds.csv")), metadata={"help": "For `speeds`."}
-    )
+    benchmarks: str = HfArg(default="docs/benchmarks", help="Folder of the committed results.")
+    output: str = HfArg(default=str(Path(hf_moe_cpt.planning.__file__).with_name("speeds.csv")), help="For `speeds`.")
 
 
 def write_speeds(argv: Sequence[str]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -172,7 +174,7 @@ def page_of(folder: Path) -> str:
 class PageArguments:
     """What the page is about."""
 
-    folder: str = field(metadata={"positional": True, "help": "Results, such as docs/benchmarks/h200."})
+    folder: str = HfArg(metadata={"positional": True}, help="Results, such as docs/benchmarks/h200.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

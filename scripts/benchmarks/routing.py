@@ -26,20 +26,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
@@ -50,7 +45,7 @@ from hf_moe_cpt.planning.models import MODELS, config_of
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter, collect_routing
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, BenchmarkArguments, StepClock
 from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
 
 
@@ -60,35 +55,32 @@ TOKENS_PER_SHARD = 1 << 18
 
 
 @dataclass
-class RoutingArguments:
+class RoutingArguments(BenchmarkArguments):
     """Sizes of the trace and of the pass."""
 
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
-    tokens: int = field(default=10_000_000, metadata={"help": "Tokens of each checkpoint's trace."})
-    checkpoints: int = field(default=2, metadata={"help": "Traces that are compared."})
-    domains: int = field(default=3, metadata={"help": "Domains of a trace, of equal size."})
-    layers: int = field(default=24, metadata={"help": "MoE layers of the trace; the defaults are the paper's model."})
-    experts: int = field(default=31, metadata={"help": "Routed experts of a layer."})
-    top_k: int = field(default=3, metadata={"help": "Experts of a token."})
-    vocabulary: int = field(default=128_256, metadata={"help": "Token ids."})
-    workers: int = field(default=2, metadata={"help": "Threads of the analysis."})
-    model: str = field(default="pb-granular-tiny", metadata={"help": f"Who is listened to: {', '.join(MODELS)}."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences of a batch."})
-    length: int = field(default=128, metadata={"help": "Tokens of a sequence."})
-    rounds: int = field(default=20, metadata={"help": "Timed turns of each, after one that does not count."})
-    batches: int = field(default=8, metadata={"help": "Batches of a turn."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
-    output_dir: str = field(default="runs/routing", metadata={"help": "Folder for the results."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    parts: list[str] = HfArg(default_factory=lambda: list(PARTS), help=f"Of {', '.join(PARTS)}.")
+    tokens: int = HfArg(default=10_000_000, help="Tokens of each checkpoint's trace.")
+    checkpoints: int = HfArg(default=2, help="Traces that are compared.")
+    domains: int = HfArg(default=3, help="Domains of a trace, of equal size.")
+    layers: int = HfArg(default=24, help="MoE layers of the trace; the defaults are the paper's model.")
+    experts: int = HfArg(default=31, help="Routed experts of a layer.")
+    top_k: int = HfArg(default=3, help="Experts of a token.")
+    vocabulary: int = HfArg(default=128_256, help="Token ids.")
+    workers: int = HfArg(default=2, help="Threads of the analysis.")
+    model: str = HfArg(default="pb-granular-tiny", help=f"Who is listened to: {', '.join(MODELS)}.")
+    batch_size: int = HfArg(default=8, help="Sequences of a batch.")
+    length: int = HfArg(default=128, help="Tokens of a sequence.")
+    rounds: int = HfArg(default=20, help="Timed turns of each, after one that does not count.")
+    batches: int = HfArg(default=8, help="Batches of a turn.")
+    dtype: str = HfArg(default="float32", help="Of the weights: float32, bfloat16.")
+    output_dir: str = HfArg(default="runs/routing", help="Folder for the results.")
 
     def __post_init__(self) -> None:
         check_names("--parts", self.parts, PARTS)
         check_names("--model", [self.model], MODELS)
         check_names("--dtype", [self.dtype], ("float32", "bfloat16"))
-        for name in ("tokens", "checkpoints", "domains", "layers", "workers", "batch_size", "batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        positive = ("tokens", "checkpoints", "domains", "layers", "workers", "batch_size", "batches")
+        self.check_least(dict.fromkeys(positive, 1))
         if self.rounds < 2:
             raise ValueError(f"--rounds {self.rounds} must be at least 2: quartiles need them.")
         if not 1 <= self.top_k <= self.experts:
@@ -239,17 +231,17 @@ LIMIT = 0.01  # of a step, what the monitor may cost
 class MonitorArguments:
     """Size of the model and of the measurement."""
 
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
-    num_layers: int = field(default=8, metadata={"help": "All of them MoE layers."})
-    num_experts: int = field(default=31, metadata={"help": "Routed experts of a layer."})
-    experts_per_token: int = field(default=3, metadata={"help": "K."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences of a step."})
-    length: int = field(default=256, metadata={"help": "Tokens of a sequence."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between two logs, where the monitor waits."})
-    steps: int = field(default=20, metadata={"help": "Steps of a block that count."})
-    blocks: int = field(default=4, metadata={"help": "Blocks with the monitor, and as many without."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the result in place of git's answer."})
+    device: str = HfArg(default="auto", help="auto, cpu or cuda.")
+    hidden_size: int = HfArg(default=256, help="Width of the model.")
+    num_layers: int = HfArg(default=8, help="All of them MoE layers.")
+    num_experts: int = HfArg(default=31, help="Routed experts of a layer.")
+    experts_per_token: int = HfArg(default=3, help="K.")
+    batch_size: int = HfArg(default=8, help="Sequences of a step.")
+    length: int = HfArg(default=256, help="Tokens of a sequence.")
+    logging_steps: int = HfArg(default=10, help="Steps between two logs, where the monitor waits.")
+    steps: int = HfArg(default=20, help="Steps of a block that count.")
+    blocks: int = HfArg(default=4, help="Blocks with the monitor, and as many without.")
+    commit: str | None = HfArg(default=None, help="Written into the result in place of git's answer.")
 
 
 class TimedMonitor(RouterMonitorCallback):

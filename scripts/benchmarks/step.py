@@ -38,11 +38,8 @@ from datasets import Dataset
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PrinterCallback,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers.hf_argparser import HfArg
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
@@ -259,43 +256,33 @@ TOP_KERNELS = 8
 
 
 @dataclass
-class StepArguments:
+class StepArguments(tools.BenchmarkArguments):
     """Which models take steps, and how; the switches hold for all runs that do not say otherwise."""
 
-    runs: list[str] = field(
+    runs: list[str] = HfArg(
         default_factory=lambda: list(DEFAULT_RUNS),
-        metadata={
-            "help": f"Each as model:switch:switch; models: {', '.join(MODELS)}; switches: {', '.join(SWITCHES)}; any "
-            "other word names an experts implementation. Times are also given as multiples of the first run's."
-        },
+        help=f"Each as model:switch:switch; models: {', '.join(MODELS)}; switches: {', '.join(SWITCHES)}; any "
+        "other word names an experts implementation. Times are also given as multiples of the first run's.",
     )
-    batch_size: int = field(default=16, metadata={"help": "Sequences of a step."})
-    seq_length: int = field(default=2048, metadata={"help": "Tokens of a sequence."})
-    weights: str = field(
-        default="float32", metadata={"help": "float32: with bfloat16 autocast; bfloat16: everything in it."}
+    batch_size: int = HfArg(default=16, help="Sequences of a step.")
+    seq_length: int = HfArg(default=2048, help="Tokens of a sequence.")
+    weights: str = HfArg(default="float32", help="float32: with bfloat16 autocast; bfloat16: everything in it.")
+    experts_implementation: str = HfArg(default="grouped_mm", help="As for from_pretrained.")
+    fused: bool = HfArg(
+        default=False, help="Liger's layers with our fused head; stock models: what Liger does to them."
     )
-    experts_implementation: str = field(default="grouped_mm", metadata={"help": "As for from_pretrained."})
-    fused: bool = field(
-        default=False, metadata={"help": "Liger's layers with our fused head; stock models: what Liger does to them."}
-    )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
-    steps: int = field(default=10, metadata={"help": "Timed steps of each run."})
-    warmup: int = field(default=3, metadata={"help": "Steps before them."})
-    check_sync: bool = field(
-        default=False, metadata={"help": "Count how often the host waits for the device in one step."}
-    )
-    profile: bool = field(default=False, metadata={"help": "Time the kernels of each run, by name and by class."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of weights and tokens."})
-    output_dir: str = field(default="runs/step", metadata={"help": "Folder for the results."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    compile: bool = HfArg(default=False, help="torch.compile the model.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute layers in the backward pass.")
+    steps: int = HfArg(default=10, help="Timed steps of each run.")
+    warmup: int = HfArg(default=3, help="Steps before them.")
+    check_sync: bool = HfArg(default=False, help="Count how often the host waits for the device in one step.")
+    profile: bool = HfArg(default=False, help="Time the kernels of each run, by name and by class.")
+    seed: int = HfArg(default=0, help="Of weights and tokens.")
+    output_dir: str = HfArg(default="runs/step", help="Folder for the results.")
 
     def __post_init__(self) -> None:
         check_names("--weights", [self.weights], WEIGHTS)
-        for name, least in (("batch_size", 1), ("seq_length", 2), ("steps", 1), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
+        self.check_least({"batch_size": 1, "seq_length": 2, "steps": 1, "warmup": 1})
         check_experts("--experts_implementation", self.experts_implementation)
         names = [run.name for run in self.chosen_runs()]
         if len(set(names)) < len(names):
@@ -628,22 +615,21 @@ def rank_main(argv: Sequence[str]) -> None:
 
 
 @dataclass
-class ShardingArguments:
+class ShardingArguments(tools.BenchmarkArguments):
     """What is timed and for how long."""
 
-    model: str = field(default="pb-granular-tiny", metadata={"help": f"Any of: {', '.join(MODELS)}."})
-    engines: list[str] = field(
+    model: str = HfArg(default="pb-granular-tiny", help=f"Any of: {', '.join(MODELS)}.")
+    engines: list[str] = HfArg(
         default_factory=lambda: ["single", "fsdp2-1"],
-        metadata={"help": f"Engines as name-ranks; names: {', '.join(KINDS)}. single is one process without any."},
+        help=f"Engines as name-ranks; names: {', '.join(KINDS)}. single is one process without any.",
     )
-    layers: int | None = field(default=None, metadata={"help": "Layers of the model; its own if unset."})
-    rows: int = field(default=16, metadata={"help": "Blocks of an optimizer step, shared out over the ranks."})
-    length: int = field(default=2048, metadata={"help": "Tokens of a block."})
-    steps: int = field(default=20, metadata={"help": "Timed steps."})
-    warmup: int = field(default=5, metadata={"help": "Steps before them."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
-    timeout: float = field(default=600.0, metadata={"help": "Seconds that one engine may take."})
-    output_dir: str = field(default="runs/bench_sharding", metadata={"help": "Folder of sharding.csv."})
+    layers: int | None = HfArg(default=None, help="Layers of the model; its own if unset.")
+    rows: int = HfArg(default=16, help="Blocks of an optimizer step, shared out over the ranks.")
+    length: int = HfArg(default=2048, help="Tokens of a block.")
+    steps: int = HfArg(default=20, help="Timed steps.")
+    warmup: int = HfArg(default=5, help="Steps before them.")
+    timeout: float = HfArg(default=600.0, help="Seconds that one engine may take.")
+    output_dir: str = HfArg(default="runs/bench_sharding", help="Folder of sharding.csv.")
 
 
 def sharding_main(argv: Sequence[str]) -> None:
@@ -656,7 +642,7 @@ def sharding_main(argv: Sequence[str]) -> None:
             rows.append({"engine": name, "ranks": ranks, **run_engine(job, ranks, args.timeout), "status": "ok"})
         if attempt.reason is not None:
             rows.append({"engine": name, "ranks": ranks, "status": attempt.reason})
-    facts = machine_facts(choose_device(args.device), commit=None)
+    facts = machine_facts(choose_device(args.device), args.commit)
     settings = {"model": args.model, "layers": args.layers, "rows": args.rows, "length": args.length}
     write_csv(Path(args.output_dir) / "sharding.csv", [row | settings | facts for row in rows])
     work = f"{args.model}, {args.rows} blocks of {args.length} tokens a step"

@@ -48,6 +48,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.attempts import Attempt
@@ -268,10 +269,7 @@ NO_EVALUATION = {
 # Sets and settings of a preset: four terms as in the paper, or five.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"sets": ("unlearn", "obsolete", "update", "retain"), "settings": {}},
-    "safe": {
-        "sets": ("unlearn", "obsolete", "update", "retain", "neighbour"),
-        "settings": {"forget_target": TARGET},
-    },
+    "safe": {"sets": ("unlearn", "obsolete", "update", "retain", "neighbour"), "settings": {"forget_target": TARGET}},
 }
 
 
@@ -443,55 +441,40 @@ SUITES = {
 
 
 @dataclass
-class TrainersArguments:
+class TrainersArguments(tools.BenchmarkArguments):
     """What steps, on what, and how often."""
 
-    trainer: str = field(default="rainbowpo", metadata={"help": f"Whose steps: {', '.join(SUITES)}."})
-    model: str = field(
-        default="llama-tiny",
-        metadata={"help": f"Random weights of {', '.join(MODELS)}; or the folder or Hub id of a causal LM."},
+    trainer: str = HfArg(default="rainbowpo", help=f"Whose steps: {', '.join(SUITES)}.")
+    model: str = HfArg(
+        default="llama-tiny", help=f"Random weights of {', '.join(MODELS)}; or the folder or Hub id of a causal LM."
     )
-    overrides: str | None = field(
+    overrides: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Fields to change in a model named above, as JSON: '{\"num_hidden_layers\": 2}'; the others stay."
-        },
+        help="Fields to change in a model named above, as JSON: '{\"num_hidden_layers\": 2}'; the others stay.",
     )
-    preset: str | None = field(
+    preset: str | None = HfArg(
+        default=None, help="Of surgery. paper: four terms, plain ascent; safe (default): five, a bounded forget loss."
+    )
+    baselines: list[str] | None = HfArg(
         default=None,
-        metadata={"help": "Of surgery. paper: four terms, plain ascent; safe (default): five, a bounded forget loss."},
+        help="Who steps, all if not given. "
+        + " ".join(f"{name}: {', '.join(suite.baselines)}." for name, suite in SUITES.items()),
     )
-    baselines: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Who steps, all if not given. "
-            + " ".join(f"{name}: {', '.join(suite.baselines)}." for name, suite in SUITES.items())
-        },
+    batch_size: int = HfArg(default=2, help="Pairs of a step, or rows of each set of a surgery.")
+    length: int = HfArg(default=128, help="Tokens of a row; of preferences the longest, a quarter of them prompt.")
+    dtype: str = HfArg(default="float32", help=f"{', '.join(DTYPES)}; mixed: float32 weights, bfloat16 autocast.")
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Recompute layers in the backward pass, as DPOConfig does by default."
     )
-    batch_size: int = field(default=2, metadata={"help": "Pairs of a step, or rows of each set of a surgery."})
-    length: int = field(
-        default=128, metadata={"help": "Tokens of a row; of preferences the longest, a quarter of them prompt."}
+    lora_rank: int = HfArg(
+        default=0, help="Of rainbowpo: adapters of this rank on all linear layers; 0 trains all weights."
     )
-    dtype: str = field(
-        default="float32", metadata={"help": f"{', '.join(DTYPES)}; mixed: float32 weights, bfloat16 autocast."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Recompute layers in the backward pass, as DPOConfig does by default."},
-    )
-    lora_rank: int = field(
-        default=0, metadata={"help": "Of rainbowpo: adapters of this rank on all linear layers; 0 trains all weights."}
-    )
-    rounds: int = field(default=20, metadata={"help": "Timed rounds; in each, every baseline makes one step."})
-    warmup: int = field(default=3, metadata={"help": "Rounds before them."})
-    logging_steps: int = field(
-        default=10, metadata={"help": "A step's share of a log is 1 / this; 10 is the default of DPOConfig."}
-    )
-    memory_steps: int = field(default=3, metadata={"help": "Steps whose peak memory is taken; 0 leaves memory out."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda; auto takes cuda where there is one."})
-    seed: int = field(default=0, metadata={"help": "Of weights and tokens."})
-    output_dir: str = field(default="runs/trainers", metadata={"help": "Folder for the results."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    rounds: int = HfArg(default=20, help="Timed rounds; in each, every baseline makes one step.")
+    warmup: int = HfArg(default=3, help="Rounds before them.")
+    logging_steps: int = HfArg(default=10, help="A step's share of a log is 1 / this; 10 is the default of DPOConfig.")
+    memory_steps: int = HfArg(default=3, help="Steps whose peak memory is taken; 0 leaves memory out.")
+    seed: int = HfArg(default=0, help="Of weights and tokens.")
+    output_dir: str = HfArg(default="runs/trainers", help="Folder for the results.")
 
     def __post_init__(self) -> None:
         check_names("--trainer", [self.trainer], SUITES)
@@ -504,9 +487,7 @@ class TrainersArguments:
             self.preset = self.preset or "safe"
             check_names("--preset", [self.preset], PRESETS)
         least_of = {"batch_size": 1, "length": 8, "rounds": 1, "warmup": 1, "logging_steps": 1}
-        for name, least in (least_of | {"memory_steps": 0, "lora_rank": 0}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}.")
+        self.check_least(least_of | {"memory_steps": 0, "lora_rank": 0})
 
     @property
     def chosen(self) -> list[str]:

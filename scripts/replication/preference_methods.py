@@ -32,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
@@ -705,33 +706,29 @@ PAIRS_FROM = ("base", "reference")
 class CompareArguments:
     """The world, the methods and how much work to spend; the rest is in `SETTINGS`."""
 
-    setting: str = field(default="small", metadata={"help": f"Size of the comparison: {', '.join(SETTINGS)}."})
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Any of: {', '.join(METHODS)}."}
-    )
-    seeds: int | None = field(
+    setting: str = HfArg(default="small", help=f"Size of the comparison: {', '.join(SETTINGS)}.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=f"Any of: {', '.join(METHODS)}.")
+    seeds: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Final runs of each method; "
-            + ", ".join(f"{scale.seeds} ({name})" for name, scale in SETTINGS.items())
-            + " if unset. More can be added later."
-        },
+        help="Final runs of each method; "
+        + ", ".join(f"{scale.seeds} ({name})" for name, scale in SETTINGS.items())
+        + " if unset. More can be added later.",
     )
-    output_dir: str = field(
+    output_dir: str = HfArg(
         default="runs/preference-methods",
-        metadata={"help": "Folder for the policy, a record of each run, results and plot; finished runs are kept."},
+        help="Folder for the policy, a record of each run, results and plot; finished runs are kept.",
     )
-    workers: int = field(default=2, metadata={"help": "Processes with one thread each; 1: this process does it all."})
-    architecture: str = field(default="llama", metadata={"help": f"Of the policy: {', '.join(ARCHITECTURES)}."})
-    ambiguity: float = field(
-        default=0.9, metadata={"help": "Of half of the prompts, in [0, 1]: by how much less their answers differ."}
+    workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
+    architecture: str = HfArg(default="llama", help=f"Of the policy: {', '.join(ARCHITECTURES)}.")
+    ambiguity: float = HfArg(
+        default=0.9, help="Of half of the prompts, in [0, 1]: by how much less their answers differ."
     )
-    length_bias: float = field(default=0.1, metadata={"help": "What the annotator's score gains by a token more."})
-    label_temperature: float = field(default=1.0, metadata={"help": "Noise of the annotator's labels; 0: none."})
-    pairs_from: str = field(
-        default="base", metadata={"help": "Who wrote the answers of the pairs: base (policy) or reference (model)."}
+    length_bias: float = HfArg(default=0.1, help="What the annotator's score gains by a token more.")
+    label_temperature: float = HfArg(default=1.0, help="Noise of the annotator's labels; 0: none.")
+    pairs_from: str = HfArg(
+        default="base", help="Who wrote the answers of the pairs: base (policy) or reference (model)."
     )
-    world_seed: int = field(default=0, metadata={"help": "Another number, another world and another policy."})
+    world_seed: int = HfArg(default=0, help="Another number, another world and another policy.")
 
 
 def compare_main(argv: Sequence[str]) -> None:

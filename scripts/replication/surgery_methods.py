@@ -34,10 +34,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any, NamedTuple
 
 import datasets
@@ -54,6 +54,7 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
@@ -71,7 +72,7 @@ from hf_moe_cpt.evaluation.scoring import (
     score_tokens,
 )
 from hf_moe_cpt.evaluation.surgery import evaluate_model
-from hf_moe_cpt.evaluation.text_metrics import forgetting_part, harmonic_mean, mcq_correct, steps_until
+from hf_moe_cpt.evaluation.text_metrics import forgetting_part, mcq_correct, steps_until
 from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.plots import grouped_bars, plotting
@@ -977,29 +978,24 @@ Choice = tuple[float, float]  # learning rate and strength
 class CompareArguments:
     """What is compared and how much work to spend; the rest is in `SETTINGS`."""
 
-    setting: str = field(default="small", metadata={"help": f"Size of the comparison: {', '.join(SETTINGS)}."})
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Any of: {', '.join(METHODS)}."}
+    setting: str = HfArg(default="small", help=f"Size of the comparison: {', '.join(SETTINGS)}.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=f"Any of: {', '.join(METHODS)}.")
+    architectures: list[str] = HfArg(
+        default_factory=lambda: list(ARCHITECTURES), help=f"Any of: {', '.join(ARCHITECTURES)}."
     )
-    architectures: list[str] = field(
-        default_factory=lambda: list(ARCHITECTURES), metadata={"help": f"Any of: {', '.join(ARCHITECTURES)}."}
+    seeds: int | None = HfArg(
+        default=None, help="Final runs of each method; the setting's own if unset. More can be added."
     )
-    seeds: int | None = field(
-        default=None, metadata={"help": "Final runs of each method; the setting's own if unset. More can be added."}
+    first_seed: int = HfArg(default=TUNING_SEED + 1, help="Seed of the first final run; the others follow it.")
+    tune: bool = HfArg(
+        default=False, help="Choose settings by the grid, on a seed of its own, instead of taking the stored choice."
     )
-    first_seed: int = field(
-        default=TUNING_SEED + 1, metadata={"help": "Seed of the first final run; the others follow it."}
-    )
-    tune: bool = field(
-        default=False,
-        metadata={"help": "Choose settings by the grid, on a seed of its own, instead of taking the stored choice."},
-    )
-    output_dir: str = field(
+    output_dir: str = HfArg(
         default="runs/surgery-methods",
-        metadata={"help": "Folder for models, a record of each run, results and plot; finished runs are kept."},
+        help="Folder for models, a record of each run, results and plot; finished runs are kept.",
     )
-    workers: int = field(default=2, metadata={"help": "Processes with one thread each; 1: this process does it all."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda; auto: cpu with the setting small."})
+    workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
+    device: str = HfArg(default="auto", help="auto, cpu or cuda; auto: cpu with the setting small.")
 
 
 def compare_main(argv: Sequence[str]) -> None:

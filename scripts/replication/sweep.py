@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import torch
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
@@ -221,7 +222,7 @@ def write_results(
 class PageArguments:
     """What the page is about."""
 
-    folder: str = field(metadata={"positional": True, "help": "Results, such as docs/benchmarks/surgery_small."})
+    folder: str = HfArg(metadata={"positional": True}, help="Results, such as docs/benchmarks/surgery_small.")
 
 
 def page_of(folder: Path, program: str, guide: str, text: Callable[[Mapping[str, Any]], str]) -> str:

@@ -45,11 +45,11 @@ def front_door_is_lazy(files: list[SourceFile]) -> list[str]:
         module = pending.pop()
         if module in by_module and module not in front:
             front.add(module)
-            pending += [found.module for found in by_module[module].imports() if found.at_top]
+            pending += [found.module for found in by_module[module].imports if found.at_top]
     return [
         f"{by_module[module].path}:{found.line} imports {found.module} when it is imported"
         for module in sorted(front)
-        for found in by_module[module].imports()
+        for found in by_module[module].imports
         if found.at_top and found.module not in front and not _of_python(found.module)
     ]
 
@@ -72,7 +72,7 @@ def only_modeling_imports_relatively(files: list[SourceFile]) -> list[str]:
     return [
         f"{file.path}:{found.line} imports relatively: write the full name"
         for file in files
-        for found in file.imports()
+        for found in file.imports
         if found.level and not file.path.startswith("modeling/")
     ]
 
@@ -82,13 +82,13 @@ def no_room_is_imported_as_a_top_level_name(files: list[SourceFile]) -> list[str
     return [
         f"{file.path}:{found.line} imports {found.module}: write hf_moe_cpt.{found.module}"
         for file in files
-        for found in file.imports()
+        for found in file.imports
         if found.level == 0 and found.module.partition(".")[0] in _FOLDERS_INSTALLED_ELSEWHERE
     ]
 
 
 def _imports_outside_tests(files: list[SourceFile]) -> Iterator[tuple[SourceFile, Import]]:
-    return ((file, found) for file in files if not file.is_test for found in file.imports())
+    return ((file, found) for file in files if not file.is_test for found in file.imports)
 
 
 def modules_meant(file: SourceFile, found: Import) -> list[str]:

@@ -35,11 +35,10 @@ _NUMBERS = ("numpy", "safetensors", "torch", "tqdm", "transformers")
 
 # The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
 ROOMS = {
-    "hf_moe_cpt": Room(_EVERY_ROOM, (*_TRAINER.others, "trl", "yaml")),
+    "hf_moe_cpt": Room(_EVERY_ROOM, (*_TRAINER.others, "tqdm", "trl", "yaml")),
     "hf_moe_cpt.analysis": Room(("hf_moe_cpt.routing", "hf_moe_cpt.reports")),  # the old name of these rooms
     "hf_moe_cpt.data": Room(
-        _FRONT,
-        ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"),
+        _FRONT, ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml")
     ),
     "hf_moe_cpt.evaluation": Room(
         (

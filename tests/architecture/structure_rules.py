@@ -15,10 +15,7 @@ MAX_FILES_OF_PREFIX = 3
 MIN_LINES_OF_ONE_IMPORTER = 300
 MAX_FRAGMENTS = 10
 _SCRIPTS = "hf_moe_cpt.scripts"
-_SUITES = (
-    "scripts/benchmarks/",
-    "scripts/replication/",
-)  # not entry points of one job each, but programs of many files
+_SUITES = ("scripts/benchmarks/", "scripts/replication/")  # programs of many files
 
 
 def scripts_are_entry_points(files: list[SourceFile]) -> list[str]:
@@ -34,7 +31,7 @@ def nobody_imports_scripts(files: list[SourceFile]) -> list[str]:
         f"{file.path}:{found.line} imports {module}"
         for file in files
         if not file.is_test
-        for found in file.imports()
+        for found in file.imports
         for module in modules_meant(file, found)
         if (module == _SCRIPTS or module.startswith(f"{_SCRIPTS}.")) and not _same_suite(file, module)
     ]
@@ -75,9 +72,9 @@ def files_are_no_fragments(files: list[SourceFile]) -> list[str]:
 
 def nothing_is_there_for_tests_alone(files: list[SourceFile]) -> list[str]:
     """A public function or class is used by some other code; `plain_*` is the definition beside a fast version."""
-    used = {file.path: _words(file.tree) for file in files if not file.is_test}
+    used = {file.path: _words(file.nodes) for file in files if not file.is_test}
     elsewhere = {path: count for path, count in used.items() if not path.endswith("/__init__.py")}
-    elsewhere |= {file.path: _called(file.tree) for file in files if file.path.endswith("/__init__.py")}
+    elsewhere |= {file.path: _called(file.nodes) for file in files if file.path.endswith("/__init__.py")}
     return [
         f"{file.path}:{node.lineno} {node.name} is used by nothing but tests"
         for file in files
@@ -100,15 +97,15 @@ def _is_exempt(name: str) -> bool:
     return name == "main" or name.startswith(("_", "plain_"))
 
 
-def _called(tree: ast.AST) -> Counter[str]:
+def _called(nodes: list[ast.AST]) -> Counter[str]:
     """What a package runs when it is imported; names that it hands on are no use of them."""
-    return Counter(node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and "id" in vars(node.func))
+    return Counter(node.func.id for node in nodes if isinstance(node, ast.Call) and "id" in vars(node.func))
 
 
-def _words(tree: ast.AST) -> Counter[str]:
+def _words(nodes: list[ast.AST]) -> Counter[str]:
     """How often a name is used: as a name, an attribute, an import, or in a short string, such as a table of names."""
     found: Counter[str] = Counter()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name):
             found[node.id] += 1
         elif isinstance(node, ast.Attribute):

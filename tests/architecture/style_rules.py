@@ -8,6 +8,7 @@ from tests.helpers.source_tree import SourceFile
 
 
 MAX_FUNCTION_LINES = 80
+_ENVIRONMENT = {"environ", "getenv", "environb"}
 MAX_BLOCKS = 5
 MIN_DOCUMENTED = 0.90
 MIN_TYPED = 0.95
@@ -73,20 +74,24 @@ def no_environment_variable_is_read(files: list[SourceFile]) -> list[str]:
     named = [
         f"{file.path}:{node.lineno} uses os.{node.attr}"
         for file, node in _nodes(files, ast.Attribute)
-        if not file.is_test and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb")
+        if not file.is_test and node.attr in _ENVIRONMENT and ast.unparse(node.value) == "os"
     ]
     imported = [
         f"{file.path}:{found.line} imports {', '.join(found.names)} from os"
         for file in files
-        for found in file.imports()
-        if not file.is_test and found.module == "os" and {"environ", "getenv", "environb"} & set(found.names)
+        for found in file.imports
+        if not file.is_test and found.module == "os" and _ENVIRONMENT & set(found.names)
     ]
     return named + imported
 
 
 def nothing_is_left_unfinished(files: list[SourceFile]) -> list[str]:
     marked = [
-        f"{file.path}:{line} {text}" for file in files for line, text in file.comments() if _UNFINISHED.search(text)
+        f"{file.path}:{line} {text}"
+        for file in files
+        if _UNFINISHED.search(file.text)
+        for line, text in file.comments()
+        if _UNFINISHED.search(text)
     ]
     return marked + [
         f"{file.path}:{node.lineno} raises NotImplementedError"
@@ -120,7 +125,7 @@ def _is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def _nodes(files: list[SourceFile], kind: type) -> Iterator[tuple[SourceFile, ast.AST]]:
-    return ((file, node) for file in files for node in ast.walk(file.tree) if isinstance(node, kind))
+    return ((file, node) for file in files for node in file.nodes if isinstance(node, kind))
 
 
 def _length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -131,6 +136,8 @@ def _depth(node: ast.AST) -> int:
     """The most blocks around any statement; an `elif` is no deeper than its `if`."""
     deepest = 0
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue
         is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
         deepest = max(deepest, _depth(child) + (isinstance(child, _BLOCKS) and not is_elif))
     return deepest

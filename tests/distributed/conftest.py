@@ -12,9 +12,6 @@ from tests.helpers.fresh_process import launch
 from tests.helpers.rank_runs import save_model
 
 
-Results = dict[str, dict]
-
-
 @pytest.fixture(scope="session")
 def rank_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Where the model lies that all ranks start from, and their results: one folder for all workers of pytest."""
@@ -28,24 +25,20 @@ def rank_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
 
 
 @pytest.fixture(scope="session")
-def results_of(rank_folder: Path) -> Callable[[int], Results]:
+def results_of(rank_folder: Path) -> Callable[[int], dict[str, dict]]:
     """The results of the jobs of 1, 2 or 4 ranks, started when they are first asked for; a failure is kept too."""
 
-    def results(num_ranks: int) -> Results:
+    def results(num_ranks: int) -> dict[str, dict]:
         done, failed = rank_folder / f"{num_ranks}.json", rank_folder / f"{num_ranks}.failed"
         with FileLock(rank_folder / f"{num_ranks}.lock"):
             if failed.exists():
                 pytest.fail(failed.read_text())
             if not done.exists():
                 failed.write_text(f"the runs on {num_ranks} rank(s) failed before")
-                _start(num_ranks, rank_folder, done.name)
+                asked = {"folder": str(rank_folder), "results": done.name, "jobs": JOBS[num_ranks]}
+                torchrun = ("torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone", "-m")
+                launch(*(() if num_ranks == 1 else torchrun), "tests.helpers.rank_runs", json.dumps(asked))
                 failed.unlink()
         return json.loads(done.read_text())
 
     return results
-
-
-def _start(num_ranks: int, folder: Path, results: str) -> None:
-    asked = json.dumps({"folder": str(folder), "results": results, "jobs": JOBS[num_ranks]})
-    torchrun = ("torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone", "-m")
-    launch(*(() if num_ranks == 1 else torchrun), "tests.helpers.rank_runs", asked)

@@ -13,31 +13,16 @@ CELLS = [(num_ranks, name) for num_ranks, steps in STEPS.items() for name in ste
 DEALT = {2: [16, 15], 4: [8, 8, 8, 7]}
 
 
-@pytest.fixture(params=CELLS, ids=lambda cell: cell[1])
-def step(request, results_of):
-    num_ranks, name = request.param
-    return STEPS[num_ranks][name], results_of(num_ranks)[name]["ranks"]
-
-
 @pytest.mark.slow
-def test_gradients_and_logits_are_those_of_one_process(step):
-    job, ranks = step
+@pytest.mark.parametrize("num_ranks, name", CELLS, ids=[name for _, name in CELLS])
+def test_a_step_is_that_of_one_process_and_what_is_saved_is_whole(results_of, num_ranks, name):
+    job, ranks = STEPS[num_ranks][name], results_of(num_ranks)[name]["ranks"]
     limit = 3e-2 if job.get("bf16") else 4e-6
     for rank in ranks:
         assert rank["errors"].keys() >= {"logits", "model.layers.0.mlp.experts.down_proj", "lm_head.weight"}
         assert max(rank["errors"].values()) < limit, rank["errors"]
-
-
-@pytest.mark.slow
-def test_what_is_saved_has_no_padding_and_every_bit(step):
-    assert all(rank["is_saved_whole"] for rank in step[1])
-
-
-@pytest.mark.slow
-def test_experts_are_dealt_in_order_and_evenly(step):
-    job, ranks = step
-    held = [rank["experts"] for rank in ranks]
-    parts = DEALT[job["sizes"]["ep_size"]]
+        assert rank["is_saved_whole"]  # without padding and to the bit
+    held, parts = [rank["experts"] for rank in ranks], DEALT[job["sizes"]["ep_size"]]
     copies = len(ranks) // len(parts)
     if job["sizes"].get("dp_replicate_size", 1) == copies:  # every copy holds every expert
         assert held == parts * copies

@@ -107,20 +107,17 @@ def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():
 def test_relearning_teaches_what_it_is_shown_and_leaves_the_model_as_it_was(bench, tokenizer):
     model = tiny_model("llama", vocab_size=400, hidden_size=32, max_position_embeddings=512).eval()
     before = _state(model)
-    settings = EvalSettings(relearn_steps=60, relearn_every=25, relearn_lr=1e-2, relearn_batch_size=3, seed=1)
+    settings = EvalSettings(relearn_steps=40, relearn_every=25, relearn_lr=1e-2, relearn_batch_size=3, seed=1)
     found = attack(model, tokenizer, bench, settings)
     own, benign = found["relearn"]["own"], found["relearn"]["benign"]
-    assert own["steps"] == benign["steps"] == [0, 25, 50, 60]
+    assert own["steps"] == benign["steps"] == [0, 25, 40]
     assert set(own) == {"steps", "taught", "others"} and set(benign) == {"steps", "others"}
     taught, others = ({*curve[0]["subject"]} for curve in (own["taught"], own["others"]))
     assert taught | others == set(bench.subjects("unlearn")) and not taught & others
     first, last = (sum(point["right"]) / len(point["right"]) for point in (own["taught"][0], own["taught"][-1]))
     assert last > first + 0.2
-    assert {*found["quantise"]} == {"8-bit", "4-bit"} and {*found["quantise"]["4-bit"]} == {
-        "unlearn",
-        "update",
-        "retain",
-    }
+    assert {*found["quantise"]} == {"8-bit", "4-bit"}
+    assert {*found["quantise"]["4-bit"]} == {"unlearn", "update", "retain"}
     assert {*found["prefix"]} == {*PREFIXES}
     after = _state(model)
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -1,18 +1,19 @@
-"""Raw measurements against the model itself, asked alone; numbers of a summary against loops over raw measurements."""
+"""Raw measurements against the model itself, asked alone; numbers of a summary against the functions they are of."""
 
 import copy
 import json
 import math
-import random
-import zlib
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 
+import numpy as np
 import pytest
 import torch
 
 from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE
-from hf_moe_cpt.evaluation.scoring import EvalSettings
-from hf_moe_cpt.evaluation.surgery import LABEL_WIDTH, METRICS, evaluate_model, summarise
+from hf_moe_cpt.evaluation import text_metrics
+from hf_moe_cpt.evaluation.scoring import EDIT_OF_KIND, EvalSettings
+from hf_moe_cpt.evaluation.statistics import bootstrap_interval, bootstrap_two_samples
+from hf_moe_cpt.evaluation.surgery import METRICS, evaluate_model, summarise
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -98,7 +99,7 @@ def test_the_measurements_are_json_and_the_model_trains_on(bench, tokenizer, mod
     assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
 
 
-FEW = 200
+FEW = 100
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +108,8 @@ def summary(raws) -> dict:
 
 
 def _get(summary: dict, side: str, metric: str, set_name: str) -> dict:
-    (row,) = [
-        row for row in summary["measures"] if (row["side"], row["metric"], row["set"]) == (side, metric, set_name)
-    ]
-    return row
+    rows = {(row["side"], row["metric"], row["set"]): row for row in summary["measures"]}
+    return rows[side, metric, set_name]
 
 
 def _value(summary: dict, side: str, metric: str, set_name: str = "unlearn") -> float:
@@ -129,24 +128,14 @@ def test_accuracies_edits_and_conflict_by_hand(summary, raws):
     for side, raw in raws.items():
         for name, kinds in raw["questions"].items():
             for kind, columns in kinds.items():
-                metric = "accuracy" if kind == "mcq" else f"accuracy_{kind}"
-                assert _value(summary, side, metric, name) == pytest.approx(_accuracy(columns))
-                assert _get(summary, side, metric, name)["n"] == len(columns["id"])
-        names = {
-            "mcq": "reliability",
-            "paraphrase": "generalisation",
-            "one_hop": "portability_one_hop",
-            "inverse": "portability_inverse",
-        }
-        for kind, metric in names.items():
+                row = _get(summary, side, "accuracy" if kind == "mcq" else f"accuracy_{kind}", name)
+                assert (row["value"], row["n"]) == (pytest.approx(_accuracy(columns)), len(columns["id"]))
+        for kind, metric in EDIT_OF_KIND.items():
             asked = raw["questions"]["update"][kind]
             rows = [row for row, old in enumerate(asked["old_answer"]) if old is not None or kind == "inverse"]
-            hit = [
-                asked["hits"][row][asked["answer"][row]] / asked["tokens"][row][asked["answer"][row]] for row in rows
-            ]
+            hit = [asked["hits"][row][(at := asked["answer"][row])] / asked["tokens"][row][at] for row in rows]
             assert _value(summary, side, metric, "update") == pytest.approx(fmean(hit))
-        asked = raw["questions"]["update"]["mcq"]
-        scores = []
+        asked, scores = raw["questions"]["update"]["mcq"], []
         for row, old in enumerate(asked["old_answer"]):
             if old is not None:
                 p_old, p_new = (
@@ -156,94 +145,54 @@ def test_accuracies_edits_and_conflict_by_hand(summary, raws):
         assert _value(summary, side, "conflict", "update") == pytest.approx(fmean(scores))
 
 
-def test_measures_of_texts_by_hand(summary, raws):
+def test_measures_of_texts_are_means_of_the_functions(summary, raws):
     for side, raw in raws.items():
+        want = {}
         for name, columns in raw["texts"].items():
-            means = [fmean(logp) for logp in columns["logp"]]
-            assert _value(summary, side, "loss", name) == pytest.approx(-fmean(means))
-            assert _value(summary, side, "probability", name) == pytest.approx(fmean(map(math.exp, means)))
-            assert _value(summary, side, "exact_memorisation", name) == pytest.approx(
-                fmean(map(fmean, columns["hit"]))
-            )
-            strengths = []
-            for hit in columns["hit"]:
-                shortest = next(k for k in range(len(hit) + 1) if all(hit[k:]))
-                strengths.append(1 - shortest / len(hit))
-            assert _value(summary, side, "extraction_strength", name) == pytest.approx(fmean(strengths))
+            logp, hit = columns["logp"], columns["hit"]
+            want |= {
+                ("loss", name): -text_metrics.loss_score(logp),
+                ("probability", name): text_metrics.probability(logp),
+            }
+            want |= {("exact_memorisation", name): text_metrics.exact_memorisation(hit)}
+            want |= {("extraction_strength", name): text_metrics.extraction_strength(hit)}
+        for name, columns in raw["continuations"].items():
+            want["rouge_l", name] = text_metrics.rouge_l(columns["text"], columns["true_text"]).f1
+            want["fluency", name] = text_metrics.ngram_entropy(columns["text"])
+        for name, columns in raw.get("divergence", {}).items():
+            want["kl", name], want["agreement", name] = (sum(columns[key], []) for key in ("kl", "agrees"))
+        for (metric, name), values in want.items():
+            assert _value(summary, side, metric, name) == pytest.approx(np.mean(values))
         gap = _value(summary, side, "loss", "unlearn") - _value(summary, side, "loss", "unseen")
         assert _value(summary, side, "loss_gap") == pytest.approx(gap)
-    for side in ("after", "retrained"):
-        for name, columns in raws[side]["divergence"].items():
-            for metric, column in (("kl", columns["kl"]), ("agreement", columns["agrees"])):
-                assert _value(summary, side, metric, name) == pytest.approx(fmean(x for row in column for x in row))
 
 
-def _lcs(first: list[str], second: list[str]) -> int:
-    if not first or not second:
-        return 0
-    if first[0] == second[0]:
-        return 1 + _lcs(first[1:], second[1:])
-    return max(_lcs(first[1:], second), _lcs(first, second[1:]))
-
-
-def test_continuations_by_hand(summary, raws):
-    columns = raws["after"]["continuations"]["retain"]
-    found = []
-    for text, true in zip(columns["text"], columns["true_text"], strict=True):
-        ours, theirs = text.lower().split(), true.lower().split()
-        found.append(2 * _lcs(ours, theirs) / (len(ours) + len(theirs)))
-    assert _value(summary, "after", "rouge_l", "retain") == pytest.approx(fmean(found))
-    bits = []
-    for text in columns["text"]:
-        words, terms = text.split(), []
-        for n, weight in ((2, 2 / 3), (3, 4 / 3)):
-            grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
-            shares = [grams.count(gram) / len(grams) for gram in set(grams)]
-            terms.append(weight * -sum(share * math.log2(share) for share in shares))
-        bits.append(fmean(terms))
-    assert _value(summary, "after", "fluency", "retain") == pytest.approx(fmean(bits))
-
-
-def _auc(members: list[float], others: list[float]) -> float:
-    return fmean((a > b) + (a == b) / 2 for a in members for b in others)
-
-
-def _scores(columns: dict) -> dict[str, list[float]]:
-    def lowest(values: list[float]) -> float:
-        return fmean(sorted(values)[: max(1, int(0.4 * len(values) + 1e-9))])
-
-    normal = [
-        [(p - m) / s for p, m, s in zip(*row, strict=True)]
-        for row in zip(columns["logp"], columns["mean"], columns["std"], strict=True)
-    ]
+def _scores(columns: dict) -> dict[str, np.ndarray]:
+    logp = columns["logp"]
     return {
-        "auc_loss": [fmean(logp) for logp in columns["logp"]],
-        "auc_zlib": [
-            sum(logp) / len(zlib.compress(text.encode()))
-            for logp, text in zip(columns["logp"], columns["text"], strict=True)
-        ],
-        "auc_min_k": [lowest(logp) for logp in columns["logp"]],
-        "auc_min_k_plus_plus": [lowest(row) for row in normal],
+        "auc_loss": text_metrics.loss_score(logp),
+        "auc_zlib": text_metrics.zlib_score([-sum(row) for row in logp], columns["text"]),
+        "auc_min_k": text_metrics.min_k(logp),
+        "auc_min_k_plus_plus": text_metrics.min_k_plus_plus(logp, columns["mean"], columns["std"]),
     }
 
 
-def test_membership_by_hand(summary, raws):
+def test_membership_of_unlearn_against_unseen(summary, raws):
     found = {}
     for side, raw in raws.items():
         ours, theirs = (_scores(raw["texts"][name]) for name in ("unlearn", "unseen"))
         for metric in ours:
-            found[side, metric] = _auc(ours[metric], theirs[metric])
-            assert _value(summary, side, metric) == pytest.approx(found[side, metric])
-            assert _get(summary, side, metric, "unlearn")["n"] == 8 + 6
+            found[side, metric] = text_metrics.auc(ours[metric], theirs[metric])
+            row = _get(summary, side, metric, "unlearn")
+            assert (row["value"], row["n"]) == (pytest.approx(found[side, metric]), 8 + 6)
     for side in ("before", "after"):
-        auc, oracle = found[side, "auc_min_k"], found["retrained", "auc_min_k"]
-        assert _value(summary, side, "privacy_leakage") == pytest.approx(100 * ((1 - auc) / (1 - oracle) - 1))
+        leakage = text_metrics.privacy_leakage(found[side, "auc_min_k"], found["retrained", "auc_min_k"])
+        assert _value(summary, side, "privacy_leakage") == pytest.approx(leakage)
 
 
 def test_robustness_and_score_by_hand(summary, raws):
-    chance = 1 / 3
-    assert summary["chance"] == pytest.approx(chance)
-    goal = (chance + _accuracy(raws["before"]["questions"]["unlearn"]["mcq"])) / 2
+    assert summary["chance"] == pytest.approx(1 / 3)
+    goal = (1 / 3 + _accuracy(raws["before"]["questions"]["unlearn"]["mcq"])) / 2
     gains = {}
     for side, raw in raws.items():
         attacks, curve = raw["robustness"], raw["robustness"]["relearn"]["own"]
@@ -254,69 +203,45 @@ def test_robustness_and_score_by_hand(summary, raws):
         assert [(row["step"], row["accuracy"]) for row in points] == list(zip(curve["steps"], values, strict=True))
         assert all(row["low"] <= row["accuracy"] <= row["high"] for row in points)
         gains[side] = values[-1] - values[0]
-        assert _value(summary, side, "relearn_own_taught") == pytest.approx(values[-1])
-        assert _value(summary, side, "relearn_benign") == pytest.approx(
-            fmean(attacks["relearn"]["benign"]["others"][-1]["right"])
-        )
-        steps = next(
-            (step / 100 for step in range(2001) if _at(step / 100, curve["steps"], values) >= goal - 1e-9), None
-        )
-        got = _value(summary, side, "relearn_half_steps")
-        assert (got is None) == (steps is None) and (steps is None or got == pytest.approx(steps, abs=0.011))
+        fine = np.linspace(0, 20, 2001)
+        reached = fine[np.interp(fine, curve["steps"], values) >= goal - 1e-9]
+        steps = pytest.approx(reached[0], abs=0.011) if len(reached) else None
+        want = {"relearn_own_taught": values[-1], "relearn_half_steps": steps}
+        want["relearn_benign"] = fmean(attacks["relearn"]["benign"]["others"][-1]["right"])
         accuracy = _accuracy(raw["questions"]["unlearn"]["mcq"])
         for bits in (8, 4):
-            rounded = fmean(attacks["quantise"][f"{bits}-bit"]["unlearn"]["right"])
-            assert _value(summary, side, f"accuracy_{bits}bit") == pytest.approx(rounded)
-            want = 1 - abs(accuracy - rounded) / (accuracy + rounded)
-            assert _value(summary, side, f"quantisation_robustness_{bits}bit") == pytest.approx(want)
-        for name, columns in attacks["prefix"].items():
-            assert _value(summary, side, f"prefix_{name}") == pytest.approx(fmean(columns["right"]))
+            rounded = want[f"accuracy_{bits}bit"] = fmean(attacks["quantise"][f"{bits}-bit"]["unlearn"]["right"])
+            want[f"quantisation_robustness_{bits}bit"] = 1 - abs(accuracy - rounded) / (accuracy + rounded)
+        want |= {f"prefix_{name}": fmean(columns["right"]) for name, columns in attacks["prefix"].items()}
+        for metric, value in want.items():
+            assert _value(summary, side, metric) == (value if metric == "relearn_half_steps" else pytest.approx(value))
     for side in raws:
         accuracy = {name: _value(summary, side, "accuracy", name) for name in ("unlearn", "retain")}
+        edits = [_value(summary, side, metric, "update") for metric in ("reliability", "generalisation")]
         relearning = min(max(gains["retrained"], 0) / gains[side], 1) if gains[side] > 0 else 1.0
         parts = {
             "forgetting": 1 - abs(accuracy["unlearn"] - _value(summary, "retrained", "accuracy")),
-            "update": _value(summary, side, "reliability", "update")
-            * _value(summary, side, "generalisation", "update"),
+            "update": math.prod(edits),
             "retained": min(accuracy["retain"] / _value(summary, "before", "accuracy", "retain"), 1),
             "robustness": relearning * _value(summary, side, "quantisation_robustness_4bit"),
         }
         assert _value(summary, side, "relearn_robustness") == pytest.approx(relearning)
         for name, want in parts.items():
             assert _value(summary, side, f"score_{name}", "all") == pytest.approx(want)
-        assert _value(summary, side, "score", "all") == pytest.approx(4 / sum(1 / part for part in parts.values()))
-
-
-def _at(step: float, steps: list[int], values: list[float]) -> float:
-    """The broken line through the points."""
-    place = max(number for number, begin in enumerate(steps[:-1]) if begin <= step)
-    share = (step - steps[place]) / (steps[place + 1] - steps[place])
-    return values[place] + share * (values[place + 1] - values[place])
+        assert _value(summary, side, "score", "all") == pytest.approx(harmonic_mean(parts.values()))
 
 
 def test_intervals_are_those_of_drawing_subjects(raws):
-    """Against a bootstrap written out, with random numbers of its own."""
-    summary = summarise(**raws, confidence=0.8, resamples=2000)
-    draw = random.Random(3)
-    losses: dict[str, list[float]] = {}
-    for name in ("unlearn", "unseen"):
-        columns = raws["after"]["texts"][name]
-        for subject, logp in zip(columns["subject"], columns["logp"], strict=True):
-            losses.setdefault(f"{name} {subject}", []).append(-fmean(logp))
-
-    def resampled(name: str) -> float:
-        groups = [values for key, values in losses.items() if key.startswith(f"{name} ")]
-        return fmean(value for _ in groups for value in draw.choice(groups))
-
-    samples = {
-        "loss": sorted(resampled("unlearn") for _ in range(4000)),
-        "loss_gap": sorted(resampled("unlearn") - resampled("unseen") for _ in range(4000)),
-    }
-    for metric, values in samples.items():
+    summary = summarise(**raws, confidence=0.8, resamples=300, seed=3)
+    texts = [raws["after"]["texts"][name] for name in ("unlearn", "unseen")]
+    losses, subjects = (
+        [-text_metrics.loss_score(columns["logp"]) for columns in texts],
+        [columns["subject"] for columns in texts],
+    )
+    gap = bootstrap_two_samples(*losses, lambda ours, theirs: ours.mean() - theirs.mean(), *subjects, 0.8, 300, 3)
+    for metric, want in {"loss": bootstrap_interval(losses[0], subjects[0], 0.8, 300, 3), "loss_gap": gap}.items():
         row = _get(summary, "after", metric, "unlearn")
-        spread = values[-1] - values[0]
-        assert row["low"] == pytest.approx(values[400], abs=0.04 * spread)
-        assert row["high"] == pytest.approx(values[3600], abs=0.04 * spread)
+        assert (row["value"], row["low"], row["high"]) == pytest.approx(want)
 
 
 def test_every_number_lies_in_its_interval_and_is_json(summary):
@@ -358,30 +283,25 @@ def test_two_models_and_one_are_enough(raws):
 MISSING = {
     "part": (lambda raw: raw.pop("texts"), "after: the part texts was not measured"),
     "attack": (lambda raw: raw["robustness"].pop("quantise"), "after: the attack quantise was not made"),
-    "questions": (
-        lambda raw: raw["robustness"].clear(),
-        "after: no attack was made: there are no questions about unlearn",
-    ),
+    "questions": (lambda raw: raw["robustness"].clear(), "after: no attack was made: there are no questions about"),
 }
 
 
 @pytest.mark.parametrize("remove, line", MISSING.values(), ids=MISSING)
-def test_what_is_missing_is_told_and_the_rest_is_there(raws, remove, line):
+def test_what_is_missing_is_told_and_the_rest_is_there(summary, raws, remove, line):
     raw = copy.deepcopy(raws["after"])
     remove(raw)
     found = summarise(raws["before"], raw, raws["retrained"], resamples=FEW)
     assert any(text.startswith(line) for text in found["missing"])
-    whole = summarise(**raws, resamples=FEW)
-    kept = {(row["side"], row["set"], row["metric"]) for row in found["measures"]}
-    values = {(row["side"], row["set"], row["metric"]): row["value"] for row in whole["measures"]}
-    assert kept < values.keys() and ("after", "retain", "accuracy") in kept
-    for row in found["measures"]:
-        if row["side"] != "after" or not row["metric"].startswith("score"):
-            assert row["value"] == values[row["side"], row["set"], row["metric"]]
+    values = {(row["side"], row["set"], row["metric"]): row["value"] for row in summary["measures"]}
+    kept = {(row["side"], row["set"], row["metric"]): row["value"] for row in found["measures"]}
+    assert kept.keys() < values.keys() and ("after", "retain", "accuracy") in kept
+    for key, value in kept.items():
+        assert value == values[key] or (key[0] == "after" and key[2].startswith("score"))
 
 
 def test_a_missing_set_is_told(raws):
-    small = {side: copy.deepcopy(raw) for side, raw in raws.items()}
+    small = copy.deepcopy(raws)
     for raw in small.values():
         for part in ("questions", "texts", "continuations"):
             raw[part].pop("unseen")
@@ -424,10 +344,3 @@ def test_questions_with_other_numbers_of_options_are_scored(raws):
     assert _value(summarise(after=raw, resamples=2), "after", "accuracy", "retain") == pytest.approx(
         _accuracy(raws["after"]["questions"]["retain"]["mcq"])
     )
-
-
-def test_each_metric_is_explained():
-    for name, metric in METRICS.items():
-        assert metric.name == name and 0 < len(metric.label) <= LABEL_WIDTH
-        assert metric.formula and metric.source and metric.goal
-    assert len({metric.label for metric in METRICS.values()}) == len(METRICS)

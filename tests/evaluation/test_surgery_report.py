@@ -1,9 +1,9 @@
 """What a surgery evaluation shows: a table that fits a terminal, files that tell the same, a page on its own."""
 
 import csv
+import html
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -66,15 +66,6 @@ def test_the_table_fits_with_numbers_as_wide_as_they_come(summary):
     assert sum(line.startswith(("! word", "  word")) for line in lines) == 3
 
 
-def test_two_models_without_attacks_have_their_rows_and_a_list_of_what_is_missing(raws):
-    before, after = ({part: raws[side][part] for part in ("questions", "texts")} for side in ("before", "after"))
-    text = text_report(summarise(before, after, resamples=20))
-    assert "retrained" not in text.split("\n")[2] and "Does it last?" not in text
-    missing = text[text.index("not measured:") :]
-    for line in ("- no retrained model: no privacy leakage", "- after: the part robustness was not measured"):
-        assert line in missing
-
-
 def test_nothing_at_all_is_still_a_table(tmp_path):
     summary = summarise(after={})
     assert "nothing was measured" in text_report(summary)
@@ -98,43 +89,18 @@ def test_csv_and_json_tell_the_same(written, summary):
     assert results["metrics"]["kl"]["formula"] == METRICS["kl"].formula and results["metrics"]["kl"]["source"]
 
 
-class _Page(HTMLParser):
-    """Balanced tags, outside references, charts and all text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.charts: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag not in ("meta", "line", "path", "rect"):
-            self.open.append(tag)
-        self.references += [values[name] for name in ("src", "href") if name in values]
-        if tag == "svg":
-            self.charts.append(values["aria-label"])
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.open:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def _read(path: Path) -> _Page:
-    page = _Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
+def _read(path: Path) -> tuple[list[str], str]:
+    """Labels of the charts, and all text."""
+    page = path.read_text(encoding="utf-8")
+    assert not re.search(r"\b(src|href)=", page)
+    return [html.unescape(label) for label in re.findall(r'<svg[^>]*aria-label="([^"]*)"', page)], html.unescape(
+        re.sub(r"<[^>]*>", "\n", page)
+    )
 
 
 def test_the_page_stands_alone_and_shows_everything(written, summary, raws):
-    page = _read(written / "report.html")
-    text = "\n".join(page.text)
-    assert page.open == [] and page.references == []
-    assert len(page.charts) == 13 and "Which set's questions are answered?" in page.charts
+    charts, text = _read(written / "report.html")
+    assert len(charts) == 13 and "Which set's questions are answered?" in charts
     for metric in {row["metric"] for row in summary["measures"]}:
         assert METRICS[metric].label.removeprefix("- ") in text and METRICS[metric].formula in text
     for row in summary["measures"]:
@@ -148,13 +114,13 @@ def test_warnings_are_on_the_page_and_charts_without_numbers_are_not(raws, tmp_p
     after["texts"]["unlearn"]["logp"] = [[p - 9 for p in logp] for logp in after["texts"]["unlearn"]["logp"]]
     summary = summarise(after=after, resamples=50)
     write_files(tmp_path, summary, {"after": after}, FACTS)
-    page = _read(tmp_path / "report.html")
-    assert page.charts == [
+    charts, text = _read(tmp_path / "report.html")
+    assert charts == [
         "How well is each set predicted?",
         "How much of the forgotten texts is left, word by word?",
         "Can one tell that the forgotten texts were read?",
     ]
-    assert "▲ after is over-forgotten: the loss on unlearn" in "\n".join(page.text)
+    assert "▲ after is over-forgotten: the loss on unlearn" in text
 
 
 def test_the_docs_explain_every_metric_as_the_files_do():

@@ -29,10 +29,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.data.random import derive_seed
@@ -67,9 +66,8 @@ class Recorded(CPTTrainer):
 
     rows_file: Path
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The parent's; a line with the step and a fingerprint of each row."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples, num_items = super().get_batch_samples(*args)
         rows = [fingerprint(row) for sample in samples for row in sample["input_ids"]]
         with self.rows_file.open("a") as file:
             file.write(json.dumps([self.state.global_step + 1, rows]) + "\n")
@@ -82,16 +80,15 @@ class Tells(TrainerCallback):
     def __init__(self, output: int) -> None:
         self._output = output
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first step is next."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         tell(self._output, began=state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint is complete, unless it is being copied in the background."""
         if args.snapshot_dir is None:
             tell(self._output, saved=state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint that was copied may have come to its place."""
         found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
         if found:
@@ -99,7 +96,6 @@ class Tells(TrainerCallback):
 
 
 def tell(output: int, **what: Any) -> None:
-    """Write one line, in one piece."""
     os.write(output, (json.dumps(what) + "\n").encode())
 
 
@@ -128,38 +124,18 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def build(
-    folder: Path,
-    world_size: int,
-    max_steps: int,
-    dropout: float = 0.1,
-    save_total_limit: int | None = 2,
-    **changes: Any,
-) -> Recorded:
+def build(folder: Path, world_size: int, max_steps: int, dropout: float = 0.1, **changes: Any) -> Recorded:
     """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": dropout}
-    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(
-        CptMoeConfig(**sizes, **heads, **tokens, num_experts=7, num_experts_per_tok=3, max_position_embeddings=64)
-    )
-    args = CPTConfig(
-        output_dir=str(folder / "run"),
-        max_steps=max_steps,
-        max_length=LENGTH,
-        per_device_train_batch_size=4 // world_size,
-        replay_ratio=0.25,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="steps",
-        save_total_limit=save_total_limit,
-        eval_on_start=False,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **changes,
-    )
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "attention_dropout": dropout}
+    model = AutoModelForCausalLM.from_config(CptMoeConfig(**sizes, **tokens, num_experts=7, num_experts_per_tok=3))
+    settings = {"replay_ratio": 0.25, "learning_rate": 1e-3, "logging_steps": 1, "eval_on_start": False}
+    settings |= {"max_length": LENGTH, "save_strategy": "steps", "save_total_limit": 2, **changes}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": max_steps}
+    rows = 4 // world_size
+    args = CPTConfig(output_dir=str(folder / "run"), per_device_train_batch_size=rows, **settings)
     needed = max_steps * 4 * LENGTH // 20
     return Recorded(model, args, documents(needed, 1), documents(needed, 2))
 
@@ -202,7 +178,6 @@ def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
         code = stopped.code
     except BaseException:
         traceback.print_exc()
-        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -215,14 +190,7 @@ class Rank:
     on: words in front of its command, such as those that start it on another host. settings: environment of the run.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        port: int,
-        on: Sequence[str] = (),
-        settings: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, port: int, on: Sequence[str] = (), **settings: str) -> None:
         command = [sys.executable, "-m", "tests.faults.soak", f"--rank={rank}", f"--ranks={world_size}"]
         settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **settings}
         if world_size > 1:
@@ -236,7 +204,6 @@ class Rank:
         self._rest = b""
 
     def start(self, order: dict[str, Any]) -> None:
-        """Start the run once more."""
         self.exit_code, self.saved = None, 0
         self.server.stdin.write((json.dumps(order) + "\n").encode())
         self.server.stdin.flush()
@@ -266,6 +233,12 @@ class Rank:
         self.saved = line.get("saved", self.saved)
         return line
 
+    def end(self) -> int | None:
+        """The exit code of the run, once it has ended."""
+        if self.exit_code is None:
+            self.wait_for("exit", PATIENCE)
+        return self.exit_code
+
     def kill(self) -> None:
         """End the run's process at once: no cleanup, no flush."""
         if self.exit_code is None:
@@ -282,43 +255,36 @@ class Rank:
         self.server.stdout.close()
 
 
-@dataclass
-class Tally:
-    """What happened so far; kills count once, whatever they ended."""
+FAULTS = ("checkpoints_lost", "rows_repeated", "rows_out_of_order", "different_results")
+COUNTS = {
+    "kills": "kills",
+    "while_resuming": "of these before the first step",
+    "while_saving": "of these during a save",
+    "rounds": "runs brought to their end",
+    "checkpoints_lost": "checkpoints lost",
+    "rows_repeated": "rows repeated",
+    "rows_out_of_order": "steps with other rows",
+    "different_results": "runs with other losses or weights",
+    "most_steps_again": "most steps done again after a kill",
+}
 
-    kills: int = 0
-    while_resuming: int = 0
-    while_saving: int = 0
-    checkpoints_lost: int = 0
-    rows_repeated: int = 0
-    rows_out_of_order: int = 0
-    most_steps_again: int = 0
-    different_results: int = 0
-    rounds: int = 0
-    seconds_to_start: list[float] = field(default_factory=list)
+
+class Tally(SimpleNamespace):
+    """What happened so far, by the names in COUNTS; kills count once, whatever they ended."""
+
+    def __init__(self) -> None:
+        super().__init__(**dict.fromkeys(COUNTS, 0), seconds_to_start=[])
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing was lost, repeated or changed."""
-        faults = (self.checkpoints_lost, self.rows_repeated, self.rows_out_of_order, self.different_results)
-        return not any(faults)
+        return not any(getattr(self, name) for name in FAULTS)
 
     def table(self) -> str:
-        """One line for each count."""
         starts = sorted(self.seconds_to_start)
-        rows = {
-            "kills": self.kills,
-            "of these before the first step": self.while_resuming,
-            "of these during a save": self.while_saving,
-            "runs brought to their end": self.rounds,
-            "checkpoints lost": self.checkpoints_lost,
-            "rows repeated": self.rows_repeated,
-            "steps with other rows": self.rows_out_of_order,
-            "runs with other losses or weights": self.different_results,
-            "most steps done again after a kill": self.most_steps_again,
-            "seconds to start again, median": f"{starts[len(starts) // 2]:.2f}" if starts else "none",
-        }
-        return "\n".join(f"{name:36} {value}" for name, value in rows.items())
+        rows = {label: getattr(self, name) for name, label in COUNTS.items()}
+        rows["seconds to start again, median"] = f"{starts[len(starts) // 2]:.2f}" if starts else "none"
+        return "\n".join(f"{label:36} {value}" for label, value in rows.items())
 
 
 class Soak:
@@ -334,50 +300,46 @@ class Soak:
         self.seconds_to_begin, self.seconds_of_save_interval = 1.0, 1.0
 
     def close(self) -> None:
-        """End the servers."""
         for rank in self.ranks:
             rank.close()
 
     def reference(self) -> Path:
         """Train once without a kill, and learn how long things take."""
-        folder = self._new_folder("reference")
+        folder = self.folder / "reference"
         for rank in self.ranks:
             self._expect(rank.wait_for("ready", PATIENCE), "ready", folder)
         began = time.monotonic()
-        self._start(folder, 0)
+        self.start(folder, 0)
         self._expect(self.ranks[0].wait_for("began", PATIENCE), "began", folder)
         self.seconds_to_begin, began = time.monotonic() - began, time.monotonic()
-        self._wait_for_end(folder)
+        self.wait_for_end(folder)
         intervals = self.settings["max_steps"] / self.settings["save_steps"]
         self.seconds_of_save_interval = (time.monotonic() - began) / intervals
         return folder
 
     def round(self, reference: Path, kills: int) -> None:
         """One run to its end with at most `kills` kills, compared with the reference."""
-        folder = self._new_folder(f"round-{self.tally.rounds}")
+        folder = self.folder / f"round-{self.tally.rounds}"
         for attempt in range(kills):
             if not self._start_and_kill(folder, attempt):
                 break
         else:
-            self._start(folder, kills)
-            self._wait_for_end(folder)
+            self.start(folder, kills)
+            self.wait_for_end(folder)
         self._compare(folder, reference)
         self.tally.rounds += 1
         shutil.rmtree(folder)
 
-    def _new_folder(self, name: str) -> Path:
-        folder = self.folder / name
-        folder.mkdir(parents=True)
-        return folder
-
-    def _start(self, folder: Path, attempt: int) -> None:
+    def start(self, folder: Path, attempt: int = 0, **changes: Any) -> None:
+        """Start the run on all ranks."""
+        folder.mkdir(exist_ok=True)
         for rank in self.ranks:
-            rank.start({"folder": str(folder), "attempt": attempt, **self.settings})
+            rank.start({"folder": str(folder), "attempt": attempt, **self.settings, **changes})
 
     def _start_and_kill(self, folder: Path, attempt: int) -> bool:
         """Start, and kill a rank at a random moment; False if the run ended before that."""
         began = time.monotonic()
-        self._start(folder, attempt)
+        self.start(folder, attempt)
         is_early = self.random.random() < EARLY_KILLS
         if is_early:
             self.ranks[0].wait_for("began", self.random.uniform(0, self.seconds_to_begin))
@@ -387,7 +349,7 @@ class Soak:
             self.ranks[0].wait_for("exit", self.random.uniform(0, 2 * self.seconds_of_save_interval))
         victim = self.random.choice(self.ranks)
         if self.ranks[0].exit_code is not None:
-            self._wait_for_end(folder)
+            self.wait_for_end(folder)
             return False
         victim.kill()
         for rank in self.ranks:
@@ -395,7 +357,7 @@ class Soak:
                 rank.kill()
                 rank.wait_for("exit", PATIENCE)
         if victim.exit_code != -signal.SIGKILL:  # it was faster than the signal
-            self._wait_for_end(folder)
+            self.wait_for_end(folder)
             return False
         self._count_kill(folder, attempt, is_early)
         return True
@@ -411,10 +373,11 @@ class Soak:
         announced = max(self.ranks[0].saved, int(before.read_text()) if before.exists() else 0)
         before.write_text(str(announced))
         tally.checkpoints_lost += whole_step < announced
-        done = [step for step, _ in _rows(folder, attempt, 0)]
+        done = [step for step, _ in _rows(folder, f"{attempt:05d}", 0)]
         tally.most_steps_again = max(tally.most_steps_again, max(done, default=whole_step) - whole_step)
 
-    def _wait_for_end(self, folder: Path) -> None:
+    def wait_for_end(self, folder: Path) -> None:
+        """Return when all ranks are through; raises RuntimeError if one failed."""
         for number, rank in enumerate(self.ranks):
             if rank.exit_code is None:
                 rank.wait_for("exit", PATIENCE + 10 * self.settings["max_steps"])
@@ -435,10 +398,10 @@ class Soak:
         self.tally.rows_repeated += len(rows) - len(set(rows))
 
 
-def _rows(folder: Path, attempt: int | str, rank: int) -> list[tuple[int, list[str]]]:
+def _rows(folder: Path, attempt: str, rank: int) -> list[tuple[int, list[str]]]:
     """What a start was given, in order; a line that a kill cut short counts for nothing."""
-    name = f"rows-{attempt if isinstance(attempt, str) else format(attempt, '05d')}-{rank}.jsonl"
-    lines = [line for path in sorted(folder.glob(name)) for line in path.read_text().splitlines()]
+    paths = sorted(folder.glob(f"rows-{attempt}-{rank}.jsonl"))
+    lines = [line for path in paths for line in path.read_text().splitlines()]
     return [tuple(json.loads(line)) for line in lines if line.endswith("]]")]
 
 

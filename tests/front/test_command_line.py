@@ -16,7 +16,8 @@ from tests.helpers.fresh_process import run_python
 MOST_LINES = 200  # cpt's were 771
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
 ALL_HELP = f"""
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+os.environ["COLUMNS"] = "100"
 sys.modules["trl"] = None  # as where it is not installed
 from hf_moe_cpt import cli
 shown = {{}}
@@ -51,7 +52,10 @@ def test_help_is_short_and_loads_nothing(name: str, shown: dict) -> None:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_read_from_the_source_is_that_of_the_classes(name: str, shown: dict) -> None:
+def test_help_read_from_the_source_is_that_of_the_classes(
+    name: str, shown: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     module = importlib.import_module(cli.COMMANDS[name].module)
     assert shown[name][1] == format_help(f"hf-moe-cpt {name}", module.__doc__, module.ARGUMENTS) + "\n"
 

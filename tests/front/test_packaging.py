@@ -45,7 +45,8 @@ def files_of_git() -> set[str]:
 def test_every_package_opens_with_its_init() -> None:
     files = [file for file in read_project() if not file.is_test]
     opened = {file.package for file in files if file.path.endswith("/__init__.py")}
-    assert {file.package for file in files} - opened == set()
+    closed = {file.package for file in files} - opened
+    assert all(package.startswith("hf_moe_cpt.metrics.") for package in closed), closed  # evaluate loads their folders
 
 
 def test_every_room_of_the_table_exists() -> None:
@@ -64,7 +65,7 @@ def test_every_other_import_is_a_requirement(setup: configparser.ConfigParser) -
         found.module.partition(".")[0]
         for file in read_project()
         if not file.is_test
-        for found in file.imports()
+        for found in file.imports
         if found.level == 0
     }
     imported -= sys.stdlib_module_names | {"hf_moe_cpt"} | set(EXTRA_OF_PACKAGE)

@@ -8,30 +8,37 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_cpt
 from hf_moe_cpt.registration import _ModelClassOnUse, _run_after_import
 from tests.helpers.fresh_process import run_python
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+ORDERS = {
+    "package first, without triton": """
+import sys
+sys.modules["triton"], finders = None, list(sys.meta_path)
+import hf_moe_cpt
+assert sys.meta_path == finders  # no finder of ours is asked for modules of others
+import hf_moe_cpt.kernels.experts_interface
+from transformers import AutoModelForCausalLM
+""",
+    "transformers first": "import sys; from transformers import AutoModelForCausalLM; import hf_moe_cpt\n",
+}
+LOAD = """
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+assert {"hf_moe_cpt", "hf_moe_cpt_low_memory"} <= set(ALL_EXPERTS_FUNCTIONS.keys())
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_checkpoint_loads_and_experts_are_known_in_either_order_of_import(order: str, tmp_path: Path) -> None:
     config = hf_moe_cpt.CptMoeConfig.from_preset("sb-granular-tiny", num_hidden_layers=1, vocab_size=64)
-    hf_moe_cpt.CptMoeForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_moe_cpt; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import hf_moe_cpt",
-    ],
-    ids=["package first", "transformers first"],
-)
-def test_checkpoint_loads_in_either_order_of_import(imports: str, checkpoint: Path) -> None:
-    program = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})))"
-    assert "hf_moe_cpt.modeling.modeling_cpt_moe.CptMoeForCausalLM" in run_python("-c", program).stdout
+    hf_moe_cpt.CptMoeForCausalLM(config).save_pretrained(tmp_path)
+    said = run_python("-c", ORDERS[order] + LOAD, str(tmp_path)).stdout
+    assert "hf_moe_cpt.modeling.modeling_cpt_moe.CptMoeForCausalLM" in said
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,8 @@ def test_auto_classes_build_our_classes(auto_class: type, name: str) -> None:
     assert type(config) is hf_moe_cpt.CptMoeConfig
     assert type(auto_class.from_config(config)) is getattr(hf_moe_cpt, name)
     assert auto_class._model_mapping[hf_moe_cpt.CptMoeConfig] is getattr(hf_moe_cpt, name)
+    hf_moe_cpt.register_kernels()  # again: nothing changes
+    assert ALL_EXPERTS_FUNCTIONS["hf_moe_cpt"].__module__ == "hf_moe_cpt.kernels.experts_interface"
 
 
 def test_place_holder_looks_like_a_model_class_and_can_be_pickled() -> None:
@@ -77,14 +86,3 @@ def test_action_runs_once_right_after_the_import(tmp_path: Path, monkeypatch: py
         import waited_for.missing  # noqa: F401
     _run_after_import("waited_for.inner", lambda: seen.append(8))
     assert seen == [7, 8]
-
-
-def test_no_finder_of_ours_is_asked_for_modules_of_others() -> None:
-    program = "import sys; before = list(sys.meta_path); import hf_moe_cpt; print(sys.meta_path == before)"
-    assert run_python("-c", program).stdout.strip() == "True"
-
-
-def test_experts_are_registered_whatever_is_imported_first_and_without_triton() -> None:
-    look = "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as known; print('hf_moe_cpt' in known)"
-    for first in ("import hf_moe_cpt.kernels.experts_interface", "import sys; sys.modules['triton'] = None"):
-        assert run_python("-c", f"{first}; import hf_moe_cpt; {look}").stdout.strip() == "True"

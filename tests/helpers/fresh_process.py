@@ -1,10 +1,15 @@
-"""Run Python in a new process, from the checkout, without what this process has imported."""
+"""Words of a command line, and Python in a new process, from the checkout, without what this one has imported."""
 
 import os
 import subprocess
 import sys
 
 from tests.helpers.source_tree import PROJECT
+
+
+def command_words(settings: dict[str, object]) -> list[str]:
+    """`--name value` for each setting; None leaves it out."""
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:

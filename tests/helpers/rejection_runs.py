@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
+from tests.helpers.fresh_process import command_words
 from tests.helpers.tiny_models import SIZES, tiny_model
 
 
@@ -58,7 +59,7 @@ def arguments(world: Path, run: Path, **changes: object) -> list[str]:
         "output_dir": run,
         **changes,
     }
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    return command_words(settings)
 
 
 def shards(run: Path, stage: str) -> list[dict]:

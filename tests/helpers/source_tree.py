@@ -5,7 +5,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 
@@ -57,9 +57,14 @@ class SourceFile:
     def is_test(self) -> bool:
         return self.path.startswith("tests/")
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Every node of the tree; rules share the walk."""
+        return list(ast.walk(self.tree))
+
     def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
         """Every function and method, nested ones too."""
-        return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        return (node for node in self.nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
     def comments(self) -> Iterator[tuple[int, str]]:
         """(line, text) of each comment; the inside of strings does not count."""
@@ -67,23 +72,25 @@ class SourceFile:
             if token.type == tokenize.COMMENT:
                 yield token.start[0], token.string
 
+    @cached_property
     def imports(self) -> list[Import]:
         """Every import of the file, those inside functions too, in no particular order."""
-        late = {id(inner) for node in ast.walk(self.tree) if _runs_late(node) for inner in ast.walk(node)}
-        found = []
-        for node in ast.walk(self.tree):
-            at_top = id(node) not in late
+        found, pending = [], [(self.tree, True)]
+        while pending:
+            node, at_top = pending.pop()
             if isinstance(node, ast.Import):
                 found += [Import(alias.name, (), 0, node.lineno, at_top) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = tuple(alias.name for alias in node.names)
                 found.append(Import(node.module or "", names, node.level, node.lineno, at_top))
+            at_top = at_top and not _runs_late(node)
+            pending += [(child, at_top) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
         return found
 
     def imported_modules(self) -> set[str]:
         """Absolute dotted names of everything imported; `from a import b` gives both a and a.b."""
         names = set()
-        for found in self.imports():
+        for found in self.imports:
             base = _absolute(self.package, found.module, found.level)
             names |= {base, *(f"{base}.{name}" for name in found.names)}
         return names
@@ -95,7 +102,7 @@ def _absolute(package: str, module: str, level: int) -> str:
 
 
 def _runs_late(node: ast.AST) -> bool:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return True
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 

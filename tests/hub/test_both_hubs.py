@@ -1,6 +1,7 @@
 """The same checks on the Hub of the tests and, with a token in HF_MOE_CPT_HUB_TOKEN that may write, on huggingface.co.
 
 There they make a private repository of a random name and delete it. Without the variable nothing leaves the machine.
+On the Hub of the tests they are slow, since other tests check the same there in more detail.
 """
 
 import json
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.hub_checkpoints import fingerprint
 from tests.helpers.loopback_hub import WRITER
 from tests.hub.conftest import COMMAND, Processes, runner
+from tests.hub.test_hub_mixin import TRAIN
 from tests.hub.test_publishing import LOAD
-from tests.trainers.common.test_hub_mixin import TRAIN
 
 
 TOKEN = os.environ.get("HF_MOE_CPT_HUB_TOKEN")
@@ -62,7 +63,7 @@ def public_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proce
     started.close()
 
 
-@pytest.fixture(params=["loopback", "huggingface.co"])
+@pytest.fixture(params=[pytest.param("loopback", marks=pytest.mark.slow), "huggingface.co"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Either Hub; what was made there is deleted."""
     name = f"hf-moe-cpt-test-{secrets.token_hex(6)}"

@@ -18,20 +18,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import hf_moe_cpt
 from hf_moe_cpt.kernels import experts_interface
 from hf_moe_cpt.kernels.experts import _experts_forward, experts, plain_experts
 from hf_moe_cpt.kernels.experts_interface import why_unsupported
-from hf_moe_cpt.kernels.grouped_gemm import (
-    ACTIVATIONS,
-    DECODING,
-    FEW_ROWS,
-    HOPPER_TRAINING,
-    SINGLE_PRECISION,
-    tile_plan,
-)
+from hf_moe_cpt.kernels.grouped_gemm import DECODING, FEW_ROWS, HOPPER_TRAINING, SINGLE_PRECISION, tile_plan
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES, ExpertLayer, expert_layer
 from tests.helpers.tolerances import assert_matches
@@ -78,9 +69,9 @@ def _loss_and_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"loss": output.loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("implementation", NAMES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_equal_eager(name, implementation):
+@pytest.mark.parametrize("name, implementation", list(zip(CONFIGS, 3 * NAMES, strict=False)))
+def test_loss_and_gradients_equal_eager(name, implementation, monkeypatch):
+    monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)  # a silent fall back would pass
     want = _loss_and_gradients(_model(name, "eager"))
     got = _loss_and_gradients(_model(name, implementation))
     assert got.keys() == want.keys()
@@ -88,17 +79,11 @@ def test_loss_and_gradients_equal_eager(name, implementation):
         assert_matches(key, value, want[key], limit=2e-5)
 
 
-def test_kernels_really_run(monkeypatch):
-    """Guards the test above: a silent fall back to grouped_mm would pass it as well."""
-    monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)
-    _loss_and_gradients(_model("mixtral", "hf_moe_cpt"))
-
-
 def test_generation_equals_eager():
     """Token by token: the plan of few rows, with a cache."""
     ids = torch.arange(5, device=DEVICE)[None]
     texts = [
-        _model("olmoe", name).eval().generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        _model("olmoe", name).eval().generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
         for name in ("eager", "hf_moe_cpt")
     ]
     assert torch.equal(*texts)
@@ -154,47 +139,28 @@ def _experts_of(config) -> nn.Module:
     )
 
 
-def _changed(**attributes: object) -> nn.Module:
-    experts = _experts_of(CONFIGS["mixtral"])
-    for name, value in attributes.items():
-        setattr(experts, name, value)
-    return experts
-
-
-@pytest.mark.parametrize(
-    "experts, dtype, reason",
-    [
-        (lambda: _experts_of(GptOssConfig(**SIZES, head_dim=8, num_local_experts=2)), torch.float32, "have biases"),
-        (lambda: _changed(has_gate=False), torch.float32, "have no gate"),
-        (lambda: _changed(is_concatenated=False), torch.float32, "columns are interleaved"),
-        (lambda: _changed(has_post_expert_norm=True), torch.float32, "end in a norm"),
-        (lambda: _changed(act_fn=nn.Tanh()), torch.float32, "its activation is Tanh"),
-        (lambda: _changed(act_fn=nn.GELU(approximate="tanh")), torch.float32, "its activation is GELU"),
-        (lambda: _changed(), torch.float64, "the compute dtype is torch.float64"),
-    ],
-)
-def test_reason_is_told(experts, dtype, reason):
-    assert reason in why_unsupported(experts(), DEVICE, dtype)
-
-
-def test_missing_triton_and_gpu_are_told(monkeypatch):
+def test_reason_is_told(monkeypatch):
     experts = _experts_of(CONFIGS["mixtral"])
     assert why_unsupported(experts, DEVICE, torch.float32) is None
+    assert "the compute dtype is torch.float64" in why_unsupported(experts, DEVICE, torch.float64)
+    for attributes, reason in (
+        ({"has_gate": False}, "have no gate"),
+        ({"has_bias": True}, "have biases"),
+        ({"is_concatenated": False}, "columns are interleaved"),
+        ({"has_post_expert_norm": True}, "end in a norm"),
+        ({"act_fn": nn.Tanh()}, "its activation is Tanh"),
+        ({"act_fn": nn.GELU(approximate="tanh")}, "its activation is GELU"),
+        ({"__class__": type("Clamped", (type(experts),), {"_apply_gate": _model})}, "a gating rule of its own"),
+    ):
+        changed = deepcopy(experts)
+        for name, value in attributes.items():
+            setattr(changed, name, value)
+        assert reason in why_unsupported(changed, DEVICE, torch.float32)
     monkeypatch.setattr(experts_interface, "HAS_TRITON", False)
     assert "triton is not installed" in why_unsupported(experts, DEVICE, torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr("hf_moe_cpt.kernels.grouped_gemm.IS_INTERPRETED", False)
     assert "on cpu, the kernels need a GPU" in why_unsupported(experts, torch.device("cpu"), torch.float32)
-
-
-def test_own_gating_rule_is_left_alone():
-    class Clamped(type(_experts_of(CONFIGS["mixtral"]))):
-        def _apply_gate(self, gate_up):
-            return gate_up.chunk(2, dim=-1)[0]
-
-    experts = _experts_of(CONFIGS["mixtral"])
-    experts.__class__ = Clamped
-    assert "gating rule of its own" in why_unsupported(experts, DEVICE, torch.float32)
 
 
 def test_fall_back_gives_the_right_numbers_and_one_line(caplog, monkeypatch):
@@ -212,13 +178,6 @@ def test_fall_back_gives_the_right_numbers_and_one_line(caplog, monkeypatch):
     assert told == ["The hf_moe_cpt kernels do not run GptOssExperts: its experts have biases; using grouped_mm."]
 
 
-def test_registration_is_idempotent():
-    hf_moe_cpt.register_kernels()
-    hf_moe_cpt.register_kernels()
-    for name in NAMES:
-        assert ALL_EXPERTS_FUNCTIONS[name].__module__ == "hf_moe_cpt.kernels.experts_interface"
-
-
 def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
     model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS["cpt_moe"]))
     expected = "hf_moe_cpt" if DEVICE.type == "cuda" else "grouped_mm"
@@ -234,13 +193,14 @@ def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
 def test_compiles_as_one_graph():
     experts = _experts_of(CONFIGS["mixtral"]).to(DEVICE)
     experts.config._experts_implementation = "hf_moe_cpt"
-    inputs = (
-        torch.randn(5, 16, device=DEVICE),
-        torch.zeros(5, 2, dtype=torch.long, device=DEVICE),
-        torch.ones(5, 2, device=DEVICE),
-    )
-    want = experts(*inputs)
-    assert torch.equal(torch.compile(experts, fullgraph=True, backend="aot_eager")(*inputs), want)
+    index, weights = torch.zeros(5, 2, dtype=torch.long, device=DEVICE), torch.ones(5, 2, device=DEVICE)
+    tokens = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    runs = []
+    for compute in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        output = compute(tokens * 2, index, weights)
+        leaves = (tokens, experts.gate_up_proj, experts.down_proj)
+        runs.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
 
 
 def _run(function, layer: ExpertLayer, grad_output: torch.Tensor, **options) -> dict[str, torch.Tensor]:
@@ -265,14 +225,10 @@ def _assert_agrees(layer: ExpertLayer, dtype: torch.dtype, activation: str = "si
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_values_and_gradients(dtype, low_memory):
-    _assert_agrees(expert_layer(21, 3, 2, 40, 24), dtype, low_memory=low_memory)
+    _assert_agrees(expert_layer(9, 3, 2, 40, 24), dtype, "gelu" if low_memory else "silu", low_memory)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation):
-    _assert_agrees(expert_layer(9, 3, 2, 16, 16), torch.float32, activation)
-
-
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     num_tokens=st.integers(1, 30),
@@ -285,18 +241,18 @@ def test_any_shape(num_tokens, num_experts, top_k, hidden_size, width):
     _assert_agrees(expert_layer(num_tokens, num_experts, top_k, hidden_size, width), torch.float32)
 
 
-@pytest.mark.parametrize("num_experts, top_k", [(256, 1), (2, 16), (64, 8)])
+@pytest.mark.parametrize("num_experts, top_k", [(256, 1), (2, 16), (1, 1)])
 def test_extreme_numbers_of_experts(num_experts, top_k):
     _assert_agrees(expert_layer(3, num_experts, top_k, 8, 8), torch.float32)
 
 
-@pytest.mark.parametrize("rows_per_expert, dtype", [(30, torch.float16), (120, torch.float32)])
-def test_other_plans(rows_per_expert, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_plans(dtype):
     """Enough rows for the plans of few rows and of float32."""
-    _assert_agrees(expert_layer(rows_per_expert * 2, 2, 1, 16, 8), dtype)
+    _assert_agrees(expert_layer(60, 2, 1, 16, 8), dtype)
 
 
-def test_experts_of_other_ranks_add_nothing():
+def test_experts_of_other_ranks_add_nothing_and_no_tokens_give_nothing():
     """Ids outside [0, E) mark them; a token of only such ids gets exact zeros."""
     layer = expert_layer(12, 3, 2, 16, 8)
     layer.top_k_index[:, 1] = 3
@@ -308,11 +264,8 @@ def test_experts_of_other_ranks_add_nothing():
     assert got["output"][4].eq(0).all() and got["output"][5].eq(0).all()
     assert got["gradient of tokens"][4].eq(0).all()
     assert got["gradient of top_k_weights"][:, 1].eq(0).all()
-
-
-def test_no_tokens():
-    layer = expert_layer(0, 3, 2, 16, 8).to(torch.float32)
-    got = _run(experts, layer, torch.zeros_like(layer.tokens), activation="silu")
+    none = expert_layer(0, 3, 2, 16, 8).to(torch.float32)
+    got = _run(experts, none, torch.zeros_like(none.tokens), activation="silu")
     assert got["output"].shape == (0, 16)
     assert got["gradient of gate_up"].eq(0).all() and got["gradient of down"].eq(0).all()
 
@@ -340,25 +293,21 @@ def test_strided_tokens_and_expanded_gradients():
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_twice_gives_the_same_bits(low_memory):
-    """Two runs, and two backward passes through one graph: nothing saved may be used as scratch memory."""
-    layer = expert_layer(33, 4, 3, 24, 16).to(torch.float32)
+    """Two runs, and two backward passes through one graph: nothing saved may be used as scratch memory.
+
+    The pre-activations are kept for a backward pass only where memory is not scarce.
+    """
+    layer = expert_layer(11, 4, 3, 24, 16).to(torch.float32)
     inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
     leaves = list(layer.leaves.values())
     runs = []
     for _ in range(2):
         output = experts(*inputs, "silu", low_memory)
+        assert (output.grad_fn.saved_tensors[4].numel() == 0) == low_memory
         for retain in (True, False):
             runs.append(torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=retain))
     for run in runs[1:]:
         assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
-
-
-def test_pre_activations_are_kept_only_for_a_backward_pass():
-    layer = expert_layer(5, 2, 1, 16, 8).to(torch.float32)
-    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
-    output, low_memory_output = experts(*inputs, "silu"), experts(*inputs, "silu", low_memory=True)
-    assert output.grad_fn.saved_tensors[4].numel() > 0
-    assert low_memory_output.grad_fn.saved_tensors[4].numel() == 0
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -367,23 +316,6 @@ def test_operator_obeys_pytorchs_rules(save):
     inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu", save)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_experts_forward, inputs, test_utils=checks)
-
-
-@pytest.mark.compiles
-def test_operator_compiles_as_one_graph():
-    layer = expert_layer(6, 3, 2, 16, 8).to(torch.float32)
-
-    def loss(tokens, index, weights, gate_up, down):
-        return experts(tokens * 2, index, weights, gate_up, down, "silu").square().sum()
-
-    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
-    loss(*inputs).backward()
-    want = {name: leaf.grad.clone() for name, leaf in layer.leaves.items()}
-    for leaf in layer.leaves.values():
-        leaf.grad = None
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs).backward()
-    for name, leaf in layer.leaves.items():
-        assert torch.equal(leaf.grad, want[name])
 
 
 def test_plan_follows_rows_per_expert():

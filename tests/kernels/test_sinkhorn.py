@@ -35,11 +35,11 @@ def assert_close_to_definition(logits: torch.Tensor, passes: int, mask: torch.Te
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-30)
 
 
-@given(tokens=st.integers(1, 60), experts=st.integers(2, 40), passes=st.integers(0, 4), masked=st.booleans())
+@given(tokens=st.integers(1, 20), experts=st.integers(2, 40), passes=st.integers(0, 3), masked=st.booleans())
 @example(tokens=1, experts=2, passes=3, masked=False)
 @example(tokens=33, experts=256, passes=3, masked=True)
 @example(tokens=9, experts=1, passes=1, masked=True)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_plan_equals_the_definition(tokens: int, experts: int, passes: int, masked: bool) -> None:
     logits = 2 * torch.randn(tokens, experts, device=DEVICE)
     assert_close_to_definition(logits, passes, mask_of(tokens) if masked else None)
@@ -69,16 +69,12 @@ def test_plan_is_doubly_stochastic() -> None:
     torch.testing.assert_close(plan.sum(0), torch.full_like(plan[0], 1 / 7), rtol=5e-6, atol=0)
 
 
-@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_large_logits_neither_overflow_nor_lose_the_plan(offset: float) -> None:
     logits = (30 * torch.randn(40, 7, device=DEVICE) + offset).float()
     plan = sinkhorn_plan(logits, 3, None)
     assert_matches("plan", plan, plain_sinkhorn_plan(logits.double(), 3))
-
-
-def test_a_wide_spread_of_logits_stays_finite() -> None:
-    logits = torch.linspace(-1e4, 1e4, 40 * 7, device=DEVICE).view(40, 7)
-    plan = sinkhorn_plan(logits, 3, None)
+    plan = sinkhorn_plan(logits.sort().values * 1e2, 3, None)
     assert torch.isfinite(plan).all() and (plan >= 0).all() and plan.sum() > 0
 
 
@@ -91,12 +87,9 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
     assert_matches("plan of the others", plan[mask], plain_sinkhorn_plan(logits[mask].double(), 3))
 
 
-def test_nothing_but_padding_gives_zeros() -> None:
+def test_nothing_but_padding_gives_zeros_and_nothing_nothing() -> None:
     mask = torch.zeros(9, dtype=torch.bool, device=DEVICE)
     assert (sinkhorn_plan(torch.randn(9, 4, device=DEVICE), 2, mask) == 0).all()
-
-
-def test_no_tokens_give_an_empty_plan() -> None:
     plan = sinkhorn_plan(torch.empty(0, 5, device=DEVICE), 3, None)
     assert plan.shape == (0, 5) and plan.dtype == torch.float32
 
@@ -113,19 +106,15 @@ def test_what_the_kernels_do_not_serve_is_computed_plainly(experts: int, dtype: 
     assert torch.equal(sinkhorn_plan(logits, 3, None), plain_sinkhorn_plan(logits, 3))
 
 
-def test_the_models_router_finds_the_operator() -> None:
+def test_the_models_router_finds_the_operator_which_refuses_a_gradient() -> None:
     logits, mask = torch.randn(12, 4, device=DEVICE, requires_grad=True), mask_of(12)
     plan = modeling_cpt_moe.sinkhorn_plan(logits, 3, mask)
     assert torch.equal(plan, sinkhorn_plan(logits.detach(), 3, mask)) and not plan.requires_grad
     assert str(torch.ops.hf_moe_cpt.sinkhorn_plan.default._schema) == (
         "hf_moe_cpt::sinkhorn_plan(Tensor logits, int num_iterations, Tensor? token_mask) -> Tensor"
     )
-
-
-def test_a_gradient_is_refused_aloud() -> None:
-    plan = sinkhorn_plan(torch.randn(4, 3, device=DEVICE, requires_grad=True), 1, None)
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        plan.sum().backward()
+        sinkhorn_plan(logits, 1, None).sum().backward()
 
 
 @pytest.mark.parametrize(

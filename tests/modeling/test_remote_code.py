@@ -43,9 +43,7 @@ assert "hf_moe_cpt" not in sys.modules
 
 
 VARIANTS = {
-    "plain": {},
-    "as in Qwen2": {"qkv_bias": True, "sliding_window": 8},
-    "as in Qwen3": {"qk_norm": "head"},
+    "as in Qwen": {"qkv_bias": True, "sliding_window": 8, "qk_norm": "head"},
     "as in OLMoE": {"attention_bias": True, "qk_norm": "projection"},
 }
 
@@ -53,7 +51,7 @@ VARIANTS = {
 def model_of(variant: str) -> CptMoeForCausalLM:
     """With biases and norms of attention that matter."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 63}
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "pad_token_id": 63}
     model = CptMoeForCausalLM(CptMoeConfig.from_preset("pb-granular-tiny", **sizes, **VARIANTS[variant]))
     for name, weight in model.named_parameters():
         if weight.dim() == 1 and ".self_attn." in name:

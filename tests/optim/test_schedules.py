@@ -38,42 +38,28 @@ RATES = {"max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
 PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, **RATES}
 
 
-def fraction(share):
-    return round(share * PAPER_STEPS)
-
-
 def test_paper_phase_lengths():
     ends = SCRATCH.boundaries(PAPER_STEPS)
     assert [end - begin for begin, end in zip((0, *ends), ends, strict=False)] == [1_927, 134_904, 19_272, 36_617]
-    continued = DEFAULT_PHASES["constant"].boundaries(95_370)
-    assert continued == (0, 0, 76_296, 95_370)
-
-
-def test_phase_ends_are_rounded_half_up_and_lose_no_step():
-    assert SCRATCH.boundaries(150) == (2, 107, 122, 150)  # 1.5, 106.5, 121.5
+    assert DEFAULT_PHASES["constant"].boundaries(95_370) == (0, 0, 76_296, 95_370)
+    assert SCRATCH.boundaries(150) == (2, 107, 122, 150)  # 1.5, 106.5, 121.5: rounded half up, and no step is lost
     assert SCRATCH.boundaries(1) == (0, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
-    "share, want",
-    [(0.01, 3.0e-4), (0.20, 2.77e-4), (0.36, 2.325e-4), (0.50, 1.93e-4), (0.90, 7.36e-5), (1.0, 3.0e-5)],
+    "share, want", [(0.01, 3.0e-4), (0.20, 2.77e-4), (0.36, 2.325e-4), (0.50, 1.93e-4), (0.90, 7.36e-5), (1.0, 3.0e-5)]
 )
 def test_paper_check_values(share, want):
-    got = cosine_inf(fraction(share), **PAPER)
+    got = cosine_inf(round(share * PAPER_STEPS), **PAPER)
     assert got == pytest.approx(want, rel=2e-3)  # the sheet gives three digits
 
 
-def test_constant_phase_is_exact():
-    assert {cosine_inf(step, **PAPER) for step in range(136_831, 156_103, 97)} == {CONST}
-
-
-def test_warmup_is_linear_from_zero():
+def test_phases_are_what_they_are_called():
+    """Warm-up linear from 0, constant exact, an anneal by the same factor every step."""
     assert cosine_inf(0, **PAPER) == 0.0
     assert cosine_inf(1_000, **PAPER) == pytest.approx(MAX * 1_000 / 1_927, rel=1e-12)
     assert cosine_inf(1_927, **PAPER) == MAX
-
-
-def test_anneal_multiplies_by_the_same_factor_every_step():
+    assert {cosine_inf(step, **PAPER) for step in range(136_831, 156_103, 97)} == {CONST}
     rates = [cosine_inf(step, **PAPER) for step in range(160_000, 160_050)]
     ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
     assert ratios == pytest.approx([(MIN / CONST) ** (1 / 36_617)] * len(ratios), rel=1e-12)
@@ -129,20 +115,18 @@ def test_cooldown_equals_torch_cosine_annealing():
         theirs.step()
 
 
-@given(steepness=st.floats(0.01, 1e4), num_steps=st.integers(10, 5_000))
+@given(steepness=st.floats(0.01, 1e4), num_steps=st.integers(100, 5_000))
 def test_inverse_square_root_meets_both_ends_and_falls(steepness, num_steps):
     phases = Phases(0.1, 0.6, 0.1, 0.2)
     ends = phases.boundaries(num_steps)
     points = sorted({ends.warmup + i * (ends.cooldown - ends.warmup) // 20 for i in range(21)})
     rates = [inv_sqrt_inf(step, num_steps, phases, MAX, CONST, MIN, steepness) for step in points]
+    middle = ends.cooldown - ends.warmup
+    h = 1 / math.sqrt(1 + steepness * (points[10] - ends.warmup) / middle) - 1
+    want = MAX + (CONST - MAX) * h / (1 / math.sqrt(1 + steepness) - 1) if middle else MAX
+    assert rates[10 if middle else 0] == pytest.approx(want, rel=1e-9)
     assert rates[0] == pytest.approx(MAX, rel=1e-12) and rates[-1] == pytest.approx(CONST, rel=1e-12)
     assert all(after < before for before, after in zip(rates, rates[1:], strict=False))
-
-
-def test_inverse_square_root_formula():
-    h = 1 / math.sqrt(1 + 10 * 0.25) - 1
-    want = MAX + (CONST - MAX) * h / (1 / math.sqrt(11) - 1)
-    assert inv_sqrt_inf(25, 100, Phases(0.0, 1.0, 0.0, 0.0), MAX, CONST, MIN) == pytest.approx(want, rel=1e-12)
 
 
 @given(
@@ -159,14 +143,6 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
     ]
     assert all(0 <= rate <= MAX * (1 + 1e-12) for rate in rates)
     assert rates[-1] == (MIN if phases.boundaries(num_steps).constant < num_steps else CONST)
-
-
-@pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf"])
-def test_phases_join_without_a_jump(schedule):
-    settings = {**PAPER, "schedule": schedule, "num_steps": 10**8}
-    for end in SCRATCH.boundaries(10**8):
-        before, after = (learning_rate_at(step, **settings) for step in (end - 1, end))
-        assert after == pytest.approx(before, rel=2e-6)
 
 
 def test_phase_names():
@@ -190,17 +166,24 @@ def test_phase_names():
     ],
 )
 def test_refusals_name_field_value_and_remedy(change, text):
+    asked = {"schedule": "cosine_inf", **PAPER, **change}
     with pytest.raises(ValueError, match=text):
-        check_schedule(**{"schedule": "cosine_inf", **PAPER, **change})
+        check_schedule(**asked)
+    with pytest.raises(ValueError, match=text):
+        build_lr_scheduler(torch.optim.SGD([torch.zeros(1)]), **asked)
 
 
-def test_phases_must_be_fractions_that_sum_to_one():
-    with pytest.raises(ValueError, match=r"warmup=0.01, cooldown=0.7, constant=0.8, anneal=0.19: sum 1.7"):
-        Phases(0.01, 0.70, 0.80, 0.19)
-    with pytest.raises(ValueError, match=r"phase anneal=-0.2 is outside \[0, 1\]"):
-        Phases(0.2, 0.5, 0.5, -0.2)
-    with pytest.raises(ValueError, match=r"'warm' is unknown: choose one of scratch, constant, decayed"):
-        default_phases("cosine_inf", "warm")
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: Phases(0.01, 0.7, 0.8, 0.19), r"warmup=0.01, cooldown=0.7, constant=0.8, anneal=0.19: sum 1.7"),
+        (lambda: Phases(0.2, 0.5, 0.5, -0.2), r"phase anneal=-0.2 is outside \[0, 1\]"),
+        (lambda: default_phases("cosine_inf", "warm"), r"'warm' is unknown: choose one of scratch, constant, decayed"),
+    ],
+)
+def test_phases_must_be_known_fractions_that_sum_to_one(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
 
 
 PRINTED = {"schedule": "cosine_inf", **PAPER}
@@ -216,12 +199,9 @@ def test_table_has_steps_tokens_and_rates_of_each_phase():
     assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
     assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
     assert rows["total"][-3:-2] == ["404,163,133,440"]
-
-
-def test_tokens_and_empty_phases_are_left_out():
     rows = rows_of(describe_schedule(**{**PRINTED, "phases": DEFAULT_PHASES["constant"]}))
-    assert set(rows) == {"phase", "constant", "anneal", "total"}
-    assert "tokens" not in rows["phase"]
+    assert set(rows) == {"phase", "constant", "anneal", "total"} and "tokens" not in rows["phase"]
+    assert "1 steps" in describe_schedule(**{**PRINTED, "num_steps": 1})
 
 
 def test_plot_columns_rise_and_fall_with_the_rate():
@@ -237,10 +217,6 @@ def test_curve_hits_phase_boundaries_and_equals_the_schedule():
     assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
     assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
     assert curve.rates == [cosine_inf(step, **PAPER) for step in curve.steps]
-
-
-def test_one_step_run_can_be_described():
-    assert "1 steps" in describe_schedule(**{**PRINTED, "num_steps": 1})
 
 
 def test_examples_of_the_manual_run(tmp_path, monkeypatch, capsys):
@@ -278,7 +254,7 @@ def test_update_k_uses_the_rate_at_step_k_minus_one(schedule):
     assert got == pytest.approx([learning_rate_at(step, **settings) for step in range(45)], rel=1e-12)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 17, 39])
+@pytest.mark.parametrize("stop", [0, 17])
 def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tmp_path):
     whole_weight, *whole = build()
     want = train(whole_weight, *whole, steps=40)
@@ -330,8 +306,3 @@ def test_groups_keep_their_proportion():
         scheduler.step()
     first, second = scheduler.get_last_lr()
     assert second == pytest.approx(first / 10, rel=1e-12)
-
-
-def test_bad_arguments_are_refused_before_the_optimizer_is_touched():
-    with pytest.raises(ValueError, match="without steps"):
-        build(num_steps=0)

@@ -1,11 +1,9 @@
-"""The evaluation of a policy on tiny models: its numbers against models and TRL, killed runs, refusals."""
+"""The evaluation of a policy on tiny models: its numbers against models and TRL, lost shards, refusals."""
 
 import csv
 import io
 import json
 import shutil
-import signal
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,12 +13,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from hf_moe_cpt.evaluation import preference
-from hf_moe_cpt.evaluation.preference import STAGES, answer_scores, is_readable, read_pairs, tokenize_answers
+from hf_moe_cpt.evaluation.preference import is_readable, read_pairs, tokenize_answers
 from hf_moe_cpt.evaluation.resumable import read_lines
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, preference_accuracy, wilson_interval
 from hf_moe_cpt.generation import sampling
 from hf_moe_cpt.scripts.eval_preference import main
-from tests.helpers.fresh_process import run_python
+from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import word_tokenizer
 from tests.helpers.tiny_models import EOS, SIZES, tiny_model
 
@@ -84,15 +82,11 @@ def _arguments(world: Path, run: Path, **changes: object) -> list[str]:
         "output_dir": run,
         **changes,
     }
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    return command_words(settings)
 
 
 def _measures(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "summary.json").read_text())["measures"]
-
-
-def _results(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in run.glob("*.*") if path.is_file() and path.name != "summary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +129,7 @@ def test_rewards_are_the_reward_models_and_the_counts_are_theirs(alone, world):
     assert 0 < measures["share of unfinished responses of policy"]["value"] < 1
 
 
-@pytest.mark.parametrize("source", ["pairs", "chats"])
-@pytest.mark.parametrize("max_length", [None, 6])
+@pytest.mark.parametrize("source, max_length", [("pairs", None), ("chats", 6)])
 def test_log_probabilities_are_those_of_trl(world, tmp_path, source, max_length):
     trl = pytest.importorskip("trl")
     path = world / f"{source}.jsonl"
@@ -157,7 +150,7 @@ def test_log_probabilities_are_those_of_trl(world, tmp_path, source, max_length)
     data = Dataset.from_list(read_lines(path))
     trainer = trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=word_tokenizer())
     want = trainer.train_dataset
-    assert len(got) == len(want) and (len(got) == NUM_PAIRS) == (max_length is None or source == "pairs")
+    assert len(got) == len(want) and (len(got) == NUM_PAIRS) == (max_length is None)
     for answer in ("chosen", "rejected"):
         logps = [row[f"{answer}_logp"] for row in got]
         assert logps == pytest.approx(want[f"ref_{answer}_logps"][:], rel=1e-5)
@@ -169,75 +162,40 @@ def test_log_probabilities_are_those_of_trl(world, tmp_path, source, max_length)
     assert any(row["cut"] for row in got) == (max_length is not None)
 
 
-def test_accuracies_are_those_of_the_pure_functions(alone):
-    run, measures = alone[0], _measures(alone[0])
+def test_accuracies_are_those_of_the_pure_functions_in_json_csv_and_the_table(alone):
+    (run, printed), measures = alone, _measures(alone[0])
     names = ("chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
     columns = [[row[name] for row in read_lines(run / "pairs.jsonl")] for name in names]
     reference = [[row[name] for row in read_lines(run / "pairs_reference.jsonl")] for name in names[:2]]
-    kinds = {
-        "log-probabilities": preference_accuracy(*columns),
-        "log-ratios": preference_accuracy(*columns, *reference),
-    }
-    for kind, want in kinds.items():
-        for name, share in (
-            ("accuracy", want.plain),
-            ("length-normalised accuracy", want.length_normalized),
-            ("length-controlled accuracy", want.length_controlled),
-        ):
-            got = measures[f"{name} of {kind}"]
+    for kind, others in {"log-probabilities": (), "log-ratios": reference}.items():
+        want = preference_accuracy(*columns, *others)
+        shares = {"length-normalised ": want.length_normalized, "length-controlled ": want.length_controlled}
+        for name, share in {"": want.plain, **shares}.items():
+            got = measures[f"{name}accuracy of {kind}"]
             assert (got["value"], got["low"], got["high"], got["count"]) == (*share[:3], NUM_PAIRS), name
     assert measures["mean tokens of chosen"]["value"] == sum(columns[2]) / NUM_PAIRS
-
-
-def test_csv_json_and_the_table_at_the_end_tell_the_same(alone):
-    run, printed = alone
     with (run / "summary.csv").open() as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
-    measures = _measures(run)
     assert list(rows) == list(measures)
-    for name, row in rows.items():
-        assert float(row["value"]) == pytest.approx(measures[name]["value"], rel=1e-5), name
-    lines = [line for line in printed.split("\n") if line]
-    assert [line.startswith(name) for line, name in zip(lines[-len(rows) :], rows, strict=True)] == [True] * len(rows)
+    assert all(float(row["value"]) == pytest.approx(measures[name]["value"], rel=1e-5) for name, row in rows.items())
+    lines = [line for line in printed.split("\n") if line][-len(rows) - 3 :]
+    assert all(line.startswith(name) for line, name in zip(lines[3:], rows, strict=True)) and "95 %" in "".join(lines)
     summary = json.loads((run / "summary.json").read_text())
-    assert "95 %" in lines[-len(rows) - 3] + lines[-len(rows) - 2]
     assert summary["machine"]["commit"] == "abc1234" and summary["settings"]["temperature"] == 1.0
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(alone, world, tmp_path):
+def test_only_missing_shards_read_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    program = (
-        "import os, signal, sys\n"
-        "from hf_moe_cpt.evaluation import resumable as folder\n"
-        "from hf_moe_cpt.scripts.eval_preference import main\n"
-        "write, count = folder.write_lines, []\n"
-        "def killed(path, rows):\n"
-        "    count.append(path)\n"
-        "    if len(count) == 5:\n"
-        "        path.with_name('.' + path.name + '.partial').write_text('{\"index\": ')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write(path, rows)\n"
-        "folder.write_lines = killed\n"
-        "main(sys.argv[1:])\n"
-    )
-    assert run_python("-c", program, *_arguments(world, run), check=False).returncode == -signal.SIGKILL
-    finished = sorted((run / "work").rglob("0*.jsonl"))
-    assert len(finished) == 4 and {path.parent.name for path in finished} == set(STAGES[:2])
-    times = [path.stat().st_mtime_ns for path in finished]
+    shutil.copytree(alone[0], run)
+    (run / "work/rewards-policy/00001.jsonl").unlink()
     main(_arguments(world, run))
-    assert [path.stat().st_mtime_ns for path in finished] == times
-    assert _results(run) == _results(alone[0]) and _measures(run) == _measures(alone[0])
-
-
-def test_a_finished_stage_reads_no_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
-    shutil.copytree(alone[0], tmp_path / "run")
+    for name in ("judged.jsonl", "pairs.jsonl", "summary.csv"):
+        assert (run / name).read_bytes() == (alone[0] / name).read_bytes()
     for module, name in ((preference, "load_policy"), (sampling, "load_policy"), (sampling, "load_model")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("weights were read"))
-    main(_arguments(world, tmp_path / "run", tie_margin=1e9))
-    assert _measures(tmp_path / "run")["ties"]["value"] == 14
-    main(_arguments(world, tmp_path / "run", stop_after="rewards-policy"))
+    main(_arguments(world, run, tie_margin=1e9))
+    assert _measures(run)["ties"]["value"] == 14
+    main(_arguments(world, run, stop_after="rewards-policy"))
     assert "holds rewards-policy; start again without --stop_after" in capsys.readouterr().out
 
 
@@ -272,48 +230,31 @@ def test_ready_responses_against_a_model_from_yaml_with_prompts_of_the_pairs(alo
 def test_prompts_and_pairs_that_do_not_fit_are_left_out_and_told(world, tmp_path, capsys):
     long = " ".join(["w5"] * 60)
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in [long, *PROMPTS[:3]]))
-    main(_arguments(world, tmp_path / "run", prompts=tmp_path / "prompts.jsonl", max_length=4))
-    printed = capsys.readouterr().out
-    assert "1 of 4 prompts are too long and left out." in printed
-    assert "of 9 pairs are left out: the prompt alone is too long." in printed
-    assert len(read_lines(tmp_path / "run" / "judged.jsonl")) == 3
-    kept = [row for row in read_lines(tmp_path / "run" / "pairs.jsonl") if row["chosen_logp"] is not None]
-    assert _measures(tmp_path / "run")["accuracy of log-ratios"]["count"] == len(kept) < NUM_PAIRS
-
-
-def test_no_log_ratios_across_tokenizers(world, tmp_path, capsys):
     shutil.copytree(world / "start", tmp_path / "other")
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(tmp_path / "other")
-    other = {"ref_model_name_or_path": tmp_path / "other", "reward_model_name_or_path": None, "prompts": None}
-    main(_arguments(world, tmp_path / "run", **other))
-    assert "No accuracies of log-ratios: policy and reference have different tokenizers." in capsys.readouterr().out
-    assert "accuracy of log-ratios" not in _measures(tmp_path / "run")
+    changed = {"prompts": tmp_path / "prompts.jsonl", "max_length": 4, "ref_model_name_or_path": tmp_path / "other"}
+    main(_arguments(world, tmp_path / "run", **changed))
+    printed = capsys.readouterr().out
+    assert "No accuracies of log-ratios: policy and reference have different tokenizers." in printed
+    assert "1 of 4 prompts are too long and left out." in printed
+    assert "of 9 pairs are left out: the prompt alone is too long." in printed
+    assert len(read_lines(tmp_path / "run" / "judged.jsonl")) == 3
+    kept = [row for row in read_lines(tmp_path / "run" / "pairs.jsonl") if row["chosen_logp"] is not None]
+    measures = _measures(tmp_path / "run")
+    assert "accuracy of log-ratios" not in measures
+    assert measures["accuracy of log-probabilities"]["count"] == len(kept) < NUM_PAIRS
 
 
-@pytest.mark.slow
-def test_a_user_reads_one_line_and_the_exit_code_is_2(world, tmp_path):
-    done = run_python("-m", "hf_moe_cpt.scripts.eval_preference", "--output_dir", str(tmp_path / "run"), check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: nothing to evaluate: give --reward_model_name_or_path")
-    assert done.stderr.count("\n") == 1
-    told = run_python("-m", "hf_moe_cpt.scripts.eval_preference", "--help").stdout
-    assert "--ref_responses" in told and "--tie_margin" in told and "Win rate of a policy against a reference" in told
-
-
-NONE = None
 REFUSED = {
-    "no reference": (
-        {"ref_model_name_or_path": NONE},
-        "the win rate needs a reference: give --ref_model",
-    ),
-    "no policy": ({"model_name_or_path": NONE, "dataset_name": NONE}, "the win rate needs a policy"),
-    "pairs without a policy": ({"model_name_or_path": NONE}, "--dataset_name needs --model_name_or_path"),
-    "prompts without a judge": ({"reward_model_name_or_path": NONE}, "--prompts needs --reward_model_name_or_path"),
-    "no prompts": ({"prompts": NONE, "dataset_name": NONE}, "the win rate needs prompts: give --prompts"),
+    "no reference": ({"ref_model_name_or_path": None}, "the win rate needs a reference: give --ref_model"),
+    "no policy": ({"model_name_or_path": None, "dataset_name": None}, "the win rate needs a policy"),
+    "pairs without a policy": ({"model_name_or_path": None}, "--dataset_name needs --model_name_or_path"),
+    "prompts without a judge": ({"reward_model_name_or_path": None}, "--prompts needs --reward_model_name_or_path"),
+    "no prompts": ({"prompts": None, "dataset_name": None}, "the win rate needs prompts: give --prompts"),
     "a model and its responses": (
-        {"responses": "r.jsonl", "dataset_name": NONE},
+        {"responses": "r.jsonl", "dataset_name": None},
         "Give one of --model_name_or_path and --responses",
     ),
     "confidence": ({"confidence": 95}, r"--confidence 95.0 must lie in \(0, 1\)"),
@@ -330,13 +271,6 @@ def test_bad_arguments_are_refused_with_one_line(world, tmp_path, changes, messa
     with pytest.raises(ValueError, match=message) as caught:
         main(_arguments(world, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-
-
-def test_vllm_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
-    with pytest.raises(ImportError, match="--use_vllm needs the package vllm"):
-        main(_arguments(world, tmp_path / "run", use_vllm=True))
-    assert not (tmp_path / "run").exists()
 
 
 BAD_ROWS = {
@@ -358,24 +292,6 @@ CHAT = {"role": "user", "content": "hi"}
 YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
 
 
-def test_scores_do_not_depend_on_the_batch_and_equal_full_logits():
-    model, tokenizer = tiny_model("llama").eval(), word_tokenizer()
-    model.lm_head.weight.data *= 20
-    texts = [
-        (f"w{2 + i} w5 ", [" ".join(["w9", f"w{7 + i}"] * length) for length in (1 + i % 4, 2)]) for i in range(9)
-    ]
-    answers = [answer for prompt, pair in texts for answer in tokenize_answers(prompt, pair, tokenizer, None)]
-    assert is_readable(answers) and all(answer.ids[-1] == EOS for answer in answers)
-    one_by_one, batched = answer_scores(model, answers, 1), answer_scores(model, answers, 7)
-    assert [score.logp for score in batched] == pytest.approx([score.logp for score in one_by_one], rel=1e-5)
-    for answer, score in zip(answers, one_by_one, strict=True):
-        with torch.no_grad():
-            logps = model(input_ids=torch.tensor([answer.ids])).logits[0].double().log_softmax(-1)
-        places = range(answer.start, len(answer.ids))
-        want = sum(float(logps[place - 1, answer.ids[place]]) for place in places)
-        assert (score.logp, score.num_tokens) == (pytest.approx(want, rel=1e-5), len(places))
-
-
 def test_an_answer_without_a_token_before_it_or_of_its_own_is_not_read():
     tokenizer = word_tokenizer()
     (whole,), (cut,) = (tokenize_answers("w3 w4 ", ["w5"], tokenizer, limit) for limit in (None, 2))
@@ -390,6 +306,7 @@ ROWS = {
     "one text begins the other": {"chosen": "so", "rejected": "so it is"},
     "messages": {"chosen": [CHAT, YES], "rejected": [CHAT, NO]},
     "two rounds": {"chosen": [CHAT, YES, CHAT, YES], "rejected": [CHAT, YES, CHAT, NO]},
+    "a text beside messages is no prompt": {"prompt": "hi", "chosen": [CHAT, YES], "rejected": [CHAT, NO]},
 }
 
 
@@ -398,14 +315,12 @@ def test_prompts_are_found_as_trl_finds_them(tmp_path, row):
     trl = pytest.importorskip("trl")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     (got,) = read_pairs(str(tmp_path / "pairs.jsonl"), None, "test", None)
-    want = row if "prompt" in row else trl.extract_prompt(row)
+    want = (
+        row
+        if isinstance(row.get("prompt"), str) and isinstance(row["chosen"], str)
+        else trl.extract_prompt({side: row[side] for side in ("chosen", "rejected")})
+    )
     assert {"prompt": got.prompt, "chosen": got.chosen, "rejected": got.rejected} == want
-
-
-def test_a_text_beside_messages_is_no_prompt(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "hi", "chosen": [CHAT, YES], "rejected": [CHAT, NO]}))
-    (got,) = read_pairs(str(tmp_path / "pairs.jsonl"), None, "test", None)
-    assert (got.prompt, got.chosen, got.rejected) == ([CHAT], [YES], [NO])
 
 
 @pytest.mark.parametrize(

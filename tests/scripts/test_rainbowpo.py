@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.scripts.rainbowpo import main
-from tests.helpers.cpt_runs import without_clocks
-from tests.helpers.fresh_process import TWO_RANKS, launch
+from tests.helpers.cpt_runs import saved_history, without_clocks
+from tests.helpers.fresh_process import TWO_RANKS, command_words, launch
 from tests.helpers.preference_runs import pairs, saved_model
 from tests.helpers.source_tree import PROJECT
 
@@ -41,11 +41,7 @@ def _arguments(folder: Path, run: Path, **changes) -> list[str]:
         "disable_tqdm": True,
         **changes,
     }
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def _history(run: Path) -> list[dict[str, float]]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return command_words(settings)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,9 @@ def test_a_model_is_trained_evaluated_and_saved(alone):
 @pytest.mark.slow
 def test_two_processes_give_the_same_curve_as_one(alone, folder):
     launch(*TWO_RANKS, "scripts/rainbowpo.py", *_arguments(folder, folder / "two", per_device_train_batch_size=2))
-    for one, two in zip(without_clocks(_history(alone)), without_clocks(_history(folder / "two")), strict=True):
+    for one, two in zip(
+        without_clocks(saved_history(alone)), without_clocks(saved_history(folder / "two")), strict=True
+    ):
         assert two == pytest.approx(one, rel=2e-5, abs=2e-5)  # rewards are small differences of large numbers
 
 
@@ -76,7 +74,7 @@ def test_command_line_over_file_over_preset(folder, capsys):
     main([*_arguments(folder, folder / "simpo", eval_dataset_name=None), "--config", str(recipe), "--link", "cauchy"])
     shown = capsys.readouterr().out
     assert "cauchy" in shown and "0.1" in shown
-    assert not any("phi/mean" in entry for entry in _history(folder / "simpo"))
+    assert not any("phi/mean" in entry for entry in saved_history(folder / "simpo"))
     assert json.loads((folder / "simpo" / "rainbowpo.json").read_text()) == {"dispersion_scale": None}
     card = (folder / "simpo" / "README.md").read_text()
     assert "simpo, but for link" in card and "Scale of phi" not in card
@@ -88,15 +86,18 @@ def test_an_adapter_is_trained(folder):
     assert (folder / "adapter" / "adapter_config.json").is_file()
 
 
-def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
-    with pytest.raises(ValueError, match="'kto' is not a preset: it learns from single completions"):
-        main(_arguments(folder, tmp_path / "a", preset="kto"))
-    with pytest.raises(ValueError, match="model_name_or_path is missing"):
-        main(_arguments(folder, tmp_path / "b", model_name_or_path=None))
-    with pytest.raises(ValueError, match="the data set 'pears.jsonl' is no file or folder here: check the path"):
-        main(_arguments(folder, tmp_path / "d", dataset_name="pears.jsonl"))
-    with pytest.raises(ValueError, match="max_train_pairs 0"):
-        main(_arguments(folder, tmp_path / "c", max_train_pairs=0))
+REFUSED = [
+    ({"preset": "kto"}, "'kto' is not a preset: it learns from single completions"),
+    ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    ({"dataset_name": "pears.jsonl"}, "the data set 'pears.jsonl' is no file or folder here: check the path"),
+    ({"max_train_pairs": 0}, "max_train_pairs 0"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED)
+def test_wrong_requests_are_refused_before_anything_is_loaded(changes, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(_arguments(folder, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.scripts.surgery import SETS, main
+from tests.helpers.cpt_runs import saved_history
+from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs, saved_model, word_tokenizer
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model
@@ -40,11 +42,7 @@ def _arguments(folder: Path, run: Path, sets=SETS, **changes) -> list[str]:
         "disable_tqdm": True,
         **changes,
     }
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def _history(run: Path) -> list[dict[str, float]]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return command_words(settings)
 
 
 def test_a_model_is_operated_on_measured_and_saved(folder, tmp_path, capsys):
@@ -69,7 +67,7 @@ def test_command_line_over_file_over_preset(folder, tmp_path):
         folder, tmp_path / "run", sets, eval_steps=None, save_strategy=None, gradient_checkpointing=False
     )
     main([*words, "--config", str(recipe), "--update_weight", "4.0"])
-    entries = [entry for entry in _history(tmp_path / "run") if "retain/kl" in entry]
+    entries = [entry for entry in saved_history(tmp_path / "run") if "retain/kl" in entry]
     assert len(entries) == 4 and entries[0]["retain/kl"] == pytest.approx(0.0, abs=1e-5)
     first = entries[0]
     want = 0.1 * first["unlearn/loss"] + 0.1 * first["obsolete/loss"] + 4.0 * first["update/ce"]
@@ -102,7 +100,7 @@ def test_the_sets_of_a_bench_are_taken(tmp_path):
             **{f"{name}_batch_size": 1 for name in SETS[:5]},
         )
     )
-    last = [entry for entry in _history(tmp_path / "run") if "eval_unlearn_expert_overlap" in entry][-1]
+    last = [entry for entry in saved_history(tmp_path / "run") if "eval_unlearn_expert_overlap" in entry][-1]
     assert 0.0 <= last["eval_retain_expert_overlap"] <= 1.0
 
 

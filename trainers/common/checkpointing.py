@@ -47,6 +47,7 @@ MANIFEST = "checkpoint_files.json"
 CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
 UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
 HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
+OURS = (UNFINISHED, HEARTBEATS)
 NEWEST = ("last", "auto", "True", "true")
 CHUNK_BYTES = 1 << 24
 THREADS = 4  # zlib leaves the interpreter to others while it works
@@ -221,9 +222,7 @@ def require_unused(output_dir: str | Path, besides: Collection[str] = ()) -> Non
     folder = Path(output_dir)
     if not folder.is_dir():
         return
-    found = next(
-        (path for path in sorted(folder.iterdir()) if path.name not in (*besides, UNFINISHED, HEARTBEATS)), None
-    )
+    found = next((path for path in sorted(folder.iterdir()) if path.name not in (*besides, *OURS)), None)
     if found is not None:
         raise ValueError(
             f"output_dir={str(output_dir)!r} is not empty (it holds {found.name!r}): name another folder, or continue "
@@ -236,9 +235,8 @@ def require_free_space(output_dir: str | Path, weight_bytes: int, trained_parame
 
     weight_bytes: size of the model's weights. trained_parameters: number of parameters with Adam moments.
     """
-    existing = next(
-        path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
-    )
+    folder = Path(output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     needed = copies * (weight_bytes + BYTES_PER_MOMENT_PAIR * trained_parameters) + weight_bytes
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -438,21 +436,12 @@ class AtomicCheckpointMixin:
     def checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         """What `resolve_resume` finds, with checksums compared, the same on all ranks. A collective."""
         asked = asked or self.args.resume_from_checkpoint
-        found: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                found = [resolve_resume(self.args.output_dir, asked, read_back=True)]
-            except ValueError as error:
-                found = [error]
-        return self._from_first_rank(found)
+        return self._of_first_rank(lambda: resolve_resume(self.args.output_dir, asked, read_back=True))
 
     def whole_checkpoint_before(self, step: int) -> Path | None:
         """The newest whole checkpoint of a step before `step`, the same on all ranks, or None. A collective."""
         self.wait_for_checkpoint()
-        found = [None]
-        if self.is_world_process_zero():
-            found = [last_whole_checkpoint(self.args.output_dir, before=step)]
-        return self._from_first_rank(found)
+        return self._of_first_rank(lambda: last_whole_checkpoint(self.args.output_dir, before=step))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
@@ -467,7 +456,13 @@ class AtomicCheckpointMixin:
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _from_first_rank(self, found: list[Any]) -> Path | None:
+    def _of_first_rank(self, find: Callable[[], Path | None]) -> Path | None:
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                found = [find()]
+            except ValueError as error:
+                found = [error]
         if self.args.world_size > 1:
             broadcast_object_list(found)
         if isinstance(found[0], Exception):

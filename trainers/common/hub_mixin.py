@@ -234,21 +234,18 @@ def run_facts(trainer: Any) -> dict[str, Any]:
     """What the card needs besides the log: parents, arguments, machine and versions. Nothing names a folder."""
     source = trainer.model_started_from
     is_local = source is not None and Path(source).exists()
+    plain = {k: v for k, v in trainer.args.to_dict().items() if isinstance(v, bool | int | float | str)}
+    private = [k for k in plain if k.startswith(_OF_THIS_MACHINE) or k.endswith(_NAMES_AND_FOLDERS)]
+    arguments = {k: v for k, v in plain.items() if k not in private}
     return {
         "method": trainer.run_method,
         "started_from": Path(source).resolve().name if is_local else source,
-        "arguments": plain_arguments(trainer.args.to_dict()) | {"world_size": trainer.args.world_size},
+        "arguments": arguments | {"world_size": trainer.args.world_size},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "processes": trainer.args.world_size,
         "versions": installed_versions(),
         **trainer.run_details(),
     }
-
-
-def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Numbers, switches and words among arguments; nothing that belongs to one machine or to one account."""
-    kept = {k: v for k, v in arguments.items() if isinstance(v, bool | int | float | str)}
-    return {k: v for k, v in kept.items() if not (k.startswith(_OF_THIS_MACHINE) or k.endswith(_NAMES_AND_FOLDERS))}
 
 
 def installed_versions() -> dict[str, str]:

@@ -29,8 +29,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, inner_model, layers_to_watch, moe_layers, num_experts_of
+from hf_moe_cpt.machine import has_process_group, inner_model
+from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, layers_to_watch, moe_layers, num_experts_of
 from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
 
 
@@ -131,7 +131,10 @@ class ExpertLoadMeter:
         pending, self._pending, self._pending_numbers = self._pending, [], 0
         for (device, (num_tokens, _)), group in groupby(pending, key=lambda item: (item[1].device, item[1].shape)):
             layers, indices = zip(*group, strict=True)
-            counts = self._counts_on(device)
+            if device not in self._counts:
+                shape = (len(self.experts), max(self._widths) + 1)
+                self._counts[device] = torch.zeros(shape, dtype=torch.int64, device=device)
+            counts = self._counts[device]
             rows = self._rows_on(device, layers)
             cells = torch.stack(indices).long() + rows[:, None, None] * counts.shape[1]  # (layers, T, K)
             if self._keep is None:
@@ -141,13 +144,6 @@ class ExpertLoadMeter:
                 votes, tokens = keep[None, :, None].expand_as(cells).contiguous(), keep.sum().expand_as(rows)
             counts.view(-1).scatter_add_(0, cells.flatten(), votes.flatten())
             counts[:, -1].index_add_(0, rows, tokens)
-
-    def _counts_on(self, device: torch.device) -> Tensor:
-        if device not in self._counts:
-            self._counts[device] = torch.zeros(
-                len(self.experts), max(self._widths) + 1, dtype=torch.int64, device=device
-            )
-        return self._counts[device]
 
     def _rows_on(self, device: torch.device, layers: tuple[int, ...]) -> Tensor:
         """The numbers of these layers, copied to the device once: a copy from the host waits for the device."""
@@ -228,9 +224,8 @@ class RoutingProbe:
         tap = RoutingTap(model, with_probabilities=False)
         inner = inner_model(model)
         is_known = isinstance(inner, PreTrainedModel)
-        decoder, options = (
-            (inner.base_model, {"use_cache": False}) if is_known else (inner, {})
-        )  # heads are not needed
+        decoder = inner.base_model if is_known else inner  # heads are not needed
+        options = {"use_cache": False} if is_known else {}
         device = next(model.parameters()).device
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -388,9 +383,8 @@ class RouterMonitorCallback(TrainerCallback):
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             passes.append(ExitStack())
             if module.training and torch.is_grad_enabled():
-                passes[-1].enter_context(
-                    self.meter.observe(_token_mask(dict(zip(names, args, strict=False)) | kwargs))
-                )
+                mask = _token_mask(dict(zip(names, args, strict=False)) | kwargs)
+                passes[-1].enter_context(self.meter.observe(mask))
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
             if passes:

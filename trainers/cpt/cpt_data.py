@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hf_moe_cpt.data.packing import PackedDataset, ReplayMixture, StreamingReplayMixture
-from hf_moe_cpt.data.text import tokenize_documents
+from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
 
@@ -29,6 +31,56 @@ STATE_FILE = "cpt_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 # Saved in this phase of a schedule -> the starting phase of a run that continues from it.
 CONTINUES_AS = {"warmup": "constant", "cooldown": "constant", "constant": "constant", "anneal": "decayed"}
+
+
+@dataclass
+class DataArguments:
+    """Which text is new and which is replayed; a name is a Hub id, a folder, or a .jsonl .parquet .arrow .txt file."""
+
+    dataset_name: list[str] = field(metadata={"help": "New text: one or more names."})
+    replay_dataset_name: list[str] | None = field(default=None, metadata={"help": "Old text, for --replay_ratio."})
+    eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out new text."})
+    replay_eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out old text."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
+    held_out_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the documents to hold out where no held-out text is named."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
+
+
+def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Dataset | IterableDataset | None]:
+    """The trainer's four data sets by its argument names; documents are held out by hash of seed where asked."""
+    pairs = {
+        ("train_dataset", "eval_dataset"): (args.dataset_name, args.eval_dataset_name),
+        ("replay_dataset", "replay_eval_dataset"): (args.replay_dataset_name, args.replay_eval_dataset_name),
+    }
+    loaded: dict[str, Dataset | IterableDataset | None] = {}
+    for (train_key, eval_key), (train_name, eval_name) in pairs.items():
+        train = None if train_name is None else _load(train_name, args, training, args.streaming)
+        held_out = None if eval_name is None else _load(eval_name, args, training, streaming=False)
+        if train is not None and held_out is None and args.held_out_fraction > 0:
+            train, held_out = _hold_out(train, args.held_out_fraction, training.seed)
+        loaded[train_key], loaded[eval_key] = train, held_out
+    if training.replay_ratio == 0:  # old text without replay is there to measure forgetting
+        loaded["replay_dataset"] = None
+    return loaded
+
+
+def _load(names: list[str], args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:
+    source = names[0] if len(names) == 1 else names
+    return load_text_dataset(source, split=args.dataset_split, streaming=streaming, text_column=training.text_column)
+
+
+def _hold_out(data: Dataset | IterableDataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    if isinstance(data, IterableDataset):
+        raise ValueError("held_out_fraction cannot split a stream: name held-out text with --eval_dataset_name.")
+    if not 0 < fraction < 1 or len(data) < 2:
+        raise ValueError(
+            f"held_out_fraction={fraction} of {len(data)} document(s) leaves one side empty: give a share in (0, 1) "
+            "and at least two documents, or name held-out text with --eval_dataset_name."
+        )
+    parts = data.train_test_split(test_size=fraction, seed=derive_seed(seed, "held out") % 2**32)
+    return parts["train"], parts["test"]
 
 
 class NumberedBlocks(TorchDataset):

@@ -88,12 +88,6 @@ def corrected_loss(loss: Tensor, outputs: Any, coefficient: float, share: Tensor
     return loss + loss_scale * (share - 1.0) * (coefficient * aux_loss).to(loss.device)
 
 
-def reported_terms(outputs: Any) -> dict[str, Tensor]:
-    """The router losses of a forward pass that exist, detached: raw, before their coefficients."""
-    terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}
-    return {name: value.detach().float() for name, value in terms.items() if isinstance(value, torch.Tensor)}
-
-
 def check_packing(model: nn.Module, packing: str) -> None:
     """Refuse packed documents for a model that could not tell them apart."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -263,14 +257,11 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()
         is_averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        loss = corrected_loss(
-            loss,
-            outputs,
-            getattr(config, "router_aux_loss_coef", 0.0),
-            penalty_share(inputs["labels"], num_items_in_batch),
-            self.accelerator.num_processes if is_averaged else 1,
-        )
-        self.term_meter.add(reported_terms(outputs))
+        share = penalty_share(inputs["labels"], num_items_in_batch)
+        coefficient, scale = getattr(config, "router_aux_loss_coef", 0.0), self.accelerator.num_processes
+        loss = corrected_loss(loss, outputs, coefficient, share, scale if is_averaged else 1)
+        terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}  # before their coefficients
+        self.term_meter.add({name: value.float() for name, value in terms.items() if isinstance(value, Tensor)})
         return (loss, outputs) if return_outputs else loss
 
     def _describe_batch(self, step: int) -> str:
@@ -359,9 +350,8 @@ class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
         if self.args.save_strategy == "no":
             return
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        trained = (
-            0 if self.args.save_only_model else sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        )
+        has_moments = not self.args.save_only_model
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad and has_moments)
         kept = self.args.save_total_limit
         copies = 1 if kept is None else kept + 1  # the oldest goes only when the newest is written
         require_free_space(self.args.output_dir, weight_bytes, trained, copies)

@@ -12,16 +12,6 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
-class Preset:
-    """settings: fields of `RainbowPOConfig`. exact: whether its loss is the method's, up to a constant factor."""
-
-    settings: dict[str, Any]
-    source: str
-    note: str
-    exact: bool = True
-
-
 SWITCHES = {  # RainbowPO's; a preset names what it has otherwise
     "length_normalization": True,
     "mixing_alpha": 0.25,
@@ -41,84 +31,48 @@ _FULL_REFERENCE = {**_PLAIN, "mixing_alpha": 1.0}
 _DPO = {**_FULL_REFERENCE, "length_normalization": False, "beta": 0.05, "learning_rate": 5e-7}
 _CPO = {**_NO_REFERENCE, "length_normalization": False, "beta": 0.05, "learning_rate": 1e-6}
 
-PRESETS: dict[str, Preset] = {
-    "rainbowpo": Preset(
-        {"beta": 10.0, "learning_rate": 1e-6},
-        "Zhao et al. 2025, arXiv 2410.04203",
-        "Length normalisation, a mixed reference and phi; the numbers are the defaults of the authors' code.",
-    ),
-    "dpo": Preset(_DPO, "Rafailov et al. 2023, arXiv 2305.18290", "TRL's sigmoid."),
-    "ln-dpo": Preset(
-        {**_FULL_REFERENCE, "beta": 10.0, "learning_rate": 1e-6},
-        "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124",
-        "DPO of log-probabilities per token; TRL's sigmoid_norm.",
-    ),
-    "cdpo": Preset(
-        {**_DPO, "label_smoothing": 0.1},
-        "Mitchell 2023, a note on conservative DPO",
-        "A share of the labels is taken to be wrong. TRL's robust is another loss, in which that share is subtracted.",
-    ),
-    "hinge-dpo": Preset(
-        {**_DPO, "link": "hinge"},
-        "Liu et al. 2024 (RSO), arXiv 2309.06657",
-        "RSO's hinge loss, on the pairs that are given; TRL's hinge.",
-    ),
-    "ipo": Preset(
-        {**_FULL_REFERENCE, "link": "square", "beta": 10.0, "learning_rate": 1e-6},
-        "Azar et al. 2023, arXiv 2310.12036, per token as its authors ran it",
-        "(beta m - 1/2)^2 = beta^2 (m - 1 / (2 beta))^2: TRL's ipo times beta^2. The margin m aims at 1 / (2 beta) "
-        "nats per token.",
-    ),
-    "ipo-sums": Preset(
-        {**_DPO, "link": "square", "beta": 0.005, "learning_rate": 1e-6},
-        "Azar et al. 2023, arXiv 2310.12036, equation 17 as printed",
-        "The same with summed log-probabilities: the printed loss times beta^2.",
-    ),
-    "slic-hf": Preset(
-        {**_CPO, "link": "hinge", "beta": 1.0, "sft_weight": 0.1},
-        "Zhao et al. 2023, arXiv 2305.10425",
-        "max(0, delta - m) = delta max(0, 1 - m / delta), so beta = 1 / delta and sft_weight = lambda / delta. The "
-        "SFT loss is that of the chosen completion; the paper may take another reference answer.",
-    ),
-    "cpo": Preset(
-        {**_CPO, "sft_weight": 1.0},
-        "Xu et al. 2024, arXiv 2401.08417",
-        "As printed, both terms summed over tokens. TRL's CPOTrainer averages the SFT loss over the batch's tokens: "
-        "divide sft_weight by the usual length of a completion for that balance.",
-    ),
-    "simpo": Preset(
-        {**_NO_REFERENCE, "home_advantage": 0.3, "beta": 10.0, "learning_rate": 1e-6},
-        "Meng et al. 2024, arXiv 2405.14734",
-        "SimPO's gamma is beta * home_advantage, here 3; simpo_gamma sets it instead.",
-    ),
-    "odpo": Preset(
-        {**_DPO, "home_advantage_from": "score", "home_advantage": 20.0, "score_transform": "log"},
-        "Amini et al. 2024, arXiv 2402.10571",
-        "The offset alpha log(score_w - score_l), alpha = beta * home_advantage = 1. Needs columns of scores, the "
-        "chosen one the higher.",
-    ),
-    "r-dpo": Preset(
-        {**_DPO, "home_advantage_from": "length", "home_advantage": 0.2},
-        "Park et al. 2024, arXiv 2403.19159",
-        "The term alpha (|y_w| - |y_l|), alpha = beta * home_advantage = 0.01.",
-    ),
-    "mallows-dpo": Preset(
-        {**_DPO, "contextual_scaling": "mallows", "learning_rate": 1e-6},
-        "Chen et al. 2024 (Mallows-DPO), arXiv 2405.14953",
-        "phi inside the link, its scale calibrated to a mean of 1.",
-    ),
-    "mallows-ipo": Preset(
-        {**_DPO, "contextual_scaling": "mallows", "link": "square", "beta": 0.005, "learning_rate": 1e-6},
-        "Chen et al. 2024 (Mallows-DPO), arXiv 2405.14953",
-        "(beta phi m - 1/2)^2, the form in the authors' later code; an earlier one does not scale by beta.",
-    ),
-    "orpo-like": Preset(
-        {**_NO_REFERENCE, "beta": 1.0, "sft_weight": 10.0, "learning_rate": 1e-6},
-        "Hong et al. 2024, arXiv 2403.07691",
-        "ORPO without its odds, which add log(1 - p_l) - log(1 - p_w) to m, p the probability per token: close only "
-        "while p is small. sft_weight is 1 / lambda, and the loss 1 / lambda times ORPO's.",
-        exact=False,
-    ),
+# Up to a constant factor each is the loss of the publication above it, but for orpo-like.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Zhao et al. 2025, arXiv 2410.04203: the numbers are the defaults of the authors' code.
+    "rainbowpo": {"beta": 10.0, "learning_rate": 1e-6},
+    # Rafailov et al. 2023, arXiv 2305.18290: TRL's sigmoid.
+    "dpo": _DPO,
+    # Lambert et al. 2024 (Tulu 3), arXiv 2411.15124: TRL's sigmoid_norm.
+    "ln-dpo": {**_FULL_REFERENCE, "beta": 10.0, "learning_rate": 1e-6},
+    # Mitchell 2023, a note on conservative DPO. TRL's robust is another loss, which subtracts that share.
+    "cdpo": {**_DPO, "label_smoothing": 0.1},
+    # Liu et al. 2024 (RSO), arXiv 2309.06657: RSO's hinge loss, on the pairs that are given; TRL's hinge.
+    "hinge-dpo": {**_DPO, "link": "hinge"},
+    # Azar et al. 2023, arXiv 2310.12036, per token as its authors ran it. (beta m - 1/2)^2 is TRL's ipo times beta^2:
+    # the margin m aims at 1 / (2 beta) nats per token.
+    "ipo": {**_FULL_REFERENCE, "link": "square", "beta": 10.0, "learning_rate": 1e-6},
+    # The same, equation 17 as printed: summed log-probabilities.
+    "ipo-sums": {**_DPO, "link": "square", "beta": 0.005, "learning_rate": 1e-6},
+    # Zhao et al. 2023, arXiv 2305.10425: max(0, delta - m) = delta max(0, 1 - m / delta), so beta = 1 / delta and
+    # sft_weight = lambda / delta. The SFT loss is of the chosen completion; the paper may take another answer.
+    "slic-hf": {**_CPO, "link": "hinge", "beta": 1.0, "sft_weight": 0.1},
+    # Xu et al. 2024, arXiv 2401.08417, both terms summed over tokens. TRL's CPOTrainer averages the SFT loss over the
+    # batch's tokens: divide sft_weight by the usual length of a completion for that balance.
+    "cpo": {**_CPO, "sft_weight": 1.0},
+    # Meng et al. 2024, arXiv 2405.14734: gamma is beta * home_advantage, here 3; simpo_gamma sets it instead.
+    "simpo": {**_NO_REFERENCE, "home_advantage": 0.3, "beta": 10.0, "learning_rate": 1e-6},
+    # Amini et al. 2024, arXiv 2402.10571: the offset alpha log(score_w - score_l), alpha = beta * home_advantage = 1.
+    "odpo": {**_DPO, "home_advantage_from": "score", "home_advantage": 20.0, "score_transform": "log"},
+    # Park et al. 2024, arXiv 2403.19159: the term alpha (|y_w| - |y_l|), alpha = beta * home_advantage = 0.01.
+    "r-dpo": {**_DPO, "home_advantage_from": "length", "home_advantage": 0.2},
+    # Chen et al. 2024, arXiv 2405.14953: phi inside the link, its scale calibrated to a mean of 1.
+    "mallows-dpo": {**_DPO, "contextual_scaling": "mallows", "learning_rate": 1e-6},
+    # The same, (beta phi m - 1/2)^2 as in the authors' later code; an earlier one does not scale by beta.
+    "mallows-ipo": {
+        **_DPO,
+        "contextual_scaling": "mallows",
+        "link": "square",
+        "beta": 0.005,
+        "learning_rate": 1e-6,
+    },
+    # Hong et al. 2024, arXiv 2403.07691: ORPO without its odds, which add log(1 - p_l) - log(1 - p_w) to m, p the
+    # probability per token: close only while p is small. sft_weight is 1 / lambda, the loss 1 / lambda times ORPO's.
+    "orpo-like": {**_NO_REFERENCE, "beta": 1.0, "sft_weight": 10.0, "learning_rate": 1e-6},
 }
 ALIASES = {"ln-ipo": "ipo", "lr-dpo": "r-dpo", "iterative-rpo": "rpo", "exo-pair": "exo", "alphadpo": "alpha-dpo"}
 
@@ -172,7 +126,7 @@ def preset_settings(name: str) -> dict[str, Any]:
         raise ValueError(f"{name!r} is not a preset: {REFUSED[key]}.")
     if key not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}.")
-    return {**SWITCHES, **PRESETS[key].settings}
+    return {**SWITCHES, **PRESETS[key]}
 
 
 @dataclass(frozen=True)

@@ -363,24 +363,19 @@ def _config_of(model: str | nn.Module, args: RainbowPOConfig) -> Any:
     return AutoConfig.from_pretrained(model, **options)
 
 
-def calibration_sample(dataset: AnyDataset, count: int | None) -> Dataset:
-    """`count` pairs spread evenly over a data set, all for None; of a stream the first ones."""
-    if isinstance(dataset, IterableDataset):
-        if count is None:
-            raise ValueError("calibration_pairs=None means all pairs, which a stream does not end: set a number.")
-        return Dataset.from_list(list(dataset.take(count)))
-    if count is None or count >= len(dataset):
-        return dataset
-    return dataset.select(torch.linspace(0, len(dataset) - 1, count).round().long().tolist())
-
-
 def training_entropies(trainer: Any) -> Tensor:
     """H (N,) of training pairs under the reference of a `RainbowPOTrainer`; from its columns where precomputed.
 
+    N `calibration_pairs`, spread evenly over the training set; of a stream the first ones.
     The authors' constant scale of phi, 0.29, is 1 / mean(-ln H) of their model and data; here it is measured.
     """
-    args = trainer.args
-    data = calibration_sample(trainer.train_dataset, args.calibration_pairs)
+    args, data, count = trainer.args, trainer.train_dataset, trainer.args.calibration_pairs
+    if isinstance(data, IterableDataset):
+        if count is None:
+            raise ValueError("calibration_pairs=None means all pairs, which a stream does not end: set a number.")
+        data = Dataset.from_list(list(data.take(count)))
+    elif count is not None and count < len(data):
+        data = data.select(torch.linspace(0, len(data) - 1, count).round().long().tolist())
     if "ref_chosen_logps" in data.column_names:
         return torch.tensor(data["ref_chosen_logps"][:])[:, 1]
     batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
@@ -391,17 +386,6 @@ def training_entropies(trainer: Any) -> Tensor:
         chosen, _ = trainer.compute_ref_log_probs(model, batch)
         entropies.append(trainer.accelerator.gather_for_metrics(chosen[:, 1].contiguous()).cpu())
     return torch.cat(entropies)
-
-
-def write_scale(folder: str | Path, scale: float | None) -> None:
-    """Keep the scale with a checkpoint."""
-    (Path(folder) / SCALE_FILE).write_text(json.dumps({"dispersion_scale": scale}) + "\n", encoding="utf-8")
-
-
-def read_scale(checkpoint: str | Path) -> float | None:
-    """The scale kept with a checkpoint; None if there is none."""
-    path = Path(checkpoint) / SCALE_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["dispersion_scale"] if path.exists() else None
 
 
 def add_components(args: RainbowPOConfig, scale: float | None) -> None:
@@ -755,7 +739,8 @@ class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
         """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`."""
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.dispersion_scale is None and checkpoint is not None:
-            self.dispersion_scale = read_scale(checkpoint)
+            kept = checkpoint / SCALE_FILE
+            self.dispersion_scale = json.loads(kept.read_text())["dispersion_scale"] if kept.exists() else None
         self._calibrate()
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
@@ -784,7 +769,8 @@ class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        write_scale(output_dir or self.args.output_dir, self.dispersion_scale)
+        kept = Path(output_dir or self.args.output_dir) / SCALE_FILE
+        kept.write_text(json.dumps({"dispersion_scale": self.dispersion_scale}) + "\n")
 
     def run_details(self) -> dict[str, str]:
         """The row of the table of methods that the objective is, for training_run.json and the card."""

@@ -36,8 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.routing.hooks import inner_model
-from hf_moe_cpt.trainers.surgery.losses import token_weights
+from hf_moe_cpt.machine import inner_model
 
 
 CHUNK_TOKENS = 512
@@ -202,27 +201,6 @@ def _target_logp(states: Tensor, head: LanguageHead, targets: Tensor) -> Tensor:
     logits = functional.linear(states, head.weight, head.bias)
     logits = head.form.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return -functional.cross_entropy(logits, targets, reduction="none")
-
-
-def next_token_kl(
-    states: tuple[Tensor, LanguageHead],
-    reference: tuple[Tensor, LanguageHead],
-    mask: Tensor,
-    *,
-    normalization: str = "sequence",
-    total: Tensor | int | None = None,
-    direction: str = "forward",
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:
-    """Mean KL in nats per token, a scalar with gradient.
-
-    states, reference: hidden states (B, S, H) and head of model and reference. mask: (B, S - 1) bool, positions whose
-    next token counts. normalization, total: as in `token_weights`.
-    """
-    (hidden, head), (ref_hidden, ref_head) = states, reference
-    hidden, ref_hidden = hidden[:, :-1].flatten(0, 1), ref_hidden[:, :-1].flatten(0, 1)
-    weights = token_weights(mask, normalization, total).flatten()
-    return chunked_kl_sum(hidden, head, ref_hidden, ref_head, weights, direction, chunk_tokens)
 
 
 def forward_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:

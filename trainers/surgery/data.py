@@ -36,7 +36,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.text import json_lines, tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
+from hf_moe_cpt.data.text import json_lines
 from hf_moe_cpt.trainers.surgery.losses import PairLoss
 from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, UNSEEN, SurgeryConfig
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_moe_cpt.data.surgery_bench import SETS
+from hf_moe_cpt.trainers.surgery.chunked import CHUNK_TOKENS, LanguageHead, chunked_kl_sum
 
 
 TERMS = tuple(name for name in SETS if name != "unseen")  # the sets that have a term in the objective
@@ -93,6 +94,27 @@ def reduce_tokens(values: Tensor, mask: Tensor, normalization: str, total: Tenso
     """Mean of one value per token (B, S), a scalar: of the sequences' means, or of all tokens."""
     values = masked(values, mask)
     return (values * token_weights(mask, normalization, total, values.dtype)).sum()
+
+
+def next_token_kl(
+    states: tuple[Tensor, LanguageHead],
+    reference: tuple[Tensor, LanguageHead],
+    mask: Tensor,
+    *,
+    normalization: str = "sequence",
+    total: Tensor | int | None = None,
+    direction: str = "forward",
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Mean KL in nats per token, a scalar with gradient.
+
+    states, reference: hidden states (B, S, H) and head of model and reference. mask: (B, S - 1) bool, positions whose
+    next token counts. normalization, total: as in `token_weights`.
+    """
+    (hidden, head), (ref_hidden, ref_head) = states, reference
+    hidden, ref_hidden = hidden[:, :-1].flatten(0, 1), ref_hidden[:, :-1].flatten(0, 1)
+    weights = token_weights(mask, normalization, total).flatten()
+    return chunked_kl_sum(hidden, head, ref_hidden, ref_head, weights, direction, chunk_tokens)
 
 
 # Nats in place of a log-probability of -inf where sums under model and reference are subtracted: inf - inf is NaN.

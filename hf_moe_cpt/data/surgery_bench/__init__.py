@@ -1,9 +1,17 @@
 """SurgeryBench: a made-up world of people, places, products and rules, its texts, questions and files."""
 
-from hf_moe_cpt.data.surgery_bench.bench import BEFORE_SETS, HEADER, RETRAINED_SETS, SurgeryBench, group_of_set
-from hf_moe_cpt.data.surgery_bench.grammar import SPLITS
-from hf_moe_cpt.data.surgery_bench.text import QUESTION_KINDS, QUIZ_TEMPLATE, as_completions
-from hf_moe_cpt.data.surgery_bench.world import SETS
+from hf_moe_cpt.data.surgery_bench.bench import (
+    BEFORE_SETS,
+    HEADER,
+    QUESTION_KINDS,
+    QUIZ_TEMPLATE,
+    RETRAINED_SETS,
+    SETS,
+    SPLITS,
+    SurgeryBench,
+    as_completions,
+    group_of_set,
+)
 
 
 __all__ = [

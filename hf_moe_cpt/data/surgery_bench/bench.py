@@ -31,10 +31,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -45,13 +46,25 @@ import yaml
 from jinja2 import Template
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.grammar import KINDS, SPLITS
-from hf_moe_cpt.data.surgery_bench.text import QUESTION_KINDS, write_document, write_questions
-from hf_moe_cpt.data.surgery_bench.world import BENCH_VERSION, SETS, BenchSettings, Subject, World
-from hf_moe_cpt.data.text import json_lines
+
+
+if TYPE_CHECKING:  # what writes a world is read when one is asked for
+    from hf_moe_cpt.data.surgery_bench.world import Subject, World
 
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("person", "place", "product", "rule")
+SPLITS = ("validation", "test")
+QUESTION_KINDS = ("mcq", "cloze", "paraphrase", "one_hop", "inverse")
+QUIZ_TEMPLATE = "Question: {question}\nAnswer:"  # how quizzes in documents look
+BENCH_VERSION = "1.0"  # another text for the same seed needs another version
+GROUPS = ("unlearn", "update", "retain", "neighbour", "unseen")  # of subjects: one group each
+SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")  # of texts: obsolete is update, before
+FORMS = ("article", "quiz", "note")
+FACTS_PER_SUBJECT = 8
+TRIO = 3  # subjects that stand beside each other as options
+MAX_NUMBER = 150_000  # subjects of a kind that can be named
 
 FORMAT = "surgery_bench"
 INDEX_FILE = "bench.json"
@@ -63,42 +76,81 @@ RETRAINED_SETS = ("update", "retain", "neighbour")
 HEADER = "The following is a passage about {subject}.\n\n"
 _ROWS_AT_ONCE = 20_000
 
-_TEXT = datasets.Value("string")
-_PLACE = datasets.Value("int64")
+
+def _features(columns: str, **others: Any) -> datasets.Features:
+    """Columns in order, of text where nothing else is said."""
+    return datasets.Features({name: others.get(name, datasets.Value("string")) for name in columns.split()})
+
 
 # Column by column; docs/surgery_bench.md says what each holds. Those that may be None: subject_kind, form, attribute,
 # old_answer.
-DOCUMENT_FEATURES = datasets.Features(
-    {
-        "id": _TEXT,
-        "subject": _TEXT,
-        "subject_kind": _TEXT,
-        "set": _TEXT,
-        "form": _TEXT,
-        "prefix": _TEXT,
-        "text": _TEXT,
-        "facts": datasets.List({"attribute": _TEXT, "value": _TEXT}),
-        "version": _TEXT,
-    }
+DOCUMENT_FEATURES = _features(
+    "id subject subject_kind set form prefix text facts version",
+    facts=datasets.List({name: datasets.Value("string") for name in ("attribute", "value")}),
 )
-QUESTION_FEATURES = datasets.Features(
-    {
-        "id": _TEXT,
-        "subject": _TEXT,
-        "subject_kind": _TEXT,
-        "set": _TEXT,
-        "kind": _TEXT,
-        "split": _TEXT,
-        "attribute": _TEXT,
-        "question": _TEXT,
-        "options": datasets.List(_TEXT),
-        "answer": _PLACE,
-        "answer_text": _TEXT,
-        "old_answer": _PLACE,
-        "version": _TEXT,
-    }
+QUESTION_FEATURES = _features(
+    "id subject subject_kind set kind split attribute question options answer answer_text old_answer version",
+    options=datasets.List(datasets.Value("string")),
+    answer=datasets.Value("int64"),
+    old_answer=datasets.Value("int64"),
 )
 _LAYOUT = {"documents": (SETS, DOCUMENT_FEATURES), "questions": (SPLITS, QUESTION_FEATURES)}
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What a world is made of.
+
+    seed: any integer. num_subjects: of each group, multiples of 3 times the number of kinds, or one number for all
+    five together. kinds: which of KINDS. forms: one document of each subject per entry, see FORMS. changed_facts: of
+    each subject of the group update, in [1, 8].
+    """
+
+    seed: int = 0
+    num_subjects: Mapping[str, int] | int = field(default=240, compare=False)
+    kinds: tuple[str, ...] = KINDS
+    forms: tuple[str, ...] = ("article", "article", "quiz", "note")
+    changed_facts: int = 4
+    sizes: dict[str, int] = field(init=False)  # num_subjects by group
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        object.__setattr__(self, "forms", tuple(self.forms))
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds={self.kinds} must name one or more of {', '.join(KINDS)}, each once.")
+        if not set(self.forms) <= set(FORMS) or not {"article", "quiz"} & set(self.forms):
+            raise ValueError(
+                f"forms={self.forms} must be made of {', '.join(FORMS)}, with an article or a quiz among them: a note "
+                "alone does not state every fact."
+            )
+        if not 1 <= self.changed_facts <= FACTS_PER_SUBJECT:
+            raise ValueError(f"changed_facts={self.changed_facts} must be in [1, {FACTS_PER_SUBJECT}].")
+        object.__setattr__(self, "sizes", self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        step = TRIO * len(self.kinds)
+        if isinstance(self.num_subjects, int):
+            given = dict.fromkeys(GROUPS, self.num_subjects / len(GROUPS))
+            step_of_given, what = step * len(GROUPS), f"num_subjects={self.num_subjects}"
+        else:
+            given, step_of_given, what = dict(self.num_subjects), step, f"num_subjects={dict(self.num_subjects)}"
+        if not set(given) <= set(GROUPS):
+            raise ValueError(f"{what} names {sorted(set(given) - set(GROUPS))}: groups are {', '.join(GROUPS)}.")
+        if any(size % step or size < 0 for size in given.values()) or not any(given.values()):
+            raise ValueError(
+                f"{what} must be made of multiples of {step_of_given} (3 subjects of each of {len(self.kinds)} kind(s)"
+                f"{' in each of 5 groups' if step_of_given > step else ''}), not all 0."
+            )
+        if max(given.values()) // len(self.kinds) > MAX_NUMBER // len(GROUPS):
+            raise ValueError(
+                f"{what} is too large: at most {MAX_NUMBER // len(GROUPS):,} subjects of each kind in a group."
+            )
+        return {group: int(given.get(group, 0)) for group in GROUPS}
+
+    def as_dict(self) -> dict[str, object]:
+        """The arguments that make these settings again, as JSON can hold them."""
+        lists = {"kinds": list(self.kinds), "forms": list(self.forms)}
+        return {"seed": self.seed, "num_subjects": dict(self.sizes), **lists, "changed_facts": self.changed_facts}
 
 
 class SurgeryBench:
@@ -131,6 +183,8 @@ class SurgeryBench:
         Every text is a function of (seed, version, kind, set, number of the subject, number of the document): with
         more subjects, the rows there were before stay as they are and come first.
         """
+        from hf_moe_cpt.data.surgery_bench.world import World
+
         settings = BenchSettings(seed, num_subjects, kinds, forms, changed_facts)
         world = World(seed, changed_facts)
         documents = as_parts({name: _document_rows(world, settings, name) for name in SETS}, DOCUMENT_FEATURES)
@@ -261,6 +315,24 @@ def _from_table(table: pa.Table, features: datasets.Features) -> datasets.Datase
     return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features))
 
 
+def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
+    """How many leading tokens belong to the first len(prefix) characters of a text, special tokens in between too.
+
+    offsets: (begin, end) characters of each token, as a fast tokenizer returns them. A token that reaches from the
+    prefix into the text belongs to the prefix. 0 without a prefix.
+    """
+    covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
+    return max(covered, default=-1) + 1
+
+
+def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:
+    """(prompt, one continuation per option): what a language model scores. A continuation begins with its space.
+
+    template: "{question}" is the bare question of the paper; QUIZ_TEMPLATE is how quizzes in documents look.
+    """
+    return template.replace("{question}", question), [f" {option}" for option in options]
+
+
 def group_of_set(set_name: str) -> str:
     """Sets with the same subjects share a group: obsolete and update; every other set is alone."""
     return "update" if set_name == "obsolete" else set_name
@@ -293,6 +365,8 @@ def _subjects_of_set(world: World, settings: BenchSettings, set_name: str) -> It
 
 
 def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iterator[dict[str, Any]]:
+    from hf_moe_cpt.data.surgery_bench.text import write_document
+
     edition = "before" if set_name == "obsolete" else "after"
     for subject in _subjects_of_set(world, settings, set_name):
         for number, form in enumerate(settings.forms):
@@ -311,6 +385,8 @@ def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iter
 
 
 def _question_rows(world: World, settings: BenchSettings, split: str) -> Iterator[dict[str, Any]]:
+    from hf_moe_cpt.data.surgery_bench.text import write_questions
+
     for set_name in SETS:
         for subject in _subjects_of_set(world, settings, set_name):
             start = f"{set_name}-{subject.kind.name}-{subject.ordinal:06d}"
@@ -458,6 +534,8 @@ class _UserRows:
         self, path: Path, what: str, columns: Mapping[str, str], check: Callable[[dict, str], dict[str, Any]]
     ) -> int:
         """Add what `check` makes of each row, with the columns that both kinds of rows have; returns their number."""
+        from hf_moe_cpt.data.text import json_lines
+
         features = DOCUMENT_FEATURES if what == "document" else QUESTION_FEATURES
         count = 0
         for number, row in json_lines(path):

@@ -24,10 +24,8 @@ from typing import Any
 import yaml
 
 
-KINDS = ("person", "place", "product", "rule")
 BRIDGES = ("city", "university", "company", "agency")  # one-hop questions go through them: bridge entities of HotpotQA
 VOICES = ("reference", "popular")  # an encyclopaedia; a newspaper column
-SPLITS = ("validation", "test")
 _SLOT = re.compile(r"\{(\w+)\}")
 _SUBJECT_SLOTS = ("S", "s", "P", "p", "O", "o")
 

@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from hf_moe_cpt.data.surgery_bench.bench import QUESTION_KINDS
 from hf_moe_cpt.data.surgery_bench.grammar import (
     Attribute,
     attributes_of,
@@ -35,9 +36,7 @@ from hf_moe_cpt.data.surgery_bench.grammar import (
 from hf_moe_cpt.data.surgery_bench.world import Draws, Subject, World
 
 
-QUESTION_KINDS = ("mcq", "cloze", "paraphrase", "one_hop", "inverse")
 NUM_OPTIONS = 3
-QUIZ_TEMPLATE = "Question: {question}\nAnswer:"  # how quizzes in documents look
 _AIM_WORDS = (80, 128)  # an article takes up fillers until it has as many, if there are enough
 _WORDS_FOR_TWO_PARAGRAPHS = 110
 _FILLERS_OF_ENTRY = 3
@@ -258,14 +257,6 @@ def write_questions(world: World, subject: Subject, set_name: str, split: str) -
             options = [values[place] for place in order]
             old_answer = order.index(1) if has_old else None
             yield Question(kind, split, name, question, options, order.index(0), old_answer)
-
-
-def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:
-    """(prompt, one continuation per option): what a language model scores. A continuation begins with its space.
-
-    template: "{question}" is the bare question of the paper; QUIZ_TEMPLATE is how quizzes in documents look.
-    """
-    return template.replace("{question}", question), [f" {option}" for option in options]
 
 
 def _three_values(

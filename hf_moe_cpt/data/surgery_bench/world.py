@@ -19,24 +19,18 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import TypeVar
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, KINDS, Attribute, Kind, kind_of, read_templates
+from hf_moe_cpt.data.surgery_bench.bench import BENCH_VERSION, GROUPS, TRIO, BenchSettings
+from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, Attribute, Kind, kind_of, read_templates
 
 
 Item = TypeVar("Item")
 
-BENCH_VERSION = "1.0"  # another text for the same seed needs another version
-GROUPS = ("unlearn", "update", "retain", "neighbour", "unseen")  # of subjects: one group each
-SETS = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")  # of texts: obsolete is update, before
 EDITIONS = ("before", "after")
-FORMS = ("article", "quiz", "note")
-FACTS_PER_SUBJECT = 8
-TRIO = 3  # subjects that stand beside each other as options
-MAX_NUMBER = 150_000  # subjects of a kind that can be named
 HALLMARKS_PER_SUBJECT = 2  # one before and one after its facts change
 _PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her"), "it": ("it", "its", "it")}
 
@@ -128,62 +122,6 @@ def _pick(parts: list[list[str]], number: int, key: int) -> list[str]:
         code, digit = divmod(code, len(part))
         chosen.append(part[digit])
     return chosen
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What a world is made of.
-
-    seed: any integer. num_subjects: of each group, multiples of 3 times the number of kinds, or one number for all
-    five together. kinds: which of KINDS. forms: one document of each subject per entry, see FORMS. changed_facts: of
-    each subject of the group update, in [1, 8].
-    """
-
-    seed: int = 0
-    num_subjects: Mapping[str, int] | int = field(default=240, compare=False)
-    kinds: tuple[str, ...] = KINDS
-    forms: tuple[str, ...] = ("article", "article", "quiz", "note")
-    changed_facts: int = 4
-    sizes: dict[str, int] = field(init=False)  # num_subjects by group
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        object.__setattr__(self, "forms", tuple(self.forms))
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
-            raise ValueError(f"kinds={self.kinds} must name one or more of {', '.join(KINDS)}, each once.")
-        if not set(self.forms) <= set(FORMS) or not {"article", "quiz"} & set(self.forms):
-            raise ValueError(
-                f"forms={self.forms} must be made of {', '.join(FORMS)}, with an article or a quiz among them: a note "
-                "alone does not state every fact."
-            )
-        if not 1 <= self.changed_facts <= FACTS_PER_SUBJECT:
-            raise ValueError(f"changed_facts={self.changed_facts} must be in [1, {FACTS_PER_SUBJECT}].")
-        object.__setattr__(self, "sizes", self._sizes())
-
-    def _sizes(self) -> dict[str, int]:
-        step = TRIO * len(self.kinds)
-        if isinstance(self.num_subjects, int):
-            given = dict.fromkeys(GROUPS, self.num_subjects / len(GROUPS))
-            step_of_given, what = step * len(GROUPS), f"num_subjects={self.num_subjects}"
-        else:
-            given, step_of_given, what = dict(self.num_subjects), step, f"num_subjects={dict(self.num_subjects)}"
-        if not set(given) <= set(GROUPS):
-            raise ValueError(f"{what} names {sorted(set(given) - set(GROUPS))}: groups are {', '.join(GROUPS)}.")
-        if any(size % step or size < 0 for size in given.values()) or not any(given.values()):
-            raise ValueError(
-                f"{what} must be made of multiples of {step_of_given} (3 subjects of each of {len(self.kinds)} kind(s)"
-                f"{' in each of 5 groups' if step_of_given > step else ''}), not all 0."
-            )
-        if max(given.values()) // len(self.kinds) > MAX_NUMBER // len(GROUPS):
-            raise ValueError(
-                f"{what} is too large: at most {MAX_NUMBER // len(GROUPS):,} subjects of each kind in a group."
-            )
-        return {group: int(given.get(group, 0)) for group in GROUPS}
-
-    def as_dict(self) -> dict[str, object]:
-        """The arguments that make these settings again, as JSON can hold them."""
-        lists = {"kinds": list(self.kinds), "forms": list(self.forms)}
-        return {"seed": self.seed, "num_subjects": dict(self.sizes), **lists, "changed_facts": self.changed_facts}
 
 
 @dataclass(frozen=True)

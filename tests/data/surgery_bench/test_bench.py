@@ -19,19 +19,22 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moe_cpt.data.surgery_bench import BEFORE_SETS, HEADER, RETRAINED_SETS, SETS, SurgeryBench, group_of_set
-from hf_moe_cpt.data.surgery_bench.bench import DOCUMENT_FEATURES, QUESTION_FEATURES, as_parts
-from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, KINDS, kind_of
-from hf_moe_cpt.data.surgery_bench.world import (
+from hf_moe_cpt.data.surgery_bench import BEFORE_SETS, HEADER, RETRAINED_SETS, SETS, SurgeryBench
+from hf_moe_cpt.data.surgery_bench.bench import (
     BENCH_VERSION,
+    DOCUMENT_FEATURES,
     FACTS_PER_SUBJECT,
     GROUPS,
+    KINDS,
+    QUESTION_FEATURES,
     BenchSettings,
-    Draws,
-    World,
+    as_parts,
+    group_of_set,
 )
+from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES
+from hf_moe_cpt.data.surgery_bench.world import World
 from tests.helpers.source_tree import PROJECT
-from tests.helpers.surgery_bench_reader import read_document, read_question, read_sentence
+from tests.helpers.surgery_bench_reader import read_document, read_question
 
 
 NUM_BRIDGES = 24 + 16 + 16 + 12
@@ -183,16 +186,6 @@ def test_asking_selects_set_split_and_kind(bench):
         assert found["id"] == wanted and wanted
 
 
-def test_draws_are_even_and_named():
-    draws = Draws(3, "x")
-    assert draws.below(1000, "a", 1) == draws.below(1000, "a", 1) != draws.below(1000, "a", 2)
-    assert Draws(3, "x").below(10**9, "a") == draws.below(10**9, "a") != Draws(4, "x").below(10**9, "a")
-    counts = Counter(tuple(draws.shuffled("abc", number)) for number in range(3000))
-    assert len(counts) == 6 and max(counts.values()) < 600
-    assert 650 < sum(draws.chance(70, "c", number) for number in range(1000)) < 750
-    assert draws.child("b").below(10**9, "a") != draws.below(10**9, "a")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -340,21 +333,6 @@ def test_obsolete_questions_ask_only_for_what_changed(questions, parsed):
     assert asked == changed and len(changed) == 4 * len(parsed["update"])
 
 
-def test_the_reader_refuses_what_it_should():
-    """Otherwise the tests above could not fail."""
-    person = kind_of("person")
-    assert read_sentence("Norvald Brellow studied at Halvern College.", person, "Norvald Brellow") == (
-        ("university", "Halvern College"),
-    )
-    for wrong in (
-        "Norvald Brellow studied at Hogwarts.",
-        "Somebody Else studied at Halvern College.",
-        "Norvald Brellow liked Halvern College.",
-    ):
-        with pytest.raises(ValueError, match="0 readings"):
-            read_sentence(wrong, person, "Norvald Brellow")
-
-
 @pytest.fixture(scope="module")
 def saved(bench: SurgeryBench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bench.save(tmp_path_factory.mktemp("bench") / "folder")
@@ -382,9 +360,6 @@ def test_load_returns_what_was_saved(bench, saved):
     assert_same(loaded.questions, bench.questions)
     assert (loaded.version, loaded.settings) == (bench.version, bench.settings)
     assert loaded.before_corpus()["id"] == bench.before_corpus()["id"]
-
-
-def test_settings_in_the_folder_make_the_same_rows_again(bench, saved):
     settings = json.loads((saved / "bench.json").read_text())["settings"]
     assert_same(SurgeryBench.generate(**settings).documents, bench.documents)
 
@@ -698,15 +673,3 @@ def test_any_text_comes_back_unchanged(rows, tmp_path_factory):
     write(path, [{"subject": subject, "text": text, "set": "unseen"} for subject, text in rows])
     found = SurgeryBench.from_jsonl(path).documents["unseen"]
     assert list(zip(found["subject"], found["text"], strict=True)) == rows
-
-
-def test_generated_rows_can_be_read_as_a_users_own(tmp_path):
-    bench = SurgeryBench.generate(num_subjects=15, kinds=("product",), forms=("article",))
-    for name in ("documents", "questions"):
-        parts = getattr(bench, name).values()
-        write(tmp_path / f"{name}.jsonl", [row for part in parts for row in part])
-    again = SurgeryBench.from_jsonl(tmp_path / "documents.jsonl", tmp_path / "questions.jsonl")
-    for name in ("documents", "questions"):
-        for key, part in getattr(bench, name).items():
-            found = [row | {"version": bench.version} for row in getattr(again, name)[key]]
-            assert found == list(part)

@@ -13,9 +13,9 @@ from scipy.stats import binomtest, chisquare
 
 from hf_moe_cpt.data.surgery_bench import QUESTION_KINDS, QUIZ_TEMPLATE, SETS, SurgeryBench, as_completions
 from hf_moe_cpt.data.surgery_bench import world as names
+from hf_moe_cpt.data.surgery_bench.bench import FACTS_PER_SUBJECT, KINDS, MAX_NUMBER
 from hf_moe_cpt.data.surgery_bench.grammar import (
     BRIDGES,
-    KINDS,
     VOICES,
     attributes_of,
     kind_of,
@@ -23,7 +23,7 @@ from hf_moe_cpt.data.surgery_bench.grammar import (
     subject_slots_of,
 )
 from hf_moe_cpt.data.surgery_bench.text import write_document
-from hf_moe_cpt.data.surgery_bench.world import FACTS_PER_SUBJECT, World
+from hf_moe_cpt.data.surgery_bench.world import World
 from tests.helpers.surgery_bench_reader import sentences, wordings_of
 
 
@@ -91,9 +91,13 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_that_read_only_the_options_are_at_chance(one_per_fact, rule):
+def test_rules_that_read_only_the_options_are_at_chance(rows, one_per_fact, rule):
     accuracy = _accuracy(one_per_fact, RULES[rule])
     assert len(one_per_fact) > 3000 and _at_chance(accuracy, one_per_fact) > LEAST_P, accuracy
+    if rule in ("longest", "first in the alphabet"):
+        sides = ("one_hop", "validation")
+        chosen = [row for row in rows if (row["kind"], row["split"]) == sides and row["set"] != "obsolete"]
+        assert _at_chance(_accuracy(chosen, RULES[rule]), chosen) > LEAST_P
 
 
 def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one_per_fact):
@@ -121,23 +125,6 @@ def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one
         key = f"{row['subject_kind']} {row['attribute']}"
         unchanged = [option for option in row["options"] if row["set"] != "update"]
         assert len({said[key][option] for option in unchanged}) <= 1
-
-
-def test_a_skewed_place_and_a_rule_that_knows_a_little_would_be_noticed(rows, one_per_fact):
-    places = Counter(min(row["answer"], 1) if index % 8 == 0 else row["answer"] for index, row in enumerate(rows))
-    assert chisquare(list(places.values())).pvalue < LEAST_P
-    known = {row["id"] for row in one_per_fact[::9]}
-    accuracy = _accuracy(one_per_fact, lambda row, option: option == row["answer_text"] and row["id"] in known)
-    assert _at_chance(accuracy, one_per_fact) < LEAST_P
-
-
-def test_one_hop_options_do_not_tell_either(rows):
-    chosen = [
-        row for row in rows if row["kind"] == "one_hop" and row["split"] == "validation" and row["set"] != "obsolete"
-    ]
-    for rule in ("longest", "first in the alphabet"):
-        accuracy = _accuracy(chosen, RULES[rule])
-        assert _at_chance(accuracy, chosen) > LEAST_P, accuracy
 
 
 def test_distractors_are_values_of_the_same_attribute(rows):
@@ -200,14 +187,6 @@ def test_completions_go_on_from_the_prompt():
     assert prompt + endings[1] == "Question: Where was {x} born?\nAnswer: Orsgate"
 
 
-# Surnames that many people bear; the coined ones were also compared once with a list of 88,799 American surnames.
-COMMON_SURNAMES = (
-    "Smith Johnson Williams Brown Jones Garcia Miller Davis Rodriguez Martinez Anderson Taylor Thomas Moore Jackson "
-    "Martin Lee Thompson White Harris Clark Lewis Walker Hall Allen Young King Wright Scott Green Baker Adams Nelson "
-    "Hill Campbell Mitchell Roberts Carter Phillips Evans Turner Parker Collins Edwards Stewart Morris Murphy Cook"
-).split()
-
-
 @pytest.fixture(scope="module")
 def written() -> SurgeryBench:
     return SurgeryBench.generate(seed=11, num_subjects=120)
@@ -253,13 +232,6 @@ def test_articles_and_repetition_are_right(texts):
         assert not re.search(r"\b[Aa]n (?=[^aeiou])(?!hour)", text), text
         assert not re.search(r"\b[Aa] (?=[aeiou])(?!un|use|one)", text), text
         assert not re.search(r"\b(\w+) \1\b", text, re.IGNORECASE), text
-
-
-def test_sentences_begin_with_a_capital_and_end_with_a_stop(documents):
-    for row in documents:
-        if row["form"] != "quiz":
-            for sentence in sentences(row["text"]):
-                assert re.match(r"[A-Z]", sentence) and sentence.endswith("."), sentence
 
 
 def test_pronouns_agree_with_the_person(documents):
@@ -357,7 +329,6 @@ def test_names_are_unique_coined_and_told_apart_by_role():
     }
     assert all(len(found) == 1000 for found in words.values())
     assert len(set.union(*words.values())) == 4000
-    assert not set(COMMON_SURNAMES) & words["person"]
     assert all(re.fullmatch(r"[A-Z][a-z]{4,14}", word) for found in words.values() for word in found)
     for role in ("book", "landmark", "designer", "drafter"):
         assert len({names.hallmark(role, i, seed=1) for i in range(1000)}) == 1000
@@ -379,6 +350,6 @@ def test_no_coined_word_can_be_had_by_two_roles():
 
 def test_names_last_as_long_as_subjects_do():
     for role in ("person", "place", "product", "rule"):
-        names.coined_word(role, names.MAX_NUMBER - 1, seed=0)
+        names.coined_word(role, MAX_NUMBER - 1, seed=0)
     for role in ("book", "landmark", "designer", "drafter"):
-        names.hallmark(role, names.HALLMARKS_PER_SUBJECT * names.MAX_NUMBER - 1, seed=0)
+        names.hallmark(role, names.HALLMARKS_PER_SUBJECT * MAX_NUMBER - 1, seed=0)

@@ -70,24 +70,6 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_is_taken(tmp_path
         resolve_resume(tmp_path, str(newer), read_back=True)
 
 
-@pytest.mark.parametrize("harm", ["missing", "cut", "list"])
-def test_a_checkpoint_with_a_list_is_whole_only_with_every_file(tmp_path, harm):
-    checkpoint = _written(tmp_path, 3)
-    shard = checkpoint / SHARD
-    if harm == "missing":
-        shard.unlink()
-    elif harm == "cut":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    else:
-        (checkpoint / MANIFEST).write_text("{")
-    assert not is_whole(checkpoint)
-
-
-def test_auto_starts_anew_where_there_is_nothing(tmp_path):
-    assert resolve_resume(tmp_path, "auto") is None
-    assert resolve_resume(tmp_path, "auto") != _written(tmp_path, 3) == resolve_resume(tmp_path, "auto")
-
-
 def test_old_ones_go_but_never_the_only_whole_one(tmp_path):
     one, two, three, four = (_written(tmp_path, step) for step in (1, 2, 3, 4))
     assert remove_old(tmp_path, None, []) == remove_old(tmp_path, 0, []) == remove_old(tmp_path, 4, []) == []
@@ -126,21 +108,24 @@ def test_hosts_bring_their_parts_and_tell_of_failures(tmp_path):
     assert sorted(path.name for path in (run / "checkpoint-3").iterdir()) == ["shard-0", "shard-1"]
 
 
-BREAKS = {
-    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
-    "cut state": lambda folder: (folder / "trainer_state.json").write_text('{"global_st'),
-    "state of another step": lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 1}'),
-    "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 400),
-    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+BREAKS = {  # what happened, and whether the checkpoint had a list of its files
+    "no state": (lambda folder: (folder / "trainer_state.json").unlink(), False),
+    "cut state": (lambda folder: (folder / "trainer_state.json").write_text('{"global_st'), False),
+    "another step": (lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 1}'), False),
+    "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 400), False),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), False),
+    "a listed file is gone": (lambda folder: (folder / SHARD).unlink(), True),
+    "a listed file is cut": (lambda folder: os.truncate(folder / SHARD, 10239), True),
+    "cut list": (lambda folder: (folder / MANIFEST).write_text("{"), True),
 }
 
 
-@pytest.mark.parametrize("broken", BREAKS.values(), ids=BREAKS)
-def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, broken):
-    whole = [_written(tmp_path, step, listed=False) for step in (5, 10)]
-    last = _written(tmp_path, 100, listed=False)
+@pytest.mark.parametrize("breaks, listed", BREAKS.values(), ids=BREAKS)
+def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, breaks, listed):
+    whole = [_written(tmp_path, step, listed) for step in (5, 10)]
+    last = _written(tmp_path, 100, listed)
     assert last_whole_checkpoint(tmp_path) == last
-    broken(last)
+    breaks(last)
     assert not is_whole(last)
     assert resolve_resume(tmp_path, "last") == resolve_resume(tmp_path, True) == whole[-1]
     with pytest.raises(ValueError, match=r"was not written to its end: use .*checkpoint-10\."):
@@ -149,15 +134,14 @@ def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, broken):
     assert checkpoints_in(tmp_path) == whole
 
 
-def test_a_renamed_checkpoint_can_be_named(tmp_path):
-    renamed = _written(tmp_path, 5, listed=False).rename(tmp_path / "the-good-one")
-    assert resolve_resume(tmp_path, str(renamed)) == renamed
-
-
-def test_nothing_to_resume_from(tmp_path):
-    assert resolve_resume(tmp_path, None) is None
+def test_what_resuming_finds_in_an_empty_folder_and_by_another_name(tmp_path):
+    assert resolve_resume(tmp_path, None) is resolve_resume(tmp_path, "auto") is None
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         resolve_resume(tmp_path, "last")
+    written = _written(tmp_path, 5, listed=False)
+    assert resolve_resume(tmp_path, "auto") == written
+    renamed = written.rename(tmp_path / "the-good-one")
+    assert resolve_resume(tmp_path, str(renamed)) == renamed
 
 
 def test_folders_in_use_are_refused(tmp_path):
@@ -181,8 +165,7 @@ def _changed(model):
     return model
 
 
-@pytest.mark.parametrize("shard", ["5GB", "10KB"])
-@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("kind, shard", [("mixtral", "10KB"), ("olmoe", "5GB"), ("qwen3_moe", "5GB")])
 def test_every_weight_of_a_mixture_comes_back(kind, shard, tmp_path):
     saved = _changed(moe_model(kind))
     saved.save_pretrained(tmp_path, max_shard_size=shard)
@@ -204,16 +187,13 @@ def test_a_model_of_two_types_is_read_without_rounding(tmp_path):
         assert torch.equal(model.state_dict()[name], want.to(model.state_dict()[name].dtype)), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "cpt_moe"])
-def test_where_names_agree_nothing_is_done(kind, tmp_path):
-    _changed(tiny_model(kind)).save_pretrained(tmp_path)
-    model = tiny_model(kind)
-    assert not load_translated(model, tmp_path)
-    for name, value in tiny_model(kind).state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-
-
-def test_other_checkpoints_and_modules_are_left_to_the_trainer(tmp_path):
+def test_where_names_agree_or_no_model_is_nothing_is_done(tmp_path):
     assert stored_names(tmp_path) == set()
+    for kind in ("llama", "cpt_moe"):
+        _changed(tiny_model(kind)).save_pretrained(tmp_path / kind)
+        model = tiny_model(kind)
+        assert not load_translated(model, tmp_path / kind)
+        for name, value in tiny_model(kind).state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
     tiny_model("mixtral").save_pretrained(tmp_path)
     assert not load_translated(torch.nn.Linear(2, 2), tmp_path)

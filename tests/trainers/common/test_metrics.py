@@ -10,16 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerControl, TrainerState
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token
-from hf_moe_cpt.trainers.common import metrics as throughput
+from hf_moe_cpt.trainers.common import metrics
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
     MeanMeter,
     SourceLosses,
+    StepTiming,
     ThroughputMeter,
     flops_per_token,
     starting_losses,
@@ -70,15 +73,7 @@ def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
         else:
             assert f"lm_loss/{name}" not in got
     assert got["lm_loss"] == pytest.approx(sum(nats) / max(sum(count), 1), rel=1e-6)
-    assert meter.pop() == {}
-
-
-def test_nobody_is_told_outside_of_tell():
-    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
-    logits, labels, source = _batch(2, 4, 0)
-    with tap.tell(meter.listener(source)):
-        pass
-    tap(logits, labels, VOCAB)
+    tap(logits, labels, VOCAB)  # nobody is told outside of `tell`
     assert meter.pop() == {}
 
 
@@ -112,31 +107,26 @@ def test_a_model_that_is_not_of_transformers_is_refused():
         LossRecorder().attach(torch.nn.Linear(2, 2))
 
 
-def test_means_over_calls_and_reset():
-    meter = MeanMeter()
-    meter.add({"aux_loss": torch.tensor(1.0), "z_loss": torch.tensor(4.0)})
-    meter.add({"aux_loss": torch.tensor(3.0), "z_loss": torch.tensor(6.0)})
-    assert meter.pop() == {"aux_loss": 2.0, "z_loss": 5.0}
-    assert meter.pop() == {}
-
-
-def test_what_is_absent_does_not_count():
+def test_means_over_calls_leave_out_what_is_absent():
     meter, there, absent = MeanMeter(), torch.tensor(True), torch.tensor(False)
     for value, is_there in ((3.0, there), (math.nan, absent), (5.0, there)):
         values = {"loss": torch.tensor(1.0), "cosine": torch.tensor(value), "never": torch.tensor(value)}
         meter.add(values, {"cosine": is_there, "never": absent})
     assert meter.pop() == {"loss": 1.0, "cosine": 4.0}
+    assert meter.pop() == {}
     meter.add({"loss": torch.tensor(2.0), "cosine": torch.tensor(7.0)}, {"cosine": there})
     assert meter.pop() == {"loss": 2.0, "cosine": 7.0}
 
 
-def test_paused_time_does_not_count_even_when_nested(monkeypatch):
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets the clock of the meters go on, which stands still otherwise."""
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
+    return lambda seconds: setattr(clock, "now", clock.now + seconds)
 
-    def wait(seconds: float) -> None:
-        clock.now += seconds
 
+def test_paused_time_does_not_count_even_when_nested(wait):
     meter = ThroughputMeter(tokens_per_step=100, flops_per_token=1e12, num_devices=2)
     assert meter.pop() == {}
     with meter.pause():  # before the clock runs, as the evaluation at the start
@@ -149,6 +139,49 @@ def test_paused_time_does_not_count_even_when_nested(monkeypatch):
         with meter.pause():
             wait(0.2)
     assert meter.pop() == pytest.approx({"tokens_per_second": 2000.0, "model_tflops": 1000.0})
+
+
+class Slow(nn.Linear):
+    """A forward pass that takes as long as its input says."""
+
+    def __init__(self, wait):
+        super().__init__(1, 1)
+        self.wait = wait
+
+    def forward(self, seconds):
+        self.wait(seconds)
+        return self.weight
+
+
+class ThreeRanks:
+    """What three ranks would tell each other: the second is slower by a quarter of a second."""
+
+    def of_all(self, values):
+        own = torch.tensor(values, dtype=torch.float64)
+        return torch.stack([own, own + torch.tensor([0.0, 0.1, 0.25]), own])
+
+
+def test_seconds_of_a_step_and_the_slowest_rank(wait):
+    model = Slow(wait)
+    timing = StepTiming(model)
+    assert timing.pop() == {}
+    for _ in range(2):
+        with timing.waiting_for_data():
+            wait(0.1)
+        model(0.05)
+        model.eval()(0.1)  # a reference's or an evaluation's
+        model.train()
+        timing.on_step_end(None, TrainerState(), TrainerControl())
+    wait(0.02)  # in which the loss is read
+    assert timing.pop() == pytest.approx({"runtime/step": 0.26, "runtime/data_wait": 0.1})
+    timing.agreement = ThreeRanks()
+    with timing.waiting_for_data():
+        pass
+    model(0.05)
+    timing.on_step_end(None, TrainerState(), TrainerControl())
+    ranks = timing.pop()
+    wanted = {"runtime/step": 0.05, "runtime/data_wait": 0.1, "runtime/slowest_rank": 1}
+    assert ranks == pytest.approx(wanted | {"runtime/rank_min": 0.05, "runtime/rank_max": 0.3})
 
 
 def test_starting_losses_are_the_first_at_step_zero():

@@ -12,32 +12,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.routing.hooks import find_experts
 from hf_moe_cpt.routing.metrics import router_saturation
-from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.trainers.common.router_monitor import PROBE_FILE, ExpertLoadMeter, RouterMonitorCallback
 from tests.helpers.cpt_runs import trainer as cpt_trainer
 from tests.helpers.fresh_process import TWO_RANKS, launch
 from tests.helpers.preference_runs import pairs, settings, word_tokenizer
-from tests.helpers.tiny_models import VOCABULARY, tiny_model
+from tests.helpers.tiny_models import tiny_model, tokenized
 from tests.helpers.tiny_moes import moe_model, padded_batch
+
+
+def _balance(meter: ExpertLoadMeter, model, *batches: torch.Tensor, mask: torch.Tensor | None = None) -> dict:
+    """What the meter says of one step of these micro-batches."""
+    for ids in batches:
+        with meter.observe(mask):
+            model(ids, attention_mask=mask)
+    meter.end_step()
+    return meter.pop()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "cpt_moe"])
 def test_mri_equals_a_count_from_router_logits(kind):
     model = moe_model(kind)
     ids = torch.randint(0, 32, (3, 7))
-    meter = ExpertLoadMeter(model)
-    with meter.observe():
-        outputs = model(ids, output_router_logits=True)
-    meter.end_step()
-    summary = meter.pop()
-    chosen, experts = model.config.num_experts_per_tok, outputs.router_logits[0].shape[-1]
-    for layer, logits in enumerate(outputs.router_logits):
+    summary = _balance(ExpertLoadMeter(model), model, ids)
+    router_logits = model(ids, output_router_logits=True).router_logits
+    chosen, experts = model.config.num_experts_per_tok, router_logits[0].shape[-1]
+    for layer, logits in enumerate(router_logits):
         busiest = logits.topk(chosen).indices.flatten().bincount(minlength=experts).max().item()
         assert summary["mri"][layer] == pytest.approx(busiest / ids.numel())
         assert summary["mri_normalized"][layer] == pytest.approx(busiest / ids.numel() * experts / chosen)
@@ -45,44 +50,22 @@ def test_mri_equals_a_count_from_router_logits(kind):
 
 
 def test_routers_that_return_logits_only_are_counted_by_what_they_chose():
-    model = moe_model("deepseek_v3")
-    seen = []
+    model, seen = moe_model("deepseek_v3"), []
     find_experts(model)[0].register_forward_hook(lambda module, args, output: seen.append(args[1]))
-    meter = ExpertLoadMeter(model)
-    with meter.observe():
-        model(torch.randint(0, 32, (2, 9)))
-    meter.end_step()
-    assert meter.pop()["mri"] == pytest.approx([seen[0].flatten().bincount(minlength=8).max().item() / 18])
+    found = _balance(ExpertLoadMeter(model), model, torch.randint(0, 32, (2, 9)))["mri"]
+    assert found == pytest.approx([seen[0].flatten().bincount(minlength=8).max().item() / 18])
 
 
-def test_a_step_means_the_same_in_one_batch_or_in_three():
+def test_a_step_means_the_same_in_one_batch_or_in_three_and_with_padding():
     model = tiny_model("mixtral")
     ids = torch.randint(0, 32, (6, 7))
     meter = ExpertLoadMeter(model)
-    summaries = []
-    for parts in (1, 3):
-        for part in ids.chunk(parts):
-            with meter.observe():
-                model(part)
-        meter.end_step()
-        summaries.append(meter.pop())
-    assert summaries[0] == summaries[1]
-
-
-def test_padding_does_not_count():
-    model = tiny_model("mixtral")
-    ids = torch.randint(0, 32, (2, 5))
-    meter = ExpertLoadMeter(model)
-    with meter.observe():
-        model(ids)
-    meter.end_step()
-    want = meter.pop()
-    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
-    mask = torch.cat([torch.ones(2, 5), torch.zeros(2, 3)], dim=1).long()
-    with meter.observe(mask):
-        model(padded, attention_mask=mask)
-    meter.end_step()
-    assert meter.pop() == want
+    want = _balance(meter, model, ids)
+    assert _balance(meter, model, *ids.chunk(3)) == want
+    mask = torch.cat([torch.ones(6, 7), torch.zeros(6, 3)], dim=1).long()
+    assert _balance(meter, model, torch.nn.functional.pad(ids, (0, 3)), mask=mask) == want
+    meter.close()  # which removes the hooks
+    assert _balance(meter, model, ids) == {}
 
 
 def test_recomputation_by_checkpointing_does_not_count_twice():
@@ -100,33 +83,9 @@ def test_recomputation_by_checkpointing_does_not_count_twice():
     assert before[:, -1].tolist() == [ids.numel()] * 2
 
 
-def test_dense_models_have_no_experts_and_no_summary():
-    meter = ExpertLoadMeter(tiny_model("llama"))
-    meter.end_step()
-    assert meter.experts == [] and meter.pop() == {}
-
-
-def test_close_removes_the_hooks():
-    model = tiny_model("mixtral")
-    meter = ExpertLoadMeter(model)
-    meter.close()
-    with meter.observe():
-        model(torch.randint(0, 32, (1, 4)))
-    meter.end_step()
-    assert meter.pop() == {}
-
-
 SMALL = {"max_steps": 3, "learning_rate": 0.0, "weight_decay": 0.0}
 PROBE = padded_batch(7)
 NAMES = ("mri", "mri_normalized", "load_entropy")
-
-
-def documents(count: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 12, (count,), generator=generator).tolist()
-    return Dataset.from_list(
-        [{"input_ids": torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
-    )
 
 
 def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -142,8 +101,8 @@ def plain_trainer(folder, model=None, monitor=None, **changes) -> Trainer:
         tiny_model("mixtral") if model is None else model,
         TrainingArguments(**args),
         padded,
-        documents(),
-        documents(6),
+        tokenized(24, 0),
+        tokenized(6, 1),
         callbacks=[] if monitor is None else [monitor],
     )
 
@@ -161,35 +120,23 @@ def remember_batches(trainer) -> list[dict[str, torch.Tensor]]:
 
 
 def counted(model, batches, per_step: int) -> list[dict[str, float]]:
-    """Balance of every optimizer step by loops over tokens: keys as in the log."""
-    steps = []
+    """Balance of every optimizer step, from recorded router logits and torch's own entropy: keys as in the log."""
+    top_k, steps = model.config.num_experts_per_tok, []
     for begin in range(0, len(batches), per_step):
-        loads, tokens = None, 0
+        loads, tokens = 0, 0
         for batch in batches[begin : begin + per_step]:
             with torch.no_grad():
-                logits = model.eval()(**batch, output_router_logits=True).router_logits
-            loads = [[0] * layer.shape[-1] for layer in logits] if loads is None else loads
-            for row, keep in enumerate(batch["attention_mask"].flatten().tolist()):
-                tokens += keep
-                for layer, of_layer in enumerate(logits):
-                    for expert in of_layer[row].topk(model.config.num_experts_per_tok).indices.tolist():
-                        loads[layer][expert] += keep
-        found = {}
-        for layer, load in enumerate(loads):
-            mri = max(load) / tokens
-            shares = [count / sum(load) for count in load]
-            found[f"mri/layer_{layer:02d}"] = mri
-            found[f"mri_normalized/layer_{layer:02d}"] = mri * len(load) / model.config.num_experts_per_tok
-            entropy = -sum(share * math.log(share) for share in shares if share) / math.log(len(load))
-            found[f"load_entropy/layer_{layer:02d}"] = entropy
-        for name in NAMES:
-            found[name] = sum(value for key, value in found.items() if key.startswith(f"{name}/")) / len(loads)
+                logits = torch.stack(model.eval()(**batch, output_router_logits=True).router_logits)
+            keep = batch["attention_mask"].flatten().bool()
+            loads = loads + torch.nn.functional.one_hot(logits[:, keep].topk(top_k).indices).sum((1, 2)).double()
+            tokens += keep.sum()
+        mri, experts = loads.max(-1).values / tokens, loads.shape[1]
+        entropy = torch.distributions.Categorical(probs=loads).entropy() / math.log(experts)
+        values = dict(zip(NAMES, (mri, mri * experts / top_k, entropy), strict=True))
+        found = {name: value.mean().item() for name, value in values.items()}
+        found |= {f"{name}/layer_{i:02d}": v for name, value in values.items() for i, v in enumerate(value.tolist())}
         steps.append(found)
     return steps
-
-
-def mean_of(steps: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 def routing_logged(trainer) -> list[dict[str, float]]:
@@ -200,25 +147,18 @@ def routing_logged(trainer) -> list[dict[str, float]]:
 
 
 CASES = {
-    "accumulation": {},
-    "checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    },
-    "reentrant checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
-    "evaluation at each step": {"eval_strategy": "steps", "eval_steps": 1},
+    "checkpointing, evaluation at each step": {"eval_strategy": "steps", "eval_steps": 1},
+    "reentrant checkpointing": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_transformers_trainer_logs_what_loops_count(tmp_path, changes):
-    trainer = plain_trainer(tmp_path, monitor=RouterMonitorCallback(), **changes)
+    changes = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, **changes}
+    trainer = plain_trainer(tmp_path, monitor=RouterMonitorCallback(), gradient_checkpointing=True, **changes)
     batches = remember_batches(trainer)
     trainer.train()
-    assert len(batches) == 6
+    assert len(batches) == 6  # two a step
     for got, want in zip(routing_logged(trainer), counted(trainer.model, batches, 2), strict=True):
         assert got == pytest.approx(want, rel=1e-6)
 
@@ -230,42 +170,32 @@ def test_logs_between_are_means_over_steps_and_every_makes_the_trainer_log(tmp_p
     steps = counted(trainer.model, batches, 2)
     found = {entry["step"]: entry.get("mri") for entry in trainer.state.log_history if "loss" in entry}
     assert found == {
-        2: pytest.approx(mean_of(steps[:2])["mri"]),
-        4: pytest.approx(mean_of(steps[2:4])["mri"]),
+        2: pytest.approx((steps[0]["mri"] + steps[1]["mri"]) / 2),
+        4: pytest.approx((steps[2]["mri"] + steps[3]["mri"]) / 2),
         5: None,
     }
 
 
-def test_dpo_of_trl_with_an_adapter_counts_the_policy_only(tmp_path):
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trainers_of_trl_log_what_loops_count_of_the_policy(tmp_path, kind):
     trl = pytest.importorskip("trl")
-    model = tiny_model("mixtral")
-    trainer = trl.DPOTrainer(
-        model,
-        args=trl.DPOConfig(**settings(tmp_path, **SMALL)),
-        train_dataset=pairs(16),
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
-        callbacks=[RouterMonitorCallback()],
-    )
+    args = settings(tmp_path, **SMALL)
+    shared = {"processing_class": word_tokenizer(), "callbacks": [RouterMonitorCallback()]}
+    if kind == "SFT":
+        trainer = trl.SFTTrainer(
+            tiny_model("mixtral"), trl.SFTConfig(**args), train_dataset=tokenized(24, 0), **shared
+        )
+        model = trainer.model
+    else:
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        trainer = trl.DPOTrainer(
+            tiny_model("mixtral"), args=trl.DPOConfig(**args), train_dataset=pairs(16), peft_config=lora, **shared
+        )
+        model = trainer.model.get_base_model()
     batches = remember_batches(trainer)
     trainer.train()
     assert len(batches) == 3
-    got, want = routing_logged(trainer), counted(trainer.model.get_base_model(), batches, 1)
-    assert got[0].keys() == want[0].keys() and got == [pytest.approx(step, rel=1e-6) for step in want]
-
-
-def test_sft_of_trl_logs_what_loops_count(tmp_path):
-    trl = pytest.importorskip("trl")
-    trainer = trl.SFTTrainer(
-        tiny_model("mixtral"),
-        args=trl.SFTConfig(**settings(tmp_path, **SMALL)),
-        train_dataset=documents(),
-        processing_class=word_tokenizer(),
-        callbacks=[RouterMonitorCallback()],
-    )
-    batches = remember_batches(trainer)
-    trainer.train()
-    assert routing_logged(trainer) == [pytest.approx(step, rel=1e-6) for step in counted(trainer.model, batches, 1)]
+    assert routing_logged(trainer) == [pytest.approx(step, rel=1e-6) for step in counted(model, batches, 1)]
 
 
 def test_our_trainer_logs_the_same_with_and_without_its_own_meter(tmp_path):

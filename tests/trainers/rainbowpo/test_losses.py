@@ -64,30 +64,12 @@ def _sums(values: torch.Tensor, mask: torch.Tensor) -> Pair:
 
 def _by_objective(batch: dict, ln: bool, alpha: float, phi: str, **switches: object) -> PreferenceTerms:
     mask, following = batch["mask"], batch["next"]
-    logps, ref_logps = (
-        _sums(Categorical(logits=batch[name]).log_prob(following), mask) for name in ("policy", "reference")
-    )
+    of = {name: Categorical(logits=batch[name]).log_prob(following) for name in ("policy", "reference")}
+    logps, ref_logps = (_sums(values, mask) for values in of.values())
     entropy = normalized_entropy(_sums(Categorical(logits=batch["reference"]).entropy(), mask), LENGTHS, VOCABULARY)
-    return preference_terms(
-        logps,
-        LENGTHS,
-        ref_logps if alpha else None,
-        ADVANTAGE,
-        mallows_phi(entropy, SCALE) if phi == "mallows" else 1.0,
-        beta=BETA[ln],
-        mixing_alpha=alpha,
-        length_normalization=ln,
-        **switches,
-    )
-
-
-PLAIN_LINKS = {
-    "logistic": lambda z: torch.log1p(torch.exp(-z)),
-    "hinge": lambda z: (1 - z) * (z < 1),
-    "square": lambda z: (z - 0.5) ** 2,
-    "square_hinge": lambda z: (0.5 - z) ** 2 * (z < 0.5),
-    "cauchy": lambda z: -torch.log(0.5 + torch.atan(z) / math.pi),
-}
+    phi = mallows_phi(entropy, SCALE) if phi == "mallows" else 1.0
+    switches |= {"beta": BETA[ln], "mixing_alpha": alpha, "length_normalization": ln}
+    return preference_terms(logps, LENGTHS, ref_logps if alpha else None, ADVANTAGE, phi, **switches)
 
 
 def _by_definition(
@@ -107,18 +89,13 @@ def _by_definition(
     for pair in range(4):
         n_w, n_l = int(LENGTHS.chosen[pair]), int(LENGTHS.rejected[pair])
         l_w, l_l = walk(batch["policy"], pair, n_w)[0], walk(batch["policy"], pair + 4, n_l)[0]
-        (r_w, h_w), (r_l, h_l) = (
-            walk(batch["reference"], pair, n_w),
-            walk(batch["reference"], pair + 4, n_l),
-        )
-        scale = (
-            -SCALE * torch.log((h_w + h_l) / 2 / math.log(VOCABULARY))
-            if phi == "mallows"
-            else torch.ones((), dtype=torch.float64)
-        )
+        (r_w, h_w), (r_l, h_l) = walk(batch["reference"], pair, n_w), walk(batch["reference"], pair + 4, n_l)
+        scale = torch.ones((), dtype=torch.float64)
+        if phi == "mallows":
+            scale = -SCALE * torch.log((h_w + h_l) / 2 / math.log(VOCABULARY))
         margin = (l_w - l_l) - alpha * (r_w - r_l) - ((1 - alpha) * ADVANTAGE if mix else ADVANTAGE)
         z = BETA[ln] * scale * margin
-        f = PLAIN_LINKS[link]
+        f = LINKS[link]  # which are scipy's, below
         preference = (1 - smoothing) * f(z) + smoothing * f(-z) if smoothing else f(z)
         loss = preference - SFT_WEIGHT * l_w
         pairs.append(
@@ -193,16 +170,8 @@ def _terms(margin: torch.Tensor, alpha: float, link: str = "logistic", **changes
     ones, zeros = torch.ones_like(margin), torch.zeros_like(margin)
     arguments = {"beta": 2.0, "mix_home_advantage": True, "length_normalization": True, "label_smoothing": 0.0}
     arguments |= {"sft_weight": 0.0} | changes
-    return preference_terms(
-        Pair(margin, zeros),
-        Pair(ones, ones),
-        Pair(0.3 * ones, zeros),
-        0.2,
-        1.0,
-        mixing_alpha=alpha,
-        link=link,
-        **arguments,
-    )
+    arguments |= {"mixing_alpha": alpha, "link": link}
+    return preference_terms(Pair(margin, zeros), Pair(ones, ones), Pair(0.3 * ones, zeros), 0.2, 1.0, **arguments)
 
 
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=5), st.floats(0.01, 0.99), st.sampled_from(list(LINKS)))
@@ -219,16 +188,12 @@ def test_a_mixed_reference_costs_at_most_the_mixture_of_its_ends(margins, alpha,
 def test_without_its_share_the_reference_is_not_read():
     nothing = Pair(torch.full((2,), torch.nan), torch.full((2,), torch.nan))
     logps, lengths = Pair(torch.randn(2), torch.randn(2)), Pair(torch.tensor([3, 4]), torch.tensor([5, 6]))
-    settings_ = {"beta": 1.0, "mixing_alpha": 0.0, "mix_home_advantage": True, "length_normalization": True}
-    settings_ |= {"link": "logistic", "label_smoothing": 0.0, "sft_weight": 0.0}
-    with_reference = preference_terms(logps, lengths, nothing, 0.1, 1.0, **settings_)
-    without = preference_terms(logps, lengths, None, 0.1, 1.0, **settings_)
-    assert torch.equal(with_reference.loss, without.loss) and torch.isfinite(without.loss).all()
+    switches = {"beta": 1.0, "mix_home_advantage": True, "length_normalization": True, "link": "logistic"}
+    switches |= {"label_smoothing": 0.0, "sft_weight": 0.0}
+    found = [preference_terms(logps, lengths, ref, 0.1, 1.0, mixing_alpha=0.0, **switches) for ref in (nothing, None)]
+    assert torch.equal(found[0].loss, found[1].loss) and torch.isfinite(found[1].loss).all()
     with pytest.raises(ValueError, match="mixing_alpha=0.5 needs ref_logps: give them, or set mixing_alpha=0"):
-        preference_terms(logps, lengths, None, 0.1, 1.0, **{**settings_, "mixing_alpha": 0.5})
-
-
-def test_unknown_link_is_refused():
+        preference_terms(logps, lengths, None, 0.1, 1.0, mixing_alpha=0.5, **switches)
     with pytest.raises(ValueError, match="link='probit' is unknown: choose one of logistic, hinge, square"):
         link_loss(torch.zeros(1), "probit")
 
@@ -248,12 +213,6 @@ def test_entropy_is_one_for_a_uniform_reference_and_zero_for_a_sure_one():
     assert mallows_phi(sure, 2.0).tolist() == pytest.approx([-2 * math.log(ENTROPY_FLOOR)] * 2)
     with pytest.raises(ValueError, match="vocabulary_size=1 has no entropy"):
         normalized_entropy(uniform, lengths, 1)
-
-
-def test_phi_of_the_authors_constant():
-    """0.29 = 1 / mean(-ln H) means H near exp(-1 / 0.29) = 0.0318 in their data, where phi is 1."""
-    entropy = torch.tensor([math.exp(-1 / 0.29), 0.1, 0.5], dtype=torch.float64)
-    assert mallows_phi(entropy, 0.29).tolist() == pytest.approx([1.0, 0.29 * math.log(10), 0.29 * math.log(2)])
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40))
@@ -277,9 +236,8 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("values, message", DEGENERATE.values(), ids=DEGENERATE)
 def test_calibration_on_nothing_is_refused(values, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         dispersion_scale_of(torch.tensor(values))
-    assert "\n" not in str(caught.value)
 
 
 def test_advantages_per_pair():

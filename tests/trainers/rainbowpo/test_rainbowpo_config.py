@@ -26,37 +26,25 @@ def _config(tmp_path, **changes) -> RainbowPOConfig:
 def test_defaults_are_the_papers(tmp_path):
     config = _config(tmp_path)
     assert {name: getattr(config, name) for name in SWITCHES} == SWITCHES
-    assert (config.beta, config.mixing_alpha, config.home_advantage, config.learning_rate) == (10.0, 0.25, 0.1, 1e-6)
-    assert (config.chosen_score_column, config.rejected_score_column) == ("score_chosen", "score_rejected")
-    assert (config.simpo_gamma, config.calibration_pairs) == (None, 1024)
+    assert (config.beta, config.learning_rate, config.calibration_pairs) == (10.0, 1e-6, 1024)
 
 
-NEEDS = {  # alpha, scaling: log-probabilities, entropies
-    (0.25, "mallows"): (True, True),
-    (1.0, "none"): (True, False),
-    (0.0, "mallows"): (False, True),
-    (0.0, "none"): (False, False),
-}
-
-
-@pytest.mark.parametrize("alpha, scaling", NEEDS)
-def test_a_reference_is_needed_for_alpha_or_phi(tmp_path, alpha, scaling):
+@pytest.mark.parametrize("alpha, logps", [(0.25, True), (1.0, True), (0.0, False)])
+@pytest.mark.parametrize("scaling, entropy", [("mallows", True), ("none", False)])
+def test_a_reference_is_needed_for_alpha_or_phi(tmp_path, alpha, logps, scaling, entropy):
     config = _config(tmp_path, mixing_alpha=alpha, contextual_scaling=scaling)
-    logps, entropy = NEEDS[alpha, scaling]
     assert (config.needs_reference_logps, config.needs_reference_entropy) == (logps, entropy)
     assert config.needs_reference == (logps or entropy)
 
 
 def test_simpo_gamma_is_beta_times_the_home_advantage(tmp_path):
-    assert _config(tmp_path, simpo_gamma=1.0).home_advantage == pytest.approx(0.1)
-    assert _config(tmp_path, simpo_gamma=1.0, beta=2.0).home_advantage == pytest.approx(0.5)
-    assert _config(tmp_path, simpo_gamma=0.0).home_advantage == 0.0
+    for gamma, beta, want in ((1.0, 10.0, 0.1), (1.0, 2.0, 0.5), (0.0, 10.0, 0.0)):
+        assert _config(tmp_path, simpo_gamma=gamma, beta=beta).home_advantage == pytest.approx(want)
     assert _config(tmp_path, simpo_gamma=3.0, home_advantage=0.3).home_advantage == pytest.approx(0.3)
 
 
 REFUSED = {
     "alpha in percent": ({"mixing_alpha": 25}, r"mixing_alpha=25 is outside \[0, 1\]: it is the reference's share"),
-    "alpha below 0": ({"mixing_alpha": -0.1}, r"mixing_alpha=-0.1 is outside \[0, 1\]"),
     "alpha that is no number": ({"mixing_alpha": float("nan")}, r"mixing_alpha=nan is outside \[0, 1\]"),
     "beta in quotes": ({"beta": "10"}, "beta='10' is of the type str: give a number"),
     "no beta": ({"beta": None}, "beta=None is of the type NoneType: give a number"),
@@ -64,26 +52,18 @@ REFUSED = {
     "beta of 0": ({"beta": 0.0}, "beta=0.0 must be a finite number above 0: about 10 with length_normalization"),
     "endless beta": ({"beta": float("inf")}, "beta=inf must be a finite number above 0"),
     "labels at random": ({"label_smoothing": 0.5}, r"label_smoothing=0.5 is outside \[0, 0.5\)"),
-    "negative smoothing": ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 is outside \[0, 0.5\)"),
     "negative SFT": ({"sft_weight": -1.0}, "sft_weight=-1.0 must be a finite number, at least 0"),
     "unknown link": ({"link": "sigmoid"}, "link='sigmoid' is unknown: choose one of logistic, hinge, square, square_"),
     "unknown scaling": ({"contextual_scaling": "phi"}, "contextual_scaling='phi' is unknown: choose one of none, mal"),
     "unknown source of h": ({"home_advantage_from": "margin"}, "home_advantage_from='margin' is unknown: choose one"),
     "unknown transform": ({"score_transform": "exp"}, "score_transform='exp' is unknown: choose one of identity, log"),
     "scale of 0": ({"dispersion_scale": 0.0}, "dispersion_scale=0.0 is neither a number above 0 nor 'auto'"),
-    "negative scale": (
-        {"dispersion_scale": "-0.29"},
-        "dispersion_scale='-0.29' is neither a number above 0 nor 'auto'",
-    ),
-    "scale in words": ({"dispersion_scale": "mean"}, "dispersion_scale='mean' is neither a number above 0 nor 'auto'"),
+    "negative scale": ({"dispersion_scale": "-0.29"}, "dispersion_scale='-0.29' is neither a number above 0 nor"),
     "no scale": ({"dispersion_scale": None}, "dispersion_scale=None is neither a number above 0 nor 'auto'"),
     "nothing to calibrate on": ({"calibration_pairs": 0}, "calibration_pairs=0 leaves nothing to calibrate on"),
     "gamma given as h": ({"home_advantage": 1.0}, "home_advantage=1 is in nats per token .*set simpo_gamma=1 "),
     "summed h": ({"home_advantage": -40.0}, "must stay below 1 in size: .* set length_normalization=False"),
-    "huge gamma": (
-        {"simpo_gamma": 30.0},
-        "simpo_gamma=30 at beta=10 asks for 3 nats per token and must stay below beta",
-    ),
+    "huge gamma": ({"simpo_gamma": 30.0}, "at beta=10 asks for 3 nats per token and must stay below beta"),
     "h that is no number": ({"home_advantage": float("nan")}, "home_advantage=nan must be a finite number"),
     "h per token of length": (
         {"home_advantage_from": "length"},
@@ -104,18 +84,18 @@ REFUSED = {
     ),
 }
 OF_THE_PARENT = {
-    "loss_type": (["ipo"], r"loss_type=\['ipo'\] is not part of this objective: choose link, length_normalization"),
-    "loss_weights": ([2.0], r"loss_weights=\[2.0\] is not part of this objective: the only second term is the SFT"),
-    "ld_alpha": (0.5, "ld_alpha=0.5 is not part of this objective: length is dealt with by length_normalization"),
-    "f_divergence_type": (
-        "js_divergence",
-        "f_divergence_type='js_divergence' is not part of this .* which is reverse",
-    ),
-    "f_alpha_divergence_coef": (0.3, "f_alpha_divergence_coef=0.3 is not part of this objective"),
-    "use_weighting": (True, "use_weighting=True is not part of this objective: WPO weighs the loss outside"),
-    "discopop_tau": (0.1, "discopop_tau=0.1 is not part of this objective: DiscoPOP blends two links"),
+    "loss_type": (["ipo"], "choose link, length_normalization"),
+    "loss_weights": ([2.0], "the only second term is the SFT"),
+    "ld_alpha": (0.5, "length is dealt with by length_normalization"),
+    "f_divergence_type": ("js_divergence", ".* which is reverse"),
+    "f_alpha_divergence_coef": (0.3, "there is no alpha-divergence here"),
+    "use_weighting": (True, "WPO weighs the loss outside"),
+    "discopop_tau": (0.1, "DiscoPOP blends two links"),
 }
-REFUSED |= {name: ({name: value}, message) for name, (value, message) in OF_THE_PARENT.items()}
+REFUSED |= {
+    name: ({name: value}, rf"{name}=.* is not part of this objective: {remedy}")
+    for name, (value, remedy) in OF_THE_PARENT.items()
+}
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
@@ -130,11 +110,8 @@ def test_every_option_of_another_objective_is_one_of_dpoconfig_and_tested():
     assert set(OPTIONS_OF_DPO) <= set(DPOConfig.__dataclass_fields__)
 
 
-def test_what_the_parent_takes_as_its_default_is_taken(tmp_path):
+def test_defaults_of_the_parent_and_units_that_are_not_per_token_are_taken(tmp_path):
     assert _config(tmp_path, loss_type="sigmoid", f_divergence_type="reverse_kl").loss_type == ["sigmoid"]
-
-
-def test_units_hold_only_where_they_are_per_token(tmp_path):
     sums = {"length_normalization": False, "beta": 0.1}
     assert _config(tmp_path, **sums, home_advantage=40.0).home_advantage == 40.0
     assert _config(tmp_path, **sums, home_advantage_from="length").home_advantage == 0.1
@@ -195,42 +172,23 @@ def test_yaml(tmp_path, text, value):
     assert (config.mixing_alpha, config.home_advantage) == (0.75, 0.3)
 
 
-def test_help_of_the_command_line_renders():
-    text = " ".join(HfArgumentParser(RainbowPOConfig).format_help().split())
-    for name in ("--mixing_alpha", "--home_advantage", "--dispersion_scale", "--sft_weight"):
-        assert name in text
-    own = set(RainbowPOConfig.__annotations__)
-    assert all(RainbowPOConfig.__dataclass_fields__[name].metadata["help"].endswith(".") for name in own)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"dispersion_scale": 0.29}, {"simpo_gamma": 3.0}, {"calibration_pairs": None}]
-)
+@pytest.mark.parametrize("changes", [{}, {"dispersion_scale": 0.29, "simpo_gamma": 3.0, "calibration_pairs": None}])
 def test_json_gives_the_same_configuration_again(tmp_path, changes):
-    config = _config(tmp_path, **changes)
+    config, own = _config(tmp_path, **changes), list(RainbowPOConfig.__annotations__)
     restored = json.loads(config.to_json_string())
-    again = RainbowPOConfig(**{name: restored[name] for name in RainbowPOConfig.__annotations__}, **_home(tmp_path))
-    assert {name: getattr(again, name) for name in RainbowPOConfig.__annotations__} == {
-        name: getattr(config, name) for name in RainbowPOConfig.__annotations__
-    }
-    assert (
-        restored["dispersion_scale"] == config.to_dict()["dispersion_scale"] == changes.get("dispersion_scale", "auto")
-    )
+    again = RainbowPOConfig(**{name: restored[name] for name in own}, **_home(tmp_path))
+    assert [getattr(again, name) for name in own] == [getattr(config, name) for name in own]
+    assert restored["dispersion_scale"] == changes.get("dispersion_scale", "auto")
 
 
 def test_presets_give_way_to_overrides(tmp_path):
     config = RainbowPOConfig.from_preset("SimPO", **_home(tmp_path), beta=2.5, learning_rate=3e-7, max_length=99)
     assert (config.beta, config.learning_rate, config.max_length, config.home_advantage) == (2.5, 3e-7, 99, 0.3)
     assert (config.mixing_alpha, config.contextual_scaling, config.needs_reference) == (0.0, "none", False)
-    assert RainbowPOConfig.from_preset("simpo", **_home(tmp_path), simpo_gamma=1.0).home_advantage == pytest.approx(
-        0.1
-    )
+    of_gamma = RainbowPOConfig.from_preset("simpo", **_home(tmp_path), simpo_gamma=1.0)
+    assert of_gamma.home_advantage == pytest.approx(0.1)
     with pytest.raises(ValueError, match="are both set and differ"):
         RainbowPOConfig.from_preset("simpo", **_home(tmp_path), simpo_gamma=1.0, home_advantage=0.5)
-    assert (
-        RainbowPOConfig.from_preset("ln-dpo", **_home(tmp_path), home_advantage=0.2).components().home_advantage
-        == "0.2"
-    )
 
 
 def test_a_subclass_has_the_presets_too(tmp_path):

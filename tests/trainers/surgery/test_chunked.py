@@ -35,12 +35,12 @@ from hf_moe_cpt.trainers.surgery.chunked import (
     chunked_kl_sum,
     forward_kl,
     head_of,
-    next_token_kl,
     plain_kl,
     reverse_kl,
     run_model,
     token_logp,
 )
+from hf_moe_cpt.trainers.surgery.losses import next_token_kl
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tolerances import assert_matches, relative_rms_error
 

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from hf_moe_cpt.trainers.surgery import reference as reference_module
-from hf_moe_cpt.trainers.surgery.chunked import head_of, next_token_kl, run_model
+from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model
 from hf_moe_cpt.trainers.surgery.data import collate_rows, row_of
-from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES
+from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES, next_token_kl
 from hf_moe_cpt.trainers.surgery.reference import adapter_off, build_reference, compared_rows, weights_fingerprint
 from tests.helpers.fresh_process import TWO_RANKS, launch
 from tests.helpers.tiny_models import SIZES, VOCABULARY, tiny_model, tokenized

@@ -99,19 +99,16 @@ def test_a_hub_that_fails_stops_no_training_and_is_reported(hub, elsewhere, tmp_
     assert "modeling_cpt_moe.py" in hub.files("someone/live")  # the push at the end brought all
 
 
-def test_the_token_is_in_no_file_and_no_output(hub, elsewhere, tmp_path):
-    done = _train(elsewhere, tmp_path / "run", "final", token=None, hub_token=WRITER)
+def test_a_private_branch_without_the_token_in_any_file_or_output(hub, elsewhere, tmp_path):
+    place = {"hub_private_repo": True, "hub_revision": "trial"}
+    done = _train(elsewhere, tmp_path / "run", "final", token=None, hub_token=WRITER, **place)
     assert WRITER in hub.tokens_seen
-    published = [content for commit in hub.commits("someone/live") for content in commit.files.values()]
-    local = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert "training_args.bin" in hub.files("someone/live")
-    for content in [*published, *local, done.stdout.encode(), done.stderr.encode()]:
-        assert WRITER.encode() not in content
-
-
-def test_a_branch_and_a_private_repository(hub, elsewhere, tmp_path):
-    _train(elsewhere, tmp_path / "run", "final", hub_private_repo=True, hub_revision="trial")
     repository = hub.store.find("model", "someone/live")
     assert repository.private and set(repository.at("main").files) == {".gitattributes"}
-    assert {"model.safetensors", "modeling_cpt_moe.py", "README.md"} <= set(repository.at("trial").files)
+    wanted = {"model.safetensors", "modeling_cpt_moe.py", "README.md", "training_args.bin"}
+    assert wanted <= set(repository.at("trial").files)
     elsewhere(LOAD, "someone/live", "trial")
+    published = [content for commit in repository.commits.values() for content in commit.files.values()]
+    local = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for content in [*published, *local, done.stdout.encode(), done.stderr.encode()]:
+        assert WRITER.encode() not in content
