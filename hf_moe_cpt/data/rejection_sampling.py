@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from hf_moe_cpt.data.random import derive_seed
 
@@ -43,9 +44,7 @@ def percentile_rewards(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
     values = _checked(rewards)
     if len(values) == 1:
         return np.array([0.5])
-    ordered = np.sort(values)
-    mean_rank = (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2
-    return mean_rank / (len(values) - 1)
+    return (rankdata(values) - 1) / (len(values) - 1)
 
 
 def acceptance_probabilities(rewards: Sequence[float] | np.ndarray, tau: float) -> np.ndarray:
