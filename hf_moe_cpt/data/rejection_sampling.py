@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from hf_moe_cpt.data.random import derive_seed
 
@@ -44,7 +43,8 @@ def percentile_rewards(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
     values = _checked(rewards)
     if len(values) == 1:
         return np.array([0.5])
-    return (rankdata(values) - 1) / (len(values) - 1)
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place] / (len(values) - 1)
 
 
 def acceptance_probabilities(rewards: Sequence[float] | np.ndarray, tau: float) -> np.ndarray:
