@@ -225,7 +225,7 @@ def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, capsys):
-    options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "2", "--seconds", "0", "--dtype", "float32"]
+    options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "1", "--seconds", "0", "--dtype", "float32"]
     bench.main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
     with (tmp_path / "tiles.csv").open() as file:
         rows = list(csv.DictReader(file))
