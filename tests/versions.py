@@ -36,7 +36,6 @@ SUITE = (
     "tests/scripts/test_surgery.py::test_a_model_is_operated_on_measured_and_saved",
     "tests/scripts/test_surgery.py::test_an_adapter_is_trained",
     "tests/scripts/test_rejection_sample.py::test_the_data_set_holds_the_pairs_that_the_rule_selects",
-    "tests/scripts/test_rejection_sample.py::test_our_own_mixtures_of_experts_are_policies_too",
 )
 ABOUT_THE_CHECKOUT = ("tests/front/test_packaging.py",)
 

@@ -43,9 +43,8 @@ def percentile_rewards(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
     values = _checked(rewards)
     if len(values) == 1:
         return np.array([0.5])
-    ordered = np.sort(values)
-    mean_rank = (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2
-    return mean_rank / (len(values) - 1)
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place] / (len(values) - 1)
 
 
 def acceptance_probabilities(rewards: Sequence[float] | np.ndarray, tau: float) -> np.ndarray:

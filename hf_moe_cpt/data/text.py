@@ -88,7 +88,7 @@ def _load_saved(folder: Path, split: str, streaming: bool) -> AnyDataset:
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise ValueError(f"cannot read the saved dataset {folder}: {_first_line(error)}") from error
+        raise ValueError(f"cannot read the saved dataset {folder}: {first_line_of(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise ValueError(
@@ -157,7 +157,7 @@ def _load_files(kind: str, paths: list[Path], text_column: str, streaming: bool)
         for path in paths:
             find_damage(path, kind)
         where = paths[0] if len(paths) == 1 else f"{len(paths)} files from {paths[0]} to {paths[-1]}"
-        raise ValueError(f"datasets cannot read {where} as {kind}: {_first_line(error)}") from error
+        raise ValueError(f"datasets cannot read {where} as {kind}: {first_line_of(error)}") from error
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bo
     except Exception as error:
         raise ValueError(
             f"{name!r} does not exist here and could not be loaded from the Hub "
-            f"(configuration {config_name!r}, split {split!r}): {_first_line(error)}"
+            f"(configuration {config_name!r}, split {split!r}): {first_line_of(error)}"
         ) from error
 
 
@@ -217,7 +217,7 @@ def _listed(names: list[Source]) -> str:
     return str(names[0]) if len(names) == 1 else f"the list from {names[0]} to {names[-1]}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line_of(error: BaseException) -> str:
     """An error in one line; what `datasets` hides behind "An error occurred while generating" is its cause."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__

@@ -2,7 +2,7 @@
 
 Read and written shard by shard; what one side cannot express is refused before anything is written. The skeleton of a
 decoder (embeddings, attention, norms, head, sizes, rotary positions) is what upcycling leaves alone as well. Names are
-those of files (one matrix per expert), which other tools read too; a test compares them with transformers' mapping.
+those of files (one matrix per expert), which other tools read too; a test compares them with what transformers writes.
 
 E experts, K per token, S shared ones, L layers, H hidden size, m width of an expert. Source: transformers'
 configurations, modelling code and conversion mappings; docs/convert.md lists what fits.
@@ -46,6 +46,7 @@ SHARED_FIELDS = (
     "pad_token_id bos_token_id eos_token_id dtype"
 ).split()
 DEAD_SHARED_WIDTH = 64  # at most; Qwen2-MoE always has a shared expert, and zeros of this width stand for none
+_SHARED_OUTPUT = ".shared_expert.down_proj.weight"  # zero in all layers: the shared experts add nothing
 BIASES = ("attention_bias", "qkv_bias")  # of all four projections; of queries, keys and values
 ATTENTION_FIELDS = (*BIASES, "qk_norm", "sliding_window")
 _WHAT_IS_NORMALISED = {
@@ -358,8 +359,9 @@ def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTens
     config = config_from(theirs)
     used: list[str] = []
     if theirs.model_type == "qwen2_moe":
-        used = _neutral_shared_gates(reader)
-        if _is_dead_shared_expert(reader):
+        is_dead = not any(reader.tensor(name).any() for name in reader.shapes if name.endswith(_SHARED_OUTPUT))
+        used = _shared_gates(reader, must_be_zero=not is_dead)
+        if is_dead:
             config.num_shared_experts = 0
             used += [name for name in reader.shapes if ".shared_expert." in name]
         elif theirs.shared_expert_intermediate_size % config.moe_intermediate_size:
@@ -466,21 +468,13 @@ def _qwen2_shared_expert(
     return plan
 
 
-def _neutral_shared_gates(reader: CheckpointReader) -> list[str]:
-    """Names of the gates on Qwen2-MoE's shared experts; raises ValueError if one does anything and is not dead."""
+def _shared_gates(reader: CheckpointReader, must_be_zero: bool) -> list[str]:
+    """Names of the gates on Qwen2-MoE's shared experts; raises ValueError if one is not zero and must be."""
     names = [name for name in reader.shapes if name.endswith("shared_expert_gate.weight")]
-    if _is_dead_shared_expert(reader):
-        return names
     for name in names:
-        if reader.tensor(name).any():
+        if must_be_zero and reader.tensor(name).any():
             raise ValueError(
                 f"{reader.name}: {name} weighs the shared expert by the token, and cpt_moe adds it with weight 1: "
                 "only models whose gate is 0 can be converted."
             )
     return names
-
-
-def _is_dead_shared_expert(reader: CheckpointReader) -> bool:
-    """Whether the shared experts of all layers add nothing."""
-    names = [name for name in reader.shapes if name.endswith(".shared_expert.down_proj.weight")]
-    return not any(reader.tensor(name).any() for name in names)

@@ -29,23 +29,9 @@ WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # What a Trainer leaves in a folder and nobody needs to load the model; pickled files may hold a token.
 NOT_PUBLISHED = (
-    ".*",
-    "_*",
-    "checkpoint-*",
-    "global_step*",
-    "last-checkpoint",
-    "logs",
-    "optimizer*.pt",
-    "pytorch_model*.bin",
-    "reference",
-    "rng_state*.pth",
-    "runs",
-    "scaler.pt",
-    "scheduler.pt",
-    "training_args.bin",
-    "*.partial",
-    "*.pyc",
-)
+    ".* _* checkpoint-* global_step* last-checkpoint logs optimizer*.pt pytorch_model*.bin reference rng_state*.pth "
+    "runs scaler.pt scheduler.pt training_args.bin *.partial *.pyc"
+).split()
 _METHOD_OF_FILE = {"cpt_state.json": "cpt", "rainbowpo.json": "rainbowpo", "surgery.json": "surgery"}
 # Of the training log: how many tokens went through the model, by the trainer's name for it.
 _TOKEN_COUNTS = ("tokens_seen", "num_tokens", "num_input_tokens_seen")

@@ -41,6 +41,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from hf_moe_cpt.routing.hooks import active_parameters
+
 
 @dataclass(frozen=True)
 class KeptBytes:
@@ -459,9 +461,6 @@ def measure_size(config: PreTrainedConfig, name: str) -> ModelSize:
     chosen = getattr(text, "num_experts_per_tok", None) or 0
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     in_embedding, in_head = _num_parameters(embedding), _num_parameters(head)
-    is_tied = embedding.weight is head.weight
-    unlooked = model.num_parameters() - in_embedding + (in_head if is_tied else 0)
-    idle = sum(_num_parameters(part) * (1 - chosen / count) for part, count in experts_of.items()) if chosen else 0
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
         name=name,
@@ -470,13 +469,13 @@ def measure_size(config: PreTrainedConfig, name: str) -> ModelSize:
         head=in_head,
         layers=tuple(_num_parameters(layer) for layer in layers),
         experts=sum(map(_num_parameters, experts)),
-        active=round(unlooked - idle),
+        active=active_parameters(model),
         num_experts=max(experts_of.values(), default=0),
         experts_per_token=chosen,
         vocab_size=head.weight.shape[0],
         hidden_size=text.hidden_size,
         attention_width=text.num_attention_heads * head_dim,
-        is_tied=is_tied,
+        is_tied=embedding.weight is head.weight,
     )
 
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_moe_cpt.data.text import load_text_dataset
+from hf_moe_cpt.data.text import first_line_of, load_text_dataset
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, release_memory
 from hf_moe_cpt.routing.compare import ALL, Shape, analyse_traces, check_alike, shape_of
 from hf_moe_cpt.routing.hooks import layers_to_watch
@@ -260,7 +260,7 @@ class Tracing:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.models.trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{name} has no tokenizer that loads ({_first_line(error)}): give --tokenizer_name_or_path."
+                f"{name} has no tokenizer that loads ({first_line_of(error)}): give --tokenizer_name_or_path."
             ) from error
 
     def _config(self, checkpoint: Checkpoint) -> PretrainedConfig:
@@ -269,7 +269,7 @@ class Tracing:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{checkpoint.path!r} is neither a finished trace nor a model, here or on the Hub "
-                f"({_first_line(error)}): check the spelling."
+                f"({first_line_of(error)}): check the spelling."
             ) from error
 
     def _check_tokenizer_of_traces(self) -> None:
@@ -346,10 +346,6 @@ def named_texts(words: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"--data {word!r}: the name {ALL!r} stands for all kinds together; choose another.")
         found.setdefault(match[1], []).append(match[2])
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 STATE_FILE = "trainer_state.json"

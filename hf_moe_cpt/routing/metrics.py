@@ -125,36 +125,21 @@ def load_entropy(load: Tensor) -> Tensor:
     return torch.special.entr(share).sum(dim=-1) / math.log(load.shape[-1])
 
 
-def recovery_step(
-    mri: Sequence[float],
-    shift_step: int,
-    level: float | Sequence[float],
-    patience: int | None = None,
-) -> int | None:
+def recovery_step(mri: Sequence[float], shift_step: int, level: float | Sequence[float]) -> int | None:
     """Steps after the shift until the MRI is back at or below `level` and stays there; None if it never is.
 
     mri: one value per step, of the whole run. shift_step: index of the first step on the new distribution; 0 is
     returned if the level was never exceeded from it on. level: a number, or one value per step, such as the MRI of a
-    Sinkhorn-balanced run (the paper's yardstick). patience: None asks that it stays there to the end of the run, n
-    only that it does so for n points in a row. NaN counts as above the level.
+    Sinkhorn-balanced run (the paper's yardstick). NaN counts as above the level.
     """
     if not 0 <= shift_step < len(mri):
         raise ValueError(f"shift_step={shift_step} is outside the {len(mri)} points of mri: pass a point's index.")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience={patience} must be >= 1, or None for the rest of the run.")
     levels = [level] * len(mri) if isinstance(level, int | float) else list(level)
     if len(levels) != len(mri):
         raise ValueError(f"level has {len(levels)} points and mri {len(mri)}: give one level per point or one in all.")
     quiet = [value <= limit for value, limit in zip(mri[shift_step:], levels[shift_step:], strict=True)]
-    if patience is None:
-        last_loud = max((i for i, is_quiet in enumerate(quiet) if not is_quiet), default=-1)
-        return last_loud + 1 if last_loud + 1 < len(quiet) else None
-    run = 0
-    for i, is_quiet in enumerate(quiet):
-        run = run + 1 if is_quiet else 0
-        if run == patience:
-            return i - patience + 1
-    return None
+    last_loud = max((i for i, is_quiet in enumerate(quiet) if not is_quiet), default=-1)
+    return last_loud + 1 if last_loud + 1 < len(quiet) else None
 
 
 @dataclass(frozen=True)
@@ -164,7 +149,7 @@ class ImbalanceShift:
     before: float  # mean over the last points before the shift
     peak: float  # highest smoothed value after it
     after: float  # mean over the last points of the run
-    recovery_step: int | None  # steps after the shift until it stays at or below before * (1 + tolerance)
+    recovery_step: int | None  # points after the shift until it stays at or below before * (1 + tolerance)
 
 
 def imbalance_around_shift(
@@ -173,26 +158,23 @@ def imbalance_around_shift(
     tolerance: float = 0.05,
     smooth: int = 5,
     baseline: int = 20,
-    steps_per_point: int = 1,
 ) -> ImbalanceShift:
     """Summarise MRI (or MRI x E/K) logged before and after a shift.
 
     smooth: points of the trailing mean taken after the shift (it starts anew there, so the first point is the raw
     one and the spike is not diluted by what came before). baseline: points averaged for `before` and `after`.
-    steps_per_point: optimizer steps between two points; `recovery_step` is in optimizer steps.
     """
     for name, curve in (("mri_before", mri_before), ("mri_after", mri_after)):
         if len(curve) == 0:
             raise ValueError(f"{name} has no points: log the imbalance on both sides of the shift.")
-    for name, value in (("smooth", smooth), ("baseline", baseline), ("steps_per_point", steps_per_point)):
+    for name, value in (("smooth", smooth), ("baseline", baseline)):
         if value < 1:
-            raise ValueError(f"{name}={value} must be >= 1: it counts points or steps.")
+            raise ValueError(f"{name}={value} must be >= 1: it counts points.")
     before = statistics.fmean(mri_before[-baseline:])
     curve = [statistics.fmean(mri_after[max(0, i + 1 - smooth) : i + 1]) for i in range(len(mri_after))]
-    points = recovery_step(curve, 0, before * (1 + tolerance))
     peak = max((value for value in curve if not math.isnan(value)), default=math.nan)
-    steps = None if points is None else points * steps_per_point
-    return ImbalanceShift(before, peak, statistics.fmean(mri_after[-baseline:]), steps)
+    recovered = recovery_step(curve, 0, before * (1 + tolerance))
+    return ImbalanceShift(before, peak, statistics.fmean(mri_after[-baseline:]), recovered)
 
 
 def load_cv(load: Tensor) -> Tensor:
@@ -205,16 +187,9 @@ def load_cv(load: Tensor) -> Tensor:
     return values.std(dim=-1, correction=0) / values.mean(dim=-1)
 
 
-def dead_experts(load: Tensor, share_of_mean: float = 0.0) -> Tensor:
-    """Number of experts with at most `share_of_mean` of the mean load: (..., E) -> (...) int64 in [0, E].
-
-    share_of_mean: in [0, 1); 0 counts experts that no token chose. How many are found depends on how much text was
-    read: a rare expert may look dead in a short one.
-    """
-    if not 0 <= share_of_mean < 1:
-        raise ValueError(f"share_of_mean={share_of_mean} must lie in [0, 1): 0 counts experts without any token.")
-    values = load.double()
-    return (values <= share_of_mean * values.mean(dim=-1, keepdim=True)).sum(dim=-1)
+def dead_experts(load: Tensor) -> Tensor:
+    """Number of experts that no token chose: (..., E) -> (...) int64 in [0, E]; more of them in a short text."""
+    return (load <= 0).sum(dim=-1)
 
 
 # Rows of probabilities add up to 1 within this in any type down to bfloat16.

@@ -10,9 +10,9 @@
     *.svg                  a chart for each question that one curve by layer or by step answers
 
 The page stays small enough for a browser and a mail: with 64 layers of 256 experts the whole co-activation of one
-checkpoint alone is four million numbers. page/*.js draw it: drawing.js curves, bars, heat maps, tables and hover
-values; curves.js the state and what is shown by layer or step; maps.js single experts; switches.js the switches, whose
-state stands in the address behind the # sign, so that a view can be sent to somebody else.
+checkpoint alone is four million numbers. page/sections.html is its text, page/*.js draw it: drawing.js curves, bars,
+heat maps, tables and hover values; curves.js the state and what is shown by layer or step; maps.js single experts;
+switches.js the switches, whose state stands in the address behind the # sign, so that a view can be sent on.
 
 Letters: L MoE layers, E experts, K experts per token. Source: ours; the questions are those of arXiv 2503.05029.
 """
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_cpt.reports.charts import NUM_COLORS, Mark, Series, line_chart
+from hf_moe_cpt.reports.charts import NUM_COLORS, Mark, Series, line_chart, thin
 from hf_moe_cpt.reports.tables import html_page, text_table, write_whole
 
 
@@ -142,13 +142,7 @@ def _thinned(run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     mean = run["mean"]
     if len(mean) <= MAX_STEPS:
         return dict(run)
-    num_runs = MAX_STEPS // 4
-    edges = [i * len(mean) // num_runs for i in range(num_runs + 1)]
-    kept: set[int] = set()
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        inside = range(begin, end)
-        kept |= {begin, end - 1, min(inside, key=mean.__getitem__), max(inside, key=mean.__getitem__)}
-    order = sorted(kept)
+    order = [int(place) for place in thin(range(len(mean)), mean, MAX_STEPS)[0]]
     notes.append(
         f"Of the {len(mean):,} points of {run['name']} the page shows {len(order)}, lowest and highest means among "
         "them; training.csv holds all."
@@ -161,137 +155,18 @@ def _thinned(run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     }
 
 
-_SWITCHES = """
-<div class="switches"><span id="checkpoints"></span>
-<label>Text <select id="set-domain"></select></label>
-<label>Layer <input type="range" id="set-layer" min="0" value="0"> <span class="layer-name"></span></label></div>
-"""
-
-_MEASURES = {
-    "mri_normalized": "MRI × E/K",
-    "mri": "MRI",
-    "load_entropy": "entropy of the load",
-    "load_cv": "variation of the load",
-    "dead_experts": "dead experts",
-    "router_entropy": "entropy of the router",
-    "router_confidence": "confidence of the router",
-}
-
-
-def _select(name: str, label: str, options: Mapping[str, str]) -> str:
-    items = "".join(f'<option value="{escape(key)}">{escape(text)}</option>' for key, text in options.items())
-    return f'<p class="inline"><label>{label} <select id="set-{name}">{items}</select></label></p>'
-
-
-# Heading, how to read it, switch of its own, ids of what is drawn.
-_SECTIONS: Sequence[tuple[str, str, str, Sequence[str]]] = (
-    (
-        "What changed, in one look?",
-        "One line for each checkpoint, means over the layers, on the text chosen above. MRI × E/K is how many times "
-        "the mean load the busiest expert carries: 1 is perfect balance. 100 % in the column of same experts means "
-        "that every token still visits the experts that it visited in the first checkpoint. Tokens and the last three "
-        "columns are those of all text.",
-        "",
-        ("summary",),
-    ),
-    (
-        "How evenly are the experts used, layer by layer?",
-        "If each expert has its own device, a layer waits for its busiest expert, so the highest layers cost most "
-        "time. The broken line is the ideal: a curve on it wastes nothing. Choose the text above: one that a model "
-        "was not trained on usually lies higher.",
-        _select("measure", "Measure", _MEASURES),
-        ("balance",),
-    ),
-    (
-        "Did the router recover when the data changed?",
-        "The upright line marks the first step on the new data. A healthy router shows a short spike there and comes "
-        "back to its level from before; how many steps that takes is marked too. One that stays above it keeps "
-        "paying for the change.",
-        _select("step", "Layer", {"mean": "mean over layers"}),
-        ("training",),
-    ),
-    (
-        "Do tokens still visit the same experts?",
-        "Of the experts that a token visited in the first checkpoint, how many does it visit still (saturation)? "
-        "At 100 % the router sends tokens where it always did; near chance, a layer has been reorganised. Layers that "
-        "fell furthest are where a model changed most.",
-        "",
-        ("saturation",),
-    ),
-    (
-        "Do token ids keep to their experts?",
-        "For every token id there is one expert that it visited most often in the first checkpoint. Curves tell "
-        "how often it goes there (vocabulary specialisation). High values mean that a layer routes by the word, "
-        "low ones that it routes by context; a fall means that words were moved to other experts.",
-        _select(
-            "side", "Token", {"input": "input: the token that is read", "output": "output: the token that follows"}
-        ),
-        ("vocabulary",),
-    ),
-    (
-        "Which experts work together, and did that change?",
-        "A cell tells how many of the tokens of expert i visit expert j too. Blue pairs work together more often than "
-        "chance would have it, orange ones avoid each other. The second row shows what changed, the curves how much "
-        "in each layer. Layer is chosen above; the diagonal is left grey.",
-        "",
-        ("coactivation",),
-    ),
-    (
-        "Which experts does each text use?",
-        "A row is a kind of text, a cell the share of its tokens that visit an expert of the chosen layer. White is "
-        "the share in perfect balance. An expert that is blue in one row and orange in the others has specialised on "
-        "that text.",
-        "",
-        ("domains",),
-    ),
-    (
-        "How much does each expert carry?",
-        "Bars: the chosen layer. The broken line is the share of every expert in perfect balance; an expert without "
-        "a bar is dead for this text. Below: every layer at once.",
-        _select("order", "Order", {"number": "by number", "busiest": "busiest first"}),
-        ("load", "load-map"),
-    ),
-    (
-        "What does each expert like to read?",
-        "The token ids of which the largest share goes to an expert of the chosen layer. ␣ is a space, ⏎ a new line. "
-        "An expert whose tokens have nothing in common routes by something other than the word.",
-        '<p class="inline"><label>Token <input id="set-token" type="search" placeholder="find a token"></label></p>',
-        ("tokens",),
-    ),
-    (
-        "What would uneven experts cost in a cluster?",
-        "An estimate, not a measurement: experts are spread over ranks and every rank waits for the busiest one. The "
-        "slowdown is the load of that rank over the mean, for experts in order of their number and for a placement "
-        "that spreads busy ones (longest processing time first). Communication is not in it.",
-        "",
-        ("parallel",),
-    ),
-)
-
-_TERMS = {
-    "MoE layer, expert, K, E": "A layer with E small networks (experts), of which a router lets every token visit K.",
-    "MRI": "Maximum routing imbalance: share of the tokens that visit the busiest expert, from K/E (balance) to 1. "
-    "Times E/K it can be compared between models.",
-    "Load": "Share of all visits in a layer that an expert gets; they add up to 1.",
-    "Saturation": "Share of a token's K experts that an earlier checkpoint chose too, mean over tokens.",
-    "Vocabulary specialisation": "Share of the visits of a token id to the expert it visited most often in the first "
-    "checkpoint, averaged over {average}.",
-    "Co-activation": "P(j | i): share of the tokens of expert i that also visit expert j.",
-    "Dead expert": "One that no token of the text visits.",
-}
-
-
 def routing_page(analysis: Mapping[str, Any], title: str) -> str:
     """The page as text. analysis: the dictionary of `analyse_traces`."""
     data = page_data(analysis)
     embedded = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
-    sections = "".join(_section(*section) for section in _SECTIONS)
-    style, *scripts = ((_PAGE / name).read_text(encoding="utf-8") for name in ("page.css", *PAGE_SCRIPTS))
+    style, sections, *scripts = (
+        (_PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "sections.html", *PAGE_SCRIPTS)
+    )
     script = "\n".join(['"use strict";', f"const PALETTE = {NUM_COLORS};", *scripts])
     lead = f"<p class='lead'>{escape(_lead(analysis))}</p>"
     return html_page(
         title,
-        f"{lead}{_SWITCHES}{sections}{_footnotes(analysis, data['notes'])}",
+        f"{lead}\n{sections.format(average=_average(analysis))}{_left_out(analysis, data['notes'])}",
         f'\n<script type="application/json" id="routing-data">{embedded}</script>\n<script>{script}</script>',
         style=f"\n{style}",
     )
@@ -314,22 +189,17 @@ def _lead(analysis: Mapping[str, Any]) -> str:
     )
 
 
-def _section(heading: str, how: str, switch: str, targets: Sequence[str]) -> str:
-    drawings = "".join(f'<div class="drawing" id="{target}"></div>' for target in targets)
-    return f'<section><h2>{escape(heading)}</h2><p class="how">{escape(how)}</p>{switch}{drawings}</section>\n'
-
-
-def _footnotes(analysis: Mapping[str, Any], notes: Sequence[str]) -> str:
+def _average(analysis: Mapping[str, Any]) -> str:
+    """What vocabulary specialisation is averaged over, in words."""
     averages = {part["average"] for part in (analysis.get("vocabulary_specialization") or {}).values()}
     words = {"occurrences": "occurrences of tokens", "ids": "token ids"}
-    average = " and ".join(sorted(words.get(name, name) for name in averages)) or "token ids"
-    terms = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v.format(average=average))}</dd>" for k, v in _TERMS.items())
+    return " and ".join(sorted(words.get(name, name) for name in averages)) or "token ids"
+
+
+def _left_out(analysis: Mapping[str, Any], notes: Sequence[str]) -> str:
     left_out = [*notes, *(f"{part}: {why}" for part, why in (analysis.get("skipped") or {}).items())]
     items = "".join(f"<li>{escape(note)}</li>" for note in left_out) or "<li>Nothing.</li>"
-    return (
-        f'<section><h2>What do the words mean?</h2><dl class="terms">{terms}</dl></section>'
-        f'<section><h2>What is not on this page?</h2><ul id="left-out">{items}</ul></section>'
-    )
+    return f'<section><h2>What is not on this page?</h2><ul id="left-out">{items}</ul></section>'
 
 
 CHARTS = (

@@ -31,14 +31,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import HfArg
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import hf_moe_cpt
@@ -210,14 +209,6 @@ class Calls:
     results: Callable[[], dict[str, Tensor]] | None
 
 
-class Layer(Protocol):
-    """What a builder makes."""
-
-    def calls(self, case: Case) -> Calls:
-        """The layer on the inputs of a case, which may have fewer tokens than the one it was built for."""
-        ...
-
-
 def _as_it_is(*values: Any) -> Any:
     return values if len(values) > 1 else values[0]
 
@@ -237,7 +228,7 @@ class ExpertLayer:
     layout: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _as_it_is
 
     def calls(self, case: Case) -> Calls:
-        """Bind to inputs; the forward call is that of training, which keeps what a backward needs."""
+        """Bind to inputs, of fewer tokens or as many as it was built for; forward keeps what a backward needs."""
         tokens, gates = (tensor.detach().clone().requires_grad_() for tensor in (case.tokens, case.gates))
         routing = self.routing(case.index)
 
@@ -266,7 +257,7 @@ class DenseProducts:
     def calls(self, case: Case) -> Calls:
         """Two products forward; for training four more, the gradients of both inputs and both weights."""
         n, H, I = case.shape.rows, case.shape.H, case.shape.I  # noqa: E741
-        x, h, z, dy = (_random_like(case.tokens, n, width) for width in (H, I, 2 * I, H))
+        x, h, z, dy = (torch.randn(n, width, dtype=case.dtype, device=case.device) for width in (H, I, 2 * I, H))
 
         def forward() -> None:
             x @ self.up.T
@@ -282,10 +273,6 @@ class DenseProducts:
         return Calls(forward, training, None)
 
 
-def _random_like(tensor: Tensor, *size: int) -> Tensor:
-    return torch.randn(size, dtype=tensor.dtype, device=tensor.device)
-
-
 def build_dense(case: Case) -> DenseProducts:
     """Random weights of one expert."""
     return DenseProducts(case.gate_up[0].clone(), case.down[0].clone())
@@ -295,11 +282,10 @@ def through_transformers(name: str) -> Callable[[Case], ExpertLayer]:
     """The builder of a registered experts implementation, run on the experts module of Qwen3-MoE."""
 
     def build(case: Case) -> ExpertLayer:
-        if name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
-            raise Unavailable(f"{name!r} is not registered with transformers' experts interface")
+        tools.check_registered(name)
         module = _experts_module(case, name)
         if name in OURS:
-            _refuse_fallback(module, case)
+            tools.refuse_fallback([module], case.device, case.dtype)
         return ExpertLayer(module, (module.gate_up_proj, module.down_proj))
 
     return build
@@ -318,14 +304,6 @@ def _experts_module(case: Case, implementation: str) -> torch.nn.Module:
     module.gate_up_proj = torch.nn.Parameter(case.gate_up)
     module.down_proj = torch.nn.Parameter(case.down)
     return module
-
-
-def _refuse_fallback(module: torch.nn.Module, case: Case) -> None:
-    """Ours runs what it cannot do through grouped_mm, whose time must not stand under our name."""
-    implementation = importlib.import_module("hf_moe_cpt.kernels.experts_interface")
-    reason = implementation.why_unsupported(module, case.device, case.dtype)
-    if reason is not None:
-        raise Unavailable(f"it would fall back to grouped_mm: {reason}")
 
 
 def build_liger(case: Case) -> ExpertLayer:
@@ -444,7 +422,7 @@ def _import(module: str) -> ModuleType:
 class Peer:
     """Something to compare: how to build it, and the installed package whose version tells which one it is."""
 
-    build: Callable[[Case], Layer]
+    build: Callable[[Case], ExpertLayer | DenseProducts]
     package: str
 
     @property
@@ -571,16 +549,11 @@ def prepare(
     if calls.results is not None:
         measurement.extra_peak_mib = tools.extra_peak_mebibytes(calls.training, stopwatch.device)
         if exact is not None:
-            _leave_nan_in_free_memory(stopwatch.device)
+            if stopwatch.on_gpu:  # what a peer then allocates and forgets to write shows up in its results
+                torch.full((tools.GIBIBYTE // 4,), float("nan"), device=stopwatch.device)
             results = layer.calls(case.first_tokens(check_tokens)).results()
             measurement.errors = {name: relative_error(results[name], exact[name]) for name in exact}
     return calls
-
-
-def _leave_nan_in_free_memory(device: torch.device) -> None:
-    """What a peer then allocates and forgets to write shows up in its results."""
-    if device.type == "cuda":
-        torch.full((tools.GIBIBYTE // 4,), float("nan"), device=device)
 
 
 def status_of(measurement: Measurement, dtype: torch.dtype) -> str:

@@ -5,17 +5,20 @@ Method: docs/benchmarks/README.md. Source: ours.
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hf_moe_cpt.attempts import Unavailable
 from hf_moe_cpt.machine import synchronize
 
 
@@ -85,6 +88,20 @@ def extra_peak_mebibytes(run: Callable[[], Any], device: torch.device) -> float 
     run()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / MEBIBYTE
+
+
+def check_registered(experts: str) -> None:
+    """Raise Unavailable for an experts implementation that transformers does not know."""
+    if experts != "eager" and experts not in ALL_EXPERTS_FUNCTIONS:
+        raise Unavailable(f"{experts!r} is not registered with transformers' experts interface")
+
+
+def refuse_fallback(modules: Iterable[torch.nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Raise Unavailable where ours would run through grouped_mm, whose time must not stand under our name."""
+    implementation = importlib.import_module("hf_moe_cpt.kernels.experts_interface")
+    for module in modules:
+        if (reason := implementation.why_unsupported(module, device, dtype)) is not None:
+            raise Unavailable(f"our experts would fall back to grouped_mm: {reason}")
 
 
 def middle(values: Sequence[float]) -> float | None:

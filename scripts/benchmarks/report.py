@@ -40,39 +40,31 @@ def experts_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _experts_row(row: dict[str, str], ours: float | None) -> dict[str, str]:
-    if row["status"] == "failed":
-        return dict.fromkeys(_EXPERTS_COLUMNS, "") | {
-            "shape": row["shape"],
-            "peer": row["peer"],
-            "error": row["reason"],
-        }
-    training = float(row["training_ms"])
+    if row["status"] == "failed":  # what was measured before it failed is not shown
+        row = dict.fromkeys(row, "") | {name: row[name] for name in ("shape", "peer", "reason")}
     errors = [float(row[name]) for name in row if name.startswith("error_") and row[name]]
-    values = (
-        row["shape"],
-        row["peer"],
-        f"{float(row['forward_ms']):.2f}",
-        f"{training:.2f} ({float(row['training_ms_min']):.2f} to {float(row['training_ms_max']):.2f})",
-        f"{float(row['training_tflops']):.0f}",
-        f"{training / ours:.2f}" if ours else "",
-        f"{float(row['extra_peak_mib']):.0f}" if row["extra_peak_mib"] else "",
-        f"{float(row['first_call_seconds']):.1f}",
-        f"{max(errors):.1e}" if errors else "",
-    )
-    return dict(zip(_EXPERTS_COLUMNS, values, strict=True))
+    return {
+        "shape": row["shape"],
+        "peer": row["peer"],
+        "forward ms": _fixed(row["forward_ms"], 2),
+        "forward + backward ms (range)": _ranged(row, "training_ms", "training_ms_min", "training_ms_max", digits=2),
+        "TFLOP/s": _fixed(row["training_tflops"], 0),
+        "x ours": f"{float(row['training_ms']) / ours:.2f}" if ours and row["training_ms"] else "",
+        "extra MiB": _fixed(row["extra_peak_mib"], 0),
+        "first call s": _fixed(row["first_call_seconds"], 1),
+        "error": row["reason"] or (f"{max(errors):.1e}" if errors else ""),
+    }
 
 
-_EXPERTS_COLUMNS = (
-    "shape",
-    "peer",
-    "forward ms",
-    "forward + backward ms (range)",
-    "TFLOP/s",
-    "x ours",
-    "extra MiB",
-    "first call s",
-    "error",
-)
+def _fixed(value: str, digits: int) -> str:
+    """A number of a file with so many digits after the point; nothing where there is none."""
+    return f"{float(value):.{digits}f}" if value else ""
+
+
+def _ranged(row: dict[str, str], *names: str, digits: int) -> str:
+    """ "middle (least to most)" of three columns; nothing where they are empty."""
+    values = [_fixed(row[name], digits) for name in names]
+    return "{} ({} to {})".format(*values) if all(values) else ""
 
 
 def step_table(rows: Sequence[dict[str, str]]) -> str:
@@ -81,12 +73,11 @@ def step_table(rows: Sequence[dict[str, str]]) -> str:
         [
             {
                 "run": row["run"],
-                "step ms (range)": f"{float(row['step_ms']):.1f} "
-                f"({float(row['step_ms_min']):.1f} to {float(row['step_ms_max']):.1f})",
+                "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
                 "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
-                "peak GiB": f"{float(row['peak_gib']):.1f}",
+                "peak GiB": _fixed(row["peak_gib"], 1),
                 "host syncs": row["host_syncs"],
-                "dense product TFLOP/s": f"{float(row['product_tflops']):.0f}",
+                "dense product TFLOP/s": _fixed(row["product_tflops"], 0),
             }
             for row in rows
             if row["status"] == "ok"
@@ -100,11 +91,11 @@ def trainers_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _trainer_row(row: dict[str, str]) -> dict[str, str]:
-    times = [f"{float(row[name]):.1f}" for name in ("total_ms", "total_ms_min", "total_ms_max") if row[name]]
+    times = _ranged(row, "total_ms", "total_ms_min", "total_ms_max", digits=1)
     return {
         "contender": row["contender"],
-        "step and log ms (range)": "{} ({} to {})".format(*times) if times else "not taken",
-        "peak MiB": f"{float(row['peak_mib']):.0f}" if row["peak_mib"] else "not taken",
+        "step and log ms (range)": times or "not taken",
+        "peak MiB": _fixed(row["peak_mib"], 0) or "not taken",
         "model": row["model"],
         "rows x tokens": f"{row['batch_size']} x {row['length']}",
         "LoRA rank": row["lora_rank"],
@@ -115,8 +106,7 @@ def _ratio_row(row: dict[str, str]) -> dict[str, str]:
     return {
         "contender": f"{row['contender']} / {row['baseline']}",
         "of": row["quantity"],
-        "ratio (quartiles)": f"{float(row['ratio']):.3f} "
-        f"({float(row['lower_quartile']):.3f} to {float(row['upper_quartile']):.3f})",
+        "ratio (quartiles)": _ranged(row, "ratio", "lower_quartile", "upper_quartile", digits=3),
         "bar": row["bar"],
         "verdict": row["verdict"],
     }
@@ -128,9 +118,8 @@ def sharding_table(rows: Sequence[dict[str, str]]) -> str:
         [
             {
                 "engine": row["engine"],
-                "step ms (range)": f"{float(row['step ms']):.1f} "
-                f"({float(row['least ms']):.1f} to {float(row['most ms']):.1f})",
-                "peak GiB": f"{float(row['peak GiB']):.1f}" if row["peak GiB"] else "not taken",
+                "step ms (range)": _ranged(row, "step ms", "least ms", "most ms", digits=1),
+                "peak GiB": _fixed(row["peak GiB"], 1) or "not taken",
                 "first loss": row["first loss"],
                 "last loss": row["last loss"],
                 "model, layers": f"{row['model']}, {row['layers']}",

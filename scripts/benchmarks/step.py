@@ -114,8 +114,8 @@ def check_experts(option: str, name: str) -> None:
 
 def build_model(run: StepRun, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Fresh weights of one run on the device, ready to train."""
-    if run.experts.startswith("hf_moe_cpt") and run.experts not in ALL_EXPERTS_FUNCTIONS:
-        raise Unavailable(f"{run.experts!r} is not registered with transformers' experts interface")
+    if run.experts.startswith("hf_moe_cpt"):
+        tools.check_registered(run.experts)
     experts = {"experts_implementation": run.experts} if run.experts else {}
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
@@ -127,14 +127,6 @@ def build_model(run: StepRun, dtype: torch.dtype, device: torch.device) -> PreTr
     if run.fused:
         fuse(model, device)
     return model
-
-
-def our_experts_fall_back(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why our experts implementation would hand this model to grouped_mm, whose time is not ours; None if it runs."""
-    implementation = importlib.import_module("hf_moe_cpt.kernels.experts_interface")
-    modules = [module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")]
-    reasons = (implementation.why_unsupported(module, device, dtype) for module in modules)
-    return next((reason for reason in reasons if reason is not None), None)
 
 
 def fuse(model: PreTrainedModel, device: torch.device) -> None:
@@ -316,9 +308,8 @@ def measure(measurement: StepMeasurement, args: StepArguments, device: torch.dev
     model = build_model(run, dtype, device)
     measurement.parameters = model.num_parameters()
     if run.experts.startswith("hf_moe_cpt"):
-        reason = our_experts_fall_back(model, torch.bfloat16, device)
-        if reason is not None:
-            raise Unavailable(f"our experts would fall back to grouped_mm: {reason}")
+        layers = [part for part in model.modules() if hasattr(part, "gate_up_proj") and hasattr(part, "has_gate")]
+        tools.refuse_fallback(layers, device, torch.bfloat16)
     step = training_step(model, run, args, device)
     for _ in range(args.warmup):
         step()

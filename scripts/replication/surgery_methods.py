@@ -244,17 +244,13 @@ _SMALL: Choices = {
 }
 
 
-def _scaled(choices: Choices, share: float) -> Choices:
-    """The same strengths with a share of the learning rates."""
-    return {
-        architecture: {name: (share * rate, strength) for name, (rate, strength) in methods.items()}
-        for architecture, methods in choices.items()
-    }
-
-
 # The gpu setting was not tuned: it takes the small one's choices, in the ratio of the rates of training.
 _SHARE = SETTINGS["gpu"].training_rate / SETTINGS["small"].training_rate
-CHOSEN: dict[str, Choices] = {"small": _SMALL, "gpu": _scaled(_SMALL, _SHARE)}
+_LARGER: Choices = {
+    architecture: {name: (_SHARE * rate, strength) for name, (rate, strength) in methods.items()}
+    for architecture, methods in _SMALL.items()
+}
+CHOSEN = {"small": _SMALL, "gpu": _LARGER}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -37,25 +37,6 @@ SCALE_OF_SWEEP = ("learning_rates", "strengths", "seeds")  # they say which runs
 
 Records = dict[str, dict[str, Any]]  # of runs by their names; {"error": one line} for a failed one
 Column = tuple[str, str, float, int]  # heading, name of the number, factor, digits
-
-
-class Run(Protocol):
-    """One run of a comparison."""
-
-    method: str
-
-    @property
-    def name(self) -> str:
-        """Also its file in the folder, without the ending."""
-        ...
-
-
-class Worker(Protocol):
-    """What carries out the runs of a process."""
-
-    def carry_out(self, run: Any) -> dict[str, Any]:
-        """The record of a run."""
-        ...
 
 
 def open_folder(root: str, fingerprint: Mapping[str, Any]) -> ResumableFolder:
@@ -90,17 +71,17 @@ def quiet_process() -> None:
     transformers_logging.set_verbosity_error()
 
 
-_worker: Worker | None = None
+_worker: Any = None
 
 
-def start_worker(make: Callable[..., Worker], *given: Any) -> None:
+def start_worker(make: Callable[..., Any], *given: Any) -> None:
     """Make this process a quiet worker."""
     global _worker
     quiet_process()
     _worker = make(*given)
 
 
-def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
+def run_one(run: Any) -> tuple[Any, dict[str, Any]]:
     """The run's record from this process's worker; of a run that failed, {"error": one line}."""
     with Attempt() as attempt:
         return run, _worker.carry_out(run)
@@ -110,11 +91,11 @@ def run_one(run: Run) -> tuple[Run, dict[str, Any]]:
 class Crew:
     """Carries out runs, in this process or in several, and keeps each record as soon as it is there.
 
-    make: the worker of a process, called with `given`; both must be picklable. A failed run is kept nowhere: it is to
-    be tried again.
+    Runs have a `name`, also that of their file, and a `method`. make: the worker of a process, called with `given`,
+    both picklable; its `carry_out(run)` gives a record. A failed run is kept nowhere: it is to be tried again.
     """
 
-    def __init__(self, folder: ResumableFolder, workers: int, make: Callable[..., Worker], *given: Any) -> None:
+    def __init__(self, folder: ResumableFolder, workers: int, make: Callable[..., Any], *given: Any) -> None:
         self.folder, self.workers, self.start = folder, workers, (make, *given)
         self.pool: ProcessPoolExecutor | None = None
 
@@ -125,7 +106,7 @@ class Crew:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def records(self, runs: Sequence[Run], bar: tqdm) -> Records:
+    def records(self, runs: Sequence[Any], bar: tqdm) -> Records:
         """The record of each run by its name; what is finished in the folder is not done again."""
         found = {run.name: self.folder.read(f"runs/{run.name}.json") for run in runs}
         missing = [run for run in runs if found[run.name] is None]
@@ -138,7 +119,7 @@ class Crew:
             bar.update(1)
         return found
 
-    def _carry_out(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    def _carry_out(self, runs: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         if not runs:
             return
         if self.workers == 1:

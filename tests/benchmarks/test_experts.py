@@ -15,36 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe_cpt.attempts import Attempt, Unavailable, one_line
 from hf_moe_cpt.kernels.grouped_gemm import Tile
-from hf_moe_cpt.scripts.benchmarks import experts as bench_experts
-from hf_moe_cpt.scripts.benchmarks.experts import (
-    ERROR_LIMITS,
-    OURS,
-    PEERS,
-    PIECES,
-    SHAPES,
-    DenseProducts,
-    Peer,
-    Shape,
-    TuneArguments,
-    _gate_then_up,
-    build_dense,
-    exact_results,
-    flops_of,
-    main,
-    make_case,
-    parse_shape,
-    relative_error,
-)
+from hf_moe_cpt.scripts.benchmarks import experts as bench
 from tests.helpers.expert_layers import DEVICE
 
 
-TINY = Shape("tiny", 24, 16, 8, 5, 2)
+TINY = bench.Shape("tiny", 24, 16, 8, 5, 2)
 CPU = torch.device("cpu")
 BASIC = ("--device", "cpu", "--dtype", "float32", "--seconds", "0", "--check_tokens", "16", "--commit", "abc1234")
 
 
 def tiny_case(dtype: torch.dtype = torch.float32, device: torch.device = CPU, skew: float = 0.2):
-    return make_case(TINY, dtype, "silu", skew, device)
+    return bench.make_case(TINY, dtype, "silu", skew, device)
 
 
 def build_absent(case):
@@ -52,7 +33,7 @@ def build_absent(case):
 
 
 def build_wrong(case):
-    layer = PEERS["eager"].build(case)
+    layer = bench.PEERS["eager"].build(case)
     return replace(layer, forward=lambda tokens, routing, gates: layer.forward(tokens, routing, gates.square()))
 
 
@@ -60,7 +41,7 @@ def build_wrong(case):
 class Failing:
     """Works until its fourth call, that is, until the first round."""
 
-    dense: DenseProducts
+    dense: bench.DenseProducts
 
     def calls(self, case):
         calls, count = self.dense.calls(case), iter(range(4))
@@ -74,9 +55,9 @@ class Failing:
 
 
 MADE_UP = {
-    "absent": Peer(build_absent, "no-such-package"),
-    "wrong": Peer(build_wrong, "transformers"),
-    "failing": Peer(lambda case: Failing(build_dense(case)), "torch"),
+    "absent": bench.Peer(build_absent, "no-such-package"),
+    "wrong": bench.Peer(build_wrong, "transformers"),
+    "failing": bench.Peer(lambda case: Failing(bench.build_dense(case)), "torch"),
 }
 
 
@@ -86,10 +67,10 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     folder, printed = tmp_path_factory.mktemp("bench") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         for name, peer in MADE_UP.items():
-            patch.setitem(PEERS, name, peer)
+            patch.setitem(bench.PEERS, name, peer)
         peers = ["dense", "eager", "grouped_mm", *MADE_UP]
         shape = ["--shape", "tiny=24,16,8,5,2"]
-        main([*BASIC, *shape, "--peers", *peers, "--rounds", "2", "--output-dir", str(folder)])
+        bench.main([*BASIC, *shape, "--peers", *peers, "--rounds", "2", "--output-dir", str(folder)])
     return folder, printed.getvalue()
 
 
@@ -150,50 +131,54 @@ def rows_of(folder: Path) -> list[str]:
 def test_without_matplotlib_the_table_is_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shape = ["--shape", "tiny=8,8,8,2,1"]
-    main([*BASIC, *shape, "--peers", "dense", "--rounds", "1", "--no_check", "--output-dir", str(tmp_path)])
+    bench.main([*BASIC, *shape, "--peers", "dense", "--rounds", "1", "--no_check", "--output-dir", str(tmp_path)])
     assert "it needs matplotlib (pip install matplotlib)" in capsys.readouterr().out
     assert rows_of(tmp_path) == ["dense"] and not (tmp_path / "experts.png").exists()
 
 
-@pytest.mark.parametrize("shape", [TINY, Shape("one expert each", 7, 12, 20, 4, 1)], ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "shape", [TINY, bench.Shape("one expert each", 7, 12, 20, 4, 1)], ids=lambda shape: shape.name
+)
 def test_the_dense_products_do_the_flops_that_are_counted(shape):
-    calls = build_dense(case := make_case(shape, torch.float32, "silu", 0.0, CPU)).calls(case)
+    calls = bench.build_dense(case := bench.make_case(shape, torch.float32, "silu", 0.0, CPU)).calls(case)
     for call, flops in ((calls.forward, shape.forward_flops), (calls.training, shape.training_flops)):
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == flops
-    assert SHAPES["granular"].forward_flops == pytest.approx(425e9, rel=1e-3)
+    assert bench.SHAPES["granular"].forward_flops == pytest.approx(425e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", bench.OURS)
 def test_ours_is_right_through_the_interface(name):
     case = tiny_case(device=DEVICE)
-    results, exact = PEERS[name].build(case).calls(case).results(), exact_results(case)
-    assert all(relative_error(results[key], exact[key]) < ERROR_LIMITS[torch.float32] for key in exact)
+    results, exact = bench.PEERS[name].build(case).calls(case).results(), bench.exact_results(case)
+    assert all(bench.relative_error(results[key], exact[key]) < bench.ERROR_LIMITS[torch.float32] for key in exact)
 
 
 def test_ours_never_stands_for_the_fallback():
-    with pytest.raises(Unavailable, match="it would fall back to grouped_mm: the compute dtype is torch.float64"):
-        PEERS["hf_moe_cpt"].build(tiny_case(torch.float64))
+    with pytest.raises(
+        Unavailable, match="our experts would fall back to grouped_mm: the compute dtype is torch.float64"
+    ):
+        bench.PEERS["hf_moe_cpt"].build(tiny_case(torch.float64))
 
 
 @pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "sonicmoe-general"])
 def test_gpu_libraries_say_what_they_need(name):
     with pytest.raises(Unavailable, match="needs a CUDA device"):
-        PEERS[name].build(tiny_case())
+        bench.PEERS[name].build(tiny_case())
 
 
 def test_rows_of_gate_and_up_that_take_turns_are_put_back():
     gate_then_up = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
     turns = torch.stack((gate_then_up[:, :3], gate_then_up[:, 3:]), dim=2).reshape(2, 6, 3)
     assert torch.equal(turns[:, ::2], gate_then_up[:, :3])
-    assert torch.equal(_gate_then_up(turns, turns)[0], gate_then_up)
+    assert torch.equal(bench._gate_then_up(turns, turns)[0], gate_then_up)
 
 
 def test_tokens_choose_different_experts_and_the_load_follows_the_tilt():
     shape = replace(TINY, T=4000, E=8, K=1)
     for skew in (0.0, 1.5):
-        case = make_case(shape, torch.float32, "silu", skew, CPU)
+        case = bench.make_case(shape, torch.float32, "silu", skew, CPU)
         load = case.index.flatten().bincount(minlength=8).sort(descending=True).values / 4000
         weights = torch.arange(1.0, 9.0) ** -skew
         torch.testing.assert_close(load, weights / weights.sum(), atol=0.03, rtol=0)
@@ -204,11 +189,13 @@ def test_an_unwritten_result_is_an_error_of_its_own():
     good = torch.ones(20, 3, dtype=torch.float64)
     bad = good.clone()
     bad[17, 2] = float("nan")
-    assert math.isnan(relative_error(bad, good)) and relative_error(good + 0.01, good) == pytest.approx(0.01)
-    measurement = bench_experts.Measurement(TINY, "eager", errors={"out": float("nan")})
-    assert bench_experts.status_of(measurement, torch.bfloat16) == "wrong"
+    assert math.isnan(bench.relative_error(bad, good)) and bench.relative_error(good + 0.01, good) == pytest.approx(
+        0.01
+    )
+    measurement = bench.Measurement(TINY, "eager", errors={"out": float("nan")})
+    assert bench.status_of(measurement, torch.bfloat16) == "wrong"
     with pytest.raises(ValueError, match=r"a result has shape \(3, 20\), \(20, 3\) is right"):
-        relative_error(good.T, good)
+        bench.relative_error(good.T, good)
 
 
 def test_an_attempt_keeps_errors_and_lets_interruptions_through():
@@ -221,11 +208,11 @@ def test_an_attempt_keeps_errors_and_lets_interruptions_through():
 
 
 def test_own_shapes_take_the_place_of_the_named_ones():
-    arguments = bench_experts.ExpertsArguments
-    assert [shape.name for shape in arguments().chosen_shapes()] == list(SHAPES)
-    assert arguments(shape=["a=1,2,3,4,1"]).chosen_shapes() == [parse_shape("a=1,2,3,4,1")]
+    arguments = bench.ExpertsArguments
+    assert [shape.name for shape in arguments().chosen_shapes()] == list(bench.SHAPES)
+    assert arguments(shape=["a=1,2,3,4,1"]).chosen_shapes() == [bench.parse_shape("a=1,2,3,4,1")]
     both = arguments(shapes=["switch"], shape=["a=1,2,3,4,1"]).chosen_shapes()
-    assert both == [SHAPES["switch"], Shape("a", 1, 2, 3, 4, 1)]
+    assert both == [bench.SHAPES["switch"], bench.Shape("a", 1, 2, 3, 4, 1)]
 
 
 ALL_WRONG = Tile(128, 48, 32)  # 48 columns are no power of two
@@ -234,15 +221,15 @@ ALL_WRONG = Tile(128, 48, 32)  # 48 columns are no power of two
 @pytest.fixture
 def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile that works and one that does not, for every product."""
-    monkeypatch.setattr(bench_experts, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in PIECES})
+    monkeypatch.setattr(bench, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in bench.PIECES})
 
 
 def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, capsys):
-    options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "2", "--seconds", "0", "--dtype", "float32"]
-    main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
+    options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "1", "--seconds", "0", "--dtype", "float32"]
+    bench.main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])
     with (tmp_path / "tiles.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["piece"] for row in rows] == ["dense", *(piece for piece in PIECES for _ in range(2))]
+    assert [row["piece"] for row in rows] == ["dense", *(piece for piece in bench.PIECES for _ in range(2))]
     for row in rows[1::2]:
         assert float(row["ms"]) > 0 and row["tile"] == "128x32x32 4 warps 3 stages" and not row["reason"]
     for row in rows[2::2]:
@@ -253,12 +240,12 @@ def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, 
 
 def test_operations_of_all_products_are_those_of_a_training_step():
     """6 n H I forward and twice that backward."""
-    shape = Shape("tiny", 10, 32, 24, 3, 2)
-    assert sum(flops_of(piece, shape) for piece in PIECES) == shape.training_flops
-    assert flops_of("down", shape) == 2 * 20 * 32 * 24
+    shape = bench.Shape("tiny", 10, 32, 24, 3, 2)
+    assert sum(bench.flops_of(piece, shape) for piece in bench.PIECES) == shape.training_flops
+    assert bench.flops_of("down", shape) == 2 * 20 * 32 * 24
 
 
 def test_group_sizes_multiply_the_candidates():
-    args = TuneArguments(groups=[4, 8])
+    args = bench.TuneArguments(groups=[4, 8])
     tiles = args.candidates("down")
-    assert len(tiles) == 2 * len(bench_experts.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}
+    assert len(tiles) == 2 * len(bench.CANDIDATES["down"]) and {tile.group for tile in tiles} == {4, 8}

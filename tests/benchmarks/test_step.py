@@ -14,28 +14,17 @@ from transformers.models.llama import modeling_llama
 from hf_moe_cpt.attempts import Unavailable
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
 from hf_moe_cpt.planning.models import config_of
-from hf_moe_cpt.scripts.benchmarks import step as bench_step
-from hf_moe_cpt.scripts.benchmarks.step import (
-    StepArguments,
-    StepMeasurement,
-    StepRun,
-    class_of,
-    class_table,
-    classes_kept,
-    fuse,
-    main,
-    parse_run,
-)
+from hf_moe_cpt.scripts.benchmarks import step as bench
 
 
 @pytest.mark.slow
 def test_an_engine_reports_and_a_failure_is_a_row(tmp_path, capfd):
     words = "--model dense-tiny --layers 1 --rows 2 --length 16 --steps 2 --warmup 1 --device cpu".split()
-    main(["sharding", *words, "--engines", "single", "--output_dir", str(tmp_path)])
+    bench.main(["sharding", *words, "--engines", "single", "--output_dir", str(tmp_path)])
     (row,) = read(tmp_path / "sharding.csv")
     assert row["status"] == "ok" and float(row["last loss"]) < float(row["first loss"])
     assert float(row["least ms"]) <= float(row["step ms"]) <= float(row["most ms"])
-    main(["sharding", *words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
+    bench.main(["sharding", *words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
     (row,) = read(tmp_path / "sharding.csv")
     assert row["ranks"] == "2" and "it had not ended after 0.01 seconds" in row["status"]
     assert "raise --timeout" in capfd.readouterr().out
@@ -56,7 +45,7 @@ RUNS = [
     "mixtral-switch-tiny:hf_moe_cpt_of_tomorrow",
 ]
 CPU = torch.device("cpu")
-DEFAULT = StepRun("", "", "grouped_mm", fused=False, compile=False, checkpointing=False)
+DEFAULT = bench.StepRun("", "", "grouped_mm", fused=False, compile=False, checkpointing=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +55,10 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         for name in ("dense-tiny", "pb-granular-tiny", "pb-switch-tiny"):
             patch.setitem(PRESETS, name, PRESETS[name] | SMALL)
-        patch.setattr(bench_step, "PROFILED_STEPS", 1)
+        patch.setattr(bench, "PROFILED_STEPS", 1)
         sizes = ["--batch_size", "2", "--seq_length", "16", "--steps", "3", "--warmup", "1"]
         switches = ["--device", "cpu", "--profile", "--check_sync", "--commit", "abc1234"]
-        main(["--runs", *RUNS, *sizes, *switches, "--output-dir", str(folder)])
+        bench.main(["--runs", *RUNS, *sizes, *switches, "--output-dir", str(folder)])
     return folder, printed.getvalue()
 
 
@@ -147,12 +136,12 @@ KERNELS = {
 
 @pytest.mark.parametrize("kernel, expected", KERNELS.items())
 def test_classes_of_kernels(kernel, expected):
-    assert class_of(kernel) == expected
+    assert bench.class_of(kernel) == expected
 
 
 def test_class_table_adds_up():
     kernels = [{"class": "attention", "ms": 1.25}, {"class": "other", "ms": 0.5}, {"class": "attention", "ms": 1.0}]
-    (row,) = class_table({"a": kernels})
+    (row,) = bench.class_table({"a": kernels})
     assert (row["kernel ms of run"], row["attention"], row["other"], row["all kernels"]) == (
         "a",
         "2.25",
@@ -162,15 +151,18 @@ def test_class_table_adds_up():
 
 
 def test_switches_of_a_run_go_before_those_of_all():
-    fused = StepRun("", "", "eager", fused=True, compile=False, checkpointing=False)
-    run = parse_run("pb-switch-2b:plain:compile:hf_moe_cpt", fused)
+    fused = bench.StepRun("", "", "eager", fused=True, compile=False, checkpointing=False)
+    run = bench.parse_run("pb-switch-2b:plain:compile:hf_moe_cpt", fused)
     assert (run.model, run.experts, run.fused, run.compile) == ("pb-switch-2b", "hf_moe_cpt", False, True)
-    assert parse_run("mixtral-switch-2b", fused).experts == "eager" and parse_run("llama-570m", fused).experts == ""
+    assert (
+        bench.parse_run("mixtral-switch-2b", fused).experts == "eager"
+        and bench.parse_run("llama-570m", fused).experts == ""
+    )
 
 
 def test_default_runs_are_understood():
-    runs = StepArguments().chosen_runs()
-    assert tuple(run.name for run in runs) == bench_step.DEFAULT_RUNS and runs[0].model == "dense-570m"
+    runs = bench.StepArguments().chosen_runs()
+    assert tuple(run.name for run in runs) == bench.DEFAULT_RUNS and runs[0].model == "dense-570m"
     assert {run.experts for run in runs} == {"", "grouped_mm", "hf_moe_cpt"}
 
 
@@ -191,28 +183,28 @@ def test_stock_models_have_the_size_of_ours(stock, ours, more):
 
 def test_what_liger_changes_for_a_whole_process_is_undone():
     before = modeling_llama.apply_rotary_pos_emb
-    with pytest.raises(RuntimeError), classes_kept("llama-tiny"):
+    with pytest.raises(RuntimeError), bench.classes_kept("llama-tiny"):
         modeling_llama.apply_rotary_pos_emb = None
         raise RuntimeError
     assert modeling_llama.apply_rotary_pos_emb is before
 
 
 def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch):
-    monkeypatch.setattr(bench_step, "timed_steps", lambda *_: ([1.0], torch.tensor(float("nan"))))
-    args = StepArguments(runs=["dense-tiny"], batch_size=1, seq_length=8, warmup=1)
+    monkeypatch.setattr(bench, "timed_steps", lambda *_: ([1.0], torch.tensor(float("nan"))))
+    args = bench.StepArguments(runs=["dense-tiny"], batch_size=1, seq_length=8, warmup=1)
     with pytest.raises(FloatingPointError, match="the loss is nan after 11 steps"):
-        bench_step.measure(StepMeasurement(args.chosen_runs()[0]), args, CPU, bench_step.tqdm(disable=True))
+        bench.measure(bench.StepMeasurement(args.chosen_runs()[0]), args, CPU, bench.tqdm(disable=True))
 
 
 @pytest.mark.gpu
 def test_host_syncs_are_counted():
     device, number = torch.device("cuda"), torch.ones(1, device="cuda")
-    assert bench_step.count_host_syncs(lambda: number.add_(1), device) == 0
-    assert bench_step.count_host_syncs(lambda: (number.item(), number.item()), device) == 2
+    assert bench.count_host_syncs(lambda: number.add_(1), device) == 0
+    assert bench.count_host_syncs(lambda: (number.item(), number.item()), device) == 2
 
 
 def test_models_liger_does_not_know_are_named():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("qwen2-moe-granular-tiny"))
     with pytest.raises(Unavailable, match="Liger has no kernels for the model type qwen2_moe"):
-        fuse(model, torch.device("cuda"))
+        bench.fuse(model, torch.device("cuda"))

@@ -28,13 +28,6 @@ from hf_moe_cpt.data.packing import (
 )
 
 
-def test_tensors_and_sources_are_stacked():
-    items = [{"input_ids": torch.tensor([1, 2]), "source": 0}, {"input_ids": torch.tensor([3, 4]), "source": 1}]
-    batch = stack_blocks(items)
-    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
-    assert batch["source"].tolist() == [0, 1] and batch["source"].dtype == torch.int64
-
-
 @pytest.mark.parametrize(
     "first, second, message",
     [
@@ -106,12 +99,6 @@ def test_select_and_shuffle_are_honoured(lengths, seed, data):
         rows = chosen["input_ids"][:]
         if sum(map(len, rows)) >= 5:
             assert as_lists(PackedDataset(chosen, 5)) == reference_blocks(rows, 5, "document")
-
-
-def test_sliced_and_concatenated_tables():
-    corpus, _ = make_corpus([4, 9, 1, 30, 2, 7])
-    joined = datasets.concatenate_datasets([corpus.select(range(1, 4)), corpus])
-    assert as_lists(PackedDataset(joined, 6)) == reference_blocks(joined["input_ids"][:], 6, "document")
 
 
 def test_values_shapes_and_types_of_a_block():
@@ -212,11 +199,6 @@ def test_any_run_of_positions_holds_its_share(ratio, window, start):
     law = ReplayLaw(exact_ratio(ratio), batch_size=1, num_batches=1)
     num_replay = sum(law.assign(i)[0] == "replay" for i in range(start, start + window))
     assert abs(num_replay - window * law.ratio) < 1
-
-
-def test_paper_batch_of_1024_with_40_percent():
-    mixture = make_mixture(0.4, batch=1024, batches=5)
-    assert [mixture.composition(b)[1] for b in range(5)] == [410, 409, 410, 409, 410]
 
 
 @settings(max_examples=25, deadline=None)

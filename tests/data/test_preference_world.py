@@ -23,11 +23,7 @@ from tests.helpers.tiny_models import tiny_model
 
 
 WORLD = PreferenceWorld()
-PINNED = {
-    "prompt": "<ambiguity_1> ask_09 ask_02 :",
-    "chosen": "word_10 <eos>",
-    "score": 0.036142840034300946,
-}
+PINNED = {"prompt": "<ambiguity_1> ask_09 ask_02 :", "chosen": "word_10 <eos>", "score": 0.036142840034300946}
 SMALL = PreferenceWorld(num_requests=8, num_words=3, liked_words=1, disliked_words=1, max_words=2)
 
 
@@ -130,16 +126,6 @@ ANNOTATORS = [(1.0, 0.0), (0.4, 0.0), (1.0, 0.3)]
 
 
 @pytest.mark.parametrize("temperature, bias", ANNOTATORS)
-def test_equal_differences_win_as_often_as_sigma_says(temperature, bias):
-    """With full ambiguity every pair differs by its length alone, so that wins are binomial."""
-    world = PreferenceWorld(ambiguity_levels=(1.0,), label_temperature=temperature, length_bias=bias)
-    long, short = long_and_short(world, np.arange(4000))
-    chosen = world.pairs(np.arange(4000), completions=(long, short)).chosen
-    won = int((chosen == long).all(axis=1).sum())
-    assert stats.binomtest(won, 4000, 1 / (1 + math.exp(-2 * bias / temperature))).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("temperature, bias", ANNOTATORS)
 def test_labels_follow_bradley_terry_at_every_difference(temperature, bias):
     world, indices = PreferenceWorld(label_temperature=temperature, length_bias=bias), np.arange(4000)
     long, short = long_and_short(world, indices)
@@ -177,18 +163,6 @@ def test_clean_annotator_never_errs():
     assert np.array_equal(pairs.score_chosen, pairs.reward_chosen)
     noisy = PreferenceWorld(length_bias=0.5).pairs(np.arange(1000), "test")
     assert (noisy.reward_chosen < noisy.reward_rejected).mean() > 0.1
-
-
-def test_length_bias_shows_in_labels_and_not_in_truth():
-    indices = np.arange(2000)
-    plain, biased = (PreferenceWorld(length_bias=bias).pairs(indices) for bias in (0.0, 0.4))
-    longer = {}
-    for name, pairs in (("plain", plain), ("biased", biased)):
-        counts = token_counts(pairs.chosen), token_counts(pairs.rejected)
-        longer[name] = (counts[0] > counts[1])[counts[0] != counts[1]].mean()
-    assert longer["plain"] < 0.5 and longer["biased"] > longer["plain"] + 0.15
-    both = [np.sort(np.stack([p.reward_chosen, p.reward_rejected]), axis=0) for p in (plain, biased)]
-    assert np.array_equal(*both)
 
 
 def test_ambiguity_raises_the_entropy_and_makes_labels_coin_flips():

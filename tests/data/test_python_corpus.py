@@ -25,7 +25,6 @@ from hf_moe_cpt.data.python_corpus import (
     build_python_corpus,
     clean_paragraphs,
     contains_licence_text,
-    content_key,
     cut_to_pieces,
     docstrings,
     installation_roots,
@@ -39,7 +38,6 @@ from hf_moe_cpt.data.python_corpus import (
     save_corpus,
     shingles,
     strip_docstrings_and_comments,
-    topic_texts,
     train_byte_level_bpe,
 )
 
@@ -102,11 +100,6 @@ def test_failed_saving_leaves_nothing(tmp_path, monkeypatch):
 
 def words(start: int, stop: int) -> str:
     return " ".join(f"word{number}" for number in range(start, stop))
-
-
-def test_content_key_ignores_case_and_white_space_only():
-    assert content_key("A  b\n") == content_key("a b")
-    assert content_key("a b") != content_key("ab")
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=30))
@@ -226,67 +219,6 @@ def test_folders_without_two_domains_of_text_are_refused(tmp_path):
     refuses(tmp_path / "copies", "leaves no text for train once copies are dropped")
 
 
-SOURCE = '''\
-#!/usr/bin/env python
-# Copyright (c) 2001 Somebody. All rights reserved.
-"""Module text."""
-
-import os  # why
-
-
-# about SIZE
-SIZE = 3
-
-
-"""A string used as a comment
-over two lines."""
-
-
-def shout(text, mark="#"):  # signature
-    """Docs with "quotes" and a # sign."""
-    # inside
-    url = 'http://x/#anchor'  # tail # twice
-    table = """
-# kept: this is data
-"""
-    return f"{text}#{mark}" + url + table
-
-
-class Empty(Exception):
-    """Nothing but this."""
-
-
-def one_line(): "doc"
-
-
-def two(): """doc"""; return 2
-'''
-STRIPPED = '''\
-import os
-
-
-SIZE = 3
-
-
-def shout(text, mark="#"):
-    url = 'http://x/#anchor'
-    table = """
-# kept: this is data
-"""
-    return f"{text}#{mark}" + url + table
-
-
-class Empty(Exception):
-    pass
-
-
-def one_line(): pass
-
-
-def two(): pass; return 2
-'''
-
-
 def strip(source: str) -> str | None:
     return strip_docstrings_and_comments(source, ast.parse(source))
 
@@ -309,14 +241,21 @@ def comments_of(source: str) -> list[str]:
     return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
-def test_stripped_source_is_the_one_written_by_hand():
-    assert strip(SOURCE) == STRIPPED
-
-
 @pytest.mark.parametrize(
     "source, expected",
     {
         "docstring after non-ascii on its line": ("def ä(): 'ö'\n", "def ä(): pass\n"),
+        "docstring before a statement": ('def two(): """doc"""; return 2\n', "def two(): pass; return 2\n"),
+        "docstring with quotes": (
+            'def f(a="#"):  # b\n    """A "c" and a # sign."""\n    return a\n',
+            'def f(a="#"):\n    return a\n',
+        ),
+        "class of a docstring": ("class E(Exception):\n    'only'\n", "class E(Exception):\n    pass\n"),
+        "head of a module": (
+            '#!/bin/x\n# (c)\n"""m"""\n\nimport os  # why\n\n\n# n\nN = 3\n',
+            "import os\n\n\nN = 3\n",
+        ),
+        "comment that is data": ('x = """\n# kept\n"""  # tail # twice\n', 'x = """\n# kept\n"""\n'),
         "second string becomes no docstring": ('"""one"""\n"""two"""\nx = 1\n', "x = 1\n"),
         "comment inside brackets": ("x = [1,  # one\n     # two\n     2]\n", "x = [1,\n     2]\n"),
         "hash in every kind of string": (
@@ -645,11 +584,6 @@ def test_cleaning_keeps_sentences_and_drops_code():
         "The empty list has no mean, and is refused.",
     ]
     assert clean_paragraphs("Return x.") == [], "too short"
-
-
-def test_topics_are_read_from_their_dictionary():
-    assert topic_texts(ast.parse("topics = {'if': 'The if statement', 'n': 3}\n")) == {"if": "The if statement"}
-    assert topic_texts(ast.parse("other = 3\n")) == {}
 
 
 TEXTS = ["def area(width, height):\n    return width * height\n", "The area is the width times the height.\n"] * 20

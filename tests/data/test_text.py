@@ -216,9 +216,7 @@ def test_missing_paths_never_touch_the_network(name):
 
 
 def test_a_hub_failure_is_one_line():
-    with pytest.raises(
-        ValueError, match="'owner/corpus' does not exist here and could not be loaded from the Hub"
-    ) as refused:
+    with pytest.raises(ValueError, match="'owner/corpus' does not exist here and could not be loaded") as refused:
         load_text_dataset("owner/corpus", config_name="en")
     assert "configuration 'en', split 'train'" in str(refused.value) and "\n" not in str(refused.value)
 
@@ -227,9 +225,7 @@ def test_a_hub_failure_is_one_line():
 def test_a_malformed_line_is_named(tmp_path, streaming, capfd):
     path = write(tmp_path / "a.jsonl", TEXTS * 20)
     path.write_text(path.read_text() + '\n{"text": "cut off', encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"a.jsonl, line 62 is not valid JSON \(.* at column 10\): repair or remove"
-    ) as bad:
+    with pytest.raises(ValueError, match=r"a.jsonl, line 62 is not valid JSON \(.* at column 10\): repair") as bad:
         load_text_dataset([write(tmp_path / "good.jsonl"), path], streaming=streaming)
     assert "\n" not in str(bad.value) and "Failed to load JSON" not in capfd.readouterr().err
 
@@ -320,6 +316,7 @@ def test_streams_are_lazy_and_may_hide_their_columns():
         list(stream)
 
 
+@pytest.mark.slow  # it imports everything once more
 def test_the_cache_is_found_by_another_process(tmp_path):
     """The fingerprint must not depend on object identity, on the process, or on whether the tokenizer was used."""
     make_texts("a b", "c").save_to_disk(tmp_path / "texts")
@@ -342,11 +339,7 @@ def test_the_cache_is_found_by_another_process(tmp_path):
 @pytest.mark.parametrize(
     "dataset, options, message",
     [
-        (
-            make_texts("a", column="body"),
-            {},
-            r"neither 'text' nor 'input_ids' but \['id', 'body'\]: name its text column",
-        ),
+        (make_texts("a", column="body"), {}, r"neither 'text' nor 'input_ids' but \['id', 'body'\]: name its te"),
         (make_texts("a", None), {}, "row 1 .* of column 'text' is None, a NoneType and not a string"),
         (make_texts("a"), {"vocab_size": 3}, r"token id 3 in row 0 .* outside \[0, 3\): tokenizer and model disagree"),
         (make_ids([3], [4, 7, 8]), {"vocab_size": 6}, r"token id 7 in row 1 .* outside \[0, 6\)"),
@@ -356,17 +349,13 @@ def test_the_cache_is_found_by_another_process(tmp_path):
         (make_ids("3 4"), {}, "row 0 .* is '3 4', not a list of integers"),
         (make_ids([3], None), {}, "row 1 .* is None, not a list of integers"),
         (make_ids([3, None]), {}, "rows 0 to 0 of input_ids hold something that is no integer"),
+        (make_texts(*["a"] * 30, None), {"num_proc": 2}, "row 30 "),
+        (datasets.IterableDataset.from_generator(lambda: iter(())), {}, "streamed dataset is empty"),
     ],
 )
 def test_bad_rows_are_named(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_documents(dataset, make_tokenizer(), **options)
-
-
-def test_bad_rows_are_named_from_a_worker_process():
-    texts = make_texts(*["a"] * 30, None)
-    with pytest.raises(ValueError, match="row 30 "):
-        tokenize_documents(texts, make_tokenizer(), num_proc=2)
 
 
 def test_tokenizers_that_cannot_serve():
@@ -376,9 +365,3 @@ def test_tokenizers_that_cannot_serve():
     for dataset, add_eos in ((make_texts("a"), False), (make_ids([3]), True)):
         with pytest.raises(ValueError, match="tokenizer is None"):
             tokenize_documents(dataset, None, add_eos=add_eos)
-
-
-def test_an_empty_stream_without_declared_columns():
-    empty = datasets.IterableDataset.from_generator(lambda: iter(()))
-    with pytest.raises(ValueError, match="streamed dataset is empty"):
-        tokenize_documents(empty, make_tokenizer())

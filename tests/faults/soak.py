@@ -178,6 +178,7 @@ def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
         code = stopped.code
     except BaseException:
         traceback.print_exc()
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -194,10 +194,7 @@ DAMAGE = {
     ),
     "index broken": (lambda folder: (folder / INDEX).write_text("{"), "is no index of safetensors: fetch it again"),
     "index lies": (misname, "lacks model.norm.weight, which model.safetensors.index.json says is in it"),
-    "tensor missing": (
-        lambda folder: rewrite(folder, NORM, None),
-        "has no tensor model.norm.weight, which its",
-    ),
+    "tensor missing": (lambda folder: rewrite(folder, NORM, None), "has no tensor model.norm.weight, which its"),
     "wrong shape": (
         lambda folder: rewrite(folder, NORM, torch.ones(8)),
         r"model.norm.weight has shape \(8,\), but its config.json means \(16,\)",
@@ -206,10 +203,7 @@ DAMAGE = {
         lambda folder: rewrite(folder, NORM, torch.ones(16, dtype=torch.int8)),
         "model.norm.weight has type I8, allowed are F64, F32, F16, BF16: save the model unquantised",
     ),
-    "no config": (
-        lambda folder: (folder / "config.json").unlink(),
-        r"is no checkpoint \(no config.json\): name a",
-    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"is no checkpoint \(no config.json\): name a"),
     "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be used: "),
     "unknown family": (lambda folder: change_config(folder, model_type="nobody"), "cannot be used: .*nobody"),
     "quantised": (
@@ -232,13 +226,6 @@ def test_damage_is_named_in_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     assert fingerprint(dense) == before
-
-
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
-    dense = saved(model_of("llama"), tmp_path / "dense")
-    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="model.safetensors is missing: .* is no whole checkpoint in safetensors"):
-        upcycle(dense, tmp_path / "moe", "switch")
 
 
 def test_tensors_are_read_by_name_and_by_row(tmp_path: Path) -> None:

@@ -18,136 +18,59 @@ from tests.helpers.hub_checkpoints import biased, logits_of, saved
 from tests.helpers.tolerances import assert_matches
 
 
-SIZES = {
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "silu",
-    "hidden_size": 16,
-    "initializer_range": 0.3,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1",
-    "use_cache": True,
-    "vocab_size": 48,
-}
-LLAMA3_ROPE = {
-    "factor": 32.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 32,
-    "rope_type": "llama3",
-}
-DENSE = {
-    "Qwen2.5-0.5B": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "max_window_layers": 1,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32,
-        "tie_word_embeddings": True,
-        "use_mrope": False,
-        "use_sliding_window": False,
-    },
-    "Qwen3-0.6B": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "attention_bias": False,
-        "head_dim": 8,
-        "max_window_layers": 2,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-    },
-    "Llama-3.2-1B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "head_dim": 4,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": LLAMA3_ROPE,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-    },
-    "Mistral-7B-v0.1": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "sliding_window": 8,
-        "tie_word_embeddings": False,
-    },
-    "Qwen2.5, extended as its card says": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"},
-        "rope_theta": 1000000.0,
-        "sliding_window": 32,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-    },
-}
-MIXTURES = {
-    "OLMoE-1B-7B-0924": {
-        "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
-        "attention_bias": False,
-        "clip_qkv": None,
-        "norm_topk_prob": False,
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "num_key_value_heads": 4,
-        "output_router_logits": False,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "router_aux_loss_coef": 0.01,
-        "tie_word_embeddings": False,
-    },
-    "Qwen3-30B-A3B": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "head_dim": 8,
-        "max_window_layers": 2,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 8,
-        "norm_topk_prob": True,
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "output_router_logits": False,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.001,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-    },
-    "Mixtral-8x7B-v0.1": {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_experts_per_tok": 2,
-        "num_local_experts": 4,
-        "output_router_logits": False,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.02,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-    },
-}
+SIZES = json.loads("""{
+  "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 16,
+  "initializer_range": 0.3, "intermediate_size": 32, "max_position_embeddings": 64, "num_attention_heads": 4,
+  "num_hidden_layers": 2, "num_key_value_heads": 2, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
+  "use_cache": true, "vocab_size": 48
+}""")
+DENSE = json.loads("""{
+  "Qwen2.5-0.5B": {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_window_layers": 1, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": 32, "tie_word_embeddings": true, "use_mrope": false,
+    "use_sliding_window": false
+  },
+  "Qwen3-0.6B": {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": false, "head_dim": 8,
+    "max_window_layers": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+    "sliding_window": null, "tie_word_embeddings": true, "use_sliding_window": false
+  },
+  "Llama-3.2-1B": {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": false, "head_dim": 4,
+    "mlp_bias": false, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "tie_word_embeddings": true, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+      "original_max_position_embeddings": 32, "rope_type": "llama3"}
+  },
+  "Mistral-7B-v0.1": {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "sliding_window": 8, "tie_word_embeddings": false
+  },
+  "Qwen2.5, extended as its card says": {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"},
+    "sliding_window": 32, "use_sliding_window": false, "tie_word_embeddings": false
+  }
+}""")
+MIXTURES = json.loads("""{
+  "OLMoE-1B-7B-0924": {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": false, "clip_qkv": null,
+    "norm_topk_prob": false, "num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4,
+    "output_router_logits": false, "rope_scaling": null, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": false
+  },
+  "Qwen3-30B-A3B": {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": false,
+    "decoder_sparse_step": 1, "head_dim": 8, "max_window_layers": 2, "mlp_only_layers": [],
+    "moe_intermediate_size": 8, "norm_topk_prob": true, "num_experts": 6, "num_experts_per_tok": 3,
+    "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false, "use_sliding_window": false
+  },
+  "Mixtral-8x7B-v0.1": {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_experts_per_tok": 2,
+    "num_local_experts": 4, "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false
+  }
+}""")
 
 
 def published(keys: dict, folder: Path) -> Path:

@@ -18,11 +18,7 @@ ATTENTION = {"qkv_bias": True, "qk_norm": "head", "sliding_window": 6}
 @pytest.mark.compiles
 @pytest.mark.parametrize(
     ("preset", "training", "fields"),
-    [
-        ("pb-granular-tiny", True, {}),
-        ("pb-granular-tiny", False, ATTENTION),
-        ("sb-switch-tiny", True, {}),
-    ],
+    [("pb-granular-tiny", True, {}), ("pb-granular-tiny", False, ATTENTION), ("sb-switch-tiny", True, {})],
 )
 def test_one_graph(preset: str, training: bool, fields: dict) -> None:
     config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1, **fields)

@@ -36,10 +36,6 @@ SHARED_FIELDS = (
 ).split()
 
 
-def same_name(name: str) -> str:
-    return name
-
-
 def qwen2_name(name: str) -> str | None:
     """Qwen2-MoE also has biases (set to 0) and a gate on its shared expert (set to 0: a constant factor of 1/2)."""
     if name.endswith(".bias") or "shared_expert_gate" in name:
@@ -60,7 +56,7 @@ class Twin:
     overrides: dict
     model: type[PreTrainedModel]
     more: dict = field(default_factory=dict)
-    our_name: Callable[[str], str | None] = same_name
+    our_name: Callable[[str], str | None] = lambda name: name
     scale: Callable[[str], float] = lambda name: 1.0
 
     def config(self) -> CptMoeConfig:
@@ -84,7 +80,6 @@ GATED = EXPERTS | same("moe_intermediate_size", "norm_topk_prob")
 TWO_GROUPS = {"num_key_value_heads": 2}
 TWINS = {
     "dense = Llama": Twin("dense-tiny", {}, LlamaForCausalLM),
-    "grouped-query = Llama": Twin("dense-tiny", TWO_GROUPS, LlamaForCausalLM),
     "biases on all of attention = Llama": Twin(
         "dense-tiny", {"attention_bias": True}, LlamaForCausalLM, same("attention_bias")
     ),
@@ -92,20 +87,8 @@ TWINS = {
         "dense-tiny", {"sliding_window": 7, **TWO_GROUPS}, MistralForCausalLM, same("sliding_window")
     ),
     "biases = Qwen2": Twin("dense-tiny", {"qkv_bias": True, **TWO_GROUPS}, Qwen2ForCausalLM),
-    "biases, window in all layers = Qwen2": Twin(
-        "dense-tiny",
-        {"qkv_bias": True, "sliding_window": 7},
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
-    ),
     "norms of heads, heads of another size = Qwen3": Twin(
         "dense-tiny", {"qk_norm": "head", "head_dim": 48, **TWO_GROUPS}, Qwen3ForCausalLM, same("head_dim")
-    ),
-    "norms of heads, biases = Qwen3": Twin(
-        "dense-tiny",
-        {"qk_norm": "head", "attention_bias": True},
-        Qwen3ForCausalLM,
-        same("head_dim", "attention_bias"),
     ),
     "norms of projections = OLMoE": Twin(
         "pb-switch-tiny",
@@ -144,12 +127,8 @@ TWINS = {
         "pb-switch-tiny",
         {"num_experts_per_tok": 2, "norm_topk_prob": True},
         MixtralForCausalLM,
-        {
-            "intermediate_size": "moe_intermediate_size",
-            "sliding_window": None,
-            "num_local_experts": "num_experts",
-            "num_experts_per_tok": "num_experts_per_tok",
-        },
+        {"intermediate_size": "moe_intermediate_size", "sliding_window": None, "num_local_experts": "num_experts"}
+        | same("num_experts_per_tok"),
     ),
 }
 

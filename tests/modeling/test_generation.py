@@ -12,12 +12,7 @@ from transformers import DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.modeling.modeling_cpt_moe import (
-    CACHE_NAME,
-    NEWEST_TESTED,
-    CptMoeForCausalLM,
-    warn_of_untested_release,
-)
+from hf_moe_cpt.modeling.modeling_cpt_moe import CACHE_NAME, NEWEST_TESTED, CptMoeForCausalLM, warn_of_untested_release
 
 
 PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")

@@ -76,7 +76,7 @@ def test_penalties_equal_a_loop_over_tokens(case: tuple[torch.Tensor, torch.Tens
 @given(routed())
 @settings(max_examples=30, deadline=None)
 def test_padding_takes_part_in_nothing(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    """As if it were not there, even where it holds no number; and no gradient reaches it."""
+    """As if it were not there, even where it holds no number."""
     logits, index, mask = case
     padded = logits.masked_fill(~mask[:, None], float("nan")).requires_grad_()
     counts = expert_counts(index, logits.shape[1], mask)

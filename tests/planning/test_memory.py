@@ -15,20 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig
 
-from hf_moe_cpt.planning.memory import (
-    OUR_EXPERTS,
-    KeptBytes,
-    ModelSize,
-    TrainingSetup,
-    count_kept,
-    head_bytes,
-    layers_of,
-    measure_kept,
-    measure_size,
-    parameters_held,
-    register_counted,
-    training_memory,
-)
+from hf_moe_cpt.planning import memory as planning
 from hf_moe_cpt.planning.models import config_of, read_config
 
 
@@ -61,7 +48,7 @@ class Decoder(nn.Module):
 
 def test_a_sequence_of_known_operations() -> None:
     """Each layer: input, width before and after the activation. Outside: ids of the embedding, input of the scale."""
-    kept = count_kept(Decoder, lambda decoder: list(decoder.layers), S)
+    kept = planning.count_kept(Decoder, lambda decoder: list(decoder.layers), S)
     assert kept.layers == (4 * S * (H + 2 * W),) * 3
     assert kept.outside == 8 * S + 4 * S * H
     assert kept.layer_input == 4 * S * H
@@ -72,24 +59,24 @@ def test_a_sequence_of_known_operations() -> None:
 
 def test_autocast_keeps_a_copy_of_every_matrix_whatever_the_batch() -> None:
     """First products save bfloat16 copies of the embedding's float32 output; later states are bfloat16 themselves."""
-    kept = count_kept(Decoder, lambda decoder: list(decoder.layers), S, torch.bfloat16)
+    kept = planning.count_kept(Decoder, lambda decoder: list(decoder.layers), S, torch.bfloat16)
     assert kept.fixed == 2 * 6 * H * W
     assert kept.layers == (2 * S * (H + 2 * W),) * 3
     assert kept.layer_input == 4 * S * H  # the first is the widest
 
 
 def test_the_largest_layer_counts_when_layers_are_computed_again() -> None:
-    kept = KeptBytes(fixed=7, outside=1, layers=(10, 30, 20), layer_input=2)
+    kept = planning.KeptBytes(fixed=7, outside=1, layers=(10, 30, 20), layer_input=2)
     assert kept.of_batch(2) == 2 * 61
     assert kept.of_batch(2, checkpointing=True) == 2 * (1 + 3 * 2 + 30)
 
 
 def test_an_empty_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^sequence_length=0 must be at least 1\.$"):
-        count_kept(Decoder, lambda decoder: list(decoder.layers), 0)
+        planning.count_kept(Decoder, lambda decoder: list(decoder.layers), 0)
 
 
-SIZE = ModelSize(
+SIZE = planning.ModelSize(
     name="a model",
     total=10_000,
     embedding=500,
@@ -104,7 +91,7 @@ SIZE = ModelSize(
     attention_width=10,
     is_tied=False,
 )
-KEPT = KeptBytes(fixed=100, outside=1_000, layers=(40_000, 40_000, 40_000), layer_input=500)
+KEPT = planning.KeptBytes(fixed=100, outside=1_000, layers=(40_000, 40_000, 40_000), layer_input=500)
 DTYPES = {"mixed": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -124,8 +111,8 @@ def test_states_are_those_of_a_real_step(optimizer: str, precision: str) -> None
     weights = list(model.parameters())
     states = [state for of_weight in stepper.state.values() for state in of_weight.values() if state is not None]
     size = replace(SIZE, total=sum(weight.numel() for weight in weights))
-    setup = TrainingSetup(precision=precision, optimizer=optimizer, accumulation=2)
-    memory = training_memory(size, KEPT, setup)
+    setup = planning.TrainingSetup(precision=precision, optimizer=optimizer, accumulation=2)
+    memory = planning.training_memory(size, KEPT, setup)
     assert memory.weights == sum(weight.nbytes for weight in weights)
     assert memory.gradients == sum(weight.grad.nbytes for weight in weights)
     assert memory.optimizer == sum(state.nbytes for state in states if state.ndim)
@@ -133,7 +120,9 @@ def test_states_are_those_of_a_real_step(optimizer: str, precision: str) -> None
 
 def test_sharding_divides_states_and_leaves_experts_whole() -> None:
     def held(engine: str, gpus: int, gpus_per_node: int = 8) -> int:
-        return parameters_held(SIZE, TrainingSetup(engine=engine, gpus=gpus, gpus_per_node=gpus_per_node))
+        return planning.parameters_held(
+            SIZE, planning.TrainingSetup(engine=engine, gpus=gpus, gpus_per_node=gpus_per_node)
+        )
 
     assert held("ddp", 8) == SIZE.total
     assert held("zero3", 16) == SIZE.total / 16
@@ -144,15 +133,15 @@ def test_sharding_divides_states_and_leaves_experts_whole() -> None:
     assert held("fsdp2", 64) == 60 + 200  # 31 ranks have an expert
     assert held("ep", 2, gpus_per_node=2) == 3_800 / 2 + 16 * 200
     with pytest.raises(ValueError, match=r"^engine='ep' spreads experts, and a model has none: take 'fsdp2'\.$"):
-        parameters_held(replace(SIZE, num_experts=0, experts=0), TrainingSetup(engine="ep", gpus=2))
+        planning.parameters_held(replace(SIZE, num_experts=0, experts=0), planning.TrainingSetup(engine="ep", gpus=2))
 
 
 def test_total_is_the_sum_at_the_fuller_moment() -> None:
-    setup = TrainingSetup(batch_size=1, sequence_length=4, kernels="fused")
-    begin = training_memory(SIZE, KEPT, setup)
+    setup = planning.TrainingSetup(batch_size=1, sequence_length=4, kernels="fused")
+    begin = planning.training_memory(SIZE, KEPT, setup)
     assert (begin.moment, begin.gradients) == ("begin", 0)
     assert begin.activations == KEPT.of_batch(1) + KEPT.fixed
-    end = training_memory(SIZE, replace(KEPT, layers=(10, 10, 10)), setup)
+    end = planning.training_memory(SIZE, replace(KEPT, layers=(10, 10, 10)), setup)
     assert (end.moment, end.gradients, end.head) == ("end", 4 * SIZE.total, 0)
     for memory in (begin, end):
         parts = ("weights", "gradients", "optimizer", "reference", "activations", "head", "workspace")
@@ -160,10 +149,10 @@ def test_total_is_the_sum_at_the_fuller_moment() -> None:
 
 
 def test_what_adds_to_memory_and_what_takes_off() -> None:
-    setup = TrainingSetup(batch_size=2, sequence_length=4)
+    setup = planning.TrainingSetup(batch_size=2, sequence_length=4)
 
     def total(**changes: object) -> int:
-        return training_memory(SIZE, KEPT, replace(setup, **changes)).total
+        return planning.training_memory(SIZE, KEPT, replace(setup, **changes)).total
 
     alone = total()
     assert total(accumulation=2) == alone + 4 * SIZE.total
@@ -177,9 +166,9 @@ def test_what_adds_to_memory_and_what_takes_off() -> None:
 
 
 def test_head_without_fusion_is_three_float32_logits() -> None:
-    setup = TrainingSetup(batch_size=2, sequence_length=4, kernels="plain")
-    assert head_bytes(SIZE, setup)[0] == 3 * 4 * (2 * 4) * SIZE.vocab_size
-    fused = head_bytes(replace(SIZE, vocab_size=10**6), replace(setup, kernels="fused", sequence_length=4096))
+    setup = planning.TrainingSetup(batch_size=2, sequence_length=4, kernels="plain")
+    assert planning.head_bytes(SIZE, setup)[0] == 3 * 4 * (2 * 4) * SIZE.vocab_size
+    fused = planning.head_bytes(replace(SIZE, vocab_size=10**6), replace(setup, kernels="fused", sequence_length=4096))
     assert fused[0] - fused[1] < 513 * 2**20
 
 
@@ -193,7 +182,7 @@ def test_head_without_fusion_is_three_float32_logits() -> None:
 )
 def test_a_bad_setup_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingSetup(**changes)
+        planning.TrainingSetup(**changes)
 
 
 LENGTH = 96
@@ -230,7 +219,7 @@ def test_counted_is_what_a_real_pass_keeps(name: str) -> None:
     """Without copies of weights, so in one type; masks and positions that do not grow with the batch are 1 % or so."""
     config = config_of(name)
     experts = {} if name in ("llama-tiny", "dense-tiny") else {"experts_implementation": "grouped_mm"}
-    counted = measure_kept(config, LENGTH, "bfloat16", "plain")
+    counted = planning.measure_kept(config, LENGTH, "bfloat16", "plain")
     assert len(counted.layers) == config.num_hidden_layers
     kept = really_kept(config, torch.bfloat16, experts)
     assert counted.of_batch(1) + counted.fixed == pytest.approx(kept, rel=0.002)
@@ -243,7 +232,7 @@ def test_stand_in_of_our_experts_saves_what_the_real_ones_save() -> None:
 
     from hf_moe_cpt.kernels.experts import experts
 
-    register_counted()
+    planning.register_counted()
     holder = nn.Module()
 
     def saved(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
@@ -258,7 +247,7 @@ def test_stand_in_of_our_experts_saves_what_the_real_ones_save() -> None:
         return experts(tokens, index, gates, holder.gate_up_proj, holder.down_proj, "silu")
 
     def stand_in(tokens: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-        return ALL_EXPERTS_FUNCTIONS[OUR_EXPERTS](holder, tokens, index, gates)
+        return ALL_EXPERTS_FUNCTIONS[planning.OUR_EXPERTS](holder, tokens, index, gates)
 
     assert saved(stand_in) == pytest.approx(saved(real), rel=0.001)
 
@@ -267,10 +256,10 @@ def test_stand_in_of_our_experts_saves_what_the_real_ones_save() -> None:
     "config", [config_of("pb-granular-tiny"), config_of("llama-tiny"), GPT2], ids=["ours", "llama", "gpt2"]
 )
 def test_parameters_are_those_of_the_model(config: PreTrainedConfig) -> None:
-    size, model = measure_size(config, "it"), AutoModelForCausalLM.from_config(config)
+    size, model = planning.measure_size(config, "it"), AutoModelForCausalLM.from_config(config)
     assert size.total == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
     assert size.is_tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
-    assert len(size.layers) == len(layers_of(model)) == config.num_hidden_layers
+    assert len(size.layers) == len(planning.layers_of(model)) == config.num_hidden_layers
     routed = [weight.numel() for name, weight in model.named_parameters() if "mlp.experts." in name]
     assert size.experts == sum(routed)
     unchosen = sum(routed) * (1 - 3 / 31)
@@ -286,24 +275,26 @@ def test_fsdp_leaves_on_a_rank_what_is_planned(name: str, gpus: int) -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = init_device_mesh("cpu", (gpus,))
-        for part in (*layers_of(model), model):
+        for part in (*planning.layers_of(model), model):
             fully_shard(part, mesh=mesh)
         held = sum(weight.to_local().numel() for weight in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
-    planned = parameters_held(measure_size(config_of(name), name), TrainingSetup(engine="fsdp2", gpus=gpus))
+    planned = planning.parameters_held(
+        planning.measure_size(config_of(name), name), planning.TrainingSetup(engine="fsdp2", gpus=gpus)
+    )
     assert planned == pytest.approx(held, rel=0.02)
 
 
 def test_mixed_precision_adds_copies_of_weights_and_wider_norms() -> None:
     config = config_of("pb-switch-tiny")
-    mixed, lean = (measure_kept(config, LENGTH, precision, "fused") for precision in ("mixed", "bfloat16"))
-    plain = measure_kept(config, LENGTH, "mixed", "plain")
-    size = measure_size(config, "it")
+    mixed, lean = (planning.measure_kept(config, LENGTH, precision, "fused") for precision in ("mixed", "bfloat16"))
+    plain = planning.measure_kept(config, LENGTH, "mixed", "plain")
+    size = planning.measure_size(config, "it")
     matrices = size.total - size.embedding - size.head
     assert plain.fixed == pytest.approx(2 * matrices, rel=0.02)
     assert mixed.of_batch(1) > lean.of_batch(1)
-    assert lean.of_batch(1) < measure_kept(config, LENGTH, "bfloat16", "plain").of_batch(1)
+    assert lean.of_batch(1) < planning.measure_kept(config, LENGTH, "bfloat16", "plain").of_batch(1)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
@@ -315,6 +306,6 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no configuration that can be read: "):
         read_config(None, str(tmp_path))
     with pytest.raises(ValueError, match=r"^m \(mamba\) has no attention heads: only models with them are planned\.$"):
-        measure_size(MambaConfig(), "m")
+        planning.measure_size(MambaConfig(), "m")
     config_of("pb-granular-tiny").save_pretrained(tmp_path)
     assert read_config(None, str(tmp_path)).num_experts == 31

@@ -43,22 +43,10 @@ def whole(trace, read) -> torch.Tensor:
 
 def test_it_is_plain_json_with_the_promised_fields(found, traces):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert list(found) == [
-        "format",
-        "checkpoints",
-        "domains",
-        "layers",
-        "metrics",
-        "vocabulary_specialization",
-        "domain_specialization",
-        "coactivation",
-        "coactivation_change",
-        "saturation",
-        "top_tokens",
-        "training",
-        "expert_parallel",
-        "skipped",
-    ]
+    assert " ".join(found) == (
+        "format checkpoints domains layers metrics vocabulary_specialization domain_specialization coactivation "
+        "coactivation_change saturation top_tokens training expert_parallel skipped"
+    )
     assert found["checkpoints"][1] == {"name": "later", "model": "random 1", "step": 1, "num_tokens": 75}
     assert found["domains"] == ["prose", "code"] and found["skipped"] == {} and found["training"] == []
     assert found["layers"] == [
@@ -187,10 +175,7 @@ def test_layers_of_many_and_different_sizes(tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (
-            {"shape": ((5, 2),)},
-            r"b has 1 MoE layers of 5 experts, 2 a token, a has 2 MoE layers of 5 experts, 2 a token: only",
-        ),
+        ({"shape": ((5, 2),)}, "b has 1 MoE layers of 5 experts, 2 a token, a has 2 MoE layers of 5 experts, 2 a to"),
         ({"shape": ((5, 2), (5, 3))}, "only checkpoints of one architecture compare"),
         ({"tokenizer": "other"}, "b has another tokenizer than a: only checkpoints that share one compare"),
         ({"vocab_size": 12}, "b has 12 embeddings, a 9: only checkpoints that share a tokenizer compare"),
@@ -217,8 +202,5 @@ def test_what_cannot_be_compared_is_refused(change, text, tmp_path):
 def test_bad_settings_are_refused(names, settings, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         analyse_traces({name: random_trace(tmp_path / name) for name in names}, **settings)
-
-
-def test_a_domain_called_all_is_refused(tmp_path):
     with pytest.raises(ValueError, match="A domain is called 'all', which stands for all domains"):
-        analyse_traces({"a": random_trace(tmp_path, domains=(("all", 9),))})
+        analyse_traces({"a": random_trace(tmp_path / "all", domains=(("all", 9),))})

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from hf_moe_cpt.routing.hooks import RoutingTap, moe_layers
-from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_moes import BLOCKS, moe_model, padded_batch
 
 
@@ -18,10 +17,6 @@ def test_layers_of_every_family(kind):
     for layer in moe_layers(model):
         assert model.get_submodule(layer.name) is layer.experts
         assert model.get_submodule(layer.router_name) is layer.router
-
-
-def test_dense_models_have_none():
-    assert moe_layers(tiny_model("llama")) == []
 
 
 class _Experts(nn.Module):

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy, variation
 
-from hf_moe_cpt.routing import metrics
 from hf_moe_cpt.routing.metrics import (
     CoactivationCounter,
     ContinualOutcome,
@@ -32,7 +31,6 @@ from hf_moe_cpt.routing.metrics import (
     load_cv,
     load_entropy,
     max_routing_imbalance,
-    max_routing_imbalance_from_load,
     normalized_imbalance,
     rank_loads,
     recovery_step,
@@ -86,13 +84,9 @@ def test_change_of_coactivation():
     assert coactivation_change(together, apart) == pytest.approx(4 / 12)
 
 
-def test_contiguous_placement_is_even():
-    assert contiguous_placement(8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
-    sizes = [contiguous_placement(31, 8).count(rank) for rank in range(8)]
-    assert sum(sizes) == 31 and max(sizes) - min(sizes) == 1
-
-
 def test_placement_by_hand():
+    assert contiguous_placement(8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(contiguous_placement(31, 8).count(rank) for rank in range(8)) == [3] + [4] * 7
     got = estimate_placement([0.5, 0.1, 0.2, 0.2], [0, 0, 1, 1], 2)
     assert got.max_load == pytest.approx(0.6) and got.slowdown == pytest.approx(1.2)
     better = estimate_placement([0.5, 0.1, 0.2, 0.2], suggested_placement([0.5, 0.1, 0.2, 0.2], 2), 2)
@@ -147,16 +141,9 @@ def test_cv_equals_scipy_and_lies_in_its_range(routing):
     assert float(load_cv(load[torch.randperm(num_experts)])) == pytest.approx(float(load_cv(load)), rel=1e-12)
 
 
-def test_cv_of_uniform_collapsed_and_empty_loads():
-    loads = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]])
-    assert load_cv(loads).tolist()[:3] == pytest.approx([0.0, math.sqrt(3), 1.0])
-    assert math.isnan(load_cv(loads)[3])
-
-
 def test_dead_experts_are_counted_by_layer():
     loads = torch.tensor([[0, 5, 0, 5], [1, 99, 100, 200], [3, 3, 3, 3]])
     assert dead_experts(loads).tolist() == [2, 0, 0]
-    assert dead_experts(loads, share_of_mean=0.01).tolist() == [2, 1, 0]
 
 
 @given(st.integers(1, 9), st.integers(2, 9), st.integers(0, 99))
@@ -214,31 +201,11 @@ def test_perfect_and_worst_balance_of_the_paper_models():
     assert normalized_imbalance(1.0, 8, 1) == 8.0
 
 
-def test_mri_of_stacked_layers():
-    load = torch.tensor([[5, 5, 0], [9, 1, 0]])
-    assert max_routing_imbalance_from_load(load, 10).tolist() == pytest.approx([0.5, 0.9])
-    assert max_routing_imbalance_from_load(load, torch.tensor([10, 20])).tolist() == pytest.approx([0.5, 0.45])
-
-
-def test_padding_only_batch_has_no_imbalance():
-    index = torch.zeros(4, 2, dtype=torch.long)
-    assert torch.isnan(max_routing_imbalance(index, 3, torch.zeros(4, dtype=torch.bool)))
-
-
 def test_load_entropy_equals_scipy_and_its_ends():
     load = torch.tensor([[3, 1, 4, 1], [1, 0, 0, 0], [7, 7, 7, 7]])
     want = [entropy(row) / math.log(4) for row in load.numpy()]
     assert load_entropy(load).tolist() == pytest.approx(want, rel=1e-12)
     assert load_entropy(torch.tensor([6])).item() == 1.0
-
-
-@pytest.mark.parametrize(
-    "level, patience, want",
-    [(0.2, None, 4), (0.2, 1, 2), (0.2, 2, 4), (0.2, 5, None), (0.05, None, None), (1.0, None, 0)],
-)
-def test_recovery_step(level, patience, want):
-    mri = [0.1, 0.1, 0.1, 0.5, 0.4, 0.2, 0.3, 0.1, 0.1, 0.1]
-    assert recovery_step(mri, 3, level, patience) == want
 
 
 def test_recovery_against_another_runs_curve_and_nan():
@@ -257,9 +224,9 @@ def test_recovery_step_is_the_first_quiet_tail(mri, level, data):
 def test_imbalance_around_shift_summary():
     before = [0.9] * 10 + [0.1] * 20
     after = [0.5, 0.3, 0.2] + [0.104] * 40
-    got = imbalance_around_shift(before, after, smooth=1, steps_per_point=10)
+    got = imbalance_around_shift(before, after, smooth=1)
     assert (got.before, got.peak, got.after) == pytest.approx((0.1, 0.5, 0.104))
-    assert got.recovery_step == 30
+    assert got.recovery_step == 3
     smoothed = imbalance_around_shift(before, after, smooth=4)
     assert smoothed.peak == 0.5 and smoothed.recovery_step == 6  # 3 + the memory of a mean over 4 points
     assert imbalance_around_shift(before, [0.5] * 9).recovery_step is None
@@ -294,13 +261,6 @@ def test_padding_does_not_count_in_saturation():
     mask = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1, 1, 0])
     kept = mask.bool()
     assert router_saturation(before, after, mask) == router_saturation(before[kept], after[kept])
-
-
-def test_chunks_change_nothing(monkeypatch):
-    before, after = random_routing(50, 300, 3, seed=1), random_routing(50, 300, 3, seed=2)
-    whole = router_saturation(before, after)
-    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 7)
-    assert router_saturation(before, after) == whole
 
 
 V = 6
@@ -356,15 +316,6 @@ def test_favourites_of_another_checkpoint_and_splits(routing, seed, average, cut
     assert got == pytest.approx(vocabulary_by_hand(ids.tolist(), index, num_experts, average, reference), rel=1e-12)
 
 
-def test_the_two_averages_differ_as_they_should():
-    """Id 0 nine times always to expert 0, id 1 twice to experts 1 and 2."""
-    ids = torch.tensor([0] * 9 + [1, 1])
-    index = torch.tensor([[0]] * 9 + [[1], [2]])
-    assert vocabulary_specialization(ids, index, 2, 3, average="ids") == pytest.approx((1 + 0.5) / 2)
-    assert vocabulary_specialization(ids, index, 2, 3, average="occurrences") == pytest.approx(10 / 11)
-    assert vocabulary_specialization(ids, index, 2, 3, average="ids", min_occurrences=3) == 1.0
-
-
 def test_favourites_are_the_lowest_of_equals_and_none_for_unseen_ids():
     counts = torch.tensor([[0, 2, 2], [0, 0, 0], [5, 1, 0]], dtype=torch.int32)
     assert favourite_experts(counts).tolist() == [1, -1, 0]
@@ -402,10 +353,8 @@ def _vocabulary(**changes):
         (lambda: expert_load(torch.zeros(2, 3), 4), r"must hold integers, got torch.float32"),
         (lambda: expert_load(TWO, 4, torch.ones(3)), r"token_mask must be \(2,\) like the tokens, got \(3,\)"),
         (lambda: normalized_imbalance(0.5, 4, 5), r"num_experts_per_tok=5"),
-        (lambda: dead_experts(torch.ones(4), 1), r"share_of_mean=1 must lie in \[0, 1\)"),
         (lambda: domain_specialization(torch.ones(2, 6), torch.ones(1)), r"they must be \(D, E\) and \(D,\)"),
         (lambda: recovery_step([0.1], 1, 0.2), r"shift_step=1 is outside the 1 points"),
-        (lambda: recovery_step([0.1], 0, 0.2, 0), r"patience=0"),
         (lambda: recovery_step([0.1], 0, [0.2, 0.3]), r"level has 2 points and mri 1"),
         (lambda: imbalance_around_shift([], [0.1]), r"mri_before has no points"),
         (lambda: imbalance_around_shift([0.1], [0.1], smooth=0), r"smooth=0"),

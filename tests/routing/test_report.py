@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_moe_cpt.routing import report as routing_page_data
 from hf_moe_cpt.routing import report as routing_report
 from hf_moe_cpt.routing.report import MAX_STEPS, page_data, rounded, routing_page, write_routing_report
 from tests.helpers.browser import ask_page, needs_browser
@@ -19,6 +18,7 @@ from tests.reports.test_tables import Page
 
 CURVES = "return [...document.querySelectorAll('#{} path[data-points]')].map(path => JSON.parse(path.dataset.points));"
 CELLS = "return [...document.querySelectorAll('#{} tbody tr')].map(r => [...r.cells].map(c => c.textContent));"
+LEGEND = "[...document.querySelectorAll('#balance .legend span')].map(s => s.textContent)"
 HOVER = """
 const canvas = document.querySelectorAll("#{target} canvas")[{place}], box = canvas.getBoundingClientRect();
 const at = {{clientX: box.left + box.width * {x}, clientY: box.top + box.height * {y}, bubbles: true}};
@@ -32,9 +32,9 @@ document.querySelectorAll("#checkpoints button")[0].click();
 const slider = document.getElementById("set-layer"); slider.value = 1; slider.dispatchEvent(new Event("input"));
 const find = document.getElementById("set-token"); find.value = "no such token";
 find.dispatchEvent(new Event("input"));
-const names = [...document.querySelectorAll("#balance .legend span")].map(s => s.textContent);
+const names = LEGEND;
 return {names, address: location.hash, tokens: document.getElementById("tokens").textContent};
-"""
+""".replace("LEGEND", LEGEND)
 LAYER, ROW, COLUMN = 2, 1, 4
 QUESTIONS = {
     "mri, german": ("measure=mri&domain=german", CURVES.format("balance")),
@@ -44,16 +44,10 @@ QUESTIONS = {
     "training": ("step=2", CURVES.format("training")),
     "marks": ("", "return [...document.querySelectorAll('#training .note')].map(t => t.textContent);"),
     "domains": (f"layer={LAYER}", HOVER.format(target="domains", place=1, x=(COLUMN + 0.5) / 6, y=(ROW + 0.5) / 2)),
-    "coactivation": (
-        f"layer={LAYER}",
-        HOVER.format(target="coactivation", place=3, x=(COLUMN + 0.5) / 6, y=(ROW + 0.5) / 6),
-    ),
+    "coactivation": (f"layer={LAYER}", HOVER.format(target="coactivation", place=3, x=4.5 / 6, y=1.5 / 6)),
     "tokens": ("layer=0", CELLS.format("tokens")),
     "switches": ("", SWITCHES),
-    "after the switches": (
-        "",
-        "return [...document.querySelectorAll('#balance .legend span')].map(s => s.textContent);",
-    ),
+    "after the switches": ("", f"return {LEGEND};"),
 }
 
 
@@ -163,14 +157,8 @@ def test_tokens_are_text_not_markup(written, seen):
 def test_parts_that_are_not_there_are_explained(tmp_path, theirs):
     analysis = random_analysis(experts_per_token=1, checkpoints=("only",))
     if theirs == "bare":
-        for part in (
-            "domain_specialization",
-            "expert_parallel",
-            "vocabulary_specialization",
-            "top_tokens",
-            "saturation",
-        ):
-            analysis[part] = None
+        parts = "domain_specialization expert_parallel vocabulary_specialization top_tokens saturation"
+        analysis |= dict.fromkeys(parts.split())
         for measures in analysis["metrics"]["only"].values():
             measures |= {"router_entropy": None, "router_confidence": None}
         analysis["training"] = []
@@ -196,11 +184,8 @@ def test_json_holds_everything(written):
 def test_csv_files_hold_the_same_numbers(written):
     analysis, path = written
     tables = {name: _read_csv(path.parent / f"{name}.csv") for name in ("layers", "experts", "tokens", "training")}
-    row = next(
-        r
-        for r in tables["layers"]
-        if r["checkpoint"] == CHECKPOINTS[2] and r["text"] == "german" and r["layer"] == "1"
-    )
+    place = (CHECKPOINTS[2], "german", "1")
+    row = next(r for r in tables["layers"] if (r["checkpoint"], r["text"], r["layer"]) == place)
     assert float(row["mri"]) == analysis["metrics"][CHECKPOINTS[2]]["german"]["mri"][1]
     assert float(row["saturation"]) == analysis["saturation"][CHECKPOINTS[2]]["german"][1]
     assert row["vocabulary_input"] == "" and row["name"] == "layers.1.experts"
@@ -212,17 +197,14 @@ def test_csv_files_hold_the_same_numbers(written):
 
 def test_charts_are_standalone_pictures(written):
     names = {path.stem for path in written[1].parent.glob("*.svg")}
-    assert names == {
-        *("mri_by_layer", "mri_by_step", "saturation_by_layer", "coactivation_change_by_layer"),
-        *("vocabulary_input_by_layer", "vocabulary_output_by_layer"),
-    }
+    assert names == set(routing_report.CHARTS)
     chart = (written[1].parent / "mri_by_step.svg").read_text(encoding="utf-8")
     assert "the data changes" in chart and "run has recovered" in chart and "perfect balance" in chart
 
 
 def test_large_parts_are_thinned_and_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(routing_page_data, "MAX_MATRIX_NUMBERS", 2 * 3 * 20**2)
-    monkeypatch.setattr(routing_page_data, "MAX_TOKENS", 2 * 3 * 40 * 3)
+    monkeypatch.setattr(routing_report, "MAX_MATRIX_NUMBERS", 2 * 3 * 20**2)
+    monkeypatch.setattr(routing_report, "MAX_TOKENS", 2 * 3 * 40 * 3)
     monkeypatch.setattr(routing_report, "MAX_JSON_NUMBERS", 1000)
     analysis = random_analysis(3, 40, 8, checkpoints=("a", "b"), steps=3000)
     data = page_data(analysis)
@@ -247,9 +229,7 @@ def test_runs_of_other_depths_are_drawn_where_they_have_the_layer(tmp_path):
     run = analysis["training"][0]
     analysis["training"] = [run | {"name": "shallow", "layers": run["layers"][:1]}, run]
     path = write_routing_report(analysis, tmp_path)
-    script = CURVES.format("training").replace(
-        "JSON.parse(path.dataset.points)", "JSON.parse(path.dataset.points).name"
-    )
+    script = CURVES.format("training").replace("dataset.points)", "dataset.points).name")
     names = ask_page(path, {"first": ("step=0", script), "last": ("step=2", script)})
     assert names == {"first": ["shallow", run["name"]], "last": [run["name"]]}
 

@@ -32,13 +32,12 @@ def _save(folder: Path, tokenizer: Path, kind: str, noise: float = 0.0, **change
 
 @pytest.fixture(scope="module")
 def models(texts, tmp_path_factory) -> Path:
-    """A folder with start/ and later/, mixtures of one shape; dense/, wide/, single/ and foreign/ do not fit."""
+    """A folder with start/ and later/, mixtures of one shape; dense/, wide/ and foreign/ do not fit."""
     folder = tmp_path_factory.mktemp("models")
     _save(folder / "start", texts / "tokenizer", "mixtral")
     _save(folder / "later", texts / "tokenizer", "mixtral", noise=0.05)
     _save(folder / "dense", texts / "tokenizer", "llama")
     _save(folder / "wide", texts / "tokenizer", "mixtral", num_local_experts=5)
-    _save(folder / "single", texts / "tokenizer", "mixtral", num_experts_per_tok=1)
     _save(folder / "foreign", texts / "tokenizer", "mixtral")
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     tokenizer.add_tokens(["<new>"])
@@ -154,7 +153,6 @@ def test_an_option_given_twice_counts_twice_and_wins_over_the_file(models, texts
 
 TRACES = {
     "damaged": "is damaged, its checksum differs from the index's",
-    "unfinished": "holds no finished trace, trace.json is missing",
     "of another shape": "wide has 2 MoE layers of 5 experts, 2 a token, trace has 2 MoE layers of 4 experts",
     "of another tokenizer": "The trace trace has another tokenizer than .*foreign",
 }
@@ -166,8 +164,6 @@ def test_traces_that_do_not_fit_are_refused_before_a_model_runs(alone, models, t
     shard = trace / "shard_00001.safetensors"
     if kind == "damaged":
         shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    if kind == "unfinished":
-        (trace / "trace.json").unlink()
     model = models / {"of another shape": "wide", "of another tokenizer": "foreign"}.get(kind, "later")
     words = [f"trace={trace}", str(model), "--data", f"code={texts / 'new.jsonl'}", "--device", "cpu"]
     with pytest.raises(ValueError, match=TRACES[kind]):
@@ -189,7 +185,6 @@ REFUSED = {
         [],
         "wide has 2 MoE layers of 5 experts, 2 a token, start has 2 MoE layers of 4 experts",
     ),
-    "another K": (["start", "single"], [], "single has 2 MoE layers of 4 experts, 1 a token, start has 2 MoE"),
     "no checkpoint": ([], [], "No checkpoint was given: hf-moe-cpt analyze CHECKPOINT"),
     "no such model": (["start", "nowhere"], [], "nowhere' is neither a finished trace nor a model"),
     "too many ranks": (["start"], ["--num_ranks", "5"], r"--num_ranks 5 must lie in \[1, 4\]"),
@@ -202,7 +197,6 @@ REFUSED = {
     "a taken name": (["start"], ["--data", "all=some.txt"], "the name 'all' stands for all kinds together"),
     "text that is not there": (["start"], ["--data", "a=nowhere.jsonl"], "nowhere.jsonl"),
     "no such type": (["start"], ["--dtype", "int3"], "--dtype 'int3' is unknown"),
-    "no tokens": (["start"], ["--tokens_per_domain", "0"], "--tokens_per_domain 0 must be at least 1"),
     "no log": (["start"], ["--log_history", "nowhere"], "--log_history 'nowhere' has no trainer_state.json"),
 }
 

@@ -11,20 +11,96 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
 from hf_moe_cpt.generation.pairs import SampleFolder, load_table
 from hf_moe_cpt.scripts.rejection_sample import main
-from tests.helpers.fresh_process import run_python
+from tests.helpers.fresh_process import command_words, run_python
 from tests.helpers.loopback_hub import USER, LoopbackHub
-from tests.helpers.rejection_runs import QUESTIONS, VOCABULARY, arguments, make_world, published, ready_made, shards
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import SIZES, tiny_model
+
+
+VOCABULARY = 300
+QUESTIONS = [f"What comes after {'one ' * (i % 5)}{i}?" for i in range(10)]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
+    """A policy that ends about half of its answers, two reward models (with and without a template), prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = train_byte_level_bpe([*QUESTIONS, "It is one more."], VOCABULARY, progress=False)
+    tokenizer.save_pretrained(folder / "reward")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for name in ("policy", "chat reward", "three labels"):
+        tokenizer.save_pretrained(folder / name)
+    policy = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=128)
+    policy.lm_head.weight.data *= 30
+    policy.generation_config.eos_token_id = [0, *range(200, 215)]
+    policy.save_pretrained(folder / "policy")
+    for name, num_labels in {"reward": 1, "chat reward": 1, "three labels": 3}.items():
+        torch.manual_seed(1)
+        sizes = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 128, "pad_token_id": 1}
+        model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=num_labels))
+        model.save_pretrained(folder / name)
+    tokenizer.eos_token = tokenizer.chat_template = None
+    policy.config.eos_token_id = policy.generation_config.eos_token_id = None
+    policy.save_pretrained(folder / "endless")
+    tokenizer.save_pretrained(folder / "endless")
+    rows = [{"prompt": question, "chat": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def arguments(world: Path, run: Path, **changes: object) -> list[str]:
+    """The command line of a small run; None leaves an option out."""
+    settings = {
+        "dataset_name": world / "prompts.jsonl",
+        "model_name_or_path": world / "policy",
+        "reward_model_name_or_path": world / "reward",
+        "max_new_tokens": 8,
+        "num_samples": 4,
+        "num_accepted": 3,
+        "batch_size": 6,
+        "reward_batch_size": 5,
+        "shard_size": 3,
+        "output_dir": run,
+        **changes,
+    }
+    return command_words(settings)
+
+
+def shards(run: Path, stage: str) -> list[dict]:
+    """The rows of a stage, in the order of the prompts."""
+    return [
+        json.loads(line)
+        for path in sorted((run / "stages" / stage).glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def published(run: Path) -> dict[str, bytes]:
+    """Every file that goes to the Hub."""
+    return {name: (run / name).read_bytes() for name in ("data/train.parquet", "README.md", "summary.json")}
+
+
+def ready_made(folder: Path, rows: list[dict], name: str = "ready.jsonl") -> dict[str, object]:
+    """Changes of `arguments` that read responses ("answers") and scores ("stars") from these rows."""
+    path = folder / name
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "dataset_name": path,
+        "model_name_or_path": None,
+        "reward_model_name_or_path": None,
+        "responses_column": "answers",
+        "scores_column": "stars",
+        "num_accepted": 2,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +137,7 @@ def test_scores_are_the_reward_models(alone, world):
             assert score == pytest.approx(model(input_ids=inputs["input_ids"]).logits.item(), abs=1e-6)
 
 
-def test_the_summary_counts_what_lies_in_the_shards(alone):
+def test_summary_and_card_count_what_lies_in_the_shards(alone):
     rows, data = shards(alone, "score"), load_dataset(str(alone), split="train")
     summary = json.loads((alone / "summary.json").read_text())
     texts = [text for row in rows for text in row["responses"]]
@@ -72,46 +148,30 @@ def test_the_summary_counts_what_lies_in_the_shards(alone):
     assert summary["dropped_identical"] == 40 - summary["dropped_empty"] - sum(map(len, stripped))
     for side in ("chosen", "rejected"):
         assert summary[f"mean_score_{side}"] == pytest.approx(sum(data[f"score_{side}"]) / len(data))
+    _, head, body = (alone / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["preference", "rejection-sampling", "hf_moe_cpt"]
+    assert all(text in body for text in ("`temperature` | 1", "`tau` | 0.5", "`prompts` | 10"))
     assert 0 < summary["acceptance_rate"] < 1 and summary["accepted"] == sum(min(3, len(s)) for s in stripped)
 
 
-def test_the_card_names_what_the_data_was_made_of(alone, world):
-    _, head, body = (alone / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(head)["tags"] == ["preference", "rejection-sampling", "hf_moe_cpt"]
-    for value in (world / "policy", world / "reward", "`temperature` | 1", "`tau` | 0.5", "`prompts` | 10"):
-        assert str(value) in body
-
-
-def _loss_of_one_step(trainer_class: type, config: object, world: Path, run: Path) -> float:
-    trainer = trainer_class(
-        AutoModelForCausalLM.from_pretrained(world / "policy"),
-        args=config,
-        train_dataset=load_dataset(str(run), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(world / "policy"),
-    )
-    return trainer.train().training_loss
-
-
-ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "report_to": "none"}
-
-
-def test_trl_trains_on_it(alone, world, tmp_path):
-    trl = pytest.importorskip("trl")
-    loss = _loss_of_one_step(trl.DPOTrainer, trl.DPOConfig(output_dir=str(tmp_path), **ONE_STEP), world, alone)
-    assert loss == pytest.approx(math.log(2), abs=1e-3)  # the policy is its own reference
-
-
 def test_rainbowpo_trains_on_it_with_its_scores(alone, world, tmp_path):
+    """And so does TRL, whose trainer reads the data for it."""
     pytest.importorskip("trl")
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
+    step = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "report_to": "none"}
     odpo = {"beta": 1.0, "home_advantage": 2.0, "score_transform": "identity"}
-    preset = RainbowPOConfig.from_preset("odpo", output_dir=str(tmp_path), **odpo, **ONE_STEP)
-    data = load_dataset(str(alone), split="train").to_list()
+    data = load_dataset(str(alone), split="train")
     margins = [row["score_chosen"] - row["score_rejected"] for row in data]
     lowest, highest = (math.log1p(math.exp(2.0 * margin)) for margin in (min(margins), max(margins)))
-    loss = _loss_of_one_step(RainbowPOTrainer, preset, world, alone)
+    trainer = RainbowPOTrainer(
+        AutoModelForCausalLM.from_pretrained(world / "policy"),
+        args=RainbowPOConfig.from_preset("odpo", output_dir=str(tmp_path), **odpo, **step),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(world / "policy"),
+    )
+    loss = trainer.train().training_loss  # the policy is its own reference
     assert math.log(2) < lowest <= loss + 1e-5 and loss - 1e-5 <= highest
 
 
@@ -130,37 +190,21 @@ def test_conversations_stay_conversations(world, tmp_path):
     assert text["chosen"] == data[0]["chosen"][0]["content"] + "<|endoftext|>"
 
 
-def test_our_own_mixtures_of_experts_are_policies_too(world, tmp_path):
-    policy = tmp_path / "policy"
-    tiny_model("cpt_moe", vocab_size=VOCABULARY).save_pretrained(policy)
-    AutoTokenizer.from_pretrained(world / "policy").save_pretrained(policy)
-    main(arguments(world, tmp_path / "run", model_name_or_path=policy, max_prompts=2))
-    assert len(shards(tmp_path / "run", "select")) == 2
-
-
 def test_neither_shards_nor_batches_nor_parts_nor_other_prompts_change_the_data(alone, world, tmp_path):
     expected = load_dataset(str(alone), split="train").to_list()
-    run = tmp_path / "other cuts"
-    main(arguments(world, run, shard_size=7, batch_size=5, reward_batch_size=3))
+    run, parts = tmp_path / "other cuts", tmp_path / "parts"
+    main(arguments(world, run, shard_size=7, batch_size=5, reward_batch_size=3, max_prompts=6))
     got = load_dataset(str(run), split="train").to_list()
-    texts = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in got]
-    assert texts == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in expected]
-
-    parts = tmp_path / "parts"
-    for part in ("2/2", "1/2"):
-        main(arguments(world, parts, part=part))
-        assert not (parts / "data").exists()
+    for row, want in zip(got, expected[: len(got)], strict=True):
+        assert all(row[name] == want[name] for name in ("prompt", "chosen", "rejected"))
+    assert len(got) >= 5
+    main(arguments(world, parts, part="2/2"))
+    main(arguments(world, parts, stop_after="generate"))
+    assert len(shards(parts, "generate")) == 10 > len(shards(parts, "score")) > 0 and not shards(parts, "select")
+    main(arguments(world, parts, part="1/2"))
+    assert len(shards(parts, "score")) == 10 and not (parts / "data").exists()
     main(arguments(world, parts))
     assert published(parts) == published(alone)
-
-    first = tmp_path / "first"
-    main(arguments(world, first, max_prompts=6))
-    shorter = load_dataset(str(first), split="train").to_list()
-    assert shorter == expected[: len(shorter)] and len(shorter) >= 5
-
-    seeded = tmp_path / "seeded"
-    main(arguments(world, seeded, seed=1, max_prompts=6))
-    assert not {row["chosen"] for row in load_dataset(str(seeded), split="train")} & {r["chosen"] for r in expected}
 
 
 KILLED = """
@@ -176,7 +220,6 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_run_killed_twice_ends_as_one_never_killed(alone, world, tmp_path):
     run = tmp_path / "run"
@@ -263,16 +306,6 @@ def test_a_saved_data_set_and_a_yaml_file_under_the_command_line(alone, world, t
     assert (tmp_path / "run/data/train.parquet").read_bytes() == (alone / "data/train.parquet").read_bytes()
 
 
-def test_stages_can_be_run_one_by_one(alone, world, tmp_path):
-    run = tmp_path / "run"
-    main(arguments(world, run, stop_after="generate"))
-    assert len(shards(run, "generate")) == 10 and not shards(run, "score")
-    main(arguments(world, run, stop_after="score"))
-    assert len(shards(run, "score")) == 10 and not shards(run, "select")
-    main(arguments(world, run))
-    assert published(run) == published(alone)
-
-
 def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -328,27 +361,18 @@ BAD_ROWS = {
     "count": ({"stars": [1]}, "row 1 .* has 2 responses and 1 scores"),
     "score": ({"stars": [1, None]}, "row 1 .* of column 'stars' is no list of finite numbers"),
     "response": ({"answers": ["a", None]}, "row 1 .* of column 'answers' is no list of responses"),
+    "answered": ({"prompt": [{"role": "assistant", "content": "x"}]}, "row 1 .* ends with a message of 'assistant'"),
+    "no content": ({"prompt": [{"role": "user"}]}, "row 1 .* is neither a string nor a list of messages"),
 }
 
 
 @pytest.mark.parametrize("change, message", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_rows_are_named(world, tmp_path, change, message):
     good = {"prompt": "?", "answers": ["a", "b"], "stars": [1, 2]}
+    if isinstance(change.get("prompt"), list):
+        good["prompt"] = [{"role": "user", "content": "?"}]
     with pytest.raises(ValueError, match=message):
         main(arguments(world, tmp_path / "run", **ready_made(tmp_path, [good, good | change])))
-
-
-BAD_CHATS = {
-    "answered": ([{"role": "assistant", "content": "x"}], "row 0 .* ends with a message of 'assistant'"),
-    "no content": ([{"role": "user"}], "row 0 .* is neither a string nor a list of messages"),
-}
-
-
-@pytest.mark.parametrize("chat, message", BAD_CHATS.values(), ids=BAD_CHATS)
-def test_conversations_that_ask_for_nothing_are_refused(world, tmp_path, chat, message):
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": chat}))
-    with pytest.raises(ValueError, match=message):
-        main(arguments(world, tmp_path / "run", dataset_name=tmp_path / "chats.jsonl"))
 
 
 def test_what_is_left_without_pairs_or_template_is_said(world, tmp_path):
@@ -391,37 +415,18 @@ def test_settings_that_do_not_fit_the_folder_are_refused(alone, world, changes, 
     assert "\n" not in str(caught.value) and published(alone) == before
 
 
-def test_prompts_that_changed_under_a_run_are_refused(world, tmp_path):
-    row = {"prompt": "?", "answers": ["a", "b"], "stars": [1, 2]}
-    for number, change in enumerate(({"prompt": "!"}, {"answers": ["a", "c"]}, {"stars": [1, 3]})):
-        main(arguments(world, tmp_path / f"{number}", **ready_made(tmp_path, [row])))
-        with pytest.raises(ValueError, match="was made with data_checksum="):
-            main(arguments(world, tmp_path / f"{number}", **ready_made(tmp_path, [row | change])))
-
-
-def test_a_fingerprint_holds_the_settings_of_all_stages_before(tmp_path):
-    settings = {"generate": {"temperature": 1.0}, "score": {"model": "a"}, "select": {"tau": 0.5}}
-    names = {stage: SampleFolder(tmp_path, settings).shard(stage, 0) for stage in settings}
-    for changed, kept in {"generate": [], "score": ["generate"], "select": ["generate", "score"]}.items():
-        now = SampleFolder(tmp_path, settings | {changed: {"other": 1}})
-        assert [stage for stage in settings if now.shard(stage, 0) == names[stage]] == kept
-
-
-def test_parts_that_start_at_the_same_moment_share_the_folder(tmp_path):
+def test_a_folder_is_of_one_run_whose_parts_may_start_at_once_and_its_shards_of_settings(tmp_path):
     settings = {"generate": {"temperature": 1.0}, "score": {"model": "a"}, "select": {"tau": 0.5}}
     with ThreadPoolExecutor(8) as pool:
-        for number in range(30):
+        for number in range(10):
             folders = [SampleFolder(tmp_path / str(number), settings) for _ in range(8)]
             list(pool.map(SampleFolder.claim, folders))
-            assert [path.name for path in sorted(folders[0].root.iterdir())] == ["rejection_sample.json"]
-    with pytest.raises(ValueError, match="was made with tau=0.5, and now it is 2"):
-        SampleFolder(tmp_path / "0", settings | {"select": {"tau": 2}}).claim()
-
-
-def test_errors_are_one_line_and_exit_code_2(world, tmp_path):
-    done = run_python("scripts/rejection_sample.py", *arguments(world, tmp_path / "run", num_accepted=9), check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --num_accepted 9 is more than --num_samples 4")
+            assert [path.name for path in folders[0].root.iterdir()] == ["rejection_sample.json"]
+    for changed, kept in {"generate": [], "score": ["generate"], "select": ["generate", "score"]}.items():
+        now = SampleFolder(tmp_path / "0", settings | {changed: {"other": 1}})
+        with pytest.raises(ValueError, match="was made with"):
+            now.claim()
+        assert [stage for stage in settings if now.shard(stage, 0) == folders[0].shard(stage, 0)] == kept
 
 
 def test_a_folder_is_read_by_split_and_never_from_the_cache_of_another(tmp_path):
@@ -441,11 +446,7 @@ def test_a_folder_is_read_by_split_and_never_from_the_cache_of_another(tmp_path)
 
 BAD_FOLDERS = {
     "no such split": ("validation", {"train.jsonl": "{}"}, "has no .*file of the split 'validation'"),
-    "nothing to read": (
-        "train",
-        {"notes.txt": "x"},
-        "has no .json, .* file of the split 'train'",
-    ),
+    "nothing to read": ("train", {"notes.txt": "x"}, "has no .json, .* file of the split 'train'"),
     "two kinds": ("train", {"a.jsonl": "{}", "b.parquet": "x"}, "has the extension.s. .*: give one kind of"),
     "damaged": ("train", {"a.parquet": "x"}, "the data set .* cannot be read: Parquet file"),
 }

@@ -88,50 +88,40 @@ def test_the_sets_of_a_bench_are_taken(tmp_path):
     model = tmp_path / "model"
     tokenizer.save_pretrained(model)
     tiny_model("mixtral", vocab_size=len(tokenizer)).save_pretrained(model)
-    main(
-        _arguments(
-            tmp_path,
-            tmp_path / "run",
-            (),
-            model_name_or_path=model,
-            bench=tmp_path / "bench",
-            max_steps=2,
-            eval_rows=4,
-            **{f"{name}_batch_size": 1 for name in SETS[:5]},
-        )
-    )
+    changes = {"model_name_or_path": model, "bench": tmp_path / "bench", "max_steps": 2, "eval_rows": 4}
+    changes |= {f"{name}_batch_size": 1 for name in SETS[:5]}
+    main(_arguments(tmp_path, tmp_path / "run", (), **changes))
     last = [entry for entry in saved_history(tmp_path / "run") if "eval_unlearn_expert_overlap" in entry][-1]
     assert 0.0 <= last["eval_retain_expert_overlap"] <= 1.0
 
 
-def test_wrong_requests_are_refused_before_anything_is_loaded(folder, tmp_path):
-    with pytest.raises(ValueError, match="preset 'gentle' is unknown"):
-        main(_arguments(folder, tmp_path / "a", preset="gentle"))
-    with pytest.raises(ValueError, match="model_name_or_path is missing"):
-        main(_arguments(folder, tmp_path / "b", model_name_or_path=None))
-    with pytest.raises(ValueError, match="nothing to forget and nothing to learn"):
-        main(_arguments(folder, tmp_path / "c", ("retain",), model_name_or_path="no-such-model"))
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "w2"}\n{"text": 3}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: 'text' is 3"):
-        main(_arguments(folder, tmp_path / "d", unlearn_dataset_name=bad, model_name_or_path="no-such-model"))
-    with pytest.raises(ValueError, match="'gone.parquet'"):
-        main(_arguments(folder, tmp_path / "e", unlearn_dataset_name="gone.parquet"))
-
-
-def test_every_row_is_looked_at_before_weights_are_read(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "gentle"}, "preset 'gentle' is unknown"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"sets": ("retain",), "model_name_or_path": "no-such-model"}, "nothing to forget and nothing to learn"),
+        ({"unlearn_dataset_name": "gone.parquet"}, "'gone.parquet'"),
+        ({"unlearn_dataset_name": '{"text": "w2"}\n{"text": 3}\n'}, r"bad\.jsonl, line 2: 'text' is 3"),
+        ({"unlearn_dataset_name": '{"text": "w2", "prefix": "w2"}'}, "row 0 .* of unlearn_dataset: its prefix covers"),
+        ({"max_length": 99}, "max_length=99 is longer than the model's context of 64 tokens"),
+    ],
+)
+def test_wrong_requests_are_refused_before_weights_are_read(folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
-    hidden = tmp_path / "hidden.jsonl"
-    hidden.write_text(json.dumps({"text": "w2 w3", "prefix": "w2 w3"}) + "\n")
-    with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its prefix covers the whole text"):
-        main(_arguments(folder, tmp_path / "a", unlearn_dataset_name=hidden))
-    named = {name: tmp_path / f"{name}.jsonl" for name in ("unlearn", "retain")}
+    if "{" in changes.get("unlearn_dataset_name", ""):
+        (tmp_path / "bad.jsonl").write_text(changes["unlearn_dataset_name"])
+        changes = {**changes, "unlearn_dataset_name": tmp_path / "bad.jsonl"}
+    with pytest.raises(ValueError, match=message):
+        main(_arguments(folder, tmp_path / "run", **changes))
+
+
+def test_shared_subjects_and_adapters_are_refused(folder, tmp_path):
+    named = {f"{name}_dataset_name": tmp_path / f"{name}.jsonl" for name in ("unlearn", "retain")}
     for name, path in named.items():
         path.write_text(json.dumps({"text": f"w2 {name}", "subject": "Ada"}) + "\n")
     with pytest.raises(ValueError, match=r"1 subject\(s\) are in both unlearn_dataset and retain_dataset: 'Ada'"):
-        main(_arguments(folder, tmp_path / "b", **{f"{name}_dataset_name": path for name, path in named.items()}))
-    with pytest.raises(ValueError, match="max_length=99 is longer than the model's context of 64 tokens"):
-        main(_arguments(folder, tmp_path / "c", max_length=99))
+        main(_arguments(folder, tmp_path / "b", **named))
     adapter = tmp_path / "adapter"
     word_tokenizer().save_pretrained(adapter)
     (adapter / "adapter_config.json").write_text("{}")

@@ -49,7 +49,7 @@ WATCHDOG_EXIT_CODE = 1
 
 
 class LossHistory:
-    """The last good losses of optimizer steps, oldest first.
+    """The last good losses of optimizer steps in `losses`, oldest first.
 
     spike_sigmas: 0 finds no spikes. window: number of losses that are compared with.
     """
@@ -74,10 +74,6 @@ class LossHistory:
         return (
             f"its loss {loss:.4g} lies {excess:.1f} standard deviations above the last {len(self.losses)} ({mean:.4g})"
         )
-
-    def add(self, loss: float) -> None:
-        """Note the loss of a good step."""
-        self.losses.append(loss)
 
 
 class RewindRequested(Exception):
@@ -157,7 +153,7 @@ class BadStepCallback(TrainerCallback):
             ((loss, norm),) = self._mean_over_ranks([(loss, self.grad_norm)])
             harm = self._history.harm(loss, norm)
             if harm is None:
-                self._history.add(loss)
+                self._history.losses.append(loss)
                 self._in_a_row = 0
                 return
             self._in_a_row += 1
@@ -190,7 +186,7 @@ class BadStepCallback(TrainerCallback):
         for (step, _, _), (loss, norm) in zip(unread, self._mean_over_ranks([row[1:] for row in unread]), strict=True):
             harm = self._history.harm(loss, norm)
             if harm is None:
-                self._history.add(loss)
+                self._history.losses.append(loss)
             elif self.policy == "rewind":
                 raise RewindRequested(step, harm)
             else:
@@ -418,9 +414,11 @@ class Watchdog(TrainerCallback):
             self._seen_events, self._since, self._earlier = self._events, now, None
             return None
         waited = now - self._since
-        if self._earlier is None and waited > self.timeout / 2:
-            self._earlier, self._earlier_at = self._read_all(), now
-        if self._earlier is None or waited <= self.timeout:
+        if self._earlier is None:  # who stands still shows from one round to another
+            if waited > self.timeout / 2:
+                self._earlier, self._earlier_at = self._read_all(), now
+            return None
+        if waited <= self.timeout:
             return None
         cause = blame(self._earlier, self._read_all(), now - self._earlier_at)
         return f"Nothing has moved on rank {self.rank} for {waited:.0f} s (hang_timeout): {cause}."
@@ -472,15 +470,13 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
             raise ValueError(
                 f"bad_step_policy={policy!r} drops gradients, which DeepSpeed keeps to itself: use stop, or FSDP."
             )
-        self.bad_steps = BadStepCallback(
-            self, policy, settings.spike_sigmas, settings.spike_window, settings.bad_step_limit
-        )
+        rule = (settings.spike_sigmas, settings.spike_window, settings.bad_step_limit)
+        self.bad_steps = BadStepCallback(self, policy, *rule)
         self.step_timing = StepTiming(self.model) if settings.log_step_timing else None
         self.watchdog = None
         if settings.world_size > 1 and settings.hang_timeout:
-            self.watchdog = Watchdog(
-                settings.output_dir, settings.hang_timeout, settings.process_index, settings.world_size
-            )
+            place = (settings.process_index, settings.world_size)
+            self.watchdog = Watchdog(settings.output_dir, settings.hang_timeout, *place)
         listens = settings.save_on_sigterm and settings.save_strategy != "no"
         self.preemption = PreemptionCallback() if listens else None
         for callback in (self.bad_steps, self.step_timing, self.watchdog, self.preemption):

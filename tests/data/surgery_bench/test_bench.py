@@ -67,14 +67,8 @@ def test_each_group_can_have_its_own_size_kinds_and_forms():
     bench = SurgeryBench.generate(
         num_subjects={"unlearn": 3, "retain": 9, "update": 6}, kinds=("person",), forms=("quiz",), changed_facts=8
     )
-    assert {name: len(part) for name, part in bench.documents.items()} == {
-        "unlearn": 3,
-        "obsolete": 6,
-        "update": 6,
-        "retain": 9 + NUM_BRIDGES,
-        "neighbour": 0,
-        "unseen": 0,
-    }
+    sizes = (3, 6, 6, 9 + NUM_BRIDGES, 0, 0)
+    assert {name: len(part) for name, part in bench.documents.items()} == dict(zip(SETS, sizes, strict=True))
     assert set(bench.documents["update"]["form"]) == {"quiz"}
     assert len(bench.ask("obsolete", "test", "mcq")) == 6 * 8
     assert not len(bench.ask("unseen")) and bench.documents["unseen"].features == DOCUMENT_FEATURES
@@ -189,10 +183,7 @@ def test_asking_selects_set_split_and_kind(bench):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"num_subjects": 100},
-            r"num_subjects=100 must be made of multiples of 60 \(3 subjects of each of 4 kind\(s\)",
-        ),
+        ({"num_subjects": 100}, r"num_subjects=100 must be made of multiples of 60 \(3 subjects of each of 4 kind"),
         ({"num_subjects": 0}, "num_subjects=0 must be made of multiples of 60 .* not all 0"),
         ({"num_subjects": {"unlearn": 4}}, r"multiples of 12 \(3 subjects of each of 4 kind\(s\)\), not all 0"),
         ({"num_subjects": {"unlearn": -12}}, "multiples of 12"),
@@ -478,12 +469,7 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     variables: dict = {}
     exec(compile(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], "surgery_bench.md", "exec"), variables)
     bench = variables["bench"]
-    assert {name: len(part) for name, part in bench.documents.items() if len(part)} == {
-        "unlearn": 1,
-        "obsolete": 1,
-        "update": 1,
-        "retain": 1,
-    }
+    assert [len(part) for part in bench.documents.values()] == [1, 1, 1, 1, 0, 0]
     assert bench.documents["unlearn"][0]["subject"] == "Wilmot Arven"
     old = bench.ask("update", "test")[0]
     assert old["options"][old["old_answer"]] != old["answer_text"] and len(bench.ask("unlearn", "validation")) == 1
@@ -494,13 +480,8 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
 
 
 def test_one_file_with_sets_and_all_columns(tmp_path):
-    full = DOCUMENT | {
-        "id": "a",
-        "subject_kind": "person",
-        "form": "note",
-        "prefix": "Ada ",
-        "facts": [{"attribute": "birth_city", "value": "Orsgate"}],
-    }
+    facts = [{"attribute": "birth_city", "value": "Orsgate"}]
+    full = DOCUMENT | {"id": "a", "subject_kind": "person", "form": "note", "prefix": "Ada ", "facts": facts}
     other = {"subject": "Bea Tarn", "set": "retain", "text": "Bea Tarn sails."}
     documents = write(tmp_path / "d.jsonl", ["", full, "   ", other])
     asked = [
@@ -515,13 +496,6 @@ def test_one_file_with_sets_and_all_columns(tmp_path):
     assert (cloze["answer_text"], cloze["old_answer"], cloze["id"]) == ("Orsgate", 0, "q1")
     (mcq,) = [row for part in bench.questions.values() for row in part if row["kind"] == "mcq"]
     assert mcq["answer"] == 0 and mcq["old_answer"] is None and mcq["attribute"] is None
-
-
-def test_a_byte_order_mark_and_no_questions_are_fine(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(DOCUMENT).encode())
-    bench = SurgeryBench.from_jsonl(path)
-    assert len(bench.documents["unlearn"]) == 1 and not any(map(len, bench.questions.values()))
 
 
 def test_questions_without_split_fall_on_both_sides_and_always_on_the_same(tmp_path):
@@ -557,13 +531,10 @@ DOCUMENT_ERRORS = {
     "number": (DOCUMENT | {"text": 5}, r"line 2 has 5 as 'text', a int: it must be a string"),
     "no set": ({"subject": "B", "text": "x"}, r"line 2 has no 'set'"),
     "wrong set": (DOCUMENT | {"set": "forget"}, r"line 2: set 'forget' is unknown: choose one of unlearn, obsolete"),
-    "two sets": (
-        DOCUMENT | {"set": "retain"},
-        r"line 2 puts the subject 'Ada Quill' into retain, but .*documents\.jsonl, line 1 has it in unlearn: a sub",
-    ),
+    "two sets": (DOCUMENT | {"set": "retain"}, r"line 2 puts the subject 'Ada Quill' into retain, but .*line 1 has"),
     "same id": (
         DOCUMENT | {"id": "unlearn-documents-1"},
-        r"line 2 has the id 'unlearn-documents-1', which .*line 1 has too",
+        r"line 2 has the id 'unlearn-documents-1', which .*line 1 ha",
     ),
     "prefix": (DOCUMENT | {"prefix": "Bea"}, r"line 2 has a prefix, 'Bea', that its text does not begin with"),
     "all prefix": (DOCUMENT | {"prefix": DOCUMENT["text"]}, r"line 2 has a prefix, .* and go on from"),
@@ -575,25 +546,16 @@ DOCUMENT_ERRORS = {
 
 
 QUESTION_ERRORS = {
-    "subject": (
-        {"subject": "Ada Quil"},
-        r"line 2 asks about 'Ada Quil' in unlearn, where no document has that subject",
-    ),
+    "subject": ({"subject": "Ada Quil"}, r"line 2 asks about 'Ada Quil' in unlearn, where no document has that su"),
     "set": ({"set": "retain"}, r"line 2 asks about 'Ada Quill' in retain, where no document"),
     "kind": ({"kind": "essay"}, r"line 2: kind 'essay' is unknown: choose one of mcq"),
     "split": ({"split": "train"}, r"line 2: split 'train' is unknown: choose validation or test"),
-    "again": (
-        {},
-        r"line 2 asks the same question as .*questions\.jsonl, line 1: validation and test must not share any",
-    ),
+    "again": ({}, r"line 2 asks the same question as .*questions\.jsonl, line 1: validation and test must not share"),
     "options": ({"options": "abc"}, r"line 2 has 'abc' as 'options': it must be a list of strings"),
     "empty option": ({"options": ["a", ""]}, r"line 2 has \['a', ''\] as 'options'"),
     "one option": ({"options": ["a"]}, r"line 2 has the options \['a'\]: it needs at least 2, all different"),
     "same options": ({"options": ["a", "a"]}, r"line 2 has the options \['a', 'a'\]"),
-    "answer place": (
-        {"answer": 3},
-        r"line 2 has 3 as 'answer': it must be one of the 3 options, or its place from 0 to 2",
-    ),
+    "answer place": ({"answer": 3}, r"line 2 has 3 as 'answer': it must be one of the 3 options, or its place from 0"),
     "answer text": ({"answer": "Paris"}, r"line 2 has 'Paris' as 'answer'"),
     "answer bool": ({"answer": True}, r"line 2 has True as 'answer'"),
     "no answer": ({"answer": None}, r"line 2 has None as 'answer'"),
@@ -641,33 +603,25 @@ def test_columns_can_be_renamed_and_mistakes_in_that_are_named(tmp_path):
     columns = {"subject": "name", "text": "wiki_bio_text"}
     bench = SurgeryBench.from_jsonl({"unlearn": path}, columns=columns)
     assert bench.documents["unlearn"][0]["text"] == "Ada sings." and bench.subjects("unlearn") == ["Ada"]
-    with pytest.raises(
-        ValueError, match=r"w\.jsonl, line 1 has no column 'bio', which columns asks for; it has \['wiki"
-    ):
+    with pytest.raises(ValueError, match=r"w\.jsonl, line 1 has no column 'bio', which columns asks for; it has "):
         SurgeryBench.from_jsonl({"unlearn": path}, columns={"subject": "name", "text": "bio"})
     with pytest.raises(ValueError, match=r"columns renames \['title'\], which are no columns of documents: \['id', "):
         SurgeryBench.from_jsonl({"unlearn": path}, columns={"title": "name"})
 
 
-def test_files_that_are_missing_empty_or_not_utf8_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*none\.jsonl: No such file or directory; check the path"):
-        SurgeryBench.from_jsonl(tmp_path / "none.jsonl")
+def test_files_without_rows_are_named(tmp_path):
     empty = write(tmp_path / "empty.jsonl", ["", " "])
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no documents"):
         SurgeryBench.from_jsonl(empty)
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no questions"):
         SurgeryBench.from_jsonl(write(tmp_path / "d.jsonl", [DOCUMENT]), empty)
-    (tmp_path / "latin.jsonl").write_bytes(b'{"subject": "Caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1 is not UTF-8 text: convert"):
-        SurgeryBench.from_jsonl(tmp_path / "latin.jsonl")
+
+
+WORDS = st.text(min_size=1).filter(str.strip)
 
 
 @settings(max_examples=10, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip)), min_size=1, max_size=6
-    )
-)
+@given(rows=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6))
 def test_any_text_comes_back_unchanged(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / "d.jsonl"
     write(path, [{"subject": subject, "text": text, "set": "unseen"} for subject, text in rows])

@@ -1,4 +1,4 @@
-"""Bad steps stop the run, are left out exactly, or are gone back for; who is to blame when nothing moves; slow ranks.
+"""Bad steps stop the run, are left out exactly, or are gone back for; who is to blame when nothing moves.
 
 The bad losses are real: the row of the embedding of one token, which one document has, is not a number.
 """
@@ -7,18 +7,14 @@ import json
 import logging
 import math
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
-from hf_moe_cpt.trainers.common import metrics as step_timing
-from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS
+from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, checkpoints_in, step_of
 from hf_moe_cpt.trainers.common.fault_tolerance import LEAST_LOSSES, Heartbeat, LossHistory, Watchdog, blame
-from hf_moe_cpt.trainers.common.metrics import StepTiming
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -37,8 +33,8 @@ class Weights(TrainerCallback):
         self.after = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        moments = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
-        self.after.append([parameter.detach().clone() for parameter in model.parameters()] + moments)
+        moments = [entry["exp_avg"] for entry in optimizer.state.values()]
+        self.after.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
 
 
 def _poisoned(model):
@@ -57,10 +53,11 @@ def _cpt(folder, **changes):
     return run, (places or [-99])[0] // run.global_batch_size + 1
 
 
-@pytest.fixture
-def seed(tmp_path):
-    """A seed with which the token comes in the middle of the run."""
-    return next(seed for seed in range(40) if 4 <= _cpt(tmp_path, seed=seed)[1] <= 7)
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """A seed with which the token comes in the middle of the run, and not at a step that is logged alone."""
+    folder = tmp_path_factory.mktemp("seeds")
+    return next(seed for seed in range(40) if 5 <= _cpt(folder, seed=seed)[1] <= 7)
 
 
 def _same(first, second):
@@ -70,8 +67,8 @@ def _same(first, second):
 def test_a_step_is_left_out_and_going_back_ends_the_same(tmp_path, caplog, seed):
     with pytest.raises(FloatingPointError, match=rf"Step {_cpt(tmp_path, seed=seed)[1]} is bad .*: its loss is nan"):
         _cpt(tmp_path / "stop", seed=seed)[0].train()
-
-    run, step = _cpt(tmp_path / "skip", seed=seed, bad_step_policy="skip", logging_steps=3, save_strategy="no")
+    run, step = _cpt(tmp_path / "skip", seed=seed, bad_step_policy="skip", logging_steps=3)
+    assert [step_of(path) for path in checkpoints_in(tmp_path / "stop")] == list(range(2, step, 2))  # none after it
     weights = Weights()
     run.add_callback(weights)
     run.train()
@@ -83,22 +80,20 @@ def test_a_step_is_left_out_and_going_back_ends_the_same(tmp_path, caplog, seed)
     assert all(math.isfinite(loss) for loss in cpt_runs.logged(run.state.log_history, "loss"))
 
     caplog.clear()
-    back, _ = _cpt(tmp_path / "rewind", seed=seed, bad_step_policy="rewind")
+    back, _ = _cpt(tmp_path / "rewind", seed=seed, bad_step_policy="rewind", logging_steps=3)
     back.train()
     assert f"Step {step} is bad: its loss is nan. Going back to checkpoint-{(step - 1) // 2 * 2};" in caplog.text
     assert f"Step {step} is left out" in caplog.text
     assert back.state.global_step == 9 and _same(list(back.model.parameters()), list(run.model.parameters()))
-    one_by_one, _ = _cpt(tmp_path / "each", seed=seed, bad_step_policy="skip")
-    one_by_one.train()
-    without = [
+    histories = [
         [
             {k: v for k, v in entry.items() if k != "grad_norm"}
             for entry in cpt_runs.without_clocks(r.state.log_history)
         ]
-        for r in (back, one_by_one)
+        for r in (back, run)
     ]
-    first, second = (json.dumps(history, sort_keys=True) for history in without)
-    assert first == second  # as text, since the other means of the step that was left out are NaN in both
+    first, second = (json.dumps(history, sort_keys=True) for history in histories)
+    assert first == second  # as text, since what is NaN in both is the same
 
 
 def test_going_back_needs_a_checkpoint_and_does_not_go_on_for_ever(tmp_path, seed):
@@ -124,13 +119,8 @@ def test_the_other_trainers_leave_steps_out_too(tmp_path, caplog):
     model = tiny_model("llama", tie_word_embeddings=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[45] = math.nan
-    alone = {
-        "mixing_alpha": 0.0,
-        "contextual_scaling": "none",
-        "per_device_train_batch_size": 1,
-        "max_steps": len(rows),
-    }
-    preference = preference_runs.trainer(tmp_path, model, rows, **{**policy, **alone})
+    alone = {"mixing_alpha": 0.0, "contextual_scaling": "none", "per_device_train_batch_size": 1}
+    preference = preference_runs.trainer(tmp_path, model, rows, **{**policy, **alone, "max_steps": len(rows)})
     preference.train()
     for run in (surgery, preference):
         assert sum(cpt_runs.logged(run.state.log_history, "steps_left_out")) == 1
@@ -143,10 +133,10 @@ def test_a_leap_is_a_spike_and_a_drift_is_none():
     losses = [3.0 - 0.01 * i + 0.02 * (-1) ** i for i in range(30)]
     for loss in losses[:LEAST_LOSSES]:
         assert history.harm(loss + 50, 1.0) is None  # nothing is known yet
-        history.add(loss)
+        history.losses.append(loss)
     for loss in losses[LEAST_LOSSES:]:
         assert history.harm(loss, 1.0) is None
-        history.add(loss)
+        history.losses.append(loss)
     assert "standard deviations above the last 20" in history.harm(losses[-1] + 1.0, 1.0)
     assert history.harm(losses[-1] - 1.0, 1.0) is None  # downwards is welcome
     assert history.harm(2.7, math.inf) == "its gradient norm is inf"
@@ -158,16 +148,8 @@ def test_a_leap_is_a_spike_and_a_drift_is_none():
 def test_a_spike_of_real_losses_is_left_out(tmp_path, caplog):
     plain = tokenized(300, 1, 1, 8)
     odd = Dataset.from_dict({"input_ids": [torch.randperm(30).add(15).tolist()[:28]]})
-    args = cpt_runs.config(
-        tmp_path,
-        replay_ratio=0.0,
-        max_steps=60,
-        bad_step_policy="skip",
-        spike_sigmas=6.0,
-        spike_window=10,
-        bad_step_limit=3,
-        per_device_train_batch_size=4,
-    )
+    rule = {"bad_step_policy": "skip", "spike_sigmas": 6.0, "spike_window": 10, "bad_step_limit": 3}
+    args = cpt_runs.config(tmp_path, replay_ratio=0.0, max_steps=60, per_device_train_batch_size=4, **rule)
     run = cpt_runs.CPTTrainer(tiny_model("cpt_moe"), args, concatenate_datasets([plain, odd]))
     rows = [i for i in range(len(run.mixture)) if (torch.as_tensor(run.mixture[i]["input_ids"]) >= 15).sum() > 5]
     run.train()
@@ -176,42 +158,35 @@ def test_a_spike_of_real_losses_is_left_out(tmp_path, caplog):
     assert found and set(found) <= {row // 4 + 1 for row in rows}
 
 
-@pytest.mark.parametrize(
-    "kind, extra",
-    [(CPTConfig, {"max_steps": 5}), (RainbowPOConfig, {"bf16": False}), (SurgeryConfig, {})],
-    ids=["cpt", "rainbowpo", "surgery"],
-)
-def test_settings_that_cannot_work_are_refused(tmp_path, kind, extra):
-    for changes, text in {
-        ("bad_step_policy", "wait"): "bad_step_policy='wait' is unknown: choose stop, skip, rewind",
-        ("spike_sigmas", -1.0): "spike_sigmas=-1.0 must be at least 0",
-        ("spike_window", 3): "spike_window=3 must be at least 8",
-        ("bad_step_limit", 0): "bad_step_limit=0 must be at least 1",
-        ("hang_timeout", -1.0): "hang_timeout=-1.0 must be at least 0",
-        ("snapshot_dir", str(tmp_path)): "is output_dir: name a folder on a faster disk",
-    }.items():
-        with pytest.raises(ValueError, match=text):
-            kind(output_dir=str(tmp_path), use_cpu=True, **{changes[0]: changes[1]}, **extra)
-    with pytest.raises(ValueError, match="bad_step_policy='skip' with fp16, whose scaler leaves steps out by itself"):
-        kind(output_dir=str(tmp_path), bad_step_policy="skip", fp16=True, **extra)
+REFUSED = {
+    "policy": ({"bad_step_policy": "wait"}, "bad_step_policy='wait' is unknown: choose stop, skip, rewind"),
+    "sigmas": ({"spike_sigmas": -1.0}, "spike_sigmas=-1.0 must be at least 0"),
+    "window": ({"spike_window": 3}, "spike_window=3 must be at least 8"),
+    "limit": ({"bad_step_limit": 0}, "bad_step_limit=0 must be at least 1"),
+    "timeout": ({"hang_timeout": -1.0}, "hang_timeout=-1.0 must be at least 0"),
+    "snapshots": ({"snapshot_dir": "run"}, "is output_dir: name a folder on a faster disk"),
+    "fp16": ({"bad_step_policy": "skip", "fp16": True}, "'skip' with fp16, whose scaler leaves steps out by itself"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    for kind, extra in ((CPTConfig, {"max_steps": 5}), (RainbowPOConfig, {"bf16": False}), (SurgeryConfig, {})):
+        with pytest.raises(ValueError, match=message):
+            kind(output_dir="run", use_cpu=True, **extra, **changes)
 
 
 WAITS = Heartbeat(10, 50, 7, "in the step")
 LATER = Heartbeat(12, 50, 7, "in the step")
+NO_DATA = [Heartbeat(beats, 49, 6, "waiting for data") for beats in (10, 12)]
+STOPPED = "rank 1 is stopped or dead (no sign of life for 9 s)"
+UNSEEN = "of rank 1 nothing is seen (has it ended, or is output_dir not shared by all hosts?)"
 CASES = {
-    "a process that is stopped": (
-        [WAITS, WAITS],
-        [LATER, WAITS],
-        "rank 1 is stopped or dead (no sign of life for 9 s)",
-    ),
-    "a host that nobody sees": (
-        [WAITS, None],
-        [LATER, None],
-        "of rank 1 nothing is seen (has it ended, or is output_dir not shared by all hosts?)",
-    ),
+    "a process that is stopped": ([WAITS, WAITS], [LATER, WAITS], STOPPED),
+    "a host that nobody sees": ([WAITS, None], [LATER, None], UNSEEN),
     "a loader that hangs": (
-        [WAITS, Heartbeat(10, 49, 6, "waiting for data"), WAITS],
-        [LATER, Heartbeat(12, 49, 6, "waiting for data"), LATER],
+        [WAITS, NO_DATA[0], WAITS],
+        [LATER, NO_DATA[1], LATER],
         "rank 1 is behind, at step 6 (waiting for data)",
     ),
     "a network that is cut": (
@@ -252,60 +227,3 @@ def test_the_thread_of_a_watch_ends_the_process_once_and_cleans_up(tmp_path):
     watch.stop()
     assert len(said) == 1 and "all ranks are alive and none moves, at step 0 (starting)" in said[0]
     assert not (tmp_path / HEARTBEATS).exists()
-
-
-class Clock:
-    """What `time` is to the code under test: it goes on when a test says so."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def perf_counter(self):
-        return self.now
-
-
-class Slow(nn.Module):
-    """A forward pass that takes as long as its input says."""
-
-    def __init__(self, clock):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.clock = clock
-
-    def forward(self, seconds):
-        self.clock.now += seconds
-        return self.weight
-
-
-class ThreeRanks:
-    """What three ranks would tell each other: the second is slower by a quarter of a second."""
-
-    def of_all(self, values):
-        own = torch.tensor(values, dtype=torch.float64)
-        return torch.stack([own, own + torch.tensor([0.0, 0.1, 0.25]), own])
-
-
-def test_seconds_of_a_step_and_the_slowest_rank(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(step_timing, "time", clock)
-    model = Slow(clock)
-    timing = StepTiming(model)
-    step = SimpleNamespace(args=None, state=TrainerState(), control=TrainerControl())
-    assert timing.pop() == {}
-    for _ in range(2):
-        with timing.waiting_for_data():
-            clock.now += 0.1
-        model(0.05)
-        model.eval()(0.1)  # a reference's or an evaluation's
-        model.train()
-        timing.on_step_end(step.args, step.state, step.control)
-    clock.now += 0.02  # in which the loss is read
-    assert timing.pop() == pytest.approx({"runtime/step": 0.26, "runtime/data_wait": 0.1})
-    timing.agreement = ThreeRanks()
-    with timing.waiting_for_data():
-        pass
-    model(0.05)
-    timing.on_step_end(step.args, step.state, step.control)
-    ranks = timing.pop()
-    wanted = {"runtime/step": 0.05, "runtime/data_wait": 0.1, "runtime/slowest_rank": 1}
-    assert ranks == pytest.approx(wanted | {"runtime/rank_min": 0.05, "runtime/rank_max": 0.3})

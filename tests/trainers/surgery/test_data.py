@@ -116,19 +116,9 @@ def _named(*subjects):
     return Dataset.from_dict({"text": [f"about {subject}" for subject in subjects], "subject": list(subjects)})
 
 
-def test_obsolete_and_update_share_their_subjects():
-    check_subjects(
-        {
-            "obsolete": _named("a", "b"),
-            "update": _named("a", "b"),
-            "unlearn": _named("c"),
-            "retain": _named("d"),
-        }
-    )
-
-
 @pytest.mark.parametrize(("first", "second"), [("unlearn", "retain"), ("obsolete", "neighbour"), ("unseen", "update")])
 def test_shared_subjects_are_refused_and_named(first, second):
+    check_subjects({"obsolete": _named("a", "b"), "update": _named("a", "b"), "unlearn": _named("c")})  # may share
     sets = {first: _named(*"abcdefg"), second: _named(*"cdefx")}
     message = rf"4 subject\(s\) are in both {first}_dataset and {second}_dataset: 'c', 'd', 'e' and 1 more"
     with pytest.raises(ValueError, match=message):
@@ -258,12 +248,9 @@ def test_the_first_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_rows(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n")
+    path.write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
-        read_rows(tmp_path / "rows.jsonl")
+        read_rows(path)
 
 
 tokenize = partial(tokenize_set, tokenizer=word_tokenizer(), max_length=32)

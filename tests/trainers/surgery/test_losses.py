@@ -1,7 +1,7 @@
 """Masked means against plain loops in float64; padding may hold anything; parts of a batch add up.
 
 Forget losses against the formulas of their papers, written out token by token, and pair losses against DPO; gradients
-by autograd in float64; npo as a special case of a pair.
+by autograd in float64.
 """
 
 import math
@@ -24,7 +24,6 @@ from hf_moe_cpt.trainers.surgery.losses import (
     forget_loss_of,
     masked,
     masked_mean,
-    npo,
     num_units,
     reduce_sequences,
     reduce_tokens,
@@ -74,17 +73,9 @@ def test_parts_of_a_batch_add_up_to_it(normalization, as_number):
     total = num_units(mask, normalization)
     total = int(total) if as_number else total
     parts = [slice(0, 1), slice(1, 3), slice(3, 6)]
-    for whole, pieces in (
-        (
-            reduce_tokens(values, mask, normalization),
-            [reduce_tokens(values[part], mask[part], normalization, total) for part in parts],
-        ),
-        (
-            reduce_sequences(losses, mask, normalization),
-            [reduce_sequences(losses[part], mask[part], normalization, total) for part in parts],
-        ),
-    ):
-        assert_matches("sum of parts", torch.stack(pieces).sum(), whole)
+    for reduce, each in ((reduce_tokens, values), (reduce_sequences, losses)):
+        pieces = [reduce(each[part], mask[part], normalization, total) for part in parts]
+        assert_matches("sum of parts", torch.stack(pieces).sum(), reduce(each, mask, normalization))
 
 
 def test_nothing_counts_without_a_nan():
@@ -134,10 +125,7 @@ def _capped_unlikelihood(p: float) -> float:
 
 # By name: (loss of a sequence, weights of its tokens against plain ascent), both from its p_t and the reference's p_t.
 DEFINITIONS: dict[str, tuple[Callable, Callable]] = {
-    "ga": (
-        lambda p, r: sum(math.log(x) for x in p) / len(p),
-        lambda p, r: [1.0 for _ in p],
-    ),
+    "ga": (lambda p, r: sum(math.log(x) for x in p) / len(p), lambda p, r: [1.0 for _ in p]),
     "cap": (
         lambda p, r: -sum(min(-math.log(x), TAU) for x in p) / len(p),
         lambda p, r: [float(-math.log(x) < TAU) for x in p],
@@ -164,10 +152,7 @@ DEFINITIONS: dict[str, tuple[Callable, Callable]] = {
         lambda p, r: -2.0 / BETA * math.log(_sigmoid(BETA * (-math.log(math.prod(p)) / len(p) - TAU))),
         lambda p, r: [2.0 * (q := math.exp(-BETA * (-math.log(math.prod(p)) / len(p) - TAU))) / (1.0 + q) for _ in p],
     ),
-    "wga": (
-        lambda p, r: sum(x**BETA * math.log(x) for x in p) / len(p),
-        lambda p, r: [x**BETA for x in p],
-    ),
+    "wga": (lambda p, r: sum(x**BETA * math.log(x) for x in p) / len(p), lambda p, r: [x**BETA for x in p]),
     "satimp": (
         lambda p, r: sum(x**BETA * (1.0 - x) ** BETA2 * math.log(x) for x in p) / len(p),
         lambda p, r: [x**BETA * (1.0 - x) ** BETA2 for x in p],
@@ -292,13 +277,10 @@ def test_sequences_do_not_see_each_other_or_their_padding(name, num_sequences, n
     whole = FORGET_LOSSES[name](logp, mask, SETTINGS, ref_logp)
     wider = [torch.nn.functional.pad(tensor, (padding, padding), value=math.nan) for tensor in (logp, ref_logp)]
     for row in range(num_sequences):
-        alone = FORGET_LOSSES[name](
-            wider[0][row : row + 1],
-            torch.nn.functional.pad(mask[row : row + 1], (padding, padding)),
-            SETTINGS,
-            wider[1][row : row + 1],
-        )
-        assert_matches(name, whole[row : row + 1], alone)
+        one = slice(row, row + 1)
+        counts = torch.nn.functional.pad(mask[one], (padding, padding))
+        alone = FORGET_LOSSES[name](wider[0][one], counts, SETTINGS, wider[1][one])
+        assert_matches(name, whole[one], alone)
         assert mask[row].any() or whole[row] == 0.0
 
 
@@ -345,13 +327,11 @@ def test_records_say_what_the_functions_need():
     assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"aim", "cap", "seqcap", "expcap"}
 
 
-def test_a_function_that_forgets_the_batch_is_refused():
-    mean = ForgetLoss("mine", lambda logp, mask, settings, ref_logp: logp.mean())
-    with pytest.raises(ValueError, match=r"forget loss mine returned \(\), not one loss per sequence, \(2,\)"):
-        mean(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), ForgetSettings())
-    number = ForgetLoss("mine", lambda logp, mask, settings, ref_logp: 0.0)
-    with pytest.raises(ValueError, match="forget loss mine returned float, not one"):
-        number(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), ForgetSettings())
+@pytest.mark.parametrize(("value", "found"), [(torch.tensor(0.0), r"\(\)"), (0.0, "float")])
+def test_a_function_that_forgets_the_batch_is_refused(value, found):
+    loss = ForgetLoss("mine", lambda logp, mask, settings, ref_logp: value)
+    with pytest.raises(ValueError, match=rf"forget loss mine returned {found}, not one loss per sequence, \(2,\)"):
+        loss(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), ForgetSettings())
 
 
 def test_a_name_a_record_or_a_function_is_a_forget_loss():
@@ -412,17 +392,6 @@ def test_value_and_gradients_are_those_of_dpo_per_token_of_the_loser(name, pair)
         assert losses[row].item() == pytest.approx(2.0 / (BETA * n) * math.log1p(math.exp(-BETA * margin)), rel=1e-12)
         for gradient, text, sign in zip(gradients, pair, (-1.0, 1.0), strict=True):
             assert_matches("gradient", gradient[row], sign * pull * text.mask[row].double())
-
-
-@pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_with_a_winner_that_stands_still_it_is_npo(name, pair):
-    winner, loser = pair
-    winner = winner._replace(ref_logp=winner.logp.detach())
-    assert_matches(
-        "loss",
-        PAIR_LOSSES[name](winner, loser, SETTINGS),
-        npo(loser.logp, loser.mask, SETTINGS, loser.ref_logp),
-    )
 
 
 def test_impossible_tokens_on_both_sides_give_no_nan():

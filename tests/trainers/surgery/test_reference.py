@@ -223,14 +223,6 @@ def test_a_given_model_is_the_reference(tmp_path):
     assert not any(p.requires_grad for p in given.parameters())
 
 
-def test_the_cached_head_stays_when_the_model_trains(tmp_path):
-    model = tiny_model("llama", tie_word_embeddings=True)
-    found, weight = _build("cache", model, UNEQUAL, tmp_path), model.lm_head.weight.detach().clone()
-    _moved(model)
-    assert torch.equal(found.head.weight, weight) and not torch.equal(model.lm_head.weight, weight)
-    assert not found.head.weight.requires_grad
-
-
 def test_sets_that_are_compared():
     winners = UNEQUAL.rename_columns({name: f"winner_{name}" for name in UNEQUAL.column_names})
     paired = Dataset.from_dict({**UNEQUAL.to_dict(), **winners.to_dict()})

@@ -15,20 +15,6 @@ def _config(tmp_path, **changes):
     return SurgeryConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **changes)
 
 
-def test_the_papers_preset_is_that_of_the_authors_code(tmp_path):
-    config = SurgeryConfig.from_preset("paper", output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    assert config.weights == PAPER_WEIGHTS
-    assert (config.forget_loss, config.kl_direction, config.normalization) == ("ga", "forward", "sequence")
-    assert (config.learning_rate, config.max_steps, config.max_grad_norm) == (2e-4, 120, 1.0)
-    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.weight_decay) == (0.9, 0.95, 1e-8, 0.01)
-    assert (config.warmup_steps, config.gradient_accumulation_steps, config.seed) == (0, 1, 42)
-    assert str(config.lr_scheduler_type.value) == "constant"
-    assert config.decay_all_parameters and config.reference == "copy"
-    assert not (config.mask_prefix or config.append_eos or config.load_best_model_at_end or config.eval_on_start)
-    assert {config.eval_strategy.value, config.save_strategy.value} == {"no"}
-    assert config.max_term_grad_norm is config.max_retain_kl is config.update_target is config.forget_target is None
-
-
 def test_safe_is_the_default_and_bounded(tmp_path):
     config = SurgeryConfig.from_preset("safe", output_dir=str(tmp_path), use_cpu=True, report_to="none")
     plain = _config(tmp_path)
@@ -41,7 +27,10 @@ def test_overrides_win_over_a_preset(tmp_path):
     config = SurgeryConfig.from_preset(
         "paper", output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=1e-5, unlearn_weight=0.0
     )
-    assert config.learning_rate == 1e-5 and config.unlearn_weight == 0.0 and config.update_weight == 2.0
+    assert config.learning_rate == 1e-5 and config.weights == {**PAPER_WEIGHTS, "unlearn": 0.0}
+    assert (config.max_steps, config.seed, config.lr_scheduler_type.value) == (120, 42, "constant")
+    assert {config.eval_strategy.value, config.save_strategy.value} == {"no"}
+    assert not (config.mask_prefix or config.append_eos or config.load_best_model_at_end or config.eval_on_start)
     with pytest.raises(ValueError, match="preset 'gentle' is unknown: choose one of safe, paper"):
         SurgeryConfig.from_preset("gentle", output_dir=str(tmp_path))
 
@@ -91,11 +80,7 @@ def test_targets_of_a_command_line_are_read(tmp_path, text, value):
         ({}, {"unlearn": ROWS, "update": ROWS, "unseen": ROWS}, "or set allow_unanchored=True"),
         ({"retain_weight": 0.0}, {"unlearn": ROWS, "retain": ROWS, "unseen": ROWS}, "allow_unanchored"),
         ({}, {"unlearn": ROWS, "retain": ROWS}, "pass unseen_dataset"),
-        (
-            {"obsolete_loss": "pair_dpo"},
-            {"obsolete": ROWS, "retain": ROWS, "unseen": ROWS},
-            "pair_dpo lets new texts win over old ones",
-        ),
+        ({"obsolete_loss": "pair_dpo"}, {"obsolete": ROWS, "retain": ROWS, "unseen": ROWS}, "pair_dpo lets new texts"),
     ],
 )
 def test_missing_and_empty_sets_are_refused(tmp_path, changes, sets, message):
