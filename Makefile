@@ -29,11 +29,11 @@ quickstart: $(VENV)/installed  ## install if needed, then train, continue and co
 
 test: lint  ## install if needed, lint, then run the tests that are not marked slow
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/installed-test  ## run the tests that are: kills, ranks, soaks, benchmarks, full sweeps
 	@echo "== pytest $(TESTS), slow ones, $(WORKERS) processes of one thread each"
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) -m slow $(TESTS)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m slow $(TESTS)
 
 test-versions: $(VENV)/installed-test  ## run what matters most on the lowest, pinned and newest versions of what we need
 	@echo "== lanes $(LANES)"

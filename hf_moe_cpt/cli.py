@@ -53,8 +53,7 @@ COMMANDS = {
         "trl",
     ),
     "surgery-eval": Command(
-        "hf_moe_cpt.scripts.eval_surgery",
-        "what a surgery made a model forget, learn and keep, under attack too",
+        "hf_moe_cpt.scripts.eval_surgery", "what a surgery made a model forget, learn and keep, under attack too"
     ),
     "analyze": Command(
         "hf_moe_cpt.scripts.analyze", "compare how checkpoints of a mixture of experts route the same text"

@@ -133,8 +133,7 @@ class QuickstartArguments:
         },
     )
     device: str = field(
-        default="auto",
-        metadata={"help": f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one."},
+        default="auto", metadata={"help": f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one."}
     )
     output_dir: str = field(
         default="quickstart-output",

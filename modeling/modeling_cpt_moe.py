@@ -305,10 +305,7 @@ class CptMoeSinkhornRouter(CptMoeRouter):
         return plan.topk(self.top_k, dim=-1).indices
 
 
-ROUTER_CLASSES: dict[str, type[CptMoeRouter]] = {
-    "softmax_topk": CptMoeTopKRouter,
-    "sinkhorn": CptMoeSinkhornRouter,
-}
+ROUTER_CLASSES: dict[str, type[CptMoeRouter]] = {"softmax_topk": CptMoeTopKRouter, "sinkhorn": CptMoeSinkhornRouter}
 
 
 def sinkhorn_plan(logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -838,8 +835,7 @@ class CptMoeModel(CptMoePreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            **{CACHE_NAME: past_key_values if use_cache else None},
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values if use_cache else None}
         )
 
 

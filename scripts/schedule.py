@@ -32,8 +32,7 @@ class ScheduleArguments:
         default="scratch", metadata={"help": "Where the model comes from.", "choices": list(STARTING_PHASES)}
     )
     phases: list[float] | None = field(
-        default=None,
-        metadata={"help": f"Shares of max_steps: {', '.join(PHASE_NAMES)}; unset: the paper's."},
+        default=None, metadata={"help": f"Shares of max_steps: {', '.join(PHASE_NAMES)}; unset: the paper's."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak rate."})
     constant_learning_rate: float | None = field(

@@ -43,8 +43,7 @@ class MixtureArguments:
     num_shared_experts: int | None = field(default=None, metadata={"help": "Experts that every token goes to."})
     moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
     norm_topk_prob: bool | None = field(
-        default=None,
-        metadata={"help": "Normalise gates: the function is kept exactly.", "nargs": "?", "const": True},
+        default=None, metadata={"help": "Normalise gates: the function is kept exactly.", "nargs": "?", "const": True}
     )
 
 

@@ -95,8 +95,7 @@ class DataArguments:
     dataset_split: str = field(default="test", metadata={"help": "Split of the pairs."})
     max_pairs: int | None = field(default=None, metadata={"help": "Use only the first so many pairs."})
     max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of prompt and answer; longer ones are cut. Default: the model's."},
+        default=None, metadata={"help": "Tokens of prompt and answer; longer ones are cut. Default: the model's."}
     )
 
     def __post_init__(self) -> None:

@@ -125,11 +125,7 @@ class ScheduleSettings(TypedDict):
     steepness: NotRequired[float]
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {
-    "cosine_inf": cosine_inf,
-    "inv_sqrt_inf": inv_sqrt_inf,
-    "cosine": cosine,
-}
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine_inf": cosine_inf, "inv_sqrt_inf": inv_sqrt_inf, "cosine": cosine}
 
 
 def learning_rate_at(

@@ -80,6 +80,7 @@ def rows(finished) -> dict[str, dict[str, str]]:
         return {row["peer"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_peer_says_what_was_measured_where(rows):
     assert list(rows) == ["dense", "eager", "grouped_mm", "absent", "wrong", "failing"]
     for row in rows.values():
@@ -88,6 +89,7 @@ def test_a_row_for_each_peer_says_what_was_measured_where(rows):
     assert rows["eager"]["peer_version"] == rows["eager"]["transformers"] and rows["absent"]["peer_version"] == ""
 
 
+@pytest.mark.slow
 def test_times_rates_and_shares_fit_together(rows):
     for name in ("dense", "eager", "grouped_mm", "wrong"):
         row = {key: float(value) for key, value in rows[name].items() if key.startswith(("forward", "training"))}
@@ -99,6 +101,7 @@ def test_times_rates_and_shares_fit_together(rows):
         assert float(rows[name]["first_call_seconds"]) > 0 and rows[name]["extra_peak_mib"] == ""
 
 
+@pytest.mark.slow
 def test_right_peers_are_exact_and_a_wrong_one_is_found(rows):
     for name in ("eager", "grouped_mm"):
         errors = [float(value) for key, value in rows[name].items() if key.startswith("error_")]
@@ -108,12 +111,14 @@ def test_right_peers_are_exact_and_a_wrong_one_is_found(rows):
     assert rows["dense"]["status"] == "ok" and rows["dense"]["error_out"] == ""
 
 
+@pytest.mark.slow
 def test_failures_are_rows_with_the_reason(rows, finished):
     assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("failed", "nobody has written it")
     assert rows["failing"]["reason"] == "RuntimeError: the device caught fire" and rows["failing"]["training_ms"] == ""
     assert "tiny absent: nobody has written it\n" in finished[1]
 
 
+@pytest.mark.slow
 def test_table_comes_last_and_the_plot_is_there(finished):
     folder, printed = finished
     lines = printed.rstrip("\n").split("\n")
@@ -224,6 +229,7 @@ def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CANDIDATES", {piece: [Tile(128, 32, 32), ALL_WRONG] for piece in bench.PIECES})
 
 
+@pytest.mark.slow
 def test_every_product_is_timed_and_failures_are_told(two_candidates, tmp_path, capsys):
     options = ["--shape", "tiny=130,32,24,3,2", "--rounds", "1", "--seconds", "0", "--dtype", "float32"]
     bench.main(["tune", *options, "--device", DEVICE.type, "--output_dir", str(tmp_path)])

@@ -14,6 +14,7 @@ GUIDE = (PROJECT / "docs/scaling.md").read_text(encoding="utf-8")
 STATED_ERROR = 0.03
 
 
+@pytest.mark.slow
 def test_every_compared_peak_is_met_within_the_stated_error() -> None:
     peaks = list(planner.measured_peaks(BENCHMARKS))
     errors = {(peak.source, peak.run): planner.estimated_gib(peak) / peak.gib - 1 for peak in peaks}

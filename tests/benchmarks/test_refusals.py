@@ -26,11 +26,7 @@ REFUSED = (
     (step, "--device tpu", "--device 'tpu' is unknown"),
     (trainers, "--baselines orpo", "--baselines 'orpo' is unknown: choose from rainbowpo, sigmoid"),
     (trainers, "--trainer grpo", "--trainer 'grpo' is unknown: choose from rainbowpo, surgery"),
-    (
-        trainers,
-        "--trainer surgery --baselines sigmoid",
-        "--baselines 'sigmoid' is unknown: choose from by-term",
-    ),
+    (trainers, "--trainer surgery --baselines sigmoid", "--baselines 'sigmoid' is unknown: choose from by-term"),
     (trainers, "--trainer surgery --preset bold", "--preset 'bold' is unknown: choose from paper, safe"),
     (trainers, "--preset safe", "--preset safe goes with --trainer surgery, not rainbowpo"),
     (trainers, "--trainer surgery --lora_rank 2", "--lora_rank 2 goes with --trainer rainbowpo, not surgery"),

@@ -67,6 +67,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_for_each_run_says_what_was_measured(finished):
     rows = {row["run"]: row for row in read(finished[0] / "step.csv")}
     assert list(rows) == RUNS
@@ -85,6 +86,7 @@ def test_a_row_for_each_run_says_what_was_measured(finished):
     assert int(dense["parameters"]) == linear + 5 * 32
 
 
+@pytest.mark.slow
 def test_failures_are_rows_with_the_reason(finished):
     reasons = {row["run"]: row["reason"] for row in read(finished[0] / "step.csv") if row["status"] == "failed"}
     assert reasons == {
@@ -94,6 +96,7 @@ def test_failures_are_rows_with_the_reason(finished):
     assert all(f"{run}: {reason}\n" in finished[1] for run, reason in reasons.items())
 
 
+@pytest.mark.slow
 def test_table_comes_last_and_the_plot_is_there(finished):
     folder, printed = finished
     lines = printed.rstrip("\n").split("\n")
@@ -102,6 +105,7 @@ def test_table_comes_last_and_the_plot_is_there(finished):
     assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_profiles_name_kernels_and_sum_to_one(finished):
     kernels = read(finished[0] / "step_kernels.csv")
     assert {kernel["run"] for kernel in kernels} == {RUNS[0], RUNS[2], RUNS[3]}

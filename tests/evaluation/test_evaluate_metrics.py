@@ -310,12 +310,7 @@ REFUSED = [
     ("memorisation", None, {"logps": [[-1.0]], "hits": [[2]]}, r"hits\[0\] holds 2: for each token it is 1"),
     ("membership_inference", None, ONE_TEXT, "is_member is True for all 1 texts: give members and others"),
     ("membership_inference", None, ONE_TEXT | {"retrained_aucs": {"auc": 0.5}}, "auc: no such input; there are loss"),
-    (
-        "edit_success",
-        "conflict",
-        ONE_EDIT | ANSWERS | {"kinds": ["locality"]},
-        "kinds holds 'locality' at question 0",
-    ),
+    ("edit_success", "conflict", ONE_EDIT | ANSWERS | {"kinds": ["locality"]}, "kinds holds 'locality' at question 0"),
     ("edit_success", "default", ONE_EDIT | ANSWERS, r"evaluate.load\(..., config_name='conflict'\)"),
     ("retained_behaviour", None, ONE_ROW | {"groups": ["a", "b"]}, "groups has 2 entries for 1 rows"),
 ]

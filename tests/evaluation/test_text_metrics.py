@@ -162,10 +162,7 @@ def test_every_question_as_a_loop_finds_it(questions, options, seed):
     np.testing.assert_allclose(tm.mcq_correct(losses, answers), expected)
     by_answer = sum(tm.mcq_correct(losses, np.full(questions, place)) for place in range(options))
     np.testing.assert_allclose(by_answer, 1)  # an answer for each question, whatever it is
-    assert tm.mcq_correct([[2.0, 1.0, np.inf], [1.0, 2.0, 3.0]], [1, 0]).tolist() == [
-        1,
-        1,
-    ]
+    assert tm.mcq_correct([[2.0, 1.0, np.inf], [1.0, 2.0, 3.0]], [1, 0]).tolist() == [1, 1]
 
 
 def test_texts_and_tokens_of_real_distributions():

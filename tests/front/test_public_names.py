@@ -30,7 +30,8 @@ def test_one_name_loads_what_it_needs_and_its_old_place_warns() -> None:
         "import sys\n"
         "from hf_moe_cpt.analysis import recovery_step, Mark\n"
         "print(recovery_step.__module__, Mark.__module__)\n"
-        "print([name for name in sys.modules if name.startswith('hf_moe_cpt.routing.')], 'transformers' in sys.modules)"
+        "routing = [name for name in sys.modules if name.startswith('hf_moe_cpt.routing.')]\n"
+        "print(routing, 'transformers' in sys.modules)"
     )
     done = run_python("-W", "default::DeprecationWarning", "-c", program)
     assert done.stdout.splitlines() == [

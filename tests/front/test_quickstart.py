@@ -12,16 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt import quickstart
-from hf_moe_cpt.quickstart import (
-    DENSE,
-    MOE,
-    BarCallback,
-    QuickstartArguments,
-    Scale,
-    make_plan,
-    summarise,
-    table_rows,
-)
+from hf_moe_cpt.quickstart import DENSE, MOE, BarCallback, QuickstartArguments, Scale, make_plan, summarise, table_rows
 from hf_moe_cpt.reports.tables import format_cell, text_table
 from hf_moe_cpt.scripts import analyze
 from hf_moe_cpt.scripts.quickstart import main

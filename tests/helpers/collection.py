@@ -12,9 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.routing import trace as trace_writer
 from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
-from hf_moe_cpt.machine import leave_process_group
 from tests.helpers.tiny_models import tiny_model, tokenized
 
 

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 
-_ALLOCATORS = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-)
+_ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 # torch lists its allocators, by identity, when a device is first set as the default. That must happen before others
 # stand in their place, or tensors "on meta" would take real memory.

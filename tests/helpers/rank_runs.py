@@ -144,11 +144,7 @@ def run(kind: str, folder: Path, out: Path, job: dict[str, Any]) -> dict[str, An
 
 
 def sharded_step(
-    folder: Path,
-    name: str,
-    sizes: dict[str, Any],
-    experts: str = "grouped_mm",
-    bf16: bool = False,
+    folder: Path, name: str, sizes: dict[str, Any], experts: str = "grouped_mm", bf16: bool = False
 ) -> dict[str, Any]:
     """One training step of a model whose experts are dealt to the ranks, beside that of the whole model.
 

@@ -6,12 +6,7 @@ error = rms(got - want) / rms(want), all in float64. Source of the limits: about
 import torch
 
 
-RELATIVE_RMS_LIMIT = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.bfloat16: 2e-2,
-    torch.float16: 3e-3,
-}
+RELATIVE_RMS_LIMIT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def relative_rms_error(got: torch.Tensor, want: torch.Tensor) -> float:

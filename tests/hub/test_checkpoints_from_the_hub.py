@@ -66,6 +66,7 @@ def publish(root: Path) -> None:
     (half / "model-00002-of-00002.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_as_good_as_a_folder(hub, elsewhere, tmp_path: Path) -> None:
     publish(tmp_path / "published")
     hub.fail("someone/gated", status=403, times=9, headers={"X-Error-Code": "GatedRepo"})

@@ -153,6 +153,7 @@ torch.save(found, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_adapters_on_experts_are_trained_published_loaded_and_merged(finished, hub, command, elsewhere, tmp_path):
     """An adapter is published onto a base that others can load; there its logits are those of the trained model."""
     command("push", finished["cpt"], "someone/base")

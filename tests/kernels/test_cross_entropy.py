@@ -380,6 +380,7 @@ def test_a_copy_of_a_fused_model_has_a_head_of_its_own():
     assert_matches("loss", fused(input_ids=ids, labels=labels).loss, plain(input_ids=ids, labels=labels).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_model_compiles_into_one_graph():
     ids, labels = batch()

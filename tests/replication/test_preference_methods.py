@@ -35,6 +35,7 @@ def policies(tmp_path_factory) -> tuple[PreferenceWorld, AutoModelForCausalLM, A
     return world, *models
 
 
+@pytest.mark.slow
 def test_imitation_learns_the_base_policy(tmp_path):
     world = PreferenceWorld(num_requests=8, num_words=6, max_words=4)
     losses = methods.train_policy(world, methods.PolicyPlan(steps=150), tmp_path)
@@ -184,6 +185,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_run_left_a_record_and_the_best_of_the_grid_was_run_again(finished):
     records = {path.stem: json.loads(path.read_text()) for path in (finished[0] / "runs").iterdir()}
     assert len(records) == 2 * (2 + 1)
@@ -195,6 +197,7 @@ def test_every_run_left_a_record_and_the_best_of_the_grid_was_run_again(finished
         assert final["seed"] == 1 and final["training"]["step"] == 2
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_records(finished):
     folder, printed = finished
     results = results_of(folder)
@@ -215,6 +218,7 @@ def test_results_are_those_of_the_records(finished):
     assert printed_rows[-5:-1] == ["(reference)", *rows, "(best"] and "KL on prompts of" in printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(finished, tmp_path, monkeypatch):
     made = []
     carry_out = methods.Worker.carry_out
@@ -242,6 +246,7 @@ def test_two_processes_give_what_one_gives(finished, tmp_path):
         assert records[run.name]["grades"] == pytest.approx(alone["grades"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_pairs_can_come_from_the_reference(finished, tmp_path):
     """Then both answers are samples of the model, which the base policy may find impossible."""
     comparison = methods.make_comparison(methods.CompareArguments(pairs_from="reference"))
@@ -257,6 +262,7 @@ def test_pairs_can_come_from_the_reference(finished, tmp_path):
         assert {row["chosen"].strip(), row["rejected"].strip()} == expected
 
 
+@pytest.mark.slow
 def test_another_world_is_refused(finished):
     with pytest.raises(ValueError, match="was made with world.length_bias=0.1, and now it is 0.5: name"):
         start(finished[0], "--methods", "dpo", "--length_bias", "0.5")

@@ -44,15 +44,7 @@ def test_tick_values():
 
 @pytest.mark.parametrize(
     "value, text",
-    [
-        (0, "0"),
-        (1500, "1500"),
-        (2e4, "20k"),
-        (1.5e6, "1.5M"),
-        (1.65e-4, "1.65e-4"),
-        (-0.25, "-0.25"),
-        (4e11, "400B"),
-    ],
+    [(0, "0"), (1500, "1500"), (2e4, "20k"), (1.5e6, "1.5M"), (1.65e-4, "1.65e-4"), (-0.25, "-0.25"), (4e11, "400B")],
 )
 def test_tick_labels(value, text):
     assert format_tick(value) == text

@@ -184,6 +184,7 @@ def test_accuracies_are_those_of_the_pure_functions_in_json_csv_and_the_table(al
     assert summary["machine"]["commit"] == "abc1234" and summary["settings"]["temperature"] == 1.0
 
 
+@pytest.mark.slow
 def test_only_missing_shards_read_weights_and_stop_after_stops(alone, world, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(alone[0], run)

@@ -190,6 +190,7 @@ def test_conversations_stay_conversations(world, tmp_path):
     assert text["chosen"] == data[0]["chosen"][0]["content"] + "<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_neither_shards_nor_batches_nor_parts_nor_other_prompts_change_the_data(alone, world, tmp_path):
     expected = load_dataset(str(alone), split="train").to_list()
     run, parts = tmp_path / "other cuts", tmp_path / "parts"
@@ -247,6 +248,7 @@ def test_a_finished_run_reads_no_weights_and_writes_the_same(alone, world, tmp_p
     assert load_from_disk(str(run / "arrow")).to_list() == load_dataset(str(run), split="train").to_list()
 
 
+@pytest.mark.slow
 def test_another_tau_reuses_the_scored_responses(alone, world, tmp_path):
     ready = {"responses_column": "responses", "scores_column": "scores"}
     nothing = {"model_name_or_path": None, "reward_model_name_or_path": None}
@@ -306,6 +308,7 @@ def test_a_saved_data_set_and_a_yaml_file_under_the_command_line(alone, world, t
     assert (tmp_path / "run/data/train.parquet").read_bytes() == (alone / "data/train.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_data_set_is_pushed_with_its_card_and_nothing_else(alone, world, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(alone, run)

@@ -178,9 +178,7 @@ class MeanMeter:
         self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}  # sum of values, their number
 
     def add(
-        self,
-        values: Mapping[str, Tensor | tuple[Tensor, Tensor | int]],
-        present: Mapping[str, Tensor] | None = None,
+        self, values: Mapping[str, Tensor | tuple[Tensor, Tensor | int]], present: Mapping[str, Tensor] | None = None
     ) -> None:
         """Add for each name a value (a 0-d tensor), or the sum of several values and their number.
 

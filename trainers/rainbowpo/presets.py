@@ -63,13 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chen et al. 2024, arXiv 2405.14953: phi inside the link, its scale calibrated to a mean of 1.
     "mallows-dpo": {**_DPO, "contextual_scaling": "mallows", "learning_rate": 1e-6},
     # The same, (beta phi m - 1/2)^2 as in the authors' later code; an earlier one does not scale by beta.
-    "mallows-ipo": {
-        **_DPO,
-        "contextual_scaling": "mallows",
-        "link": "square",
-        "beta": 0.005,
-        "learning_rate": 1e-6,
-    },
+    "mallows-ipo": {**_DPO, "contextual_scaling": "mallows", "link": "square", "beta": 0.005, "learning_rate": 1e-6},
     # Hong et al. 2024, arXiv 2403.07691: ORPO without its odds, which add log(1 - p_l) - log(1 - p_w) to m, p the
     # probability per token: close only while p is small. sft_weight is 1 / lambda, the loss 1 / lambda times ORPO's.
     "orpo-like": {**_NO_REFERENCE, "beta": 1.0, "sft_weight": 10.0, "learning_rate": 1e-6},

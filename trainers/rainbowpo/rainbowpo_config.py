@@ -78,8 +78,7 @@ class RainbowPOConfig(FaultToleranceArguments, DPOConfig):
 
     # --- the margin: what is compared ---
     beta: float = field(
-        default=10.0,
-        metadata={"help": "Inverse temperature: about 10 with length_normalization, about 0.1 without."},
+        default=10.0, metadata={"help": "Inverse temperature: about 10 with length_normalization, about 0.1 without."}
     )
     length_normalization: bool = field(
         default=True, metadata={"help": "Compare log-probabilities per token instead of summed ones."}

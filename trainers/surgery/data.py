@@ -359,10 +359,7 @@ def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> 
 
 
 def prepare_sets(
-    args: SurgeryConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int,
-    given: dict[str, Dataset | None],
+    args: SurgeryConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, given: dict[str, Dataset | None]
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Tokenised sets by name: those with a term in the objective, and all that are measured.
 

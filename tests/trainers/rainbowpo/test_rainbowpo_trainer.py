@@ -196,10 +196,7 @@ REFUSED = {
         {"data": pairs(2).remove_columns("rejected")},
         "needs a column 'rejected', and the train data set has prompt, chosen",
     ),
-    "messages before text": (
-        {"data": MIXED},
-        r"\(prompt: messages, chosen: text, rejected: text\): make all",
-    ),
+    "messages before text": ({"data": MIXED}, r"\(prompt: messages, chosen: text, rejected: text\): make all"),
     "one message for a list": ({"data": BARE}, "chosen: dict, rejected: dict"),
     "scores in words": ({**BY_SCORE, "data": IN_WORDS}, f"4 of 4 {WRONG.format('chosen', repr('good'), 0)}"),
     "a score is missing": ({**BY_SCORE, "data": MISSING}, f"1 of 4 {WRONG.format('rejected', None, 2)}"),

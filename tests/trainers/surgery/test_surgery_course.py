@@ -89,6 +89,7 @@ def test_an_adapter_is_its_own_reference(tmp_path):
             assert torch.equal(parameter, base[name]), name
 
 
+@pytest.mark.slow
 def test_a_cached_reference_gives_the_run_of_a_copy(tmp_path):
     logs = []
     for kind in ("copy", "cache"):
