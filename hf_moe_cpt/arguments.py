@@ -14,13 +14,14 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR
 
@@ -181,14 +182,14 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
 class ParallelArguments:
     """How a model is dealt to the ranks that were started; with none of these, accelerate decides."""
 
-    ep_size: int | None = field(
-        default=None, metadata={"help": "Expert parallelism: the experts of a layer are dealt to so many ranks."}
+    ep_size: int | None = HfArg(
+        default=None, help="Expert parallelism: the experts of a layer are dealt to so many ranks."
     )
-    tp_size: int | None = field(
-        default=None, metadata={"help": "Tensor parallelism: so many ranks share every matrix and the same rows."}
+    tp_size: int | None = HfArg(
+        default=None, help="Tensor parallelism: so many ranks share every matrix and the same rows."
     )
-    dp_replicate_size: int | None = field(
-        default=None, metadata={"help": "Copies of the model, for several machines; inside of one it is sharded."}
+    dp_replicate_size: int | None = HfArg(
+        default=None, help="Copies of the model, for several machines; inside of one it is sharded."
     )
 
 

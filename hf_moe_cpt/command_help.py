@@ -53,6 +53,11 @@ class Absent:
         return iter(())
 
 
+def hf_arg(help: str | None = None, metadata: dict[str, Any] | None = None, **options: Any) -> dataclasses.Field:
+    """What `transformers.hf_argparser.HfArg` makes of the same arguments, without importing it."""
+    return dataclasses.field(metadata=(metadata or {}) | {"help": help}, **options)
+
+
 class SourceModule(dict):
     """The names of one of our modules, read from its file: a statement runs when a name that it binds is asked for.
 
@@ -105,7 +110,7 @@ class SourceModule(dict):
             source = SourceModule.load(module)
             if member in source._statements or source.path.name != "__init__.py":  # else maybe a file of a package
                 return source[member]
-        return Absent(module, member or name)
+        return hf_arg if member == "HfArg" else Absent(module, member or name)
 
 
 def _file_of(module: str) -> Path:

@@ -17,7 +17,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt import __version__
@@ -120,32 +121,26 @@ PRETRAINING_PHASES = {
 class QuickstartArguments:
     """What a user may change; everything else is in the table of sizes."""
 
-    preset: str = field(
+    preset: str = HfArg(
         default="pb-granular-tiny",
-        metadata={"help": f"Mixture of experts to train beside its dense twin: {', '.join(MOE_PRESETS)}."},
+        help=f"Mixture of experts to train beside its dense twin: {', '.join(MOE_PRESETS)}.",
     )
-    steps: int | None = field(
+    steps: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Optimizer steps of pre-training; continuing takes half of them. "
-            + "; ".join(f"{scale.steps} for {size} presets" for size, scale in SCALES.items())
-            + " if unset."
-        },
+        help="Optimizer steps of pre-training; continuing takes half of them. "
+        + "; ".join(f"{scale.steps} for {size} presets" for size, scale in SCALES.items())
+        + " if unset.",
     )
-    device: str = field(
-        default="auto", metadata={"help": f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one."}
-    )
-    output_dir: str = field(
+    device: str = HfArg(default="auto", help=f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one.")
+    output_dir: str = HfArg(
         default="quickstart-output",
-        metadata={"help": "Folder for models, results.json and report.html; a killed quickstart goes on in it."},
+        help="Folder for models, results.json and report.html; a killed quickstart goes on in it.",
     )
-    data_dir: str | None = field(
+    data_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Your text in place of Python's: a folder with two subfolders, the old domain first by name."
-        },
+        help="Your text in place of Python's: a folder with two subfolders, the old domain first by name.",
     )
-    seed: int = field(default=0, metadata={"help": "Decides the split of the text, the weights and the data order."})
+    seed: int = HfArg(default=0, help="Decides the split of the text, the weights and the data order.")
 
 
 @dataclass(frozen=True)

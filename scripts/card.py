@@ -8,8 +8,10 @@ Every number of the card comes from the run's files; what no file tells (names o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -21,9 +23,9 @@ from hf_moe_cpt.hub.folder import CARD
 class OutputArguments:
     """What is done with the card"""
 
-    repository: str | None = field(default=None, metadata={"help": "owner/name that the card tells people to load."})
-    print: bool = field(default=False, metadata={"help": "Print the card, write nothing."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a README.md that somebody wrote."})
+    repository: str | None = HfArg(default=None, help="owner/name that the card tells people to load.")
+    print: bool = HfArg(default=False, help="Print the card, write nothing.")
+    overwrite: bool = HfArg(default=False, help="Replace a README.md that somebody wrote.")
 
 
 ARGUMENTS = (CardArguments, OutputArguments)

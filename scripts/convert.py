@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -22,11 +24,11 @@ from hf_moe_cpt.hub.convert import MODEL_TYPES, convert
 class ConvertArguments:
     """What is written where"""
 
-    source: str = field(metadata={"positional": True, "help": "A checkpoint in safetensors: a folder, or a Hub id."})
-    to: str = field(metadata={"help": "The family to convert to.", "choices": list(MODEL_TYPES)})
-    output_dir: str = field(metadata={"help": "A new or empty folder."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, if SOURCE is a Hub id."})
-    max_shard_size: str = field(default=MAX_SHARD_SIZE, metadata={"help": "Of the files written, such as 2GB."})
+    source: str = HfArg(metadata={"positional": True}, help="A checkpoint in safetensors: a folder, or a Hub id.")
+    to: str = HfArg(metadata={"choices": list(MODEL_TYPES)}, help="The family to convert to.")
+    output_dir: str = HfArg(help="A new or empty folder.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit, if SOURCE is a Hub id.")
+    max_shard_size: str = HfArg(default=MAX_SHARD_SIZE, help="Of the files written, such as 2GB.")
 
 
 ARGUMENTS = (ConvertArguments,)

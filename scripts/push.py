@@ -9,7 +9,9 @@ command goes on. A README.md that somebody wrote is published as it is, any othe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -22,12 +24,12 @@ from hf_moe_cpt.hub.publishing import Upload, plan_upload, publish
 class PushArguments:
     """Where it goes"""
 
-    repository: str = field(metadata={"positional": True, "help": "owner/name on the Hub; made if it does not exist."})
-    private: bool = field(default=False, metadata={"help": "If the repository is new, only you can see it."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to publish to; made if it does not exist."})
-    commit_message: str = field(default="Upload model with hf_moe_cpt", metadata={"help": "Message of the commit."})
-    without_tokenizer: bool = field(default=False, metadata={"help": "Publish a folder that has no tokenizer."})
-    dry_run: bool = field(default=False, metadata={"help": "Check, print files and card, publish nothing."})
+    repository: str = HfArg(metadata={"positional": True}, help="owner/name on the Hub; made if it does not exist.")
+    private: bool = HfArg(default=False, help="If the repository is new, only you can see it.")
+    revision: str | None = HfArg(default=None, help="Branch to publish to; made if it does not exist.")
+    commit_message: str = HfArg(default="Upload model with hf_moe_cpt", help="Message of the commit.")
+    without_tokenizer: bool = HfArg(default=False, help="Publish a folder that has no tokenizer.")
+    dry_run: bool = HfArg(default=False, help="Check, print files and card, publish nothing.")
 
 
 ARGUMENTS = (CardArguments, PushArguments)

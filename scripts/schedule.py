@@ -6,7 +6,9 @@ hf-moe-cpt schedule --max_steps 1000 --starting_phase decayed --plot schedule.sv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -26,22 +28,22 @@ from hf_moe_cpt.reports.charts import plot_schedule
 class ScheduleArguments:
     """The schedule"""
 
-    max_steps: int = field(metadata={"help": "Optimizer steps of the run."})
-    schedule: str = field(default="cosine_inf", metadata={"help": "Its name.", "choices": list(SCHEDULES)})
-    starting_phase: str = field(
-        default="scratch", metadata={"help": "Where the model comes from.", "choices": list(STARTING_PHASES)}
+    max_steps: int = HfArg(help="Optimizer steps of the run.")
+    schedule: str = HfArg(default="cosine_inf", metadata={"choices": list(SCHEDULES)}, help="Its name.")
+    starting_phase: str = HfArg(
+        default="scratch", metadata={"choices": list(STARTING_PHASES)}, help="Where the model comes from."
     )
-    phases: list[float] | None = field(
-        default=None, metadata={"help": f"Shares of max_steps: {', '.join(PHASE_NAMES)}; unset: the paper's."}
+    phases: list[float] | None = HfArg(
+        default=None, help=f"Shares of max_steps: {', '.join(PHASE_NAMES)}; unset: the paper's."
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak rate."})
-    constant_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the constant phase; unset: midway between peak and minimum."}
+    learning_rate: float = HfArg(default=3e-4, help="Peak rate.")
+    constant_learning_rate: float | None = HfArg(
+        default=None, help="Of the constant phase; unset: midway between peak and minimum."
     )
-    min_learning_rate: float | None = field(default=None, metadata={"help": "At the end; unset: a tenth of the peak."})
-    steepness: float = field(default=10.0, metadata={"help": "Of inv_sqrt_inf's cooldown."})
-    tokens_per_step: int | None = field(default=None, metadata={"help": "Adds a column of tokens."})
-    plot: str | None = field(default=None, metadata={"help": "Also draw the curve into this SVG file."})
+    min_learning_rate: float | None = HfArg(default=None, help="At the end; unset: a tenth of the peak.")
+    steepness: float = HfArg(default=10.0, help="Of inv_sqrt_inf's cooldown.")
+    tokens_per_step: int | None = HfArg(default=None, help="Adds a column of tokens.")
+    plot: str | None = HfArg(default=None, help="Also draw the curve into this SVG file.")
 
     def __post_init__(self) -> None:
         if self.phases is not None and len(self.phases) != len(PHASE_NAMES):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -22,28 +24,27 @@ from hf_moe_cpt.hub.upcycle import ROUTER_INITS, TARGETS, UpcycleOptions, upcycl
 class UpcycleArguments:
     """What is made, of what"""
 
-    dense: str = field(
-        metadata={"positional": True, "help": "A dense checkpoint in safetensors: a folder, or a Hub id."}
+    dense: str = HfArg(metadata={"positional": True}, help="A dense checkpoint in safetensors: a folder, or a Hub id.")
+    output_dir: str = HfArg(help="A new or empty folder.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit, if DENSE is a Hub id.")
+    to: str = HfArg(
+        default="granular", help=f"{', '.join(TARGETS)}, or a JSON file of CptMoeConfig fields of the mixture."
     )
-    output_dir: str = field(metadata={"help": "A new or empty folder."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, if DENSE is a Hub id."})
-    to: str = field(
-        default="granular",
-        metadata={"help": f"{', '.join(TARGETS)}, or a JSON file of CptMoeConfig fields of the mixture."},
-    )
-    max_shard_size: str = field(default=MAX_SHARD_SIZE, metadata={"help": "Of the files written, such as 2GB."})
+    max_shard_size: str = HfArg(default=MAX_SHARD_SIZE, help="Of the files written, such as 2GB.")
 
 
 @dataclass
 class MixtureArguments:
     """What the mixture has, instead of what --to says"""
 
-    num_experts: int | None = field(default=None, metadata={"help": "Routed experts of a layer."})
-    num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that a token goes to."})
-    num_shared_experts: int | None = field(default=None, metadata={"help": "Experts that every token goes to."})
-    moe_intermediate_size: int | None = field(default=None, metadata={"help": "Width of an expert."})
-    norm_topk_prob: bool | None = field(
-        default=None, metadata={"help": "Normalise gates: the function is kept exactly.", "nargs": "?", "const": True}
+    num_experts: int | None = HfArg(default=None, help="Routed experts of a layer.")
+    num_experts_per_tok: int | None = HfArg(default=None, help="Experts that a token goes to.")
+    num_shared_experts: int | None = HfArg(default=None, help="Experts that every token goes to.")
+    moe_intermediate_size: int | None = HfArg(default=None, help="Width of an expert.")
+    norm_topk_prob: bool | None = HfArg(
+        default=None,
+        metadata={"nargs": "?", "const": True},
+        help="Normalise gates: the function is kept exactly.",
     )
 
 
@@ -51,19 +52,13 @@ class MixtureArguments:
 class StartArguments:
     """How experts and routers start"""
 
-    router_init: str = field(
-        default="noise", metadata={"help": "Of the routers' weights.", "choices": list(ROUTER_INITS)}
+    router_init: str = HfArg(
+        default="noise", metadata={"choices": list(ROUTER_INITS)}, help="Of the routers' weights."
     )
-    router_std: float | None = field(
-        default=None, metadata={"help": "Of the logits that noise gives; docs/upcycle.md on defaults."}
-    )
-    expert_noise: float = field(
-        default=0.0, metadata={"help": "Added to routed experts, in standard deviations of a matrix."}
-    )
-    drop_ratio: float = field(
-        default=0.0, metadata={"help": "Share of each expert's width that is drawn anew; paper: 0.5."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    router_std: float | None = HfArg(default=None, help="Of the logits that noise gives; docs/upcycle.md on defaults.")
+    expert_noise: float = HfArg(default=0.0, help="Added to routed experts, in standard deviations of a matrix.")
+    drop_ratio: float = HfArg(default=0.0, help="Share of each expert's width that is drawn anew; paper: 0.5.")
+    seed: int = HfArg(default=0, help="Of everything random.")
 
 
 ARGUMENTS = (UpcycleArguments, MixtureArguments, StartArguments)

@@ -14,13 +14,14 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.evaluation.resumable import (
@@ -63,39 +64,34 @@ Make = Callable[[Sequence[Any], Progress], list[Row]]  # of items, such as promp
 class SidesArguments(PolicyArguments):
     """Against whom, and with other defaults."""
 
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference, such as the model that training started from."}
+    ref_model_name_or_path: str | None = HfArg(
+        default=None, help="The reference, such as the model that training started from."
     )
-    ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    temperature: float = field(default=0.7, metadata={"help": "Of the drawing, above 0; 0.01 is nearly greedy."})
-    top_p: float = field(default=0.9, metadata={"help": "Draw from the likeliest tokens of this total probability."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences side by side, of responses and of pairs."})
+    ref_model_revision: str = HfArg(default="main", help="Branch, tag or commit on the Hub.")
+    temperature: float = HfArg(default=0.7, help="Of the drawing, above 0; 0.01 is nearly greedy.")
+    top_p: float = HfArg(default=0.9, help="Draw from the likeliest tokens of this total probability.")
+    batch_size: int = HfArg(default=16, help="Sequences side by side, of responses and of pairs.")
 
 
 @dataclass
 class DataArguments:
     """Prompts and responses for the win rate, pairs for the accuracies; each a .jsonl, .parquet, ..., or a Hub id."""
 
-    prompts: str | None = field(
-        default=None,
-        metadata={"help": "Prompts to respond to; if not given, those of --responses, else of --dataset_name."},
+    prompts: str | None = HfArg(
+        default=None, help="Prompts to respond to; if not given, those of --responses, else of --dataset_name."
     )
-    prompts_split: str = field(default="train", metadata={"help": "Split of --prompts."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Its column of strings or of lists of messages."})
-    as_chat: bool = field(default=False, metadata={"help": "Make each string of --prompts the turn of a user."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many prompts."})
-    responses: str | None = field(
-        default=None, metadata={"help": "The policy's ready responses: rows of prompt and response."}
-    )
-    ref_responses: str | None = field(default=None, metadata={"help": "The reference's, to the same prompts."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Preference pairs: prompt, chosen, rejected, as for DPO."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of pairs on the Hub."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of the pairs."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Use only the first so many pairs."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and answer; longer ones are cut. Default: the model's."}
+    prompts_split: str = HfArg(default="train", help="Split of --prompts.")
+    prompt_column: str = HfArg(default="prompt", help="Its column of strings or of lists of messages.")
+    as_chat: bool = HfArg(default=False, help="Make each string of --prompts the turn of a user.")
+    max_prompts: int | None = HfArg(default=None, help="Use only the first so many prompts.")
+    responses: str | None = HfArg(default=None, help="The policy's ready responses: rows of prompt and response.")
+    ref_responses: str | None = HfArg(default=None, help="The reference's, to the same prompts.")
+    dataset_name: str | None = HfArg(default=None, help="Preference pairs: prompt, chosen, rejected, as for DPO.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of pairs on the Hub.")
+    dataset_split: str = HfArg(default="test", help="Split of the pairs.")
+    max_pairs: int | None = HfArg(default=None, help="Use only the first so many pairs.")
+    max_length: int | None = HfArg(
+        default=None, help="Tokens of prompt and answer; longer ones are cut. Default: the model's."
     )
 
     def __post_init__(self) -> None:
@@ -107,16 +103,14 @@ class DataArguments:
 class OutputArguments:
     """Where it goes, and how it is counted."""
 
-    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
-    seed: int = field(default=0, metadata={"help": "Of the responses, together with a prompt's row."})
-    tie_margin: float = field(default=0.0, metadata={"help": "Rewards no further apart than this are a tie."})
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
-    shard_size: int = field(default=64, metadata={"help": "Prompts or pairs whose work is stored as one."})
-    stop_after: str | None = field(
-        default=None, metadata={"help": f"Stop there, to go on in a fresh process: {', '.join(STAGES)}."}
-    )
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    output_dir: str = HfArg(help="A new folder, or one in which this very run was interrupted.")
+    seed: int = HfArg(default=0, help="Of the responses, together with a prompt's row.")
+    tie_margin: float = HfArg(default=0.0, help="Rewards no further apart than this are a tie.")
+    confidence: float = HfArg(default=0.95, help="Of the intervals.")
+    shard_size: int = HfArg(default=64, help="Prompts or pairs whose work is stored as one.")
+    stop_after: str | None = HfArg(default=None, help=f"Stop there, to go on in a fresh process: {', '.join(STAGES)}.")
+    device: str = HfArg(default="auto", help="auto, cpu or cuda.")
+    commit: str | None = HfArg(default=None, help="Written into the results in place of git's answer.")
 
     def __post_init__(self) -> None:
         check_names("--device", [self.device], DEVICES)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import (
@@ -296,30 +297,25 @@ BARE_TEMPLATE = "{question}"  # of the paper, and of clozes
 class EvalSettings:
     """What is measured, on how many rows."""
 
-    sets: list[str] | None = field(default=None, metadata={"help": "Only these sets of the bench."})
-    split: str = field(default="test", metadata={"help": "Of the questions: validation to choose by, test to report."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "Leave out what you do not need."})
-    kinds: list[str] | None = field(default=None, metadata={"help": "Only questions of these kinds."})
-    max_questions: int = field(default=200, metadata={"help": "Most questions of each set and kind."})
-    max_documents: int = field(default=200, metadata={"help": "Most documents of each set."})
-    batch_size: int = field(default=16, metadata={"help": "Documents, or questions with all options, side by side."})
-    question_template: str = field(
-        default=QUIZ_TEMPLATE,
-        metadata={"help": "Before the options, {subject} replaced; clozes stand bare, as all in the paper."},
+    sets: list[str] | None = HfArg(default=None, help="Only these sets of the bench.")
+    split: str = HfArg(default="test", help="Of the questions: validation to choose by, test to report.")
+    parts: list[str] = HfArg(default_factory=lambda: list(PARTS), help="Leave out what you do not need.")
+    kinds: list[str] | None = HfArg(default=None, help="Only questions of these kinds.")
+    max_questions: int = HfArg(default=200, help="Most questions of each set and kind.")
+    max_documents: int = HfArg(default=200, help="Most documents of each set.")
+    batch_size: int = HfArg(default=16, help="Documents, or questions with all options, side by side.")
+    question_template: str = HfArg(
+        default=QUIZ_TEMPLATE, help="Before the options, {subject} replaced; clozes stand bare, as all in the paper."
     )
-    header: str | None = field(
-        default=None, metadata={"help": "Put before each document and not counted; {subject} is replaced."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a text. Default: the model's."})
-    new_tokens: int = field(default=64, metadata={"help": "Of a continuation, at most."})
-    robustness: list[str] = field(
-        default_factory=lambda: list(ATTACKS), metadata={"help": f"Attacks, or {NO_ATTACKS}."}
-    )
-    relearn_steps: int = field(default=60, metadata={"help": "Of the relearning attack."})
-    relearn_every: int = field(default=10, metadata={"help": "Steps between two points of its curve."})
-    relearn_lr: float = field(default=1e-5, metadata={"help": "Its learning rate; small models need more."})
-    relearn_batch_size: int = field(default=8, metadata={"help": "Its documents a step."})
-    seed: int = field(default=0, metadata={"help": "Of the rows that are drawn, of relearning and of the bootstrap."})
+    header: str | None = HfArg(default=None, help="Put before each document and not counted; {subject} is replaced.")
+    max_length: int | None = HfArg(default=None, help="Tokens of a text. Default: the model's.")
+    new_tokens: int = HfArg(default=64, help="Of a continuation, at most.")
+    robustness: list[str] = HfArg(default_factory=lambda: list(ATTACKS), help=f"Attacks, or {NO_ATTACKS}.")
+    relearn_steps: int = HfArg(default=60, help="Of the relearning attack.")
+    relearn_every: int = HfArg(default=10, help="Steps between two points of its curve.")
+    relearn_lr: float = HfArg(default=1e-5, help="Its learning rate; small models need more.")
+    relearn_batch_size: int = HfArg(default=8, help="Its documents a step.")
+    seed: int = HfArg(default=0, help="Of the rows that are drawn, of relearning and of the bootstrap.")
 
     def __post_init__(self) -> None:
         if NO_ATTACKS in self.robustness and len(self.robustness) > 1:

@@ -31,13 +31,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
@@ -106,16 +107,16 @@ Raw = dict[str, Any]  # measurements by part
 class ModelArguments:
     """The models, folders or Hub ids; at least one."""
 
-    before: str | None = field(default=None, metadata={"help": "The model that surgery started from."})
-    after: str | None = field(default=None, metadata={"help": "The model that surgery made."})
-    retrained: str | None = field(
-        default=None, metadata={"help": "A model that never read what was to be forgotten: the yardstick."}
+    before: str | None = HfArg(default=None, help="The model that surgery started from.")
+    after: str | None = HfArg(default=None, help="The model that surgery made.")
+    retrained: str | None = HfArg(
+        default=None, help="A model that never read what was to be forgotten: the yardstick."
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Default: that of the first model given."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
+    tokenizer: str | None = HfArg(default=None, help="Default: that of the first model given.")
+    dtype: str = HfArg(default="auto", help=f"Type of the weights: {', '.join(DTYPES)}.")
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = HfArg(default=False, help="Run model code from the Hub.")
+    device: str = HfArg(default="auto", help="auto, cpu or cuda.")
 
     def __post_init__(self) -> None:
         check_names("--dtype", [self.dtype], DTYPES)
@@ -133,13 +134,13 @@ class ModelArguments:
 class BenchArguments:
     """Documents and questions: a saved bench, a generated one, or your own JSON Lines."""
 
-    bench: str | None = field(default=None, metadata={"help": "Folder that SurgeryBench.save wrote."})
-    bench_seed: int = field(default=0, metadata={"help": "Of the bench that is generated where none is named."})
-    num_subjects: int | None = field(default=None, metadata={"help": "Size of the bench that is to be generated."})
-    documents: list[str] | None = field(
-        default=None, metadata={"help": "One .jsonl whose rows name their set, or several as unlearn=a.jsonl."}
+    bench: str | None = HfArg(default=None, help="Folder that SurgeryBench.save wrote.")
+    bench_seed: int = HfArg(default=0, help="Of the bench that is generated where none is named.")
+    num_subjects: int | None = HfArg(default=None, help="Size of the bench that is to be generated.")
+    documents: list[str] | None = HfArg(
+        default=None, help="One .jsonl whose rows name their set, or several as unlearn=a.jsonl."
     )
-    questions: str | None = field(default=None, metadata={"help": "A .jsonl of questions about --documents."})
+    questions: str | None = HfArg(default=None, help="A .jsonl of questions about --documents.")
 
     def __post_init__(self) -> None:
         given = [name for name in ("bench", "num_subjects", "documents") if getattr(self, name) is not None]
@@ -168,10 +169,10 @@ class BenchArguments:
 class OutputArguments:
     """Where it goes, and how wide its intervals are."""
 
-    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals."})
-    resamples: int = field(default=RESAMPLES, metadata={"help": "Of the bootstrap."})
-    commit: str | None = field(default=None, metadata={"help": "Written into the results in place of git's answer."})
+    output_dir: str = HfArg(help="A new folder, or one in which this very run was interrupted.")
+    confidence: float = HfArg(default=0.95, help="Of the intervals.")
+    resamples: int = HfArg(default=RESAMPLES, help="Of the bootstrap.")
+    commit: str | None = HfArg(default=None, help="Written into the results in place of git's answer.")
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:

@@ -17,12 +17,13 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, Selection, SelectionRule, select_pairs
 from hf_moe_cpt.evaluation.resumable import (
@@ -56,21 +57,19 @@ ANSWERED_ROLES = ("user", "tool", "system")  # a conversation that ends with one
 class DataArguments:
     """Which prompts, and what else the data set already has."""
 
-    dataset_name: str = field(
-        metadata={"help": "Prompts: a .jsonl, .json, .parquet or .arrow file, a folder of them, or a Hub id."}
+    dataset_name: str = HfArg(help="Prompts: a .jsonl, .json, .parquet or .arrow file, a folder of them, or a Hub id.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
+    dataset_split: str = HfArg(default="train", help="Split to read; slices as train[:1%%] are allowed.")
+    prompt_column: str = HfArg(default="prompt", help="Column of strings or of lists of messages.")
+    as_chat: bool = HfArg(
+        default=False, help="Make each string prompt the turn of a user; the pairs are conversational."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to read; slices as train[:1%%] are allowed."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of strings or of lists of messages."})
-    as_chat: bool = field(
-        default=False, metadata={"help": "Make each string prompt the turn of a user; the pairs are conversational."}
+    max_prompts: int | None = HfArg(default=None, help="Read only the first so many rows.")
+    responses_column: str | None = HfArg(
+        default=None, help="Column with lists of ready responses, in place of --model_name_or_path."
     )
-    max_prompts: int | None = field(default=None, metadata={"help": "Read only the first so many rows."})
-    responses_column: str | None = field(
-        default=None, metadata={"help": "Column with lists of ready responses, in place of --model_name_or_path."}
-    )
-    scores_column: str | None = field(
-        default=None, metadata={"help": "Column with lists of their scores, in place of a reward model."}
+    scores_column: str | None = HfArg(
+        default=None, help="Column with lists of their scores, in place of a reward model."
     )
 
     def __post_init__(self) -> None:
@@ -83,9 +82,9 @@ class DataArguments:
 class SamplingArguments(PolicyArguments):
     """How many responses, to which prompts."""
 
-    num_samples: int = field(default=8, metadata={"help": "N: responses drawn for each prompt, at least 2."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Leave out prompts of more tokens; always those that do not fit the model."}
+    num_samples: int = HfArg(default=8, help="N: responses drawn for each prompt, at least 2.")
+    max_prompt_length: int | None = HfArg(
+        default=None, help="Leave out prompts of more tokens; always those that do not fit the model."
     )
 
     def __post_init__(self) -> None:
@@ -99,42 +98,35 @@ class SamplingArguments(PolicyArguments):
 class SelectionArguments:
     """Which of the responses become pairs."""
 
-    rewards: str = field(
-        default="percentile", metadata={"help": f"What tau is a scale of: {' or '.join(REWARDS)} (ranks in a prompt)."}
+    rewards: str = HfArg(
+        default="percentile", help=f"What tau is a scale of: {' or '.join(REWARDS)} (ranks in a prompt)."
     )
-    tau: float = field(
-        default=0.5,
-        metadata={"help": "Temperature of the rejection sampling, above 0: near 0 the best are kept, at inf any."},
+    tau: float = HfArg(
+        default=0.5, help="Temperature of the rejection sampling, above 0: near 0 the best are kept, at inf any."
     )
-    num_accepted: int = field(default=4, metadata={"help": "Responses kept for each prompt: at least 2, at most N."})
-    pairs: str = field(default="max_min", metadata={"help": f"How they are paired: {', '.join(PAIRINGS)}."})
-    min_margin: float = field(
-        default=0.0, metadata={"help": "Leave out pairs whose scores differ by less; equal ones always."}
-    )
-    drop_unfinished: bool = field(
-        default=False, metadata={"help": "Leave out responses that were cut at --max_new_tokens."}
-    )
+    num_accepted: int = HfArg(default=4, help="Responses kept for each prompt: at least 2, at most N.")
+    pairs: str = HfArg(default="max_min", help=f"How they are paired: {', '.join(PAIRINGS)}.")
+    min_margin: float = HfArg(default=0.0, help="Leave out pairs whose scores differ by less; equal ones always.")
+    drop_unfinished: bool = HfArg(default=False, help="Leave out responses that were cut at --max_new_tokens.")
 
 
 @dataclass
 class OutputArguments:
     """Where it goes, and how the work is cut."""
 
-    output_dir: str = field(metadata={"help": "A new folder, or one in which this very run was interrupted."})
-    seed: int = field(default=0, metadata={"help": "Of drawing, accepting and pairing, together with a prompt's row."})
-    shard_size: int = field(default=64, metadata={"help": "Prompts whose work is stored, and resumed, as one."})
-    part: str | None = field(
-        default=None,
-        metadata={"help": "Generate and score only this share, as 2/4; run once without it when all are done."},
+    output_dir: str = HfArg(help="A new folder, or one in which this very run was interrupted.")
+    seed: int = HfArg(default=0, help="Of drawing, accepting and pairing, together with a prompt's row.")
+    shard_size: int = HfArg(default=64, help="Prompts whose work is stored, and resumed, as one.")
+    part: str | None = HfArg(
+        default=None, help="Generate and score only this share, as 2/4; run once without it when all are done."
     )
-    stop_after: str | None = field(
-        default=None,
-        metadata={"help": "Stop after generate or score, so that the next start has the memory for itself."},
+    stop_after: str | None = HfArg(
+        default=None, help="Stop after generate or score, so that the next start has the memory for itself."
     )
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
-    save_to_disk: bool = field(default=False, metadata={"help": "Also write a folder for datasets.load_from_disk."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the data set to this Hub repository."})
-    hub_private: bool = field(default=False, metadata={"help": "Make that repository private if it is new."})
+    device: str = HfArg(default="auto", help="auto, cpu or cuda.")
+    save_to_disk: bool = HfArg(default=False, help="Also write a folder for datasets.load_from_disk.")
+    push_to_hub: str | None = HfArg(default=None, help="Upload the data set to this Hub repository.")
+    hub_private: bool = HfArg(default=False, help="Make that repository private if it is new.")
 
     def __post_init__(self) -> None:
         check_names("--device", [self.device], DEVICES)

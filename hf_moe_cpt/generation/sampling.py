@@ -18,7 +18,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
@@ -53,18 +54,18 @@ UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
 class PolicyArguments:
     """Who answers, and how answers are drawn."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: a causal language model."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of a policy's weights: {', '.join(DTYPES)}."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub, of all models."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the drawing, above 0; 1 is the policy itself."})
-    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens of this total probability."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Where a response is cut if it has not ended."})
-    batch_size: int = field(default=32, metadata={"help": "Sequences side by side; vLLM sees to its own."})
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which must be installed."})
-    vllm_options: str = field(
-        default="{}", metadata={"help": "Further arguments of vllm.LLM as JSON: '{\"tensor_parallel_size\": 4}'."}
+    model_name_or_path: str | None = HfArg(default=None, help="The policy: a causal language model.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit on the Hub.")
+    dtype: str = HfArg(default="auto", help=f"Type of a policy's weights: {', '.join(DTYPES)}.")
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = HfArg(default=False, help="Run model code from the Hub, of all models.")
+    temperature: float = HfArg(default=1.0, help="Of the drawing, above 0; 1 is the policy itself.")
+    top_p: float = HfArg(default=1.0, help="Draw from the likeliest tokens of this total probability.")
+    max_new_tokens: int = HfArg(default=512, help="Where a response is cut if it has not ended.")
+    batch_size: int = HfArg(default=32, help="Sequences side by side; vLLM sees to its own.")
+    use_vllm: bool = HfArg(default=False, help="Generate with vLLM, which must be installed.")
+    vllm_options: str = HfArg(
+        default="{}", help="Further arguments of vllm.LLM as JSON: '{\"tensor_parallel_size\": 4}'."
     )
 
     def __post_init__(self) -> None:
@@ -81,23 +82,20 @@ class PolicyArguments:
 class RewardArguments:
     """Who scores."""
 
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A sequence classifier with one label, whose logit is the reward."}
+    reward_model_name_or_path: str | None = HfArg(
+        default=None, help="A sequence classifier with one label, whose logit is the reward."
     )
-    reward_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    reward_dtype: str = field(default="auto", metadata={"help": f"Type of its weights: {', '.join(DTYPES)}."})
-    reward_text_format: str = field(
+    reward_model_revision: str = HfArg(default="main", help="Branch, tag or commit on the Hub.")
+    reward_dtype: str = HfArg(default="auto", help=f"Type of its weights: {', '.join(DTYPES)}.")
+    reward_text_format: str = HfArg(
         default="auto",
-        metadata={
-            "help": "What it reads: chat (its chat template), plain (prompt + response + EOS in one text), pair (as "
-            "two texts), or auto: chat where it has a template, plain otherwise."
-        },
+        help="What it reads: chat (its chat template), plain (prompt + response + EOS in one text), pair (as "
+        "two texts), or auto: chat where it has a template, plain otherwise.",
     )
-    reward_max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens it reads; longer texts lose their beginning. Default: its tokenizer's."},
+    reward_max_length: int | None = HfArg(
+        default=None, help="Tokens it reads; longer texts lose their beginning. Default: its tokenizer's."
     )
-    reward_batch_size: int = field(default=16, metadata={"help": "Texts scored side by side."})
+    reward_batch_size: int = HfArg(default=16, help="Texts scored side by side.")
 
     def __post_init__(self) -> None:
         check_names("--reward_dtype", [self.reward_dtype], DTYPES)

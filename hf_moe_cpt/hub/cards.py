@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.hub.folder import CARD, HUB_ID, METHODS, RunFacts, read_facts
 from hf_moe_cpt.reports.charts import Series, line_chart
@@ -122,19 +123,17 @@ class CardOverrides:
 class CardArguments:
     """The run, and what no file of it tells"""
 
-    folder: str = field(metadata={"positional": True, "help": "Folder of a saved model."})
-    method: str | None = field(
-        default=None, metadata={"help": "What made the model, if the folder does not say.", "choices": list(METHODS)}
+    folder: str = HfArg(metadata={"positional": True}, help="Folder of a saved model.")
+    method: str | None = HfArg(
+        default=None, metadata={"choices": list(METHODS)}, help="What made the model, if the folder does not say."
     )
-    dataset_name: list[str] = field(
-        default_factory=list, metadata={"help": "What it was trained on: Hub ids, or names."}
+    dataset_name: list[str] = HfArg(default_factory=list, help="What it was trained on: Hub ids, or names.")
+    base_model: str | None = HfArg(
+        default=None, help="Hub id of the model that it was made from, if the run had a copy on disk."
     )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the model that it was made from, if the run had a copy on disk."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Identifier of the licence, such as apache-2.0."})
-    language: list[str] = field(default_factory=list, metadata={"help": "Codes of languages, such as en de."})
-    title: str | None = field(default=None, metadata={"help": "Title; unset: the name of the repository or folder."})
+    license: str | None = HfArg(default=None, help="Identifier of the licence, such as apache-2.0.")
+    language: list[str] = HfArg(default_factory=list, help="Codes of languages, such as en de.")
+    title: str | None = HfArg(default=None, help="Title; unset: the name of the repository or folder.")
 
     def told(self, repository: str | None) -> CardOverrides:
         """The same for `build_card`, with the name that people load."""

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.text import first_line_of, load_text_dataset
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, release_memory
@@ -53,22 +54,20 @@ class Gather(argparse.Action):
 class CheckpointArguments:
     """What is compared. Words before the first option are checkpoints too."""
 
-    checkpoints: list[str] | None = field(
+    checkpoints: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "action": Gather,
-            "help": "Hub ids, folders of models or of finished traces, each as PATH or NAME=PATH; the start first.",
-        },
+        metadata={"action": Gather},
+        help="Hub ids, folders of models or of finished traces, each as PATH or NAME=PATH; the start first.",
     )
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if not the first model's."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda."})
-    device_map: str | None = field(
-        default=None, metadata={"help": "Spread each model over devices, such as auto; one process only."}
+    tokenizer_name_or_path: str | None = HfArg(default=None, help="Tokenizer, if not the first model's.")
+    dtype: str = HfArg(default="auto", help=f"Type of the weights: {', '.join(DTYPES)}.")
+    device: str = HfArg(default="auto", help="auto, cpu or cuda.")
+    device_map: str | None = HfArg(
+        default=None, help="Spread each model over devices, such as auto; one process only."
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub repository."})
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")
+    experts_implementation: str | None = HfArg(default=None, help="eager, grouped_mm, ...")
+    trust_remote_code: bool = HfArg(default=False, help="Run model code from the Hub repository.")
 
     def __post_init__(self) -> None:
         check_names("--dtype", [self.dtype], DTYPES)
@@ -79,20 +78,18 @@ class CheckpointArguments:
 class TextArguments:
     """What the models read; needed unless all checkpoints are traces."""
 
-    data: list[str] | None = field(
+    data: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "action": Gather,
-            "help": "Kinds of text as NAME=PATH: a .jsonl .json .parquet .arrow .txt .md file, a folder, a Hub id.",
-        },
+        metadata={"action": Gather},
+        help="Kinds of text as NAME=PATH: a .jsonl .json .parquet .arrow .txt .md file, a folder, a Hub id.",
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the text; input_ids is read as tokens."})
-    data_split: str = field(default="train", metadata={"help": "Split of folders and of data sets on the Hub."})
-    tokens_per_domain: int = field(default=200_000, metadata={"help": "Read the first so many tokens of each kind."})
-    max_length: int = field(default=1024, metadata={"help": "Longer texts are cut into sequences of so many tokens."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences side by side."})
-    router_probabilities: bool = field(
-        default=True, metadata={"help": "Record the router's distribution too, for its entropy and confidence."}
+    text_column: str = HfArg(default="text", help="Column of the text; input_ids is read as tokens.")
+    data_split: str = HfArg(default="train", help="Split of folders and of data sets on the Hub.")
+    tokens_per_domain: int = HfArg(default=200_000, help="Read the first so many tokens of each kind.")
+    max_length: int = HfArg(default=1024, help="Longer texts are cut into sequences of so many tokens.")
+    batch_size: int = HfArg(default=8, help="Sequences side by side.")
+    router_probabilities: bool = HfArg(
+        default=True, help="Record the router's distribution too, for its entropy and confidence."
     )
 
     def __post_init__(self) -> None:
@@ -103,29 +100,24 @@ class TextArguments:
 class ReportArguments:
     """What is made of it, and where it goes."""
 
-    output_dir: str = field(
-        default="routing-analysis", metadata={"help": "Traces, report.html and tables; killed work goes on in it."}
+    output_dir: str = HfArg(
+        default="routing-analysis", help="Traces, report.html and tables; killed work goes on in it."
     )
-    title: str = field(default="How robust is the router?", metadata={"help": "Heading of the page."})
-    log_history: list[str] | None = field(
+    title: str = HfArg(default="How robust is the router?", help="Heading of the page.")
+    log_history: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "action": Gather,
-            "help": "Runs of ours whose logged MRI is shown by step, as NAME=RUN, or NAME=BEFORE,AFTER for a run that "
-            "went on from another: the data changes between the two.",
-        },
+        metadata={"action": Gather},
+        help="Runs of ours whose logged MRI is shown by step, as NAME=RUN, or NAME=BEFORE,AFTER for a run that "
+        "went on from another: the data changes between the two.",
     )
-    shift_step: int | None = field(
-        default=None, metadata={"help": "First step on new data in the runs that are a single one."}
+    shift_step: int | None = HfArg(default=None, help="First step on new data in the runs that are a single one.")
+    vocabulary_average: str = HfArg(
+        default="occurrences", help=f"Of vocabulary specialisation: {', '.join(AVERAGES)}."
     )
-    vocabulary_average: str = field(
-        default="occurrences", metadata={"help": f"Of vocabulary specialisation: {', '.join(AVERAGES)}."}
-    )
-    top_tokens: int = field(default=8, metadata={"help": "Tokens to list for each expert."})
-    min_occurrences: int = field(default=10, metadata={"help": "Rarer tokens are not listed."})
-    num_ranks: int | None = field(
-        default=None,
-        metadata={"help": "Ranks of the estimate under expert parallelism; 8 if there are as many experts."},
+    top_tokens: int = HfArg(default=8, help="Tokens to list for each expert.")
+    min_occurrences: int = HfArg(default=10, help="Rarer tokens are not listed.")
+    num_ranks: int | None = HfArg(
+        default=None, help="Ranks of the estimate under expert parallelism; 8 if there are as many experts."
     )
 
     def __post_init__(self) -> None:

@@ -10,12 +10,14 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any
 
+from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
 
@@ -68,8 +70,8 @@ OPTIONS_OF_DPO = {
 
 
 @dataclass
-class RainbowPOConfig(FaultToleranceArguments, DPOConfig):
-    """Arguments of `RainbowPOTrainer`: all of `trl.DPOConfig` and `FaultToleranceArguments`, and the fields below.
+class RainbowPOConfig(FaultToleranceArguments, UpdateArguments, DPOConfig):
+    """Arguments of `RainbowPOTrainer`: those of `trl.DPOConfig`, `FaultToleranceArguments` and `UpdateArguments`, and:
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
     loss_weights, ld_alpha, f_divergence_type, use_weighting, discopop_tau) are refused: the switches below replace
@@ -77,78 +79,64 @@ class RainbowPOConfig(FaultToleranceArguments, DPOConfig):
     """
 
     # --- the margin: what is compared ---
-    beta: float = field(
-        default=10.0, metadata={"help": "Inverse temperature: about 10 with length_normalization, about 0.1 without."}
+    beta: float = HfArg(
+        default=10.0, help="Inverse temperature: about 10 with length_normalization, about 0.1 without."
     )
-    length_normalization: bool = field(
-        default=True, metadata={"help": "Compare log-probabilities per token instead of summed ones."}
+    length_normalization: bool = HfArg(
+        default=True, help="Compare log-probabilities per token instead of summed ones."
     )
-    mixing_alpha: float = field(
-        default=0.25,
-        metadata={"help": "Share of the reference model in [0, 1]: 1 as in DPO; 0 as in SimPO, without it."},
+    mixing_alpha: float = HfArg(
+        default=0.25, help="Share of the reference model in [0, 1]: 1 as in DPO; 0 as in SimPO, without it."
     )
-    home_advantage: float | None = field(
+    home_advantage: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "h: by how much the chosen completion must lead, in nats per token (summed nats without "
-            f"length_normalization). Unset: simpo_gamma / beta if that is set, else {DEFAULT_HOME_ADVANTAGE}."
-        },
+        help="h: by how much the chosen completion must lead, in nats per token (summed nats without "
+        f"length_normalization). Unset: simpo_gamma / beta if that is set, else {DEFAULT_HOME_ADVANTAGE}.",
     )
-    simpo_gamma: float | None = field(
-        default=None, metadata={"help": "SimPO's gamma, instead of home_advantage: h = simpo_gamma / beta."}
+    simpo_gamma: float | None = HfArg(
+        default=None, help="SimPO's gamma, instead of home_advantage: h = simpo_gamma / beta."
     )
-    mix_home_advantage: bool = field(
-        default=True,
-        metadata={"help": "Weigh the home advantage by 1 - mixing_alpha, as part of the mixed reference."},
+    mix_home_advantage: bool = HfArg(
+        default=True, help="Weigh the home advantage by 1 - mixing_alpha, as part of the mixed reference."
     )
-    home_advantage_from: str = field(
+    home_advantage_from: str = HfArg(
         default="constant",
-        metadata={
-            "help": "constant: h for all pairs; score: h times the difference of the pair's scores (ODPO); length: h "
-            "for every token by which the chosen completion is shorter (R-DPO).",
-            "choices": list(CHOICES["home_advantage_from"]),
-        },
+        metadata={"choices": list(CHOICES["home_advantage_from"])},
+        help="constant: h for all pairs; score: h times the difference of the pair's scores (ODPO); length: h "
+        "for every token by which the chosen completion is shorter (R-DPO).",
     )
-    score_transform: str = field(
+    score_transform: str = HfArg(
         default="identity",
-        metadata={"help": "What is taken of the difference of scores.", "choices": list(CHOICES["score_transform"])},
+        metadata={"choices": list(CHOICES["score_transform"])},
+        help="What is taken of the difference of scores.",
     )
-    chosen_score_column: str = field(
-        default="score_chosen", metadata={"help": "Column with the score of the chosen completion."}
-    )
-    rejected_score_column: str = field(
-        default="score_rejected", metadata={"help": "Column with the score of the rejected completion."}
+    chosen_score_column: str = HfArg(default="score_chosen", help="Column with the score of the chosen completion.")
+    rejected_score_column: str = HfArg(
+        default="score_rejected", help="Column with the score of the rejected completion."
     )
 
     # --- the scale: how much a pair counts ---
-    contextual_scaling: str = field(
+    contextual_scaling: str = HfArg(
         default="mallows",
-        metadata={
-            "help": "mallows: multiply the margin by phi, small where the reference is unsure; none: by 1.",
-            "choices": list(CHOICES["contextual_scaling"]),
-        },
+        metadata={"choices": list(CHOICES["contextual_scaling"])},
+        help="mallows: multiply the margin by phi, small where the reference is unsure; none: by 1.",
     )
     # None is no value: with it in the type the parsers hand over text, and without it they take numbers alone.
-    dispersion_scale: float | str | None = field(
-        default="auto",
-        metadata={"help": "Factor of phi = -factor * ln(entropy): a number, or auto for a mean phi of 1."},
+    dispersion_scale: float | str | None = HfArg(
+        default="auto", help="Factor of phi = -factor * ln(entropy): a number, or auto for a mean phi of 1."
     )
-    calibration_pairs: int | None = field(
-        default=1024,
-        metadata={"help": "Training pairs on which dispersion_scale=auto is calibrated; unset (null): all of them."},
+    calibration_pairs: int | None = HfArg(
+        default=1024, help="Training pairs on which dispersion_scale=auto is calibrated; unset (null): all of them."
     )
 
     # --- the loss ---
-    link: str = field(
+    link: str = HfArg(
         default="logistic",
-        metadata={"help": "Function of the scaled margin that is minimised.", "choices": list(CHOICES["link"])},
+        metadata={"choices": list(CHOICES["link"])},
+        help="Function of the scaled margin that is minimised.",
     )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of labels, in [0, 0.5), that is taken to be wrong (cDPO)."}
-    )
-    sft_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the SFT loss of the chosen completion; 0 leaves it out."}
-    )
+    label_smoothing: float = HfArg(default=0.0, help="Share of labels, in [0, 0.5), that is taken to be wrong (cDPO).")
+    sft_weight: float = HfArg(default=0.0, help="Weight of the SFT loss of the chosen completion; 0 leaves it out.")
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""

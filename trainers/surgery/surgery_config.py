@@ -12,12 +12,14 @@ at 87826d1 (2024-09-25), for "paper"; bounds, stop rules and expert options are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
     FORGET_LOSSES,
@@ -96,8 +98,8 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
-    """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and `FaultToleranceArguments`, and the fields below.
+class SurgeryConfig(FaultToleranceArguments, UpdateArguments, TrainingArguments):
+    """Arguments of `SurgeryTrainer`: those of `TrainingArguments`, `FaultToleranceArguments`, `UpdateArguments`, and:
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
     logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps and loads the
@@ -107,148 +109,130 @@ class SurgeryConfig(FaultToleranceArguments, TrainingArguments):
     """
 
     # --- the run ---
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
-    max_steps: int = field(default=200, metadata={"help": "Optimizer steps at most; stop rules may end it before."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Second Adam coefficient."})
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to measure: steps, or no."})
-    eval_steps: float | None = field(default=10, metadata={"help": "Optimizer steps between two measurements."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Measure before step 1."})
-    save_strategy: str = field(default="best", metadata={"help": "best: the model with the smallest gap; steps; no."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model, not the last."})
-    metric_for_best_model: str | None = field(default="surgery_gap", metadata={"help": "Criterion of the best model."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater criterion is better."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: batches are of several sets."}
-    )
-    per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Must stay 1: set <set>_batch_size, rows of each set in a micro-batch."}
+    learning_rate: float = HfArg(default=2e-5, help="Learning rate.")
+    lr_scheduler_type: str = HfArg(default="constant", help="Schedule of the learning rate.")
+    max_steps: int = HfArg(default=200, help="Optimizer steps at most; stop rules may end it before.")
+    adam_beta2: float = HfArg(default=0.95, help="Second Adam coefficient.")
+    logging_steps: float = HfArg(default=10, help="Optimizer steps between two log entries.")
+    eval_strategy: str = HfArg(default="steps", help="When to measure: steps, or no.")
+    eval_steps: float | None = HfArg(default=10, help="Optimizer steps between two measurements.")
+    eval_on_start: bool = HfArg(default=True, help="Measure before step 1.")
+    save_strategy: str = HfArg(default="best", help="best: the model with the smallest gap; steps; no.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints that are kept.")
+    load_best_model_at_end: bool = HfArg(default=True, help="End with the best model, not the last.")
+    metric_for_best_model: str | None = HfArg(default="surgery_gap", help="Criterion of the best model.")
+    greater_is_better: bool | None = HfArg(default=False, help="Whether a greater criterion is better.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are of several sets.")
+    per_device_train_batch_size: int = HfArg(
+        default=1, help="Must stay 1: set <set>_batch_size, rows of each set in a micro-batch."
     )
 
     # --- the objective: weights are at least 0, and every term is minimised ---
-    unlearn_weight: float = field(default=0.5, metadata={"help": "Weight of forgetting unlearn_dataset."})
-    obsolete_weight: float = field(default=0.1, metadata={"help": "Weight of forgetting obsolete_dataset."})
-    update_weight: float = field(default=1.0, metadata={"help": "Weight of the cross entropy of update_dataset."})
-    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on retain_dataset."})
-    neighbour_weight: float = field(default=1.0, metadata={"help": "Weight of the KL on neighbour_dataset."})
-    forget_loss: str = field(
-        default="aim", metadata={"help": f"Forget loss: {LOSS_NAMES}; in Python also a function."}
-    )
-    obsolete_loss: str | None = field(
-        default=None, metadata={"help": "Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."}
+    unlearn_weight: float = HfArg(default=0.5, help="Weight of forgetting unlearn_dataset.")
+    obsolete_weight: float = HfArg(default=0.1, help="Weight of forgetting obsolete_dataset.")
+    update_weight: float = HfArg(default=1.0, help="Weight of the cross entropy of update_dataset.")
+    retain_weight: float = HfArg(default=1.0, help="Weight of the KL on retain_dataset.")
+    neighbour_weight: float = HfArg(default=1.0, help="Weight of the KL on neighbour_dataset.")
+    forget_loss: str = HfArg(default="aim", help=f"Forget loss: {LOSS_NAMES}; in Python also a function.")
+    obsolete_loss: str | None = HfArg(
+        default=None, help="Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."
     )
     # None is no value: with it in the type the parsers hand over text, and without it they take numbers alone.
-    forget_target: float | str | None = field(
+    forget_target: float | str | None = HfArg(
         default="unseen",
-        metadata={
-            "help": "Nats per token that forgetting aims at: a number, or unseen: the loss of unseen_dataset before "
-            "step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, and a stop rule."
-        },
+        help="Nats per token that forgetting aims at: a number, or unseen: the loss of unseen_dataset before "
+        "step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, and a stop rule.",
     )
-    follow_unseen: bool = field(
+    follow_unseen: bool = HfArg(
         default=True,
-        metadata={
-            "help": "With forget_target unseen: aim at the loss of unseen_dataset as it is at each measurement, since "
-            "the surgery moves it too; false: as it was before step 1."
-        },
+        help="With forget_target unseen: aim at the loss of unseen_dataset as it is at each measurement, since "
+        "the surgery moves it too; false: as it was before step 1.",
     )
-    forget_beta: float | None = field(default=None, metadata={"help": "Beta of the forget loss; unset: its own."})
-    forget_max_weight: float = field(default=10.0, metadata={"help": "Most that a token weighs in unlikelihood."})
-    satimp_beta2: float = field(default=1.0, metadata={"help": "Second exponent of satimp."})
-    kl_direction: str = field(
+    forget_beta: float | None = HfArg(default=None, help="Beta of the forget loss; unset: its own.")
+    forget_max_weight: float = HfArg(default=10.0, help="Most that a token weighs in unlikelihood.")
+    satimp_beta2: float = HfArg(default=1.0, help="Second exponent of satimp.")
+    kl_direction: str = HfArg(
         default="forward",
-        metadata={
-            "help": "forward: KL(before || now), as coded; reverse: as printed.",
-            "choices": list(KL_DIRECTIONS),
-        },
+        metadata={"choices": list(KL_DIRECTIONS)},
+        help="forward: KL(before || now), as coded; reverse: as printed.",
     )
-    normalization: str = field(
+    normalization: str = HfArg(
         default="sequence",
-        metadata={
-            "help": "Means over sequences first, or over all tokens.",
-            "choices": list(CHOICES["normalization"]),
-        },
+        metadata={"choices": list(CHOICES["normalization"])},
+        help="Means over sequences first, or over all tokens.",
     )
-    gradient_surgery: str = field(
+    gradient_surgery: str = HfArg(
         default="none",
-        metadata={
-            "help": "project: forgetting gives way where it pulls against the anchors; pcgrad: every term to every "
-            "other.",
-            "choices": list(CHOICES["gradient_surgery"]),
-        },
+        metadata={"choices": list(CHOICES["gradient_surgery"])},
+        help="project: forgetting gives way where it pulls against the anchors; pcgrad: every term to every other.",
     )
-    max_term_grad_norm: float | None = field(
-        default=None, metadata={"help": "Clip the gradient of each weighted term to this norm before they are added."}
+    max_term_grad_norm: float | None = HfArg(
+        default=None, help="Clip the gradient of each weighted term to this norm before they are added."
     )
-    log_term_gradients: bool = field(
-        default=True,
-        metadata={"help": "Log norms and cosines of the terms' gradients at logging steps, which then hold them all."},
+    log_term_gradients: bool = HfArg(
+        default=True, help="Log norms and cosines of the terms' gradients at logging steps, which then hold them all."
     )
 
     # --- the rows of a micro-batch, on each device ---
-    unlearn_batch_size: int = field(default=4, metadata={"help": "Rows of unlearn_dataset in a micro-batch."})
-    obsolete_batch_size: int = field(default=4, metadata={"help": "Rows of obsolete_dataset in a micro-batch."})
-    update_batch_size: int = field(default=4, metadata={"help": "Rows of update_dataset in a micro-batch."})
-    retain_batch_size: int = field(default=4, metadata={"help": "Rows of retain_dataset in a micro-batch."})
-    neighbour_batch_size: int = field(default=4, metadata={"help": "Rows of neighbour_dataset in a micro-batch."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a row; longer ones are cut."})
-    mask_prefix: bool = field(default=True, metadata={"help": "Leave the column prefix, a header, out of all losses."})
-    append_eos: bool = field(default=True, metadata={"help": "End each text with EOS, which counts as a token."})
-    allow_overlap: bool = field(
-        default=False, metadata={"help": "Only warn of subjects that are both to be forgotten and to be kept."}
+    unlearn_batch_size: int = HfArg(default=4, help="Rows of unlearn_dataset in a micro-batch.")
+    obsolete_batch_size: int = HfArg(default=4, help="Rows of obsolete_dataset in a micro-batch.")
+    update_batch_size: int = HfArg(default=4, help="Rows of update_dataset in a micro-batch.")
+    retain_batch_size: int = HfArg(default=4, help="Rows of retain_dataset in a micro-batch.")
+    neighbour_batch_size: int = HfArg(default=4, help="Rows of neighbour_dataset in a micro-batch.")
+    max_length: int = HfArg(default=1024, help="Tokens of a row; longer ones are cut.")
+    mask_prefix: bool = HfArg(default=True, help="Leave the column prefix, a header, out of all losses.")
+    append_eos: bool = HfArg(default=True, help="End each text with EOS, which counts as a token.")
+    allow_overlap: bool = HfArg(
+        default=False, help="Only warn of subjects that are both to be forgotten and to be kept."
     )
-    refusals: list[str] | None = field(
-        default=None, metadata={"help": "Answers that win under idk_dpo; unset: ten ways to say that one cannot tell."}
+    refusals: list[str] | None = HfArg(
+        default=None, help="Answers that win under idk_dpo; unset: ten ways to say that one cannot tell."
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    dataset_num_proc: int | None = HfArg(default=None, help="Processes that tokenise.")
 
     # --- the anchor ---
-    reference: str = field(
+    reference: str = HfArg(
         default="auto",
-        metadata={
-            "help": "The model before surgery: copy; adapter: the base under a PEFT adapter; cache: its hidden states "
-            "on disk; auto: adapter with PEFT, else cache.",
-            "choices": list(CHOICES["reference"]),
-        },
+        metadata={"choices": list(CHOICES["reference"])},
+        help="The model before surgery: copy; adapter: the base under a PEFT adapter; cache: its hidden states "
+        "on disk; auto: adapter with PEFT, else cache.",
     )
-    reference_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the cache; unset: `reference` in output_dir."}
+    reference_cache_dir: str | None = HfArg(
+        default=None, help="Folder of the cache; unset: `reference` in output_dir."
     )
-    allow_unanchored: bool = field(
-        default=False, metadata={"help": "Allow forgetting without retain or neighbour text to hold the model."}
+    allow_unanchored: bool = HfArg(
+        default=False, help="Allow forgetting without retain or neighbour text to hold the model."
     )
-    chunk_tokens: int = field(default=512, metadata={"help": "Tokens whose logits exist at a time."})
+    chunk_tokens: int = HfArg(default=512, help="Tokens whose logits exist at a time.")
 
     # --- stop rules, checked when measuring ---
-    eval_rows: int = field(default=64, metadata={"help": "Rows of each set that are measured, always the same ones."})
-    eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch when measuring, on each device."})
-    update_target: float | None = field(
-        default=None, metadata={"help": "Nats per token at which update_dataset counts as learnt; unset: never."}
+    eval_rows: int = HfArg(default=64, help="Rows of each set that are measured, always the same ones.")
+    eval_batch_size: int = HfArg(default=8, help="Rows of a batch when measuring, on each device.")
+    update_target: float | None = HfArg(
+        default=None, help="Nats per token at which update_dataset counts as learnt; unset: never."
     )
-    max_retain_kl: float | None = field(
-        default=None, metadata={"help": "Stop when the KL on retained text exceeds this many nats per token."}
+    max_retain_kl: float | None = HfArg(
+        default=None, help="Stop when the KL on retained text exceeds this many nats per token."
     )
 
     # --- mixtures of experts ---
-    freeze_router: bool = field(default=False, metadata={"help": "Do not train the routers."})
-    router_anchor: float = field(
-        default=0.0, metadata={"help": "Weight of the KL of the routers to their old selves on retained text."}
+    freeze_router: bool = HfArg(default=False, help="Do not train the routers.")
+    router_anchor: float = HfArg(
+        default=0.0, help="Weight of the KL of the routers to their old selves on retained text."
     )
-    target_experts: int = field(
-        default=0, metadata={"help": "Train only this many experts, those that the unlearn set uses most; 0: all."}
+    target_experts: int = HfArg(
+        default=0, help="Train only this many experts, those that the unlearn set uses most; 0: all."
     )
-    expert_anchor: float = field(
-        default=1.0, metadata={"help": "With target_experts: weight of the pull of the routers towards them."}
+    expert_anchor: float = HfArg(
+        default=1.0, help="With target_experts: weight of the pull of the routers towards them."
     )
 
     # --- the model ---
-    decay_all_parameters: bool = field(
-        default=False, metadata={"help": "Weight decay on norms and biases too, as in the authors' code."}
+    decay_all_parameters: bool = HfArg(
+        default=False, help="Weight decay on norms and biases too, as in the authors' code."
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained when the model is given by name (JSON)."}
+    model_init_kwargs: dict[str, Any] | str | None = HfArg(
+        default=None, help="Arguments of from_pretrained when the model is given by name (JSON)."
     )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
