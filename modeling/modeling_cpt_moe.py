@@ -616,7 +616,7 @@ class CptMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     lm_loss: cross entropy alone. aux_loss, z_loss: the penalties, summed over layers, before coefficient and weight;
     None where no router logits were recorded.
     router_logits, router_indices: per layer (T, E) and (T, K), the latter the experts really used.
-    logits: None where a head fused with its loss took the place of `head_and_loss` and never formed them.
+    logits: None where the head was fused with its loss and never formed them.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -867,7 +867,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CptMoeCausalLMOutput:
         """Logits (B, S, V), or of the last `logits_to_keep` positions, and with `labels` (B, S) the losses.
@@ -875,7 +874,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
         labels are shifted here, -100 is ignored. output_router_logits records the routers; the default is that of the
         configuration in training with labels, else False. In training with labels the penalties are added to `loss`,
         with their coefficients and `penalty_weight`.
-        skip_logits: for a fused head, see `head_and_loss`.
         """
         is_trained_on = self.training and labels is not None
         # Who asks in training without labels weighs the penalties himself, as a trainer of several terms does.
@@ -895,7 +893,9 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, lm_loss = self.head_and_loss(outputs.last_hidden_state[:, kept, :], labels, skip_logits, **kwargs)
+        logits, lm_loss = self.lm_head(outputs.last_hidden_state[:, kept, :]), None
+        if labels is not None:
+            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         loss = lm_loss
         aux_loss = z_loss = None
         if outputs.get("router_logits"):
@@ -925,23 +925,6 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             router_indices=outputs.get("router_indices") or None,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-
-    def head_and_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.LongTensor | None = None,
-        skip_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states (B, S, H) -> logits (B, S, V) and, with labels, the cross entropy.
-
-        The seam for a head fused with its loss: set on one model, it takes this method's place there. Where
-        skip_logits is true (None: in training) it may return None for the logits; this definition never does.
-        """
-        logits = self.lm_head(hidden_states)
-        if labels is None:
-            return logits, None
-        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
