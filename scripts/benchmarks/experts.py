@@ -50,6 +50,7 @@ from hf_moe_cpt.machine import check_names, choose_device, machine_facts, packag
 from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
+from hf_moe_cpt.scripts.benchmarks.report import text_of
 
 
 GRADIENTS = ("dx", "dw1", "dw2", "dgate")
@@ -591,31 +592,6 @@ def result_row(
     return row | {"peer_version": PEERS[measurement.peer].version, **facts}
 
 
-def table_rows(rows: Sequence[dict[str, Any]], measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """The results for a terminal; milliseconds with the range over rounds."""
-    table = []
-    for row, measurement in zip(rows, measurements, strict=True):
-        errors = measurement.errors.values()
-        worst = f"{max(errors):.1e}" if measurement.errors else None
-        shares = [row[f"{kind}_share_of_dense"] for kind in ("forward", "training")]
-        table.append(
-            {
-                "shape / peer": f"{row['shape']} {row['peer']}",
-                "forward ms": tools.with_range(measurement.forward_ms, 3),
-                "fwd+bwd ms": tools.with_range(measurement.training_ms, 3),
-                "forward TFLOP/s": tools.rounded(row["forward_tflops"], 0),
-                "fwd+bwd TFLOP/s": tools.rounded(row["training_tflops"], 0),
-                "forward /dense": tools.rounded(shares[0], 2),
-                "fwd+bwd /dense": tools.rounded(shares[1], 2),
-                "extra MiB": tools.rounded(row["extra_peak_mib"], 0),
-                "first s": tools.rounded(row["first_call_seconds"], 1),
-                "worst error": worst,
-                "status": row["status"],
-            }
-        )
-    return table
-
-
 def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
     """TFLOP/s of every peer at every shape, forward and training; a line instead of a plot without matplotlib."""
     plot = plotting(path)
@@ -664,7 +640,7 @@ def peers_main(argv: Sequence[str]) -> None:
         if row["status"] == "failed":
             print(f"{row['shape']} {row['peer']}: {row['reason']}")
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {args.dtype}; files in {folder}\n")
-    print(text_table(table_rows(rows, measurements)))
+    print(text_of(folder / "experts.csv"))
 
 
 # As transformers names what the kernels call by shorter names.

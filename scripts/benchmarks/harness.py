@@ -6,7 +6,6 @@ Method: docs/benchmarks/README.md. Source: ours.
 from __future__ import annotations
 
 import importlib
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,18 +106,6 @@ def refuse_fallback(modules: Iterable[torch.nn.Module], device: torch.device, dt
 def middle(values: Sequence[float]) -> float | None:
     """Median, None for no values."""
     return statistics.median(values) if values else None
-
-
-def with_range(values: Sequence[float], digits: int) -> str | None:
-    """ "median (least-most)" with so many digits after the point, None for no values."""
-    if not values:
-        return None
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def rounded(value: float | None, digits: int) -> str | None:
-    """A number as text with so many digits after the point; None stays None."""
-    return None if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 class StepClock(TrainerCallback):

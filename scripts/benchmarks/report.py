@@ -1,8 +1,8 @@
-"""Write the page of a folder of benchmark results: tables out of its CSV files, plots beside them.
+"""Show benchmark results: the tables of their CSV files, for a terminal and, with the plots, as a folder's page.
 
 python scripts/benchmarks/report.py docs/benchmarks/h200
 
-Every number of a folder of benchmarks comes through here, so a page and its files cannot disagree. Source: ours.
+Every number of a benchmark comes through here, so a page, a terminal and the files cannot disagree. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
+from hf_moe_cpt.reports.tables import text_table
 
 
 OURS = "hf_moe_cpt"
+Row = dict[str, str]
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> list[Row]:
     """The lines of a CSV file by column name."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     """Rows with the same keys as a table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def experts_table(rows: Sequence[dict[str, str]]) -> str:
+def experts_rows(rows: Sequence[Row]) -> list[Row]:
     """Milliseconds, rate, memory and error of every peer, and how many times longer than ours it took."""
-    ours = {row["shape"]: float(row["training_ms"]) for row in rows if row["peer"] == OURS}
-    return markdown_table([_experts_row(row, ours.get(row["shape"])) for row in rows])
+    ours = {row["shape"]: float(row["training_ms"]) for row in rows if row["peer"] == OURS and row["training_ms"]}
+    return [_experts_row(row, ours.get(row["shape"])) for row in rows]
 
 
-def _experts_row(row: dict[str, str], ours: float | None) -> dict[str, str]:
+def _experts_row(row: Row, ours: float | None) -> Row:
     if row["status"] == "failed":  # what was measured before it failed is not shown
         row = dict.fromkeys(row, "") | {name: row[name] for name in ("shape", "peer", "reason")}
     errors = [float(row[name]) for name in row if name.startswith("error_") and row[name]]
@@ -61,36 +63,36 @@ def _fixed(value: str, digits: int) -> str:
     return f"{float(value):.{digits}f}" if value else ""
 
 
-def _ranged(row: dict[str, str], *names: str, digits: int) -> str:
+def _ranged(row: Row, *names: str, digits: int) -> str:
     """ "middle (least to most)" of three columns; nothing where they are empty."""
     values = [_fixed(row[name], digits) for name in names]
     return "{} ({} to {})".format(*values) if all(values) else ""
 
 
-def step_table(rows: Sequence[dict[str, str]]) -> str:
-    """Milliseconds, tokens a second and memory of every run."""
-    return markdown_table(
-        [
-            {
-                "run": row["run"],
-                "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
-                "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
-                "peak GiB": _fixed(row["peak_gib"], 1),
-                "host syncs": row["host_syncs"],
-                "dense product TFLOP/s": _fixed(row["product_tflops"], 0),
-            }
-            for row in rows
-            if row["status"] == "ok"
-        ]
-    )
+def step_rows(rows: Sequence[Row]) -> list[Row]:
+    """Milliseconds, tokens a second, memory and loss of every run."""
+    return [
+        {
+            "run": row["run"],
+            "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
+            "x first run": _fixed(row["times_first_run"], 2),
+            "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
+            "peak GiB": _fixed(row["peak_gib"], 1),
+            "loss": _fixed(row["loss"], 3),
+            "host syncs": row["host_syncs"],
+            "dense product TFLOP/s": _fixed(row["product_tflops"], 0),
+        }
+        for row in rows
+        if row["status"] == "ok"
+    ]
 
 
-def trainers_table(rows: Sequence[dict[str, str]]) -> str:
+def trainers_rows(rows: Sequence[Row]) -> list[Row]:
     """Milliseconds and memory of every baseline's step, or, from a file of ratios, each ratio and its bar."""
-    return markdown_table([_ratio_row(row) if "ratio" in row else _trainer_row(row) for row in rows])
+    return [_ratio_row(row) if "ratio" in row else _trainer_row(row) for row in rows]
 
 
-def _trainer_row(row: dict[str, str]) -> dict[str, str]:
+def _trainer_row(row: Row) -> Row:
     times = _ranged(row, "total_ms", "total_ms_min", "total_ms_max", digits=1)
     return {
         "contender": row["contender"],
@@ -102,7 +104,7 @@ def _trainer_row(row: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _ratio_row(row: dict[str, str]) -> dict[str, str]:
+def _ratio_row(row: Row) -> Row:
     return {
         "contender": f"{row['contender']} / {row['baseline']}",
         "of": row["quantity"],
@@ -112,39 +114,45 @@ def _ratio_row(row: dict[str, str]) -> dict[str, str]:
     }
 
 
-def sharding_table(rows: Sequence[dict[str, str]]) -> str:
+def sharding_rows(rows: Sequence[Row]) -> list[Row]:
     """Milliseconds, memory and losses of every engine of a model."""
-    return markdown_table(
-        [
-            {
-                "engine": row["engine"],
-                "step ms (range)": _ranged(row, "step ms", "least ms", "most ms", digits=1),
-                "peak GiB": _fixed(row["peak GiB"], 1) or "not taken",
-                "first loss": row["first loss"],
-                "last loss": row["last loss"],
-                "model, layers": f"{row['model']}, {row['layers']}",
-                "blocks of a step x tokens": f"{row['rows']} x {row['length']}",
-            }
-            for row in rows
-            if row["status"] == "ok"
-        ]
-    )
+    done = [row for row in rows if row["status"] == "ok"]
+    return [
+        {
+            "engine": row["engine"],
+            "step ms (range)": _ranged(row, "step ms", "least ms", "most ms", digits=1),
+            "x first": f"{float(row['step ms']) / float(done[0]['step ms']):.3f}",
+            "peak GiB": _fixed(row["peak GiB"], 1) or "not taken",
+            "first loss": row["first loss"],
+            "last loss": row["last loss"],
+            "model, layers": f"{row['model']}, {row['layers']}",
+            "blocks of a step x tokens": f"{row['rows']} x {row['length']}",
+        }
+        for row in done
+    ]
 
 
-TABLES = (
-    ("experts*.csv", experts_table),
-    ("preference*.csv", trainers_table),
-    ("sharding.csv", sharding_table),
-    ("step.csv", step_table),
-    ("surgery*.csv", trainers_table),
-)
+TABLES = {
+    "experts*.csv": experts_rows,
+    "preference*.csv": trainers_rows,
+    "sharding.csv": sharding_rows,
+    "step.csv": step_rows,
+    "surgery*.csv": trainers_rows,
+}
+
+
+def text_of(path: Path) -> str:
+    """The table of a file of results for a terminal."""
+    rows = rows_of(path)
+    table = next(table for pattern, table in TABLES.items() if path.match(pattern))(rows)
+    return text_table(table) if table else "nothing was measured"
 
 
 def page_of(folder: Path) -> str:
     """The page: one section for each CSV that TABLES knows, in order of name."""
-    found = sorted((path, table) for pattern, table in TABLES for path in folder.glob(pattern))
+    found = sorted((path, table) for pattern, table in TABLES.items() for path in folder.glob(pattern))
     if not found:
-        raise ValueError(f"{folder} holds none of {', '.join(name for name, _ in TABLES)}: run the benchmarks first.")
+        raise ValueError(f"{folder} holds none of {', '.join(TABLES)}: run the benchmarks first.")
     sections = []
     for path, table in found:
         rows = rows_of(path)
@@ -153,7 +161,7 @@ def page_of(folder: Path) -> str:
         made += f"{facts['transformers']}, {facts['date']}, commit {facts['commit']}."
         plot = path.with_suffix(".png")
         drawn = f"\n![]({plot.name})\n" if plot.exists() else ""
-        sections.append(f"## {path.name}\n\n{made}\n\n{table(rows)}\n{drawn}")
+        sections.append(f"## {path.name}\n\n{made}\n\n{markdown_table(table(rows))}\n{drawn}")
     written = f"Written by `python scripts/benchmarks/report.py {folder.as_posix()}` from the files beside it"
     head = f"# {folder.name}\n\n{written}; what is measured: [README](../README.md)."
     return f"{head}\n\n" + "\n".join(sections)

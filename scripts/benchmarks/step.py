@@ -59,6 +59,7 @@ from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
+from hf_moe_cpt.scripts.benchmarks.report import text_of
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
@@ -431,24 +432,6 @@ def result_row(
     }
 
 
-def table_rows(rows: Sequence[dict[str, Any]], measurements: Sequence[StepMeasurement]) -> list[dict[str, Any]]:
-    """The results for a terminal."""
-    return [
-        {
-            "run": row["run"],
-            "step ms": tools.with_range(measurement.step_ms, 1),
-            "tokens/s": row["tokens_per_second"] and round(row["tokens_per_second"]),
-            "x first run": tools.rounded(row["times_first_run"], 2),
-            "peak GiB": tools.rounded(row["peak_gib"], 1),
-            "loss": tools.rounded(row["loss"], 3),
-            "host syncs": row["host_syncs"],
-            "product TFLOP/s": tools.rounded(row["product_tflops"], 0),
-            "status": row["status"],
-        }
-        for row, measurement in zip(rows, measurements, strict=True)
-    ]
-
-
 def draw(path: Path, measurements: Sequence[StepMeasurement], args: StepArguments, device: str) -> None:
     """Tokens per second and peak memory of every run; a line instead of a plot without matplotlib."""
     plot = plotting(path)
@@ -514,7 +497,7 @@ def models_main(argv: Sequence[str]) -> None:
     print(
         f"\n{facts['device']}, torch {facts['torch']}, {args.batch_size} x {args.seq_length} tokens; files: {folder}\n"
     )
-    print(text_table(table_rows(rows, measurements)))
+    print(text_of(folder / "step.csv"))
 
 
 KINDS = ("single", "ddp", "fsdp2")
@@ -635,10 +618,14 @@ def sharding_main(argv: Sequence[str]) -> None:
             rows.append({"engine": name, "ranks": ranks, "status": attempt.reason})
     facts = machine_facts(choose_device(args.device), args.commit)
     settings = {"model": args.model, "layers": args.layers, "rows": args.rows, "length": args.length}
-    write_csv(Path(args.output_dir) / "sharding.csv", [row | settings | facts for row in rows])
+    path = Path(args.output_dir) / "sharding.csv"
+    write_csv(path, [row | settings | facts for row in rows])
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"{row['engine']}: {row['status']}")
     work = f"{args.model}, {args.rows} blocks of {args.length} tokens a step"
     print(f"\n{facts['device']}, torch {facts['torch']}: {work}\n")
-    print(text_table([shown(row, rows) for row in rows]))
+    print(text_of(path))
 
 
 def make_jobs(args: ShardingArguments) -> dict[str, tuple[ShardingJob, int]]:
@@ -690,21 +677,6 @@ def run_engine(job: ShardingJob, ranks: int, timeout: float) -> dict[str, Any]:
         "least ms": 1000 * min(seconds),
         "most ms": 1000 * max(seconds),
         **found,
-    }
-
-
-def shown(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table: time beside that of the first engine, memory, loss."""
-    base = next((other["step ms"] for other in rows if "step ms" in other), None)
-    step = row.get("step ms")
-    return {
-        "engine": row["engine"],
-        "step ms": None if step is None else f"{step:.1f} ({row['least ms']:.1f}-{row['most ms']:.1f})",
-        "of first": None if step is None or base is None else f"{step / base:.3f}",
-        "peak GiB": None if row.get("peak GiB") is None else f"{row['peak GiB']:.2f}",
-        "first loss": None if step is None else f"{row['first loss']:.6f}",
-        "last loss": None if step is None else f"{row['last loss']:.6f}",
-        "status": row["status"],
     }
 
 

@@ -56,8 +56,9 @@ from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version
 from hf_moe_cpt.planning.models import MODELS, config_of
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
+from hf_moe_cpt.scripts.benchmarks.report import text_of
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.gradients import TermGradients
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -642,36 +643,6 @@ def kept_rows(measurements: Sequence[Measurement], workload: Workload, facts: di
     return [names | _spread([kept]) | {"bar": bar, "verdict": _verdict([kept], bar)} | facts]
 
 
-def times_table(measurements: Sequence[Measurement], args: TrainersArguments) -> list[dict[str, Any]]:
-    """The baselines for a terminal."""
-    return [
-        {
-            "step of": measurement.name,
-            "step and log ms": tools.with_range(measurement.totals(args.logging_steps), 1),
-            "log ms": tools.rounded(tools.middle(measurement.log_ms), 2),
-            "peak MiB": tools.rounded(measurement.peak_mib, 0),
-            "first loss": tools.rounded(measurement.loss, 4),
-            "status": "ok" if measurement.reason is None else "failed",
-        }
-        for measurement in measurements
-    ]
-
-
-def ratio_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ratios for a terminal."""
-    return [
-        {
-            "comparison": f"{row['contender']} / {row['baseline']}",
-            "of": row["quantity"],
-            "ratio": f"{row['ratio']:.3f}",
-            "quartiles": f"{row['lower_quartile']:.3f}-{row['upper_quartile']:.3f}",
-            "bar": tools.rounded(row["bar"], 2),
-            "verdict": row["verdict"],
-        }
-        for row in rows
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure memory, then time; write after each."""
     (args,) = parse_arguments((TrainersArguments,), argv, program="trainers.py", description=__doc__)
@@ -705,9 +676,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\n{machine['device']}, torch {machine['torch']}, {args.model}, {args.dtype}, {args.batch_size} {rows} of "
         f"{args.length} tokens, {args.rounds} rounds; files: {folder}\n"
     )
-    print(text_table(times_table(measurements, args)))
+    print(text_of(folder / f"{name}.csv"))
     if ratios:
-        print(f"\n{text_table(ratio_table(ratios))}")
+        print(f"\n{text_of(folder / f'{name}_ratios.csv')}")
 
 
 if __name__ == "__main__":

