@@ -67,8 +67,8 @@ class SourceModule(dict):
     _loaded: dict[str, SourceModule] = {}
 
     def __init__(self, name: str) -> None:
-        super().__init__(__name__=__name__, __builtins__=builtins)
         self.name, self.path = name, _file_of(name)
+        super().__init__(__name__=__name__, __file__=str(self.path), __builtins__=builtins)
         self.text = self.path.read_text(encoding="utf-8")
         tree = ast.parse(self.text)
         self["__doc__"] = ast.get_docstring(tree)
@@ -103,7 +103,7 @@ class SourceModule(dict):
             parents = self.name.split(".")[: -node.level] if node.level else []
             module, member = ".".join([*parents, *filter(None, [node.module])]), alias.name
         root = module.partition(".")[0]
-        if root in sys.stdlib_module_names:
+        if root in sys.stdlib_module_names or root == "yaml":  # the file of presets
             found = importlib.import_module(module)
             return found if member is None else getattr(found, member)
         if root == hf_moe_cpt.__name__ and member is not None:
