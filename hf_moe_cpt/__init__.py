@@ -14,6 +14,7 @@ from hf_moe_cpt.lazy import _lazy_names
 if TYPE_CHECKING:
     from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
     from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+    from hf_moe_cpt.optim.adamw import StochasticAdamW
     from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
     from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
@@ -34,6 +35,7 @@ __all__ = [
     "RainbowPOConfig",
     "RainbowPOTrainer",
     "RouterMonitorCallback",
+    "StochasticAdamW",
     "SurgeryConfig",
     "SurgeryTrainer",
     "register_kernels",
@@ -57,6 +59,7 @@ _import, __dir__ = _lazy_names(
             "CptMoeForSequenceClassification",
             "CptMoeModel",
         ),
+        "hf_moe_cpt.optim.adamw": ("StochasticAdamW",),
         "hf_moe_cpt.trainers.rainbowpo.rainbowpo_config": ("RainbowPOConfig",),
         "hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer": ("RainbowPOTrainer",),
         "hf_moe_cpt.trainers.common.router_monitor": ("RouterMonitorCallback",),

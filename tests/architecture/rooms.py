@@ -65,7 +65,7 @@ ROOMS = {
         ("hf_moe_cpt.evaluation", "hf_moe_cpt.routing"), ("datasets", "evaluate", "numpy", "torch")
     ),
     "hf_moe_cpt.modeling": Room(others=("huggingface_hub", "torch", "transformers")),
-    "hf_moe_cpt.optim": Room(others=("torch",)),
+    "hf_moe_cpt.optim": Room(others=("torch", "triton")),
     "hf_moe_cpt.planning": Room(
         (*_FRONT, "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"), (*_NUMBERS, "huggingface_hub")
     ),

@@ -52,6 +52,7 @@ from hf_moe_cpt.trainers.common.metrics import (
     starting_losses,
 )
 from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import (
     build_eval_dataset,
@@ -141,7 +142,7 @@ def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
     return args.use_liger_kernel
 
 
-class CPTTrainer(FaultTolerantMixin, HubMixin, Trainer):
+class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
     Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments),

@@ -38,6 +38,7 @@ from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.rainbowpo.losses import (
     Pair,
     PreferenceTerms,
@@ -536,7 +537,7 @@ def completion_lengths(mask: Tensor) -> Pair:
     return Pair(*mask.sum(dim=1).chunk(2))
 
 
-class RainbowPOTrainer(FaultTolerantMixin, HubMixin, DPOTrainer):
+class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
     Data, adapters, references (a model, the adapter switched off, or precomputed columns) and saving are the parent's.

@@ -57,6 +57,7 @@ from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.surgery.chunked import (
     LanguageHead,
     ModelPass,
@@ -428,7 +429,7 @@ def _as_json(value: Any) -> Any:
     return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
 
 
-class SurgeryTrainer(HubMixin, FaultTolerantMixin, Trainer):
+class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
     Every step takes rows of each set, makes one term out of each (`SurgeryTerms`), and runs a

@@ -1,0 +1,323 @@
+"""AdamW for bfloat16 weights: what is smaller than the distance of two numbers arrives in the mean of many steps.
+
+A bfloat16 number has 8 significant bits. Rounded to the nearest, w + d is w for every |d| below |w| / 512 or so, and
+at the learning rates of continued training that is most of all updates. Rounded at random no update is lost:
+
+    x, between its neighbours a < b, becomes b with probability (x - a) / (b - a), else a
+
+whose mean is x. One step t of a weight w with gradient g is computed in float32 and rounded once:
+
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+    w = (1 - lr decay) w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+The moments are bfloat16 too and rounded in the same way: to the nearest, a v with b2 = 0.999 would never fall again,
+since a thousandth of it is less than half a distance. 6 bytes a parameter beside its gradient, where float32 weights
+take 12. float32 weights among them get float32 moments and are not rounded.
+
+The random bits are a function of (seed, step, place of the parameter, element): a resumed run takes those that an
+uninterrupted one would have taken, and copies of a weight on several ranks stay equal. Four elements share one counter
+of Philox: 16 bits of a word go to the weight, 8 to each moment, whose other 8 bits are a half.
+
+Letters: w weight, g gradient, m and v first and second moment, b1 and b2 their coefficients, decay weight decay.
+Source: AdamW, arXiv 1711.05101; random rounding in training, arXiv 1502.02551 and, of bfloat16 weights, 2010.06192;
+Philox, Salmon et al. 2011, 10 rounds of four 32-bit words, the same as Triton's. The kernel is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+# Whether Triton runs kernels on the CPU, one operation after the other; read once, as Triton's decorators do.
+IS_INTERPRETED: bool = triton.knobs.runtime.interpret
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+SPAN = 1024  # elements that take the same word of their counters; a program has four spans
+ALIGNMENT = 16  # bytes that a thread reads at once; also a number of elements that needs no mask within these
+_WORD = 0xFFFFFFFF
+
+
+class TensorStep(NamedTuple):
+    """The step of one tensor. place, shard: what its random bits depend on besides seed and step; shard is the
+    position of its first element in the whole tensor, modulo 2^32."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    place: int
+    shard: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def factors(self) -> tuple[float, ...]:
+        """b1, 1 - b1, b2, 1 - b2, eps, 1 - lr decay, lr / (1 - b1^t), 1 / sqrt(1 - b2^t)."""
+        (beta1, beta2), step = self.betas, self.step
+        corrections = self.lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+        return beta1, 1 - beta1, beta2, 1 - beta2, self.eps, 1 - self.lr * self.weight_decay, *corrections
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` for weights in bfloat16, which learn as if they were in float32. See the head of the file.
+
+    One launch for all tensors of a type on a GPU; on the CPU the definition, `plain_adamw_step`. Weights may be shards
+    of FSDP2. State: `step`, `exp_avg` and `exp_avg_sq`, as torch's.
+
+    seed: of the rounding; kept in the state, so that a resumed run goes on with the same. Raises ValueError for
+    settings out of range and for weights that are neither bfloat16 nor float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number, at least 0.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must lie in [0, 1).")
+        self._shards: dict[Tensor, int] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; refuses weights of another type."""
+        super().add_param_group(param_group)
+        for weight in self.param_groups[-1]["params"]:
+            if weight.dtype not in TRITON_DTYPES:
+                raise ValueError(
+                    f"StochasticAdamW trains bfloat16 and float32 weights, got {weight.dtype}: load the model as one "
+                    "of these, or take torch.optim.AdamW."
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shards = {}
+        for values in self.state.values():  # a checkpoint that was read onto the device brings its counts along
+            if isinstance(values.get("step"), Tensor):
+                values["step"] = values["step"].cpu()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every weight that has a gradient. Nothing waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        together: dict[Any, list[TensorStep]] = defaultdict(list)
+        place = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and _local(param).numel():
+                    work = self._step_of(param, group, place)
+                    together[_launch_of(work), group["seed"]].append(work)
+                place += 1
+        for (launch, seed), steps in together.items():
+            if launch is None:
+                for work in steps:
+                    plain_adamw_step(work, seed)
+            else:
+                launch_adamw(steps, seed, aligned=launch[-1])
+        return loss
+
+    def _step_of(self, param: Tensor, group: dict[str, Any], place: int) -> TensorStep:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        state["step"] += 1
+        if param not in self._shards:
+            self._shards[param] = _first_element(param)
+        tensors = (_local(tensor) for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        settings = (float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        return TensorStep(*tensors, int(state["step"]), place, self._shards[param], *settings)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _first_element(param: Tensor) -> int:
+    """Position of the first element of a rank's part in the whole tensor, modulo 2^32; 0 of a tensor that is whole."""
+    if not isinstance(param, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return sum(offset * stride for offset, stride in zip(offsets, param.stride(), strict=True)) & _WORD
+
+
+def _launch_of(work: TensorStep) -> tuple[torch.dtype, torch.device, bool] | None:
+    """What tensors of one launch have in common: type, device, alignment; None for those that torch steps."""
+    tensors = work[:4]
+    if not (work.weight.is_cuda or IS_INTERPRETED) or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    is_aligned = not any(number % ALIGNMENT for number in (work.weight.numel(), *(t.data_ptr() for t in tensors)))
+    return work.weight.dtype, work.weight.device, is_aligned
+
+
+# ---- the definition ----
+
+
+def plain_philox(counter: Tensor, others: tuple[int, int, int], seed: int) -> Tensor:
+    """Four random words (4, N), int64 in [0, 2^32), of counters (N,) in the same range.
+
+    others: the other three words of the counter. seed: 64 bits, the key.
+    """
+    c0, c1, c2, c3 = counter, *(torch.full_like(counter, other) for other in others)
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits, of which the uppermost is the sign
+        c0, c1 = (second >> 32) & _WORD ^ c1 ^ key0, second & _WORD
+        c2, c3 = (first >> 32) & _WORD ^ c3 ^ key1, first & _WORD
+        key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
+    return torch.stack([c0, c1, c2, c3])
+
+
+def plain_words(numel: int, place: int, step: int, shard: int, seed: int, device: torch.device) -> Tensor:
+    """The random word (numel,) of every element of a tensor: word j of a counter goes to the j-th of four spans."""
+    num_blocks = -(-numel // (4 * SPAN))
+    words = plain_philox(torch.arange(num_blocks * SPAN, device=device), (place, step, shard), seed)
+    return words.view(4, num_blocks, SPAN).transpose(0, 1).flatten()[:numel]
+
+
+def plain_round(values: Tensor, noise: Tensor) -> Tensor:
+    """float32 values as bfloat16, rounded away from zero where noise, in [0, 2^16), carries what is cut off."""
+    bits = (values.view(torch.int32) + noise.to(torch.int32)) & -0x10000
+    return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)
+
+
+def plain_adamw_step(work: TensorStep, seed: int) -> None:
+    """The definition of a step, in place."""
+    beta1, rest1, beta2, rest2, eps, kept, step_size, correction = work.factors()
+    grad = work.grad.float()
+    exp_avg = beta1 * work.exp_avg.float() + rest1 * grad
+    exp_avg_sq = beta2 * work.exp_avg_sq.float() + rest2 * grad * grad
+    weight = kept * work.weight.float() - step_size * exp_avg / (exp_avg_sq.sqrt() * correction + eps)
+    if work.weight.dtype == torch.bfloat16:
+        words = plain_words(grad.numel(), work.place, work.step, work.shard, seed, grad.device).view(grad.shape)
+        weight = plain_round(weight, words >> 16)
+        exp_avg = plain_round(exp_avg, (words & 0xFF00) + 128)
+        exp_avg_sq = plain_round(exp_avg_sq, ((words & 0xFF) << 8) + 128)
+    for old, new in ((work.weight, weight), (work.exp_avg, exp_avg), (work.exp_avg_sq, exp_avg_sq)):
+        old.copy_(new)
+
+
+# ---- the kernel ----
+
+
+@triton.jit
+def _round(values, noise):
+    """float32 values with the bits that bfloat16 has, rounded away from zero where the noise carries."""
+    bits = (values.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
+def _update(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, factors, elements, numel, words, ROUNDED: tl.constexpr):
+    """The step of a span of elements; `words` are their random words."""
+    keep = elements < numel
+    weight = tl.load(weight_ptr + elements, mask=keep, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + elements, mask=keep, other=0.0).to(tl.float32)
+    exp_avg = tl.load(exp_avg_ptr + elements, mask=keep, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + elements, mask=keep, other=0.0).to(tl.float32)
+    beta1, rest1, beta2, rest2, eps, kept, step_size, correction = factors
+    exp_avg = beta1 * exp_avg + rest1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+    weight = kept * weight - step_size * exp_avg / (tl.sqrt(exp_avg_sq) * correction + eps)
+    if ROUNDED:
+        weight = _round(weight, words >> 16)
+        exp_avg = _round(exp_avg, (words & 0xFF00) + 128)
+        exp_avg_sq = _round(exp_avg_sq, ((words & 0xFF) << 8) + 128)
+    dtype = weight_ptr.dtype.element_ty
+    tl.store(weight_ptr + elements, weight.to(dtype), mask=keep)
+    tl.store(exp_avg_ptr + elements, exp_avg.to(dtype), mask=keep)
+    tl.store(exp_avg_sq_ptr + elements, exp_avg_sq.to(dtype), mask=keep)
+
+
+@triton.jit
+def _pointer(table, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _adamw_kernel(
+    blocks_ptr, tensors_ptr, factors_ptr, seed,
+    DTYPE: tl.constexpr, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """A step of many tensors. Grid (blocks,): a program has four spans of one tensor.
+
+    blocks (blocks, 2) int32: the tensor and which of its blocks. tensors (tensors, 8) int64: addresses of weight,
+    gradient and both moments, number of elements, place, step, shard. factors (tensors, 8) float32.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(blocks_ptr + 2 * program).to(tl.int64)
+    block = tl.load(blocks_ptr + 2 * program + 1)
+    row, scalars = tensors_ptr + 8 * tensor, factors_ptr + 8 * tensor
+    weight = _pointer(row, DTYPE, ALIGNED)
+    grad = _pointer(row + 1, DTYPE, ALIGNED)
+    exp_avg = _pointer(row + 2, DTYPE, ALIGNED)
+    exp_avg_sq = _pointer(row + 3, DTYPE, ALIGNED)
+    numel = tl.load(row + 4)
+    if ALIGNED:
+        numel = tl.multiple_of(numel, 16)
+    factors = (
+        tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3),
+        tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7),
+    )  # fmt: skip
+    counter = (block * SPAN + tl.arange(0, SPAN)).to(tl.uint32)
+    zeros = counter * 0
+    a, b, c, d = zeros, zeros, zeros, zeros
+    if ROUNDED:
+        place = tl.load(row + 5).to(tl.uint32)
+        step = tl.load(row + 6).to(tl.uint32)
+        shard = tl.load(row + 7).to(tl.uint32)
+        a, b, c, d = tl.philox(seed, counter, zeros + place, zeros + step, zeros + shard)
+    elements = block.to(tl.int64) * (4 * SPAN) + tl.arange(0, SPAN)
+    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements, numel, a, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + SPAN, numel, b, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + 2 * SPAN, numel, c, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + 3 * SPAN, numel, d, ROUNDED)
+
+
+@functools.lru_cache(maxsize=8)  # a run steps the same tensors every time
+def _blocks_of(numels: tuple[int, ...], device: torch.device) -> Tensor:
+    """(blocks, 2) int32: tensor and block of every program."""
+    counts = torch.tensor([-(-numel // (4 * SPAN)) for numel in numels])
+    tensors = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.stack([tensors, torch.arange(len(tensors)) - first], dim=1).to(torch.int32).to(device)
+
+
+def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool) -> None:
+    """`plain_adamw_step` of many contiguous tensors of one type on one device, in one launch.
+
+    aligned: whether all addresses and numbers of elements are multiples of ALIGNMENT.
+    """
+    device, dtype = steps[0].weight.device, steps[0].weight.dtype
+    rows = [[*(t.data_ptr() for t in s[:4]), s.weight.numel(), s.place, s.step, s.shard] for s in steps]
+    tensors, factors = torch.tensor(rows), torch.tensor([s.factors() for s in steps], dtype=torch.float32)
+    if device.type == "cuda":
+        tensors, factors = (table.pin_memory().to(device, non_blocking=True) for table in (tensors, factors))
+    blocks = _blocks_of(tuple(s.weight.numel() for s in steps), device)
+    with torch.cuda.device_of(steps[0].weight):
+        _adamw_kernel[(len(blocks),)](
+            blocks, tensors, factors, seed,
+            DTYPE=TRITON_DTYPES[dtype], ROUNDED=dtype == torch.bfloat16, ALIGNED=aligned, SPAN=SPAN,
+        )  # fmt: skip

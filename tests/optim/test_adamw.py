@@ -1,0 +1,163 @@
+"""AdamW that rounds at random: against torch's AdamW, published words of Philox, closed forms, an interrupted run."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from hf_moe_cpt.optim import adamw
+from hf_moe_cpt.optim.adamw import StochasticAdamW, plain_philox, plain_round, plain_words
+from tests.helpers.expert_layers import DEVICE
+
+
+SHAPES = ((3, 7), (290,), (16, 32))  # within a span of 64; more than a program's four spans; whole and aligned
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition in place of the kernel, which the interpreter runs slowly."""
+    monkeypatch.setattr(adamw, "IS_INTERPRETED", False)
+
+
+def weights(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in SHAPES]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps with gradients that depend on the step alone."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(1000 + step)
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            weight.grad = torch.randn(weight.shape, generator=generator).to(DEVICE, weight.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # the known answers that come with Random123, the authors' library
+        ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0_A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter: list[int], key: int, words: list[int]) -> None:
+    assert plain_philox(torch.tensor(counter[:1]), tuple(counter[1:]), key)[:, 0].tolist() == words
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernel_equals_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "SPAN", 64)
+    by_kernel = StochasticAdamW(weights(dtype), seed=2**40 + 7, **SETTINGS)
+    take_steps(by_kernel, 0, 2)
+    monkeypatch.setattr(adamw, "_launch_of", lambda work: None)
+    plain = StochasticAdamW(weights(dtype), seed=2**40 + 7, **SETTINGS)
+    take_steps(plain, 0, 2)
+    for ours, theirs in zip(by_kernel.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        for got, want in (
+            (ours, theirs),
+            *((by_kernel.state[ours][name], plain.state[theirs][name]) for name in ("exp_avg", "exp_avg_sq")),
+        ):
+            if dtype == torch.bfloat16:  # sums differ in their last bit, which decides a rounding once in 10,000 times
+                assert (got != want).float().mean() < 2e-3
+            torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_float32_weights_take_the_steps_of_torch(by_definition: None) -> None:
+    ours, theirs = weights(torch.float32), weights(torch.float32)
+    take_steps(StochasticAdamW(ours, **SETTINGS), 0, 5)
+    take_steps(torch.optim.AdamW(theirs, **SETTINGS), 0, 5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rounding_is_unbiased_and_goes_to_a_neighbour() -> None:
+    """The mean over all 65,536 noises is the value itself, exactly in float64; NaN and infinity stay what they are."""
+    values = torch.tensor([1.001, -1.001, 3.1415927, -2e-5, 1e-30, 0.0])
+    noise = torch.arange(1 << 16)
+    rounded = plain_round(values[:, None].expand(-1, 1 << 16).contiguous(), noise.expand(len(values), -1))
+    torch.testing.assert_close(rounded.double().mean(1), values.double(), rtol=1e-12, atol=0)
+    distance = (rounded.float() - values[:, None]).abs()
+    assert (distance < values[:, None].abs() / 128 + 1e-40).all()
+    special = plain_round(torch.tensor([math.nan, math.inf, -math.inf]), torch.tensor([65535] * 3))
+    assert special[0].isnan() and special[1:].tolist() == [math.inf, -math.inf]
+    negative_nan = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # the noise would carry out
+    assert plain_round(negative_nan, torch.tensor([65535] * 2)).isnan().all()
+
+
+def test_small_updates_arrive_where_rounding_to_the_nearest_loses_them(by_definition: None) -> None:
+    """4,096 weights of 1 under a constant gradient: Adam goes lr a step, 1e-3 in all, a quarter of the distance."""
+    lr, steps, count = 1e-5, 100, 4096
+    ours = torch.nn.Parameter(torch.ones(count, dtype=torch.bfloat16))
+    theirs = torch.nn.Parameter(torch.ones(count, dtype=torch.bfloat16))
+    optimizers = [
+        StochasticAdamW([ours], lr=lr, weight_decay=0.0, seed=3),
+        torch.optim.AdamW([theirs], lr=lr, weight_decay=0.0),
+    ]
+    for _ in range(steps):
+        for optimizer, weight in zip(optimizers, (ours, theirs), strict=True):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    assert (theirs == 1).all()
+    moved = (1 - ours.double()).mean().item()
+    # below 1 the distance is 2^-8; variance of a step: at most lr * 2^-8
+    error = math.sqrt(steps * lr * 2**-8 / count)
+    assert abs(moved - steps * lr) < 5 * error, (moved, error)
+
+
+def test_second_moment_falls_with_a_slow_coefficient(by_definition: None) -> None:
+    """With b2 = 0.999 and no gradient v is 0.999^n of what it was; rounded to the nearest it would stay for ever."""
+    weight = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    optimizer = StochasticAdamW([weight], lr=0.0, betas=(0.9, 0.999))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    start = optimizer.state[weight]["exp_avg_sq"].double().mean().item()
+    weight.grad = torch.zeros_like(weight)
+    for _ in range(100):
+        optimizer.step()
+    kept = optimizer.state[weight]["exp_avg_sq"].double().mean().item() / start
+    assert kept == pytest.approx(0.999**100, rel=0.01)
+    assert (torch.tensor(0.5, dtype=torch.bfloat16) * 0.999).bfloat16() == 0.5
+
+
+def test_random_bits_are_a_function_of_seed_step_place_shard_and_element() -> None:
+    base = {"numel": 5000, "place": 1, "step": 2, "shard": 0, "seed": 3, "device": torch.device("cpu")}
+    words = plain_words(**base)
+    assert words.unique().numel() > 4990 and torch.equal(words, plain_words(**base))
+    assert torch.equal(plain_words(**{**base, "numel": 100}), words[:100])
+    for name in ("place", "step", "shard", "seed"):
+        assert (plain_words(**{**base, name: 9}) == words).float().mean() < 0.01, name
+    bits = torch.stack([(words >> shift & 1).double().mean() for shift in range(32)])
+    assert ((bits - 0.5).abs() < 5 * 0.5 / math.sqrt(5000)).all()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(by_definition: None) -> None:
+    straight = StochasticAdamW(weights(torch.bfloat16), seed=5, **SETTINGS)
+    take_steps(straight, 0, 4)
+    first = StochasticAdamW(weights(torch.bfloat16), seed=5, **SETTINGS)
+    take_steps(first, 0, 2)
+    resumed = StochasticAdamW([copy.deepcopy(w) for w in first.param_groups[0]["params"]], seed=99, **SETTINGS)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    take_steps(resumed, 2, 4)
+    for got, want in zip(resumed.param_groups[0]["params"], straight.param_groups[0]["params"], strict=True):
+        assert torch.equal(got, want)
+        assert resumed.state[got]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"lr": -1.0}, "lr=-1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": math.nan}, "eps=nan")],
+)
+def test_refuses_settings_out_of_range(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StochasticAdamW([torch.nn.Parameter(torch.zeros(2))], **changes)
+
+
+def test_refuses_float16_weights() -> None:
+    with pytest.raises(ValueError, match="got torch.float16"):
+        StochasticAdamW([torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))])

@@ -1,0 +1,158 @@
+"""Whether what a step changes arrives in the weights: the optimizer by the type of the weights, and what decays.
+
+A weight in bfloat16 or float16 takes up an update only if that is more than half the distance to its neighbour, some
+|w| / 512 or |w| / 4096. torch's AdamW rounds to the nearest, so most updates of a continued training are lost; that of
+`hf_moe_cpt.optim.adamw` rounds at random and loses none. Source: ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.training_args import OptimizerNames
+
+from hf_moe_cpt.extras import is_installed
+
+
+logger = logging.getLogger(__name__)
+
+AUTO, STOCHASTIC, IN_FLOAT32 = "auto", "adamw_stochastic", OptimizerNames.ADAMW_TORCH_FUSED
+HALF = (torch.bfloat16, torch.float16)
+SAMPLE = 1 << 16  # weights of a tensor that are looked at
+WORTH_A_WARNING = 0.01  # share of updates that is lost
+# Parts of names. What has one dimension is never decayed; these may have more.
+UNDECAYED = re.compile(r"norm|bias|(^|[._])(a_log|sinks?|routers?|gate|shared_expert_gate)($|\.)", re.IGNORECASE)
+
+
+@dataclass
+class UpdateArguments:
+    """For a subclass of `TrainingArguments`, before it among the bases."""
+
+    optim: str = HfArg(
+        default=AUTO,
+        help="Optimizer, by transformers' names; auto: adamw_torch_fused for float32 weights, "
+        f"{STOCHASTIC} (bfloat16 weights and moments, rounded at random) for bfloat16 weights.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing here reads; transformers checks the names of its own optimizers."""
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not part of this objective: losses are "
+                "nats of the text itself; leave it at 0."
+            )
+        asked = self.optim
+        if asked in (AUTO, STOCHASTIC):
+            self.optim = IN_FLOAT32
+        super().__post_init__()
+        if asked in (AUTO, STOCHASTIC):
+            self.optim = asked
+
+
+def optimizer_for(weights: list[Tensor], is_deepspeed: bool = False) -> str:
+    """The name that `optim="auto"` stands for with these trainable weights. DeepSpeed keeps float32 copies itself."""
+    has_bfloat16 = any(weight.dtype == torch.bfloat16 for weight in weights)
+    has_float16 = any(weight.dtype == torch.float16 for weight in weights)
+    if not has_bfloat16 or has_float16 or is_deepspeed or not is_installed("triton"):
+        return IN_FLOAT32.value
+    return STOCHASTIC
+
+
+@torch.no_grad()
+def lost_share(weights: list[Tensor], learning_rate: float) -> float:
+    """Share, in [0, 1], of the half-precision weights that stay what they are if the rate is added or taken away.
+
+    A step of Adam changes a weight by about the rate at first and by less later, so at least this share of updates is
+    lost. Counted on the weights themselves, at most `SAMPLE` of each tensor. 0 without such weights.
+    """
+    lost, counted = 0.0, 0
+    for weight in weights:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if local.dtype not in HALF or not local.numel():
+            continue
+        values = local.flatten()[:: -(-local.numel() // SAMPLE)]
+        stays = [(values.float() + sign * learning_rate).to(values.dtype) == values for sign in (1, -1)]
+        lost += local.numel() * float((stays[0] & stays[1]).float().mean())
+        counted += local.numel()
+    return lost / counted if counted else 0.0
+
+
+class UpdatesMixin:
+    """Mixin in front of `Trainer`, whose arguments are `UpdateArguments`.
+
+    Overrides `get_optimizer_cls_and_kwargs` (the optimizer by the weights' type), `create_optimizer` (says which, and
+    what it loses) and `get_decay_parameter_names` (matrices only, and no routers).
+    """
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The parent's, and `adamw_stochastic`; `auto` goes by the trainable weights of `model`."""
+        name = args.optim
+        if name == AUTO:
+            weights = [] if model is None else [weight for weight in model.parameters() if weight.requires_grad]
+            name = optimizer_for(weights, bool(args.deepspeed))
+        if name == STOCHASTIC:
+            from hf_moe_cpt.optim.adamw import StochasticAdamW  # needs Triton, which not every machine has
+
+            betas = (args.adam_beta1, args.adam_beta2)
+            return StochasticAdamW, {
+                "lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "seed": args.seed
+            }  # fmt: skip
+        args = copy(args)
+        args.optim = OptimizerNames(name)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's optimizer; one line says which it is, and a warning what it would lose."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.is_world_process_zero():
+            self._tell_updates(optimizer)
+        return optimizer
+
+    def _tell_updates(self, optimizer: torch.optim.Optimizer) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        types = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+        name, rate = type(optimizer).__name__, self.args.learning_rate
+        logger.info("Optimizer: %s (optim=%s) on %s weights.", name, self.args.optim, " and ".join(types))
+        rounds_at_random = name == "StochasticAdamW" or "bf16_stochastic_round=True" in str(self.args.optim_args)
+        if rounds_at_random or self.is_deepspeed_enabled:
+            return
+        lost = lost_share(weights, rate)
+        if lost > WORTH_A_WARNING:
+            logger.warning(
+                "optim=%s rounds to the nearest: on these %s weights at least %.0f %% of the updates of a step at "
+                "learning_rate=%g are lost. Leave optim at auto with bfloat16 weights, or load float32 weights.",
+                getattr(self.args.optim, "value", self.args.optim),
+                " and ".join(types),
+                100 * lost,
+                rate,
+            )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices that are no embeddings, norms, biases, routers or states of a recurrence, in any model.
+
+        The first version of FSDP makes flat pieces of everything: there names alone decide.
+        """
+        is_flat = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        by_name = set(super().get_decay_parameter_names(model))
+        embeddings = {
+            id(w) for m in model.modules() if isinstance(m, nn.Embedding) for w in m.parameters(recurse=False)
+        }
+        return [
+            name
+            for name, weight in model.named_parameters()
+            if name in by_name
+            and (is_flat or len(getattr(weight, "ds_shape", weight.shape)) > 1)
+            and id(weight) not in embeddings
+            and not UNDECAYED.search(name)
+        ]
