@@ -100,20 +100,27 @@ def active_parameters(model: nn.Module) -> int:
     return round(total - inactive) - (0 if tied else embedding.numel())
 
 
-def moe_layers(model: nn.Module) -> list[MoeLayer]:
+def moe_layers(model: nn.Module, lone_routers: bool = False) -> list[MoeLayer]:
     """Every MoE layer of a model, wrapped or not, in layer order; empty for a dense model.
 
     A router is what the model class records as `router_logits`, else the neighbour of the experts whose weight has one
     row for each of them. Shared experts belong to no layer. Raises ValueError for experts without a known router.
+    lone_routers: also recorded routers whose experts are in no known form (JetMoE, LongCat): they are the `experts` of
+    their layers, and are told by a `top_k` and one matrix, of E rows.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    num_experts = {_without_adapter(names[id(module)]): module.num_experts for module in find_experts(model)}
+    num_experts = {_without_adapter(names[id(module)]): num_experts_of(module) for module in find_experts(model)}
     recorded = _recorded_routers(model, num_experts)
     layers = []
     for name, width in num_experts.items():
         router_name = _router_beside(name, recorded, num_experts) or _router_by_shape(model, name, width)
         experts, router = model.get_submodule(name), model.get_submodule(router_name)
         layers.append(MoeLayer(name, experts, width, router_name, router, recorded.get(router_name)))
+    for name in recorded if lone_routers and not layers else ():
+        router = model.get_submodule(name)
+        rows = [weight.shape[0] for weight in router.parameters() if weight.ndim == 2]
+        if hasattr(router, "top_k") and len(rows) == 1:
+            layers.append(MoeLayer(name, router, rows[0], name, router, recorded[name]))
     return layers
 
 
@@ -133,8 +140,15 @@ def listen(layers: Sequence[MoeLayer], hear: Callable[[int, Tensor, Tensor | Non
         logits = logits_of.pop(place, None)
         hear(place, _experts_in(layers[place], args, kwargs, logits), logits)
 
+    def hear_lone_router(place: int, module: nn.Module, args: tuple, output: Any) -> None:
+        logits = _logits_in(layers[place], output)
+        hear(place, _experts_in(layers[place], output, {}, logits), logits)
+
     with ExitStack() as hooks:
         for place, layer in enumerate(layers):
+            if layer.experts is layer.router:
+                hooks.callback(layer.router.register_forward_hook(partial(hear_lone_router, place)).remove)
+                continue
             hooks.callback(layer.router.register_forward_hook(partial(hear_router, place)).remove)
             of_experts = layer.experts.register_forward_pre_hook(partial(hear_experts, place), with_kwargs=True)
             hooks.callback(of_experts.remove)
@@ -153,8 +167,9 @@ def _logits_in(layer: MoeLayer, output: Any) -> Tensor:
 
 
 def _experts_in(layer: MoeLayer, args: tuple, kwargs: dict[str, Any], logits: Tensor | None) -> Tensor:
-    """The experts (T, K) that a layer's experts were called with, integers. logits: those of its router before."""
-    given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor) and not part.is_floating_point()]
+    """The experts (T, K), integers, in what a layer's experts were called with. logits: those of its router before."""
+    tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+    given = [part for part in tensors if not part.is_floating_point() and part.ndim > 1]  # lists are sorted tokens
     if given:
         return given[0].detach().flatten(0, -2)
     # Llama 4: every expert gets every token, times a score that is 0 for all but the largest logits
@@ -225,6 +240,15 @@ def _without_adapter(name: str) -> str:
     return ".".join(parts[:cut])
 
 
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether some layer is checkpointed with use_reentrant=True, which cuts what is heard off from the weights."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", False)
+        for module in model.modules()
+    )
+
+
 def is_below(name: str, part: str) -> bool:
     """Whether the module `name` is `part` or inside of it; "" is the whole model."""
     return part == "" or name == part or name.startswith(f"{part}.")
@@ -290,12 +314,12 @@ class RoutingTap:
         self._heard[place] = LayerRouting(experts.to(torch.int16), probabilities, entropy)
 
 
-def layers_to_watch(model: nn.Module) -> list[MoeLayer]:
+def layers_to_watch(model: nn.Module, lone_routers: bool = False) -> list[MoeLayer]:
     """`moe_layers`, or a ValueError that says why there are none: a dense model, or experts that are not known."""
-    layers = moe_layers(model)
+    layers = moe_layers(model, lone_routers)
     if layers:
         return layers
-    name, fields = type(inner_model(model)).__name__, _expert_fields(model)
+    name, fields = type(inner_model(model)).__name__, expert_fields(model)
     if not fields:
         raise ValueError(
             f"{name} is a dense model: routing needs a mixture of experts, and neither experts in its modules nor "
@@ -309,7 +333,8 @@ def layers_to_watch(model: nn.Module) -> list[MoeLayer]:
     )
 
 
-def _expert_fields(model: nn.Module) -> dict[str, int]:
+def expert_fields(model: nn.Module) -> dict[str, int]:
+    """The numbers of experts that a model's configuration tells, by field; empty for a dense model."""
     config = getattr(inner_model(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {field: getattr(config, field, None) for field in EXPERT_FIELDS}

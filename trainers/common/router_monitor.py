@@ -15,7 +15,6 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_moe_cpt.machine import has_process_group, inner_model
-from hf_moe_cpt.routing.hooks import RoutingTap, find_experts, layers_to_watch, moe_layers, num_experts_of
+from hf_moe_cpt.routing.hooks import RoutingTap, layers_to_watch, listen, moe_layers
 from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
 
 
@@ -57,17 +55,16 @@ def by_layer(found: Mapping[str, list[float]], per_layer: bool = True) -> dict[s
 class ExpertLoadMeter:
     """Expert loads of each optimizer step, and from them the balance of the experts in each layer.
 
-    Experts modules of transformers are called as `experts(hidden_states, top_k_index, top_k_weights)`: a pre-hook
-    there sees the experts that were really chosen, whatever the router did to choose them.
     A step may consist of several micro-batches on several ranks: loads are added over all of them before the maximum
     is taken, so MRI means the same for any way of splitting the batch. Layers are counted together, a few kernels for
     all of them: one by one, the launches alone cost a training step of a small model some percent.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.experts = find_experts(model)
-        self._widths = [num_experts_of(module) for module in self.experts]
+        self.layers = moe_layers(model, lone_routers=True)
+        self._widths = [layer.num_experts for layer in self.layers]
         self._observing = False
+        self._logits: list[tuple[int, Tensor]] | None = None  # layer, its (T, E) logits, for who asked for them
         self._pending: list[tuple[int, Tensor]] = []  # layer, its (T, K) experts, not counted yet
         self._pending_numbers = 0
         self._counts: dict[torch.device, Tensor] = {}  # (L, widest E + 1): load of each expert, then tokens
@@ -75,56 +72,40 @@ class ExpertLoadMeter:
         self._balance_of_steps: list[Tensor] = []  # each (L, 3): MRI, MRI x E/K, entropy over log E
         self._keep: Tensor | None = None
         self._num_experts: Tensor | None = None  # (L,)
-        self._top_of_router: dict[int, Tensor] = {}
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._hear, layer), with_kwargs=True)
-            for layer, module in enumerate(self.experts)
-        ]
-        parameters = [list(inspect.signature(type(module).forward).parameters) for module in self.experts]
-        if any(names[1:] == ["hidden_states"] for names in parameters):
-            self._handles += [self._watch_router(i, layer.router) for i, layer in enumerate(moe_layers(model))]
+        self._hooks = ExitStack()
+        self._hooks.enter_context(listen(self.layers, self._hear))
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     @contextmanager
-    def observe(self, token_mask: Tensor | None = None) -> Iterator[None]:
+    def observe(
+        self, token_mask: Tensor | None = None, logits: list[tuple[int, Tensor]] | None = None
+    ) -> Iterator[None]:
         """Count the forward passes inside this context; recomputation by checkpointing happens outside of it.
 
-        token_mask: (B, T) or (T,), true for tokens that count; None counts all.
+        token_mask: (B, T) or (T,), true for tokens that count; None counts all. logits: a list that gets (place of the
+        layer, logits (T, E) with their gradient) of every call of a layer.
         """
-        self._observing = True
+        self._observing, self._logits = True, logits
         self._keep = None if token_mask is None else token_mask.flatten()
         try:
             yield
             self._count_pending()
         finally:
-            self._observing = False
+            self._observing, self._logits = False, None
             self._keep, self._pending, self._pending_numbers = None, [], 0
 
-    def _hear(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep the experts that a call was given, (T, K) integers."""
+    def _hear(self, layer: int, experts: Tensor, logits: Tensor | None) -> None:
         if not self._observing:
             return
-        given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
-        index = next((part for part in given if not part.is_floating_point()), None)
-        # Llama 4 gives every expert every token, and its scores say which of them count
-        index = self._top_of_router.pop(layer) if index is None else index.detach().flatten(0, -2)
-        self._pending.append((layer, index))
-        self._pending_numbers += index.numel()
+        if self._logits is not None and logits is not None:
+            self._logits.append((layer, logits))
+        self._pending.append((layer, experts))
+        self._pending_numbers += experts.numel()
         if self._pending_numbers > MAX_PENDING_NUMBERS:
             self._count_pending()
-
-    def _watch_router(self, layer: int, router: nn.Module) -> RemovableHandle:
-        top_k = next(part.top_k for part in router.modules() if hasattr(part, "top_k"))
-
-        def keep(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            if self._observing:
-                self._top_of_router[layer] = output[1].detach().flatten(0, -2).topk(top_k).indices
-
-        return router.register_forward_hook(keep)
 
     def _count_pending(self) -> None:
         """Add what was heard to the counts, all layers of one shape at once."""
@@ -132,7 +113,7 @@ class ExpertLoadMeter:
         for (device, (num_tokens, _)), group in groupby(pending, key=lambda item: (item[1].device, item[1].shape)):
             layers, indices = zip(*group, strict=True)
             if device not in self._counts:
-                shape = (len(self.experts), max(self._widths) + 1)
+                shape = (len(self.layers), max(self._widths) + 1)
                 self._counts[device] = torch.zeros(shape, dtype=torch.int64, device=device)
             counts = self._counts[device]
             rows = self._rows_on(device, layers)
@@ -151,16 +132,29 @@ class ExpertLoadMeter:
             self._rows[device, layers] = torch.tensor(layers, device=device)
         return self._rows[device, layers]
 
-    def end_step(self) -> None:
-        """Turn the loads counted since the last call into each layer's balance; a collective, but no host sync."""
+    def load(self, over_ranks: bool = True) -> Tensor | None:
+        """Counts of the step so far, (L, widest E + 1): of each expert, then of tokens; None if there were none.
+
+        over_ranks: those of all ranks, in a collective without host sync.
+        """
         if not self._counts:
-            return
-        counts, *others = self._counts.values()
-        for other in others:
-            counts = counts + other.to(counts.device)
-        self._counts = {}
-        if has_process_group():
+            return None
+        first, *others = self._counts.values()
+        counts = sum((other.to(first.device) for other in others), first.clone())
+        if over_ranks and has_process_group():
             dist.all_reduce(counts)
+        return counts
+
+    def restart(self) -> None:
+        """Forget what was counted since the last step ended."""
+        self._counts = {}
+
+    def end_step(self) -> Tensor | None:
+        """Turn the loads counted since the last call into each layer's balance; returns them, as `load` does."""
+        counts = self.load()
+        if counts is None:
+            return None
+        self.restart()
         load, tokens = counts[:, :-1].double(), counts[:, -1].double()
         if self._num_experts is None:  # copied to the device once
             self._num_experts = torch.tensor(self._widths, device=counts.device)
@@ -170,6 +164,7 @@ class ExpertLoadMeter:
         share = load / load.sum(-1, keepdim=True)
         entropy = torch.special.entr(share).sum(-1) / widths.double().log()
         self._balance_of_steps.append(torch.stack([mri, mri / ideal, entropy], dim=-1))
+        return counts
 
     def pop(self) -> dict[str, list[float]]:
         """Means over the steps since the last call, one per layer, empty if there were none; the one host sync.
@@ -326,13 +321,13 @@ class RouterMonitorCallback(TrainerCallback):
         """Find the experts and begin to listen; one warning and nothing more for a model without any."""
         self._stop()
         try:
-            layers_to_watch(model)
+            layers = layers_to_watch(model, lone_routers=True)
         except ValueError as error:
             logger.warning("RouterMonitorCallback logs nothing: %s", error)
             return
         self.meter = ExpertLoadMeter(model)
         self._watching.callback(self.meter.close)
-        self._listen(_whole_of_experts(model, self.meter.experts))
+        self._listen(_whole_of_experts(model, [layer.experts for layer in layers]))
         if self.probe is not None:
             self._probed_at = state.global_step
             self.probe.start(model, Path(args.output_dir) / PROBE_FILE, state.global_step, state.is_world_process_zero)

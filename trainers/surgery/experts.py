@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, is_below, listen, moe_layers
+from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, is_below, listen, moe_layers
 from hf_moe_cpt.routing.metrics import SaturationCounter
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
@@ -89,8 +89,11 @@ class RouterTap:
         Later passes, recomputation too, are not seen. Raises ValueError if a layer did not run, and for reentrant
         gradient checkpointing, whose first pass builds no graph that a gradient could take from logits to router.
         """
-        if torch.is_grad_enabled():
-            _refuse_reentrant(self.model)
+        if torch.is_grad_enabled() and checkpoints_reentrantly(self.model):
+            raise ValueError(
+                "Reentrant gradient checkpointing cuts the gradient of the routers: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
         logits: list[Tensor] = []
 
         def hear(place: int, experts: Tensor, heard: Tensor | None) -> None:
@@ -103,16 +106,6 @@ class RouterTap:
             raise ValueError(
                 f"{len(logits)} of {len(self.layers)} MoE layers ran while their routing was recorded: run the whole "
                 "model once inside record()."
-            )
-
-
-def _refuse_reentrant(model: nn.Module) -> None:
-    for module in model.modules():
-        settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"):
-            raise ValueError(
-                "Reentrant gradient checkpointing cuts the gradient of the routers: set "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
 
