@@ -2,8 +2,9 @@
 
 Packing: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L). With packing="document"
 attention and loss stop at document boundaries (position_ids restart, the first label of a document is -100); with
-"concat" both run across. Mixing: an exact share of replay in every batch, in a stateless order; data that can only be
-read forwards obeys the same law with a buffered shuffle.
+"concat" both run across; with "padded" a row is one document, cut where it is longer and filled up where it is
+shorter, for models whose layers read on. Mixing: an exact share of replay in every batch, in a stateless order; data
+that can only be read forwards obeys the same law with a buffered shuffle.
 
 Letters: L = max_length, tokens per block; B = global optimizer batch in blocks (all ranks, all accumulation steps),
 r = replay ratio, i = position in [0, B * num_batches), q = ordinal of an item within its source. Replay items before
@@ -26,7 +27,7 @@ import torch
 from hf_moe_cpt.data.random import derive_seed, permute
 
 
-PACKINGS = ("document", "concat")
+PACKINGS = ("document", "concat", "padded")
 IGNORED_LABEL = -100
 
 
@@ -55,6 +56,25 @@ def frame_block(tokens: np.ndarray, boundaries: Sequence[int], packing: str) -> 
     return block
 
 
+def frame_row(ids: np.ndarray, max_length: int) -> dict[str, torch.Tensor]:
+    """A document of at most L tokens as a row of its own; every value is an int64 tensor (L,).
+
+    What fills it up is token 0, has the label -100 and is 0 in attention_mask.
+    """
+    missing = (0, max_length - len(ids))
+    columns = {
+        "input_ids": np.pad(ids, missing),
+        "labels": np.pad(ids, missing, constant_values=IGNORED_LABEL),
+        "attention_mask": np.pad(np.ones_like(ids), missing),
+    }
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in columns.items()}
+
+
+def rows_of(num_tokens: Any, max_length: int) -> Any:
+    """Rows of a document of so many tokens, an int or an array of them; no row is for a single last token."""
+    return -((1 - num_tokens) // max_length)
+
+
 def pack_stream(
     documents: Iterable[Sequence[int]], max_length: int, packing: str
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -63,6 +83,10 @@ def pack_stream(
     tokens, filled, boundaries = np.empty(max_length, dtype=np.int64), 0, []
     for document in documents:
         ids, taken = np.asarray(document, dtype=np.int64), 0
+        if packing == "padded":
+            for row in range(rows_of(len(ids), max_length)):
+                yield frame_row(ids[row * max_length : (row + 1) * max_length], max_length)
+            continue
         if filled and len(ids):
             boundaries.append(filled)
         while taken < len(ids):
@@ -78,7 +102,8 @@ class PackedDataset(torch.utils.data.Dataset):
     """Blocks of a tokenised `datasets.Dataset`, read straight from its memory-mapped arrow table.
 
     documents: column input_ids, a list of integers per row, each document already ending in EOS; `select` and
-    `shuffle` are honoured. Holds 16 bytes of index per document and no tokens. The last partial block is dropped.
+    `shuffle` are honoured. Holds 16 bytes of index per document (24 if padded) and no tokens. The last partial block
+    is dropped; padded rows are all kept but those of a single token.
     Workers receive the file names, not the data.
     """
 
@@ -102,14 +127,20 @@ class PackedDataset(torch.utils.data.Dataset):
         return int(self._document_ends[-1]) if len(self._document_ends) else 0
 
     def __len__(self) -> int:
+        if self.packing == "padded":
+            return int(self._row_ends[-1]) if len(self._row_ends) else 0
         return self.num_tokens // self.max_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Block `index` as frame_block gives it; negative indices count from the end."""
+        """Block `index` as frame_block or frame_row gives it; negative indices count from the end."""
         index = operator.index(index)
         block = index + len(self) if index < 0 else index
         if not 0 <= block < len(self):
             raise IndexError(f"block {index} of {len(self)}")
+        if self.packing == "padded":
+            document = int(np.searchsorted(self._row_ends, block, side="right"))
+            row = block - (int(self._row_ends[document - 1]) if document else 0)
+            return frame_row(self._ids_of(document, row * self.max_length, self.max_length), self.max_length)
         tokens, boundaries = self._read(block * self.max_length)
         return frame_block(tokens, boundaries, self.packing)
 
@@ -155,6 +186,8 @@ class PackedDataset(torch.utils.data.Dataset):
         self._row_of_document = None if mapping is None else mapping.column(0).to_numpy().astype(np.int64)
         ordered = length_of_row if mapping is None else length_of_row[self._row_of_document]
         self._document_ends = np.cumsum(ordered, dtype=np.int64)
+        if self.packing == "padded":
+            self._row_ends = np.cumsum(rows_of(ordered, self.max_length), dtype=np.int64)
 
     @staticmethod
     def _check_chunk(chunk: pa.Array) -> None:
@@ -361,11 +394,11 @@ class StreamingReplayMixture(torch.utils.data.IterableDataset):
             shuffled = self.documents[source].shuffle(
                 seed=derive_seed(self.seed, source, epoch), buffer_size=self.shuffle_buffer
             )
-            num_tokens = 0
+            num_tokens, padded = 0, self.packing == "padded"  # a row counts as a block
             # `iter` and not `for row in`: the latter gives each DataLoader worker other shards, and another order.
             for rows in shuffled.iter(batch_size=_ROWS_PER_READ):
                 for ids in rows["input_ids"]:
-                    num_tokens += len(ids)
+                    num_tokens += self.max_length * rows_of(len(ids), self.max_length) if padded else len(ids)
                     yield ids
             if num_tokens < self.max_length:
                 raise ValueError(

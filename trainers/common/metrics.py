@@ -62,6 +62,7 @@ class LossRecorder:
 
     def __init__(self) -> None:
         self._listener: Listener | None = None
+        self._num_rows: int | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Let `model` compute its loss through this recorder; models without `loss_function` are refused."""
@@ -74,9 +75,9 @@ class LossRecorder:
         base.loss_function = self
 
     @contextmanager
-    def tell(self, listener: Listener) -> Iterator[None]:
-        """Hand the losses computed inside this context to `listener`."""
-        self._listener = listener
+    def tell(self, listener: Listener, num_rows: int | None = None) -> Iterator[None]:
+        """Hand the losses computed inside this context to `listener`, of `num_rows` sequences that may lie in one."""
+        self._listener, self._num_rows = listener, num_rows
         try:
             yield
         finally:
@@ -105,7 +106,9 @@ class LossRecorder:
         """
         counted = targets.ne(IGNORED_LABEL).to(losses.device)
         if self._listener is not None:
-            self._listener(torch.stack([losses.detach().double().sum(-1), counted.double().sum(-1)], dim=-1))
+            rows = (self._num_rows or 1 if len(losses) == 1 else len(losses), -1)
+            both = (losses.detach().double(), counted.double())
+            self._listener(torch.stack([values.reshape(rows).sum(-1) for values in both], dim=-1))
         return loss_sum / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 

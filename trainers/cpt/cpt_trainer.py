@@ -9,13 +9,14 @@ Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 
 from __future__ import annotations
 
-import inspect
+import logging
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -62,8 +63,12 @@ from hf_moe_cpt.trainers.cpt.cpt_data import (
     named_eval_sets,
     write_state,
 )
+from hf_moe_cpt.trainers.cpt.isolation import METHODS, Isolation, find_isolation
 
 
+logger = logging.getLogger(__name__)
+
+SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the launcher, beside those of the arguments
 OUR_MODEL_TYPE = "cpt_moe"  # its entry in Liger's table is ours, and its fused head hands the losses of tokens on
 
 
@@ -89,13 +94,21 @@ def corrected_loss(loss: Tensor, outputs: Any, coefficient: float, share: Tensor
     return loss + loss_scale * (share - 1.0) * (coefficient * aux_loss).to(loss.device)
 
 
-def check_packing(model: nn.Module, packing: str) -> None:
-    """Refuse packed documents for a model that could not tell them apart."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if packing == "document" and "position_ids" not in inspect.signature(base.forward).parameters:
-        raise ValueError(
-            f"packing='document' needs position_ids, which {type(base).__name__} does not take: set packing='concat'."
-        )
+def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
+    """What keeps packed documents of `model` apart, found by a probe; None where packing is not by document.
+
+    A model that waits on the CPU goes to its device before, unless what will shard it places it.
+    """
+    if args.packing != "document":
+        return None
+    is_dealt = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING_FLAGS))
+    is_waiting = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
+    if is_waiting and not is_dealt and args.place_model_on_device is not False:
+        model.to(args.device)
+    methods = METHODS if args.n_gpu <= 1 else METHODS[:2]  # DataParallel deals rows, and could not deal one
+    isolation = find_isolation(model, args.max_length, methods)
+    logger.log(logging.WARNING if isolation.method == "padded" else logging.INFO, "%s", isolation)
+    return isolation
 
 
 class StepCallback(TrainerCallback):
@@ -177,9 +190,11 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         check_context(model.config, processing_class, args.max_length)
-        check_packing(model, args.packing)
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.use_liger_kernel = decide_liger(args, model)
+        self.isolation = isolation_for(model, args)
+        if self.isolation is not None and self.isolation.method == "padded":
+            args.packing = "padded"
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
@@ -250,12 +265,13 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Language-model loss plus, in training, the router penalties once per optimizer batch."""
         if not model.training:
-            with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block"))):
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block")), len(inputs["input_ids"])):
+                loss, outputs = super().compute_loss(model, self._apart(inputs), True, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         observed = self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else nullcontext()
-        with self.loss_recorder.tell(self.source_losses.listener(inputs.pop("source"))), observed:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        listener, num_rows = self.source_losses.listener(inputs.pop("source")), len(inputs["input_ids"])
+        with self.loss_recorder.tell(listener, num_rows), observed:
+            loss, outputs = super().compute_loss(model, self._apart(inputs), True, num_items_in_batch)
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()
         is_averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         share = penalty_share(inputs["labels"], num_items_in_batch)
@@ -264,6 +280,9 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
         terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}  # before their coefficients
         self.term_meter.add({name: value.float() for name, value in terms.items() if isinstance(value, Tensor)})
         return (loss, outputs) if return_outputs else loss
+
+    def _apart(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs if self.isolation is None else self.isolation(inputs)
 
     def _describe_batch(self, step: int) -> str:
         first = (step - 1) * self.global_batch_size
