@@ -75,7 +75,10 @@ class CPTConfig(FaultToleranceArguments, UpdateArguments, TrainingArguments):
     max_length: int = field(default=2048, metadata={"help": "Tokens of a packed block."})
     packing: str = field(
         default="document",
-        metadata={"help": "document: attention and loss stay inside a document; concat: they run across."},
+        metadata={
+            "help": "document: attention and loss stay inside a document; concat: they run across; "
+            "padded: one document a row, which the trainer takes for a model that reads across boundaries."
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column with the raw text."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})

@@ -97,17 +97,15 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
         for method in methods:
             try:
                 leak, noise, limit = _probe(model, base, max(1, min(PROBED_TOKENS, max_length // 2)), method, noise)
+                verdict = [leak <= limit, f"moved by {leak:.1e}"]
             except DECLINES as error:
-                seen[method] = f"declined: {' '.join(str(error).split())}"
-                continue
-            seen[method] = f"moved by {leak:.1e}"
-            if leak <= limit:
+                verdict = [False, f"declined: {' '.join(str(error).split())}"]
+            if has_process_group():
+                dist.broadcast_object_list(verdict, src=0)
+            is_apart, seen[method] = verdict
+            if is_apart:
                 found = method
                 break
-    if has_process_group():
-        agreed = [found, seen]
-        dist.broadcast_object_list(agreed, src=0)
-        found, seen = agreed
     return Isolation(base, found, seen)
 
 
