@@ -1,11 +1,12 @@
-"""The frame of the metrics for the library evaluate: configurations, refusals, descriptions, and inputs they share.
+"""The frame of the metrics for the library evaluate: configurations, refusals, what their cards say, shared inputs.
 
 evaluate copies the single file of a metric into its cache and takes the first metric class in it: a metric therefore
 imports this module, not the class. Source: ours; evaluate itself lets a missing column fail where its length is taken.
 """
 
-import inspect
+import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -15,81 +16,32 @@ import torch
 from evaluate.naming import camelcase_to_snakecase
 from torch import Tensor
 
+from hf_moe_cpt.metrics import metric_folder
 from hf_moe_cpt.routing.metrics import check_top_k_index
 
 
-EASYEDIT = """\
-@article{wang2023easyedit,
-  title = {{EasyEdit}: An Easy-to-use Knowledge Editing Framework for Large Language Models},
-  journal = {arXiv preprint arXiv:2308.07269},
-  year = {2023}
-}
-"""
-OLMOE = """\
-@article{muennighoff2024olmoe,
-  title = {OLMoE: Open Mixture-of-Experts Language Models},
-  author = {Muennighoff, Niklas and others},
-  journal = {arXiv preprint arXiv:2409.02060},
-  year = {2024}
-}
-"""
-CONTINUAL_MOE = """\
-@article{therien2025continual,
-  title = {Continual Pre-training of MoEs: How robust is your router?},
-  author = {Th{\\'e}rien, Benjamin and others},
-  journal = {arXiv preprint arXiv:2503.05029},
-  year = {2025}
-}
-"""
-
-
-_INPUTS = """
-Args:
-    {args}
-Returns:
-    {returns}
-Examples:
-    >>> import evaluate
-    >>> from hf_moe_cpt.metrics import metric_folder
-    >>> metric = evaluate.load(metric_folder("{name}"))
-    {example}
-"""
-_BOOTSTRAP = """
-    groups (list of str, optional): what each row is about; rows of one group are drawn together.
-    confidence (float): of the intervals. Default 0.95.
-    resamples (int): of the bootstrap. Default 2000.
-    seed (int): of the bootstrap. Default 0.
-"""
-
-
 class Metric(evaluate.Metric):
-    """A metric says what it is in these attributes; its method `score` takes the inputs and options that were given.
+    """A metric says in these attributes what it takes; its method `score` gets the inputs and options that were given.
 
-    The docstring of the class is its description. COLUMNS: of each configuration the inputs with a value a row, and
-    their type, in a list for several values a row. OPTIONS: other inputs, by default those of the bootstrap. ARGS,
-    RETURNS, EXAMPLE: parts of its inputs_description, which an interpreter can run.
+    COLUMNS: of each configuration the inputs with a value a row, and their type, in a list for several values a row.
+    OPTIONS: other inputs, by default those of the bootstrap. Everything else about it is in its card, README.md.
     """
 
-    CITATION: ClassVar[str]
-    URLS: ClassVar[tuple[str, ...]]
     COLUMNS: ClassVar[Mapping[str, Mapping[str, str | list[str]]]]
     OPTIONS: ClassVar[tuple[str, ...]] = ("groups", "confidence", "resamples", "seed")
-    ARGS: ClassVar[str]
-    RETURNS: ClassVar[str]
-    EXAMPLE: ClassVar[str]
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in self.COLUMNS:
             raise ValueError(f"config_name={self.config_name!r} is unknown: choose from {', '.join(self.COLUMNS)}.")
-        args = self.ARGS.strip() + (_BOOTSTRAP.rstrip() if "resamples" in self.OPTIONS else "")
-        name = camelcase_to_snakecase(type(self).__name__)
-        parts = {"returns": self.RETURNS.strip(), "example": self.EXAMPLE.strip()}
+        folder = Path(metric_folder(camelcase_to_snakecase(type(self).__name__)))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        usage, sources = (card.partition(f"## {heading}")[2] for heading in ("How to use", "Citation"))
         return evaluate.MetricInfo(
-            description=inspect.cleandoc(type(self).__doc__),
-            citation=self.CITATION,
-            inputs_description=_INPUTS.format(name=name, args=args, **parts),
+            description=re.search("^description: (.*)$", card, re.MULTILINE)[1],
+            citation=re.search("```bibtex\n(.*?)```", sources, re.DOTALL)[1],
+            inputs_description=re.sub("^```.*$", "", usage.partition("\n## ")[0], flags=re.MULTILINE),
             features=datasets.Features({column: _feature(kind) for column, kind in self._columns().items()}),
-            reference_urls=list(self.URLS),
+            reference_urls=re.findall(r"\((https://[^)]+)\)", sources),
         )
 
     def add_batch(self, **batch: Any) -> None:

@@ -15,34 +15,9 @@ _HITS = {"kinds": "string", "hits": "int64", "tokens": "int64"}
 
 
 class EditSuccess(base.Metric):
-    """Whether knowledge that was edited arrived: teacher-forced accuracy of the new answers' tokens, for the
-    edited questions (reliability), the same in other words (generalisation), and questions whose answer follows
-    from the edit (portability). With the configuration "conflict" also how likely the old answer still is beside
-    the new one.
-    """
+    """Whether edited knowledge arrived in a language model, also in other words and in what follows from it."""
 
-    CITATION = base.EASYEDIT
-    URLS = ("https://arxiv.org/abs/2308.07269",)
     COLUMNS = {"default": _HITS, "conflict": _HITS | {"old_logps": "float64", "new_logps": "float64"}}
-    ARGS = """
-    kinds (list of str): of each question "reliability", "generalisation" or "portability".
-    hits (list of int): tokens of the new answer that are the model's first choice.
-    tokens (list of int): tokens of the new answer, at least 1.
-    old_logps (list of float): log-probability of the old answer, in nats, per token or summed; NaN for a question
-        without an old answer; configuration "conflict".
-    new_logps (list of float): the same of the new answer; configuration "conflict".
-    """
-    RETURNS = """
-    reliability, generalisation, portability (float): in [0, 1], of the kinds that were asked.
-    conflict_score (float): mean of P(old) / (P(old) + P(new)), in [0, 1]; configuration "conflict".
-    *_low, *_high (float): their intervals; NaN with a single question or group.
-    num_reliability, num_generalisation, num_portability, num_conflict_score (int): questions behind each.
-    """
-    EXAMPLE = """
-    >>> result = metric.compute(kinds=["reliability", "reliability", "portability"], hits=[2, 1, 0], tokens=[2, 2, 3])
-    >>> result["reliability"], result["portability"]
-    (0.75, 0.0)
-    """
 
     def score(
         self,

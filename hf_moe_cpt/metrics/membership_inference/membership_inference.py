@@ -18,30 +18,12 @@ from hf_moe_cpt.evaluation.text_metrics import (
 from hf_moe_cpt.metrics import base
 
 
-_CITATION = """\
-@article{shi2024muse,
-  title = {{MUSE}: Machine Unlearning Six-Way Evaluation for Language Models},
-  journal = {arXiv preprint arXiv:2407.06460},
-  year = {2024}
-}
-@article{dorna2025openunlearning,
-  title = {{OpenUnlearning}: Accelerating {LLM} Unlearning via Unified Benchmarking of Methods and Metrics},
-  journal = {arXiv preprint arXiv:2506.12618},
-  year = {2025}
-}
-"""
 _AUCS = ("loss_auc", "zlib_auc", "min_k_auc", "min_k_plus_plus_auc")
 
 
 class MembershipInference(base.Metric):
-    """Whether texts that a model should have forgotten can be told from texts that it never saw, by four scores of
-    its log-probabilities: the loss, the loss over the size after zlib, min-k and min-k++. The area under the curve
-    is 1 where members give themselves away, 1/2 where nobody can tell, and below 1/2 where they are
-    over-forgotten.
-    """
+    """Whether texts that a language model should have forgotten can be told from texts that it never saw."""
 
-    CITATION = _CITATION
-    URLS = ("https://arxiv.org/abs/2407.06460", "https://arxiv.org/abs/2506.12618")
     COLUMNS = {
         "default": {
             "logps": ["float64"],
@@ -52,34 +34,6 @@ class MembershipInference(base.Metric):
         }
     }
     OPTIONS = ("retrained_aucs", *base.Metric.OPTIONS)
-    ARGS = """
-    logps (list of list of float): log-probability of each token of a text, in nats.
-    means (list of list of float): mean of log p(v) over the vocabulary at each token, v drawn from the model.
-    stds (list of list of float): standard deviation of the same.
-    texts (list of str): the texts that were scored.
-    is_member (list of bool): True for texts to be forgotten, False for texts that were never seen.
-    retrained_aucs (dict of str to float, optional): areas of a model trained without the texts, by the name of the
-        result, such as {"min_k_auc": 0.52}; for these the privacy leakage is given.
-    """
-    RETURNS = """
-    loss_auc, zlib_auc, min_k_auc, min_k_plus_plus_auc (float): in [0, 1].
-    *_low, *_high (float): their intervals; NaN with a single text or group on either side.
-    *_over_forgotten (bool): whether the whole interval lies below 1/2.
-    *_privacy_leakage (float): percent; 0 as the retrained model, below 0 still a member, above 0 over-forgotten.
-    num_members, num_others (int): texts.
-    """
-    EXAMPLE = """
-    >>> result = metric.compute(
-    ...     logps=[[-1.0, -2.0], [-3.0, -4.0], [-5.0, -1.0]],
-    ...     means=[[-2.0, -2.0]] * 3,
-    ...     stds=[[1.0, 1.0]] * 3,
-    ...     texts=["one", "two", "six"],
-    ...     is_member=[True, False, False],
-    ...     retrained_aucs={"loss_auc": 0.5},
-    ... )
-    >>> result["loss_auc"], result["loss_privacy_leakage"]
-    (1.0, -100.0)
-    """
 
     def score(
         self,

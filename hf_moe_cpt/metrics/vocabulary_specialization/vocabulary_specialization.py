@@ -10,34 +10,10 @@ from hf_moe_cpt.routing.metrics import VocabularyCounter, favourite_experts, voc
 
 
 class VocabularySpecialization(base.Metric):
-    """How far the token alone, without its context, says which expert it goes to: share of the visits of a token
-    id to the expert that it visits most, at this checkpoint or at an earlier one, averaged over occurrences or
-    over ids.
-    """
+    """How far the token alone says which expert it goes to."""
 
-    CITATION = base.OLMOE + base.CONTINUAL_MOE
-    URLS = ("https://arxiv.org/abs/2409.02060", "https://arxiv.org/abs/2503.05029")
     COLUMNS = {"default": {"token_ids": "int64", "top_k_index": ["int64"]}}
     OPTIONS = ("num_experts", "average", "favourite", "min_occurrences")
-    ARGS = """
-    token_ids (list of int): id of each token; of the token that follows it, for specialisation on output tokens.
-    top_k_index (list of list of int): the K experts of each token, distinct, in [0, num_experts).
-    num_experts (int): routed experts of the layer, E.
-    average (str): "occurrences", every token counts alike, or "ids", every id does. Default "occurrences".
-    favourite (list of int): for each id the expert that it visited most at an earlier checkpoint, -1 for none; as
-        long as the vocabulary. Default: those of this text.
-    min_occurrences (int): ids that occur less often do not count. Default 1.
-    """
-    RETURNS = """
-    vocabulary_specialization (float): in [0, 1]; at least K/E with the text's own favourites; NaN if no id counts.
-    favourite (list of int): for each id the expert that it visits most in this text, -1 for none.
-    num_tokens (int): tokens.
-    """
-    EXAMPLE = """
-    >>> text = {"token_ids": [5, 5, 5, 7], "top_k_index": [[0], [0], [1], [2]], "num_experts": 3}
-    >>> metric.compute(**text)["vocabulary_specialization"]
-    0.75
-    """
 
     def score(
         self,
