@@ -5,17 +5,7 @@ import pytest
 import torch
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
-from hf_moe_cpt.evaluation.attacks import (
-    BLOCK,
-    PREFIXES,
-    answers_of,
-    attack,
-    nf4_values,
-    restored_afterwards,
-    round_weights,
-    rounded,
-    taught_subjects,
-)
+from hf_moe_cpt.evaluation import attacks
 from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, EvalSettings
 from tests.helpers.tiny_models import tiny_model
 
@@ -29,36 +19,35 @@ def _state(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def test_the_values_of_four_bits_are_the_published_ones():
-    assert nf4_values() == pytest.approx(NF4, abs=1e-4) and nf4_values() == sorted(nf4_values())
+def test_four_bits_have_the_published_values_and_zeros_shape_and_type_stay():
+    assert attacks.nf4_values() == pytest.approx(NF4, abs=1e-4) and attacks.nf4_values() == sorted(
+        attacks.nf4_values()
+    )
+    weight = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    assert attacks.rounded(weight, 4).dtype == torch.bfloat16 and torch.equal(attacks.rounded(weight, 4), weight)
+    with pytest.raises(ValueError, match="bits=3 is unknown: choose 4 or 8"):
+        attacks.rounded(weight, 3)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_takes_the_nearest_value_of_each_block(bits):
-    weight = torch.randn(5, 3 * BLOCK // 5 + 1, dtype=torch.float64) * 3  # the last block is not full
-    got = rounded(weight, bits)
-    values = torch.tensor(nf4_values() if bits == 4 else [step / 127 for step in range(-127, 128)]).double()
+    weight = torch.randn(5, 3 * attacks.BLOCK // 5 + 1, dtype=torch.float64) * 3  # the last block is not full
+    got = attacks.rounded(weight, bits)
+    values = torch.tensor(attacks.nf4_values() if bits == 4 else [step / 127 for step in range(-127, 128)]).double()
     flat = weight.flatten()
-    for begin in range(0, len(flat), BLOCK):
-        block = flat[begin : begin + BLOCK]
+    for begin in range(0, len(flat), attacks.BLOCK):
+        block = flat[begin : begin + attacks.BLOCK]
         scaled = values * block.abs().max()
         want = scaled[(block[:, None] - scaled).abs().argmin(1)]
-        torch.testing.assert_close(got.flatten()[begin : begin + BLOCK], want, rtol=0, atol=1e-6)
-    torch.testing.assert_close(rounded(got, bits), got, rtol=0, atol=1e-6)  # a rounded weight stays
-
-
-def test_rounding_keeps_zeros_shape_and_type():
-    weight = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
-    assert rounded(weight, 4).dtype == torch.bfloat16 and torch.equal(rounded(weight, 4), weight)
-    with pytest.raises(ValueError, match="bits=3 is unknown: choose 4 or 8"):
-        rounded(weight, 3)
+        torch.testing.assert_close(got.flatten()[begin : begin + attacks.BLOCK], want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attacks.rounded(got, bits), got, rtol=0, atol=1e-6)  # a rounded weight stays
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_layers_and_experts_are_rounded_but_neither_ends_nor_routers(kind):
     model = tiny_model(kind)
     before = _state(model)
-    round_weights(model, 4)
+    attacks.round_weights(model, 4)
     changed = {name for name, tensor in _state(model).items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if name.endswith("_proj.weight") or name.endswith("_proj")}
     assert changed and not any(word in name for name in changed for word in ("embed", "lm_head", "norm", "mlp.gate."))
@@ -69,7 +58,7 @@ def test_everything_is_as_before_even_after_an_error():
     model.lm_head.weight.requires_grad_(False)
     before = _state(model)
     with pytest.raises(RuntimeError, match="stop"):
-        with restored_afterwards(model):
+        with attacks.restored_afterwards(model):
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.requires_grad_().data = tensor.data.float() + 1.0
             raise RuntimeError("stop")
@@ -78,11 +67,13 @@ def test_everything_is_as_before_even_after_an_error():
     assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
 
 
-def test_half_of_the_subjects_are_taught():
+def test_half_of_the_subjects_are_taught_and_without_questions_there_is_no_attack(bench, tokenizer):
     names = [name for name in "abcde" for _ in range(3)]
-    taught = taught_subjects(names, 0)
-    assert len(taught) == 3 and taught < set(names) and taught == taught_subjects(names, 0)
-    assert taught_subjects([], 0) == set()
+    taught = attacks.taught_subjects(names, 0)
+    assert len(taught) == 3 and taught < set(names) and taught == attacks.taught_subjects(names, 0)
+    assert attacks.taught_subjects([], 0) == set()
+    empty = SurgeryBench(bench.documents, type(bench.questions)({k: v.select([]) for k, v in bench.questions.items()}))
+    assert attacks.attack(tiny_model("llama", vocab_size=400), tokenizer, empty, EvalSettings()) == {}
 
 
 def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():
@@ -94,23 +85,23 @@ def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         nll.append(-sum(float(logp[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start))
     for answer in range(3):
-        found = answers_of(model, [AskedQuestion({"subject": "s", "answer": answer}, options)], 1)
+        found = attacks.answers_of(model, [AskedQuestion({"subject": "s", "answer": answer}, options)], 1)
         assert found == {"subject": ["s"], "right": [float(nll[answer] == min(nll))]}
     twins = AskedQuestion({"subject": "s", "answer": 1}, [options[0], options[0]])
-    assert answers_of(model, [twins], 1)["right"] == [0.5]
+    assert attacks.answers_of(model, [twins], 1)["right"] == [0.5]
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     broken = AskedQuestion({"subject": "s", "answer": 2}, options)
-    assert np.isnan(answers_of(model, [broken], 1)["right"]).all()  # no number was measured
+    assert np.isnan(attacks.answers_of(model, [broken], 1)["right"]).all()  # no number was measured
 
 
 def test_relearning_teaches_what_it_is_shown_and_leaves_the_model_as_it_was(bench, tokenizer):
     model = tiny_model("llama", vocab_size=400, hidden_size=32, max_position_embeddings=512).eval()
     before = _state(model)
-    settings = EvalSettings(relearn_steps=40, relearn_every=25, relearn_lr=1e-2, relearn_batch_size=3, seed=1)
-    found = attack(model, tokenizer, bench, settings)
+    settings = EvalSettings(relearn_steps=20, relearn_every=15, relearn_lr=2e-2, relearn_batch_size=3, seed=1)
+    found = attacks.attack(model, tokenizer, bench, settings)
     own, benign = found["relearn"]["own"], found["relearn"]["benign"]
-    assert own["steps"] == benign["steps"] == [0, 25, 40]
+    assert own["steps"] == benign["steps"] == [0, 15, 20]
     assert set(own) == {"steps", "taught", "others"} and set(benign) == {"steps", "others"}
     taught, others = ({*curve[0]["subject"]} for curve in (own["taught"], own["others"]))
     assert taught | others == set(bench.subjects("unlearn")) and not taught & others
@@ -118,12 +109,7 @@ def test_relearning_teaches_what_it_is_shown_and_leaves_the_model_as_it_was(benc
     assert last > first + 0.2
     assert {*found["quantise"]} == {"8-bit", "4-bit"}
     assert {*found["quantise"]["4-bit"]} == {"unlearn", "update", "retain"}
-    assert {*found["prefix"]} == {*PREFIXES}
+    assert {*found["prefix"]} == {*attacks.PREFIXES}
     after = _state(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_without_questions_there_is_no_attack(bench, tokenizer):
-    empty = SurgeryBench(bench.documents, type(bench.questions)({k: v.select([]) for k, v in bench.questions.items()}))
-    assert attack(tiny_model("llama", vocab_size=400), tokenizer, empty, EvalSettings()) == {}

@@ -37,7 +37,7 @@ def test_numbers_have_three_digits_that_count():
     assert cell(None) == cell({"value": None, "low": None, "high": None}) == "–"
 
 
-def test_the_table_fits_and_holds_the_numbers(summary):
+def test_the_table_fits_however_wide_and_holds_the_numbers(summary):
     text = text_report(summary)
     lines = text.split("\n")
     assert max(map(len, lines)) <= TERMINAL_WIDTH and text.startswith("95 % intervals")
@@ -53,12 +53,7 @@ def test_the_table_fits_and_holds_the_numbers(summary):
                 assert -1 not in places
     for heading, _ in TABLE:
         assert heading in lines
-    assert (
-        "score of before, after, retrained: harmonic mean of (forgetting: 1 - |accuracy on unlearn - target|" in text
-    )
-
-
-def test_the_table_fits_with_numbers_as_wide_as_they_come(summary):
+    assert "score of before, after, retrained: harmonic mean of (forgetting: 1 - |accuracy on unlearn - target" in text
     wide = {"value": -0.8123, "low": -0.9123, "high": -0.7123}
     far = [row | (wide if row["value"] is not None else {}) for row in summary["measures"]]
     lines = text_report({**summary, "measures": far, "warnings": ["word " * 60]}).split("\n")

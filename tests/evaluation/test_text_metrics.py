@@ -42,9 +42,7 @@ def test_lcs_of_long_lists_against_the_table():
 def test_rouge_l_by_hand():
     # the example of Lin 2004, section 3, in which the order of the words decides
     reference = "police killed the gunman"
-    got = tm.rouge_l(
-        ["police kill the gunman", "the gunman kill police", "The gunman, police-killed!"], [reference] * 3
-    )
+    got = tm.rouge_l(["police kill the gunman", "the gunman kill police", "The gunman police-killed"], [reference] * 3)
     np.testing.assert_allclose(got.f1, [3 / 4, 2 / 4, 2 / 4])
     got = tm.rouge_l(["a b c", "A... b", "x", "", "été"], ["a c d e f", "a, b", "y", "y", "été"])
     np.testing.assert_allclose(got.precision, [2 / 3, 1, 0, 0, 1])
@@ -52,7 +50,7 @@ def test_rouge_l_by_hand():
     np.testing.assert_allclose(got.f1, [2 / (3 / 2 + 5 / 2), 1, 0, 0, 1])
 
 
-def test_entropy_against_scipy():
+def test_entropy_against_scipy_and_of_extremes():
     text = "It is so, it is so, it is not. It's so!"
     words = ["It", "is", "so", ",", "it", "is", "so", ",", "it", "is", "not", ".", "It", "'", "s", "so", "!"]
     parts = []
@@ -60,21 +58,15 @@ def test_entropy_against_scipy():
         grams = [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
         parts.append(weight * entropy([grams.count(gram) for gram in set(grams)], base=2))
     np.testing.assert_allclose(tm.ngram_entropy([text]), [sum(parts) / 2], rtol=1e-12)
-
-
-def test_entropy_of_extremes():
     got = tm.ngram_entropy([" ".join(map(str, range(18))), "no no no no no", "one", "", "two words"])
     np.testing.assert_allclose(got, [(2 / 3 * np.log2(17) + 4 / 3 * 4) / 2, 0, 0, 0, 0])
     assert not np.signbit(got).any()
 
 
-def test_rows_and_counts_say_the_same():
+def test_accuracy_and_conflict_in_their_forms():
     hits = [[1, 0, 1, 1], [0], [1, 1]]
     np.testing.assert_allclose(tm.token_accuracy(hits), [3 / 4, 0, 1])
     np.testing.assert_array_equal(tm.token_accuracy([3, 0, 2], [4, 1, 2]), tm.token_accuracy(hits))
-
-
-def test_conflict_also_where_probabilities_underflow():
     old, new = np.array([0.2, 0.5, 1e-3, 0.9]), np.array([0.2, 0.1, 0.4, 1e-9])
     np.testing.assert_allclose(tm.conflict_score(np.log(old), np.log(new)), old / (old + new), rtol=1e-12)
     old, new = np.array([-2000.0, -2000.0, -5000.0, 0.0]), np.array([-2001.0, -2000.0, -1.0, -5000.0])
@@ -95,14 +87,15 @@ def test_scores_by_hand():
     texts = ["a" * 500, "the quick brown fox"]
     sizes = [len(zlib.compress(text.encode())) for text in texts]
     np.testing.assert_allclose(tm.zlib_score([30.0, 40.0], texts), [-30 / sizes[0], -40 / sizes[1]])
-
-
-def test_min_k_plus_plus_standardises_each_token():
     mean, std = [[-2.0, -2.0, -2.0, -2.0, -2.0], [-1.0], [0.0, -2.0]], [[1.0, 2.0, 0.5, 4.0, 1.0], [0.0], [1.0, 1.0]]
     got = tm.min_k_plus_plus(LOGPS, mean, std)
     np.testing.assert_allclose(got, [(-1.5 - 1.0) / 2, 0.5 / 1e-3, -1.0])
     same = tm.min_k_plus_plus(LOGPS, [np.zeros(len(row)) for row in LOGPS], [np.ones(len(row)) for row in LOGPS])
     np.testing.assert_allclose(same, tm.min_k(LOGPS))
+    shares = [[0.5, 0.25, 0.9], [1.0], [1e-200, 1e-200]]
+    got = tm.probability([np.log(row) for row in shares])
+    np.testing.assert_allclose(got, [gmean(row) for row in shares], rtol=1e-12)
+    assert tm.probability([[-1.0, -np.inf], [0.0, 1e-7]]).tolist() == [0.0, 1.0]
 
 
 @given(SCORES, SCORES)
@@ -116,13 +109,19 @@ def test_auc_of_all_pairs_and_of_scipy(members, others):
     assert tm.auc(tm.loss_score([[-1.0], [-np.inf]]), tm.loss_score([[-2.0, -np.inf]])) == 0.75
 
 
-def test_leakage_and_its_sides():
+def test_leakage_its_sides_and_steps_between_measurements():
     assert tm.privacy_leakage(1.0, 0.5) == -100  # not forgotten at all
     assert tm.privacy_leakage(0.5, 0.5) == 0
     assert tm.privacy_leakage(0.0, 0.5) == 100  # over-forgotten
     assert tm.privacy_leakage(0.7, 0.6) == pytest.approx(100 * ((1 - 0.7) - (1 - 0.6)) / (1 - 0.6))
     assert math.isnan(tm.privacy_leakage(0.7, 1.0))
     assert [tm.is_over_forgotten(value) for value in (0.0, 0.499, 0.5, 1.0)] == [True, True, False, False]
+    steps, values = [0, 5, 10, 20], [0.25, 0.5, 0.4, 1.0]
+    assert [tm.steps_until(steps, values, goal) for goal in (0.1, 0.25, 0.5, 1.0)] == [0, 0, 5, 20]
+    assert tm.steps_until(steps, values, 0.375) == pytest.approx(np.interp(0.375, values[:2], steps[:2]))
+    assert tm.steps_until(steps, values, 0.7) == pytest.approx(np.interp(0.7, values[2:], steps[2:]))
+    assert tm.steps_until(steps, values, 1.01) is None
+    assert tm.steps_until([0], [0.3], 0.4) is None
 
 
 TEXTS = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5)
@@ -141,13 +140,6 @@ def test_shortest_beginning_is_found_by_trying_all(texts):
     expected = [1 - k / len(hits) for k, hits in zip(shortest, texts, strict=True)]
     np.testing.assert_allclose(tm.extraction_strength(texts), expected)
     assert (tm.extraction_strength(texts) <= tm.exact_memorisation(texts) + 1e-12).all()
-
-
-def test_probability_is_the_geometric_mean():
-    shares = [[0.5, 0.25, 0.9], [1.0], [1e-200, 1e-200]]
-    got = tm.probability([np.log(row) for row in shares])
-    np.testing.assert_allclose(got, [gmean(row) for row in shares], rtol=1e-12)
-    assert tm.probability([[-1.0, -np.inf], [0.0, 1e-7]]).tolist() == [0.0, 1.0]
 
 
 @given(st.integers(1, 12), st.integers(2, 5), st.integers(0, 999))
@@ -179,39 +171,14 @@ def test_texts_and_tokens_of_real_distributions():
     np.testing.assert_allclose(tm.kl_totals([[-1e-7, 1e-7]]), [[0, 2]], atol=1e-12)  # rounding
 
 
-def test_steps_between_measurements():
-    steps, values = [0, 5, 10, 20], [0.25, 0.5, 0.4, 1.0]
-    assert [tm.steps_until(steps, values, goal) for goal in (0.1, 0.25, 0.5, 1.0)] == [0, 0, 5, 20]
-    assert tm.steps_until(steps, values, 0.375) == pytest.approx(np.interp(0.375, values[:2], steps[:2]))
-    assert tm.steps_until(steps, values, 0.7) == pytest.approx(np.interp(0.7, values[2:], steps[2:]))
-    assert tm.steps_until(steps, values, 1.01) is None
-    assert tm.steps_until([0], [0.3], 0.4) is None
-
-
-def test_relearning_ratio():
+def test_ratios_of_attacks_and_parts_of_the_score():
     assert tm.relearning_robustness(0.4, 0.1) == pytest.approx(0.25)
     assert tm.relearning_robustness(0.1, 0.4) == 1  # learns slower than one that never knew
-    assert (
-        tm.relearning_robustness(0.0, 0.4)
-        == tm.relearning_robustness(-0.2, -0.1)
-        == tm.relearning_robustness(0.0, 0.0)
-        == 1
-    )
+    assert [tm.relearning_robustness(*pair) for pair in ((0.0, 0.4), (-0.2, -0.1), (0.0, 0.0))] == [1, 1, 1]
     assert tm.relearning_robustness(0.4, 0.0) == tm.relearning_robustness(0.4, -0.1) == 0
-
-
-def test_quantisation_ratio_is_symmetric():
     assert tm.quantisation_stability(0.21, 0.83) == pytest.approx(1 - 0.62 / 1.04)
     assert tm.quantisation_stability(0.83, 0.21) == tm.quantisation_stability(0.21, 0.83)
-    assert [tm.quantisation_stability(*pair) for pair in ((0.5, 0.5), (0.0, 0.0), (0.0, 0.3), (0.3, 0.0))] == [
-        1,
-        1,
-        0,
-        0,
-    ]
-
-
-def test_parts():
+    assert [tm.quantisation_stability(*pair) for pair in ((0.5, 0.5), (0, 0), (0, 0.3), (0.3, 0))] == [1, 1, 0, 0]
     assert tm.forgetting_part(0.5, 0.3) == tm.forgetting_part(0.1, 0.3) == pytest.approx(0.8)
     assert tm.forgetting_part(1, 0) == 0 and tm.forgetting_part(0.3, 0.3) == 1
     assert tm.update_part(0.9, 0.5) == pytest.approx(0.45)

@@ -30,7 +30,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 @pytest.fixture(scope="module")
 def checkpoint_bytes(tmp_path_factory) -> int:
     folder = tmp_path_factory.mktemp("roomy") / "run"
-    run = trainer(folder, save_strategy="steps", save_steps=2, max_steps=2)
+    run = trainer(folder, "llama", save_strategy="steps", save_steps=2, max_steps=2)
     run.train()
     return sum(path.stat().st_size for path in (folder / "checkpoint-2").rglob("*"))
 
@@ -40,7 +40,7 @@ def test_a_full_disk_is_survived(tmp_path, checkpoint_bytes, caplog, has_snapsho
     disk = tmp_path / "disk"
     changes = {"snapshot_dir": str(tmp_path / "snapshots")} if has_snapshot else {}
     with small_disk(disk, int(1.7 * checkpoint_bytes)):
-        run = trainer(disk / "run", **SAVING, **changes)
+        run = trainer(disk / "run", "llama", **SAVING, **changes)
         with caplog.at_level(logging.WARNING):
             assert run.train().global_step == 6
         said = [record.getMessage() for record in caplog.records if "was not saved" in record.getMessage()]
@@ -49,7 +49,7 @@ def test_a_full_disk_is_survived(tmp_path, checkpoint_bytes, caplog, has_snapsho
         assert "training goes on, checkpoint-2 stands. Make room, or lower save_total_limit." in said[0]
         assert [path.name for path in checkpoints_in(disk / "run")] == ["checkpoint-2"]
         assert is_whole(disk / "run" / "checkpoint-2") and not (disk / "run" / UNFINISHED).exists()
-        again = trainer(disk / "run", max_steps=6)
+        again = trainer(disk / "run", "llama", max_steps=6)
         again.train(resume_from_checkpoint="last")
     losses = logged(run.state.log_history, "loss")
     assert logged(again.state.log_history, "loss") == losses and len(losses) == 6
@@ -61,7 +61,7 @@ def test_a_limit_on_files_is_survived_and_the_next_save_is_whole(tmp_path, caplo
     def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
-    run = trainer(tmp_path / "run", **SAVING, save_total_limit=1)
+    run = trainer(tmp_path / "run", "llama", **SAVING, save_total_limit=1)
     run.add_callback(AtStep(4, lambda _: limit(6000)))
     run.add_callback(AtStep(5, lambda _: limit(limits[0])))
     try:
@@ -74,7 +74,7 @@ def test_a_limit_on_files_is_survived_and_the_next_save_is_whole(tmp_path, caplo
 
 
 def test_errors_that_are_no_failure_to_write_are_raised(tmp_path):
-    run = trainer(tmp_path / "run", **SAVING)
+    run = trainer(tmp_path / "run", "llama", **SAVING)
     run.add_callback(AtStep(2, lambda _: setattr(run.args, "label_names", lambda: None)))
     with pytest.raises((AttributeError, PicklingError), match="lambda"):
         run.train()
@@ -82,14 +82,12 @@ def test_errors_that_are_no_failure_to_write_are_raised(tmp_path):
 
 
 def test_a_snapshot_is_the_run_at_its_step_and_old_ones_go(tmp_path):
-    plain = trainer(tmp_path / "plain", **SAVING, save_total_limit=1)
+    plain = trainer(tmp_path / "plain", "llama", **SAVING, save_total_limit=1)
     plain.train()
-    run = trainer(tmp_path / "run", **SAVING, save_total_limit=1, snapshot_dir=str(tmp_path / "snapshots"))
+    run = trainer(tmp_path / "run", "llama", **SAVING, save_total_limit=1, snapshot_dir=str(tmp_path / "snapshots"))
     run.train()
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-6"]
-    saved, wanted = (
-        torch.load(tmp_path / name / "checkpoint-6" / "optimizer.pt")["state"] for name in ("run", "plain")
-    )
+    saved, wanted = (torch.load(tmp_path / name / "checkpoint-6/optimizer.pt")["state"] for name in ("run", "plain"))
     assert all(torch.equal(saved[key]["exp_avg"], wanted[key]["exp_avg"]) for key in wanted)
     assert list((tmp_path / "snapshots").rglob("*.pt")) == []
 

@@ -38,12 +38,16 @@ RATES = {"max_lr": MAX, "constant_lr": CONST, "min_lr": MIN}
 PAPER = {"num_steps": PAPER_STEPS, "phases": SCRATCH, **RATES}
 
 
-def test_paper_phase_lengths():
+def test_phases_have_the_papers_lengths_and_names():
     ends = SCRATCH.boundaries(PAPER_STEPS)
     assert [end - begin for begin, end in zip((0, *ends), ends, strict=False)] == [1_927, 134_904, 19_272, 36_617]
     assert DEFAULT_PHASES["constant"].boundaries(95_370) == (0, 0, 76_296, 95_370)
     assert SCRATCH.boundaries(150) == (2, 107, 122, 150)  # 1.5, 106.5, 121.5: rounded half up, and no step is lost
     assert SCRATCH.boundaries(1) == (0, 1, 1, 1)
+    at = [phase_at(step, num_steps=100, phases=SCRATCH) for step in (0, 1, 70, 71, 80, 81, 100, 900)]
+    assert at == ["warmup", "cooldown", "cooldown", "constant", "constant", "anneal", "anneal", "anneal"]
+    assert phase_at(0, num_steps=100, phases=DEFAULT_PHASES["constant"]) == "constant"
+    assert phase_at(0, num_steps=100, phases=DEFAULT_COSINE_PHASES["constant"]) == "anneal"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,12 @@ def test_phases_are_what_they_are_called():
     rates = [cosine_inf(step, **PAPER) for step in range(160_000, 160_050)]
     ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
     assert ratios == pytest.approx([(MIN / CONST) ** (1 / 36_617)] * len(ratios), rel=1e-12)
+    phases = Phases(0.01, 0.0, 0.79, 0.20)  # the paper's continual row, read literally: 0 -> 3e-4, then a jump
+    rates = [cosine_inf(step, 1_000, phases, MAX, CONST, MIN) for step in range(1_000)]
+    assert rates[0] == 0.0 and max(rates) == CONST
+    phases = Phases(0.1, 0.6, 0.3, 0.0)
+    assert [cosine_inf(step, 10, phases, MAX, CONST, MIN) for step in (7, 9, 10, 99)] == [CONST] * 4
+    assert phase_at(99, num_steps=10, phases=phases) == "constant"
 
 
 @pytest.mark.parametrize("schedule", ["cosine_inf", "inv_sqrt_inf", "cosine"])
@@ -74,24 +84,12 @@ def test_continuing_from_the_constant_phase_never_rewarms(schedule):
     assert rates[-1] == MIN
 
 
-def test_warmup_without_cooldown_stops_at_the_constant_rate():
-    phases = Phases(0.01, 0.0, 0.79, 0.20)  # the paper's continual row, read literally: 0 -> 3e-4, then a jump
-    rates = [cosine_inf(step, 1_000, phases, MAX, CONST, MIN) for step in range(1_000)]
-    assert rates[0] == 0.0 and max(rates) == CONST
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_after_the_end_it_stays_at_the_minimum(schedule):
     phases = default_phases(schedule, "scratch")
     settings = {"num_steps": 77, "phases": phases, **RATES}
     assert learning_rate_at(76, schedule=schedule, **settings) > MIN
     assert {learning_rate_at(step, schedule=schedule, **settings) for step in (77, 78, 10_000)} == {MIN}
-
-
-def test_without_anneal_the_constant_rate_goes_on():
-    phases = Phases(0.1, 0.6, 0.3, 0.0)
-    assert [cosine_inf(step, 10, phases, MAX, CONST, MIN) for step in (7, 9, 10, 99)] == [CONST] * 4
-    assert phase_at(99, num_steps=10, phases=phases) == "constant"
 
 
 @pytest.mark.parametrize("num_steps, warmup", [(200, 0.05), (1_000, 0.01), (37, 0.0)])
@@ -145,13 +143,6 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
     assert rates[-1] == (MIN if phases.boundaries(num_steps).constant < num_steps else CONST)
 
 
-def test_phase_names():
-    at = [phase_at(step, num_steps=100, phases=SCRATCH) for step in (0, 1, 70, 71, 80, 81, 100, 900)]
-    assert at == ["warmup", "cooldown", "cooldown", "constant", "constant", "anneal", "anneal", "anneal"]
-    assert phase_at(0, num_steps=100, phases=DEFAULT_PHASES["constant"]) == "constant"
-    assert phase_at(0, num_steps=100, phases=DEFAULT_COSINE_PHASES["constant"]) == "anneal"
-
-
 @pytest.mark.parametrize(
     "change, text",
     [
@@ -194,7 +185,7 @@ def rows_of(text):
     return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table}
 
 
-def test_table_has_steps_tokens_and_rates_of_each_phase():
+def test_table_plot_and_curve_say_what_the_schedule_does():
     rows = rows_of(describe_schedule(**PRINTED, tokens_per_step=2_097_152))
     assert rows["warmup"] == ["0", "1,927", "1.0%", "4,041,211,904", "0", "0.0003"]
     assert rows["anneal"] == ["156,103", "36,617", "19.0%", "76,791,414,784", "0.000165", "3e-05"]
@@ -202,17 +193,11 @@ def test_table_has_steps_tokens_and_rates_of_each_phase():
     rows = rows_of(describe_schedule(**{**PRINTED, "phases": DEFAULT_PHASES["constant"]}))
     assert set(rows) == {"phase", "constant", "anneal", "total"} and "tokens" not in rows["phase"]
     assert "1 steps" in describe_schedule(**{**PRINTED, "num_steps": 1})
-
-
-def test_plot_columns_rise_and_fall_with_the_rate():
     text = describe_schedule(**{**PRINTED, "phases": Phases(0.5, 0.0, 0.0, 0.5)}, width=41, height=6)
     plot = [line[11:] for line in text.splitlines() if "┤" in line]
     heights = [sum(8 if line[i] == "█" else " ▁▂▃▄▅▆▇".index(line[i]) for line in plot) for i in range(41)]
     assert len(plot) == 6 and heights[0] == 0 and max(heights) == heights[20] == 48
     assert heights[:21] == sorted(heights[:21]) and heights[20:] == sorted(heights[20:], reverse=True)
-
-
-def test_curve_hits_phase_boundaries_and_equals_the_schedule():
     curve = schedule_curve(**PRINTED, num_points=50)
     assert curve.phase_starts == {"warmup": 0, "cooldown": 1_927, "constant": 136_831, "anneal": 156_103}
     assert {0, 1_927, 136_831, 156_103, 192_720} <= set(curve.steps) and curve.steps == sorted(curve.steps)
@@ -287,16 +272,13 @@ def test_changed_arguments_take_effect_on_resume():
     assert train(weight, optimizer, scheduler, steps=60) == pytest.approx(want, rel=1e-12)
 
 
-def test_tensor_learning_rate_is_updated_in_place():
+def test_tensor_learning_rates_are_updated_in_place_and_groups_keep_their_proportion():
     weight, optimizer, scheduler = build(lr=torch.tensor(3e-4))
     rate = optimizer.param_groups[0]["lr"]
     scheduler.load_state_dict({"last_epoch": 30})
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(float(scheduler.get_last_lr()[0]), rel=1e-6)
     assert 0 < float(rate) < 3e-4
-
-
-def test_groups_keep_their_proportion():
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (3e-4, 3e-5)]
     optimizer = torch.optim.AdamW(groups)
     phases = default_phases("cosine_inf", "scratch")

@@ -10,23 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_moe_cpt.optim import DEFAULT_PHASES, schedule_curve
-from hf_moe_cpt.reports.charts import (
-    Mark,
-    Series,
-    format_tick,
-    interval_chart,
-    line_chart,
-    linear_ticks,
-    log_ticks,
-    plot_schedule,
-    thin,
-)
+from hf_moe_cpt.reports import charts
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_linear_ticks_are_few_even_and_inside(low, span):
     high = low + span
-    ticks = linear_ticks(low, high)
+    ticks = charts.linear_ticks(low, high)
     slack = 1e-6 * span + 1e-9 * abs(low)
     assert 1 <= len(ticks) <= 8
     assert all(low - slack <= tick <= high + slack for tick in ticks)
@@ -35,11 +25,11 @@ def test_linear_ticks_are_few_even_and_inside(low, span):
 
 
 def test_tick_values():
-    assert linear_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert linear_ticks(0.03, 0.31) == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
-    assert log_ticks(0.9, 120) == [1, 2, 5, 10, 20, 50, 100]
-    assert log_ticks(1e-6, 1) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1])
-    assert log_ticks(2.0, 5.0) == [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
+    assert charts.linear_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert charts.linear_ticks(0.03, 0.31) == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
+    assert charts.log_ticks(0.9, 120) == [1, 2, 5, 10, 20, 50, 100]
+    assert charts.log_ticks(1e-6, 1) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1])
+    assert charts.log_ticks(2.0, 5.0) == [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -47,18 +37,18 @@ def test_tick_values():
     [(0, "0"), (1500, "1500"), (2e4, "20k"), (1.5e6, "1.5M"), (1.65e-4, "1.65e-4"), (-0.25, "-0.25"), (4e11, "400B")],
 )
 def test_tick_labels(value, text):
-    assert format_tick(value) == text
+    assert charts.format_tick(value) == text
 
 
 def test_thinning_keeps_ends_spikes_and_wide_gaps():
     y = [0.0] * 10_000
     y[4_321], y[7_000] = 9.0, -9.0
     y[2_000:3_000] = [math.nan] * 1_000
-    x, kept = thin(list(range(10_000)), y, 400)
+    x, kept = charts.thin(list(range(10_000)), y, 400)
     assert len(x) <= 400 and x[0] == 0 and x[-1] == 9_999 and x == sorted(set(x))
     assert max(v for v in kept if v == v) == 9.0 and min(v for v in kept if v == v) == -9.0
     assert any(math.isnan(v) for v in kept)
-    assert thin([1, 2], [3, 4], 400) == ([1, 2], [3, 4])
+    assert charts.thin([1, 2], [3, 4], 400) == ([1, 2], [3, 4])
 
 
 LABELS = {"title": "Does it fall?", "x_label": "step", "y_label": "loss (nats/token)"}
@@ -66,7 +56,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parsed(*series, **options):
-    return ElementTree.fromstring(line_chart(series, **{**LABELS, **options}))
+    return ElementTree.fromstring(charts.line_chart(series, **{**LABELS, **options}))
 
 
 def of_class(root, tag, name):
@@ -77,8 +67,8 @@ def points_of(path):
     return [tuple(map(float, pair.split())) for pair in re.findall(r"[ML]([-\d.]+ [-\d.]+)", path.get("d"))]
 
 
-def test_points_lie_on_the_axes_ticks():
-    root = parsed(Series("a", [0, 50, 100], [0.0, 10.0, 5.0]), from_zero=True)
+def test_points_lie_on_the_axes_ticks_and_log_axes_space_decades_evenly():
+    root = parsed(charts.Series("a", [0, 50, 100], [0.0, 10.0, 5.0]), from_zero=True)
     (path,) = of_class(root, "path", "curve")
     ticks = {text.text: (float(text.get("x")), float(text.get("y")) - 4) for text in of_class(root, "text", "tick")}
     columns, rows = [x for x, _ in points_of(path)], [y for _, y in points_of(path)]
@@ -86,27 +76,21 @@ def test_points_lie_on_the_axes_ticks():
     x_of = {text.text: float(text.get("x")) for text in axis}
     assert columns == pytest.approx([x_of["0"], (x_of["0"] + x_of["100"]) / 2, x_of["100"]], abs=0.11)
     assert rows[1] == pytest.approx(ticks["10"][1], abs=0.11)
-
-
-def test_log_axis_spaces_decades_evenly_and_drops_what_it_cannot_show():
-    root = parsed(Series("a", [0, 1, 2, 3], [1.0, 10.0, 100.0, -5.0]), log_y=True)
+    root = parsed(charts.Series("a", [0, 1, 2, 3], [1.0, 10.0, 100.0, -5.0]), log_y=True)
     (path,) = of_class(root, "path", "curve")
     (_, first), (_, second), (_, third) = points_of(path)
     assert first - second == pytest.approx(second - third, abs=0.11) and first > third
     assert json.loads(path.get("data-points"))["y"] == [1, 10, 100, None]
-
-
-def test_nan_lifts_the_pen():
-    root = parsed(Series("a", range(5), [1.0, 2.0, math.nan, 2.0, 3.0]))
+    root = parsed(charts.Series("a", range(5), [1.0, 2.0, math.nan, 2.0, 3.0]))
     (path,) = of_class(root, "path", "curve")
     assert path.get("d").count("M") == 2 and "nan" not in path.get("d")
 
 
 def test_marks_are_drawn_labelled_and_in_range():
     root = parsed(
-        Series("a", [0, 100], [0.5, 0.4]),
-        vertical=[Mark(60, "distribution shift"), Mark(61, "close by"), Mark(99, "end")],
-        horizontal=[Mark(0.1, "ideal")],
+        charts.Series("a", [0, 100], [0.5, 0.4]),
+        vertical=[charts.Mark(60, "distribution shift"), charts.Mark(61, "close by"), charts.Mark(99, "end")],
+        horizontal=[charts.Mark(0.1, "ideal")],
     )
     lines = of_class(root, "line", "mark")
     notes = {text.text: text for text in of_class(root, "text", "note")}
@@ -116,15 +100,19 @@ def test_marks_are_drawn_labelled_and_in_range():
     assert float(lines[3].get("y1")) < bottom  # a reference below every curve still lies inside the plot
 
 
-def test_text_is_escaped():
+def test_text_is_escaped_and_unequal_lengths_are_refused():
     name = 'K < 3 & "x"'
-    root = parsed(Series(name, [0, 1], [0, 1]), Series("b", [0, 1], [1, 0]), title="<script>alert(1)</script>")
+    root = parsed(
+        charts.Series(name, [0, 1], [0, 1]), charts.Series("b", [0, 1], [1, 0]), title="<script>alert(1)</script>"
+    )
     assert of_class(root, "text", "title")[0].text == "<script>alert(1)</script>"
     assert json.loads(of_class(root, "path", "curve")[0].get("data-points"))["name"] == name
+    with pytest.raises(ValueError, match="series 'a' has 2 x and 3 y values"):
+        parsed(charts.Series("a", [0, 1], [1, 2, 3]))
 
 
 def test_legend_has_one_key_per_series_and_wraps():
-    many = [Series(f"a rather long name of series {i}", [0, 1], [i, i]) for i in range(7)]
+    many = [charts.Series(f"a rather long name of series {i}", [0, 1], [i, i]) for i in range(7)]
     root = parsed(*many)
     assert len(of_class(root, "g", "key")) == 7
     rows = {key.find(f"{SVG}text").get("y") for key in of_class(root, "g", "key")}
@@ -137,20 +125,15 @@ def test_legend_has_one_key_per_series_and_wraps():
 @pytest.mark.parametrize("y", [[], [math.nan], [3.0], [0.0, 0.0]])
 def test_degenerate_data_still_draws(y):
     for log_y in (False, True):
-        assert "nan" not in line_chart([Series("a", range(len(y)), y)], **LABELS, log_y=log_y).lower().replace(
+        assert "nan" not in charts.line_chart([charts.Series("a", range(len(y)), y)], **LABELS, log_y=log_y).replace(
             "nats", ""
         )
-
-
-def test_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="series 'a' has 2 x and 3 y values"):
-        parsed(Series("a", [0, 1], [1, 2, 3]))
 
 
 def test_plot_schedule_writes_a_standalone_picture(tmp_path):
     rates = {"max_lr": 3e-4, "constant_lr": 1.65e-4, "min_lr": 3e-5}
     curve = schedule_curve(schedule="cosine_inf", num_steps=1_000, phases=DEFAULT_PHASES["scratch"], **rates)
-    path = plot_schedule(tmp_path / "new" / "lr.svg", **vars(curve))
+    path = charts.plot_schedule(tmp_path / "new" / "lr.svg", **vars(curve))
     root = ElementTree.parse(path).getroot()
     assert root.find(f"{SVG}style") is not None
     assert [text.text for text in of_class(root, "text", "note")] == ["warmup", "cooldown", "constant", "anneal"]
@@ -164,7 +147,7 @@ def _draw(**changes: object) -> ElementTree.Element:
         "x_label": "share",
         **changes,
     }
-    return ElementTree.fromstring(interval_chart(settings.pop("groups"), settings.pop("models"), **settings))
+    return ElementTree.fromstring(charts.interval_chart(settings.pop("groups"), settings.pop("models"), **settings))
 
 
 def _dots(svg: ElementTree.Element) -> dict[str, tuple[float, float, float]]:
@@ -190,18 +173,12 @@ def test_dots_lie_on_one_scale_and_tell_their_numbers():
     assert math.isclose(by_label["unlearn, before"] - low, 0.1 * unit, abs_tol=0.2)
 
 
-def test_marks_and_ranges_are_inside():
-    svg = _draw(vertical=[Mark(1.5, "chance")], x_range=(0.0, 1.0))
+def test_marks_are_inside_what_is_infinite_is_left_out_and_nothing_is_a_chart_too():
+    svg = _draw(vertical=[charts.Mark(1.5, "chance")], x_range=(0.0, 1.0))
     places = [float(line.get("x1")) for line in svg.findall(".//{*}line") if line.get("class") == "mark"]
     assert len(places) == 1 and 0 < places[0] < float(svg.get("width"))
     assert "chance" in [text.text for text in svg.findall(".//{*}text")]
-
-
-def test_what_is_infinite_is_left_out_and_a_missing_end_is_the_dot():
     dots = _dots(_draw(models={"one": [(math.inf, 0.0, 1.0), (0.5, math.nan, 0.6)]}))
     assert set(dots) == {"retain, one: 0.5 [0.5, 0.6]"}
-
-
-def test_it_fits_the_script_of_the_report():
-    text = interval_chart([], {}, title="nothing", x_label="")
+    text = charts.interval_chart([], {}, title="nothing", x_label="")
     assert 'class="chart"' in text and 'class="cursor"' in text and re.search(r'data-area="[\d ]+"', text)

@@ -52,23 +52,17 @@ def page(tmp_path):
     return write_report(tmp_path / "out" / "report.html", "What happened?", sections).read_text(encoding="utf-8")
 
 
-def test_page_is_balanced_and_loads_nothing(page):
+def test_page_is_balanced_loads_nothing_and_holds_the_numbers_in_order(page):
     parsed = Page(page)
     assert parsed.open == [] and parsed.addresses == []
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", page)
     assert "prefers-color-scheme:dark" in page
-
-
-def test_table_holds_the_numbers_in_order(page):
     assert Page(page).cells == [
         *("run", "forgetting", "recovery step", "tokens/s", "note"),
         *("granular <30 %>", "0.1366", "200", "12,346", "–"),
         *("none", "-0.7", "–", "9999", "only here"),
     ]
     assert '<td class="number">0.1366</td>' in page and '<td class="number">200</td>' in page
-
-
-def test_text_is_escaped_and_split_into_paragraphs(page):
     assert "<p>First.</p><p>Second &amp; &lt;last&gt;.</p>" in page
     assert page.count("<svg") == 1 and page.count("<script>") == 1
 

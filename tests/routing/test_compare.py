@@ -8,18 +8,6 @@ import torch
 
 from hf_moe_cpt.routing import metrics
 from hf_moe_cpt.routing.compare import analyse_traces
-from hf_moe_cpt.routing.metrics import (
-    VocabularyCounter,
-    coactivation_change,
-    expert_coactivation,
-    expert_load,
-    favourite_experts,
-    imbalance_curve,
-    load_entropy,
-    max_routing_imbalance,
-    router_saturation,
-    vocabulary_specialization,
-)
 from tests.helpers.routings import random_trace
 
 
@@ -49,9 +37,7 @@ def test_it_is_plain_json_with_the_promised_fields(found, traces):
     )
     assert found["checkpoints"][1] == {"name": "later", "model": "random 1", "step": 1, "num_tokens": 75}
     assert found["domains"] == ["prose", "code"] and found["skipped"] == {} and found["training"] == []
-    assert found["layers"] == [
-        {"name": f"layers.{at}.experts", "num_experts": 5, "experts_per_token": 2} for at in (0, 1)
-    ]
+    assert found["layers"] == [{"name": f"layers.{n}.experts", "num_experts": 5, "experts_per_token": 2} for n in "01"]
 
 
 def test_metrics_equal_the_functions_on_whole_domains(found, traces):
@@ -60,11 +46,11 @@ def test_metrics_equal_the_functions_on_whole_domains(found, traces):
             row = found["metrics"][name][domain or "all"]
             for layer in (0, 1):
                 index = trace.top_k_index(layer, domain)
-                load = expert_load(index, 5)
+                load = metrics.expert_load(index, 5)
                 assert row["load"][layer] == pytest.approx((load / load.sum()).tolist(), rel=1e-6)
-                assert row["mri"][layer] == pytest.approx(float(max_routing_imbalance(index, 5)), rel=1e-6)
+                assert row["mri"][layer] == pytest.approx(float(metrics.max_routing_imbalance(index, 5)), rel=1e-6)
                 assert row["mri_normalized"][layer] == pytest.approx(row["mri"][layer] * 5 / 2)
-                assert row["load_entropy"][layer] == pytest.approx(float(load_entropy(load)))
+                assert row["load_entropy"][layer] == pytest.approx(float(metrics.load_entropy(load)))
                 assert row["dead_experts"][layer] == int((load == 0).sum())
                 shards = [shard for shard in trace.shards if domain in (None, shard.domain)]
                 entropy = torch.cat([trace.entropy(shard, layer) for shard in shards]).double()
@@ -79,24 +65,26 @@ def test_comparisons_equal_the_functions_on_whole_traces(found, traces):
     for name, trace in traces.items():
         for layer in (0, 1):
             before, after = start.top_k_index(layer), trace.top_k_index(layer)
-            pairs = expert_coactivation(after, 5)
+            pairs = metrics.expert_coactivation(after, 5)
             assert found["coactivation"][name][layer] == pairs.tolist()
             if name != "start":
-                change = coactivation_change(expert_coactivation(before, 5), pairs)
+                change = metrics.coactivation_change(metrics.expert_coactivation(before, 5), pairs)
                 assert found["coactivation_change"][name][layer] == change
                 for domain in DOMAINS:
-                    want = router_saturation(start.top_k_index(layer, domain), trace.top_k_index(layer, domain))
+                    want = metrics.router_saturation(
+                        start.top_k_index(layer, domain), trace.top_k_index(layer, domain)
+                    )
                     assert found["saturation"][name][domain or "all"][layer] == pytest.approx(want, rel=1e-12)
             for side, read in (("input", start.token_ids), ("output", start.next_token_ids)):
-                ids, counter = whole(start, read), VocabularyCounter(V, 5)
+                ids, counter = whole(start, read), metrics.VocabularyCounter(V, 5)
                 counter.add(ids, before)
-                want = vocabulary_specialization(ids, after, V, 5, favourite=favourite_experts(counter.counts))
+                want = metrics.vocabulary_specialization(
+                    ids, after, V, 5, favourite=metrics.favourite_experts(counter.counts)
+                )
                 assert found["vocabulary_specialization"][name][side][layer] == pytest.approx(want, rel=1e-12)
             for domain, row in zip(("prose", "code"), found["domain_specialization"][name][layer], strict=True):
                 index = trace.top_k_index(layer, domain)
-                assert row == pytest.approx(
-                    [sum(e in token for token in index.tolist()) / len(index) for e in range(5)]
-                )
+                assert row == pytest.approx([sum(e in row for row in index.tolist()) / len(index) for e in range(5)])
 
 
 def test_top_tokens_by_hand(found, traces):
@@ -135,7 +123,7 @@ class _Names:
 
 
 def test_tokens_carry_names_and_curves_pass_through(traces):
-    curve = imbalance_curve("run", [1, 2], [[0.5, 0.4]], ideal=0.4)
+    curve = metrics.imbalance_curve("run", [1, 2], [[0.5, 0.4]], ideal=0.4)
     found = analyse_traces(traces, tokenizer=_Names(), min_occurrences=1, training=[curve], average="ids")
     names = {entry["token"] for layer in found["top_tokens"]["start"] for tokens in layer for entry in tokens}
     assert names == {f" word{token}" for token in range(V) if token != 3} | {"raw3"}
@@ -168,7 +156,7 @@ def test_layers_of_many_and_different_sizes(tmp_path):
     found = analyse_traces(traces)
     assert [len(load) for load in found["metrics"]["a"]["all"]["load"]] == [300, 4]
     assert found["expert_parallel"]["b"]["num_ranks"] == 4
-    want = router_saturation(traces["a"].top_k_index(0), traces["b"].top_k_index(0))
+    want = metrics.router_saturation(traces["a"].top_k_index(0), traces["b"].top_k_index(0))
     assert found["saturation"]["b"]["all"][0] == pytest.approx(want) and not math.isnan(want)
 
 

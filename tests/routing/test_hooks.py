@@ -81,10 +81,7 @@ def test_only_one_whole_pass_is_taken():
 def test_experts_that_run_without_their_router():
     model = moe_model("mixtral").eval()
     experts = model.model.layers[0].mlp.experts
-    for with_probabilities, text in (
-        (True, "The router model.layers.0.mlp.gate did not run"),
-        (False, "layers.1.mlp"),
-    ):
+    for with_probabilities, text in ((True, "The router model.layers.0.mlp.gate did not"), (False, "layers.1.mlp")):
         tap = RoutingTap(model, with_probabilities)
         with torch.no_grad(), tap.listening():
             experts(torch.zeros(3, 16), torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5))

@@ -57,33 +57,36 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     return analysis, write_routing_report(analysis, tmp_path_factory.mktemp("report"), "Is <it> robust?")
 
 
-def embedded(page: str) -> dict[str, Any]:
-    return json.loads(re.search(r'<script type="application/json" id="routing-data">(.*?)</script>', page, re.S)[1])
-
-
 def numbers(values: Any) -> Any:
     return pytest.approx(np.asarray(values, dtype=float).tolist(), rel=1e-4)
 
 
-def test_page_is_balanced_loads_nothing_and_escapes(written):
+def test_page_json_and_charts_stand_alone(written):
     page = written[1].read_text(encoding="utf-8")
     parsed = Page(page)
     assert parsed.open == [] and parsed.addresses == []
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|https?://(?!www\.w3\.org)", page)
     assert "<h1>Is &lt;it&gt; robust?</h1>" in page
+    analysis, path = written
+    stored = json.loads((path.parent / "analysis.json").read_text(encoding="utf-8"))
+    assert stored == rounded(analysis, digits=None)
+    assert not (path.parent / "coactivation.npz").exists()
+    names = {path.stem for path in written[1].parent.glob("*.svg")}
+    assert names == set(routing_report.CHARTS)
+    chart = (written[1].parent / "mri_by_step.svg").read_text(encoding="utf-8")
+    assert "the data changes" in chart and "run has recovered" in chart and "perfect balance" in chart
 
 
 def test_page_embeds_the_analysis(written):
     analysis, path = written
-    data = embedded(path.read_text(encoding="utf-8"))
+    embedded = r'<script type="application/json" id="routing-data">(.*?)</script>'
+    data = json.loads(re.search(embedded, path.read_text(encoding="utf-8"), re.S)[1])
     for part in analysis.keys() - {"top_tokens", "coactivation"}:
         assert data[part] == rounded(analysis[part]), part
     for name in CHECKPOINTS:
         assert np.array(data["coactivation"][name]) == pytest.approx(analysis["coactivation"][name], rel=6e-3)
         listed = analysis["top_tokens"][name][2][5]
-        assert [data["tokens"][place] for place, _, _ in data["top_tokens"][name][2][5]] == [
-            t["token"] for t in listed
-        ]
+        assert [data["tokens"][at] for at, _, _ in data["top_tokens"][name][2][5]] == [t["token"] for t in listed]
     assert data["notes"] == []
 
 
@@ -174,13 +177,6 @@ def test_parts_that_are_not_there_are_explained(tmp_path, theirs):
     assert "coactivation: every token visits one expert" in path.read_text(encoding="utf-8")
 
 
-def test_json_holds_everything(written):
-    analysis, path = written
-    stored = json.loads((path.parent / "analysis.json").read_text(encoding="utf-8"))
-    assert stored == rounded(analysis, digits=None)
-    assert not (path.parent / "coactivation.npz").exists()
-
-
 def test_csv_files_hold_the_same_numbers(written):
     analysis, path = written
     tables = {name: _read_csv(path.parent / f"{name}.csv") for name in ("layers", "experts", "tokens", "training")}
@@ -193,13 +189,6 @@ def test_csv_files_hold_the_same_numbers(written):
     assert len(tables["tokens"]) == 3 * 3 * 6 * 4
     assert tables["tokens"][1]["token"] == analysis["top_tokens"][CHECKPOINTS[0]][0][0][1]["token"]
     assert [float(r["mri"]) for r in tables["training"]] == analysis["training"][0]["mean"]
-
-
-def test_charts_are_standalone_pictures(written):
-    names = {path.stem for path in written[1].parent.glob("*.svg")}
-    assert names == set(routing_report.CHARTS)
-    chart = (written[1].parent / "mri_by_step.svg").read_text(encoding="utf-8")
-    assert "the data changes" in chart and "run has recovered" in chart and "perfect balance" in chart
 
 
 def test_large_parts_are_thinned_and_the_page_says_so(tmp_path, monkeypatch):
@@ -250,12 +239,9 @@ def test_sixty_four_layers_of_256_experts_stay_below_ten_megabytes():
     assert len(routing_page(random_analysis(64, 256, 8, steps=5000), "large").encode()) < 10_000_000
 
 
-def test_what_is_no_analysis_is_refused(tmp_path):
+def test_what_is_no_analysis_is_refused_and_what_json_does_not_know_is_null(tmp_path):
     with pytest.raises(ValueError, match="it has no domains, layers, metrics: pass the dictionary of"):
         write_routing_report({"checkpoints": ["a"]}, tmp_path)
-
-
-def test_values_that_json_does_not_know_become_null():
     values = {"a": [float("nan"), np.float32(0.5), 3], "b": np.array([np.inf, 1 / 3])}
     assert rounded(values) == {"a": [None, 0.5, 3], "b": [None, 0.33333]}
 

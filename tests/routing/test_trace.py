@@ -110,9 +110,7 @@ def test_every_family_is_traced_as_its_routers_chose(kind, tmp_path):
 
 def test_batch_size_and_padded_batches_change_nothing(tmp_path):
     model, documents = moe_model("olmoe"), tokenized(9, seed=5)
-    traces = [
-        collect_routing(model, documents, tmp_path / str(size), batch_size=size, progress=False) for size in (1, 4, 9)
-    ]
+    traces = [collect_routing(model, documents, tmp_path / str(n), batch_size=n, progress=False) for n in (1, 4, 9)]
     longest = max(map(len, documents["input_ids"]))
     ids, mask = torch.zeros(9, longest, dtype=torch.int64), torch.zeros(9, longest, dtype=torch.int64)
     for place, row in enumerate(documents["input_ids"]):

@@ -12,26 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_moe_cpt.trainers.common.checkpointing import (
-    MANIFEST,
-    UNFINISHED,
-    BackgroundCopy,
-    bring_host_part,
-    checkpoints_in,
-    damaged_file,
-    discard_half_written,
-    is_whole,
-    last_whole_checkpoint,
-    load_translated,
-    publish,
-    remove_old,
-    require_free_space,
-    require_unused,
-    resolve_resume,
-    stored_names,
-    wait_for_hosts,
-    write_manifest,
-)
+from hf_moe_cpt.trainers.common import checkpointing
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_moes import moe_model
 
@@ -47,7 +28,7 @@ def _written(folder: Path, step: int, listed: bool = True) -> Path:
     save_file({"w": torch.arange(100.0)}, checkpoint / "model.safetensors")
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if listed:
-        write_manifest(checkpoint, step)
+        checkpointing.write_manifest(checkpoint, step)
     return checkpoint
 
 
@@ -59,52 +40,52 @@ def _flip_a_bit(path: Path) -> None:
 
 def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, caplog):
     older, newer = _written(tmp_path, 9), _written(tmp_path, 12)
-    assert resolve_resume(tmp_path, "last", read_back=True) == newer
+    assert checkpointing.resolve_resume(tmp_path, "last", read_back=True) == newer
     _flip_a_bit(newer / SHARD)
-    assert is_whole(newer)  # by its sizes; only reading it back tells
-    assert damaged_file(newer) == SHARD and damaged_file(older) is None
+    assert checkpointing.is_whole(newer)  # by its sizes; only reading it back tells
+    assert checkpointing.damaged_file(newer) == SHARD and checkpointing.damaged_file(older) is None
     with caplog.at_level(logging.WARNING):
-        assert resolve_resume(tmp_path, "last", read_back=True) == older
+        assert checkpointing.resolve_resume(tmp_path, "last", read_back=True) == older
     assert f"Passing over {newer}: its file {SHARD} is damaged (not what was written)." in caplog.text
     with pytest.raises(ValueError, match=r"cannot be used, its file .*__1_0.distcp is damaged .*: use .*checkpoint-9"):
-        resolve_resume(tmp_path, str(newer), read_back=True)
+        checkpointing.resolve_resume(tmp_path, str(newer), read_back=True)
 
 
 def test_old_ones_go_but_never_the_only_whole_one(tmp_path):
     one, two, three, four = (_written(tmp_path, step) for step in (1, 2, 3, 4))
-    assert remove_old(tmp_path, None, []) == remove_old(tmp_path, 0, []) == remove_old(tmp_path, 4, []) == []
-    assert remove_old(tmp_path, 2, [one]) == [two, three]
-    assert checkpoints_in(tmp_path) == [one, four]
+    assert [checkpointing.remove_old(tmp_path, limit, []) for limit in (None, 0, 4)] == [[], [], []]
+    assert checkpointing.remove_old(tmp_path, 2, [one]) == [two, three]
+    assert checkpointing.checkpoints_in(tmp_path) == [one, four]
     (four / SHARD).unlink()
-    assert remove_old(tmp_path, 1, []) == [four]  # half of it is gone, so the older one is what counts
-    assert checkpoints_in(tmp_path) == [one]
-    assert list(tmp_path.iterdir()) == [one] or list((tmp_path / UNFINISHED).iterdir()) == []
+    assert checkpointing.remove_old(tmp_path, 1, []) == [four]  # half of it is gone, so the older one is what counts
+    assert checkpointing.checkpoints_in(tmp_path) == [one]
+    assert list(tmp_path.iterdir()) == [one] or list((tmp_path / checkpointing.UNFINISHED).iterdir()) == []
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path):
     old = _written(tmp_path, 3)
     (old / "of the old one").write_text("x")
-    new = publish(_written(tmp_path / UNFINISHED, 3), tmp_path)
-    assert new == old and is_whole(new) and not (new / "of the old one").exists()
+    new = checkpointing.publish(_written(tmp_path / checkpointing.UNFINISHED, 3), tmp_path)
+    assert new == old and checkpointing.is_whole(new) and not (new / "of the old one").exists()
 
 
 def test_hosts_bring_their_parts_and_tell_of_failures(tmp_path):
-    run, parts = tmp_path / UNFINISHED, [tmp_path / f"host{host}" / "checkpoint-3" for host in range(2)]
+    run, parts = tmp_path / checkpointing.UNFINISHED, [tmp_path / f"host{host}" / "checkpoint-3" for host in range(2)]
     run.mkdir()
     for host, part in enumerate(parts):
         part.mkdir(parents=True)
         (part / f"shard-{host}").write_text(str(host))
-    copy = BackgroundCopy()
-    copy.start(lambda: bring_host_part(parts[1], run, 1))
+    copy = checkpointing.BackgroundCopy()
+    copy.start(lambda: checkpointing.bring_host_part(parts[1], run, 1))
     assert copy.wait() is None and not parts[1].exists()
     with pytest.raises(OSError, match="host 0 did not bring its part of the checkpoint within 0.2 s"):
-        wait_for_hosts(run, 2, timeout=0.2)
-    copy.start(lambda: bring_host_part(parts[0] / "missing", run, 0))
+        checkpointing.wait_for_hosts(run, 2, timeout=0.2)
+    copy.start(lambda: checkpointing.bring_host_part(parts[0] / "missing", run, 0))
     assert "No such file" in copy.wait()
     with pytest.raises(OSError, match="host 0: FileNotFoundError"):
-        wait_for_hosts(run, 2, timeout=5)
-    bring_host_part(parts[0], run, 0)
-    wait_for_hosts(run, 2, timeout=5)
+        checkpointing.wait_for_hosts(run, 2, timeout=5)
+    checkpointing.bring_host_part(parts[0], run, 0)
+    checkpointing.wait_for_hosts(run, 2, timeout=5)
     assert sorted(path.name for path in (run / "checkpoint-3").iterdir()) == ["shard-0", "shard-1"]
 
 
@@ -116,7 +97,7 @@ BREAKS = {  # what happened, and whether the checkpoint had a list of its files
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), False),
     "a listed file is gone": (lambda folder: (folder / SHARD).unlink(), True),
     "a listed file is cut": (lambda folder: os.truncate(folder / SHARD, 10239), True),
-    "cut list": (lambda folder: (folder / MANIFEST).write_text("{"), True),
+    "cut list": (lambda folder: (folder / checkpointing.MANIFEST).write_text("{"), True),
 }
 
 
@@ -124,38 +105,35 @@ BREAKS = {  # what happened, and whether the checkpoint had a list of its files
 def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, breaks, listed):
     whole = [_written(tmp_path, step, listed) for step in (5, 10)]
     last = _written(tmp_path, 100, listed)
-    assert last_whole_checkpoint(tmp_path) == last
+    assert checkpointing.last_whole_checkpoint(tmp_path) == last
     breaks(last)
-    assert not is_whole(last)
-    assert resolve_resume(tmp_path, "last") == resolve_resume(tmp_path, True) == whole[-1]
+    assert not checkpointing.is_whole(last)
+    assert checkpointing.resolve_resume(tmp_path, "last") == checkpointing.resolve_resume(tmp_path, True) == whole[-1]
     with pytest.raises(ValueError, match=r"was not written to its end: use .*checkpoint-10\."):
-        resolve_resume(tmp_path, str(last))
-    assert discard_half_written(tmp_path) == [last]
-    assert checkpoints_in(tmp_path) == whole
+        checkpointing.resolve_resume(tmp_path, str(last))
+    assert checkpointing.discard_half_written(tmp_path) == [last]
+    assert checkpointing.checkpoints_in(tmp_path) == whole
 
 
 def test_what_resuming_finds_in_an_empty_folder_and_by_another_name(tmp_path):
-    assert resolve_resume(tmp_path, None) is resolve_resume(tmp_path, "auto") is None
+    assert checkpointing.resolve_resume(tmp_path, None) is checkpointing.resolve_resume(tmp_path, "auto") is None
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        resolve_resume(tmp_path, "last")
+        checkpointing.resolve_resume(tmp_path, "last")
     written = _written(tmp_path, 5, listed=False)
-    assert resolve_resume(tmp_path, "auto") == written
+    assert checkpointing.resolve_resume(tmp_path, "auto") == written
     renamed = written.rename(tmp_path / "the-good-one")
-    assert resolve_resume(tmp_path, str(renamed)) == renamed
+    assert checkpointing.resolve_resume(tmp_path, str(renamed)) == renamed
 
 
-def test_folders_in_use_are_refused(tmp_path):
-    require_unused(tmp_path)
-    require_unused(tmp_path / "missing")
+def test_folders_in_use_and_small_disks_are_refused(tmp_path):
+    checkpointing.require_unused(tmp_path)
+    checkpointing.require_unused(tmp_path / "missing")
     (tmp_path / "model.safetensors").write_text("x")
     with pytest.raises(ValueError, match="is not empty .it holds 'model.safetensors'.: name another folder"):
-        require_unused(tmp_path)
-
-
-def test_a_small_disk_is_refused(tmp_path):
-    require_free_space(tmp_path / "not" / "made", 1000, 1000, copies=2)
+        checkpointing.require_unused(tmp_path)
+    checkpointing.require_free_space(tmp_path / "not" / "made", 1000, 1000, copies=2)
     with pytest.raises(ValueError, match=r"GB free, but 2 checkpoint\(s\) and the final model need about"):
-        require_free_space(tmp_path, 10**15, 10**12, copies=2)
+        checkpointing.require_free_space(tmp_path, 10**15, 10**12, copies=2)
 
 
 def _changed(model):
@@ -170,8 +148,10 @@ def test_every_weight_of_a_mixture_comes_back(kind, shard, tmp_path):
     saved = _changed(moe_model(kind))
     saved.save_pretrained(tmp_path, max_shard_size=shard)
     model = moe_model(kind)
-    assert not stored_names(tmp_path) <= model.state_dict().keys()  # else there would be nothing to translate
-    assert load_translated(model, tmp_path)
+    assert (
+        not checkpointing.stored_names(tmp_path) <= model.state_dict().keys()
+    )  # else there would be nothing to translate
+    assert checkpointing.load_translated(model, tmp_path)
     for name, want in saved.state_dict().items():
         assert torch.equal(model.state_dict()[name], want), name
 
@@ -181,19 +161,19 @@ def test_a_model_of_two_types_is_read_without_rounding(tmp_path):
     saved.save_pretrained(tmp_path)
     model = tiny_model("mixtral").to(torch.bfloat16)
     model.lm_head.float()
-    assert load_translated(model, tmp_path)
+    assert checkpointing.load_translated(model, tmp_path)
     assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
     for name, want in saved.state_dict().items():
         assert torch.equal(model.state_dict()[name], want.to(model.state_dict()[name].dtype)), name
 
 
 def test_where_names_agree_or_no_model_is_nothing_is_done(tmp_path):
-    assert stored_names(tmp_path) == set()
+    assert checkpointing.stored_names(tmp_path) == set()
     for kind in ("llama", "cpt_moe"):
         _changed(tiny_model(kind)).save_pretrained(tmp_path / kind)
         model = tiny_model(kind)
-        assert not load_translated(model, tmp_path / kind)
+        assert not checkpointing.load_translated(model, tmp_path / kind)
         for name, value in tiny_model(kind).state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
     tiny_model("mixtral").save_pretrained(tmp_path)
-    assert not load_translated(torch.nn.Linear(2, 2), tmp_path)
+    assert not checkpointing.load_translated(torch.nn.Linear(2, 2), tmp_path)

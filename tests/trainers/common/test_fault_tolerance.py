@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
 
 POISON = VOCABULARY - 1
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7}
 
 
 class Weights(TrainerCallback):
@@ -48,7 +48,7 @@ def _cpt(folder, **changes):
     clean = tokenized(14, 1, 1, POISON)
     data = concatenate_datasets([Dataset.from_dict({"input_ids": [[POISON]]}), clean])
     args = cpt_runs.config(folder, **{"replay_ratio": 0.0, **SAVING, **changes})
-    run = cpt_runs.CPTTrainer(_poisoned(tiny_model("cpt_moe", tie_word_embeddings=False)), args, data)
+    run = cpt_runs.CPTTrainer(_poisoned(tiny_model("llama", tie_word_embeddings=False)), args, data)
     places = [i for i in range(len(run.mixture)) if POISON in torch.as_tensor(run.mixture[i]["input_ids"])]
     return run, (places or [-99])[0] // run.global_batch_size + 1
 
@@ -57,7 +57,7 @@ def _cpt(folder, **changes):
 def seed(tmp_path_factory):
     """A seed with which the token comes in the middle of the run, and not at a step that is logged alone."""
     folder = tmp_path_factory.mktemp("seeds")
-    return next(seed for seed in range(40) if 5 <= _cpt(folder, seed=seed)[1] <= 7)
+    return next(seed for seed in range(40) if _cpt(folder, seed=seed)[1] == 5)
 
 
 def _same(first, second):
@@ -84,15 +84,10 @@ def test_a_step_is_left_out_and_going_back_ends_the_same(tmp_path, caplog, seed)
     back.train()
     assert f"Step {step} is bad: its loss is nan. Going back to checkpoint-{(step - 1) // 2 * 2};" in caplog.text
     assert f"Step {step} is left out" in caplog.text
-    assert back.state.global_step == 9 and _same(list(back.model.parameters()), list(run.model.parameters()))
-    histories = [
-        [
-            {k: v for k, v in entry.items() if k != "grad_norm"}
-            for entry in cpt_runs.without_clocks(r.state.log_history)
-        ]
-        for r in (back, run)
-    ]
-    first, second = (json.dumps(history, sort_keys=True) for history in histories)
+    assert back.state.global_step == 7 and _same(list(back.model.parameters()), list(run.model.parameters()))
+    logs = [cpt_runs.without_clocks(one.state.log_history) for one in (back, run)]
+    logs = [[{k: v for k, v in entry.items() if k != "grad_norm"} for entry in log] for log in logs]
+    first, second = (json.dumps(log, sort_keys=True) for log in logs)
     assert first == second  # as text, since what is NaN in both is the same
 
 
@@ -180,20 +175,14 @@ WAITS = Heartbeat(10, 50, 7, "in the step")
 LATER = Heartbeat(12, 50, 7, "in the step")
 NO_DATA = [Heartbeat(beats, 49, 6, "waiting for data") for beats in (10, 12)]
 STOPPED = "rank 1 is stopped or dead (no sign of life for 9 s)"
+BEHIND = "rank 1 is behind, at step 6 (waiting for data)"
+CUT = "all ranks are alive and none moves, at step 7 (in the step)"
 UNSEEN = "of rank 1 nothing is seen (has it ended, or is output_dir not shared by all hosts?)"
 CASES = {
     "a process that is stopped": ([WAITS, WAITS], [LATER, WAITS], STOPPED),
     "a host that nobody sees": ([WAITS, None], [LATER, None], UNSEEN),
-    "a loader that hangs": (
-        [WAITS, NO_DATA[0], WAITS],
-        [LATER, NO_DATA[1], LATER],
-        "rank 1 is behind, at step 6 (waiting for data)",
-    ),
-    "a network that is cut": (
-        [WAITS, WAITS],
-        [LATER, LATER],
-        "all ranks are alive and none moves, at step 7 (in the step)",
-    ),
+    "a loader that hangs": ([WAITS, NO_DATA[0], WAITS], [LATER, NO_DATA[1], LATER], BEHIND),
+    "a network that is cut": ([WAITS, WAITS], [LATER, LATER], CUT),
 }
 
 

@@ -17,16 +17,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token
 from hf_moe_cpt.trainers.common import metrics
-from hf_moe_cpt.trainers.common.metrics import (
-    HeldOutLoss,
-    LossRecorder,
-    MeanMeter,
-    SourceLosses,
-    StepTiming,
-    ThroughputMeter,
-    flops_per_token,
-    starting_losses,
-)
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
@@ -47,7 +37,7 @@ def test_loss_is_that_of_transformers(sequences, tokens, seed, num_items):
     logits, labels, _ = _batch(sequences, tokens, seed)
     labels[0, 1] = 3  # at least one counted token
     num_items = torch.tensor(5) if num_items == "tensor" else num_items
-    ours = LossRecorder()(logits, labels, VOCAB, num_items)
+    ours = metrics.LossRecorder()(logits, labels, VOCAB, num_items)
     theirs = ForCausalLMLoss(logits, labels, VOCAB, num_items)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
@@ -55,7 +45,7 @@ def test_loss_is_that_of_transformers(sequences, tokens, seed, num_items):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 10_000))
 def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
-    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
+    tap, meter = metrics.LossRecorder(), metrics.SourceLosses(("new", "replay"))
     nats, count = [0.0, 0.0], [0, 0]
     for call in range(2):
         logits, labels, source = _batch(sequences, tokens, seed + call)
@@ -79,7 +69,7 @@ def test_parts_equal_a_loop_over_tokens_in_float64(sequences, tokens, seed):
 
 def test_held_out_blocks_count_once_in_any_order_and_batch():
     logits, labels, _ = _batch(5, 9, 3)
-    tap, held_out = LossRecorder(), HeldOutLoss(5)
+    tap, held_out = metrics.LossRecorder(), metrics.HeldOutLoss(5)
     for blocks in ([4, 2], [0, 1, 3], [3, 0]):  # the last batch repeats, as data loaders do to fill it
         with tap.tell(held_out.listener(torch.tensor(blocks))):
             tap(logits[blocks], labels[blocks], VOCAB)
@@ -92,7 +82,7 @@ def test_attached_model_returns_the_same_loss_and_gradients():
     ids = torch.randint(0, 32, (2, 6))
     before = model(ids, labels=ids).loss
     (want,) = torch.autograd.grad(before, model.lm_head.weight)
-    tap, meter = LossRecorder(), SourceLosses(("new", "replay"))
+    tap, meter = metrics.LossRecorder(), metrics.SourceLosses(("new", "replay"))
     tap.attach(model)
     with tap.tell(meter.listener(torch.tensor([0, 1]))):
         after = model(ids, labels=ids).loss
@@ -102,13 +92,15 @@ def test_attached_model_returns_the_same_loss_and_gradients():
     assert set(meter.pop()) == {"lm_loss", "lm_loss/new", "lm_loss/replay"}
 
 
-def test_a_model_that_is_not_of_transformers_is_refused():
+def test_models_that_do_not_say_what_is_needed_are_refused():
     with pytest.raises(ValueError, match="is a Linear, which has no `loss_function`: pass a causal LM"):
-        LossRecorder().attach(torch.nn.Linear(2, 2))
+        metrics.LossRecorder().attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="names its experts per token by none of num_experts_per_tok"):
+        experts_per_token(tiny_model("llama").config)
 
 
 def test_means_over_calls_leave_out_what_is_absent():
-    meter, there, absent = MeanMeter(), torch.tensor(True), torch.tensor(False)
+    meter, there, absent = metrics.MeanMeter(), torch.tensor(True), torch.tensor(False)
     for value, is_there in ((3.0, there), (math.nan, absent), (5.0, there)):
         values = {"loss": torch.tensor(1.0), "cosine": torch.tensor(value), "never": torch.tensor(value)}
         meter.add(values, {"cosine": is_there, "never": absent})
@@ -127,7 +119,7 @@ def wait(monkeypatch):
 
 
 def test_paused_time_does_not_count_even_when_nested(wait):
-    meter = ThroughputMeter(tokens_per_step=100, flops_per_token=1e12, num_devices=2)
+    meter = metrics.ThroughputMeter(tokens_per_step=100, flops_per_token=1e12, num_devices=2)
     assert meter.pop() == {}
     with meter.pause():  # before the clock runs, as the evaluation at the start
         wait(0.3)
@@ -163,7 +155,7 @@ class ThreeRanks:
 
 def test_seconds_of_a_step_and_the_slowest_rank(wait):
     model = Slow(wait)
-    timing = StepTiming(model)
+    timing = metrics.StepTiming(model)
     assert timing.pop() == {}
     for _ in range(2):
         with timing.waiting_for_data():
@@ -191,8 +183,8 @@ def test_starting_losses_are_the_first_at_step_zero():
         {"step": 0, "eval_new_loss": 9.0},
         {"step": 5, "eval_new_loss": 3.0},
     ]
-    assert starting_losses(history, ("new", "replay")) == {"new": 4.0, "replay": 2.0}
-    assert starting_losses(history[3:], ("new", "replay")) == {}
+    assert metrics.starting_losses(history, ("new", "replay")) == {"new": 4.0, "replay": 2.0}
+    assert metrics.starting_losses(history[3:], ("new", "replay")) == {}
 
 
 def test_active_parameters_are_those_that_a_token_multiplies_with():
@@ -213,10 +205,5 @@ def test_flops_agree_with_what_torch_counts_for_a_dense_model():
     full_attention = 6 * 3 * 16 * 32  # torch counts the masked half of the scores as well
     norms = 6 * (2 * 3 + 1) * 16  # our count takes norm weights for matrices
     assert counter.get_total_flops() / 32 == pytest.approx(
-        flops_per_token(model, 32) + full_attention - norms, rel=0.02
+        metrics.flops_per_token(model, 32) + full_attention - norms, 0.02
     )
-
-
-def test_a_configuration_without_a_known_name_is_refused():
-    with pytest.raises(ValueError, match="names its experts per token by none of num_experts_per_tok"):
-        experts_per_token(tiny_model("llama").config)

@@ -19,8 +19,8 @@ from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model, tokenized
 
 
-SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
+SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
 
 
 def _run(folder: Path, kind: str) -> CPTTrainer:
@@ -42,8 +42,8 @@ def test_killed_while_saving_and_resumed_equals_never_killed(tmp_path):
     killed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=800)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path for path in checkpoints_in(folder) if not is_whole(path)] == []
-    assert (folder / UNFINISHED / "checkpoint-6").is_dir()
-    assert saved_history(folder / "checkpoint-3")
+    assert (folder / UNFINISHED / "checkpoint-4").is_dir()
+    assert saved_history(folder / "checkpoint-2")
     whole = _run(tmp_path / "whole", "cpt_moe")
     whole.train()
     resumed = _run(folder, "cpt_moe")
@@ -55,18 +55,18 @@ def test_a_stopped_run_goes_on_also_where_experts_are_stored_under_other_names(t
     whole = _run(tmp_path / "whole", "mixtral")
     whole.train()
     stopped = _run(tmp_path / "stopped", "mixtral")  # which sets the seed anew
-    stopped.add_callback(stop_at(4))
+    stopped.add_callback(stop_at(3))
     stopped.train()
     for _ in range(2):  # the second time it is finished, and resumed to nothing
         resumed = _run(tmp_path / "stopped", "mixtral")
-        assert resumed.train(resume_from_checkpoint="last").global_step == 6
+        assert resumed.train(resume_from_checkpoint="last").global_step == 4
         _assert_same(resumed, whole)
 
 
 def _streaming(folder: Path, **changes: object) -> CPTTrainer:
     args = config(folder, max_steps=4, save_strategy="steps", save_steps=2, shuffle_buffer=8, **changes)
     streams = [tokenized(60, seed).to_iterable_dataset(num_shards=4) for seed in (1, 2)]
-    return CPTTrainer(tiny_model("cpt_moe"), args, *streams)
+    return CPTTrainer(tiny_model("llama"), args, *streams)
 
 
 def test_streams_resume_where_they_stopped(tmp_path):
@@ -96,7 +96,7 @@ def test_threads_do_not_change_the_numbers_from_run_to_run(tmp_path):
     try:
         for repeat in range(2):
             model = tiny_model("cpt_moe", hidden_size=64, intermediate_size=128, num_experts=31)
-            run = trainer(tmp_path / str(repeat), model, per_device_train_batch_size=32, max_steps=3)
+            run = trainer(tmp_path / str(repeat), model, per_device_train_batch_size=32, max_steps=2)
             run.train()
             weights.append({name: value.clone() for name, value in run.model.state_dict().items()})
     finally:
@@ -112,5 +112,5 @@ if __name__ == "__main__":
         """The optimizer's state is saved with it, when the model is written already."""
         torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
-    doomed.add_callback(AtStep(6, die_while_saving))
+    doomed.add_callback(AtStep(4, die_while_saving))
     doomed.train()

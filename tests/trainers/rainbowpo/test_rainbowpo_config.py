@@ -23,10 +23,13 @@ def _config(tmp_path, **changes) -> RainbowPOConfig:
     return RainbowPOConfig(**{**_home(tmp_path), **changes})
 
 
-def test_defaults_are_the_papers(tmp_path):
+def test_defaults_are_the_papers_and_simpo_gamma_is_beta_times_the_home_advantage(tmp_path):
     config = _config(tmp_path)
     assert {name: getattr(config, name) for name in SWITCHES} == SWITCHES
     assert (config.beta, config.learning_rate, config.calibration_pairs) == (10.0, 1e-6, 1024)
+    for gamma, beta, want in ((1.0, 10.0, 0.1), (1.0, 2.0, 0.5), (0.0, 10.0, 0.0)):
+        assert _config(tmp_path, simpo_gamma=gamma, beta=beta).home_advantage == pytest.approx(want)
+    assert _config(tmp_path, simpo_gamma=3.0, home_advantage=0.3).home_advantage == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("alpha, logps", [(0.25, True), (1.0, True), (0.0, False)])
@@ -35,12 +38,6 @@ def test_a_reference_is_needed_for_alpha_or_phi(tmp_path, alpha, logps, scaling,
     config = _config(tmp_path, mixing_alpha=alpha, contextual_scaling=scaling)
     assert (config.needs_reference_logps, config.needs_reference_entropy) == (logps, entropy)
     assert config.needs_reference == (logps or entropy)
-
-
-def test_simpo_gamma_is_beta_times_the_home_advantage(tmp_path):
-    for gamma, beta, want in ((1.0, 10.0, 0.1), (1.0, 2.0, 0.5), (0.0, 10.0, 0.0)):
-        assert _config(tmp_path, simpo_gamma=gamma, beta=beta).home_advantage == pytest.approx(want)
-    assert _config(tmp_path, simpo_gamma=3.0, home_advantage=0.3).home_advantage == pytest.approx(0.3)
 
 
 REFUSED = {
@@ -105,12 +102,9 @@ def test_contradictions_are_refused(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_every_option_of_another_objective_is_one_of_dpoconfig_and_tested():
+def test_options_of_the_parent_are_known_and_its_defaults_taken(tmp_path):
     assert set(OPTIONS_OF_DPO) == set(OF_THE_PARENT)
     assert set(OPTIONS_OF_DPO) <= set(DPOConfig.__dataclass_fields__)
-
-
-def test_defaults_of_the_parent_and_units_that_are_not_per_token_are_taken(tmp_path):
     assert _config(tmp_path, loss_type="sigmoid", f_divergence_type="reverse_kl").loss_type == ["sigmoid"]
     sums = {"length_normalization": False, "beta": 0.1}
     assert _config(tmp_path, **sums, home_advantage=40.0).home_advantage == 40.0
@@ -181,7 +175,7 @@ def test_json_gives_the_same_configuration_again(tmp_path, changes):
     assert restored["dispersion_scale"] == changes.get("dispersion_scale", "auto")
 
 
-def test_presets_give_way_to_overrides(tmp_path):
+def test_presets_give_way_to_overrides_also_in_a_subclass(tmp_path):
     config = RainbowPOConfig.from_preset("SimPO", **_home(tmp_path), beta=2.5, learning_rate=3e-7, max_length=99)
     assert (config.beta, config.learning_rate, config.max_length, config.home_advantage) == (2.5, 3e-7, 99, 0.3)
     assert (config.mixing_alpha, config.contextual_scaling, config.needs_reference) == (0.0, "none", False)
@@ -190,8 +184,6 @@ def test_presets_give_way_to_overrides(tmp_path):
     with pytest.raises(ValueError, match="are both set and differ"):
         RainbowPOConfig.from_preset("simpo", **_home(tmp_path), simpo_gamma=1.0, home_advantage=0.5)
 
-
-def test_a_subclass_has_the_presets_too(tmp_path):
     class Own(RainbowPOConfig):
         pass
 

@@ -63,7 +63,7 @@ def test_sets_do_not_depend_on_each_other_nor_on_the_size_of_micro_batches():
         small.rows("retain", 12)
 
 
-def test_batches_are_padded_and_know_their_rows():
+def test_batches_are_padded_and_know_their_rows_and_winners():
     mixture = SurgeryMixture({"unlearn": _rows(6), "retain": _rows(6, 20)}, {"unlearn": 2, "retain": 3}, 4, 0)
     batch = collate_sets([mixture[1]], pad_token_id=9)
     assert list(batch) == ["unlearn", "retain"] and len(batch["retain"]["row"]) == 3
@@ -76,9 +76,6 @@ def test_batches_are_padded_and_know_their_rows():
         assert one["attention_mask"][place].tolist() == [1] * length + [0] * (one["input_ids"].shape[1] - length)
         assert one["completion_mask"][place, :length].tolist() == row["completion_mask"]
         assert not one["completion_mask"][place, length:].any()
-
-
-def test_winners_are_a_batch_inside_the_batch():
     rows = [
         {"input_ids": [1, 2], "completion_mask": [True, True], "row": 4, "winner_input_ids": [5, 6, 7]}
         | {"winner_completion_mask": [False, True, True]}
@@ -89,14 +86,8 @@ def test_winners_are_a_batch_inside_the_batch():
 
 @pytest.mark.parametrize(("count", "max_rows", "world"), [(9, 64, 1), (9, 5, 2), (10, 64, 3), (2, 64, 3)])
 def test_ranks_share_the_measured_rows_and_meet_in_every_batch(count, max_rows, world):
-    shares = [
-        list(
-            eval_batches(
-                _rows(count), batch_size=2, pad_token_id=0, max_rows=max_rows, seed=1, rank=rank, world_size=world
-            )
-        )
-        for rank in range(world)
-    ]
+    given = {"batch_size": 2, "pad_token_id": 0, "max_rows": max_rows, "seed": 1}
+    shares = [list(eval_batches(_rows(count), **given, rank=rank, world_size=world)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     counted = Counter(
         int(place)
@@ -106,9 +97,7 @@ def test_ranks_share_the_measured_rows_and_meet_in_every_batch(count, max_rows, 
         if mask.any()
     )
     assert len(counted) == min(count, max_rows) and set(counted.values()) == {1}
-    whole = [
-        batch["row"] for batch in eval_batches(_rows(count), batch_size=2, pad_token_id=0, max_rows=max_rows, seed=1)
-    ]
+    whole = [batch["row"] for batch in eval_batches(_rows(count), **given)]
     assert {place for rows in whole for place in rows} == set(counted)
 
 
@@ -125,17 +114,14 @@ def test_shared_subjects_are_refused_and_named(first, second):
         check_subjects(sets)
 
 
-def test_overlap_that_is_allowed_is_told(caplog):
-    check_subjects({"unlearn": _named("a"), "retain": _named("a")}, allow_overlap=True)
-    assert "1 subject(s) are in both unlearn_dataset and retain_dataset: 'a'" in caplog.text
-
-
-def test_texts_are_compared_where_no_subject_is_named():
+def test_texts_are_compared_where_no_subject_is_named_and_allowed_overlap_is_told(caplog):
     sets = {"unlearn": _named("a").remove_columns("subject"), "retain": _named("a", "b")}
     with pytest.raises(ValueError, match=r"1 text\(s\) are in both"):
         check_subjects(sets)
     tokens = Dataset.from_dict({"input_ids": [[1, 2]]})
     check_subjects({"unlearn": tokens, "retain": _named("a")})
+    check_subjects({"unlearn": _named("a"), "retain": _named("a")}, allow_overlap=True)
+    assert "1 subject(s) are in both unlearn_dataset and retain_dataset: 'a'" in caplog.text
 
 
 EOS = 0
@@ -184,22 +170,14 @@ def test_rows_keep_their_order_and_their_subjects():
 
 
 BAD = {
-    "not text": (
-        [{"text": "w2 w3"}, {"text": " "}],
-        {},
-        r"row 1 \(counted from 0\) of unlearn_dataset: 'text' is ' '",
-    ),
+    "not text": ([{"text": "w2 w3"}, {"text": " "}], {}, r"row 1 \(counted from 0\) of unlearn_dataset: 'text' is"),
     "none": ([{"words": "w2"}], {}, "the columns words are no text: give 'text'"),
     "prefix elsewhere": ([{"text": "w2 w3", "prefix": "w4"}], {}, "does not begin with its prefix 'w4'"),
     "prefix is all": ([{"text": "w2 w3", "prefix": "w2 w3"}], {}, "its prefix covers the whole text"),
     "one token": ([{"text": "w2"}], {"append_eos": False}, "none of its 1 tokens counts"),
     "prompt too long": ([{"prompt": "w2 w3 w4", "completion": " w5"}], {"max_length": 3}, "or raise max_length"),
     "empty completion": ([{"prompt": "w2", "completion": ""}], {}, "and the completion not empty"),
-    "mixed": (
-        [{"prompt": "w2", "completion": [{"role": "assistant", "content": "w3"}]}],
-        {},
-        "both lists of messages",
-    ),
+    "mixed": ([{"prompt": "w2", "completion": [{"role": "assistant", "content": "w3"}]}], {}, "both lists of message"),
     "user last": ([{"messages": [{"role": "user", "content": "w2"}]}], {}, "that the assistant ends"),
     "ids outside": ([{"input_ids": [4, 99]}], {"vocab_size": 48}, r"token id 99 is outside \[0, 48\)"),
     "mask too short": ([{"input_ids": [4, 5], "completion_mask": [True]}], {}, "has 1 entries for 2 tokens"),
@@ -287,11 +265,7 @@ def test_refusals_vary_by_row_and_seed_alone():
     rows = [{"text": "w5 w6"}] * 40
     words = [f"w{number} w9" for number in range(10, 20)]
     first = _refused(rows, words)["winner_input_ids"]
-    assert (
-        first[:]
-        == _refused(rows, words)["winner_input_ids"][:]
-        != _refused(rows, words, seed=1)["winner_input_ids"][:]
-    )
+    assert first[:] == _refused(rows, words)["winner_input_ids"][:] != _refused(rows, words, 1)["winner_input_ids"][:]
     assert len({ids[0] for ids in first}) > 5
 
 
@@ -309,7 +283,7 @@ def _sets(old, new):
     )
 
 
-def test_new_versions_are_found_by_subject():
+def test_new_versions_are_found_by_subject_or_row_by_row():
     old, new = _sets(
         [("w2 w9", "a"), ("w3 w9", "b"), ("w4 w9", "a"), ("w5 w9", "a")],
         [("w22 w9", "b"), ("w20 w9", "a"), ("w21 w9", "a")],
@@ -317,18 +291,12 @@ def test_new_versions_are_found_by_subject():
     found = with_winners(old, new)
     assert [ids[0] for ids in found["winner_input_ids"]] == [20, 22, 21, 20]
     assert [ids[0] for ids in found["input_ids"]] == [2, 3, 4, 5]
-
-
-def test_new_versions_are_found_row_by_row_without_subjects():
     old, new = (
         rows.remove_columns("subject") for rows in _sets([("w2 w9", "a"), ("w3 w9", "b")], [("w20 w9", "c")] * 2)
     )
     assert len(with_winners(old, new)) == 2
     with pytest.raises(ValueError, match="obsolete_dataset has 2 rows and update_dataset 1"):
         with_winners(old, new.select([0]))
-
-
-def test_a_subject_without_a_new_version_is_named():
     old, new = _sets([("w2 w9", "a"), ("w3 w9", "b")], [("w20 w9", "a")])
     with pytest.raises(ValueError, match="1 subjects of obsolete_dataset have no new version .* such as 'b'"):
         with_winners(old, new)

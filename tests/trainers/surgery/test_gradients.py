@@ -75,15 +75,19 @@ def test_two_sums_are_projected_as_gru_projects_two_gradients(size, seed):
     assert projection_coefficients(_products(gradients), [1], []).tolist() == [1.0] * 5
 
 
-def test_terms_that_agree_stay_as_they_are_to_the_bit():
+def test_terms_that_agree_stay_to_the_bit_and_what_is_no_number_is_not_hidden():
     gradients = [torch.tensor([1.0, 2.0, 0.1]), torch.tensor([0.3, 1.0, 0.0]), torch.zeros(3)]
     products = _products(gradients)
     assert torch.equal(conflict_coefficients(products, projection_order(3, 0, 0)), torch.eye(3))
     assert projection_coefficients(products, [0], [1]).tolist() == [1.0] * 3
     assert projection_coefficients(products, [0], [2]).tolist() == [1.0] * 3, "an anchor of 0"
+    products = _products([torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0])])
+    assert conflict_coefficients(products, [[1], [0]]).isnan().any()
+    assert projection_coefficients(products, [0], [1]).isnan().any()
+    assert projection_coefficients(products, [1], [0]).isnan().any()
 
 
-def test_lists_of_parameters_are_one_long_gradient():
+def test_lists_of_parameters_are_one_long_gradient_and_shards_add_up():
     """Shapes do not matter, None counts as zeros and stays None where no term has a gradient."""
     flat = _gradients(3, 10, seed=4)
     parts = [[g[:4].view(2, 2), g[4:5].view(()), None, g[5:].view(5, 1)] for g in flat]
@@ -96,9 +100,6 @@ def test_lists_of_parameters_are_one_long_gradient():
     without = [part if index else None for index, part in enumerate(parts[0])]
     zeroed = torch.cat([torch.zeros(4).double(), flat[0][4:]])
     assert_matches("products with None", inner_products([without, parts[1]]), _products([zeroed, flat[1]]))
-
-
-def test_products_of_shards_add_up():
     gradients = _gradients(3, 12, seed=5)
     shards = [[g[part] for g in gradients] for part in (slice(0, 5), slice(5, 12))]
     assert_matches("products", sum(_products(shard) for shard in shards), _products(gradients))
@@ -133,7 +134,7 @@ def test_what_rounding_leaves_of_a_divergence_that_is_zero_is_noise_and_a_small_
     assert not is_noise(torch.tensor([math.nan, 1.0, 0.0]), eps).any(), "nothing is hidden by a NaN"
 
 
-def test_half_precision_is_added_up_in_float32():
+def test_half_precision_is_added_up_in_float32_and_rounds_as_the_coarsest_type():
     """4,096 products of about 1e-4: a sum in bfloat16 stops growing long before the end."""
     gradient = torch.full((64, 64), 0.01, dtype=torch.bfloat16)
     products = inner_products([[gradient], [gradient]])
@@ -141,6 +142,10 @@ def test_half_precision_is_added_up_in_float32():
     assert products[0, 1].item() == pytest.approx(4096 * gradient[0, 0].double().item() ** 2, rel=1e-5)
     (half,) = combine([[gradient], [gradient]], torch.tensor([0.25, 0.25]))
     assert half.dtype == torch.bfloat16 and torch.equal(half, 0.5 * gradient)
+    assert pass_rounding("bf16") == 2**-7 and pass_rounding("fp16") == 2**-10 and pass_rounding("no") == 2**-52
+    assert TermGradients([nn.Parameter(torch.zeros(1))], pass_rounding("no")).rounding == 2**-23
+    assert TermGradients([nn.Parameter(torch.zeros(1))], pass_rounding("bf16")).rounding == 2**-7
+    assert TermGradients([nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]).rounding == 2**-7
 
 
 def test_the_order_is_a_function_of_seed_and_step_and_every_order_comes_up():
@@ -149,13 +154,6 @@ def test_the_order_is_a_function_of_seed_and_step_and_every_order_comes_up():
     for i, orders in enumerate(seen):
         assert orders == set(itertools.permutations(j for j in range(4) if j != i))
     assert projection_order(1, 0, 0) == [[]]
-
-
-def test_a_gradient_that_is_no_number_is_not_hidden():
-    products = _products([torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0])])
-    assert conflict_coefficients(products, [[1], [0]]).isnan().any()
-    assert projection_coefficients(products, [0], [1]).isnan().any()
-    assert projection_coefficients(products, [1], [0]).isnan().any()
 
 
 def _every_step(device):
@@ -237,19 +235,13 @@ def test_the_plain_step_is_the_gradient_of_the_sum(micro_batches):
     assert len(facts) == 6
 
 
-def test_forgetting_gives_way_to_the_anchor():
+def test_steps_are_projected_and_clipped_as_published():
     first, second, third = _gradients_of_terms()
     step, _ = _merged(mode="project")
     assert torch.allclose(step, _gru(first, third) + second + third, rtol=1e-12)
-
-
-def test_terms_are_clipped_before_they_are_added():
     step, _ = _merged(max_norm=1.5)
     want = sum(g * min(1.0, 1.5 / float(g.norm())) for g in _gradients_of_terms())
     assert torch.allclose(step, want, rtol=1e-12)
-
-
-def test_conflicts_of_all_terms_are_taken_out():
     step, _ = _merged(mode="pcgrad", seed=4, step=7)
     want = sum(_pcgrad(_gradients_of_terms(), projection_order(3, 4, 7)))
     assert torch.allclose(step, want, rtol=1e-12)
@@ -266,10 +258,3 @@ def test_a_gradient_that_is_noise_has_no_direction(options):
     _, found = _merged(retain=1e-14, weights={"unlearn": 1.0, "update": 1.0, "retain": 1.0})
     _, known = _merged(retain=1e-14, weights={"unlearn": 1.0, "update": 1.0, "retain": 1e3})
     assert "grad_cosine/unlearn_retain" in found and "grad_cosine/unlearn_retain" not in known
-
-
-def test_the_rounding_is_that_of_the_coarsest_type():
-    assert pass_rounding("bf16") == 2**-7 and pass_rounding("fp16") == 2**-10 and pass_rounding("no") == 2**-52
-    assert TermGradients([nn.Parameter(torch.zeros(1))], pass_rounding("no")).rounding == 2**-23
-    assert TermGradients([nn.Parameter(torch.zeros(1))], pass_rounding("bf16")).rounding == 2**-7
-    assert TermGradients([nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]).rounding == 2**-7

@@ -15,15 +15,12 @@ def _config(tmp_path, **changes):
     return SurgeryConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **changes)
 
 
-def test_safe_is_the_default_and_bounded(tmp_path):
+def test_safe_is_the_default_and_overrides_win_over_a_preset(tmp_path):
     config = SurgeryConfig.from_preset("safe", output_dir=str(tmp_path), use_cpu=True, report_to="none")
     plain = _config(tmp_path)
     assert config.to_dict() == plain.to_dict()
     assert config.forget_losses["unlearn"].is_bounded and config.forget_target == "unseen"
     assert config.metric_for_best_model == "surgery_gap" and config.load_best_model_at_end
-
-
-def test_overrides_win_over_a_preset(tmp_path):
     config = SurgeryConfig.from_preset(
         "paper", output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=1e-5, unlearn_weight=0.0
     )

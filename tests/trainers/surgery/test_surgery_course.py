@@ -1,24 +1,21 @@
 """The course of a surgery: targets, stop rules, the best model, resuming, adapters, experts, and what goes wrong.
 
-A step of a surgery is the step on the sum of its terms, however it is split; the paper's is the authors' loop.
+A step of a surgery is the step on the sum of its terms, however it is split (over ranks: tests/distributed); the
+paper's is the authors' loop.
 """
 
-import json
 from statistics import fmean
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.nn import functional
-from transformers import TrainerCallback
 
 from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_trainer import card_section, counted_targets, record_of
-from tests.helpers.cpt_runs import logged
-from tests.helpers.fresh_process import TWO_RANKS, launch
+from tests.helpers.cpt_runs import AtStep, logged, stop_at
 from tests.helpers.preference_runs import word_tokenizer
 from tests.helpers.surgery_runs import BEST, EVALUATED, history, token_sets, trainer
 from tests.helpers.tiny_models import tiny_model
@@ -45,30 +42,19 @@ def test_unseen_text_sets_the_target_before_the_first_step_or_at_each_measuremen
 
 
 def test_a_run_stops_when_every_set_has_reached_its_target(tmp_path, caplog):
-    run = trainer(
-        tmp_path / "run", max_steps=40, forget_target=2.0, update_target=3.8, learning_rate=3e-2, **EVALUATED
-    )
+    run = trainer(tmp_path / "run", max_steps=40, forget_target=2, update_target=3.8, learning_rate=5e-2, **EVALUATED)
     run.train()
     assert 0 < run.state.global_step < 40
     assert "every set has reached its target" in caplog.text
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-        return control
-
-
-@pytest.mark.parametrize("model", ["cpt_moe", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["llama", pytest.param("cpt_moe", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, model):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     options |= {"eval_strategy": "steps", "eval_steps": 2}
     whole = trainer(tmp_path / "whole", model, **options)
     whole.train()
-    stopped = trainer(tmp_path / "stopped", model, callbacks=[StopAt(3)], **options)
+    stopped = trainer(tmp_path / "stopped", model, callbacks=[stop_at(3)], **options)
     stopped.train()
     resumed = trainer(tmp_path / "stopped", model, **options)
     resumed.train(resume_from_checkpoint="last")
@@ -79,7 +65,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, model):
 
 def test_an_adapter_is_its_own_reference(tmp_path):
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    run = trainer(tmp_path / "run", peft_config=adapter, forget_loss="npo", **EVALUATED)
+    run = trainer(tmp_path / "run", peft_config=adapter, forget_loss="npo", max_steps=2, **EVALUATED)
     base = {n: p.clone() for n, p in run.model.named_parameters() if "lora_" not in n}
     run.train()
     assert run.state.log_history[0]["eval_retain_kl"] == pytest.approx(0.0, abs=1e-6)
@@ -89,66 +75,37 @@ def test_an_adapter_is_its_own_reference(tmp_path):
             assert torch.equal(parameter, base[name]), name
 
 
-@pytest.mark.slow
-def test_a_cached_reference_gives_the_run_of_a_copy(tmp_path):
-    logs = []
-    for kind in ("copy", "cache"):
-        options = {"reference": kind, "max_steps": 2, "forget_loss": "npo", "router_anchor": 0.3}
-        run = trainer(tmp_path / kind, "mixtral", **options, **EVALUATED)
-        run.train()
-        logs.append(history(run)[:-1])
-    for ours, theirs in zip(*logs, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-
-
-def _words(rows):
-    """The tokens as words of the tiny tokenizer."""
-    return Dataset.from_dict(
-        {"text": [" ".join(f"w{2 + token % 40}" for token in ids[:10]) for ids in rows["input_ids"]]}
-    )
-
-
-@pytest.mark.parametrize("loss", ["idk_dpo", "pair_dpo"])
-def test_the_winner_of_a_pair_wins(tmp_path, loss):
+def test_a_refusal_wins_over_the_text(tmp_path):  # that a new version does: the record names pair_dpo
     sets = token_sets()
-    if loss == "idk_dpo":
-        sets |= {f"{name}_dataset": _words(sets[f"{name}_dataset"]) for name in ("unlearn", "obsolete")}
-        options = {"processing_class": word_tokenizer(), "refusals": ["w40 w41"], "forget_loss": loss}
-        name = "unlearn"
-    else:
-        options, name = {"obsolete_loss": loss}, "obsolete"
-    run = trainer(tmp_path / "run", sets=sets, max_steps=8, **{f"{name}_weight": 2.0}, **options)
-    batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))[name]
+    words = [" ".join(f"w{2 + token % 40}" for token in ids[:10]) for ids in sets["unlearn_dataset"]["input_ids"]]
+    sets |= dict.fromkeys(("unlearn_dataset", "obsolete_dataset"), Dataset.from_dict({"text": words}))
+    options = {"processing_class": word_tokenizer(), "refusals": ["w40 w41"], "forget_loss": "idk_dpo"}
+    run = trainer(tmp_path / "run", sets=sets, max_steps=3, unlearn_weight=2.0, **options)
+    batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))["unlearn"]
 
     def margin():
         with torch.no_grad():
             loser, winner = (
-                (
-                    token_logp(run_model(run.model, one).hidden, head_of(run.model), one["input_ids"])
-                    * counted_targets(one)
-                )
+                (token_logp(run_model(run.model, one), head_of(run.model), one["input_ids"]) * counted_targets(one))
                 for one in (batch, batch["winner"])
             )
         return winner.sum(1) - loser.sum(1)
 
     before = margin()
     run.train()
-    assert (margin() > before + 1.0).all()
-    assert logged(run.state.log_history, f"{name}/loss")
+    assert (margin() > before + 0.2).all()
+    assert logged(run.state.log_history, "unlearn/loss")
 
 
 def test_only_the_target_experts_and_their_routers_move(tmp_path):
-    run = trainer(tmp_path / "run", "mixtral", target_experts=2, weight_decay=0.1, **EVALUATED)
+    run = trainer(tmp_path / "run", "mixtral", target_experts=2, weight_decay=0.1, max_steps=2, **EVALUATED)
     before = _weights(run)
     run.train()
     assert len(run.targets.chosen) == 2
     moved = {name for name, value in _weights(run).items() if not torch.equal(value, before[name])}
     layers = {layer for layer, _ in run.targets.chosen}
-    allowed = {
-        f"model.layers.{n}.mlp.{part}"
-        for n in layers
-        for part in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    }
+    parts = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    allowed = {f"model.layers.{n}.mlp.{part}" for n in layers for part in parts}
     assert moved and moved <= allowed
     for layer in layers:
         name = f"model.layers.{layer}.mlp.experts.down_proj"
@@ -159,7 +116,7 @@ def test_only_the_target_experts_and_their_routers_move(tmp_path):
 
 
 def test_routers_can_be_frozen_and_held_and_are_watched(tmp_path):
-    run = trainer(tmp_path / "run", "cpt_moe", freeze_router=True, router_anchor=1.0, **EVALUATED)
+    run = trainer(tmp_path / "run", "cpt_moe", freeze_router=True, router_anchor=1.0, max_steps=2, **EVALUATED)
     before = _weights(run)
     run.train()
     for name, value in _weights(run).items():
@@ -169,36 +126,22 @@ def test_routers_can_be_frozen_and_held_and_are_watched(tmp_path):
     assert logged(run.state.log_history, "retain/router_kl")[0] == pytest.approx(0.0, abs=1e-5)
 
 
-class Poison(TrainerCallback):
-    """Makes the model useless after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            with torch.no_grad():
-                next(model.parameters()).fill_(float("nan"))
+def _poison(run, step):
+    """Make the model useless after a step."""
+    run.add_callback(AtStep(step, lambda _: next(run.model.parameters()).data.fill_(float("nan"))))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_model_comes_back(tmp_path):
-    run = trainer(tmp_path / "run", max_steps=8, callbacks=[Poison(5)], **BEST)
-    with pytest.raises(
-        FloatingPointError, match=r"Step 6 is bad .*its loss is nan.* holds the weights of .*checkpoint"
-    ):
+    run = trainer(tmp_path / "run", max_steps=5, **BEST)
+    _poison(run, 3)
+    said = r"Step 4 is bad .*its loss is nan.* holds the weights of .*checkpoint"
+    with pytest.raises(FloatingPointError, match=said):
         run.train()
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
-    plain = trainer(tmp_path / "plain", callbacks=[Poison(1)])
+    plain = trainer(tmp_path / "plain")
+    _poison(plain, 1)
     with pytest.raises(FloatingPointError, match="No model was saved before"):
         plain.train()
-
-
-def _first_inputs(run):
-    """The first item of the mixture, for a run that is ready to step."""
-    run._prepare()
-    run.units = {}
-    run.model.train()
-    return run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))
 
 
 def _taken_gradients(model):
@@ -210,7 +153,10 @@ def _taken_gradients(model):
 @pytest.mark.parametrize(("model", "loss"), [("llama", "ga"), ("mixtral", "npo"), ("cpt_moe", "cap")])
 def test_one_backward_per_term_is_one_backward_of_the_sum(tmp_path, model, loss):
     run = trainer(tmp_path / "run", model, forget_loss=loss, forget_target=4.0)
-    inputs = _first_inputs(run)
+    run._prepare()
+    run.units = {}
+    run.model.train()
+    inputs = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))
     run.training_step(run.model, inputs)
     parts = _taken_gradients(run.model)
     run.compute_loss(run.model, inputs).backward()
@@ -220,77 +166,32 @@ def test_one_backward_per_term_is_one_backward_of_the_sum(tmp_path, model, loss)
         assert_matches(name, parts[name], whole[name])
 
 
-def test_with_ga_weights_of_one_and_reverse_kl_it_is_the_negative_of_the_printed_objective(tmp_path):
-    """J = CE(D_unl) - CE(D_upd) - KL(P || P_pre), to be maximised, text by text from the logits of transformers."""
-    model, before = tiny_model("llama").double(), tiny_model("llama", initializer_range=0.3).double()
-    options = {"forget_loss": "ga", "forget_target": None, "unlearn_weight": 1.0, "kl_direction": "reverse"}
-    sets = token_sets("unlearn", "update", "retain")
-    run = trainer(tmp_path / "run", model, sets, ref_model=before, reference="copy", **options)
-    inputs = _first_inputs(run)
-    loss = run.compute_loss(run.model, inputs)
-    loss.backward()
-    found = _taken_gradients(run.model)
-    means = {}
-    for name, batch in inputs.items():
-        rows = [ids[kept.bool()] for ids, kept in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-        values = []
-        for ids in rows:
-            logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
-            if name == "retain":
-                gap = logp - before(ids[None]).logits[0, :-1].log_softmax(-1).detach()
-                values.append((logp.exp() * gap).sum(-1).mean())
-            else:
-                values.append(functional.nll_loss(logp, ids[1:]))
-        means[name] = torch.stack(values).mean()
-    printed = means["unlearn"] - means["update"] - means["retain"]
-    assert means["retain"] > 0.01 and loss.item() == pytest.approx(-printed.item(), rel=1e-6)
-    (-printed).backward()
-    for name, want in _taken_gradients(run.model).items():
-        assert_matches(name, found[name], want, 1e-6)  # shares of tokens are computed in float32
-
-
 def test_terms_that_are_held_apart_make_the_same_step(tmp_path):
-    changes = {"plain": {}, "logged": {"log_term_gradients": True}, "clipped": {"max_term_grad_norm": 1e6}}
-    runs = {name: trainer(tmp_path / name, "cpt_moe", max_steps=2, **options) for name, options in changes.items()}
-    for run in runs.values():
+    changes = {"plain": {}, "apart": {"log_term_gradients": True, "max_term_grad_norm": 1e6}}
+    runs = [trainer(tmp_path / name, "cpt_moe", max_steps=2, **options) for name, options in changes.items()]
+    for run in runs:
         run.train()
-    plain = runs.pop("plain")
-    for apart in runs.values():
-        for (name, got), want in zip(apart.model.named_parameters(), plain.model.parameters(), strict=True):
-            assert_matches(name, got, want, 1e-4)
-        first, second = apart.state.log_history[:2]
-        assert {"grad_norm/unlearn", "grad_norm/retain", "grad_cosine/unlearn_retain"} <= second.keys()
-        assert "grad_cosine/unlearn_update" in first and "grad_cosine/unlearn_retain" not in first, "0 up to rounding"
+    plain, apart = runs
+    for (name, got), want in zip(apart.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert_matches(name, got, want, 1e-4)
+    first, second = apart.state.log_history[:2]
+    assert {"grad_norm/unlearn", "grad_norm/retain", "grad_cosine/unlearn_retain"} <= second.keys()
+    assert "grad_cosine/unlearn_update" in first and "grad_cosine/unlearn_retain" not in first, "0 up to rounding"
     assert not any("cosine" in key for entry in plain.state.log_history for key in entry)
 
 
 @pytest.mark.parametrize("normalization", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_accumulation_does_not_change_the_step(tmp_path, normalization):
     sizes = {f"{name}_batch_size": 4 for name in TERMS}
-    options = {"normalization": normalization, "router_anchor": 0.5, "learning_rate": 1e-3, "max_steps": 2}
+    options = {"normalization": normalization, "router_anchor": 0.5, "learning_rate": 1e-3, "max_steps": 1}
+    options["router_balance"] = "none"  # a property of a batch, which differs between splits
     whole = trainer(tmp_path / "whole", "cpt_moe", **options, **sizes)
     parts = trainer(tmp_path / "parts", "cpt_moe", gradient_accumulation_steps=4, **options, **dict.fromkeys(sizes, 1))
-    # the balance of experts is a property of a batch, and so differs between splits
     for run in (whole, parts):
-        run.model.config.router_aux_loss_coef = run.model.config.router_z_loss_coef = 0.0
         run.train()
     for key in ("loss", "unlearn/ce", "update/ce", "retain/kl", "neighbour/kl", "unlearn/loss", "grad_norm"):
         got, want = (logged(run.state.log_history, key) for run in (parts, whole))
         assert got == pytest.approx(want, rel=5e-3, abs=1e-6), key
-
-
-@pytest.mark.slow
-def test_two_ranks_make_the_steps_of_one(tmp_path):  # a mixture: tests/distributed
-    sizes = {f"{name}_batch_size": 2 for name in TERMS}
-    common = {"normalization": "token", "log_term_gradients": True, **EVALUATED}
-    one = trainer(tmp_path / "one", **common, **sizes)
-    one.train()
-    asked = {"folder": str(tmp_path / "two"), **common, **dict.fromkeys(sizes, 1)}
-    launch(*TWO_RANKS, "-m", "tests.helpers.surgery_runs", json.dumps(asked))
-    two = json.loads((tmp_path / "two.json").read_text())
-    for ours, theirs in zip(history(one), two, strict=True):
-        without = [{key: value for key, value in entry.items() if key != "total_flos"} for entry in (ours, theirs)]
-        assert without[1] == pytest.approx(without[0], rel=1e-4, abs=1e-4)  # the count of operations counts padding
 
 
 def test_the_papers_steps_are_those_of_the_authors_loop(tmp_path):
