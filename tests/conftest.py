@@ -1,5 +1,6 @@
 """Every test runs offline, seeded, on one thread, with its own caches and with fresh memory full of NaN."""
 
+import gc
 import os
 import random
 import shutil
@@ -66,6 +67,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """All is imported now and stays: a collection of garbage, which runs make between models, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
+    gc.unfreeze()
     if _CACHE_OF_THIS_RUN is not None:
         shutil.rmtree(_CACHE_OF_THIS_RUN, ignore_errors=True)

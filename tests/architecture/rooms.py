@@ -14,74 +14,46 @@ class Room:
     others: tuple[str, ...] = ()
 
 
-_EVERY_ROOM = ("hf_moe_cpt",)
-_FRONT = ("hf_moe_cpt.extras", "hf_moe_cpt.lazy", "hf_moe_cpt.machine")
-_TRAINER = Room(
-    ours=(
-        *_FRONT,
-        "hf_moe_cpt.data",
-        "hf_moe_cpt.evaluation",
-        "hf_moe_cpt.hub",
-        "hf_moe_cpt.kernels",
-        "hf_moe_cpt.optim",
-        "hf_moe_cpt.planning",
-        "hf_moe_cpt.reports",
-        "hf_moe_cpt.routing",
-        "hf_moe_cpt.trainers.common",
-    ),
-    others=("accelerate", "datasets", "numpy", "safetensors", "torch", "transformers"),
-)
-_NUMBERS = ("numpy", "safetensors", "torch", "tqdm", "transformers")
+def _room(ours: str, others: str = "") -> Room:
+    """From words; those of ours without hf_moe_cpt in front, which "." is."""
+    return Room(tuple(f"hf_moe_cpt.{name}".rstrip(".") for name in ours.split()), tuple(others.split()))
+
+
+_FRONT = "extras lazy machine"
+_COMMON = f"{_FRONT} data evaluation hub kernels optim planning reports routing trainers.common"
+_TRAINING = "accelerate datasets numpy safetensors torch transformers"
+_NUMBERS = "numpy safetensors torch tqdm transformers"
 
 # The longest matching package decides. What the front door imports at its top is a rule of its own: nothing.
-ROOMS = {
-    "hf_moe_cpt": Room(_EVERY_ROOM, (*_TRAINER.others, "tqdm", "trl", "yaml")),
-    "hf_moe_cpt.analysis": Room(("hf_moe_cpt.routing", "hf_moe_cpt.reports")),  # the old name of these rooms
-    "hf_moe_cpt.data": Room(
-        _FRONT, ("datasets", "jinja2", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml")
+_ROOMS = {
+    "": _room(".", f"{_TRAINING} tqdm trl yaml"),
+    "analysis": _room("routing reports"),  # the old name of these rooms
+    "data": _room(_FRONT, "datasets jinja2 numpy pyarrow tokenizers torch tqdm transformers yaml"),
+    # trainers.surgery.chunked: hidden states, head and KL of the anchor, measured as trained
+    "evaluation": _room(
+        f"{_FRONT} data generation reports trainers.surgery.chunked", f"{_NUMBERS} accelerate datasets peft"
     ),
-    "hf_moe_cpt.evaluation": Room(
-        (
-            *_FRONT,
-            "hf_moe_cpt.data",
-            "hf_moe_cpt.generation",
-            "hf_moe_cpt.reports",
-            "hf_moe_cpt.trainers.surgery.chunked",  # hidden states, head and KL of the anchor: measured as trained
-        ),
-        (*_NUMBERS, "accelerate", "datasets", "peft"),
+    # arguments: what a command is told is checked where its settings live
+    "generation": _room(f"{_FRONT} arguments data evaluation", f"{_NUMBERS} datasets huggingface_hub"),
+    "hub": _room(
+        f"{_FRONT} hub_cards modeling reports routing", "huggingface_hub safetensors torch tqdm transformers yaml"
     ),
-    "hf_moe_cpt.generation": Room(
-        # arguments: what a command is told is checked where its settings live
-        (*_FRONT, "hf_moe_cpt.arguments", "hf_moe_cpt.data", "hf_moe_cpt.evaluation"),
-        (*_NUMBERS, "datasets", "huggingface_hub"),
-    ),
-    "hf_moe_cpt.hub": Room(
-        (*_FRONT, "hf_moe_cpt.hub_cards", "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"),
-        ("huggingface_hub", "safetensors", "torch", "tqdm", "transformers", "yaml"),
-    ),
-    "hf_moe_cpt.hub_cards": Room(),
-    "hf_moe_cpt.kernels": Room((*_FRONT, "hf_moe_cpt.modeling"), ("liger_kernel", "torch", "transformers", "triton")),
-    "hf_moe_cpt.metrics": Room(
-        ("hf_moe_cpt.evaluation", "hf_moe_cpt.routing"), ("datasets", "evaluate", "numpy", "torch")
-    ),
-    "hf_moe_cpt.modeling": Room(others=("huggingface_hub", "torch", "transformers")),
-    "hf_moe_cpt.optim": Room(others=("torch", "triton")),
-    "hf_moe_cpt.planning": Room(
-        (*_FRONT, "hf_moe_cpt.modeling", "hf_moe_cpt.reports", "hf_moe_cpt.routing"), (*_NUMBERS, "huggingface_hub")
-    ),
-    "hf_moe_cpt.reports": Room(_FRONT),
-    "hf_moe_cpt.routing": Room(
-        (*_FRONT, "hf_moe_cpt.data", "hf_moe_cpt.reports"), (*_NUMBERS, "accelerate", "datasets")
-    ),
-    "hf_moe_cpt.scripts": Room(
-        _EVERY_ROOM, (*_TRAINER.others, "huggingface_hub", "tokenizers", "tqdm", "trl", "yaml")
-    ),
-    "hf_moe_cpt.trainers": Room(),
-    "hf_moe_cpt.trainers.common": _TRAINER,
-    "hf_moe_cpt.trainers.cpt": _TRAINER,
-    "hf_moe_cpt.trainers.rainbowpo": Room(_TRAINER.ours, (*_TRAINER.others, "tqdm", "trl")),
-    "hf_moe_cpt.trainers.surgery": _TRAINER,
+    "hub_cards": Room(),
+    "kernels": _room(f"{_FRONT} modeling", "liger_kernel torch transformers triton"),
+    "metrics": _room("evaluation routing", "datasets evaluate numpy torch"),
+    "modeling": _room("", "huggingface_hub torch transformers"),
+    "optim": _room("", "torch triton"),
+    "planning": _room(f"{_FRONT} modeling reports routing", f"{_NUMBERS} accelerate huggingface_hub"),
+    "reports": _room(_FRONT),
+    "routing": _room(f"{_FRONT} data reports", f"{_NUMBERS} accelerate datasets"),
+    "scripts": _room(".", f"{_TRAINING} huggingface_hub tokenizers tqdm trl yaml"),
+    "trainers": Room(),
+    "trainers.common": _room(_COMMON, _TRAINING),
+    "trainers.cpt": _room(_COMMON, _TRAINING),
+    "trainers.rainbowpo": _room(_COMMON, f"{_TRAINING} tqdm trl yaml"),
+    "trainers.surgery": _room(_COMMON, _TRAINING),
 }
+ROOMS = {f"hf_moe_cpt.{name}".rstrip("."): room for name, room in _ROOMS.items()}
 
 
 def room_of(package: str) -> tuple[str, Room]:

@@ -13,11 +13,14 @@ from tests.helpers.source_tree import SourceFile, read_project
 SIX_BLOCKS = "def f():\n" + "".join(f"{' ' * depth}if x:\n" for depth in range(1, 7)) + " " * 7 + "y"
 SIX_BRANCHES = "def f():\n if x:\n  y\n" + " elif x:\n  y\n" * 5
 
+A, DATA, CLI = "scripts/a.py", "hf_moe_cpt/data/a.py", "hf_moe_cpt/cli.py"
+OURS = "from hf_moe_cpt."
+SWALLOWED = "try:\n    x\nexcept Exception:\n    "
 # by rule: where the file lies, a text that breaks it, a word of the report, a text that does not
 CASES = {
     import_rules.rooms_import_only_what_the_table_allows: [
         ("hf_moe_cpt/optim/a.py", "import transformers", "transformers", "import torch"),
-        ("hf_moe_cpt/data/a.py", "from hf_moe_cpt import optim", "hf_moe_cpt.optim", "from hf_moe_cpt.data import b"),
+        (DATA, "from hf_moe_cpt import optim", "hf_moe_cpt.optim", "from hf_moe_cpt.data import b"),
         ("modeling/a.py", "def f():\n    import numpy", "numpy", "import torch.nn"),
         ("hub_cards/a.py", "import hf_moe_cpt.cli", "hf_moe_cpt.cli", "import json"),
     ],
@@ -25,20 +28,15 @@ CASES = {
         ("trainers/cpt/a.py", "from hf_moe_cpt import modeling", "hf_moe_cpt.modeling", "from hf_moe_cpt import data"),
         (
             "trainers/surgery/a.py",
-            "from hf_moe_cpt.trainers.cpt.cpt_trainer import x",
+            f"{OURS}trainers.cpt.a import x",
             "trainers.cpt",
-            "from hf_moe_cpt.trainers.common.metrics import x",
+            f"{OURS}trainers.common.a import x",
         ),
     ],
     import_rules.front_door_is_lazy: [
-        ("hf_moe_cpt/cli.py", "import torch", "torch", "def f():\n    import torch"),
+        (CLI, "import torch", "torch", "def f():\n    import torch"),
         ("hf_moe_cpt/__init__.py", "import torch", "torch", "import json"),
-        (
-            "hf_moe_cpt/cli.py",
-            "from hf_moe_cpt.data import packing",
-            "hf_moe_cpt.data",
-            "if TYPE_CHECKING:\n    from hf_moe_cpt.data import packing",
-        ),
+        (CLI, f"{OURS}data import x", "hf_moe_cpt.data", f"if TYPE_CHECKING:\n    {OURS}data import x"),
     ],
     import_rules.modeling_is_flat_with_sibling_imports: [
         ("modeling/a.py", "from . import a", "from .sibling", "from .a import x"),
@@ -46,29 +44,19 @@ CASES = {
         ("modeling/deep/a.py", "import torch", "lies in a folder", None),
     ],
     import_rules.only_modeling_imports_relatively: [
-        ("hf_moe_cpt/data/a.py", "from .b import x", "full name", "from hf_moe_cpt.data.b import x")
+        (DATA, "from .b import x", "full name", "from hf_moe_cpt.data.b import x")
     ],
     import_rules.no_room_is_imported_as_a_top_level_name: [
-        (
-            "tests/a.py",
-            "from trainers.cpt import x",
-            "write hf_moe_cpt.trainers",
-            "from hf_moe_cpt.trainers.cpt import x",
-        )
+        ("tests/a.py", "from trainers.cpt import x", "write hf_moe_cpt.trainers", f"{OURS}trainers.cpt import x")
     ],
-    structure_rules.scripts_are_entry_points: [("scripts/a.py", "x = 1\n" * 151, "151 lines", "x = 1\n" * 150)],
+    structure_rules.scripts_are_entry_points: [(A, "x = 1\n" * 151, "151 lines", "x = 1\n" * 150)],
     structure_rules.nobody_imports_scripts: [
-        (
-            "hf_moe_cpt/data/a.py",
-            "from hf_moe_cpt.scripts.cpt import x",
-            "hf_moe_cpt.scripts.cpt",
-            "from hf_moe_cpt.data.cpt import x",
-        ),
+        (DATA, f"{OURS}scripts.cpt import x", "hf_moe_cpt.scripts.cpt", f"{OURS}data.cpt import x"),
         (
             "scripts/replication/a.py",
-            "from hf_moe_cpt.scripts.benchmarks.harness import x",
-            "hf_moe_cpt.scripts.benchmarks.harness",
-            "from hf_moe_cpt.scripts.replication.harness import x",
+            f"{OURS}scripts.benchmarks.b import x",
+            "hf_moe_cpt.scripts.benchmarks.b",
+            f"{OURS}scripts.replication.b import x",
         ),
     ],
     structure_rules.folders_are_not_crowded: [
@@ -76,36 +64,29 @@ CASES = {
         ([f"hf_moe_cpt/data/text_{number}.py" for number in range(4)], "", "text_* is 4 files", None),
     ],
     structure_rules.nothing_is_there_for_tests_alone: [
-        ("hf_moe_cpt/data/a.py", "def f(): pass", "f is used by nothing", "def plain_f(): pass\ndef f(): pass\nx = f")
+        (DATA, "def f(): pass", "f is used by nothing", "def plain_f(): pass\ndef f(): pass\nx = f")
     ],
     style_rules.functions_fit_their_limit: [
-        ("scripts/a.py", "def f():\n" + "    x = 1\n" * 80, "81 lines", "def f():\n" + "    x = 1\n" * 79)
+        (A, "def f():\n" + "    x = 1\n" * 80, "81 lines", "def f():\n" + "    x = 1\n" * 79)
     ],
-    style_rules.blocks_are_not_nested_deeply: [("scripts/a.py", SIX_BLOCKS, "6 blocks", SIX_BRANCHES)],
-    style_rules.files_open_with_a_sentence: [("scripts/a.py", "x = 1", "docstring", '"""Purpose."""')],
+    style_rules.blocks_are_not_nested_deeply: [(A, SIX_BLOCKS, "6 blocks", SIX_BRANCHES)],
+    style_rules.files_open_with_a_sentence: [(A, "x = 1", "docstring", '"""Purpose."""')],
     style_rules.names_of_files_say_something: [("scripts/data_utils.py", "", "says nothing", None)],
-    style_rules.users_are_never_met_with_assert: [("scripts/a.py", "assert x", "asserts", "raise ValueError")],
+    style_rules.users_are_never_met_with_assert: [(A, "assert x", "asserts", "raise ValueError")],
     style_rules.no_error_is_swallowed: [
-        ("scripts/a.py", "try:\n    x\nexcept:\n    y", "catches", "try:\n    x\nexcept OSError:\n    y"),
-        (
-            "scripts/a.py",
-            "try:\n    x\nexcept Exception:\n    y",
-            "catches",
-            "try:\n    x\nexcept Exception:\n    raise",
-        ),
+        (A, "try:\n    x\nexcept:\n    y", "catches", "try:\n    x\nexcept OSError:\n    y"),
+        (A, f"{SWALLOWED}y", "catches", f"{SWALLOWED}raise"),
     ],
     style_rules.no_environment_variable_is_read: [
-        ("scripts/a.py", "os.environ['X']", "os.environ", "os.cpu_count()"),
-        ("scripts/a.py", "from os import getenv", "getenv", "from os import path"),
+        (A, "os.environ['X']", "os.environ", "os.cpu_count()"),
+        (A, "from os import getenv", "getenv", "from os import path"),
     ],
     style_rules.nothing_is_left_unfinished: [
-        ("scripts/a.py", "x = 1  # TODO later", "TODO", "x = 'TODO'"),
-        ("scripts/a.py", "raise NotImplementedError", "NotImplementedError", "raise ValueError"),
+        (A, "x = 1  # TODO later", "TODO", "x = 'TODO'"),
+        (A, "raise NotImplementedError", "NotImplementedError", "raise ValueError"),
     ],
-    style_rules.public_functions_are_documented: [
-        ("scripts/a.py", "def f(): pass", "docstring", "def f():\n    'Does.'")
-    ],
-    style_rules.arguments_are_typed: [("scripts/a.py", "def f(x): pass", "no type", "def f(self, x: int): pass")],
+    style_rules.public_functions_are_documented: [(A, "def f(): pass", "docstring", "def f():\n    'Does.'")],
+    style_rules.arguments_are_typed: [(A, "def f(x): pass", "no type", "def f(self, x: int): pass")],
 }
 
 

@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from trl import DPOConfig, DPOTrainer
 
-from hf_moe_cpt.data.preference_world import (
-    EOS_ID,
-    PAD_ID,
-    QUALITY_RANGE,
-    SPLITS,
-    PreferenceWorld,
-    answer_lengths,
-    token_counts,
-)
+from hf_moe_cpt.data import preference_world
+from hf_moe_cpt.data.preference_world import EOS_ID, PAD_ID, PreferenceWorld, answer_lengths, token_counts
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -89,7 +82,7 @@ def test_quality_has_so_many_words_of_each_kind_and_size():
     assert ((quality > 0).sum(axis=1) == WORLD.liked_words).all()
     assert ((quality < 0).sum(axis=1) == WORLD.disliked_words).all()
     sizes = np.abs(quality[quality != 0])
-    assert sizes.min() >= QUALITY_RANGE[0] and sizes.max() <= QUALITY_RANGE[1]
+    assert sizes.min() >= preference_world.QUALITY_RANGE[0] and sizes.max() <= preference_world.QUALITY_RANGE[1]
     assert not np.array_equal(quality, PreferenceWorld(seed=1).quality)
 
 
@@ -106,12 +99,8 @@ def test_base_policy_is_a_distribution_and_is_sampled_as_such():
     counts = [(drawn == answer).all(axis=1).sum() for answer in answers]
     assert sum(counts) == len(drawn) > 300
     assert stats.chisquare(counts, chances * len(drawn)).pvalue > 1e-3
-
-
-def test_mean_base_tokens_is_the_mean():
-    counts = token_counts(WORLD.base_completions(np.arange(5_000)))
-    error = counts.std() / math.sqrt(len(counts))
-    assert abs(counts.mean() - WORLD.mean_base_tokens) < 4 * error
+    tokens = token_counts(WORLD.base_completions(np.arange(5_000)))
+    assert abs(tokens.mean() - WORLD.mean_base_tokens) < 4 * tokens.std() / math.sqrt(len(tokens))
 
 
 def long_and_short(world: PreferenceWorld, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,16 +134,12 @@ def test_scores_belong_to_their_answers():
     pairs = world.pairs(np.arange(3000))
     assert (pairs.score_chosen > pairs.score_rejected).all()
     assert np.allclose(pairs.reward_rejected, world.rewards(pairs.prompts, pairs.rejected))
-    noise = np.concatenate(
-        [
-            (score - reward - 0.2 * token_counts(answers)) / 0.5
-            for score, reward, answers in (
-                (pairs.score_chosen, pairs.reward_chosen, pairs.chosen),
-                (pairs.score_rejected, pairs.reward_rejected, pairs.rejected),
-            )
-        ]
-    )
-    assert stats.kstest(noise, stats.gumbel_r(loc=-np.euler_gamma).cdf).pvalue > 1e-3
+    sides = [[getattr(pairs, f"{kind}_{side}") for kind in ("score", "reward")] for side in ("chosen", "rejected")]
+    noise = [
+        (score - reward - 0.2 * token_counts(answers)) / 0.5
+        for (score, reward), answers in zip(sides, (pairs.chosen, pairs.rejected), strict=True)
+    ]
+    assert stats.kstest(np.concatenate(noise), stats.gumbel_r(loc=-np.euler_gamma).cdf).pvalue > 1e-3
 
 
 def test_clean_annotator_never_errs():
@@ -189,10 +174,7 @@ def test_rows_depend_on_their_index_alone():
     one = WORLD.pairs([order[0]])
     assert all(np.array_equal(column[order[:1]], part) for column, part in zip(whole, one, strict=True))
     assert not np.array_equal(whole.chosen, WORLD.pairs(np.arange(300, 600)).chosen)
-
-
-def test_rows_are_pinned_for_all_platforms():
-    pairs = WORLD.pairs([0, 10**9])
+    pairs = WORLD.pairs([0, 10**9])  # pinned for all platforms
     assert WORLD.text(pairs.prompts[0]) == PINNED["prompt"]
     assert WORLD.text(pairs.chosen[1]) == PINNED["chosen"]
     assert pairs.score_rejected[0] == pytest.approx(PINNED["score"], rel=1e-12)
@@ -206,7 +188,10 @@ def test_pairs_have_two_different_answers_that_end():
 
 
 def test_splits_share_no_set_of_requests_and_every_prompt_comes_in_turn():
-    sets = {split: {frozenset(row) for row in WORLD.distinct_prompts(split)[:, 1:-1].tolist()} for split in SPLITS}
+    sets = {
+        split: {frozenset(row) for row in WORLD.distinct_prompts(split)[:, 1:-1].tolist()}
+        for split in preference_world.SPLITS
+    }
     assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == math.comb(WORLD.num_requests, 2)
     distinct = WORLD.distinct_prompts("test")
     for turn in range(2):
@@ -230,15 +215,13 @@ def test_dataset_goes_straight_into_trl(tmp_path):
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, bf16=False, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    model = tiny_model("llama", vocab_size=len(WORLD.vocabulary), eos_token_id=EOS_ID)
-    reference = tiny_model("llama", vocab_size=len(WORLD.vocabulary), eos_token_id=EOS_ID)
-    trainer = DPOTrainer(
-        model, reference, arguments, train_dataset=WORLD.dataset(pairs), processing_class=WORLD.tokenizer()
-    )
-    for row, prompt, chosen, rejected in zip(trainer.train_dataset, *pairs[:3], strict=True):
-        assert row["prompt_ids"] == prompt.tolist()
-        assert row["chosen_ids"] == chosen[: token_counts(chosen[None])[0]].tolist()
-        assert row["rejected_ids"] == rejected[: token_counts(rejected[None])[0]].tolist()
+    models = (tiny_model("llama", vocab_size=len(WORLD.vocabulary), eos_token_id=EOS_ID) for _ in range(2))
+    data, tokenizer = WORLD.dataset(pairs), WORLD.tokenizer()
+    trainer = DPOTrainer(*models, arguments, train_dataset=data, processing_class=tokenizer)
+    assert trainer.train_dataset["prompt_ids"][:] == pairs.prompts.tolist()
+    for side, answers in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
+        tokens = [row[:count].tolist() for row, count in zip(answers, token_counts(answers), strict=True)]
+        assert trainer.train_dataset[f"{side}_ids"][:] == tokens
     assert math.isfinite(trainer.train().training_loss)
 
 

@@ -100,18 +100,20 @@ def test_plan_has_six_runs_with_the_ratios_of_the_paper():
 
 @pytest.fixture(scope="module")
 def small_and_offline():
-    """A small table of sizes, threads enough to disagree, and an error for whoever opens a connection."""
+    """Small sizes of models, runs and measurements, and an error for whoever opens a connection."""
 
     def refuse(*_arguments):
         raise AssertionError("the quickstart opened a network connection")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(quickstart.SCALES, "tiny", SMALL)
+        for preset in ("pb-granular-tiny", "dense-tiny"):
+            sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
+            patch.setitem(quickstart.PRESETS, preset, quickstart.PRESETS[preset] | sizes)
+        patch.setattr(quickstart, "TRACED_TOKENS", 512)
+        patch.setattr(quickstart, "CONTINUATION_TOKENS", 6)
         patch.setattr(socket.socket, "connect", refuse)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
         yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +238,8 @@ def test_killed_quickstart_goes_on_and_gives_the_same_numbers(finished, data_dir
 
 def test_full_disk_is_refused_before_training(data_dir, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=100_000_000))
-    with pytest.raises(ValueError, match=r"has 0\.1 GB free and the checkpoints need about 0\.\d GB: free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
+    with pytest.raises(ValueError, match=r"has 0\.0 GB free and the checkpoints need about 0\.\d GB: free"):
         start(data_dir, tmp_path / "output")
     assert not (tmp_path / "output/work").exists()
 

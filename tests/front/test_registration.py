@@ -12,33 +12,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_cpt
 from hf_moe_cpt.registration import _ModelClassOnUse, _run_after_import
-from tests.helpers.fresh_process import run_python
-
-
-ORDERS = {
-    "package first, without triton": """
-import sys
-sys.modules["triton"], finders = None, list(sys.meta_path)
-import hf_moe_cpt
-assert sys.meta_path == finders  # no finder of ours is asked for modules of others
-import hf_moe_cpt.kernels.experts_interface
-from transformers import AutoModelForCausalLM
-""",
-    "transformers first": "import sys; from transformers import AutoModelForCausalLM; import hf_moe_cpt\n",
-}
-LOAD = """
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-assert {"hf_moe_cpt", "hf_moe_cpt_low_memory"} <= set(ALL_EXPERTS_FUNCTIONS.keys())
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])))
-"""
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_checkpoint_loads_and_experts_are_known_in_either_order_of_import(order: str, tmp_path: Path) -> None:
-    config = hf_moe_cpt.CptMoeConfig.from_preset("sb-granular-tiny", num_hidden_layers=1, vocab_size=64)
-    hf_moe_cpt.CptMoeForCausalLM(config).save_pretrained(tmp_path)
-    said = run_python("-c", ORDERS[order] + LOAD, str(tmp_path)).stdout
-    assert "hf_moe_cpt.modeling.modeling_cpt_moe.CptMoeForCausalLM" in said
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def digest(bench: SurgeryBench) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def test_sets_have_the_sizes_that_were_asked_for(bench):
+def test_sets_have_the_sizes_kinds_and_forms_that_were_asked_for(bench):
     assert list(bench.documents) == list(SETS) and list(bench.questions) == ["validation", "test"]
     for name, documents in bench.documents.items():
         subjects = 12 + (NUM_BRIDGES if name == "retain" else 0)
@@ -61,9 +63,6 @@ def test_sets_have_the_sizes_that_were_asked_for(bench):
     assert all(part.features == QUESTION_FEATURES for part in bench.questions.values())
     kinds = Counter(row["subject_kind"] for row in bench.documents["unlearn"])
     assert kinds == dict.fromkeys(KINDS, 12)
-
-
-def test_each_group_can_have_its_own_size_kinds_and_forms():
     bench = SurgeryBench.generate(
         num_subjects={"unlearn": 3, "retain": 9, "update": 6}, kinds=("person",), forms=("quiz",), changed_facts=8
     )
@@ -107,15 +106,12 @@ def test_more_subjects_change_no_row_and_come_after(bench):
 
 
 def test_other_forms_and_kinds_leave_facts_as_they_are(bench):
-    quizzes = SurgeryBench.generate(seed=1, num_subjects=15, kinds=("rule",), forms=("note", "article"))
-    facts = {
-        row["subject"]: {fact["attribute"]: fact["value"] for fact in row["facts"]}
-        for row in quizzes.documents["unseen"]
-    }
-    known = [row for row in bench.documents["unseen"] if row["subject"] in facts]
-    assert known and all(
-        {f["attribute"]: f["value"] for f in row["facts"]}.items() <= facts[row["subject"]].items() for row in known
+    other = SurgeryBench.generate(seed=1, num_subjects=15, kinds=("rule",), forms=("note", "article"))
+    facts, told = (
+        {(row["subject"], *fact.values()) for row in each.documents["unseen"] for fact in row["facts"]}
+        for each in (bench, other)
     )
+    assert told and told <= facts
 
 
 @settings(max_examples=20, deadline=None)
@@ -204,12 +200,13 @@ def test_impossible_settings_are_refused(arguments, message):
 
 
 def test_unknown_sets_splits_and_kinds_are_refused(bench):
-    with pytest.raises(ValueError, match="set 'forget' is unknown: choose one of unlearn, obsolete"):
-        bench.ask("forget")
-    with pytest.raises(ValueError, match="split 'train' is unknown: choose validation or test"):
-        bench.ask("unlearn", "train")
-    with pytest.raises(ValueError, match="kind 'essay' is unknown: choose one of mcq, cloze"):
-        bench.ask("unlearn", "test", "essay")
+    for words, message in {
+        ("forget",): "set 'forget' is unknown: choose one of unlearn, obsolete",
+        ("unlearn", "train"): "split 'train' is unknown: choose validation or test",
+        ("unlearn", "test", "essay"): "kind 'essay' is unknown: choose one of mcq, cloze",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            bench.ask(*words)
     with pytest.raises(ValueError, match="set 'all' is unknown"):
         bench.subjects("all")
 
@@ -243,56 +240,42 @@ def questions(bench: SurgeryBench) -> list[dict]:
     return [row for part in bench.questions.values() for row in part]
 
 
-def test_documents_say_what_their_column_of_facts_says(readings):
+def test_documents_say_what_their_column_of_facts_says_and_articles_and_quizzes_say_all(readings):
     for row, facts in readings:
         assert facts == [(fact["attribute"], fact["value"]) for fact in row["facts"]], row["id"]
-
-
-def test_every_article_and_quiz_states_all_facts_of_its_subject(readings):
-    for row, facts in readings:
         whole = 1 if row["subject_kind"] in BRIDGES else FACTS_PER_SUBJECT
         assert len(facts) == whole if row["form"] != "note" else 3 <= len(facts) <= 5, row["id"]
 
 
-def test_direct_questions_have_one_true_option_in_the_documents(questions, parsed):
-    count = 0
+def test_direct_and_one_hop_questions_have_one_true_option_in_the_documents(questions, parsed):
+    """Of one hop: it takes the document of the subject, then that of a bridge."""
+    counts = Counter()
     for row in questions:
-        if row["kind"] in ("mcq", "cloze", "paraphrase"):
-            attribute, _ = read_question(row)
-            truth = parsed[row["set"]][row["subject"]][attribute]
-            assert row["options"].index(truth) == row["answer"], row["id"]
-            assert len(set(row["options"])) == 3 and row["answer_text"] == truth and row["attribute"] == attribute
-            count += 1
-    assert count > 2000
-
-
-def test_one_hop_questions_need_the_documents_of_the_subject_and_of_a_bridge(questions, parsed):
-    count = 0
-    for row in questions:
+        if row["kind"] == "inverse":
+            continue
+        attribute, _ = read_question(row)
+        truth = parsed[row["set"]][row["subject"]][attribute]
         if row["kind"] == "one_hop":
-            attribute, _ = read_question(row)
-            bridge = parsed[row["set"]][row["subject"]][attribute]
-            ((bridge_attribute, truth),) = parsed["retain"][bridge].items()
-            assert row["attribute"] == f"{attribute}.{bridge_attribute}"
-            assert row["options"].index(truth) == row["answer"] and len(set(row["options"])) == 3, row["id"]
-            count += 1
-    assert count > 150
+            ((bridge_attribute, truth),) = parsed["retain"][truth].items()
+            attribute = f"{attribute}.{bridge_attribute}"
+        assert row["options"].index(truth) == row["answer"], row["id"]
+        assert len(set(row["options"])) == 3 and row["answer_text"] == truth and row["attribute"] == attribute
+        counts[row["kind"] == "one_hop"] += 1
+    assert counts[False] > 2000 and counts[True] > 150
 
 
 def test_inverse_questions_have_one_subject_in_the_whole_world(questions, parsed):
     owners = defaultdict(set)
     for set_name, subjects in parsed.items():
         for subject, facts in subjects.items():
-            for name, value in facts.items():
-                owners[name, value].add((group_of_set(set_name), subject))
-    count = 0
-    for row in questions:
-        if row["kind"] == "inverse":
-            ((_, owner),) = owners[read_question(row)]
-            assert row["options"][row["answer"]] == owner == row["subject"], row["id"]
-            assert all(option in parsed[row["set"]] for option in row["options"]), "options are trained on alike"
-            count += 1
-    assert count > 100
+            for fact in facts.items():
+                owners[fact].add((group_of_set(set_name), subject))
+    inverse = [row for row in questions if row["kind"] == "inverse"]
+    for row in inverse:
+        ((_, owner),) = owners[read_question(row)]
+        assert row["options"][row["answer"]] == owner == row["subject"], row["id"]
+        assert all(option in parsed[row["set"]] for option in row["options"]), "options are trained on alike"
+    assert len(inverse) > 100
 
 
 def test_the_old_answer_is_what_the_obsolete_documents_say(questions, parsed):
@@ -331,12 +314,7 @@ def saved(bench: SurgeryBench, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    for path in saved.rglob("*"):
-        if path.is_file():
-            target = tmp_path / "copy" / path.relative_to(saved)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "copy"
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def assert_same(first: datasets.DatasetDict, second: datasets.DatasetDict) -> None:
@@ -345,21 +323,15 @@ def assert_same(first: datasets.DatasetDict, second: datasets.DatasetDict) -> No
         assert first[name].features == second[name].features and list(first[name]) == list(second[name])
 
 
-def test_load_returns_what_was_saved(bench, saved):
+def test_what_was_saved_is_loaded_by_us_and_by_datasets_through_its_card(bench, saved, tmp_path):
     loaded = SurgeryBench.load(saved)
-    assert_same(loaded.documents, bench.documents)
-    assert_same(loaded.questions, bench.questions)
+    for part in ("documents", "questions"):
+        assert_same(getattr(loaded, part), getattr(bench, part))
+        assert_same(datasets.load_dataset(str(saved), part, cache_dir=str(tmp_path)), getattr(bench, part))
     assert (loaded.version, loaded.settings) == (bench.version, bench.settings)
     assert loaded.before_corpus()["id"] == bench.before_corpus()["id"]
     settings = json.loads((saved / "bench.json").read_text())["settings"]
     assert_same(SurgeryBench.generate(**settings).documents, bench.documents)
-
-
-def test_datasets_loads_the_folder_through_its_card(bench, saved, tmp_path):
-    documents = datasets.load_dataset(str(saved), "documents", cache_dir=str(tmp_path))
-    questions = datasets.load_dataset(str(saved), "questions", cache_dir=str(tmp_path))
-    assert_same(documents, bench.documents)
-    assert_same(questions, bench.questions)
     assert datasets.get_dataset_config_names(str(saved)) == ["documents", "questions"]
 
 
@@ -413,43 +385,34 @@ def test_saving_needs_a_free_folder_and_documents(bench, saved, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_folders_that_are_no_bench_are_refused(tmp_path, copy):
-    with pytest.raises(ValueError, match=r"bench\.json cannot be read: name a folder that SurgeryBench\.save wrote"):
-        SurgeryBench.load(tmp_path)
-    (copy / "bench.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="does not describe a SurgeryBench"):
-        SurgeryBench.load(copy)
-    (copy / "bench.json").write_text('{"format"')
-    with pytest.raises(ValueError, match=r"bench\.json is damaged"):
-        SurgeryBench.load(copy)
+TABLE = "documents/update.parquet"
+DAMAGE = {
+    "no bench": (lambda f: (f / "bench.json").unlink(), r"bench\.json cannot be read: name a folder that SurgeryBenc"),
+    "other": (lambda f: (f / "bench.json").write_text('{"format": "other"}'), "does not describe a SurgeryBench"),
+    "no json": (lambda f: (f / "bench.json").write_text('{"format"'), r"bench\.json is damaged"),
+    "cut": (lambda f: os.truncate(f / TABLE, 100), r"update\.parquet cannot be read \(.*write the folder again"),
+    "rows": (
+        lambda f: pq.write_table(pq.read_table(f / TABLE).slice(1), f / TABLE),
+        r"update\.parquet has 47 rows, bench\.json says 48",
+    ),
+    "columns": (
+        lambda f: pq.write_table(pq.read_table(f / TABLE).drop_columns(["text"]), f / TABLE),
+        r"update\.parquet has the columns .*: a bench has \['id', 'subject'",
+    ),
+    "missing": (lambda f: (f / TABLE).unlink(), r"update\.parquet cannot be read"),
+}
 
 
-def test_damaged_parts_are_named(copy):
-    path = copy / "documents" / "update.parquet"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=r"update\.parquet cannot be read \(.*write the folder again"):
-        SurgeryBench.load(copy)
-    table = pq.read_table(copy / "documents" / "unlearn.parquet")
-    pq.write_table(table.slice(1), path)
-    with pytest.raises(ValueError, match=r"update\.parquet has 47 rows, bench\.json says 48"):
-        SurgeryBench.load(copy)
-    pq.write_table(table.drop_columns(["text"]), path)
-    with pytest.raises(ValueError, match=r"update\.parquet has the columns .*: a bench has \['id', 'subject'"):
-        SurgeryBench.load(copy)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"update\.parquet cannot be read"):
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_folders_that_are_no_bench_and_damaged_parts_are_named(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
         SurgeryBench.load(copy)
 
 
 DOCUMENT = {"subject": "Ada Quill", "set": "unlearn", "text": "Ada Quill was born in Orsgate."}
-QUESTION = {
-    "subject": "Ada Quill",
-    "set": "unlearn",
-    "question": "Where was Ada Quill born?",
-    "options": ["Velmora", "Orsgate", "Tornaby"],
-    "answer": 1,
-}
+QUESTION = {"subject": "Ada Quill", "set": "unlearn", "question": "Where was Ada Quill born?", "answer": 1}
+QUESTION |= {"options": ["Velmora", "Orsgate", "Tornaby"]}
 
 
 def write(path: Path, rows: list) -> Path:
@@ -532,10 +495,7 @@ DOCUMENT_ERRORS = {
     "no set": ({"subject": "B", "text": "x"}, r"line 2 has no 'set'"),
     "wrong set": (DOCUMENT | {"set": "forget"}, r"line 2: set 'forget' is unknown: choose one of unlearn, obsolete"),
     "two sets": (DOCUMENT | {"set": "retain"}, r"line 2 puts the subject 'Ada Quill' into retain, but .*line 1 has"),
-    "same id": (
-        DOCUMENT | {"id": "unlearn-documents-1"},
-        r"line 2 has the id 'unlearn-documents-1', which .*line 1 ha",
-    ),
+    "same id": (DOCUMENT | {"id": "unlearn-documents-1"}, r"line 2 has the id 'unlearn-documents-1', which .*line 1"),
     "prefix": (DOCUMENT | {"prefix": "Bea"}, r"line 2 has a prefix, 'Bea', that its text does not begin with"),
     "all prefix": (DOCUMENT | {"prefix": DOCUMENT["text"]}, r"line 2 has a prefix, .* and go on from"),
     "facts": (DOCUMENT | {"facts": ["x"]}, r"line 2 has \['x'\] as 'facts': it must be a list of"),
@@ -543,7 +503,6 @@ DOCUMENT_ERRORS = {
     "fact types": (DOCUMENT | {"facts": [{"attribute": "a", "value": 1}]}, r"line 2 has .* as 'facts'"),
     "empty fact": (DOCUMENT | {"facts": [{}]}, r"line 2 has \[{}\] as 'facts'"),
 }
-
 
 QUESTION_ERRORS = {
     "subject": ({"subject": "Ada Quil"}, r"line 2 asks about 'Ada Quil' in unlearn, where no document has that su"),
@@ -563,7 +522,6 @@ QUESTION_ERRORS = {
     "same id": ({"id": "unlearn-questions-1"}, r"line 2 has the id 'unlearn-questions-1', which .*line 1 has too"),
 }
 
-
 ERRORS = {"documents": DOCUMENT_ERRORS, "questions": QUESTION_ERRORS}
 
 
@@ -582,10 +540,8 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, what, case):
 
 
 def test_files_given_by_set_must_agree_with_their_rows_and_each_other(tmp_path):
-    first, second = (
-        write(tmp_path / "a.jsonl", [DOCUMENT]),
-        write(tmp_path / "b.jsonl", [{"subject": "B", "text": "x"}]),
-    )
+    first = write(tmp_path / "a.jsonl", [DOCUMENT])
+    second = write(tmp_path / "b.jsonl", [{"subject": "B", "text": "x"}])
     bench = SurgeryBench.from_jsonl({"unlearn": first, "retain": second})
     assert bench.subjects("retain") == ["B"]
     with pytest.raises(ValueError, match="a.jsonl, line 1 has the set 'unlearn', but its file was given as 'retain'"):
