@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.lazy import _lazy_names
+from hf_moe_cpt.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_CHECKOUT, "setup.cfg")) and os.path.isdir(os.path.join(_CHECKOUT, "modeling")):
     __path__.append(_CHECKOUT)
 
-_import, __dir__ = _lazy_names(
+_import, __dir__ = lazy_names(
     __name__,
     {
         "hf_moe_cpt.trainers.cpt.cpt_config": ("CPTConfig",),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.lazy import _lazy_names
+from hf_moe_cpt.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mark", "Section", "Series", "interval_chart", "line_chart", "plot_schedule", "write_report"]
 
-__getattr__, __dir__ = _lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "hf_moe_cpt.reports.charts": ("Mark", "Series", "interval_chart", "line_chart", "plot_schedule"),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.lazy import _lazy_names
+from hf_moe_cpt.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -50,4 +50,4 @@ _NAMES = {
     "hf_moe_cpt.routing.trace": ("RoutingTrace", "TraceDescription", "TraceLayer", "TraceWriter", "collect_routing"),
 }
 __all__ = [name for names in _NAMES.values() for name in names]
-__getattr__, __dir__ = _lazy_names(__name__, _NAMES)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)
