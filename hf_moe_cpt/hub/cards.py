@@ -34,76 +34,10 @@ class Measure:
     data: str
 
 
-_MEASURES = {
-    "cpt": (
-        Measure("eval_new_loss", "loss, nats per token", "held-out new text"),
-        Measure("eval_replay_loss", "loss, nats per token", "held-out old text"),
-        Measure("eval_loss", "loss, nats per token", "held-out text"),
-        Measure("adaptation", "adaptation, nats per token", "held-out new text"),
-        Measure("forgetting", "forgetting, nats per token", "held-out old text"),
-    ),
-    "rainbowpo": (
-        Measure("eval_loss", "loss of the objective", "held-out pairs"),
-        Measure("eval_rewards/accuracies", "share of pairs ranked as judged", "held-out pairs"),
-        Measure("eval_rewards/margins", "margin of the implicit reward", "held-out pairs"),
-        Measure("eval_margin/effective", "effective margin", "held-out pairs"),
-        Measure("eval_phi/mean", "mean of phi", "held-out pairs"),
-    ),
-}
 _SURGERY_KEY = re.compile(r"eval_(\w+)_(ce|kl)")
-_ROLES = {
-    "unlearn": "to be forgotten",
-    "obsolete": "old versions, to be forgotten",
-    "update": "to be learnt",
-    "retain": "to be kept",
-    "neighbour": "like the forgotten, to be kept",
-    "unseen": "never read: how far to forget",
-}
-_SETTINGS = {
-    "cpt": "learning_rate min_learning_rate constant_learning_rate cpt_schedule starting_phase warmup_fraction "
-    "cooldown_fraction constant_fraction anneal_fraction replay_ratio max_length packing keep_optimizer_state "
-    "weight_decay",
-    "rainbowpo": "learning_rate lr_scheduler_type warmup_steps max_length weight_decay",
-    "surgery": "forget_loss obsolete_loss forget_target forget_beta unlearn_weight obsolete_weight update_weight "
-    "retain_weight neighbour_weight kl_direction normalization gradient_surgery max_term_grad_norm max_retain_kl "
-    "update_target freeze_router router_anchor target_experts expert_anchor learning_rate max_length "
-    "unlearn_batch_size obsolete_batch_size update_batch_size retain_batch_size neighbour_batch_size",
-}
-_SETTINGS_OF_ALL = "per_device_train_batch_size gradient_accumulation_steps world_size max_grad_norm adam_beta1 "
-_SETTINGS_OF_ALL += "adam_beta2 optim bf16 fp16 seed"
-COMPONENTS = (
-    "beta length_normalization mixing_alpha home_advantage mix_home_advantage home_advantage_from score_transform "
-    "contextual_scaling link label_smoothing sft_weight"
-).split()
-_CURVES = {
-    "cpt": (
-        ("Loss on held-out text", "loss (nats/token)", {"eval_new_loss": "new text", "eval_replay_loss": "old text"}),
-        ("Share of the busiest expert", "MRI", {"mri": "mean over layers"}),
-    ),
-    "rainbowpo": (
-        ("Does the policy rank pairs as judged?", "share of pairs", {"rewards/accuracies": "training pairs",
-         "eval_rewards/accuracies": "held-out pairs"}),
-    ),
-    "surgery": (
-        ("Cross entropy of each set", "nats/token", {f"eval_{name}_ce": name for name in _ROLES}),
-    ),
-}  # fmt: skip
 TEMPLATES = "hf_moe_cpt.hub_cards"
-_TAGS = {
-    "cpt": ("continual-pre-training",),
-    "rainbowpo": ("rainbowpo", "preference-optimization", "arxiv:2410.04203"),
-    "surgery": ("llm-surgery", "unlearning", "knowledge-editing", "arxiv:2409.13054"),
-}
-_CITATIONS = {
-    "cpt": ("therien2025continual", "Continual Pre-training of MoEs: How robust is your router?", "2503.05029", 2025,
-            "Thérien, Benjamin and others"),
-    "rainbowpo": ("zhao2024rainbowpo",
-                  "RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization",
-                  "2410.04203", 2024, "Zhao, Hanyang and others"),
-    "surgery": ("veldanda2024surgery",
-                "LLM Surgery: Efficient Knowledge Unlearning and Editing in Large Language Models", "2409.13054", 2024,
-                "Veldanda, Akshaj Kumar and others"),
-}  # fmt: skip
+_SHOWN = yaml.safe_load(resources.files(TEMPLATES).joinpath("runs.yaml").read_text(encoding="utf-8"))
+_ROLES = _SHOWN["roles"]
 
 
 @dataclass(frozen=True)
@@ -272,7 +206,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def measures_of(facts: RunFacts) -> list[Measure]:
     """The evaluated numbers that a folder holds, in the order of the card."""
     if facts.method != "surgery":
-        found = [measure for measure in _MEASURES[facts.method] if measure.key in facts.final]
+        found = [m for row in _SHOWN["measures"][facts.method] if (m := Measure(*row)).key in facts.final]
         of_sources = {"eval_new_loss", "eval_replay_loss"} & facts.final.keys()
         return [m for m in found if not (m.key == "eval_loss" and facts.method == "cpt" and of_sources)]
     names = [match[1] for key in facts.final if (match := _SURGERY_KEY.fullmatch(key)) and match[1] in _ROLES]
@@ -305,7 +239,7 @@ def training_table(facts: RunFacts) -> str:
     if facts.method == "cpt":
         rows += [("phase of the schedule when saved", str(facts.kept.get("phase")))]
         rows += [("learning rate when saved", number(facts.kept.get("learning_rate")))]
-    names = (_SETTINGS[facts.method] + " " + _SETTINGS_OF_ALL).split()
+    names = [name for part in (facts.method, "all") for name in _SHOWN["settings"][part].split()]
     if (facts.arguments.get("max_steps") or 0) <= 0:
         names.append("num_train_epochs")
     rows += [(f"`{name}`", number(facts.arguments.get(name))) for name in names]
@@ -324,7 +258,11 @@ def _operation(kept: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def components_table(facts: RunFacts) -> str:
     """The switches of RainbowPO's objective, and the scale of phi where phi is in use."""
-    rows = [(f"`{name}`", number(facts.arguments[name])) for name in COMPONENTS if name in facts.arguments]
+    rows = [
+        (f"`{name}`", number(facts.arguments[name]))
+        for name in _SHOWN["components"].split()
+        if name in facts.arguments
+    ]
     scale = facts.kept.get("dispersion_scale")
     text = table(("component", "value"), rows)
     if facts.run.get("components"):
@@ -345,13 +283,8 @@ def experts_table(facts: RunFacts) -> str:
 
 def sizes_table(config: Mapping[str, Any], parameters: int | None) -> str:
     """Sizes of the model, from its configuration and the headers of its weights."""
-    names = (
-        "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "vocab_size max_position_embeddings num_experts num_local_experts num_experts_per_tok moe_intermediate_size "
-        "num_shared_experts router_type"
-    ).split()
     rows = [("parameters", number(parameters) if parameters else "")]
-    rows += [(f"`{name}`", number(config[name])) for name in names if config.get(name) is not None]
+    rows += [(f"`{name}`", number(config[name])) for name in _SHOWN["sizes"].split() if config.get(name) is not None]
     return table(("size", "value"), [row for row in rows if row[1]]) if config else ""
 
 
@@ -365,7 +298,7 @@ def machine_table(facts: RunFacts) -> str:
 def curves(facts: RunFacts) -> dict[str, str]:
     """SVG charts of the log by file name; a curve needs two points."""
     charts = {}
-    for title, unit, keys in _CURVES[facts.method]:
+    for title, unit, keys in _SHOWN["curves"][facts.method]:
         series = []
         for key, name in keys.items():
             points = [(e["step"], e[key]) for e in facts.log if key in e and "step" in e and math.isfinite(e[key])]
@@ -388,7 +321,7 @@ def count_parameters(folder: str | Path) -> int | None:
 
 def _metadata(facts: RunFacts, told: CardOverrides, parent: str | None, title: str) -> ModelCardData:
     results = _eval_results(facts, told)
-    tags = ["hf_moe_cpt", *_TAGS[facts.method], *(["moe"] if _num_experts(facts) else [])]
+    tags = ["hf_moe_cpt", *_SHOWN["tags"][facts.method], *(["moe"] if _num_experts(facts) else [])]
     tags += ["arxiv:2503.05029"] if facts.method == "cpt" else []
     values: dict[str, Any] = {
         "license": told.license,
@@ -443,6 +376,6 @@ def _architecture(facts: RunFacts) -> str:
 
 
 def _bibtex(facts: RunFacts) -> str:
-    key, title, number, year, authors = _CITATIONS[facts.method]
+    key, title, number, year, authors = _SHOWN["citations"][facts.method]
     lines = {"title": f"{{{title}}}", "author": authors, "year": year, "journal": f"arXiv preprint arXiv:{number}"}
     return "\n".join([f"@article{{{key},", *(f"    {name:<8}= {{{text}}}," for name, text in lines.items()), "}"])

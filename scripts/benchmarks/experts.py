@@ -50,7 +50,7 @@ from hf_moe_cpt.machine import check_names, choose_device, machine_facts, packag
 from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.report import text_of
+from hf_moe_cpt.scripts.benchmarks.report import rows_of, text_of
 
 
 GRADIENTS = ("dx", "dw1", "dw2", "dgate")
@@ -647,41 +647,20 @@ def peers_main(argv: Sequence[str]) -> None:
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 PIECES = ("gated_up", "down", "hidden_gradient", "input_gradient", "up_weight_gradient", "down_weight_gradient")
 
-_WIDE = [
-    Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-    Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-    Tile(128, 128, 64, num_warps=4, num_stages=3, tma=True),
-    Tile(128, 128, 64, num_warps=8, num_stages=3, tma=True, max_registers=128),
-    Tile(128, 128, 64, num_warps=8, num_stages=4, persistent=True, tma=True),
-    Tile(128, 128, 32, num_warps=8, num_stages=3),
-]
-CANDIDATES: dict[str, list[Tile]] = {
-    "gated_up": [
-        Tile(128, 128, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-        Tile(128, 64, 64, num_warps=8, num_stages=3, tma=True, max_registers=128),
-        Tile(128, 64, 64, num_warps=4, num_stages=3, tma=True),
-        Tile(128, 64, 64, num_warps=8, num_stages=4, persistent=True, tma=True),
-        Tile(128, 64, 32, num_warps=8, num_stages=3),
-    ],
-    "down": _WIDE,
-    "hidden_gradient": [
-        Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
-        Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-        Tile(128, 128, 64, num_warps=8, num_stages=3, tma=True, max_registers=128),
-        Tile(128, 128, 64, num_warps=4, num_stages=3, tma=True),
-        Tile(128, 128, 64, num_warps=8, num_stages=4, tma=True),
-        Tile(128, 64, 32, num_warps=4, num_stages=3),
-    ],
-    "input_gradient": _WIDE,
-    "up_weight_gradient": [
-        Tile(128, 128, 64, num_warps=4, num_stages=3, tma=True),
-        Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
-        Tile(256, 128, 64, num_warps=8, num_stages=4, tma=True),
-        Tile(128, 128, 64, num_warps=8, num_stages=3, tma=True, max_registers=128),
-        Tile(128, 128, 32, num_warps=8, num_stages=3),
-    ],
-}
-CANDIDATES["down_weight_gradient"] = CANDIDATES["up_weight_gradient"]
+
+def read_candidates(path: Path) -> dict[str, list[Tile]]:
+    """The tiles that are tried for each product, from a line for each tile."""
+    found: dict[str, list[Tile]] = {piece: [] for piece in PIECES}
+    for row in rows_of(path):
+        pieces = row.pop("pieces").split()
+        numbers = {name: int(value) for name, value in row.items() if value}
+        flags = {name: bool(numbers[name]) for name in ("persistent", "tma")}
+        for piece in pieces:
+            found[piece].append(Tile(**numbers | flags))
+    return found
+
+
+CANDIDATES = read_candidates(Path(__file__).with_name("tiles.csv"))
 
 
 @dataclass
