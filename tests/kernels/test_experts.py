@@ -9,14 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations import use_experts_implementation
 
 from hf_moe_cpt.kernels import experts_interface
@@ -33,43 +26,46 @@ SIZES = {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
 CONFIGS = {
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
     "olmoe": OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3),
     "qwen3_moe": Qwen3MoeConfig(
         **SIZES, head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
     ),
-    "cpt_moe": CptMoeConfig(**SIZES, num_experts=7, num_experts_per_tok=3),
+    "cpt_moe": CptMoeConfig(**SIZES, num_experts=3, num_experts_per_tok=2),
     "cpt_moe switch": CptMoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=1, num_shared_experts=0, hidden_act="gelu_pytorch_tanh"
     ),
 }
 
 
-def _model(name: str, implementation: str) -> PreTrainedModel:
+def _model(name: str, implementation: str) -> nn.Module:
     torch.manual_seed(0)
-    return (
-        AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), experts_implementation=implementation)
-        .to(DEVICE)
-        .train()
-    )
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), experts_implementation=implementation)
+    return model.to(DEVICE).train()
 
 
-def _loss_and_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    ids = torch.randint(0, 64, (2, 9), device=DEVICE)
+    ids = torch.randint(0, 64, (2, 5), device=DEVICE)
     output = model(input_ids=ids, labels=ids, output_router_logits=True)
     output.loss.backward()
     return {"loss": output.loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name, implementation", list(zip(CONFIGS, 3 * NAMES, strict=False)))
+FAMILIES = list(zip(CONFIGS, 3 * NAMES, strict=False))
+SLOW = ("olmoe", "qwen3_moe")  # experts as mixtral's, under other names
+
+
+@pytest.mark.parametrize(
+    "name, implementation", [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] in SLOW)) for one in FAMILIES]
+)
 def test_loss_and_gradients_equal_eager(name, implementation, monkeypatch):
     monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)  # a silent fall back would pass
     want = _loss_and_gradients(_model(name, "eager"))
@@ -134,9 +130,7 @@ def test_transposed_weights():
 
 def _experts_of(config) -> nn.Module:
     model = AutoModelForCausalLM.from_config(deepcopy(config), experts_implementation="eager")
-    return next(
-        module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")
-    )
+    return next(part for part in model.modules() if hasattr(part, "gate_up_proj") and hasattr(part, "has_gate"))
 
 
 def test_reason_is_told(monkeypatch):
@@ -222,43 +216,35 @@ def _assert_agrees(layer: ExpertLayer, dtype: torch.dtype, activation: str = "si
             assert_matches(name, value, want[name])
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_values_and_gradients(dtype, low_memory):
+def test_values_and_gradients(dtype):
+    low_memory = dtype == torch.float16
     _assert_agrees(expert_layer(9, 3, 2, 40, 24), dtype, "gelu" if low_memory else "silu", low_memory)
 
 
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
-@given(
-    num_tokens=st.integers(1, 30),
-    num_experts=st.integers(2, 12),
-    top_k=st.integers(1, 5),
-    hidden_size=st.integers(1, 40),
-    width=st.integers(1, 40),
-)
+@given(st.integers(1, 30), st.integers(2, 12), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 def test_any_shape(num_tokens, num_experts, top_k, hidden_size, width):
     _assert_agrees(expert_layer(num_tokens, num_experts, top_k, hidden_size, width), torch.float32)
 
 
-@pytest.mark.parametrize(
-    "num_experts, top_k", [pytest.param(256, 1, marks=pytest.mark.slow), (65, 1), (2, 16), (1, 1)]
-)
-def test_extreme_numbers_of_experts(num_experts, top_k):
-    _assert_agrees(expert_layer(3, num_experts, top_k, 8, 8), torch.float32)
+@pytest.mark.parametrize("E, K", [(9, 1), (2, 16), (1, 1), pytest.param(256, 1, marks=pytest.mark.slow)])
+def test_extreme_numbers_of_experts(E, K):
+    _assert_agrees(expert_layer(3, E, K, 8, 8), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_plans(dtype):
     """Enough rows for the plans of few rows and of float32."""
-    _assert_agrees(expert_layer(60, 2, 1, 16, 8), dtype)
+    _assert_agrees(expert_layer(30, 1, 1, 16, 8), dtype)
 
 
 def test_experts_of_other_ranks_add_nothing_and_no_tokens_give_nothing():
     """Ids outside [0, E) mark them; a token of only such ids gets exact zeros."""
-    layer = expert_layer(12, 3, 2, 16, 8)
-    layer.top_k_index[:, 1] = 3
-    layer.top_k_index[4] = 3
+    layer = expert_layer(7, 2, 2, 16, 8)
+    layer.top_k_index[:, 1] = 2
+    layer.top_k_index[4] = 2
     layer.top_k_index[5, 0] = -1
     _assert_agrees(layer, torch.float32)
     rounded = layer.to(torch.float32)
@@ -272,8 +258,8 @@ def test_experts_of_other_ranks_add_nothing_and_no_tokens_give_nothing():
     assert got["gradient of gate_up"].eq(0).all() and got["gradient of down"].eq(0).all()
 
 
-def test_only_asked_gradients_are_computed():
-    layer = expert_layer(9, 3, 2, 16, 8).to(torch.float32)
+def test_only_asked_gradients_are_computed_and_strides_do_not_matter():
+    layer = expert_layer(5, 2, 1, 16, 8).to(torch.float32)
     layer.gate_up.requires_grad_(False)
     layer.top_k_weights.requires_grad_(False)
     wanted = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
@@ -281,11 +267,8 @@ def test_only_asked_gradients_are_computed():
     assert got["gradient of gate_up"] is None and got["gradient of top_k_weights"] is None
     assert torch.equal(got["gradient of tokens"], wanted["gradient of tokens"])
     assert torch.equal(got["gradient of down"], wanted["gradient of down"])
-
-
-def test_strided_tokens_and_expanded_gradients():
-    layer = expert_layer(10, 3, 2, 32, 8).to(torch.float32)
-    strided = layer.tokens.detach().repeat(1, 2)[:, :32].requires_grad_()
+    layer = expert_layer(5, 2, 2, 16, 8).to(torch.float32)
+    strided = layer.tokens.detach().repeat(1, 2)[:, :16].requires_grad_()
     transposed = layer.top_k_index.T.contiguous().T
     output = experts(strided, transposed, layer.top_k_weights, layer.gate_up, layer.down, "silu")
     output.sum().backward()
@@ -299,7 +282,7 @@ def test_twice_gives_the_same_bits(low_memory):
 
     The pre-activations are kept for a backward pass only where memory is not scarce.
     """
-    layer = expert_layer(11, 4, 3, 24, 16).to(torch.float32)
+    layer = expert_layer(5, 2, 1, 16, 8).to(torch.float32)
     inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
     leaves = list(layer.leaves.values())
     runs = []

@@ -45,10 +45,9 @@ def test_plan_equals_the_definition(tokens: int, experts: int, passes: int, mask
     assert_close_to_definition(logits, passes, mask_of(tokens) if masked else None)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_programs_add_up_to_the_same_plan(many_small_programs: None, masked: bool) -> None:
-    assert sinkhorn.token_blocks(47, 5)[:3] == (2, 5, 5)
-    assert_close_to_definition(torch.randn(47, 5, device=DEVICE), 3, mask_of(47) if masked else None)
+def test_programs_add_up_to_the_same_plan(many_small_programs: None) -> None:
+    assert sinkhorn.token_blocks(23, 5)[:3] == (2, 3, 4)
+    assert_close_to_definition(torch.randn(23, 5, device=DEVICE), 3, mask_of(23))
 
 
 @pytest.mark.gpu
@@ -62,13 +61,6 @@ def test_every_dtype_is_computed_in_fp32(dtype: torch.dtype) -> None:
     assert_close_to_definition(torch.randn(20, 6, device=DEVICE).to(dtype), 2, None)
 
 
-def test_plan_is_doubly_stochastic() -> None:
-    plan = sinkhorn_plan(torch.randn(40, 7, device=DEVICE), 40, None)
-    # The 1e-8 in the denominators (sums of size 1/40) leaves about 1e-6 of error.
-    torch.testing.assert_close(plan.sum(1), torch.full_like(plan[:, 0], 1 / 40), rtol=5e-6, atol=0)
-    torch.testing.assert_close(plan.sum(0), torch.full_like(plan[0], 1 / 7), rtol=5e-6, atol=0)
-
-
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_large_logits_neither_overflow_nor_lose_the_plan(offset: float) -> None:
     logits = (30 * torch.randn(40, 7, device=DEVICE) + offset).float()
@@ -78,16 +70,13 @@ def test_large_logits_neither_overflow_nor_lose_the_plan(offset: float) -> None:
     assert torch.isfinite(plan).all() and (plan >= 0).all() and plan.sum() > 0
 
 
-def test_padding_takes_no_part_whatever_it_holds() -> None:
+def test_padding_takes_no_part_and_alone_gives_zeros() -> None:
     logits, mask = torch.randn(33, 6, device=DEVICE), mask_of(33)
     mask[5] = False
     logits[~mask, 0] = float("nan")
     plan = sinkhorn_plan(logits, 3, mask)
     assert (plan[~mask] == 0).all()
     assert_matches("plan of the others", plan[mask], plain_sinkhorn_plan(logits[mask].double(), 3))
-
-
-def test_nothing_but_padding_gives_zeros_and_nothing_nothing() -> None:
     mask = torch.zeros(9, dtype=torch.bool, device=DEVICE)
     assert (sinkhorn_plan(torch.randn(9, 4, device=DEVICE), 2, mask) == 0).all()
     plan = sinkhorn_plan(torch.empty(0, 5, device=DEVICE), 3, None)

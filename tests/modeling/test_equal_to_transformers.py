@@ -158,7 +158,7 @@ def build(case: Twin) -> tuple[CptMoeForCausalLM, PreTrainedModel]:
 def equality_figures(case: Twin) -> dict[str, float]:
     """Relative RMS error of the logits, the loss and every gradient, by name."""
     ours, twin = build(case)
-    tokens = torch.randint(0, SIZE["vocab_size"], (2, 48))
+    tokens = torch.randint(0, SIZE["vocab_size"], (2, 24))
     ours_out = ours(input_ids=tokens, labels=tokens, output_router_logits=False)
     twin_out = twin(input_ids=tokens, labels=tokens)
     ours_out.loss.backward()
@@ -185,7 +185,7 @@ def test_sinkhorn_models_evaluate_as_penalty_balanced_ones() -> None:
     balanced = CptMoeForCausalLM(CptMoeConfig.from_preset("pb-granular-tiny", **SIZE)).eval()
     sinkhorn = CptMoeForCausalLM(CptMoeConfig.from_preset("sb-granular-tiny", **SIZE)).eval()
     sinkhorn.load_state_dict(balanced.state_dict())
-    tokens = torch.randint(0, SIZE["vocab_size"], (2, 32))
+    tokens = torch.randint(0, SIZE["vocab_size"], (1, 16))
     assert torch.equal(balanced(tokens).logits, sinkhorn(tokens).logits)
     balanced.train(), sinkhorn.train()
     assert not torch.equal(balanced(tokens).logits, sinkhorn(tokens).logits)

@@ -132,13 +132,21 @@ def test_recorded_indices_are_the_experts_really_used(preset: str) -> None:
     assert out.router_indices[0].shape == (32, model.config.num_experts_per_tok)
 
 
-def test_hidden_states_and_attentions_are_recorded() -> None:
+def test_hidden_states_logits_to_keep_and_embeddings_instead_of_ids() -> None:
     model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 16)
     model.set_attn_implementation("eager")
     out = model(input_ids=tokens, output_hidden_states=True, output_attentions=True)
     assert [h.shape for h in out.hidden_states] == [(2, 16, 128)] * 3
     assert [a.shape for a in out.attentions] == [(2, 4, 16, 16)] * 2
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 16))
+    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 10)
+    full = model(input_ids=tokens).logits
+    assert_matches("last 3", model(input_ids=tokens, logits_to_keep=3).logits, full[:, -3:])
+    kept = torch.tensor([0, 4])
+    assert_matches("chosen", model(input_ids=tokens, logits_to_keep=kept).logits, full[:, kept])
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, full)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -164,19 +172,8 @@ def test_left_padding_changes_neither_losses_nor_loads(preset: str) -> None:
         torch.testing.assert_close((out.aux_loss, out.z_loss), (alone.aux_loss, alone.z_loss))
 
 
-def test_logits_to_keep_and_embeddings_instead_of_ids() -> None:
-    model, tokens = model_of("pb-granular-tiny"), tokens_of(2, 10)
-    full = model(input_ids=tokens).logits
-    assert_matches("last 3", model(input_ids=tokens, logits_to_keep=3).logits, full[:, -3:])
-    kept = torch.tensor([0, 4])
-    assert_matches("chosen", model(input_ids=tokens, logits_to_keep=kept).logits, full[:, kept])
-    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(tokens)).logits, full)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model()
-
-
 def gradients(model: CptMoeForCausalLM) -> dict[str, torch.Tensor]:
-    tokens = torch.arange(64).view(2, 32)
+    tokens = torch.arange(20).view(2, 10)
     model.train()(input_ids=tokens, labels=tokens).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
