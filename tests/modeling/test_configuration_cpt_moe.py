@@ -20,10 +20,7 @@ from tests.helpers.source_tree import PROJECT
 
 TINY = "pb-granular-tiny"
 REFUSED = {
-    "K above E": (
-        {"num_experts_per_tok": 32, "moe_intermediate_size": 8},
-        r"num_experts_per_tok=32 must lie in 1..31",
-    ),
+    "K above E": ({"num_experts_per_tok": 32, "moe_intermediate_size": 8}, "num_experts_per_tok=32 must lie in 1..31"),
     "K of 0": ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must lie in"),
     "expert width": ({"intermediate_size": 353}, "intermediate_size=353 is not divisible by 4"),
     "expert width of 0": ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
@@ -40,17 +37,14 @@ REFUSED = {
     ),
     "empty window": ({"sliding_window": 0}, "sliding_window=0 must be at least 1, or None for no window"),
     "load scope": ({"load_scope": "node"}, "load_scope='node' is unknown: choose one of global, rank"),
-    "gate of one": (
-        {"num_experts_per_tok": 1, "norm_topk_prob": True},
-        "every gate 1, so the router gets no gradient",
-    ),
+    "gate of one": ({"num_experts_per_tok": 1, "norm_topk_prob": True}, "every gate 1, so the router gets no grad"),
     "sinkhorn with aux": ({"router_type": "sinkhorn"}, "router_aux_loss_coef=0.01 with router_type='sinkhorn'"),
     "negative coefficient": ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1 must be at least 0"),
     "no passes": ({"sinkhorn_iterations": 0}, "sinkhorn_iterations=0 must be at least 1"),
     "vocabulary": ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
     "dense, aux": (
         {"router_aux_loss_coef": 0.01},
-        r"router_aux_loss_coef=0.01, output_router_logits=True: a dense model",
+        "router_aux_loss_coef=0.01, output_router_logits=True: a dense model",
     ),
     "dense, experts": ({"num_experts_per_tok": 2}, "num_experts_per_tok=2: a dense model"),
     "dense, router": ({"router_type": "sinkhorn"}, "router_type='sinkhorn': a dense model"),
@@ -65,15 +59,13 @@ def test_contradictions_are_refused(overrides: dict, message: str) -> None:
 
 
 def test_presets_and_their_overrides_must_exist_and_have_their_types() -> None:
+    """And a field that is set later is checked when the model is built."""
     with pytest.raises(ValueError, match="preset='pb-granular' is unknown: choose one of dense-570m, pb-granular-2b"):
         CptMoeConfig.from_preset("pb-granular")
     with pytest.raises(ValueError, match="num_expert: no such field of CptMoeConfig"):
         CptMoeConfig.from_preset(TINY, num_expert=4)
     with pytest.raises(StrictDataclassFieldValidationError, match="num_experts"):
         CptMoeConfig.from_preset(TINY, num_experts="31")
-
-
-def test_a_field_set_later_is_checked_when_the_model_is_built() -> None:
     config = CptMoeConfig.from_preset(TINY)
     config.num_experts_per_tok = 40
     with pytest.raises(ValueError, match="num_experts_per_tok=40 must lie in 1..31"):
@@ -153,28 +145,9 @@ def test_saving_names_the_files_saved_here_whatever_repository_it_came_from(tmp_
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_cpt_moe.py"}
 
 
-# Millions, total and active: the paper's 570M and 2B, as its shapes work out.
-COUNTS = {
-    "dense-570m": (571.0, 571.0),
-    "pb-granular-2b": (2025.1, 571.8),
-    "sb-granular-2b": (2025.1, 571.8),
-    "pb-switch-2b": (2024.5, 571.2),
-    "sb-switch-2b": (2024.5, 571.2),
-}
-
-
 def on_meta(config: CptMoeConfig) -> CptMoeForCausalLM:
     with torch.device("meta"):
         return CptMoeForCausalLM(config)
-
-
-@pytest.mark.parametrize("preset", COUNTS)
-def test_parameter_counts_are_the_papers_and_a_tiny_twin_has_its_name_too(preset: str) -> None:
-    model = on_meta(CptMoeConfig.from_preset(preset))
-    total, active = model.num_parameters(), model.num_parameters(only_active=True)
-    assert (round(total / 1e6, 1), round(active / 1e6, 1)) == COUNTS[preset]
-    short = preset.rpartition("-")[0] + "-tiny"
-    assert CptMoeConfig.from_preset(f"{preset}-tiny").to_dict() == CptMoeConfig.from_preset(short).to_dict()
 
 
 def test_active_parameters_are_those_of_one_forward_per_token() -> None:
@@ -194,26 +167,16 @@ def test_active_parameters_are_those_of_one_forward_per_token() -> None:
     assert model.num_parameters(only_active=True, only_trainable=True) == up_of_active
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_total_expert_width_is_eight_times_and_active_width_equal_to_the_dense_one(preset: str) -> None:
-    config = CptMoeConfig.from_preset(preset)
-    if not config.is_moe:
-        assert (config.output_router_logits, config.router_aux_loss_coef, config.num_experts_per_tok) == (False, 0, 0)
-        return
-    per_token = config.num_experts_per_tok + config.num_shared_experts
-    all_experts = config.num_experts + config.num_shared_experts
-    assert per_token * config.moe_intermediate_size == config.intermediate_size
-    assert all_experts * config.moe_intermediate_size == 8 * config.intermediate_size
-    is_penalty_balanced = preset.startswith("pb-")
-    assert config.has_router_penalty == config.output_router_logits == is_penalty_balanced
-    assert config.router_type == ("softmax_topk" if is_penalty_balanced else "sinkhorn")
-
-
 def test_tiny_twins_keep_the_shape_ratios() -> None:
     for preset in PRESETS:
         if preset.endswith("-tiny"):
             tiny = CptMoeConfig.from_preset(preset)
-            full = CptMoeConfig.from_preset(preset.replace("-tiny", "-570m" if "dense" in preset else "-2b"))
+            name = preset.replace("-tiny", "-570m" if "dense" in preset else "-2b")
+            assert CptMoeConfig.from_preset(f"{name}-tiny").to_dict() == tiny.to_dict()
+            full = CptMoeConfig.from_preset(name)
+            is_penalty_balanced = preset.startswith("pb-")
+            assert tiny.has_router_penalty == tiny.output_router_logits == is_penalty_balanced
+            assert not tiny.is_moe or (tiny.router_type == "softmax_topk") == is_penalty_balanced
             for name in ("num_experts", "num_experts_per_tok", "num_shared_experts", "router_type", "norm_topk_prob"):
                 assert getattr(tiny, name) == getattr(full, name), (preset, name)
             assert tiny.intermediate_size / tiny.hidden_size == full.intermediate_size / full.hidden_size

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 from transformers import Trainer, TrainingArguments
@@ -64,7 +64,6 @@ def routed(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @given(routed())
-@settings(max_examples=60, deadline=None)
 def test_penalties_equal_a_loop_over_tokens(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     logits, index, mask = case
     counts = expert_counts(index, logits.shape[1], mask)
@@ -74,7 +73,6 @@ def test_penalties_equal_a_loop_over_tokens(case: tuple[torch.Tensor, torch.Tens
 
 
 @given(routed())
-@settings(max_examples=30, deadline=None)
 def test_padding_takes_part_in_nothing(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     """As if it were not there, even where it holds no number."""
     logits, index, mask = case
@@ -123,15 +121,12 @@ def test_layers_are_summed_and_gradients_are_those_of_the_formula() -> None:
     assert_matches("z gradient", torch.autograd.grad(z_loss, z)[0], want)
 
 
-def test_the_weight_is_the_share_of_predicted_tokens() -> None:
+def test_the_weight_is_the_share_of_predicted_tokens_and_the_mask_the_last_columns() -> None:
     labels = torch.tensor([[5, -100, 7, 8], [1, 2, 3, -100]])
     assert penalty_weight(labels) == 1.0
     assert penalty_weight(labels, None, 16).item() == 4 / 16  # the first of a row predicts nothing
     assert penalty_weight(labels, None, torch.tensor(8)).item() == 0.5
     assert penalty_weight(labels, torch.tensor([[3, 3, -100, -100]]), 4).item() == 0.5
-
-
-def test_the_mask_is_the_last_columns_of_a_two_dimensional_attention_mask() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
     assert token_mask_of(mask, 4).tolist() == [False, False, True, True, False, True, True, False]
     assert token_mask_of(mask, 1).tolist() == [True, False]
@@ -180,9 +175,7 @@ def test_one_step_is_the_same_for_any_accumulation(tmp_path) -> None:
     whole = router_update(tmp_path, 1, 0.1)
     without_penalty = router_update(tmp_path, 1, 0.0)
     assert relative_rms_error(whole, without_penalty) > 0.5, "the penalty must be visible for this test to see it"
-    for accumulation in (2, 4):
-        error = relative_rms_error(router_update(tmp_path, accumulation, 0.1), whole)
-        assert error == pytest.approx(0.0, abs=2e-5)
+    assert relative_rms_error(router_update(tmp_path, 4, 0.1), whole) == pytest.approx(0.0, abs=2e-5)
 
 
 def log_domain_plan(logits: np.ndarray, passes: int) -> np.ndarray:
@@ -214,30 +207,23 @@ def router(kind: str, experts: int, per_token: int, **fields) -> CptMoeRouter:
 
 
 @given(tokens=st.integers(1, 40), experts=st.integers(1, 12), passes=st.integers(1, 5), scale=st.floats(0.0, 200.0))
-@settings(max_examples=60, deadline=None)
 def test_plan_equals_an_iteration_in_the_log_domain(tokens: int, experts: int, passes: int, scale: float) -> None:
     logits = scale * torch.randn(tokens, experts, dtype=torch.float64)
     want = torch.from_numpy(log_domain_plan(logits.numpy(), passes))
     torch.testing.assert_close(sinkhorn_plan(logits, passes), want, rtol=1e-9, atol=1e-15)
 
 
-def test_plan_converges_to_its_marginals() -> None:
+def test_plan_converges_does_not_overflow_and_balances() -> None:
     logits = 2 * torch.randn(64, 31, dtype=torch.float64)
     plan = sinkhorn_plan(logits, 200)
     # The 1e-8 in the denominators (sums of size 1/64) leaves about 1e-6 of error.
     torch.testing.assert_close(plan.sum(1), torch.full((64,), 1 / 64, dtype=torch.float64), rtol=2e-6, atol=0)
     torch.testing.assert_close(plan.sum(0), torch.full((31,), 1 / 31, dtype=torch.float64), rtol=2e-6, atol=0)
-
-
-def test_plan_in_fp32_follows_fp64_and_does_not_overflow() -> None:
-    logits = torch.randn(512, 31, dtype=torch.float64)
+    logits = torch.randn(48, 31, dtype=torch.float64)
     assert_matches("plan", sinkhorn_plan(logits.float(), 3), sinkhorn_plan(logits, 3))
     assert torch.isfinite(sinkhorn_plan(1000 * logits.float(), 3)).all()
-
-
-def test_plan_balances_what_plain_top_k_does_not() -> None:
-    """Heaviest expert's share of assignments: about twice the ideal by top-k, near the ideal by plan."""
-    logits = torch.randn(4096, 8) + torch.linspace(0, 3, 8)
+    # Heaviest expert's share of assignments: about twice the ideal by top-k, near the ideal by plan
+    logits = (torch.randn(4096, 8) + torch.linspace(0, 3, 8)).double()
     heaviest = {}
     for name, scores in {"top-k": logits, "plan": sinkhorn_plan(logits, 3)}.items():
         heaviest[name] = torch.bincount(scores.argmax(1), minlength=8).max().item() / 4096
@@ -269,17 +255,10 @@ def test_padding_does_not_change_the_route_of_other_tokens(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "per_token", "activation"),
-    [
-        ("softmax_topk", 1, "softmax"),
-        ("softmax_topk", 3, "softmax"),
-        ("sinkhorn", 1, "sigmoid"),
-        ("sinkhorn", 3, "softmax"),
-    ],
+    [*(("softmax_topk", k, "softmax") for k in (1, 3)), ("sinkhorn", 1, "sigmoid"), ("sinkhorn", 3, "softmax")],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_gates_are_the_raw_scores_of_the_chosen_experts(
-    kind: str, per_token: int, activation: str, training: bool
-) -> None:
+def test_gates_are_the_raw_scores_of_the_chosen_experts(kind, per_token, activation, training) -> None:
     module = router(kind, 7, per_token).train(training)
     tokens = torch.randn(33, 48)
     logits, gates, index = module(tokens)
@@ -308,7 +287,7 @@ def test_with_k_1_raw_gates_train_the_router_and_normalised_ones_would_not(kind:
         model = CptMoeForCausalLM(CptMoeConfig.from_preset(kind, vocab_size=256, num_hidden_layers=2)).train()
         for layer in model.model.layers:
             layer.mlp.gate.norm_topk_prob = normalise  # the configuration refuses this for K = 1
-        tokens = torch.randint(0, 256, (2, 32))
+        tokens = torch.randint(0, 256, (1, 16))
         model(input_ids=tokens, labels=tokens).lm_loss.backward()
         return max(layer.mlp.gate.weight.grad.abs().max().item() for layer in model.model.layers)
 
@@ -319,7 +298,7 @@ def test_with_k_1_raw_gates_train_the_router_and_normalised_ones_would_not(kind:
 @pytest.mark.parametrize("kind", ROUTER_CLASSES)
 def test_routing_is_computed_in_fp32_under_bf16_weights_and_under_autocast(kind: str) -> None:
     module = router(kind, 7, 3).to(torch.bfloat16)
-    tokens = torch.randn(200, 48, dtype=torch.bfloat16)
+    tokens = torch.randn(40, 48, dtype=torch.bfloat16)
     want = tokens.double() @ module.weight.double().T
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

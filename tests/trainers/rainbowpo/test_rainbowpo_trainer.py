@@ -3,7 +3,6 @@
 Which requests and pairs are refused or dropped before training; meters, and the watch for policies that run away.
 """
 
-import inspect
 import logging
 
 import pytest
@@ -14,27 +13,17 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, T5Config
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
+from hf_moe_cpt.trainers.rainbowpo import rainbowpo_trainer
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, Pair, preference_terms
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import (
-    WINDOW,
-    PreferenceMeter,
-    RainbowPOTrainer,
-    RunawayWatch,
-    drop_empty_pairs,
-    in_evaluation,
-    pair_statistics,
-    without_text_prompt,
-)
 from tests.helpers.cpt_runs import logged
 from tests.helpers.preference_runs import TEMPLATE, pairs, saved_model, settings, trainer, word_tokenizer
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
 def test_means_are_weighted_and_ranges_cover_everything():
-    meter = PreferenceMeter()
+    meter = rainbowpo_trainer.PreferenceMeter()
     meter.add({"a": (torch.tensor(6.0), 3), "b": (torch.tensor(1.0), torch.tensor(4))})
     meter.add({"a": (torch.tensor(4.0), 1), "b": (torch.tensor(2.0), torch.tensor(2))})
     meter.add_range("phi", torch.tensor([1.0, 0.5]))
@@ -51,7 +40,9 @@ def _accuracy(differences: list[float], reference: bool = True) -> float:
     options = {"beta": 0.1, "mixing_alpha": 0.0, "mix_home_advantage": False, "length_normalization": False}
     options |= {"link": "logistic", "label_smoothing": 0.0, "sft_weight": 0.0}
     terms = preference_terms(logps, lengths, ref_logps, 0.0, 1.0, **options)
-    total, number = pair_statistics(terms, logps, ref_logps, lengths, 0.1, False)["rewards/accuracies"]
+    total, number = rainbowpo_trainer.pair_statistics(terms, logps, ref_logps, lengths, 0.1, False)[
+        "rewards/accuracies"
+    ]
     return total.item() / number
 
 
@@ -69,10 +60,10 @@ def _log(chosen: float, preferred: float = 10.0) -> dict[str, float]:
     "log, message", [(_log(-2.5), "Lower the learning rate"), (_log(-1.0, 14.0), "raise beta")], ids=["fall", "length"]
 )
 def test_what_runs_away_is_said_once_with_a_remedy(log, message):
-    watch = RunawayWatch()
+    watch = rainbowpo_trainer.RunawayWatch()
     assert [watch.look(_log(-1.0 - 0.01 * step)) for step in range(20)] == [[]] * 20  # a steady run is left in peace
     assert watch.look({"loss": 1.0}) == []
-    said = [warning for _ in range(WINDOW + 2) for warning in watch.look(log)]
+    said = [warning for _ in range(rainbowpo_trainer.WINDOW + 2) for warning in watch.look(log)]
     assert len(said) == 1 and message in said[0]
 
 
@@ -81,7 +72,7 @@ def test_a_model_is_in_evaluation_for_a_while_and_then_as_it_was():
     model.train()
     model[1][0].eval()
     before, ones = [module.training for module in model.modules()], torch.ones(64)
-    with pytest.raises(KeyError), in_evaluation(model):
+    with pytest.raises(KeyError), rainbowpo_trainer.in_evaluation(model):
         assert not any(module.training for module in model.modules())
         assert torch.equal(model[1](ones), ones)
         raise KeyError
@@ -98,8 +89,8 @@ def test_a_text_prompt_beside_messages_is_taken_from_the_messages(tmp_path):
     said = [("w3 w4", "w5 w6", "w7"), ("w8", "w9 w10 w11", "w12 w13"), ("w14", "w15", "w16 w17")]
     rows = [{"prompt": p, "chosen": _conversation(p, c), "rejected": _conversation(p, r)} for p, c, r in said]
     published = Dataset.from_list(rows)
-    assert "prompt" in without_text_prompt(pairs(2)).column_names
-    bare = without_text_prompt(published)
+    assert "prompt" in rainbowpo_trainer.without_text_prompt(pairs(2)).column_names
+    bare = rainbowpo_trainer.without_text_prompt(published)
     assert "prompt" not in bare.column_names
     tokenised = [trainer(tmp_path, data=data).train_dataset for data in (published, bare)]
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -109,7 +100,7 @@ def test_a_text_prompt_beside_messages_is_taken_from_the_messages(tmp_path):
     assert tokenizer.decode(tokenised[0]["chosen_ids"][0]).split() == ["w5", "w6", "</s>"]
 
 
-def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
+def test_pairs_that_teach_nothing_also_after_the_cut_are_dropped_and_counted(tmp_path, caplog):
     rows = pairs(3).to_list()
     rows += [{"prompt": "w3 ", "chosen": "w4", "rejected": "w4"}, {"prompt": "w3 ", "chosen": "", "rejected": "w4"}]
     with caplog.at_level(logging.WARNING):
@@ -118,7 +109,20 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
     assert "Dropped 2 of 5 pairs of the train data set: 1 with identical completions, 1 with an empty" in caplog.text
     bad = Dataset.from_list([{"chosen_ids": [4, 0], "rejected_ids": [4, 0]}])
     with pytest.raises(ValueError, match="No pair of the x data set can teach anything: 1 pairs, 1 with identical"):
-        drop_empty_pairs(bad, word_tokenizer(), None, "x")
+        rainbowpo_trainer.drop_empty_pairs(bad, word_tokenizer(), None, "x")
+    rows = [
+        {"prompt": "w3 ", "chosen": "w4 w5 w6 w7", "rejected": "w4 w5 w6 w8"},
+        {"prompt": "w3 ", "chosen": "w4 w5 w6", "rejected": "w4 w9"},
+        {"prompt": "w3 w4 w5 w6 ", "chosen": "w4", "rejected": "w9"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        run = trainer(tmp_path, data=Dataset.from_list(rows), max_length=4)
+    assert len(run.train_dataset) == 1
+    assert "Dropped 2 of 3 pairs" in caplog.text
+    assert "1 with identical completions, 0 with an empty one, 1 whose prompt alone fills max_length." in caplog.text
+    assert len(trainer(tmp_path, data=Dataset.from_list(rows), max_length=4, truncation_mode="keep_end").train_dataset)
+    with pytest.raises(ValueError, match="No pair .*: 3 pairs, 0 with .*, 3 whose prompt alone fills max_length"):
+        trainer(tmp_path, data=Dataset.from_list(rows), max_length=1)
 
 
 @pytest.mark.parametrize("has_prompt", [True, False])
@@ -145,22 +149,6 @@ def test_a_call_of_a_tool_is_no_empty_answer(tmp_path):
     content, calls = "{{ message['content'] }}", "{% for c in message['tool_calls'] or [] %}w5 {% endfor %}"
     tokenizer.chat_template = TEMPLATE.replace(content, f"{content} {calls}")
     assert len(trainer(tmp_path, data=Dataset.from_list([row]), processing_class=tokenizer).train_dataset) == 1
-
-
-def test_what_is_equal_or_gone_after_the_cut_is_dropped(tmp_path, caplog):
-    rows = [
-        {"prompt": "w3 ", "chosen": "w4 w5 w6 w7", "rejected": "w4 w5 w6 w8"},
-        {"prompt": "w3 ", "chosen": "w4 w5 w6", "rejected": "w4 w9"},
-        {"prompt": "w3 w4 w5 w6 ", "chosen": "w4", "rejected": "w9"},
-    ]
-    with caplog.at_level(logging.WARNING):
-        run = trainer(tmp_path, data=Dataset.from_list(rows), max_length=4)
-    assert len(run.train_dataset) == 1
-    assert "Dropped 2 of 3 pairs" in caplog.text
-    assert "1 with identical completions, 0 with an empty one, 1 whose prompt alone fills max_length." in caplog.text
-    assert len(trainer(tmp_path, data=Dataset.from_list(rows), max_length=4, truncation_mode="keep_end").train_dataset)
-    with pytest.raises(ValueError, match="No pair .*: 3 pairs, 0 with .*, 3 whose prompt alone fills max_length"):
-        trainer(tmp_path, data=Dataset.from_list(rows), max_length=1)
 
 
 def test_pairs_of_a_stream_are_dropped_and_counted_as_they_pass(tmp_path, caplog):
@@ -194,17 +182,14 @@ REFUSED = {
     "no rows to evaluate": ({"eval_dataset": pairs(2).select([])}, "The eval data set has no rows"),
     "half a pair": (
         {"data": pairs(2).remove_columns("rejected")},
-        "needs a column 'rejected', and the train data set has prompt, chosen",
+        "needs a column 'rejected', and the train data set",
     ),
     "messages before text": ({"data": MIXED}, r"\(prompt: messages, chosen: text, rejected: text\): make all"),
     "one message for a list": ({"data": BARE}, "chosen: dict, rejected: dict"),
     "scores in words": ({**BY_SCORE, "data": IN_WORDS}, f"4 of 4 {WRONG.format('chosen', repr('good'), 0)}"),
     "a score is missing": ({**BY_SCORE, "data": MISSING}, f"1 of 4 {WRONG.format('rejected', None, 2)}"),
     "no scores": (BY_SCORE, r"needs the column\(s\) score_chosen, score_rejected in the train"),
-    "scores that have no logarithm": (
-        {**BY_SCORE, "score_transform": "log", "data": EQUAL},
-        "4 of 4 pairs have scores that give no home advantage",
-    ),
+    "no logarithm": ({**BY_SCORE, "score_transform": "log", "data": EQUAL}, "4 of 4 pairs have scores that give no"),
     "no end of text": ({"processing_class": _without_eos()}, "tokenizer has no end-of-text token"),
     "images": ({"data": IMAGES}, "takes language models and text, not images"),
     "a reference without use": (
@@ -238,7 +223,9 @@ def test_what_the_trainer_is_given_itself_is_checked_too(tmp_path, given, messag
     folder = saved_model(tmp_path)
     _without_eos().save_pretrained(folder)
     with pytest.raises(ValueError, match=message):
-        RainbowPOTrainer(folder, args=RainbowPOConfig(**settings(tmp_path / "run")), train_dataset=pairs(4), **given)
+        rainbowpo_trainer.RainbowPOTrainer(
+            folder, args=RainbowPOConfig(**settings(tmp_path / "run")), train_dataset=pairs(4), **given
+        )
 
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -296,9 +283,7 @@ PARITY = {  # preset -> TRL's loss, its beta, factor of the loss
 }
 
 
-@pytest.mark.parametrize(
-    "preset, kind", [("ln-dpo", "llama"), ("dpo", "mixtral"), ("ipo", "llama"), ("ipo", "mixtral")]
-)
+@pytest.mark.parametrize("preset, kind", [("ln-dpo", "llama"), ("dpo", "mixtral"), ("ipo", "mixtral")])
 def test_the_presets_that_trl_has_are_trls(tmp_path, preset, kind):
     loss_type, beta, factor = PARITY[preset]
     args = DPOConfig(**settings(tmp_path / "trl"), loss_type=[loss_type], beta=beta)
@@ -369,9 +354,12 @@ def test_every_kind_of_reference_gives_the_same_losses(tmp_path):
     path, runs = saved_model(tmp_path), {}
     kinds = {
         "plain": {},
-        "cached": {"precompute_ref_log_probs": True},
+        "cached": {
+            "precompute_ref_log_probs": True,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
         "explicit": {"ref_model": AutoModelForCausalLM.from_pretrained(path)},
-        "halves": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     }
     for name, changes in kinds.items():
         runs[name] = trainer(tmp_path / name, path, **changes)
@@ -469,20 +457,3 @@ def test_evaluation_reports_under_its_own_names(tmp_path):
     metrics = run.evaluate()
     assert {"eval_a_loss", "eval_b_loss", "eval_a_rewards/margins", "eval_b_phi/mean"} <= metrics.keys()
     assert metrics["eval_a_loss"] == pytest.approx(metrics["eval_a_loss/preference"], rel=1e-5)
-
-
-def test_signatures_of_what_is_overridden_are_those_of_this_trl():
-    want = {
-        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
-        "compute_ref_log_probs": ["self", "model", "inputs"],
-        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
-        "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
-        "_set_signature_columns_if_needed": ["self"],
-        "log": ["self", "logs", "start_time"],
-    }
-    for name, parameters in want.items():
-        assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == parameters
-        assert list(inspect.signature(getattr(RainbowPOTrainer, name)).parameters) == parameters
-    assert "outputs" in inspect.signature(add_fused_lm_head).parameters
-    source = inspect.getsource(DPOTrainer.__init__)
-    assert source.index("self.ref_model = create_model_from_path") < source.index("add_fused_lm_head(self.ref_model)")

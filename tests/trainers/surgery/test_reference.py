@@ -1,13 +1,11 @@
 """The model before surgery as copy, adapter and cache: against each other and against the model's own logits.
 
-The states on disk: found again, never those of another model or other rows, whole after a kill, and in shares.
+The states on disk: found again, never those of another model or other rows, whole after a kill; as ranks fill and read
+them: tests/distributed.
 """
 
 import copy
-import json
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +22,13 @@ from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model
 from hf_moe_cpt.trainers.surgery.data import collate_rows, row_of
 from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES, next_token_kl
 from hf_moe_cpt.trainers.surgery.reference import adapter_off, build_reference, compared_rows, weights_fingerprint
-from tests.helpers.fresh_process import TWO_RANKS, launch
 from tests.helpers.tiny_models import SIZES, VOCABULARY, tiny_model, tokenized
 
 
 MODELS = {
     "llama": lambda: tiny_model("llama", attention_dropout=0.5),
     "tied": lambda: tiny_model("llama", tie_word_embeddings=True),
-    "softcap": lambda: _built(
-        Gemma2Config(**{**SIZES, "head_dim": 8, "pad_token_id": 0}, final_logit_softcapping=2.0)
-    ),
+    "softcap": lambda: _built(Gemma2Config(**SIZES | {"head_dim": 8, "pad_token_id": 0}, final_logit_softcapping=2.0)),
     "mixtral": lambda: tiny_model("mixtral"),
     "cpt_moe": lambda: tiny_model("cpt_moe"),
 }
@@ -333,12 +328,8 @@ def test_another_model_and_other_rows_have_a_cache_of_their_own(tmp_path, passes
         Dataset.from_dict({"input_ids": rows, "completion_mask": [[True] * len(row) for row in rows]})
         for rows in (other_rows, cut)
     )
-    for options in (
-        {"model": changed},
-        {"rows": other_rows},
-        {"rows": cut},
-        {"model": tiny_model("llama", rms_norm_eps=1e-3)},
-    ):
+    configured = tiny_model("llama", rms_norm_eps=1e-3)
+    for options in ({"model": changed}, {"rows": other_rows}, {"rows": cut}, {"model": configured}):
         before = sum(passes)
         found = _cache(tmp_path, **options)
         assert sum(passes) == before + 20
@@ -398,34 +389,3 @@ def test_the_fingerprint_is_that_of_what_decides_the_states():
     assert weights_fingerprint(model.train()) == before
     assert weights_fingerprint(model.to(torch.bfloat16)) != before
     assert weights_fingerprint(tiny_model("mixtral", num_experts_per_tok=1)) != before
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_work_and_read_all(tmp_path):
-    want = _cache(tmp_path / "one").states["retain"]
-    launch(*TWO_RANKS, "-m", "tests.trainers.surgery.test_reference", str(tmp_path / "two"))
-    found = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2)]
-    whole = torch.cat([want.read("hidden", _batch(ROWS, place))[0] for place in range(20)])
-    assert found[0]["written"] and found[1]["written"] and not set(found[0]["written"]) & set(found[1]["written"])
-    for rank in found:
-        assert torch.allclose(torch.tensor(rank["states"]), whole, atol=1e-6)
-
-
-def main(folder: Path) -> None:
-    """Fill the cache as one of several ranks; leave what was written and what can be read."""
-    reference_module.SHARD_BYTES = 4 * BYTES_OF_ROW
-    written, plain = [], reference_module.RowStates.write
-
-    def write(self, shard, states):
-        written.append(shard)
-        plain(self, shard, states)
-
-    reference_module.RowStates.write = write
-    found = _cache(folder).states["retain"]
-    states = torch.cat([found.read("hidden", _batch(ROWS, place))[0] for place in range(20)]).tolist()
-    rank = Accelerator(cpu=True).process_index
-    folder.with_name(f"{folder.name}-{rank}.json").write_text(json.dumps({"written": written, "states": states}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -16,20 +16,11 @@ from accelerate import Accelerator
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from hf_moe_cpt.trainers.surgery import surgery_trainer
 from hf_moe_cpt.trainers.surgery.data import WINNER, eval_batches
 from hf_moe_cpt.trainers.surgery.experts import RouterTap
 from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES, TERMS, ForgetSettings, ScoredText
 from hf_moe_cpt.trainers.surgery.reference import LiveReference
-from hf_moe_cpt.trainers.surgery.surgery_trainer import (
-    RECORD_FILE,
-    RouterPull,
-    SurgeryTerms,
-    card_section,
-    measure,
-    objective_text,
-    stop_reason,
-    surgery_gap,
-)
 from tests.helpers.cpt_runs import logged
 from tests.helpers.surgery_runs import BEST, EVALUATED, trainer
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
@@ -65,8 +56,8 @@ def _moved():
 def test_measures_are_means_over_rows_or_tokens(normalization, direction):
     sets, model, before = _sets(), _moved().train(), tiny_model("llama").double().eval()
     reference = LiveReference(before, Accelerator(cpu=True))
-    terms = SurgeryTerms({}, ForgetSettings(), reference, normalization, direction, chunk_tokens=4)
-    got = measure(model, _batches(sets), list(NAMES), terms)
+    terms = surgery_trainer.SurgeryTerms({}, ForgetSettings(), reference, normalization, direction, chunk_tokens=4)
+    got = surgery_trainer.measure(model, _batches(sets), list(NAMES), terms)
     assert model.training
     assert list(got) == ["unlearn_ce", "update_ce", "retain_ce", "retain_kl", "unseen_ce"]
     model.eval()
@@ -88,7 +79,7 @@ def test_measures_are_means_over_rows_or_tokens(normalization, direction):
 
 def test_dropout_modes_and_rows_that_do_not_count_change_nothing():
     """A rank that has no rows left repeats some with nothing that counts."""
-    terms, sets = SurgeryTerms({}, ForgetSettings(), None), _sets()
+    terms, sets = surgery_trainer.SurgeryTerms({}, ForgetSettings(), None), _sets()
 
     def with_a_spare(name):
         yield from _batches(sets)(name)
@@ -97,7 +88,9 @@ def test_dropout_modes_and_rows_that_do_not_count_change_nothing():
 
     model = tiny_model("llama", attention_dropout=0.9).train()
     state = torch.get_rng_state()
-    first, second = (measure(model, batches, ["update"], terms) for batches in (_batches(sets), with_a_spare))
+    first, second = (
+        surgery_trainer.measure(model, batches, ["update"], terms) for batches in (_batches(sets), with_a_spare)
+    )
     assert first == second and torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -121,7 +114,7 @@ MEASURED = {"unlearn_ce": 3.0, "obsolete_ce": 5.5, "update_ce": 1.25, "retain_kl
 )
 def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
     measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
-    assert surgery_gap(measured, *rules) == pytest.approx(want)
+    assert surgery_trainer.surgery_gap(measured, *rules) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +125,7 @@ def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
         ({"unlearn_ce": 4.0}, (4.0, 1.0, None), None),  # update is not learnt
         ({"unlearn_ce": 4.0}, (4.0, None, None), None),  # and has no target
         ({"unlearn_ce": 4.0}, (None, 2.0, None), None),
-        (
-            {"unlearn_ce": 4.0, "update_ce": None},
-            (4.0, None, None),
-            "every set has reached its target: unlearn 4 nats",
-        ),
+        ({"unlearn_ce": 4.0, "update_ce": None}, (4.0, None, None), "every set has reached its target: unlearn 4"),
         ({"unlearn_ce": None, "obsolete_ce": None}, (None, 2.0, None), "update 1.25 nats .target 2."),
         ({}, (4.0, 2.0, 0.1), "the KL on retained text is 0.2, above max_retain_kl=0.1"),
         ({"unlearn_ce": None, "obsolete_ce": None, "update_ce": None}, (4.0, 2.0, None), None),
@@ -144,14 +133,16 @@ def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
 )
 def test_when_a_run_stops(changes, rules, want):
     measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
-    reason = stop_reason(measured, *rules)
+    reason = surgery_trainer.stop_reason(measured, *rules)
     assert (reason is None) == (want is None)
     if want is not None:
         assert re.search(want, reason), reason
 
 
 def _record(folder):
-    return json.loads((folder / RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    return json.loads(
+        (folder / surgery_trainer.RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
 
 
 def test_the_record_is_that_of_the_weights_beside_it(tmp_path):
@@ -188,14 +179,14 @@ def test_the_record_names_the_terms_the_rows_and_the_target(tmp_path):
     assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).forget_loss == "gentle"
     record = _record(tmp_path / "run")
     terms = "0.5 * gentle[unlearn] + 0.1 * pair_dpo[obsolete] + 1 * CE[update] + 1 * KL(now || before)[retain]"
-    assert record["objective"] == terms == objective_text(run.args, list(run.sets))
+    assert record["objective"] == terms == surgery_trainer.objective_text(run.args, list(run.sets))
     assert record["rows"] == dict.fromkeys(("unlearn", "obsolete", "update", "retain", "unseen"), 12)
     assert record["forget_target"] == logged(run.state.log_history, "eval_unseen_ce")[-1]
     assert record["forget_target_is"] == "unseen" and record["gap"]["best"] is None
     assert record["settings"]["forget_loss"] == "gentle" and record["settings"]["learning_rate"] == 1e-2
     assert str(tmp_path) not in json.dumps(record)
     for part in (terms, f"{record['forget_target']:.4g} nats", "weights of step 1 of 1; stopped by: max_steps=1"):
-        assert part in card_section(record)
+        assert part in surgery_trainer.card_section(record)
 
 
 def test_what_stopped_a_run_is_told_and_a_model_beyond_the_limit_is_called_so(tmp_path, caplog):
@@ -239,12 +230,8 @@ def _texts(seed):
 
 
 def _terms(losses=None, reference=None, **options):
-    live = (
-        None
-        if reference is None
-        else LiveReference(reference, Accelerator(cpu=True), with_routers="routers" in options)
-    )
-    return SurgeryTerms(losses or {}, ForgetSettings(target=TARGET), live, chunk_tokens=4, **options)
+    live = reference and LiveReference(reference, Accelerator(cpu=True), with_routers="routers" in options)
+    return surgery_trainer.SurgeryTerms(losses or {}, ForgetSettings(target=TARGET), live, chunk_tokens=4, **options)
 
 
 def _logp(model, batch):
@@ -278,18 +265,6 @@ def _assert_same(got, want, model):
         assert_matches(name, gradient, gradients[name], LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("kind", "normalization"), [("llama", "sequence"), ("mixtral", "token"), ("cpt_moe", "token")]
-)
-def test_update_is_the_cross_entropy(kind, normalization):
-    model, batch = _model(kind), _texts(1)
-    term = _terms(normalization=normalization).of("update", model, batch)
-    want = _mean(-_of_next(model, batch), batch, normalization)
-    _assert_same(term.loss, want, model)
-    assert term.extra is None and list(term.measures) == ["update/ce"]
-    assert float(term.measures["update/ce"]) == pytest.approx(want.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize(  # losses without a target or a reference, and with either
     ("kind", "forgotten", "name"),
     [("mixtral", "obsolete", "ga"), ("llama", "unlearn", "aim"), ("mixtral", "unlearn", "npo")],
@@ -319,12 +294,7 @@ def test_a_winner_wins_over_what_is_forgotten(name):
 
 @pytest.mark.parametrize(
     ("kind", "direction", "normalization"),
-    [
-        ("llama", "forward", "sequence"),
-        ("llama", "reverse", "token"),
-        ("mixtral", "forward", "token"),
-        ("cpt_moe", "reverse", "sequence"),
-    ],
+    [("llama", "forward", "sequence"), ("mixtral", "forward", "token"), ("cpt_moe", "reverse", "token")],
 )
 def test_an_anchor_is_the_divergence_from_the_model_before(kind, direction, normalization):
     model, before, batch = _model(kind, moved=True), _model(kind), _texts(4)
@@ -374,10 +344,8 @@ def test_no_forget_term_holds_a_penalty_of_routers(kind, losses):
     loss = {**FORGET_LOSSES, **PAIR_LOSSES}[losses]
     batch = {**_texts(2), WINNER: _texts(3)}
     found = {}
-    for name, changes in (
-        ("with", PENALISED[kind]),
-        ("without", {key: 0.0 for key in PENALISED[kind] if "coef" in key}),
-    ):
+    without = {key: 0.0 for key in PENALISED[kind] if "coef" in key}
+    for name, changes in (("with", PENALISED[kind]), ("without", without)):
         model = _model(kind, moved=True, **changes).train()
         term = _terms({"unlearn": loss}, _model(kind), penalised_set="unlearn").of("unlearn", model, batch)
         assert term.extra is None
@@ -424,7 +392,7 @@ def test_an_anchor_pays_the_penalty_where_nothing_is_learnt(kind):
 @pytest.mark.parametrize("kind", MOES)
 def test_routers_are_pulled_to_their_old_selves(kind):
     model, before, batch = _model(kind, moved=True), _model(kind), _texts(1)
-    pull = RouterPull(RouterTap(model), anchor=0.7)
+    pull = surgery_trainer.RouterPull(RouterTap(model), anchor=0.7)
     terms = _terms(reference=before, routers=pull, normalization="token")
     term = terms.of("retain", model, batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -444,7 +412,7 @@ def test_routers_are_pulled_to_their_old_selves(kind):
 @pytest.mark.parametrize("kind", MOES)
 def test_forgotten_text_is_pulled_to_the_target_experts(kind):
     model, batch = _model(kind, moved=True), _texts(2)
-    pull = RouterPull(RouterTap(model), expert_anchor=0.3, targets=[(0, 1), (0, 2), (1, 0)])
+    pull = surgery_trainer.RouterPull(RouterTap(model), expert_anchor=0.3, targets=[(0, 1), (0, 2), (1, 0)])
     terms = _terms({"unlearn": FORGET_LOSSES["ga"]}, routers=pull)
     pulled = _gradients(terms.of("unlearn", model, batch).extra, model)
     term = terms.of("unlearn", model, batch)
