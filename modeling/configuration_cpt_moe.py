@@ -1,4 +1,4 @@
-"""Configuration of the `cpt_moe` family, and the paper's five models with a tiny twin of each as its presets.
+"""Configuration of the `cpt_moe` family, and as presets the paper's five models, one more, and a tiny twin of each.
 
 A Llama-like decoder with dense or mixture-of-experts feed-forward blocks; E = routed experts, K = routed experts per
 token. Sources: arXiv 2503.05029 (architecture, routers, penalties; sizes in section 4, embedding and attention shapes
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-ROUTER_TYPES = ("softmax_topk", "sinkhorn")
+ROUTER_TYPES = ("softmax_topk", "sinkhorn", "bias_topk")
 NORM_TYPES = ("rmsnorm", "layernorm")
 QK_NORMS = ("head", "projection")
 LOAD_SCOPES = ("global", "rank")
@@ -52,8 +52,9 @@ _KEYS_OF_TRANSFORMERS = frozenset(
 )
 
 
-# PB = penalty-balanced top-k routing, SB = Sinkhorn-balanced. Expert width is left to the configuration's own rule,
-# `intermediate_size / (experts per token + shared experts)`: every model of a size has the same active FLOPs.
+# PB = penalty-balanced top-k routing, SB = Sinkhorn-balanced, LF = balanced by a bias, free of a loss (not the paper's).
+# Expert width is left to the configuration's own rule, `intermediate_size / (experts per token + shared experts)`:
+# every model of a size has the same active FLOPs.
 _PAPER_SIZE = {
     "vocab_size": 128_256,
     "hidden_size": 1024,
@@ -78,16 +79,19 @@ _GRANULAR = {"num_experts": 31, "num_experts_per_tok": 3, "num_shared_experts": 
 _SWITCH = {"num_experts": 8, "num_experts_per_tok": 1, "num_shared_experts": 0}
 _PENALTY_BALANCED = {"router_type": "softmax_topk", "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001}
 _SINKHORN_BALANCED = {"router_type": "sinkhorn", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+_BIAS_BALANCED = {"router_type": "bias_topk", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 PRESETS: dict[str, dict[str, int | float | str]] = {
     "dense-570m": _PAPER_SIZE | _DENSE,
     "pb-granular-2b": _PAPER_SIZE | _GRANULAR | _PENALTY_BALANCED,
     "sb-granular-2b": _PAPER_SIZE | _GRANULAR | _SINKHORN_BALANCED,
+    "lf-granular-2b": _PAPER_SIZE | _GRANULAR | _BIAS_BALANCED,
     "pb-switch-2b": _PAPER_SIZE | _SWITCH | _PENALTY_BALANCED,
     "sb-switch-2b": _PAPER_SIZE | _SWITCH | _SINKHORN_BALANCED,
     "dense-tiny": _TINY_SIZE | _DENSE,
     "pb-granular-tiny": _TINY_SIZE | _GRANULAR | _PENALTY_BALANCED,
     "sb-granular-tiny": _TINY_SIZE | _GRANULAR | _SINKHORN_BALANCED,
+    "lf-granular-tiny": _TINY_SIZE | _GRANULAR | _BIAS_BALANCED,
     "pb-switch-tiny": _TINY_SIZE | _SWITCH | _PENALTY_BALANCED,
     "sb-switch-tiny": _TINY_SIZE | _SWITCH | _SINKHORN_BALANCED,
 }
@@ -157,8 +161,8 @@ class CptMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int | None = None  # K; None: 3, or 0 in a dense model
     moe_intermediate_size: int | None = None  # None: intermediate_size / (K + shared), the dense model's active FLOPs
     num_shared_experts: int | None = None  # experts that see every token; None: 1, or 0 in a dense model
-    router_type: str = "softmax_topk"  # or "sinkhorn"
-    norm_topk_prob: bool = False  # divide the K gates by their sum; only for K > 1
+    router_type: str = "softmax_topk"  # or "sinkhorn", or "bias_topk" (sigmoid scores and a bias, DeepSeek-V3's)
+    norm_topk_prob: bool | None = None  # divide the K gates by their sum; only for K > 1; None: for bias_topk
     sinkhorn_iterations: int = 3  # passes over rows and columns when the Sinkhorn router trains
     router_aux_loss_coef: float | None = None  # load balance; None: 0.01 for softmax_topk, else 0
     router_z_loss_coef: float | None = None  # squared logsumexp; None: 0.001 for softmax_topk, else 0
@@ -202,6 +206,11 @@ class CptMoeConfig(PreTrainedConfig):
     def is_moe(self) -> bool:
         """Whether the feed-forward blocks are mixtures of experts."""
         return self.num_experts > 0
+
+    @property
+    def has_sigmoid_gates(self) -> bool:
+        """Whether gates are sigmoids of the logits instead of a softmax."""
+        return self.router_type == "bias_topk" or (self.router_type == "sinkhorn" and self.num_experts_per_tok == 1)
 
     @property
     def has_router_penalty(self) -> bool:
@@ -252,6 +261,8 @@ class CptMoeConfig(PreTrainedConfig):
             self.moe_intermediate_size = self._divided(
                 "intermediate_size", active, "num_experts_per_tok + num_shared_experts", "moe_intermediate_size"
             )
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.router_type == "bias_topk" and self.num_experts_per_tok > 1
         has_penalties = self.is_moe and self.router_type == "softmax_topk"
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.01 if has_penalties else 0.0
@@ -313,10 +324,11 @@ class CptMoeConfig(PreTrainedConfig):
                 "norm_topk_prob=True with num_experts_per_tok=1 makes every gate 1, so the router gets no gradient: "
                 "set norm_topk_prob=False."
             )
-        if self.router_type == "sinkhorn" and self.router_aux_loss_coef > 0:
+        if self.router_type != "softmax_topk" and self.router_aux_loss_coef > 0:
+            way = "plan" if self.router_type == "sinkhorn" else "bias"
             raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef} with router_type='sinkhorn', which balances by its "
-                "plan: set the coefficient to 0 or use router_type='softmax_topk'."
+                f"router_aux_loss_coef={self.router_aux_loss_coef} with router_type={self.router_type!r}, which "
+                f"balances by its {way}: set the coefficient to 0 or use router_type='softmax_topk'."
             )
 
     def _check_dense(self) -> None:

@@ -3,11 +3,11 @@
 B batch, S sequence, H hidden size, A attention heads, D head size, V vocabulary; T = B x S tokens, E routed experts,
 K experts per token; z (T, E) router logits.
 
-Sources: arXiv 2503.05029 (architecture, both routers, penalties); GPT-NeoX, the authors' training code, for the
+Sources: arXiv 2503.05029 (architecture, two of the routers, penalties); GPT-NeoX, the authors' training code, for the
 Sinkhorn start vector, raw gates and initialisation (megatron/model/router.py); Switch Transformers eq. 4-6 and ST-MoE
-eq. 5 for the penalties. The code has the form of transformers' own MoE models, so that its attention and experts
-interfaces, parallel plans and kernels apply. This file travels to the Hub with a checkpoint: it imports torch,
-transformers and the configuration beside it.
+eq. 5 for the penalties; DeepSeek-V3 (arXiv 2412.19437, eq. 13-16) for the third router. The code has the form of
+transformers' own MoE models, so that its attention and experts interfaces, parallel plans and kernels apply. This file
+travels to the Hub with a checkpoint: it imports torch, transformers and the configuration beside it.
 """
 
 import inspect
@@ -233,7 +233,7 @@ EPSILON = 1e-8  # added to the denominators of the Sinkhorn scalings, as in GPT-
 
 
 class CptMoeRouter(nn.Module):
-    """What both routers share: the bias-free map z = W x, and gates read from the scores of the chosen experts.
+    """What all routers share: the bias-free map z = W x, and gates read from the scores of the chosen experts.
 
     A router says what its scores are and which experts it chooses. Gates are always taken from the unbalanced scores,
     so that gradient reaches W; the choice itself carries none. Everything is computed in at least fp32, whatever the
@@ -305,7 +305,29 @@ class CptMoeSinkhornRouter(CptMoeRouter):
         return plan.topk(self.top_k, dim=-1).indices
 
 
-ROUTER_CLASSES: dict[str, type[CptMoeRouter]] = {"softmax_topk": CptMoeTopKRouter, "sinkhorn": CptMoeSinkhornRouter}
+class CptMoeBiasRouter(CptMoeRouter):
+    """Bias-balanced top-k (DeepSeek-V3): sigmoid scores, the K largest of score + b; gates know nothing of b.
+
+    b, a buffer, has no gradient: whoever trains the model adds rate * sign(mean load - load) to it after each step, as
+    the trainers of hf_moe_cpt do (`router_balance`). Training and evaluation are identical.
+    """
+
+    def __init__(self, config: CptMoeConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.sigmoid()
+
+    def choose(self, logits: torch.Tensor, scores: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+
+
+ROUTER_CLASSES: dict[str, type[CptMoeRouter]] = {
+    "softmax_topk": CptMoeTopKRouter,
+    "sinkhorn": CptMoeSinkhornRouter,
+    "bias_topk": CptMoeBiasRouter,
+}
 
 
 def sinkhorn_plan(logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -659,6 +681,7 @@ class CptMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(CptMoeRouter, index=0),
         "router_indices": OutputRecorder(CptMoeRouter, index=2),
@@ -702,6 +725,8 @@ class CptMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, std=output_std)
         elif isinstance(module, CptMoeRouter):
             init.normal_(module.weight, std=input_std)
+            if isinstance(module, CptMoeBiasRouter):
+                init.zeros_(module.e_score_correction_bias)
         else:
             super()._init_weights(module)
 

@@ -174,7 +174,7 @@ def _place(position: int, length: int, seed: int) -> int:
 def _loss(model: PreTrainedModel, batch: Sequence[CountedText]) -> Tensor:
     """Mean cross entropy in nats of all tokens that count."""
     ids, mask, counts = padded(batch, model.device)
-    hidden = run_model(model, {"input_ids": ids, "attention_mask": mask}).hidden
+    hidden = run_model(model, {"input_ids": ids, "attention_mask": mask})
     return -(token_logp(hidden, head_of(model), ids) * counts).sum() / counts.sum()
 
 

@@ -238,7 +238,7 @@ def padded(texts: Sequence[CountedText], device: torch.device) -> tuple[Tensor, 
 def _counted_states(model: PreTrainedModel, batch: Sequence[CountedText]) -> tuple[Tensor, Tensor]:
     """Hidden states (N, H) that predict the tokens that count, and these tokens (N,), text after text."""
     ids, mask, counts = padded(batch, model.device)
-    hidden = run_model(model, {"input_ids": ids, "attention_mask": mask}).hidden
+    hidden = run_model(model, {"input_ids": ids, "attention_mask": mask})
     return hidden[:, :-1][counts], ids[:, 1:][counts]
 
 

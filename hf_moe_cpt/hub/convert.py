@@ -244,8 +244,11 @@ def config_to(config: CptMoeConfig, model_type: str) -> PreTrainedConfig:
     """Another family's configuration of a model of ours. Raises ValueError for what it cannot express."""
     if not config.is_moe:
         raise ValueError(f"num_experts=0: a dense model has no place in {model_type}; upcycle it first.")
-    if config.router_type == "sinkhorn" and config.num_experts_per_tok == 1:
-        raise ValueError(f"router_type='sinkhorn' with one expert per token: {model_type} has no sigmoid gates.")
+    if config.has_sigmoid_gates:
+        raise ValueError(
+            f"router_type={config.router_type!r} with num_experts_per_tok={config.num_experts_per_tok}: {model_type} "
+            "has no sigmoid gates."
+        )
     fields = foreign_fields(config, model_type)
     fields |= {"num_experts_per_tok": config.num_experts_per_tok, "output_router_logits": config.output_router_logits}
     fields["router_aux_loss_coef"] = (

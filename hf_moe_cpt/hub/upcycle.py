@@ -109,7 +109,7 @@ def plan_layout(config: CptMoeConfig, dense_width: int) -> ExpertLayout:
     group_size = _group_size(E, K, num_parts)
     each = num_parts / (K + S)
     # The gate of a chosen expert when all router logits are 0.
-    first_gate = 1 / K if config.norm_topk_prob else 0.5 if _has_sigmoid_gates(config) else 1 / E
+    first_gate = 1 / K if config.norm_topk_prob else 0.5 if config.has_sigmoid_gates else 1 / E
     return ExpertLayout(
         num_parts=num_parts,
         part_of_expert=tuple((S + expert % group_size) % num_parts for expert in range(E)),
@@ -117,7 +117,7 @@ def plan_layout(config: CptMoeConfig, dense_width: int) -> ExpertLayout:
         group_size=group_size,
         routed_scale=each / first_gate,
         shared_scale=each,
-        gates_are_exact=config.norm_topk_prob or (E == group_size and not _has_sigmoid_gates(config)),
+        gates_are_exact=config.norm_topk_prob or (E == group_size and not config.has_sigmoid_gates),
     )
 
 
@@ -144,10 +144,6 @@ def router_rows(
     rows *= logit_std / hidden_size**0.5
     left_over = rows.mean(dim=0).expand(num_experts - num_groups * size, -1)
     return torch.cat((rows.repeat_interleave(size, dim=0), left_over))
-
-
-def _has_sigmoid_gates(config: CptMoeConfig) -> bool:
-    return config.router_type == "sinkhorn" and config.num_experts_per_tok == 1
 
 
 def _group_size(num_experts: int, top_k: int, num_parts: int) -> int:

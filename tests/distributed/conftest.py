@@ -21,6 +21,7 @@ def rank_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
     with FileLock(folder / "model.lock"):
         if not (folder / "model").exists():
             save_model(folder)
+            save_model(folder, "biased", router_type="bias_topk")
     return folder
 
 

@@ -12,11 +12,19 @@ HAS_EP = "ep_size" in inspect.signature(DistributedConfig).parameters  # from tr
 HAS_EP = HAS_EP and Version(torch.__version__) >= Version("2.13")
 
 ACCUMULATED = {"accumulation": 2, "balance": False}
-ONE_RANK = {"whole": {}, "without balance": {"balance": False}, "accumulated": {"accumulation": 4, "balance": False}}
+BIASED = {"model": "biased"}  # its balance is that of the whole batch, whatever the micro-batches
+ONE_RANK = {
+    "whole": {},
+    "without balance": {"balance": False},
+    "accumulated": {"accumulation": 4, "balance": False},
+    "biased": BIASED,
+}
 TWO_RANKS = {
     "DDP": {},
     "DDP accumulated": ACCUMULATED,
+    "DDP with biases, accumulated": {"accumulation": 2, **BIASED},
     "FSDP2": {"fsdp": True},
+    "FSDP2 with biases": {"fsdp": True, **BIASED},
     "FSDP2 of accelerate accumulated": {"accelerate": "fsdp2_8gpu.yaml", **ACCUMULATED},
 }
 FOUR_RANKS = {"DDP on 4": {}}

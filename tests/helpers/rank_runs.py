@@ -48,14 +48,14 @@ def save_model(folder: Path, name: str = "model", **changes: Any) -> None:
     preference_runs.word_tokenizer().save_pretrained(folder / name)
 
 
-def open_model(folder: Path, sharded: dict[str, int] | None) -> PreTrainedModel:
-    """The saved model, cut by transformers where sizes of a `DistributedConfig` are given."""
+def open_model(path: Path, sharded: dict[str, int] | None) -> PreTrainedModel:
+    """A saved model, cut by transformers where sizes of a `DistributedConfig` are given."""
     options = {}
     if sharded:
         from transformers.distributed import DistributedConfig
 
         options = {"distributed_config": DistributedConfig(**sharded)}
-    return AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) -> Trainer:
@@ -65,9 +65,9 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     shared |= {"adam_epsilon": 1e-3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
     if _has_fsdp(job):
         shared |= {"accelerator_config": {"use_configured_state": True}, **(FSDP2 if job.get("fsdp") else {})}
-    model = open_model(folder, job.get("sharded"))
+    model = open_model(folder / job.get("model", "model"), job.get("sharded"))
     if not job.get("balance", True):  # it is no sum over micro-batches
-        model.config.router_aux_loss_coef = 0.0
+        shared["router_balance"] = "none"
     if kind == "cpt":
         return cpt_runs.trainer(out, model, True, per_device_train_batch_size=rows, **shared)
     if kind == "rainbowpo":

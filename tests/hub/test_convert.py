@@ -140,7 +140,7 @@ REFUSED_FROM_OURS = {
     "sigmoid": (
         "qwen2_moe",
         {"router_type": "sinkhorn", "num_experts_per_tok": 1, "norm_topk_prob": False},
-        "router_type='sinkhorn' with one expert per token: qwen2_moe has no sigmoid gates",
+        "router_type='sinkhorn' with num_experts_per_tok=1: qwen2_moe has no sigmoid gates",
     ),
     "heads": ("qwen2_moe", {"head_dim": 12}, "head_dim=12: qwen2_moe has heads of .* = 8"),
     "norm that they lack": (

@@ -14,7 +14,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
-from transformers import Trainer, TrainingArguments
+from transformers import DeepseekV3Config, Trainer, TrainingArguments
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import (
@@ -192,7 +193,7 @@ def log_domain_plan(logits: np.ndarray, passes: int) -> np.ndarray:
 
 def router(kind: str, experts: int, per_token: int, **fields) -> CptMoeRouter:
     config = CptMoeConfig.from_preset(
-        "pb-granular-tiny" if kind == "softmax_topk" else "sb-granular-tiny",
+        {"softmax_topk": "pb", "sinkhorn": "sb", "bias_topk": "lf"}[kind] + "-granular-tiny",
         hidden_size=48,
         num_attention_heads=1,
         num_experts=experts,
@@ -269,6 +270,26 @@ def test_gates_are_the_raw_scores_of_the_chosen_experts(kind, per_token, activat
     order = plan if kind == "sinkhorn" and training else want_logits
     assert torch.equal(index, order.topk(per_token).indices)
     assert_matches("gates", gates, scores.gather(1, index))
+
+
+def test_the_router_with_a_bias_is_deepseeks() -> None:
+    config = DeepseekV3Config(
+        hidden_size=48, n_routed_experts=7, num_experts_per_tok=3, n_group=1, topk_group=1, routed_scaling_factor=1.0
+    )
+    theirs, ours = DeepseekV3TopkRouter(config), router("bias_topk", 7, 3)
+    theirs.load_state_dict(ours.state_dict() | {"e_score_correction_bias": torch.randn(7)})
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randn(33, 48)
+    for got, want in zip(_in_order(ours(tokens)), _in_order(theirs(tokens)), strict=True):
+        torch.testing.assert_close(got, want)
+    assert torch.equal(ours.train()(tokens)[2], ours.eval()(tokens)[2])
+    assert not torch.equal(ours(tokens)[2], ours(tokens)[0].topk(3).indices)  # the bias decides
+
+
+def _in_order(routed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    logits, gates, index = routed
+    order = index.argsort(-1)
+    return logits, gates.gather(1, order), index.gather(1, order)
 
 
 def test_normalised_gates_sum_to_one() -> None:

@@ -22,7 +22,6 @@ Padding takes no part. Letters: L MoE layers, T tokens of a call, E experts, K e
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from hf_moe_cpt.routing.hooks import (
     expert_fields,
     find_experts,
     layers_to_watch,
+    own_penalty_off,
 )
 from hf_moe_cpt.routing.metrics import router_distribution
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
@@ -246,7 +246,7 @@ class RouterBalance:
     def __init__(self, args: Any, model: nn.Module, log_load: bool = False, is_fixed: bool = False) -> None:
         self.layers = _layers_to_balance(model, args.router_balance)
         self._biases = correction_biases(model, self.layers)
-        is_fixed = is_fixed or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        is_fixed = is_fixed or bool(self.layers) and _is_fixed(model, self.layers)
         self.decision = decide(args, model, self.layers, bool(self._biases), is_fixed)
         self.model, self.rate, self.log_load = model, args.router_bias_update_rate, log_load
         self.moves_bias = self.decision.way == "bias"
@@ -255,8 +255,7 @@ class RouterBalance:
         listens = self.layers and (log_load or self.is_penalised or self.moves_bias)
         self.meter = ExpertLoadMeter(model) if listens else None
         self.terms = MeanMeter()
-        accepted = inspect.signature(inner_model(model).forward).parameters
-        self.switched_off = {"output_router_logits": False} if "output_router_logits" in accepted else {}
+        self.switched_off = own_penalty_off(model)
         self._heard: list[tuple[int, Tensor]] = []
         self._keep: Tensor | None = None
         self._tokens_of_step: Tensor | None = None
@@ -373,6 +372,13 @@ class RouterBalance:
         return found
 
 
+def _is_fixed(model: nn.Module, layers: Sequence[MoeLayer]) -> bool:
+    """Whether routers were frozen, or nothing that they see is trained. An adapter freezes what it stands beside."""
+    if hasattr(model, "peft_config"):
+        return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return not any(weight.requires_grad for layer in layers for weight in layer.router.parameters())
+
+
 def _refuse_environment(args: Any, model: nn.Module, is_penalised: bool) -> None:
     if not is_penalised:
         return
@@ -481,6 +487,11 @@ class RouterBalanceMixin:
     def routed_batch(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of a micro-batch whose routing is balanced."""
         return sample
+
+    def penalty_scale(self, is_summed: bool) -> int:
+        """What `added_to` takes; is_summed: losses of micro-batches add up, the trainer takes no mean over them."""
+        parts = getattr(self, "current_gradient_accumulation_steps", 1)  # set by `train`
+        return self.accelerator.num_processes * (1 if is_summed else parts)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

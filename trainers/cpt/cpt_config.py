@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 
 
@@ -17,8 +18,8 @@ PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "an
 
 
 @dataclass
-class CPTConfig(FaultToleranceArguments, UpdateArguments, TrainingArguments):
-    """Arguments of `CPTTrainer`: those of `TrainingArguments`, `FaultToleranceArguments` and `UpdateArguments`, and:
+class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, TrainingArguments):
+    """Arguments of `CPTTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at

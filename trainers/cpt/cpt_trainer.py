@@ -1,16 +1,13 @@
 """The trainer of continual pre-training: data, schedule, losses and meters wired into transformers' Trainer.
 
-The loss is the language-model loss and, once per optimizer batch, the router penalties. Our models put their penalties
-into `loss` with the right weight and report `lm_loss`, `aux_loss` and `z_loss` beside it. Other MoEs of transformers
-add `coef * aux_loss` to every micro-batch of every rank, and also while evaluating; the functions here take that back
-to once per batch and never in evaluation (ours; the defect was measured).
+The loss is the language-model loss and, once per optimizer batch and never in evaluation, the penalty of the routers
+(`hf_moe_cpt.trainers.common.router_balance`).
 Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_moe_cpt.data.packing import IGNORED_LABEL, SOURCES, stack_blocks
+from hf_moe_cpt.data.packing import SOURCES, stack_blocks
 from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.extras import is_installed
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
@@ -45,14 +42,13 @@ from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
-    MeanMeter,
     SourceLosses,
     ThroughputMeter,
     flops_per_token,
     shorten_console,
     starting_losses,
 )
-from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer
+from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import (
@@ -70,28 +66,6 @@ logger = logging.getLogger(__name__)
 
 SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the launcher, beside those of the arguments
 OUR_MODEL_TYPE = "cpt_moe"  # its entry in Liger's table is ours, and its fused head hands the losses of tokens on
-
-
-def penalty_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """Share in [0, 1] of the optimizer batch's predicted tokens that these labels (B, T) hold; 1 if it is unknown.
-
-    The shares of all micro-batches of all ranks sum to 1, so a penalty weighted by them counts once per batch.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    return labels[..., 1:].ne(IGNORED_LABEL).sum() / num_items_in_batch
-
-
-def corrected_loss(loss: Tensor, outputs: Any, coefficient: float, share: Tensor | float, loss_scale: float) -> Tensor:
-    """`loss` with the router penalty that a model other than ours has added weighted by `share` instead of 1.
-
-    coefficient: `router_aux_loss_coef` of the model. loss_scale: how many times `loss` holds the penalty.
-    """
-    aux_loss = getattr(outputs, "aux_loss", None)
-    is_ours = getattr(outputs, "lm_loss", None) is not None
-    if is_ours or not coefficient or not isinstance(aux_loss, Tensor):
-        return loss
-    return loss + loss_scale * (share - 1.0) * (coefficient * aux_loss).to(loss.device)
 
 
 def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
@@ -118,9 +92,8 @@ class StepCallback(TrainerCallback):
     same log as an uninterrupted one only if no mean spans a checkpoint.
     """
 
-    def __init__(self, throughput: ThroughputMeter, load_meter: ExpertLoadMeter | None) -> None:
+    def __init__(self, throughput: ThroughputMeter) -> None:
         self.throughput = throughput
-        self.load_meter = load_meter
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -131,8 +104,6 @@ class StepCallback(TrainerCallback):
     ) -> TrainerControl:
         """Close the step and log if it will be saved."""
         self.throughput.end_step()
-        if self.load_meter is not None:
-            self.load_meter.end_step()
         control.should_log = control.should_log or control.should_save
         return control
 
@@ -155,7 +126,7 @@ def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
     return args.use_liger_kernel
 
 
-class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
+class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
     """Continual pre-training of any causal LM, dense or MoE, with exact replay and infinite schedules.
 
     Overrides `compute_loss` (sources, router penalties), `create_scheduler`, `create_optimizer` (kept moments),
@@ -207,8 +178,7 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
         self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(SOURCES)
         self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
-        self.load_meter = ExpertLoadMeter(model) if args.log_expert_load else None
-        self.term_meter = MeanMeter()
+        balance = RouterBalance(args, model, args.log_expert_load)
         super().__init__(
             model=model,
             args=args,
@@ -226,7 +196,8 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
         self.throughput = ThroughputMeter(
             self.global_batch_size * args.max_length, self._flops_per_token, args.world_size * max(1, args.n_gpu)
         )
-        self.add_callback(StepCallback(self.throughput, self.load_meter))
+        self.balance_routers(balance)
+        self.add_callback(StepCallback(self.throughput))
         if self.args.use_liger_kernel:  # `train` does it too; an evaluation before it must find the same model
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         shorten_console(self)
@@ -268,21 +239,15 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
             with self.loss_recorder.tell(self._held_out.listener(inputs.pop("block")), len(inputs["input_ids"])):
                 loss, outputs = super().compute_loss(model, self._apart(inputs), True, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        observed = self.load_meter.observe(inputs.get("attention_mask")) if self.load_meter else nullcontext()
-        listener, num_rows = self.source_losses.listener(inputs.pop("source")), len(inputs["input_ids"])
-        with self.loss_recorder.tell(listener, num_rows), observed:
-            loss, outputs = super().compute_loss(model, self._apart(inputs), True, num_items_in_batch)
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-        is_averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        share = penalty_share(inputs["labels"], num_items_in_batch)
-        coefficient, scale = getattr(config, "router_aux_loss_coef", 0.0), self.accelerator.num_processes
-        loss = corrected_loss(loss, outputs, coefficient, share, scale if is_averaged else 1)
-        terms = {name: getattr(outputs, name, None) for name in ("aux_loss", "z_loss")}  # before their coefficients
-        self.term_meter.add({name: value.float() for name, value in terms.items() if isinstance(value, Tensor)})
+        listener, given = self.source_losses.listener(inputs.pop("source")), self._apart(inputs)
+        with self.loss_recorder.tell(listener, len(inputs["input_ids"])), self.balance.observe(given):
+            loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        loss = self.balance.added_to(loss, self.penalty_scale(num_items_in_batch is not None))
         return (loss, outputs) if return_outputs else loss
 
     def _apart(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs if self.isolation is None else self.isolation(inputs)
+        """What the model is given: its documents apart, and without a router penalty of its own."""
+        return (inputs if self.isolation is None else self.isolation(inputs)) | self.balance.switched_off
 
     def _describe_batch(self, step: int) -> str:
         first = (step - 1) * self.global_batch_size
@@ -294,9 +259,6 @@ class CPTTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
         """Add what the instruments saw since the last training log: losses per source, MRI, rates."""
         if "loss" in logs:
             logs.update(self.source_losses.pop())
-            logs.update(self.term_meter.pop())
-            balance = self.load_meter.pop() if self.load_meter else {}
-            logs.update(by_layer({name: values for name, values in balance.items() if name.startswith("mri")}))
             logs["tokens_seen"] = self.state.global_step * self.throughput.tokens_per_step
             logs.update(self.throughput.pop())
         super().log(logs, start_time)

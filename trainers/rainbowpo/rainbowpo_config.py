@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
@@ -70,8 +71,8 @@ OPTIONS_OF_DPO = {
 
 
 @dataclass
-class RainbowPOConfig(FaultToleranceArguments, UpdateArguments, DPOConfig):
-    """Arguments of `RainbowPOTrainer`: those of `trl.DPOConfig`, `FaultToleranceArguments` and `UpdateArguments`, and:
+class RainbowPOConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, DPOConfig):
+    """Arguments of `RainbowPOTrainer`: those of `trl.DPOConfig` and of its other bases, and:
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
     loss_weights, ld_alpha, f_divergence_type, use_weighting, discopop_tau) are refused: the switches below replace

@@ -15,7 +15,7 @@ import logging
 import numbers
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.routing.hooks import own_penalty_off
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
+from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.rainbowpo.losses import (
     Pair,
@@ -401,43 +403,6 @@ def add_components(args: RainbowPOConfig, scale: float | None) -> None:
         card.write_text(text + section, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def recorded_router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The list that a causal LM's router logits, one (T, E) per layer, are put into by a pass inside this context."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: list[Tensor] = []
-    handle = base.base_model.register_forward_hook(
-        lambda _, __, outputs: found.extend(getattr(outputs, "router_logits", None) or ())
-    )
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def balance_over_ranks(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor) -> Tensor:
-    """The load balance loss of a batch that lies on several ranks: that of one process with all of its pairs.
-
-    Mixtral's loss, E sum_i f_i P_i over all layers together, as TRL takes it of the rank's own pairs, is not linear in
-    the batch, so that its mean over ranks is another number than that of the whole batch. Here f counts over all ranks
-    and P is divided by all tokens: the mean over ranks of what is returned, and of its gradients, is the batch's.
-    Letters: L layers, T tokens of a rank, E experts, K experts per token.
-
-    router_logits: one (T, E) per layer; attention_mask: whatever has T elements, 0 for padding. A collective.
-    """
-    num_experts = router_logits[0].shape[-1]
-    probabilities = torch.stack([layer.float().softmax(dim=-1) for layer in router_logits])  # (L, T, E)
-    mask = attention_mask.reshape(1, -1, 1).to(probabilities)
-    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    counts = (chosen * mask).double().sum(dim=(0, 1))
-    totals = torch.cat([counts, mask.double().sum().view(1) * len(router_logits)])
-    dist.all_reduce(totals)
-    num_tokens = totals[-1].clamp(min=1)  # of all layers and ranks
-    share = (totals[:-1] / num_tokens).float()
-    own = (probabilities * mask).sum(dim=(0, 1)) / num_tokens.float()
-    return dist.get_world_size() * num_experts * (share * own).sum()
-
-
 class RunawayWatch:
     """Warns once when chosen text becomes unlikely, and once when longer text is preferred than the data prefers.
 
@@ -537,7 +502,7 @@ def completion_lengths(mask: Tensor) -> Pair:
     return Pair(*mask.sum(dim=1).chunk(2))
 
 
-class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
+class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
     Data, adapters, references (a model, the adapter switched off, or precomputed columns) and saving are the parent's.
@@ -601,6 +566,7 @@ class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
             processing_class,
             **kwargs,
         )
+        self.balance_routers(RouterBalance(args, self.model))
         if args.home_advantage_from == "score":
             columns = (args.chosen_score_column, args.rejected_score_column)
             self.data_collator = CollatorWithScores(self.data_collator, columns)
@@ -646,7 +612,7 @@ class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
         head = "fused_lm_head" if self.ref_model is None or not self.args.needs_reference_entropy else "with_entropy"
         mask, labels = mask_and_labels(inputs)
         with torch.no_grad(), self._policy_as_reference(), self.accelerator.autocast():
-            outputs = model(**self._model_inputs(inputs, with_router=False), labels=labels, **{head: True})
+            outputs = model(**self._model_inputs(inputs), labels=labels, **{head: True})
         logps = completion_sums(outputs.log_probs, mask)
         entropy = torch.zeros_like(logps.chosen)
         if self.args.needs_reference_entropy:
@@ -690,8 +656,8 @@ class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         mask, labels = mask_and_labels(inputs)
-        with recorded_router_logits(self.accelerator.unwrap_model(self.model)) as router_logits:
-            outputs = model(**self._model_inputs(inputs, self.aux_loss_enabled), labels=labels, fused_lm_head=True)
+        with self.balance.observe(inputs) if self.model.training else contextlib.nullcontext():
+            outputs = model(**self._model_inputs(inputs), labels=labels, fused_lm_head=True)
         logps, lengths = completion_sums(outputs.log_probs, mask), completion_lengths(mask)
         ref_logps, entropy = self._reference(inputs)
         phi = mallows_phi(entropy, self.dispersion_scale) if self.args.needs_reference_entropy else 1.0
@@ -703,14 +669,9 @@ class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
         statistics |= pair_statistics(terms, logps, ref_logps, lengths, self.args.beta, self.args.length_normalization)
         if self.args.sft_weight:
             statistics["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
-        if self.aux_loss_enabled and isinstance(outputs.aux_loss, Tensor):
-            aux_loss = outputs.aux_loss  # TRL's, of the rank's own pairs
-            if self.model.training and router_logits and self.accelerator.num_processes > 1:
-                top_k = self.model.config.get_text_config().num_experts_per_tok
-                aux_loss = balance_over_ranks(router_logits, top_k, inputs["attention_mask"])
-            penalty = (self.router_aux_loss_coef if self.model.training else 0.0) * aux_loss
-            loss = loss + penalty.to(loss.device)  # never in the evaluation loss
-            statistics |= {"aux_loss": (aux_loss, 1), "loss/aux": (penalty, 1)}
+        if self.balance.is_penalised and self.model.training:
+            preference, loss = loss, self.balance.added_to(loss, self.penalty_scale(is_summed=False))
+            statistics["loss/aux"] = (loss - preference, 1)
         meter = self.meters["train" if self.model.training else "eval"]
         if self.args.needs_reference_entropy:
             statistics |= {"phi/mean": (phi.sum(), len(phi)), "ref_entropy": (entropy.sum(), len(entropy))}
@@ -720,11 +681,9 @@ class RainbowPOTrainer(UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
             self._tokens_seen = self._tokens_seen + inputs["attention_mask"].sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _model_inputs(self, inputs: dict[str, Tensor], with_router: bool) -> dict[str, Any]:
-        kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL} | {"use_cache": False}
-        if hasattr(self.model.config.get_text_config(), "output_router_logits"):
-            kept["output_router_logits"] = with_router
-        return kept
+    def _model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        return kept | {"use_cache": False} | own_penalty_off(self.model)
 
     def _home_advantage(self, inputs: dict[str, Tensor], lengths: Pair) -> Tensor | float:
         if self.args.home_advantage_from == "length":

@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.routing.hooks import own_penalty_off
 
 
 CHUNK_TOKENS = 512
@@ -81,14 +82,6 @@ class LanguageHead(NamedTuple):
     def detached(self) -> LanguageHead:
         """The same numbers without gradient."""
         return LanguageHead(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.form)
-
-
-@dataclass
-class ModelPass:
-    """Hidden states after the final norm, and what the routers of a mixture of experts are to pay."""
-
-    hidden: Tensor  # (B, S, H)
-    router_penalty: Tensor | None = None  # coefficients times auxiliary losses, a scalar
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -140,22 +133,15 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def run_model(model: nn.Module, batch: Mapping[str, Tensor], *, with_router_penalty: bool = False) -> ModelPass:
-    """Run `model` on a batch with input_ids and attention_mask (B, S).
-
-    with_router_penalty: also what the configuration makes the routers of a mixture of experts pay, with its sign as
-    it is minimised; None for dense models and without coefficients.
-    """
+def run_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states after the final norm (B, S, H) of a batch with input_ids and attention_mask (B, S)."""
     inner = causal_lm_of(model)
-    options: dict[str, Any] = {"use_cache": False}
-    accepted = inspect.signature(inner.forward).parameters
-    if "logits_to_keep" in accepted:
+    options: dict[str, Any] = {"use_cache": False, **own_penalty_off(inner)}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         options["logits_to_keep"] = 1
-    if "output_router_logits" in accepted:
-        options["output_router_logits"] = with_router_penalty
     with _hidden_states(inner) as states:
-        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
-    return ModelPass(states[-1], _router_penalty(outputs, inner.config) if with_router_penalty else None)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+    return states[-1]
 
 
 @contextmanager
@@ -167,17 +153,6 @@ def _hidden_states(inner: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield states
     finally:
         handle.remove()
-
-
-def _router_penalty(outputs: Any, config: Any) -> Tensor | None:
-    config = config.get_text_config()
-    terms = [
-        getattr(config, f"router_{name}_loss_coef", 0.0) * loss
-        for name in ("aux", "z")
-        if isinstance(loss := getattr(outputs, f"{name}_loss", None), Tensor)
-        and getattr(config, f"router_{name}_loss_coef", 0.0)
-    ]
-    return sum(terms) if terms else None
 
 
 def token_logp(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:

@@ -120,7 +120,7 @@ class LiveReference(Reference):
         """One pass of the model; `name` does not matter."""
         listening = nullcontext() if self._tap is None else self._tap.record()
         with self._before(), self.accelerator.autocast(), listening as logits:
-            states = run_model(self.model, batch).hidden
+            states = run_model(self.model, batch)
         if logits is not None:
             self._heard = batch["input_ids"], router_probs(logits)
         return states
@@ -270,9 +270,9 @@ def _adapter_is_new(model: nn.Module) -> bool:
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with modes_kept(model):
         model.eval()
-        now = run_model(model, batch).hidden
+        now = run_model(model, batch)
     with adapter_off(model):
-        base = run_model(model, batch).hidden
+        base = run_model(model, batch)
     limit = ADAPTER_TOLERANCE.get(base.dtype, HALF_TOLERANCE) * float(base.abs().max())
     return torch.allclose(now.float(), base.float(), rtol=0.0, atol=limit)
 
@@ -298,7 +298,7 @@ def _cached(
     @torch.no_grad()
     def states_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with accelerator.autocast(), nullcontext() if tap is None else tap.record() as logits:
-            found = {"hidden": run_model(model, batch).hidden}
+            found = {"hidden": run_model(model, batch)}
         shape = batch["input_ids"].shape
         for place, probs in enumerate(router_probs(logits or ())):
             found[f"router_{place}"] = probs.view(*shape, -1)

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
@@ -98,8 +99,8 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(FaultToleranceArguments, UpdateArguments, TrainingArguments):
-    """Arguments of `SurgeryTrainer`: those of `TrainingArguments`, `FaultToleranceArguments`, `UpdateArguments`, and:
+class SurgeryConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, TrainingArguments):
+    """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
     logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps and loads the

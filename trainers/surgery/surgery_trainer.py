@@ -57,10 +57,10 @@ from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
+from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.surgery.chunked import (
     LanguageHead,
-    ModelPass,
     check_vocabulary,
     config_of,
     head_of,
@@ -148,9 +148,9 @@ class SurgeryTerms:
     normalization: str = "sequence"
     kl_direction: str = "forward"
     chunk_tokens: int = 512
-    penalised_set: str | None = None  # the set whose pass pays the routers' penalties
+    balanced_set: str | None = None  # the set on whose pass the load of experts is balanced
+    balance: RouterBalance | None = None
     routers: RouterPull | None = None
-    routed_tokens: Tensor | None = None  # of the penalised set in the optimizer batch; None: those of the batch
 
     def of(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None = None) -> Term:
         """The term of the set `name` on a batch of it; total: units of its optimizer batch, None: of this batch."""
@@ -181,18 +181,19 @@ class SurgeryTerms:
 
     def _update(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
         mask = counted_targets(batch)
-        passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
-        logp = self._logp(passed, model, batch)
+        with self._balanced(name, batch):
+            hidden = run_model(model, batch)
+        logp = self._logp(hidden, model, batch)
         value = reduce_tokens(-logp, mask, self.normalization, total)
-        return Term(value, self._share_of_penalty(passed, batch), self._cross_entropy(name, logp, mask, total))
+        return Term(value, self._penalty(name, value), self._cross_entropy(name, logp, mask, total))
 
     def _anchor(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
         mask = counted_targets(batch)
         is_held = self.routers is not None and self.routers.anchor > 0
-        with self._listening(is_held) as logits:
-            passed = run_model(model, batch, with_router_penalty=name == self.penalised_set)
-        value = self.kl(name, (passed.hidden, head_of(model)), batch, total)
-        measures, penalty = {f"{name}/kl": value.detach()}, self._share_of_penalty(passed, batch)
+        with self._listening(is_held) as logits, self._balanced(name, batch):
+            hidden = run_model(model, batch)
+        value = self.kl(name, (hidden, head_of(model)), batch, total)
+        measures, penalty = {f"{name}/kl": value.detach()}, self._penalty(name, value)
         if not is_held:
             return Term(value, penalty, measures)
         before = self.reference.router_probs(batch, name)
@@ -212,11 +213,13 @@ class SurgeryTerms:
             chunk_tokens=self.chunk_tokens,
         )
 
-    def _share_of_penalty(self, passed: ModelPass, batch: Batch) -> Tensor | None:
-        """A penalty is a mean over routed tokens: weighted by them, micro-batches and ranks add up to one mean."""
-        if passed.router_penalty is None or self.routed_tokens is None:
-            return passed.router_penalty
-        return passed.router_penalty * (num_routed(batch) / self.routed_tokens)
+    def _balanced(self, name: str, batch: Batch) -> AbstractContextManager[None]:
+        return self.balance.observe(batch) if self.balance and name == self.balanced_set else nullcontext()
+
+    def _penalty(self, name: str, value: Tensor) -> Tensor | None:
+        """Of the routers in the pass of the set that they are balanced on, a scalar of the kind of `value`."""
+        is_paid = self.balance is not None and self.balance.is_penalised and name == self.balanced_set
+        return self.balance.added_to(torch.zeros_like(value)) if is_paid else None
 
     def _listening(self, wanted: bool) -> AbstractContextManager[list[Tensor] | None]:
         return self.routers.tap.record() if wanted else nullcontext()
@@ -226,8 +229,8 @@ class SurgeryTerms:
         weights = token_weights(mask, self.normalization, total)
         return functional.pad(mask, (0, 1)), functional.pad(weights, (0, 1))
 
-    def _logp(self, passed: ModelPass, model: nn.Module, batch: Batch) -> Tensor:
-        return token_logp(passed.hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
+    def _logp(self, hidden: Tensor, model: nn.Module, batch: Batch) -> Tensor:
+        return token_logp(hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
 
     def _cross_entropy(self, name: str, logp: Tensor, mask: Tensor, total: Tensor | int | None) -> dict[str, Tensor]:
         return {f"{name}/ce": reduce_tokens(-logp.detach(), mask, self.normalization, total)}
@@ -236,24 +239,15 @@ class SurgeryTerms:
 def units_of_step(
     samples: Sequence[Mapping[str, Batch]], names: Sequence[str], normalization: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Units of each set in all micro-batches of all ranks, 0-d int64; a collective when a process group exists.
-
-    `<set>/routed` besides: the tokens of a set that routers see.
-    """
+    """Units of each set in all micro-batches of all ranks, 0-d int64; a collective when a process group exists."""
     counts = {}
     for name in names:
         masks = [counted_targets(sample[name]).to(device) for sample in samples]
         counts[name] = torch.stack([num_units(mask, normalization) for mask in masks]).sum()
-        counts[f"{name}/routed"] = torch.stack([num_routed(sample[name]).to(device) for sample in samples]).sum()
     totals = torch.stack(list(counts.values()))
     if has_process_group():
         dist.all_reduce(totals)
     return dict(zip(counts, totals.unbind(), strict=True))
-
-
-def num_routed(batch: Batch) -> Tensor:
-    """How many tokens of a batch are no padding, 0-d."""
-    return batch["attention_mask"].sum()
 
 
 def counted_targets(batch: Batch) -> Tensor:
@@ -284,7 +278,7 @@ def _sums_of(name: str, model: nn.Module, batch: Batch, terms: SurgeryTerms) -> 
     """Each measure's sum over the units of the batch and their number, as a pair (2,)."""
     mask = counted_targets(batch)
     units = num_units(mask, terms.normalization)
-    hidden, head = run_model(model, batch).hidden, head_of(model)
+    hidden, head = run_model(model, batch), head_of(model)
     logp = token_logp(hidden, head, batch["input_ids"], terms.chunk_tokens)
     found = {f"{name}_ce": reduce_tokens(-logp, mask, terms.normalization, total=1)}
     if name in ANCHOR_SETS and terms.reference is not None:
@@ -429,7 +423,7 @@ def _as_json(value: Any) -> Any:
     return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
 
 
-class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
+class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
     Every step takes rows of each set, makes one term out of each (`SurgeryTerms`), and runs a
@@ -515,6 +509,10 @@ class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
             callbacks=callbacks,
         )
         self._refuse_sharding()
+        # what is forgotten need not be balanced
+        self.balanced_set = next((name for name in self.sets if name not in FORGET_SETS), None)
+        is_fixed = args.freeze_router or self.balanced_set is None
+        self.balance_routers(RouterBalance(args, self.model, is_fixed=is_fixed))
         self.term_gradients: TermGradients | None = None  # of the step, where it wants them apart
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.targets: ExpertTargets | None = None
@@ -538,6 +536,10 @@ class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
     def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> Sampler | None:
         return SequentialSampler(self.train_dataset)
 
+    def routed_batch(self, sample: Mapping[str, Batch]) -> Batch:
+        """The batch of the set that routers are balanced on."""
+        return sample[self.balanced_set or next(iter(self.sets))]
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
@@ -545,7 +547,6 @@ class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
             self.units = units_of_step(samples, self.sets, self.args.normalization, device)
-            self.terms.routed_tokens = self.units.get(f"{self.terms.penalised_set}/routed")
         return samples, None
 
     def training_step(
@@ -733,7 +734,8 @@ class SurgeryTrainer(UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
             args.normalization,
             args.kl_direction,
             args.chunk_tokens,
-            penalised_set=next((name for name in self.sets if name not in FORGET_SETS), None),
+            balanced_set=self.balanced_set,
+            balance=self.balance,
             routers=self._pull_on_routers(),
         )
         if args.forget_target == UNSEEN and UNSEEN in self.measured_sets:

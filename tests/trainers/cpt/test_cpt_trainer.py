@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 from hf_moe_cpt.trainers.cpt import cpt_trainer
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import detect_starting_phase, load_moments, read_state, write_state
-from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer, decide_liger, penalty_share
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer, decide_liger
 from tests.helpers.cpt_runs import HALF, config, logged, trainer, without_clocks
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
@@ -261,14 +261,6 @@ def test_evaluation_is_the_language_model_loss_alone(tmp_path):
         logits = run.model.eval()(ids).logits[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
     assert run.evaluate()["eval_new_loss"] == pytest.approx(want, rel=1e-5)
-
-
-def test_shares_of_micro_batches_sum_to_one():
-    labels = torch.randint(0, 9, (6, 8)).masked_fill(torch.rand(6, 8) < 0.3, -100)
-    total = labels[:, 1:].ne(-100).sum()
-    shares = [penalty_share(part, total) for part in labels.split((1, 2, 3))]
-    assert sum(shares) == pytest.approx(1.0)
-    assert penalty_share(labels, None) == 1.0
 
 
 def test_the_checkpoint_says_whether_it_was_decayed(tmp_path):

@@ -69,7 +69,7 @@ def _moved(model: nn.Module) -> nn.Module:
 def _anchor(model, reference, batch):
     """The KL and its gradient over every weight."""
     model.zero_grad()
-    states = run_model(model, batch).hidden, head_of(model)
+    states = run_model(model, batch), head_of(model)
     before = reference.hidden(batch, "retain"), reference.head
     value = next_token_kl(states, before, batch["completion_mask"][:, 1:], chunk_tokens=5)
     value.backward()
@@ -155,7 +155,7 @@ def test_an_adapter_is_switched_off_with_all_that_it_trains(tmp_path, saved):
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert not torch.allclose(run_model(model.eval(), batch).hidden, want.hidden(batch, "retain"), atol=1e-3)
+    assert not torch.allclose(run_model(model.eval(), batch), want.hidden(batch, "retain"), atol=1e-3)
 
 
 def test_an_adapter_comes_back_after_a_pass_that_fails(tmp_path, monkeypatch):
@@ -197,20 +197,20 @@ def test_an_adapter_that_was_trained_before_is_no_reference_of_its_own(tmp_path,
             if "lora_B" in name:
                 p.add_(0.2)
     batch = _batch(UNEQUAL, 0, 4)
-    want = run_model(model.eval(), batch).hidden
+    want = run_model(model.eval(), batch)
     cached = _build("auto", model, UNEQUAL, tmp_path)
     mask = batch["attention_mask"].bool()
     assert torch.allclose(cached.hidden(batch, "retain")[mask], want[mask], atol=1e-5)
     base = _build("adapter", model, UNEQUAL, tmp_path)
     assert "compares with its base" in caplog.text
     with adapter_off(model), torch.no_grad():
-        assert torch.equal(base.hidden(batch, "retain"), run_model(model, batch).hidden)
+        assert torch.equal(base.hidden(batch, "retain"), run_model(model, batch))
 
 
 def test_a_given_model_is_the_reference(tmp_path):
     model, given = tiny_model("llama"), _moved(tiny_model("llama")).train()
     batch = _batch(EQUAL, 0, 1, 2, 3)
-    want = run_model(copy.deepcopy(given).eval(), batch).hidden
+    want = run_model(copy.deepcopy(given).eval(), batch)
     for kind in ("auto", "cache", "copy"):
         found = _build(kind, model, EQUAL, tmp_path, given=given)
         assert torch.equal(found.hidden(batch, "retain"), want)
@@ -253,9 +253,9 @@ def bf16_accelerator():
 def test_mixed_precision_reaches_the_reference(tmp_path, bf16_accelerator):
     model, batch = tiny_model("llama").eval(), _batch(EQUAL, 0, 1, 2, 3)
     with torch.no_grad():
-        plain = run_model(model, batch).hidden
+        plain = run_model(model, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            want = run_model(model, batch).hidden
+            want = run_model(model, batch)
     assert not torch.equal(plain, want)
     for kind in ("copy", "cache"):
         found = build_reference(kind, model, {"retain": EQUAL["input_ids"]}, bf16_accelerator, tmp_path)
@@ -295,7 +295,7 @@ def test_every_row_is_found_whatever_its_shard(tmp_path):
         batch = _batch(ROWS, *places)
         mask = batch["attention_mask"].bool()
         with torch.no_grad():
-            want = run_model(model, batch).hidden
+            want = run_model(model, batch)
         got = found.hidden(batch, "retain")
         assert got.dtype == want.dtype and not got[~mask].any()
         assert torch.allclose(got[mask], want[mask], atol=1e-6)
