@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -630,42 +631,13 @@ def _save_to_disk(data: datasets.Dataset, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-# No `configs:` in the head: `datasets` 5.2 takes two local folders of one name with the same `configs:` for one data
-# set and loads the cached rows of the first for both. It finds data/train.parquet by its name.
-CARD = """---
-tags:
-- preference
-- rejection-sampling
-- hf_moe_cpt
----
-# Preference pairs by rejection sampling
-
-{pairs} pairs for {prompts_with_pairs} of {prompts} prompts. Columns: `prompt`, `chosen`, `rejected`, `score_chosen`,
-`score_rejected`. Made by `scripts/rejection_sample.py` of hf_moe_cpt {version}; the same settings on the same machine
-make the same file.
-
-## How the responses were made
-{generate}
-
-## How they were scored
-{score}
-
-## How the pairs were chosen
-{select}
-
-A response is accepted with probability `exp((r - r_max) / tau)` among those that are left (statistical rejection
-sampling, Liu et al. 2024, arXiv 2309.06657); `percentile` rewards are ranks within a prompt (RainbowPO, arXiv
-2410.04203). Scores in the columns are those of the reward model or of the column named above, never ranks.
-
-## Counts
-{counts}
-"""
-
-
 def card(settings: Settings, summary: dict[str, Any]) -> str:
     """The README.md of the data set: what it was made of."""
     tables = {stage: _table("setting", settings[stage]) for stage in settings}
-    return CARD.format(version=package_version("hf_moe_cpt"), counts=_table("count", summary), **tables, **summary)
+    # No `configs:` in its head: `datasets` 5.2 takes two local folders of one name with the same `configs:` for one
+    # data set and loads the cached rows of the first for both. It finds data/train.parquet by its name.
+    form = resources.files("hf_moe_cpt.hub_cards").joinpath("preference_pairs.md").read_text(encoding="utf-8")
+    return form.format(version=package_version("hf_moe_cpt"), counts=_table("count", summary), **tables, **summary)
 
 
 def _table(head: str, values: dict[str, Any]) -> str:
