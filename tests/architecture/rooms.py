@@ -31,7 +31,7 @@ _ROOMS = {
     "data": _room(_FRONT, "datasets jinja2 numpy pyarrow tokenizers torch tqdm transformers yaml"),
     # trainers.surgery.chunked: hidden states, head and KL of the anchor, measured as trained
     "evaluation": _room(
-        f"{_FRONT} data generation reports trainers.surgery.chunked", f"{_NUMBERS} accelerate datasets peft"
+        f"{_FRONT} data generation reports trainers.surgery.chunked", f"{_NUMBERS} accelerate datasets peft yaml"
     ),
     # arguments: what a command is told is checked where its settings live
     "generation": _room(f"{_FRONT} arguments data evaluation", f"{_NUMBERS} datasets huggingface_hub"),

@@ -46,21 +46,17 @@ def test_bad_files_are_refused_with_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="missing.yaml' cannot be read: No such file"):
-        _parse("--config", str(tmp_path / "missing.yaml"))
-
-
 def test_a_recipe_is_found_by_its_name():
     """Its own keys come back: the file itself, read by YAML alone, is the reference."""
     recipe = Path(path_of_config("recipe:surgery_paper"))
     kinds = [(key, type(value), None) for key, value in yaml.safe_load(recipe.read_text()).items()]
-    (found,) = parse_arguments(
-        (make_dataclass("Wanted", kinds),), ["--config", "recipe:surgery_paper"], program="test", description=""
-    )
+    wanted = (make_dataclass("Wanted", kinds),)
+    (found,) = parse_arguments(wanted, ["--config", "recipe:surgery_paper"], program="test", description="")
     assert vars(found) == yaml.safe_load(recipe.read_text())
 
 
-def test_an_unknown_recipe_lists_those_there_are():
+def test_a_missing_file_is_named_and_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match="missing.yaml' cannot be read: No such file"):
+        _parse("--config", "missing.yaml")
     with pytest.raises(ValueError, match="'recipe:surgery_saef': no recipe has this name, choose from cpt_code,"):
         _parse("--config", "recipe:surgery_saef")

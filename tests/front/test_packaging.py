@@ -61,13 +61,8 @@ def test_folders_are_mapped_as_the_path_line_maps_them(setup: configparser.Confi
 def test_every_other_import_is_a_requirement(setup: configparser.ConfigParser) -> None:
     """What the code imports is what pip installs, no more and no less; what extras bring aside."""
     required = {re.split(r"[<>=;]", line)[0] for line in setup["options"]["install_requires"].split("\n") if line}
-    imported = {
-        found.module.partition(".")[0]
-        for file in read_project()
-        if not file.is_test
-        for found in file.imports
-        if found.level == 0
-    }
+    imports = [found for file in read_project() if not file.is_test for found in file.imports]
+    imported = {found.module.partition(".")[0] for found in imports if found.level == 0}
     imported -= sys.stdlib_module_names | {"hf_moe_cpt"} | set(EXTRA_OF_PACKAGE)
     assert {name.replace("yaml", "pyyaml") for name in imported} | NEEDED_BY_OTHERS == required
 
@@ -86,17 +81,11 @@ def test_requirements_have_exact_versions_in_the_constraints(setup: configparser
 
 def test_wheel_holds_every_file_and_only_our_name(built: tuple[Path, Path], files_of_git: set[str]) -> None:
     names = zipfile.ZipFile(built[1]).namelist()
-    folders = {path: path.partition("/")[0] for path in files_of_git}
-    expected = {
-        path.replace(folder, SHIPPED[folder].replace(".", "/"), 1)
-        for path, folder in folders.items()
-        if folder in SHIPPED
-    }
+    shipped = [(path, path.partition("/")[0]) for path in files_of_git if path.partition("/")[0] in SHIPPED]
+    expected = {path.replace(folder, SHIPPED[folder].replace(".", "/"), 1) for path, folder in shipped}
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert {name.partition("/")[0] for name in names} == {
-        "hf_moe_cpt",
-        f"hf_moe_cpt-{hf_moe_cpt.__version__}.dist-info",
-    }
+    about = f"hf_moe_cpt-{hf_moe_cpt.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"hf_moe_cpt", about}
 
 
 def test_source_distribution_holds_what_git_does(built: tuple[Path, Path], files_of_git: set[str]) -> None:

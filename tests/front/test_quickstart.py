@@ -1,7 +1,6 @@
 """The quickstart: its numbers from logs written by hand, and in miniature end to end, four steps and no network."""
 
 import json
-import random
 import shutil
 import socket
 from html import unescape
@@ -16,6 +15,7 @@ from hf_moe_cpt.quickstart import DENSE, MOE, BarCallback, QuickstartArguments, 
 from hf_moe_cpt.reports.tables import format_cell, text_table
 from hf_moe_cpt.scripts import analyze
 from hf_moe_cpt.scripts.quickstart import main
+from tests.helpers.tiny_models import two_domains
 
 
 STAGES = ["moe-pretrained", "dense-pretrained", "moe-replay-30", "moe-no-replay", "dense-replay-30", "dense-no-replay"]
@@ -119,14 +119,7 @@ def small_and_offline():
 @pytest.fixture(scope="module")
 def data_dir(small_and_offline, tmp_path_factory) -> Path:
     """Two domains of forty documents."""
-    root = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
-    for domain, letters in (("1-words", "abcdefgh"), ("2-numbers", "12345678")):
-        (root / domain).mkdir()
-        for number in range(40):
-            words = ["".join(rng.choices(letters, k=rng.randint(1, 6))) for _ in range(160)]
-            (root / domain / f"{number}.txt").write_text(" ".join(words))
-    return root
+    return two_domains(tmp_path_factory.mktemp("text"))
 
 
 def start(data_dir: Path, output_dir: Path, *more: str) -> None:

@@ -14,15 +14,9 @@ import hf_moe_cpt
 from hf_moe_cpt.registration import _ModelClassOnUse, _run_after_import
 
 
-@pytest.mark.parametrize(
-    "auto_class, name",
-    [
-        (AutoModel, "CptMoeModel"),
-        (AutoModelForCausalLM, "CptMoeForCausalLM"),
-        (AutoModelForSequenceClassification, "CptMoeForSequenceClassification"),
-    ],
-)
-def test_auto_classes_build_our_classes(auto_class: type, name: str) -> None:
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_auto_classes_build_our_classes(auto_class: type) -> None:
+    name = auto_class.__name__.replace("AutoModelFor", "CptMoeFor").replace("AutoModel", "CptMoeModel")
     config = AutoConfig.for_model("cpt_moe", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     assert type(config) is hf_moe_cpt.CptMoeConfig
     assert type(auto_class.from_config(config)) is getattr(hf_moe_cpt, name)

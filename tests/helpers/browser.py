@@ -37,16 +37,9 @@ def ask_page(path: Path, questions: Mapping[str, tuple[str, str]]) -> dict[str, 
     page = page.replace("<head>", "<head>" + REPORT_ERRORS, 1)
     cut = page.rindex("</body>")
     copy.write_text(page[:cut] + asking + page[cut:], encoding="utf-8")
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"),
-            *("--virtual-time-budget=5000", "--dump-dom", copy.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=True,
-    )
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
+    words += ["--virtual-time-budget=5000", "--dump-dom", copy.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=800, check=True)
     _, _, found = done.stdout.partition(f'<pre id="{ANSWER}">')
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     return _decoded(found.partition("</pre>")[0])

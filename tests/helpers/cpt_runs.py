@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
+from tests.helpers.tiny_models import QUICK, VOCABULARY, tiny_model, tokenized
 
 
 HALF = VOCABULARY // 2
@@ -18,19 +18,8 @@ CLOCKS = ("runtime", "per_second", "tflops", "train_loss")
 
 def config(folder: Path, **changes: Any) -> CPTConfig:
     """Six steps of two sequences of 16 tokens with 30 % replay, on the CPU."""
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "max_length": 16,
-        "per_device_train_batch_size": 2,
-        "replay_ratio": 0.3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    pace = {"max_steps": 6, "max_length": 16, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    settings = {"output_dir": str(folder), **QUICK, **pace, "replay_ratio": 0.3}
     return CPTConfig(**{**settings, **changes})
 
 

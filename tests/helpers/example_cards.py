@@ -1,28 +1,24 @@
 """Make the example cards of docs/cards/: four tiny runs on generated text, their folders, their cards.
 
-python -m tests.helpers.example_cards --work_dir /tmp/example-runs --output_dir docs/cards
+python -m tests.helpers.example_cards example-runs docs/cards
 
-Runs that are finished in --work_dir are not made again. The models are far too small to be of use: they show what a
+Runs that are finished in example-runs are not made again. The models are far too small to be of use: they show what a
 card says, and every number in it is from its run.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
 from hf_moe_cpt import cli
-from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
+from tests.helpers.fresh_process import command_words
 
 
 OVERRIDES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -31,18 +27,9 @@ RUNS = {"pretrained": "cpt", "continued": "cpt", "preferred": "rainbowpo", "oper
 EVERY_RUN = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 0, "logging_steps": 5}
 
 
-@dataclass
-class ExampleArguments:
-    """Folders."""
-
-    work_dir: str = field(metadata={"help": "Where data and runs are kept."})
-    output_dir: str = field(metadata={"help": "Where a folder for each card is written."})
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, run what is missing, write the cards."""
-    (args,) = parse_arguments((ExampleArguments,), argv, program="example_cards.py", description=__doc__)
-    work, output = Path(args.work_dir), Path(args.output_dir)
+def main() -> None:
+    """Run what is missing in the first folder of the command line, write the cards into the second."""
+    work, output = map(Path, sys.argv[1:])
     make_data(work)
     for name in RUNS:
         if not (work / name / "all_results.json").is_file():
@@ -61,9 +48,8 @@ def make_data(root: Path) -> None:
     bench.save(_made(root) / "bench")
     texts = {"old": ("retain", "neighbour", "unlearn", "obsolete"), "new": ("update", "unseen")}
     for name, sets in texts.items():
-        concatenate_datasets([bench.documents[part].select_columns(["text"]) for part in sets]).to_json(
-            root / f"{name}.jsonl"
-        )
+        rows = concatenate_datasets([bench.documents[part].select_columns(["text"]) for part in sets])
+        rows.to_json(root / f"{name}.jsonl")
     for split, name in (("validation", "pairs"), ("test", "held_out_pairs")):
         rows = [_pair(row) for row in bench.questions[split] if row["kind"] == "mcq"][:200]
         Dataset.from_list(rows).to_json(root / f"{name}.jsonl")
@@ -79,8 +65,9 @@ def _pair(question: dict[str, Any]) -> dict[str, str]:
 
 def make_run(name: str, root: Path) -> None:
     """Train one of RUNS with the command that users call."""
-    training = {"max_steps": 60, "max_length": 128, "per_device_train_batch_size": 8, "held_out_fraction": 0.1}
-    training |= {"eval_strategy": "steps", "eval_steps": 10, "eval_on_start": True, "save_strategy": "no"}
+    measured = {"eval_strategy": "steps", "eval_steps": 10, "eval_on_start": True, "save_strategy": "no"}
+    measured |= {"per_device_train_batch_size": 8}
+    training = {"max_steps": 60, "max_length": 128, "held_out_fraction": 0.1, **measured}
     old, new = root / "old.jsonl", root / "new.jsonl"
     if name == "pretrained":
         shape = {"preset": "pb-granular-tiny", "preset_overrides": json.dumps(OVERRIDES)}
@@ -91,15 +78,12 @@ def make_run(name: str, root: Path) -> None:
         arguments = {"dataset_name": new, "replay_dataset_name": old, **start, **training}
     elif name == "preferred":
         pairs = {"dataset_name": root / "pairs.jsonl", "eval_dataset_name": root / "held_out_pairs.jsonl"}
-        pace = {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "eval_strategy": "steps"}
-        pace |= {"eval_steps": 10, "eval_on_start": True, "save_strategy": "no", "bf16": False}
-        pace |= {"gradient_checkpointing": False}
-        arguments = {"model_name_or_path": root / "continued", **pairs, **pace}
+        pace = {"max_steps": 30, "learning_rate": 1e-4, "bf16": False, "gradient_checkpointing": False}
+        arguments = {"model_name_or_path": root / "continued", **pairs, **pace, **measured}
     else:
         pace = {"max_steps": 30, "max_length": 128, "learning_rate": 5e-4, "eval_steps": 5}
         arguments = {"model_name_or_path": root / "pretrained", "bench": root / "bench", **pace}
-    given = {**EVERY_RUN, **arguments, "output_dir": root / name}
-    words = [RUNS[name], *(word for option, value in given.items() for word in (f"--{option}", str(value)))]
+    words = [RUNS[name], *command_words({**EVERY_RUN, **arguments, "output_dir": root / name})]
     if cli.main(words) != 0:
         raise SystemExit(f"hf-moe-cpt {' '.join(words)} failed.")
 
@@ -120,4 +104,4 @@ def _made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

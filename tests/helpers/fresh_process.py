@@ -14,15 +14,7 @@ def command_words(settings: dict[str, object]) -> list[str]:
 
 def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """`python *arguments` in the project's root; output as text. A failure raises with what was printed."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=PROJECT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
+    done = _run(arguments, _environment())
     if check and done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode} of python {arguments}\n{done.stdout}\n{done.stderr}")
     return done
@@ -30,16 +22,13 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
 
 def launch(*words: str) -> None:
     """`python -m words` in the project's root without a GPU; a failure raises with the end of what was printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        env={**_environment(), "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
+    done = _run(("-m", *words), {**_environment(), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _run(words: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    how = {"cwd": PROJECT, "env": environment, "capture_output": True, "text": True, "timeout": 800, "check": False}
+    return subprocess.run([sys.executable, *words], **how)
 
 
 def _environment() -> dict[str, str]:

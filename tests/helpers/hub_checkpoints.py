@@ -9,26 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.helpers.tiny_models import SIZES, VOCABULARY
 
 
+FOUR, SIX = {"num_experts": 4, "num_experts_per_tok": 2}, {"num_experts": 6, "num_experts_per_tok": 3}
 MIXTURES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen2_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 16,
-        "qkv_bias": False,
-    },
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "head_dim": 12},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": SIX | {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 16, "qkv_bias": False},
+    "qwen3_moe": SIX | {"moe_intermediate_size": 8, "head_dim": 12},
+    "olmoe": FOUR,
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def model_of(model_type: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
@@ -68,8 +57,5 @@ def logits_of(model_or_folder: PreTrainedModel | Path, **loading: object) -> tor
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Hash of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

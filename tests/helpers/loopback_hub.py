@@ -7,7 +7,7 @@
         hub.fail("PUT /lfs/", drop=True)            # cut the next upload of a large file in the middle
         hub.fail("POST .*/commit/", status=503, times=2)
 
-Endpoints: create, delete, preupload, LFS batch, PUT and verify, commit, commits, branch, resolve, info, tree, whoami,
+Endpoints: create, preupload, LFS batch, PUT and verify, commit, commits, branch, resolve, info, tree, whoami,
 validate-yaml.
 """
 
@@ -28,8 +28,6 @@ import yaml
 WRITER, READER = "hf_writer", "hf_reader"  # tokens; the user of both is "someone"
 USER = "someone"
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
-
-
 LARGE_ENDINGS = (".safetensors", ".bin", ".pt", ".parquet", ".png")
 LARGE_FROM = 200_000  # bytes; other files are large from here on
 
@@ -76,23 +74,12 @@ class Repository:
         self.commits[commit.oid], self.branches[branch] = commit, commit.oid
         return commit
 
-    def history(self) -> list[Commit]:
-        """Commits, oldest first."""
-        return list(self.commits.values())
-
     def info(self, commit: Commit) -> dict:
         """What `model_info` and its like read."""
-        return {
-            "_id": "0" * 24,
-            "id": self.name,
-            "modelId": self.name,
-            "private": self.private,
-            "sha": commit.oid,
-            "tags": [],
-            "downloads": 0,
-            "likes": 0,
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }
+        counts = {"tags": [], "downloads": 0, "likes": 0}
+        files = [{"rfilename": path} for path in sorted(commit.files)]
+        named = {"_id": "0" * 24, "id": self.name, "modelId": self.name, "private": self.private, "sha": commit.oid}
+        return {**named, **counts, "siblings": files}
 
 
 class Store:
@@ -147,11 +134,6 @@ class Store:
         self.large_files[oid] = content
 
 
-def is_large(path: str, size: int) -> bool:
-    """Whether a file goes through LFS."""
-    return path.endswith(LARGE_ENDINGS) or size >= LARGE_FROM
-
-
 def object_id(content: bytes, large: bool) -> str:
     """Git's id of a regular file, the sha256 of a large one."""
     if large:
@@ -161,22 +143,24 @@ def object_id(content: bytes, large: bool) -> str:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose "METHOD /path" matches."""
+    """The next `times` requests whose "METHOD /path" matches are answered with a status and headers, or dropped.
 
-    pattern: re.Pattern
-    status: int | None
-    drop: bool
-    times: int
-    headers: dict[str, str]
-    meanwhile: Callable[[], None] | None
+    drop: half of them is read and the connection closed. meanwhile: called when half of a dropped request has come.
+    """
+
+    pattern: str
+    status: int | None = None
+    drop: bool = False
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    meanwhile: Callable[[], None] | None = None
 
 
 class LoopbackHub:
     """A running server. `log` holds "METHOD /path" of each request, `store` what was published."""
 
     def __init__(self) -> None:
-        self.store, self.log, self.faults = Store(), [], []
-        self.tokens_seen: set[str | None] = set()
+        self.reset()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
 
@@ -190,9 +174,8 @@ class LoopbackHub:
 
     def reset(self) -> None:
         """Forget everything: what was published, what was asked, which failures were ordered."""
-        with self.store.lock:
-            self.store, self.log, self.faults = Store(), [], []
-            self.tokens_seen = set()
+        self.store, self.log, self.faults = Store(), [], []
+        self.tokens_seen: set[str | None] = set()
 
     @property
     def url(self) -> str:
@@ -201,32 +184,20 @@ class LoopbackHub:
 
     def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
         """Variables for a process that is to use this Hub, with an empty cache at `home`."""
-        variables = {
+        off = {f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS")}
+        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
+        return {
+            **off,
+            **direct,
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
             "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": token or "",
         }
-        return {**variables, "HF_TOKEN": token or ""}
 
-    def fail(
-        self,
-        pattern: str,
-        status: int | None = None,
-        drop: bool = False,
-        times: int = 1,
-        headers: dict[str, str] | None = None,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> None:
-        """Answer the next requests that match with a status, or read half of them and close the connection.
-
-        meanwhile: called when half of a dropped request has come.
-        """
-        self.faults.append(Fault(re.compile(pattern), status, drop, times, headers or {}, meanwhile))
+    def fail(self, *fault: object, **more: object) -> None:
+        """Order a `Fault`."""
+        self.faults.append(Fault(*fault, **more))
 
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
@@ -234,14 +205,14 @@ class LoopbackHub:
 
     def commits(self, name: str, kind: str = "model") -> list[Commit]:
         """Commits of a repository, oldest first, without the one that created it."""
-        return self.store.find(kind, name).history()[1:]
+        return list(self.store.find(kind, name).commits.values())[1:]
 
     def take_fault(self, request: str) -> Fault | None:
         """The order for this request, used up by one."""
         with self.store.lock:
             self.log.append(request)
             for fault in self.faults:
-                if fault.times > 0 and fault.pattern.search(request):
+                if fault.times > 0 and re.search(fault.pattern, request):
                     fault.times -= 1
                     return fault
         return None
@@ -278,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {**extra, **(fault.headers if fault else {})}
             self._answer({"error": refused.message, **facts}, refused.status, headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _chunks(self) -> bytes:
         parts = []
@@ -299,8 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _token(self) -> str | None:
-        value = self.headers.get("Authorization", "")
-        return value.removeprefix("Bearer ") or None
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
     def _require_user(self) -> None:
         if self._token() not in (WRITER, READER):
@@ -332,15 +302,6 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.store.create(asked.get("type") or "model", name, private)
         self._answer({"url": f"{self.hub.url}/{name}", "name": name, "id": "0" * 24})
-
-    def _delete(self, body: bytes) -> None:
-        asked = json.loads(body)
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
-        self._require_writer(name)
-        kind = asked.get("type") or "model"
-        self.hub.store.find(kind, name)
-        del self.hub.store.repositories[kind, name]
-        self._answer({})
 
     def _validate(self, body: bytes) -> None:
         """What the Hub checks of a card: that its head is YAML, and what a `model-index` must have."""
@@ -384,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
         for file in json.loads(body)["files"]:
             path = file["path"]
             old = there.files.get(path)
-            mode = "lfs" if is_large(path, file["size"]) else "regular"
+            mode = "lfs" if path.endswith(LARGE_ENDINGS) or file["size"] >= LARGE_FROM else "regular"
             oid = None if old is None else object_id(old, path in there.large)
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._answer({"files": answers})
@@ -418,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._readable(kind, name)
         repository.at(revision)
         told = {"authors": [], "date": "2026-01-01T00:00:00.000Z", "message": ""}
-        self._answer([{**told, "id": c.oid, "title": c.message} for c in reversed(repository.history())])
+        self._answer([{**told, "id": c.oid, "title": c.message} for c in reversed(repository.commits.values())])
 
     def _branch(self, body: bytes, kind: str, name: str, revision: str) -> None:
         self._require_writer(name)
@@ -454,7 +415,6 @@ _PREFIX = r"/(?P<prefix>datasets/|spaces/)?"
 _ROUTES = (
     (("GET",), "/api/whoami-v2", _Handler._whoami),
     (("POST",), "/api/repos/create", _Handler._create),
-    (("DELETE",), "/api/repos/delete", _Handler._delete),
     (("POST",), "/api/validate-yaml", _Handler._validate),
     (("GET",), rf"{_API}(/revision/(?P<revision>.+))?", _Handler._info),
     (("GET",), rf"{_API}/tree/(?P<revision>[^/]+)", _Handler._tree),

@@ -1,34 +1,15 @@
-"""The smallest preference pairs, a tokenizer for them, and runs of `RainbowPOTrainer` and TRL's on them."""
+"""The smallest preference pairs, and runs of `RainbowPOTrainer` and TRL's on them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
-from tests.helpers.tiny_models import VOCABULARY, tiny_model
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'][0] }} {{ message['content'] }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}a {% endif %}"
-)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w2 to w45, the roles u and a, and an end-of-text token with the id 0."""
-    words = ["</s>", "<pad>", *(f"w{number}" for number in range(2, VOCABULARY - 2)), "u", "a"]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w2"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
-    fast.chat_template = TEMPLATE
-    return fast
+from tests.helpers.tiny_models import QUICK, VOCABULARY, tiny_model, word_tokenizer
 
 
 def text(generator: torch.Generator, low: int, high: int) -> str:
@@ -66,22 +47,9 @@ def saved_model(folder: Path, kind: str = "llama", **changes: Any) -> str:
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Two steps of four pairs on the CPU in float32, every step logged."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        **changes,
-    }
+    pace = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-3}
+    own = {"lr_scheduler_type": "constant", "bf16": False, "gradient_checkpointing": False}
+    return {"output_dir": str(folder), **QUICK, **pace, **own, **changes}
 
 
 def trainer(folder: Path, model: str | PreTrainedModel | None = None, data: Dataset | None = None, **changes: Any):

@@ -64,16 +64,10 @@ def _loads(generator: np.random.Generator, num_layers: int, num_experts: int, ex
 
 def _measures(generator: np.random.Generator, load: np.ndarray, experts_per_token: int) -> dict[str, Any]:
     num_layers, num_experts = load.shape
-    return {
-        "load": load,
-        "mri": load.max(1) * experts_per_token,
-        "mri_normalized": load.max(1) * num_experts,
-        "load_entropy": -(load * np.log(np.maximum(load, 1e-300))).sum(1) / np.log(num_experts),
-        "load_cv": load.std(1) / load.mean(1),
-        "dead_experts": (load == 0).sum(1),
-        "router_entropy": generator.random(num_layers),
-        "router_confidence": generator.random(num_layers),
-    }
+    of_load = {"load": load, "mri": load.max(1) * experts_per_token, "mri_normalized": load.max(1) * num_experts}
+    of_load["load_entropy"] = -(load * np.log(np.maximum(load, 1e-300))).sum(1) / np.log(num_experts)
+    of_load |= {"load_cv": load.std(1) / load.mean(1), "dead_experts": (load == 0).sum(1)}
+    return of_load | {f"router_{name}": generator.random(num_layers) for name in ("entropy", "confidence")}
 
 
 def _tokens(generator: np.random.Generator) -> list[dict[str, Any]]:
@@ -87,21 +81,11 @@ def _tokens(generator: np.random.Generator) -> list[dict[str, Any]]:
 def _parallel(generator: np.random.Generator, num_layers: int, num_experts: int) -> dict[str, Any]:
     placement = [[expert % 2 for expert in range(num_experts)] for _ in range(num_layers)]
     slowdowns = generator.uniform(1, 2, (2, num_layers))
-    return {
-        "num_ranks": 2,
-        "contiguous": {"max_load": slowdowns[0] / 2, "slowdown": slowdowns[0]},
-        "suggested": {"max_load": slowdowns[1] / 2, "slowdown": slowdowns[1], "placement": placement},
-    }
+    sides = [{"max_load": slowdown / 2, "slowdown": slowdown} for slowdown in slowdowns]
+    return {"num_ranks": 2, "contiguous": sides[0], "suggested": sides[1] | {"placement": placement}}
 
 
 def _run(generator: np.random.Generator, num_layers: int, ideal: float, steps: int) -> dict[str, Any]:
     layers = ideal * generator.uniform(1, 2, (num_layers, steps))
-    return {
-        "name": "run",
-        "steps": list(range(1, steps + 1)),
-        "layers": layers,
-        "mean": layers.mean(0).tolist(),
-        "ideal": ideal,
-        "shift_step": steps // 2,
-        "recovery_step": 5,
-    }
+    curve = {"steps": list(range(1, steps + 1)), "layers": layers, "mean": layers.mean(0).tolist(), "ideal": ideal}
+    return {"name": "run", **curve, "shift_step": steps // 2, "recovery_step": 5}

@@ -1,7 +1,5 @@
-"""Small surgeries in this process or in others: sets of tokens, settings, trainers."""
+"""Small surgeries: sets of tokens, settings, trainers."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,12 @@ from hf_moe_cpt.data.surgery_bench import SETS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 from tests.helpers.cpt_runs import without_clocks
-from tests.helpers.tiny_models import CONFIGS, tiny_model, tokenized
+from tests.helpers.tiny_models import CONFIGS, QUICK, tiny_model, tokenized
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-BEST = {
-    **EVALUATED,
-    "save_strategy": "best",
-    "metric_for_best_model": "surgery_gap",
-    "greater_is_better": False,
-    "load_best_model_at_end": True,
-}
+BEST = {**EVALUATED, "save_strategy": "best", "metric_for_best_model": "surgery_gap", "greater_is_better": False}
+BEST |= {"load_best_model_at_end": True}
 
 
 def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:
@@ -32,26 +25,10 @@ def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Four steps with two rows of each set on the CPU in float32; everything is logged, nothing measured or saved."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "max_length": 16,
-        **{f"{name}_batch_size": 2 for name in SETS[:5]},
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "metric_for_best_model": None,
-        "eval_rows": 6,
-        "eval_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "log_term_gradients": False,
-        **changes,
-    }
+    pace = {"max_steps": 4, "max_length": 16, "learning_rate": 1e-2, **{f"{name}_batch_size": 2 for name in SETS[:5]}}
+    unmeasured = {"eval_strategy": "no", "eval_on_start": False, "eval_rows": 6, "eval_batch_size": 4}
+    unmeasured |= {"load_best_model_at_end": False, "metric_for_best_model": None, "log_term_gradients": False}
+    return {"output_dir": str(folder), **QUICK, **pace, **unmeasured, **changes}
 
 
 def trainer(
@@ -78,29 +55,9 @@ def trainer(
     )
 
 
-PAPERS_OWN = (
-    "learning_rate",
-    "max_steps",
-    "eval_strategy",
-    "save_strategy",
-    *(f"{name}_batch_size" for name in SETS[:5]),
-)
+PAPERS_OWN = ("learning_rate", "max_steps", "eval_strategy", "save_strategy", *(f"{s}_batch_size" for s in SETS[:5]))
 
 
 def history(run: SurgeryTrainer) -> list[dict[str, float]]:
     """The log without clocks."""
     return without_clocks(run.state.log_history)
-
-
-def main() -> None:
-    """Run what the argument, JSON, asks for and write its log into the run's folder from the first rank."""
-    asked = json.loads(sys.argv[1])
-    folder = Path(asked.pop("folder"))
-    run = trainer(folder, **asked)
-    run.train()
-    if run.is_world_process_zero():
-        (folder.parent / f"{folder.name}.json").write_text(json.dumps(history(run)))
-
-
-if __name__ == "__main__":
-    main()

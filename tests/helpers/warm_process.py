@@ -38,14 +38,9 @@ class WarmProcess:
     """
 
     def __init__(self, environment: dict[str, str], imported: tuple[str, ...], hidden: tuple[str, ...] = ()) -> None:
-        asked = json.dumps({"imported": imported, "hidden": hidden})
-        self._server = subprocess.Popen(
-            [sys.executable, __file__, asked],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = [sys.executable, __file__, json.dumps({"imported": imported, "hidden": hidden})]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen(words, env=environment, **pipes)
 
     def run(
         self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int = 1, seconds: int = 800

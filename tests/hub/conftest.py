@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,23 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tqdm import tqdm
 
 from hf_moe_cpt.quickstart import QuickstartArguments, QuickstartFolder, Scale, make_plan, prepare_data, run_stage
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.loopback_hub import WRITER, LoopbackHub
 from tests.helpers.source_tree import PROJECT
+from tests.helpers.tiny_models import two_domains, word_tokenizer
 from tests.helpers.warm_process import WarmProcess
 
 
 LIBRARIES = ("torch", "transformers.pipelines", "transformers.generation", "transformers.trainer", "peft")
-OF_THE_PACKAGE = (
-    "hf_moe_cpt.cli",
-    "hf_moe_cpt.scripts.push",
-    "tests.helpers.cpt_runs",
-    "tests.helpers.preference_runs",
-    "tests.helpers.surgery_runs",
-)
+OF_THE_PACKAGE = ("hf_moe_cpt.cli", "hf_moe_cpt.scripts.push", "tests.helpers.cpt_runs", "tests.helpers.surgery_runs")
 NOT_INSTALLED = ("hf_moe_cpt", "triton")
 # Token, name, and how the refusal to write there begins; someone/rows is a data set.
 NOT_ALLOWED = [
@@ -133,39 +128,36 @@ def command(elsewhere) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def finished() -> dict[str, Path]:
     """Folders of a tiny run of each method: trained, evaluated and saved as the scripts do. Copy before changing."""
-    root = tmp_path_factory.mktemp("finished")
-    runs = {
-        "cpt": cpt_runs.trainer(root / "cpt", evaluated=True, eval_on_start=True, eval_strategy="steps", eval_steps=3),
-        "rainbowpo": preference_runs.trainer(
-            root / "preference", preference_runs.saved_model(root, "cpt_moe"), eval_dataset=preference_runs.pairs(8, 1)
-        ),
-        "surgery": surgery_runs.trainer(
-            root / "surgery", "cpt_moe", eval_strategy="steps", eval_steps=2, eval_on_start=True
-        ),
-    }
-    folders = {}
-    for name, run in runs.items():
+    root = Path(os.environ["HF_MOE_CPT_TEST_CACHE"]) / "finished"
+    with FileLock(f"{root}.lock"):  # one of the processes of a session makes them
+        if not (root / "done").exists():
+            _finish(root)
+            (root / "done").touch()
+    return {"cpt": root / "cpt", "rainbowpo": root / "preference" / "run", "surgery": root / "surgery"}
+
+
+def _finish(root: Path) -> None:
+    measured = {"eval_on_start": True, "eval_strategy": "steps"}
+    model = preference_runs.saved_model(root, "cpt_moe")
+    for run in (
+        cpt_runs.trainer(root / "cpt", evaluated=True, eval_steps=3, **measured),
+        preference_runs.trainer(root / "preference", model, eval_dataset=preference_runs.pairs(8, 1)),
+        surgery_runs.trainer(root / "surgery", "cpt_moe", eval_steps=2, **measured),
+    ):
         run.train()
         run.save_model()
-        metrics = run.evaluate()
-        run.save_metrics("eval", metrics)
+        run.save_metrics("eval", run.evaluate())
         run.save_state()
-        folder = folders[name] = Path(run.args.output_dir)
-        preference_runs.word_tokenizer().save_pretrained(folder)
-    return folders
+        word_tokenizer().save_pretrained(run.args.output_dir)
 
 
 @pytest.fixture(scope="session")
 def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first model of a quickstart on two small folders of text, four steps."""
-    root, draw = tmp_path_factory.mktemp("quickstart"), random.Random(0)
-    for domain, letters in (("1-words", "abcdefgh"), ("2-numbers", "12345678")):
-        (root / "text" / domain).mkdir(parents=True)
-        for number in range(40):
-            words = ["".join(draw.choices(letters, k=draw.randint(1, 6))) for _ in range(160)]
-            (root / "text" / domain / f"{number}.txt").write_text(" ".join(words))
+    root = tmp_path_factory.mktemp("quickstart")
+    two_domains(root / "text")
     scale = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
     asked = QuickstartArguments(device="cpu", data_dir=str(root / "text"))
     plan = replace(make_plan(asked), scale=scale)

@@ -1,7 +1,6 @@
-"""The same checks on the Hub of the tests and, with a token in HF_MOE_CPT_HUB_TOKEN that may write, on huggingface.co.
+"""What holds on the Hub of the tests holds on huggingface.co, with a token in HF_MOE_CPT_HUB_TOKEN that may write.
 
-There they make a private repository of a random name and delete it. Without the variable nothing leaves the machine.
-On the Hub of the tests they are slow, since other tests check the same there in more detail.
+They make a private repository of a random name there and delete it. Without the variable nothing leaves the machine.
 """
 
 import json
@@ -17,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.hub_checkpoints import fingerprint
-from tests.helpers.loopback_hub import WRITER
 from tests.hub.conftest import COMMAND, Processes, runner
 from tests.hub.test_hub_mixin import TRAIN
 from tests.hub.test_publishing import LOAD
@@ -25,6 +23,7 @@ from tests.hub.test_publishing import LOAD
 
 TOKEN = os.environ.get("HF_MOE_CPT_HUB_TOKEN")
 ADDRESS = "https://huggingface.co"
+pytestmark = pytest.mark.skipif(not TOKEN, reason="HF_MOE_CPT_HUB_TOKEN holds no token for huggingface.co")
 WHO = "from huggingface_hub import HfApi\nprint(HfApi().whoami()['name'])\n"
 FORGET = "import sys\nfrom huggingface_hub import HfApi\nHfApi().delete_repo(sys.argv[1], missing_ok=True)\n"
 LOOK = """
@@ -63,19 +62,13 @@ def public_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proce
     started.close()
 
 
-@pytest.fixture(params=[pytest.param("loopback", marks=pytest.mark.slow), "huggingface.co"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """Either Hub; what was made there is deleted."""
-    name = f"hf-moe-cpt-test-{secrets.token_hex(6)}"
-    if request.param == "loopback":
-        run, token = request.getfixturevalue("elsewhere"), WRITER
-    elif TOKEN:
-        run, token = runner(request.getfixturevalue("public_processes"), tmp_path, TOKEN), TOKEN
-    else:
-        pytest.skip("HF_MOE_CPT_HUB_TOKEN holds no token for huggingface.co")
-    owner = run(WHO, token=token).stdout.strip()
-    yield Place(run, f"{owner}/{name}")
-    run(FORGET, f"{owner}/{name}", token=token)
+@pytest.fixture
+def place(public_processes: Processes, tmp_path: Path) -> Iterator[Place]:
+    """A name there; what was made is deleted."""
+    run = runner(public_processes, tmp_path, TOKEN)
+    name = f"{run(WHO).stdout.strip()}/hf-moe-cpt-test-{secrets.token_hex(6)}"
+    yield Place(run, name)
+    run(FORGET, name)
 
 
 def test_a_push_loads_without_the_package_and_a_second_one_changes_nothing(folder, place, tmp_path):

@@ -81,10 +81,8 @@ def test_a_sharded_result_holds_what_one_file_holds(tmp_path: Path) -> None:
     dense = saved(model_of("llama"), tmp_path / "dense", max_shard_size=10_000)
     upcycle(dense, tmp_path / "one", "granular")
     upcycle(dense, tmp_path / "many", "granular", max_shard_size="40KB")
-    whole, index = (
-        load_file(tmp_path / "one" / "model.safetensors"),
-        json.loads((tmp_path / "many" / INDEX).read_text()),
-    )
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
     assert index["weight_map"].keys() == whole.keys()
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
     for name, file in index["weight_map"].items():
@@ -152,11 +150,6 @@ def test_folders_in_use_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
-def cut_short(folder: Path) -> None:
-    path = folder / "model-00002-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
 def misname(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
@@ -181,17 +174,14 @@ def change_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-NORM = "model.norm.weight"
+NORM, SECOND = "model.norm.weight", "model-00002-of-00003.safetensors"
 DAMAGE = {
-    "cut short": (cut_short, "model-00002-of-00003.safetensors is cut short or damaged .*: fetch it again"),
-    "scrambled": (
-        lambda folder: (folder / "model-00002-of-00003.safetensors").write_bytes(b"\x99" * 500),
-        "model-00002-of-00003.safetensors is cut short or damaged",
+    "cut short": (
+        lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 10),
+        "model-00002-of-00003.safetensors is cut short or damaged .*: fetch it again",
     ),
-    "shard missing": (
-        lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(),
-        "model-00003-of-00003.safetensors is missing: .* no whole checkpoint",
-    ),
+    "scrambled": (lambda folder: (folder / SECOND).write_bytes(b"\x99" * 500), f"{SECOND} is cut short or damaged"),
+    "shard missing": (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing: .* no whole checkpoint"),
     "index broken": (lambda folder: (folder / INDEX).write_text("{"), "is no index of safetensors: fetch it again"),
     "index lies": (misname, "lacks model.norm.weight, which model.safetensors.index.json says is in it"),
     "tensor missing": (lambda folder: rewrite(folder, NORM, None), "has no tensor model.norm.weight, which its"),
@@ -228,7 +218,7 @@ def test_damage_is_named_in_one_line(case: str, tmp_path: Path) -> None:
     assert fingerprint(dense) == before
 
 
-def test_tensors_are_read_by_name_and_by_row(tmp_path: Path) -> None:
+def test_tensors_are_read_by_name_and_by_row_and_a_plan_that_makes_too_few_is_an_error(tmp_path: Path) -> None:
     model = model_of("llama", torch.bfloat16)
     reader = CheckpointReader(saved(model, tmp_path / "dense", max_shard_size=8_000))
     for name, weight in model.state_dict().items():
@@ -237,9 +227,6 @@ def test_tensors_are_read_by_name_and_by_row(tmp_path: Path) -> None:
         assert torch.equal(reader.row(name, 3), weight[3])
     (piece,) = copied(reader, NORM, (16,), factor=0.5).pieces()
     assert torch.equal(piece, model.model.norm.weight * 0.5)
-
-
-def test_a_plan_that_makes_too_few_rows_is_an_error(tmp_path: Path) -> None:
     planned = PlannedTensor("w", (4, 2), torch.float32, lambda: iter([torch.ones(3, 2)]))
     with pytest.raises(RuntimeError, match="w: 3 of 4 rows were made"):
         checkpoint_io.write_weights(tmp_path, [planned])

@@ -15,7 +15,6 @@ from tests.helpers import cpt_runs
 
 QUESTIONS = ["w3 w9 w4", "w7 w2 w30 w31 w8 w2 w11", "w40", "w21 w22 w23 w24", "w5 w6", "w12 w13 w14 w15 w16 w17"]
 CHOICES = ["w8", "w17 w18", "w33 w2 w29"]
-GENERATED = 6  # tokens
 USE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -69,7 +68,7 @@ name, folder = sys.argv[1:]
 found = simple_evaluate(
     "hf",
     model_args={"pretrained": name, "trust_remote_code": True, "dtype": "float32"},
-    tasks=["tiny_choice", "tiny_writing"],
+    tasks=["tiny_choice"],
     task_manager=TaskManager(include_path=folder, include_defaults=False),
     batch_size=4,
     device="cpu",
@@ -81,27 +80,16 @@ print(json.dumps({"results": found["results"], "likelihoods": likelihoods}))
 assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 """
 TASK = """
-task: {name}
+task: tiny_choice
 dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {rows}
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
-output_type: {kind}
+output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
 target_delimiter: " "
-"""
-CHOICE = """
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list:
-  - metric: acc
-"""
-WRITING = """
-doc_to_target: "{{continuation}}"
-generation_kwargs: {until: ["</s>"], max_gen_toks: 6, do_sample: false}
-metric_list:
-  - metric: exact_match
+metric_list: [{{metric: acc}}]
 """
 
 
@@ -115,7 +103,7 @@ def _log_likelihood(model: PreTrainedModel, context: list[int], target: list[int
 
 @pytest.mark.slow
 def test_lm_eval_finds_the_numbers_that_we_find(finished, hub, command, elsewhere, tmp_path: Path):
-    """Half of the answers are those of the model, and all but one of the texts."""
+    """Half of the answers are those of the model."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     command("push", finished["cpt"], "someone/tiny")
     model = AutoModelForCausalLM.from_pretrained(finished["cpt"]).eval()
@@ -125,19 +113,13 @@ def test_lm_eval_finds_the_numbers_that_we_find(finished, hub, command, elsewher
         ids = tokenizer(question).input_ids
         expected.append([_log_likelihood(model, ids, tokenizer(choice).input_ids) for choice in CHOICES])
         best = max(range(len(CHOICES)), key=expected[-1].__getitem__)
-        written = model.generate(torch.tensor([ids]), max_new_tokens=GENERATED, do_sample=False)[0, len(ids) :]
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        told = {"choices": CHOICES, "answer": (best + number % 2) % 3, "continuation": text if number else "w2 w2 w2"}
-        rows.append({"question": question, **told})
+        rows.append({"question": question, "choices": CHOICES, "answer": (best + number % 2) % 3})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, kind, rest in (("tiny_choice", "multiple_choice", CHOICE), ("tiny_writing", "generate_until", WRITING)):
-        text = TASK.format(name=name, kind=kind, rows=tmp_path / "rows.jsonl") + rest
-        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "tiny_choice.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
 
     found = json.loads(elsewhere(EVALUATE, "someone/tiny", tmp_path).stdout.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(found["likelihoods"]), torch.tensor(expected), rtol=1e-5, atol=1e-4)
     assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(1 / 2)
-    assert found["results"]["tiny_writing"]["exact_match,none"] == pytest.approx(5 / 6)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

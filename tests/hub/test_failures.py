@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -31,16 +32,8 @@ print(json.dumps(said))
 """
 REFUSALS = {
     "someone/busy": (429, "ConnectionError", "the Hub asks for patience (429: injected 429): wait, then run"),
-    "someone/late": (
-        409,
-        "ValueError",
-        "'someone/late' is in conflict with what the Hub holds (409: injected 409): run",
-    ),
-    "someone/down": (
-        503,
-        "ConnectionError",
-        "the Hub failed (503: injected 503): nothing was published; run the same",
-    ),
+    "someone/late": (409, "ValueError", "'someone/late' is in conflict with what the Hub holds (409: injected 409)"),
+    "someone/down": (503, "ConnectionError", "the Hub failed (503: injected 503): nothing was published; run"),
     "someone/away": (None, "ConnectionError", "the connection to the Hub broke while publishing to 'someone/away' ("),
 }
 
@@ -80,9 +73,8 @@ def test_a_push_that_is_killed_leaves_nothing_and_goes_on(folder, hub, elsewhere
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
 
     hub.fail("PUT /lfs/", drop=True, meanwhile=kill_when_a_file_has_arrived)
-    killed = elsewhere(
-        PUSH_AND_SAY_WHO, tmp_path / "process", "push", folder, "someone/tiny", package=True, check=False
-    )
+    words = (tmp_path / "process", "push", folder, "someone/tiny")
+    killed = elsewhere(PUSH_AND_SAY_WHO, *words, package=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert set(hub.files("someone/tiny")) == {".gitattributes"}
     arrived = len(hub.store.large_files)
@@ -106,11 +98,7 @@ def _fill(disk: Path) -> None:
 def test_a_push_needs_no_room_and_a_card_that_does_not_fit_leaves_the_old_one(finished, hub, command, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, 2_000_000):
-        folder = disk / "tiny"
-        folder.mkdir()
-        for path in finished["cpt"].iterdir():
-            if path.is_file():
-                (folder / path.name).write_bytes(path.read_bytes())
+        folder = shutil.copytree(finished["cpt"], disk / "tiny", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
         command("card", folder)
         _fill(disk)
         before = fingerprint(folder)
@@ -127,7 +115,8 @@ TRAIN_ON_A_FULL_DISK = """
 import json, logging, os, sys
 from pathlib import Path
 from transformers import TrainerCallback
-from tests.helpers import cpt_runs, preference_runs
+from tests.helpers import cpt_runs
+from tests.helpers.tiny_models import word_tokenizer
 
 logging.basicConfig(level=logging.WARNING)
 disk = Path(sys.argv[1])
@@ -154,7 +143,7 @@ run = cpt_runs.trainer(
     disk / "run", max_steps=4, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id="someone/live",
     hub_always_push=True,
 )
-run.processing_class = preference_runs.word_tokenizer()
+run.processing_class = word_tokenizer()
 run.add_callback(Disk())
 run.train()
 left["losses"] = cpt_runs.logged(run.state.log_history, "loss")

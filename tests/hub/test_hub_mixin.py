@@ -11,14 +11,15 @@ from tests.helpers.loopback_hub import WRITER
 TRAIN = """
 import json, logging, sys
 from pathlib import Path
-from tests.helpers import cpt_runs, preference_runs
+from tests.helpers import cpt_runs
+from tests.helpers.tiny_models import word_tokenizer
 logging.basicConfig(level=logging.WARNING)
 folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 run = cpt_runs.trainer(
     folder, evaluated=True, eval_on_start=True, max_steps=4, save_strategy="steps", save_steps=2, push_to_hub=True,
     **changes,
 )
-run.processing_class = preference_runs.word_tokenizer()
+run.processing_class = word_tokenizer()
 run.train()
 run.save_model()
 print(json.dumps({"failed": run.failed_pushes, "losses": cpt_runs.logged(run.state.log_history, "loss")}))
@@ -28,14 +29,16 @@ if "final" in sys.argv:
 TRAIN_OTHERS = """
 import sys
 from pathlib import Path
-from tests.helpers import preference_runs, surgery_runs
+from tests.helpers import surgery_runs
+from tests.helpers.tiny_models import word_tokenizer
 folder = Path(sys.argv[2])
 pushed = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "push_to_hub": True, "hub_always_push": True}
 pushed |= {"hub_model_id": "someone/live"}
 if sys.argv[1] == "rainbowpo":
+    from tests.helpers import preference_runs
     run = preference_runs.trainer(folder, preference_runs.saved_model(folder, "cpt_moe"), **pushed)
 else:
-    run = surgery_runs.trainer(folder, "cpt_moe", processing_class=preference_runs.word_tokenizer(), **pushed)
+    run = surgery_runs.trainer(folder, "cpt_moe", processing_class=word_tokenizer(), **pushed)
 run.train()
 run.push_to_hub()
 assert run.failed_pushes == []
@@ -74,7 +77,7 @@ def test_every_push_of_every_strategy_carries_the_code(hub, elsewhere, tmp_path,
         elsewhere(LOAD, "someone/live", *(commit.oid for commit in models))
 
 
-@pytest.mark.parametrize("method", ["rainbowpo", "surgery"])
+@pytest.mark.parametrize("method", [pytest.param("rainbowpo", marks=pytest.mark.slow), "surgery"])
 def test_the_other_trainers_push_whole_models_too(hub, elsewhere, tmp_path, method):
     elsewhere(TRAIN_OTHERS, method, tmp_path / "run", package=True)
     commits = [commit for commit in hub.commits("someone/live") if "config.json" in commit.files]

@@ -25,11 +25,6 @@ SIZES = json.loads("""{
   "use_cache": true, "vocab_size": 48
 }""")
 DENSE = json.loads("""{
-  "Qwen2.5-0.5B": {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_window_layers": 1, "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0, "sliding_window": 32, "tie_word_embeddings": true, "use_mrope": false,
-    "use_sliding_window": false
-  },
   "Qwen3-0.6B": {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": false, "head_dim": 8,
     "max_window_layers": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
@@ -40,10 +35,6 @@ DENSE = json.loads("""{
     "mlp_bias": false, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
     "tie_word_embeddings": true, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
       "original_max_position_embeddings": 32, "rope_type": "llama3"}
-  },
-  "Mistral-7B-v0.1": {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-    "sliding_window": 8, "tie_word_embeddings": false
   },
   "Qwen2.5, extended as its card says": {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,

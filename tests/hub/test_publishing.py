@@ -36,10 +36,9 @@ assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 
 @pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery", "quickstart"])
 def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, hub, command, elsewhere, tmp_path):
-    is_quickstart = method == "quickstart"
-    folder = (
-        request.getfixturevalue("quickstart_model") if is_quickstart else request.getfixturevalue("finished")[method]
-    )
+    fixture = "quickstart_model" if method == "quickstart" else "finished"
+    folder = request.getfixturevalue(fixture)
+    folder = folder if method == "quickstart" else folder[method]
     before = fingerprint(folder)
     shown = command("push", folder, f"someone/{method}", "--license", "apache-2.0", "--dataset_name", "me/texts")
     assert "published" in shown.stdout
@@ -167,10 +166,7 @@ def _hide_in_checkpoint(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: os.truncate(f / "model.safetensors", 4000), "model.safetensors' is corrupt or cut short"),
-        (
-            lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000),
-            "model.safetensors' is corrupt or cut short",
-        ),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "model.safetensors' is corrupt or cut"),
         (_lose_a_shard, "lacks the tensor 'a'"),
         (lambda f: (f / "config.json").write_text('{"model_type": "cpt_moe"}'), "has no auto_map"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "holds only pytorch_model.bin: save"),

@@ -12,15 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from hf_moe_cpt.hub.upcycle import (
-    RECORD_FILE,
-    ExpertLayout,
-    UpcycleOptions,
-    changed,
-    plan_layout,
-    router_rows,
-    upcycle,
-)
+from hf_moe_cpt.hub.upcycle import RECORD_FILE, UpcycleOptions, changed, plan_layout, router_rows, upcycle
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import ROUTER_CLASSES
 from hf_moe_cpt.scripts.upcycle import main
@@ -30,6 +22,8 @@ from tests.helpers.tolerances import assert_matches, relative_rms_error
 
 
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"max_position_embeddings": 128}
+WINDOW = {"use_sliding_window": True, "max_window_layers": 1}
 DENSE = {
     "llama, grouped, tied, llama3 rope, heads of another size": (
         "llama",
@@ -38,18 +32,9 @@ DENSE = {
     "llama, biases of attention, those of its blocks are 0": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
     "mistral, window": ("mistral", {"sliding_window": 5}),
-    "qwen2, tied, yarn": (
-        "qwen2",
-        {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE, "max_position_embeddings": 128},
-    ),
-    "qwen2, window in all layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-    ),
-    "qwen2, a window as long as the context in some layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-    ),
+    "qwen2, tied, yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE} | LONG),
+    "qwen2, window in all layers": ("qwen2", WINDOW | {"sliding_window": 5, "max_window_layers": 0}),
+    "qwen2, a window as long as the context in some layers": ("qwen2", WINDOW | {"sliding_window": 64}),
     "qwen3, grouped, biases": ("qwen3", {"num_key_value_heads": 1, "head_dim": 12, "attention_bias": True}),
     "ours, with everything that attention can have": (
         "cpt_moe",
@@ -179,32 +164,28 @@ def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert "function at step 0: the dense model's, up to rounding" in printed
 
 
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 REFUSED = {
     "family": ("gpt2", {}, {}, "is of type 'gpt2': dense models of llama, mistral, qwen2, qwen3, cpt_moe can be"),
     "mixture": ("cpt_moe", {}, {}, "is a mixture already"),
     "window": (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        WINDOW | {"sliding_window": 16},
         {},
         "attends in some layers to the last 16 of 64 tokens and in others to all, .*: set max_position",
     ),
     "rotation": (
         "llama",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": HALF},
         {},
-        "llama with partial_rotary_factor below 1 is unknown: set it to 1.0",
+        "llama with partial_rotary_factor below 1 is unknown: set it",
     ),
     "width": ("llama", {"intermediate_size": 30}, {}, r"intermediate_size=30 is not divisible by 4"),
     "divisor": ("llama", {}, {"moe_intermediate_size": 12}, "=12 does not divide the dense block's .*=32"),
     "cover": ("llama", {}, {"num_experts_per_tok": 2, "moe_intermediate_size": 8}, "4 parts .* 3 active experts"),
     "too few": ("llama", {}, {"num_experts": 2}, r"num_experts_per_tok=3 must lie in 1\.\.2"),
     "groups": ("llama", {}, {"num_experts": 5}, "num_experts=5 is neither a multiple of .*=3 nor at least 6"),
-    "switch gates": (
-        "llama",
-        {},
-        {"num_experts_per_tok": 1, "num_shared_experts": 0, "norm_topk_prob": True},
-        "makes every gate 1",
-    ),
+    "switch gates": ("llama", {}, FOUR | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "makes every gate 1"),
     "field": ("llama", {}, {"hidden_size": 8}, "hidden_size is no field of a mixture: choose from num_experts"),
 }
 
@@ -251,24 +232,21 @@ def test_targets_that_are_wrong_are_refused(target: str, tmp_path: Path) -> None
         upcycle(tmp_path / "dense", tmp_path / "moe", to)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"router_init": "ones"}, "router_init='ones' is unknown: choose one of noise, zero"),
-        ({"router_std": 0.0}, "router_std=0.0 must be above 0; for none use router_init='zero'"),
-        ({"expert_noise": -1.0}, "expert_noise=-1.0 must be at least 0"),
-        ({"drop_ratio": 1.5}, r"drop_ratio=1.5 must lie in \[0, 1\]"),
-    ],
-)
-def test_options_that_are_wrong_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        UpcycleOptions(**options)
+def test_options_that_are_wrong_are_refused() -> None:
+    for option, value, message in (
+        ("router_init", "ones", "router_init='ones' is unknown: choose one of noise, zero"),
+        ("router_std", 0.0, "router_std=0.0 must be above 0; for none use router_init='zero'"),
+        ("expert_noise", -1.0, "expert_noise=-1.0 must be at least 0"),
+        ("drop_ratio", 1.5, r"drop_ratio=1.5 must lie in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UpcycleOptions(**{option: value})
 
 
 H = 8
 
 
-def weight_of_parts(config: CptMoeConfig, rows: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
+def weight_of_parts(config: CptMoeConfig, rows: torch.Tensor, layout) -> torch.Tensor:
     """How much of every part of the dense block 16 random tokens get: (16, G), by loops."""
     router = ROUTER_CLASSES[config.router_type](config).double().eval()
     router.weight.data = rows
@@ -283,31 +261,18 @@ def weight_of_parts(config: CptMoeConfig, rows: torch.Tensor, layout: ExpertLayo
     return total
 
 
+SIZES = st.tuples(*(st.integers(low, high) for low, high in ((1, 6), (1, 3), (0, 4), (1, 24))))
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    num_parts=st.integers(1, 6),
-    rounds=st.integers(1, 3),
-    shared=st.integers(0, 4),
-    experts=st.integers(1, 24),
-    normalised=st.booleans(),
-    router_type=st.sampled_from(["softmax_topk", "sinkhorn"]),
-)
-def test_every_token_gets_every_part_once(
-    num_parts: int, rounds: int, shared: int, experts: int, normalised: bool, router_type: str
-) -> None:
+@given(sizes=SIZES, normalised=st.booleans(), router=st.sampled_from(["softmax_topk", "sinkhorn"]))
+def test_every_token_gets_every_part_once(sizes: tuple[int, ...], normalised: bool, router: str) -> None:
+    num_parts, rounds, shared, experts = sizes
     top_k = num_parts * rounds - shared
     assume(1 <= top_k <= experts and not (normalised and top_k == 1))
-    config = CptMoeConfig(
-        hidden_size=H,
-        num_attention_heads=1,
-        intermediate_size=num_parts * 4,
-        moe_intermediate_size=4,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        num_shared_experts=shared,
-        norm_topk_prob=normalised,
-        router_type=router_type,
-    )
+    shape = {"hidden_size": H, "num_attention_heads": 1, "intermediate_size": num_parts * 4}
+    shape |= {"moe_intermediate_size": 4, "num_experts": experts, "num_shared_experts": shared}
+    config = CptMoeConfig(**shape, num_experts_per_tok=top_k, norm_topk_prob=normalised, router_type=router)
     grouped = top_k % num_parts or experts % num_parts
     if num_parts > 1 and grouped and experts % top_k and experts < 2 * top_k:
         with pytest.raises(ValueError, match="is neither a multiple of"):
@@ -339,14 +304,11 @@ def test_dropping_draws_the_same_dimensions_of_all_matrices_anew_and_keeps_the_r
     assert not torch.equal((other != weight).any(dim=1), touched["gate"])
 
 
-def test_noise_is_a_multiple_of_the_matrix_s_own_deviation() -> None:
+def test_noise_is_a_multiple_of_a_matrix_s_own_deviation_and_gives_logits_of_the_one_asked_for() -> None:
     weight = 3 * torch.randn(200, 300) + 1
     noise = changed(weight, 0, "up", UpcycleOptions(expert_noise=0.1), 0, 0) - weight
     assert noise.std().item() == pytest.approx(0.3, rel=0.02)
     assert noise.mean().item() == pytest.approx(0.0, abs=0.01)
-
-
-def test_router_noise_gives_logits_of_the_deviation_asked_for() -> None:
     config = CptMoeConfig(num_experts=64, num_experts_per_tok=4, num_shared_experts=0, moe_intermediate_size=2816)
     rows = router_rows(plan_layout(config, 2816), 512, "noise", 0.25, torch.Generator().manual_seed(0))
     token = torch.randn(512, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -10,32 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe_cpt.scripts.cpt import main
 from tests.helpers.cpt_runs import logged, saved_history, without_clocks
 from tests.helpers.fresh_process import TWO_RANKS, command_words, launch
-from tests.helpers.source_tree import PROJECT
+from tests.helpers.tiny_models import QUICK
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def _arguments(texts: Path, run: Path, **changes: object) -> list[str]:
-    settings = {
-        "preset": "pb-granular-tiny",
-        "preset_overrides": json.dumps(SMALL),
-        "tokenizer_name_or_path": texts / "tokenizer",
-        "dataset_name": texts / "new.jsonl",
-        "replay_dataset_name": texts / "old",
-        "held_out_fraction": 0.2,
-        "replay_ratio": 0.25,
-        "max_length": 32,
-        "max_steps": 5,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "output_dir": run,
-        **changes,
-    }
-    return command_words(settings)
+    data = {"dataset_name": texts / "new.jsonl", "replay_dataset_name": texts / "old", "held_out_fraction": 0.2}
+    model = {"preset": "pb-granular-tiny", "preset_overrides": json.dumps(SMALL), "max_length": 32}
+    pace = {"replay_ratio": 0.25, "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": None}
+    settings = {"tokenizer_name_or_path": texts / "tokenizer", **data, **model, **QUICK, **pace, "output_dir": run}
+    return command_words({**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +104,3 @@ def test_a_missing_package_is_named_with_its_extra(texts, tmp_path, monkeypatch)
     )
     with pytest.raises(ImportError, match=r"use_liger_kernel needs .* pip install 'hf_moe_cpt\[liger\]'"):
         main(["--config", str(tmp_path / "liger.yaml"), *_arguments(texts, tmp_path / "run")])
-
-
-@pytest.mark.parametrize("recipe", sorted((PROJECT / "scripts" / "recipes").glob("cpt_*.yaml")), ids=lambda p: p.stem)
-def test_recipes_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr("hf_moe_cpt.scripts.cpt.run", lambda *parsed: given.update(parsed=parsed))
-    main(["--config", str(recipe), "--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")])
-    model, data, training, _ = given["parsed"]
-    assert model.model_name_or_path and data.replay_dataset_name and 0 < training.replay_ratio < 1
-    assert training.gradient_checkpointing

@@ -16,14 +16,6 @@ from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation import surgery
 from hf_moe_cpt.evaluation.scoring import PARTS, EvalSettings
-from hf_moe_cpt.evaluation.surgery import (
-    BenchArguments,
-    ModelArguments,
-    SurgeryEvaluation,
-    evaluate_model,
-    load_whole,
-    summarise,
-)
 from hf_moe_cpt.scripts.eval_surgery import main
 from tests.helpers.fresh_process import TWO_RANKS, launch
 from tests.helpers.tiny_models import tiny_model
@@ -56,23 +48,11 @@ def world(tmp_path_factory) -> Path:
 
 
 def _arguments(world: Path, run: Path, **changes: object) -> list[str]:
-    settings = {
-        **{side: world / side for side in SIDES},
-        "bench": world / "bench",
-        "max_questions": 6,
-        "max_documents": 3,
-        "batch_size": 4,
-        "new_tokens": 6,
-        "relearn_steps": 2,
-        "relearn_every": 1,
-        "relearn_lr": 1e-3,
-        "relearn_batch_size": 2,
-        "resamples": 50,
-        "device": "cpu",
-        "commit": "abc1234",
-        "output_dir": run,
-        **changes,
-    }
+    sizes = {"max_questions": 6, "max_documents": 3, "batch_size": 4, "new_tokens": 6, "resamples": 50}
+    relearning = {"steps": 2, "every": 1, "lr": 1e-3, "batch_size": 2}
+    settings = {**{side: world / side for side in SIDES}, "bench": world / "bench", "output_dir": run, **sizes}
+    settings |= {f"relearn_{name}": value for name, value in relearning.items()}
+    settings |= {"device": "cpu", "commit": "abc1234", **changes}
     words = []
     for name, value in settings.items():
         if value is not None:
@@ -103,10 +83,10 @@ def test_the_numbers_are_those_of_the_models(alone, world):
     for side in SIDES:
         work = {path.stem: json.loads(path.read_text()) for path in (alone[0] / "work" / side).glob("*.json")}
         raws[side] = {part: work[part] for part in PARTS if part in work}
-    assert summarise(**raws, resamples=50)["measures"] == _measures(alone[0])
+    assert surgery.summarise(**raws, resamples=50)["measures"] == _measures(alone[0])
     model, tokenizer = (auto.from_pretrained(world / "after") for auto in (AutoModelForCausalLM, AutoTokenizer))
     settings = EvalSettings(max_questions=6, max_documents=3, parts=["texts"])
-    texts = evaluate_model(model, tokenizer, SurgeryBench.load(world / "bench"), settings)["texts"]
+    texts = surgery.evaluate_model(model, tokenizer, SurgeryBench.load(world / "bench"), settings)["texts"]
     for name, columns in texts.items():
         assert columns["id"] == raws["after"]["texts"][name]["id"]
         for found, want in zip(raws["after"]["texts"][name]["logp"], columns["logp"], strict=True):
@@ -149,12 +129,8 @@ def test_a_run_makes_what_is_missing_and_takes_another_confidence(alone, world, 
 
 
 def test_two_models_some_parts_and_own_texts(world, tmp_path, capsys):
-    own = {
-        "bench": None,
-        "retrained": None,
-        "documents": [f"{name}={world / name}.jsonl" for name in ("unlearn", "unseen")],
-        "parts": ["texts", "robustness"],
-    }
+    texts = [f"{name}={world / name}.jsonl" for name in ("unlearn", "unseen")]
+    own = {"bench": None, "retrained": None, "documents": texts, "parts": ["texts", "robustness"]}
     main(_arguments(world, tmp_path / "run", **own))
     printed = capsys.readouterr().out
     assert "no attack was made: there are no questions about unlearn" in printed
@@ -174,12 +150,14 @@ def test_an_adapter_is_read_as_the_model_it_makes(world, tmp_path):
     peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
     peft_model.save_pretrained(tmp_path / "adapter")
     merged = peft_model.merge_and_unload().state_dict()
-    models = ModelArguments(after=str(tmp_path / "adapter"), before=str(world / "before"), device="cpu")
+    models = surgery.ModelArguments(after=str(tmp_path / "adapter"), before=str(world / "before"), device="cpu")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.allclose(merged[name], load_whole(models.before, models).state_dict()[name])
-    found = load_whole(models.after, models).state_dict()
+    assert not torch.allclose(merged[name], surgery.load_whole(models.before, models).state_dict()[name])
+    found = surgery.load_whole(models.after, models).state_dict()
     assert found.keys() == merged.keys() and all(torch.allclose(found[name], merged[name]) for name in merged)
-    work = SurgeryEvaluation(models, BenchArguments(bench=str(world / "bench")), EvalSettings(), str(tmp_path / "run"))
+    work = surgery.SurgeryEvaluation(
+        models, surgery.BenchArguments(bench=str(world / "bench")), EvalSettings(), str(tmp_path / "run")
+    )
     assert work.folder.settings["after_base_files"] == work.folder.settings["before_files"]
 
 
@@ -187,9 +165,8 @@ def test_an_adapter_is_read_as_the_model_it_makes(world, tmp_path):
 def test_two_ranks_tell_what_one_tells(alone, world, tmp_path):
     launch(*TWO_RANKS, "-m", "hf_moe_cpt.scripts.eval_surgery", *_arguments(world, tmp_path / "run"))
     got, want = _measures(tmp_path / "run"), _measures(alone[0])
-    assert [(row["side"], row["set"], row["metric"], row["n"]) for row in got] == [
-        (row["side"], row["set"], row["metric"], row["n"]) for row in want
-    ]
+    names = [[(row["side"], row["set"], row["metric"], row["n"]) for row in rows] for rows in (got, want)]
+    assert names[0] == names[1]
     for row, other in zip(got, want, strict=True):
         for name in ("value", "low", "high"):
             assert (row[name] is None) == (other[name] is None)

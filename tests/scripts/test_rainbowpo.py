@@ -10,7 +10,7 @@ from hf_moe_cpt.scripts.rainbowpo import main
 from tests.helpers.cpt_runs import saved_history, without_clocks
 from tests.helpers.fresh_process import TWO_RANKS, command_words, launch
 from tests.helpers.preference_runs import pairs, saved_model
-from tests.helpers.source_tree import PROJECT
+from tests.helpers.tiny_models import QUICK
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +24,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _arguments(folder: Path, run: Path, **changes) -> list[str]:
-    settings = {
-        "model_name_or_path": folder / "model llama",
-        "dataset_name": folder / "pairs.jsonl",
-        "eval_dataset_name": folder / "held_out.jsonl",
-        "output_dir": run,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        **changes,
-    }
+    data = {"dataset_name": folder / "pairs.jsonl", "eval_dataset_name": folder / "held_out.jsonl"}
+    pace = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    pace |= {"bf16": False, "gradient_checkpointing": False, "output_dir": run}
+    settings = {"model_name_or_path": folder / "model llama", **data, **QUICK, **pace, **changes}
     return command_words(settings)
 
 
@@ -98,15 +85,3 @@ REFUSED = [
 def test_wrong_requests_are_refused_before_anything_is_loaded(changes, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         main(_arguments(folder, tmp_path / "run", **changes))
-
-
-@pytest.mark.parametrize(
-    "recipe", sorted((PROJECT / "scripts" / "recipes").glob("rainbowpo_*.yaml")), ids=lambda p: p.stem
-)
-def test_recipes_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr("hf_moe_cpt.scripts.rainbowpo.run", lambda *parsed: given.update(parsed=parsed))
-    main(["--config", str(recipe), "--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")])
-    preferences, model, training = given["parsed"]
-    assert preferences.dataset_name and model.model_name_or_path
-    assert training.components().method == preferences.preset

@@ -1,5 +1,6 @@
 """The script of LLM Surgery: presets under files under the command line, sets from files and a bench, adapters."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.scripts.surgery import SETS, main
 from tests.helpers.cpt_runs import saved_history
 from tests.helpers.fresh_process import command_words
-from tests.helpers.preference_runs import pairs, saved_model, word_tokenizer
+from tests.helpers.preference_runs import pairs, saved_model
 from tests.helpers.source_tree import PROJECT
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import QUICK, tiny_model, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _arguments(folder: Path, run: Path, sets=SETS, **changes) -> list[str]:
-    settings = {
-        "model_name_or_path": folder / "model llama",
-        **{f"{name}_dataset_name": folder / f"{name}.jsonl" for name in sets},
-        "output_dir": run,
-        "max_steps": 4,
-        "max_length": 32,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "eval_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return command_words(settings)
+    data = {f"{name}_dataset_name": folder / f"{name}.jsonl" for name in sets}
+    pace = {"max_steps": 4, "max_length": 32, "learning_rate": 1e-3, "eval_steps": 2, "save_strategy": None}
+    pace |= {"model_name_or_path": folder / "model llama", "output_dir": run}
+    return command_words({**data, **QUICK, **pace, **changes})
 
 
 def test_a_model_is_operated_on_measured_and_saved(folder, tmp_path, capsys):
@@ -63,9 +53,7 @@ def test_command_line_over_file_over_preset(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("preset: paper\nupdate_weight: 3.0\nkl_direction: reverse\n")
     sets = SETS[:4]
-    words = _arguments(
-        folder, tmp_path / "run", sets, eval_steps=None, save_strategy=None, gradient_checkpointing=False
-    )
+    words = _arguments(folder, tmp_path / "run", sets, eval_steps=None, gradient_checkpointing=False)
     main([*words, "--config", str(recipe), "--update_weight", "4.0"])
     entries = [entry for entry in saved_history(tmp_path / "run") if "retain/kl" in entry]
     assert len(entries) == 4 and entries[0]["retain/kl"] == pytest.approx(0.0, abs=1e-5)
@@ -81,7 +69,7 @@ def test_an_adapter_is_trained(folder, tmp_path):
 
 
 def test_the_sets_of_a_bench_are_taken(tmp_path):
-    bench = SurgeryBench.generate(num_subjects=60)
+    bench = SurgeryBench.generate(num_subjects=15, kinds=("person",), forms=("quiz",))
     bench.save(tmp_path / "bench")
     texts = [text for rows in bench.documents.values() for text in rows["text"]]
     tokenizer = train_byte_level_bpe(texts, 500, progress=False)
@@ -129,14 +117,24 @@ def test_shared_subjects_and_adapters_are_refused(folder, tmp_path):
         main(_arguments(folder, tmp_path / "d", model_name_or_path=adapter))
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((PROJECT / "scripts" / "recipes").glob("surgery_*.yaml")), ids=lambda p: p.stem
-)
-def test_recipes_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr("hf_moe_cpt.scripts.surgery.run", lambda *parsed: given.update(parsed=parsed))
+RECIPES = sorted((PROJECT / "scripts" / "recipes").glob("*_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_every_method_name_arguments_that_exist(recipe, tmp_path, monkeypatch):
+    given, method = {}, recipe.stem.partition("_")[0]
+    script = importlib.import_module(f"hf_moe_cpt.scripts.{method}")
+    monkeypatch.setattr(script, "run", lambda *parsed: given.update(parsed=parsed))
     words = ["--config", str(recipe), "--bf16", "False", "--use_cpu", "True", "--output_dir", str(tmp_path / "run")]
-    main([*words, "--model_name_or_path", "some/model"])
-    surgery, model, training = given["parsed"]
-    assert surgery.preset in ("paper", "safe") and model.model_name_or_path
-    assert training.forget_loss == ("ga" if surgery.preset == "paper" else type(training).forget_loss)
+    script.main([*words, *(["--model_name_or_path", "some/model"] if method == "surgery" else [])])
+    if method == "cpt":
+        model, data, training, _ = given["parsed"]
+        assert data.replay_dataset_name and 0 < training.replay_ratio < 1 and training.gradient_checkpointing
+    elif method == "rainbowpo":
+        preferences, model, training = given["parsed"]
+        assert preferences.dataset_name and training.components().method == preferences.preset
+    else:
+        surgery, model, training = given["parsed"]
+        assert surgery.preset in ("paper", "safe")
+        assert training.forget_loss == ("ga" if surgery.preset == "paper" else type(training).forget_loss)
+    assert model.model_name_or_path
