@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -531,6 +531,7 @@ def tokenizer():
     return pc.train_byte_level_bpe(TEXTS, SOME_VOCABULARY, model_max_length=64, progress=False)
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.text(max_size=60))
 def test_every_text_comes_back(tokenizer, text: str):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

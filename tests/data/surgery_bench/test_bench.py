@@ -576,7 +576,7 @@ def test_files_without_rows_are_named(tmp_path):
 WORDS = st.text(min_size=1).filter(str.strip)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(rows=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6))
 def test_any_text_comes_back_unchanged(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / "d.jsonl"
