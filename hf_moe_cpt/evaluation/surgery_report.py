@@ -7,52 +7,23 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from hf_moe_cpt.data.surgery_bench import SETS
-from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, QUANTISED_SETS
 from hf_moe_cpt.evaluation.resumable import write_json
-from hf_moe_cpt.evaluation.scoring import ALL_SETS, ANCHORED_SETS
+from hf_moe_cpt.evaluation.scoring import ALL_SETS
 from hf_moe_cpt.evaluation.surgery import METRICS
 from hf_moe_cpt.reports.charts import Mark, Range, Series, interval_chart, line_chart
 from hf_moe_cpt.reports.tables import Section, write_csv, write_report
 
 
 NOTHING = "–"
-SCORES = tuple(metric for metric in METRICS if metric.startswith("score"))
-REMEMBERED = ("probability", "exact_memorisation", "extraction_strength", "rouge_l")
-MEMBERSHIP = ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus", "privacy_leakage")
-# heading, and what stands below it: (metric, sets)
-TABLE = (
-    ("Forgotten?", (
-        ("accuracy", ("unlearn", "unseen", "obsolete")),
-        ("accuracy_cloze", ("unlearn",)),
-        ("accuracy_paraphrase", ("unlearn",)),
-        ("loss", ("unlearn", "unseen", "obsolete")),
-        ("loss_gap", ("unlearn",)),
-        *((metric, ("unlearn",)) for metric in (*REMEMBERED, *MEMBERSHIP)),
-    )),
-    ("Learnt?", (
-        ("accuracy", ("update",)),
-        ("loss", ("update",)),
-        *((metric, ("update",)) for metric in ("reliability", "generalisation")),
-        *((metric, ("update",)) for metric in ("portability_one_hop", "portability_inverse", "conflict")),
-    )),
-    ("Kept?", (
-        *((metric, ("retain", "neighbour")) for metric in ("accuracy", "loss", "kl", "agreement")),
-        ("fluency", ("unlearn", "update", "retain")),
-    )),
-    ("Does it last?", (
-        *((metric, ("unlearn",)) for metric in ("relearn_own_taught", "relearn_own_others", "relearn_benign")),
-        *((metric, ("unlearn",)) for metric in ("relearn_half_steps", "relearn_robustness")),
-        *((f"accuracy_{bits}bit", ("unlearn", "update", "retain")) for bits in BITS),
-        *((f"quantisation_robustness_{bits}bit", ("unlearn",)) for bits in BITS),
-        *((f"prefix_{name}", ("unlearn",)) for name in PREFIXES),
-    )),
-    ("Score", tuple((metric, (ALL_SETS,)) for metric in SCORES)),
-)  # fmt: skip
+_SHOWN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TABLE = [(heading, list(part["table"].items())) for heading, part in _SHOWN.items()]  # heading, (metric, sets)
 
 Summary = Mapping[str, Any]
 Found = Mapping[tuple[str, str, str], Mapping[str, Any]]  # a row of measures by side, set and metric
@@ -115,9 +86,6 @@ the texts (the retrained one, or any model on the set unseen), neither better no
 lines through the dots, are {percent} % intervals of a bootstrap over subjects."""
 EVERY_NUMBER = "All sets; n is the number of questions or texts. The same is in results.csv."
 NUM_SAMPLES, SAMPLE_LENGTH = 3, 240
-EDITS = ("accuracy", "reliability", "generalisation", "portability_one_hop", "portability_inverse", "conflict")
-
-Groups = Mapping[str, tuple[str, str]]  # label of a group: metric, set
 
 
 def write_page(path: Path, summary: Summary, raws: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Path:
@@ -125,7 +93,7 @@ def write_page(path: Path, summary: Summary, raws: Mapping[str, Mapping[str, Any
     tables = dict(table_blocks(summary))
     score = [_narrow(row) for row in tables.pop("Score", [])]
     sections = [
-        Section("In short", _in_short(summary), score, _charts(summary, "In short")),
+        Section("In short", _in_short(summary), score, _charts(summary, "Score")),
         *(
             Section(heading, "", [_narrow(row) for row in rows], _charts(summary, heading))
             for heading, rows in tables.items()
@@ -159,33 +127,37 @@ def _in_short(summary: Summary) -> str:
 
 
 class Dots(NamedTuple):
-    """A chart of intervals.
-
-    groups: (metric, set) by label. is_share: the axis is [0, 1]. mark: what makes a line across. needed: a metric
-    without which the chart says nothing.
-    """
+    """A chart of the intervals of every metric on every set; fields as in the YAML file."""
 
     title: str
     x_label: str
-    groups: Groups
+    metrics: Sequence[str]
+    sets: Sequence[str]
     is_share: bool = True
-    mark: Callable[[Summary], Mark | None] = lambda summary: None
+    mark: str | tuple[float, str] | None = None
     needed: str | None = None
 
     def draw(self, summary: Summary) -> str | None:
-        """The groups that a model has a value for; None if there are none."""
+        """What a model has a value for; None if there is none."""
         found, sides = found_measures(summary), summary["sides"]
         values = {
-            label: [_range(found.get((side, set_name, metric))) for side in sides]
-            for label, (metric, set_name) in self.groups.items()
+            self._label(metric, set_name): [_range(found.get((side, set_name, metric))) for side in sides]
+            for set_name in self.sets
+            for metric in self.metrics
         }
         shown = {label: ranges for label, ranges in values.items() if any(ranges)}
         if not shown or self.needed not in (None, *(metric for _, _, metric in found)):
             return None
         models = {side: [ranges[place] for ranges in shown.values()] for place, side in enumerate(sides)}
-        marks = [mark for mark in [self.mark(summary)] if mark]
-        options = {"vertical": marks, "x_range": (0.0, 1.0) if self.is_share else None}
+        mark = _guessing(summary) if self.mark == "guessing" else self.mark and Mark(*self.mark)
+        options = {"vertical": [mark] if mark else [], "x_range": (0.0, 1.0) if self.is_share else None}
         return interval_chart(list(shown), models, title=self.title, x_label=self.x_label, **options)
+
+    def _label(self, metric: str, set_name: str) -> str:
+        label = METRICS[metric].label.removeprefix("- ")
+        if len(self.metrics) == 1:
+            return set_name
+        return label if len(self.sets) == 1 else f"{set_name}, {label}"
 
 
 class Curves(NamedTuple):
@@ -217,58 +189,9 @@ def _guessing(summary: Summary) -> Mark | None:
     return None if summary["chance"] is None else Mark(summary["chance"], "guessing")
 
 
-def _by_set(metric: str, *sets: str) -> Groups:
-    return {name: (metric, name) for name in sets}
-
-
-def _by_metric(set_name: str, *metrics: str) -> Groups:
-    return {METRICS[name].label.removeprefix("- "): (name, set_name) for name in metrics}
-
-
-ROUNDED = {"as it is": "accuracy"} | {f"{bits}-bit": f"accuracy_{bits}bit" for bits in BITS}
 CHARTS = {
-    "In short": (Dots("The score and its parts", "1 is best", _by_metric(ALL_SETS, *SCORES)),),
-    "Forgotten?": (
-        Dots("Which set's questions are answered?", "MCQ accuracy", _by_set("accuracy", *SETS), mark=_guessing),
-        Dots("How well is each set predicted?", "loss (nats/token)", _by_set("loss", *SETS), is_share=False),
-        Dots("How much of the forgotten texts is left, word by word?", "share", _by_metric("unlearn", *REMEMBERED)),
-        Dots(
-            "Can one tell that the forgotten texts were read?",
-            "AUC; left of 0.5 is over-forgotten",
-            _by_metric("unlearn", *MEMBERSHIP[:-1]),
-            mark=lambda summary: Mark(0.5, "as unseen"),
-        ),
-    ),
-    "Learnt?": (Dots("Did the new facts arrive?", "share", _by_metric("update", *EDITS)),),
-    "Kept?": (
-        Dots(
-            "At how many tokens is the first choice as before?",
-            "share of tokens",
-            _by_set("agreement", *ANCHORED_SETS),
-        ),
-        Dots(
-            "How far have the predictions moved?",
-            "KL(before || now), nats per token",
-            _by_set("kl", *ANCHORED_SETS),
-            is_share=False,
-        ),
-        Dots("Is it still language?", "n-gram entropy (bits)", _by_set("fluency", *SETS), is_share=False),
-    ),
-    "Does it last?": (
-        Curves("Does training on half of the forgotten texts bring it back?", "own"),
-        Curves("Does training on harmless texts bring it back?", "benign"),
-        Dots(
-            "What do rounded weights change?",
-            "MCQ accuracy",
-            {f"{name}, {label}": (ROUNDED[label], name) for name in QUANTISED_SETS for label in ROUNDED},
-            needed=f"accuracy_{BITS[0]}bit",
-        ),
-        Dots(
-            "Do other words bring it back?",
-            "MCQ accuracy on unlearn",
-            {name: (f"prefix_{name}", "unlearn") for name in PREFIXES},
-        ),
-    ),
+    heading: [(Curves if "training" in chart else Dots)(**chart) for chart in part["charts"]]
+    for heading, part in _SHOWN.items()
 }
 
 
