@@ -10,7 +10,10 @@ from transformers import TrainingArguments
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.freezing import FreezeArguments
+from hf_moe_cpt.trainers.common.kernels import KernelArguments
 from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
+from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, refuse_unread
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 
 
@@ -18,13 +21,19 @@ PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "an
 
 
 @dataclass
-class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, TrainingArguments):
+class CPTConfig(
+    FaultToleranceArguments,
+    UpdateArguments,
+    FreezeArguments,
+    RouterBalanceArguments,
+    KernelArguments,
+    TrainingArguments,
+):
     """Arguments of `CPTTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and
     remove_unused_columns and logging_nan_inf_filter off (a column names the source; the filter waits for the device at
-    every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting),
-    use_liger_kernel unset (the trainer decides, `hf_moe_cpt.trainers.cpt.cpt_trainer`).
+    every step and hides what the trainer stops for), logging_steps 10, eval_on_start on (the reference of forgetting).
     """
 
     # --- the run: `max_steps` optimizer steps fix the token budget, whatever the replay ratio ---
@@ -91,14 +100,6 @@ class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained when the model is given by name (JSON)."}
     )
-    use_liger_kernel: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Fused kernels; unset: on for our models on a CUDA device, if liger-kernel is installed.",
-            "nargs": "?",  # so that the name alone means yes, as in the parent
-            "const": True,
-        },
-    )
     log_expert_load: bool = field(
         default=True, metadata={"help": "Log maximum routing imbalance (MRI) per layer for MoE models."}
     )
@@ -120,6 +121,8 @@ class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments
         known = self.starting_phase if self.starting_phase != "auto" else "scratch"
         check_schedule(**self.schedule_settings(known))
         super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise ValueError("accelerator_config.split_batches would make a step of fewer blocks: leave it off.")
 
     def _check_data(self) -> None:
         if not 0.0 <= self.replay_ratio < 1.0:
@@ -140,6 +143,8 @@ class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments
                 f"max_steps={self.max_steps}: {self.cpt_schedule} without steps has no phases and the run no token "
                 "budget; set max_steps to the number of optimizer steps."
             )
+        unread = {"lr_scheduler_kwargs": "choose cpt_schedule, its phases and rates"}
+        refuse_unread(self, TrainingArguments, FLAGS_OF_SCRIPTS | OPTIONS_OF_EPOCHS | unread)
         if self.warmup_steps or self.lr_scheduler_type != "linear":
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type!r} and warmup_steps={self.warmup_steps} do not apply "
@@ -155,7 +160,7 @@ class CPTConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments
         """Phases of the run: the four fractions if set, else the paper's for a model that comes from that phase."""
         given = [getattr(self, name) for name in PHASE_FIELDS]
         if all(value is None for value in given):
-            return default_phases(self.cpt_schedule, starting_phase)
+            return default_phases(self.cpt_schedule, starting_phase, self.max_steps)
         if any(value is None for value in given):
             missing = ", ".join(name for name, value in zip(PHASE_FIELDS, given, strict=True) if value is None)
             raise ValueError(f"Set all four fractions or none: {missing} is unset (0 leaves a phase out).")

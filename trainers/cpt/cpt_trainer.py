@@ -32,13 +32,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_moe_cpt.data.packing import SOURCES, stack_blocks
 from hf_moe_cpt.data.text import check_context
-from hf_moe_cpt.extras import is_installed
+from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
@@ -65,7 +67,6 @@ from hf_moe_cpt.trainers.cpt.isolation import METHODS, Isolation, find_isolation
 logger = logging.getLogger(__name__)
 
 SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the launcher, beside those of the arguments
-OUR_MODEL_TYPE = "cpt_moe"  # its entry in Liger's table is ours, and its fused head hands the losses of tokens on
 
 
 def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
@@ -108,22 +109,16 @@ class StepCallback(TrainerCallback):
         return control
 
 
-def decide_liger(args: CPTConfig, model: nn.Module) -> bool:
-    """True or False as asked for; unset: on for a `cpt_moe` on one CUDA device per process, if Liger is installed.
-
-    Several devices in one process (`DataParallel`) copy a model, and Liger's methods stay with the original. Raises
-    ValueError where another model's loss would be fused into its head.
-    """
-    is_ours = model.config.get_text_config().model_type == OUR_MODEL_TYPE
-    if args.use_liger_kernel is None:
-        return is_ours and args.device.type == "cuda" and args.n_gpu == 1 and is_installed("liger_kernel")
-    is_head_fused = (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
-    if args.use_liger_kernel and is_head_fused and not is_ours:
+def liger_kernels(args: CPTConfig) -> dict[str, Any]:
+    """What `use_liger_kernel` puts in: all of Liger but its heads, where losses per source cannot be seen."""
+    heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    asked = [name for name in heads if (args.liger_kernel_config or {}).get(name)]
+    if asked:
         raise ValueError(
-            "use_liger_kernel fuses the loss into the output head, where losses per source cannot be seen: set "
-            'liger_kernel_config={"fused_linear_cross_entropy": False}.'
+            f"liger_kernel_config sets {', '.join(asked)}, in which losses per source cannot be seen: leave it out; "
+            "kernels='auto' fuses the loss into the output head of any model."
         )
-    return args.use_liger_kernel
+    return {**(args.liger_kernel_config or {}), **heads}
 
 
 class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin, Trainer):
@@ -161,8 +156,9 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         check_context(model.config, processing_class, args.max_length)
+        freeze(model, args.freeze or ())
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
-        args.use_liger_kernel = decide_liger(args, model)
+        args.liger_kernel_config = liger_kernels(args)
         self.isolation = isolation_for(model, args)
         if self.isolation is not None and self.isolation.method == "padded":
             args.packing = "padded"
@@ -197,6 +193,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             self.global_batch_size * args.max_length, self._flops_per_token, args.world_size * max(1, args.n_gpu)
         )
         self.balance_routers(balance)
+        use_kernels(self.model, self.args, fuses_head=True)
         self.add_callback(StepCallback(self.throughput))
         if self.args.use_liger_kernel:  # `train` does it too; an evaluation before it must find the same model
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
@@ -291,6 +288,8 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The parent's loop; the loss is the mean over tokens, the same for any batch size and number of ranks."""
         self._held_out = HeldOutLoss(self.num_examples(dataloader))
+        if (fused := getattr(inner_model(self.model), "_fused_head", None)) is not None:
+            fused.in_evaluation = bool(kwargs.get("prediction_loss_only"))  # `predict` wants logits
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._held_out.mean()
         return output

@@ -10,14 +10,17 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.freezing import FreezeArguments
+from hf_moe_cpt.trainers.common.kernels import KernelArguments
 from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
+from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, refuse_unread
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
@@ -71,7 +74,14 @@ OPTIONS_OF_DPO = {
 
 
 @dataclass
-class RainbowPOConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, DPOConfig):
+class RainbowPOConfig(
+    FaultToleranceArguments,
+    UpdateArguments,
+    FreezeArguments,
+    RouterBalanceArguments,
+    KernelArguments,
+    DPOConfig,
+):
     """Arguments of `RainbowPOTrainer`: those of `trl.DPOConfig` and of its other bases, and:
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,
@@ -141,20 +151,14 @@ class RainbowPOConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArg
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
-        self._check_options_of_dpo()
+        refuse_unread(self, DPOConfig, FLAGS_OF_SCRIPTS)
+        refuse_unread(self, DPOConfig, OPTIONS_OF_DPO, part_of="objective")
         self._check_ranges()
         self.dispersion_scale = self._checked_dispersion_scale()
         self.home_advantage = self._checked_home_advantage()
         for warning in self._warnings():
             warnings.warn(warning, stacklevel=3)
         super().__post_init__()
-
-    def _check_options_of_dpo(self) -> None:
-        for name, remedy in OPTIONS_OF_DPO.items():
-            option, value = DPOConfig.__dataclass_fields__[name], getattr(self, name)
-            default = option.default if option.default is not MISSING else option.default_factory()
-            if value != default and [value] != default:
-                raise ValueError(f"{name}={value!r} is not part of this objective: {remedy}.")
 
     def _check_ranges(self) -> None:
         for name, allowed in CHOICES.items():

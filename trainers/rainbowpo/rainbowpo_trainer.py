@@ -37,7 +37,9 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import own_penalty_off
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
@@ -566,7 +568,9 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             processing_class,
             **kwargs,
         )
+        freeze(self.model, args.freeze or ())
         self.balance_routers(RouterBalance(args, self.model))
+        use_kernels(self.model, args, fuses_head=False)  # TRL's head has no logits either
         if args.home_advantage_from == "score":
             columns = (args.chosen_score_column, args.rejected_score_column)
             self.data_collator = CollatorWithScores(self.data_collator, columns)

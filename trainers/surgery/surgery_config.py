@@ -19,7 +19,10 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.freezing import FreezeArguments
+from hf_moe_cpt.trainers.common.kernels import KernelArguments
 from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
+from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, refuse_unread
 from hf_moe_cpt.trainers.common.updates import UpdateArguments
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
@@ -99,7 +102,14 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArguments, TrainingArguments):
+class SurgeryConfig(
+    FaultToleranceArguments,
+    UpdateArguments,
+    FreezeArguments,
+    RouterBalanceArguments,
+    KernelArguments,
+    TrainingArguments,
+):
     """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
@@ -270,6 +280,7 @@ class SurgeryConfig(FaultToleranceArguments, UpdateArguments, RouterBalanceArgum
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ValueError(f"{name}={value} must be above 0, or unset to leave the rule out.")
+        refuse_unread(self, TrainingArguments, FLAGS_OF_SCRIPTS | OPTIONS_OF_EPOCHS)
         for name, (value, reason) in _MUST_STAY.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)} must stay {value}: {reason}.")

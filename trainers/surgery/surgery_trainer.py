@@ -55,7 +55,9 @@ from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
 from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
@@ -84,7 +86,6 @@ from hf_moe_cpt.trainers.surgery.experts import (
     SelectionWatch,
     check_expert_settings,
     expert_anchor,
-    freeze_routers,
     router_kl,
     target_experts,
 )
@@ -492,8 +493,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             check_vocabulary(model, ref_model)
         self.pad_token_id = pad_token_of(processing_class)
         check_expert_settings(model, args)
-        if args.freeze_router:
-            freeze_routers(model)
+        freeze(model, [*(args.freeze or ()), *(["router"] if args.freeze_router else [])])
         self.given_reference = ref_model
         self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
@@ -513,6 +513,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         self.balanced_set = next((name for name in self.sets if name not in FORGET_SETS), None)
         is_fixed = args.freeze_router or self.balanced_set is None
         self.balance_routers(RouterBalance(args, self.model, is_fixed=is_fixed))
+        use_kernels(self.model, args, fuses_head=False)  # the terms form no logits either
         self.term_gradients: TermGradients | None = None  # of the step, where it wants them apart
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.targets: ExpertTargets | None = None

@@ -5,18 +5,16 @@ runs without them; checkpoints say whether to warm up again, and Adam's moments 
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_moe_cpt.trainers.cpt import cpt_trainer
-from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.kernels import cross_entropy as fused_head
 from hf_moe_cpt.trainers.cpt.cpt_data import detect_starting_phase, load_moments, read_state, write_state
-from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer, decide_liger
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.cpt_runs import HALF, config, logged, trainer, without_clocks
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
@@ -127,62 +125,19 @@ def test_bad_input_is_refused_before_training(tmp_path, changes, data, message):
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
-# What Triton's interpreter can run of Liger.
-FUSED = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False, "geglu": False}}
-UNFUSED = {"fused_linear_cross_entropy": False}
-in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors Liger needs the interpreter")
-
-
-def _args(asked=None, device="cuda", n_gpu=1, kernels=None) -> SimpleNamespace:
-    device = torch.device(device)
-    return SimpleNamespace(use_liger_kernel=asked, device=device, n_gpu=n_gpu, liger_kernel_config=kernels)
-
-
-CASES = {
-    "unset, one CUDA device": (_args(), "cpt_moe", True, True),
-    "unset, on the CPU": (_args(device="cpu", n_gpu=0), "cpt_moe", True, False),
-    "unset, several devices in one process": (_args(n_gpu=2), "cpt_moe", True, False),
-    "unset, not installed": (_args(), "cpt_moe", False, False),
-    "unset, another model": (_args(), "llama", True, False),
-    "off": (_args(False), "cpt_moe", True, False),
-    "on": (_args(True, "cpu", 0), "cpt_moe", True, True),
-    "on for another model without the fused loss": (_args(True, kernels=UNFUSED), "llama", True, True),
-    "off for another model": (_args(False), "llama", True, False),
-}
-
-
-@pytest.mark.parametrize("args, kind, is_installed, want", CASES.values(), ids=CASES)
-def test_decision(monkeypatch, args, kind, is_installed, want):
-    monkeypatch.setattr(cpt_trainer, "is_installed", lambda package: {"liger_kernel": is_installed}[package])
-    assert decide_liger(args, tiny_model(kind)) is want
-
-
-@pytest.mark.parametrize("kernels", [None, {"rope": False, "fused_linear_cross_entropy": True}])
-def test_a_loss_fused_into_the_head_of_another_model_is_refused(tmp_path, kernels):
-    with pytest.raises(ValueError, match="set liger_kernel_config=.*fused_linear_cross_entropy") as caught:
-        trainer(tmp_path / "run", "mixtral", use_liger_kernel=True, liger_kernel_config=kernels)
+@pytest.mark.parametrize("name", ["fused_linear_cross_entropy", "cross_entropy"])
+def test_a_head_of_liger_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"liger_kernel_config sets {name}, .* kernels='auto' fuses") as caught:
+        trainer(tmp_path / "run", "mixtral", use_liger_kernel=True, liger_kernel_config={name: True})
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line_has_three_answers_and_the_callers_arguments_stay_undecided(tmp_path):
-    base = ["--output_dir", str(tmp_path), "--max_steps", "1"]
-    answers = {(): None, ("--use_liger_kernel",): True, ("--use_liger_kernel", "false"): False}
-    for given, want in answers.items():
-        (parsed,) = HfArgumentParser(CPTConfig).parse_args_into_dataclasses([*base, *given])
-        assert parsed.use_liger_kernel is want
-    args = config(tmp_path, replay_ratio=0.0)
-    assert CPTTrainer(tiny_model("cpt_moe"), args, tokenized(9, 0)).args.use_liger_kernel is False
-    assert args.use_liger_kernel is None
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
 
 
 @pytest.fixture
 def fused_calls(monkeypatch):
     """How many tokens each call of the fused head saw."""
-    pytest.importorskip("liger_kernel")
-    from hf_moe_cpt.kernels import cross_entropy as fused_head
-    from hf_moe_cpt.kernels.cross_entropy import register_with_liger
-
-    register_with_liger()
     calls = []
     compute = fused_head.linear_cross_entropy
     counted = lambda x, *args, **more: calls.append(len(x)) or compute(x, *args, **more)  # noqa: E731
@@ -190,19 +145,22 @@ def fused_calls(monkeypatch):
     return calls
 
 
-def _tiny_run(folder: Path, kind: str = "cpt_moe", **changes) -> CPTTrainer:
+def _tiny_run(folder: Path, kind: str = "cpt_moe", is_fused: bool = False, **changes) -> CPTTrainer:
     """A step of two micro-batches of 8 tokens and two evaluations of one block each."""
     sizes = {"max_steps": 1, "max_length": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     args = config(folder, packing="concat", replay_ratio=0.5, **sizes, **changes)
     held_out = [Dataset.from_dict({"input_ids": [list(range(low, low + 8))]}) for low in (3, 30)]
-    return CPTTrainer(tiny_model(kind), args, tokenized(9, 1, 1, HALF), tokenized(9, 2, HALF, VOCABULARY), *held_out)
+    run = CPTTrainer(tiny_model(kind), args, tokenized(9, 1, 1, HALF), tokenized(9, 2, HALF, VOCABULARY), *held_out)
+    if is_fused:  # as `use_kernels` does on a GPU
+        fused_head.fuse_head(run.model)
+    return run
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("kind", ["cpt_moe", pytest.param("cpt_moe sinkhorn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["cpt_moe", "mixtral", pytest.param("cpt_moe sinkhorn", marks=pytest.mark.slow)])
 def test_a_run_logs_and_learns_the_same(tmp_path, fused_calls, kind):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1}
-    plain, fused = (_tiny_run(tmp_path, kind, **evaluated, **kernels) for kernels in ({}, FUSED))
+    plain, fused = (_tiny_run(tmp_path, kind, is_fused, **evaluated) for is_fused in (False, True))
     plain.train()
     assert fused_calls == []
     fused.train()
@@ -216,21 +174,13 @@ def test_a_run_logs_and_learns_the_same(tmp_path, fused_calls, kind):
 
 @in_the_interpreter
 def test_an_evaluation_before_training_and_a_prediction(tmp_path, fused_calls):
-    plain, fused = _tiny_run(tmp_path / "plain"), _tiny_run(tmp_path / "fused", **FUSED)
+    plain, fused = _tiny_run(tmp_path / "plain"), _tiny_run(tmp_path / "fused", is_fused=True)
     want, got = plain.evaluate(), fused.evaluate()
     assert fused_calls == [8, 8]
     assert got["eval_new_loss"] == pytest.approx(want["eval_new_loss"], rel=1e-6)
     logits = fused.predict(fused.eval_dataset["new"]).predictions
     assert logits.shape[-1] == VOCABULARY
     assert fused_calls == [8, 8]
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_it_is_the_default(tmp_path, fused_calls):
-    run = trainer(tmp_path / "run", use_cpu=False, bf16=True, max_steps=2)
-    assert run.args.use_liger_kernel is True
-    run.train()
-    assert fused_calls == [32, 32]
 
 
 HEAVY = {"router_aux_loss_coef": 1.0, "output_router_logits": True}

@@ -1,0 +1,146 @@
+"""Full speed on a GPU for any causal LM of transformers that a trainer is given: one switch, one line that tells.
+
+| part | `kernels="auto"` on a GPU |
+|---|---|
+| routed experts | ours (`experts_implementation="hf_moe_cpt"`), where transformers' own choice was in force |
+| head and loss | one, in chunks, without logits (`kernels.cross_entropy.fuse_head`) |
+| norms, rotation, residuals, gates | each decoder layer is compiled; a mixture's router and experts run as they are |
+
+Only the model at hand is changed, by attributes of its modules: classes, functions and other models stay. The block
+that holds router and experts is left out of the compiled graph, because hooks on them hear what is routed, and a graph
+hears the hooks of its first step for ever. Passes without gradient, as in an evaluation, are not compiled: they would
+double the time of compiling. Source: ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
+from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.routing.hooks import find_experts, moe_layers
+
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "plain")
+OURS = "hf_moe_cpt"
+OF_TRANSFORMERS = (None, "grouped_mm", "eager")  # what a model has that nobody chose an implementation for
+
+
+@dataclass
+class KernelArguments:
+    """For a subclass of `TrainingArguments`, before it among the bases."""
+
+    kernels: str = HfArg(
+        default="auto",
+        help="auto: on a GPU our experts, a head fused with its loss, compiled layers, for any model; "
+        "plain: the model as transformers runs it.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse other values."""
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels={self.kernels!r} is unknown: choose one of {', '.join(KERNELS)}.")
+        super().__post_init__()
+
+
+def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> list[str]:
+    """Make one model fast as `args.kernels` says, and return what was chosen, and what not and why.
+
+    model: before it is wrapped for several ranks. fuses_head: whether the trainer needs no logits with labels.
+    Several devices in one process (`DataParallel`) copy a model, and what is set here stays with the original.
+    """
+    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1:
+        return []
+    inner = inner_model(model)
+    told = [choose_experts(inner, args.device, torch.bfloat16 if args.bf16 else None)]
+    if fuses_head:
+        from hf_moe_cpt.kernels.cross_entropy import fuse_head, why_not_fused
+
+        reason = why_not_fused(inner) if HAS_TRITON else "the package triton is not installed"
+        if reason is None:
+            fuse_head(inner, in_evaluation=True)
+        told.append("head fused with its loss" if reason is None else f"head not fused with its loss ({reason})")
+    if not args.use_liger_kernel and not args.torch_compile:
+        told.append(f"{compile_layers(inner)} layers compiled")
+    told = [part for part in told if part]
+    logger.info("Kernels of %s: %s.", type(inner).__name__, ", ".join(told))
+    return told
+
+
+def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Let our kernels run the routed experts where they can and nobody chose otherwise; "" for a dense model.
+
+    dtype: of the products, that of autocast; None: of the weights.
+    """
+    experts = find_experts(model)
+    if not experts:
+        return ""
+    chosen = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    if chosen not in OF_TRANSFORMERS:
+        return f"experts {chosen}"
+    reasons = {_why_not(module, device, dtype) for module in experts} - {None}
+    if not reasons and not model._can_set_experts_implementation():
+        reasons = {"the model class does not let its experts be chosen"}
+    if reasons:
+        return f"experts {chosen} ({'; '.join(sorted(reasons))})"
+    model.set_experts_implementation(OURS)
+    return f"experts {OURS}"
+
+
+def _why_not(experts: nn.Module, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if not hasattr(experts, "has_gate"):  # set by transformers' decorator, which reads the implementation
+        return f"{type(experts).__name__} has one way to run"
+    return why_unsupported(experts, device, dtype or experts.gate_up_proj.dtype)
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
+    """Compile each decoder layer by itself, but for the blocks that route; returns how many layers there are.
+
+    A layer that the compiler cannot take runs as before, and so do all others then, after one line that says why.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    names = {name: module for name, module in model.named_modules()}
+    blocks = {layer.name.rpartition(".")[0] for layer in moe_layers(model)}
+    kept = [layer for layer in layers if all(layer is not names[name] for name in blocks)]
+    uncompiled: dict[type, Callable] = {}  # one function a class: the compiler tells layers apart by theirs
+    for block in (names[name] for name in blocks):
+        forward = uncompiled.setdefault(type(block), torch.compiler.disable(type(block).forward))
+        block.forward = MethodType(forward, block)
+    for layer in kept:
+        layer.compile(backend=backend)
+        layer._compiled_call_impl = _CompiledCall(layer, layer._compiled_call_impl, kept)
+    return len(kept)
+
+
+class _CompiledCall:
+    """A layer's compiled call where it is trained (with gradient, no cache), else, or if that fails, its own."""
+
+    def __init__(self, layer: nn.Module, compiled: Callable, layers: list[nn.Module]) -> None:
+        self.layer, self.compiled, self.layers = layer, compiled, layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in kwargs.values()):
+            return self.layer._call_impl(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            logger.warning(
+                "%s cannot be compiled (%s): its layers run as transformers runs them.",
+                type(self.layer).__name__,
+                str(error).strip().partition("\n")[0],
+            )
+            for layer in self.layers:
+                layer._compiled_call_impl = None
+            return self.layer._call_impl(*args, **kwargs)
