@@ -33,7 +33,7 @@ from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
 
 torch.set_num_threads(1)
 # The same examples in every run, and as long as they take: a suite that passed once passes again.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")
 
 
