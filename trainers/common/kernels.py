@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
 from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.routing.hooks import find_experts, moe_layers
+from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
 
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,14 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
 
     A layer that the compiler cannot take runs as before, and so do all others then, after one line that says why.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    names = {name: module for name, module in model.named_modules()}
-    blocks = {layer.name.rpartition(".")[0] for layer in moe_layers(model)}
-    kept = [layer for layer in layers if all(layer is not names[name] for name in blocks)]
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
+    blocks = {layer.name.rpartition(".")[0]: layer.router_name for layer in moe_layers(model)}
+    heard = {name for block, router in blocks.items() for name in (block, router) if not is_below(router, block)}
+    kept = [
+        part for name, part in layers.items() if name not in blocks and not any(is_below(at, name) for at in heard)
+    ]
     uncompiled: dict[type, Callable] = {}  # one function a class: the compiler tells layers apart by theirs
-    for block in (names[name] for name in blocks):
+    for block in map(model.get_submodule, blocks):
         forward = uncompiled.setdefault(type(block), torch.compiler.disable(type(block).forward))
         block.forward = MethodType(forward, block)
     for layer in kept:
