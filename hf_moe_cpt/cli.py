@@ -48,9 +48,7 @@ COMMANDS = {
         "hf_moe_cpt.scripts.eval_preference", "win rate of a policy against a reference under a reward model"
     ),
     "surgery": Command(
-        "hf_moe_cpt.scripts.surgery",
-        "unlearn, update and retain in one operation, on any causal language model",
-        "trl",
+        "hf_moe_cpt.scripts.surgery", "unlearn, update and retain in one operation, on any causal language model"
     ),
     "surgery-eval": Command(
         "hf_moe_cpt.scripts.eval_surgery", "what a surgery made a model forget, learn and keep, under attack too"

@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from hf_moe_cpt.arguments import ParallelArguments, json_object, parallel_options, parse_arguments
+from hf_moe_cpt.arguments import ParallelArguments, given_values, json_object, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import leave_process_group
+from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import DataArguments, load_data
@@ -29,12 +32,9 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
 @dataclass
-class ModelArguments:
-    """Which model, and how it is loaded."""
+class StartArguments(ModelArguments):
+    """What training starts from: --model_name_or_path, or"""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model to continue; or use --preset."}
-    )
     preset: str | None = field(
         default=None, metadata={"help": "Pre-train this preset of cpt_moe from scratch, e.g. pb-granular-2b."}
     )
@@ -45,46 +45,37 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer, if it is not the model's; needed with --preset."}
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Type of the weights: float32, bfloat16, float16 or auto."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "eager, grouped_mm, ..."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that lies in the Hub repository."}
     )
 
 
-ARGUMENTS = (ModelArguments, DataArguments, CPTConfig, ParallelArguments)
+ARGUMENTS = (StartArguments, DataArguments, CPTConfig, ParallelArguments)
 
 
 def load_model(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, seed: int, parallel: dict[str, Any]
-) -> PreTrainedModel:
-    """The named model, or a fresh one of the preset with the tokenizer's vocabulary and special tokens.
+    args: StartArguments, tokenizer: PreTrainedTokenizerBase, training: CPTConfig, parallel: dict[str, Any]
+) -> nn.Module:
+    """The named model, or a fresh one of the preset with the tokenizer's vocabulary and special tokens; or an adapter.
 
     parallel: of `parallel_options`; the named model is cut while it is read.
     """
-    names = ("attn_implementation", "experts_implementation")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.model_name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-            **options,
-            **parallel,
-        )
-    fitting = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fitting |= {"vocab_size": len(tokenizer), **json_object("--preset_overrides", args.preset_overrides)}
-    config = CptMoeConfig.from_preset(args.preset, **fitting)
-    set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, **options)
+        options = args.loading(training.model_init_kwargs, trust_remote_code=args.trust_remote_code, **parallel)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+    else:
+        fitting = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fitting |= {"vocab_size": len(tokenizer), **json_object("--preset_overrides", args.preset_overrides)}
+        config = CptMoeConfig.from_preset(args.preset, **fitting)
+        set_seed(training.seed)
+        names = ("attn_implementation", "experts_implementation", "dtype")
+        options = {name: value for name in names if (value := getattr(args, name)) not in (None, "auto")}
+        model = AutoModelForCausalLM.from_config(config, **options)
+    adapter = args.peft_config(model)
+    return model if adapter is None else require("peft", needed_by="--use_peft").get_peft_model(model, adapter)
 
 
-def check_arguments(model: ModelArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
+def check_arguments(model: StartArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
     """Refuse what cannot work before anything is loaded."""
     if parallel and model.preset is not None:
         raise ValueError(
@@ -96,6 +87,12 @@ def check_arguments(model: ModelArguments, training: CPTConfig, parallel: dict[s
             f"Give one of --model_name_or_path ({model.model_name_or_path}) and --preset ({model.preset}): the first "
             "continues a model, the second starts one."
         )
+    if model.preset is not None and (training.model_init_kwargs or model.quantization()):
+        raise ValueError(
+            f"--preset {model.preset} makes a model, and --model_init_kwargs, --load_in_4bit and --load_in_8bit are "
+            "about reading one: use --preset_overrides."
+        )
+    model.check_adapter()
     if training.use_liger_kernel:
         require("liger_kernel", needed_by="--use_liger_kernel")
     if model.preset is not None and model.tokenizer_name_or_path is None:
@@ -111,11 +108,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parallel = parallel_options(parallel_args, training)
     check_arguments(model_args, training, parallel)
+    setup = {"batch_size": training.per_device_train_batch_size, "sequence_length": training.max_length}
+    preset, changes = model_args.preset, json_object("--preset_overrides", model_args.preset_overrides)
+    training = fit_to_gpu(
+        model_args,
+        training,
+        given_values(argv, *ASKED),
+        setup,
+        parallel,
+        config=None if preset is None else CptMoeConfig.from_preset(preset, **changes),
+        trust_remote_code=model_args.trust_remote_code,
+    )
     run(model_args, data_args, training, parallel)
     leave_process_group()
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
+def run(model_args: StartArguments, data_args: DataArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     data = load_data(data_args, training)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -124,11 +132,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, training: CPTConfi
         trust_remote_code=model_args.trust_remote_code,
     )
     trainer = CPTTrainer(
-        load_model(model_args, tokenizer, training.seed, parallel), training, **data, processing_class=tokenizer
+        load_model(model_args, tokenizer, training, parallel), training, **data, processing_class=tokenizer
     )
     if trainer.is_world_process_zero():
         settings = training.schedule_settings(trainer.starting_phase)
         print(describe_schedule(**settings, tokens_per_step=trainer.throughput.tokens_per_step))
+        print(trainer.isolation or f"Packing: {trainer.args.packing}.")
     trainer.train()
     trainer.save_model()
     trainer.save_state()

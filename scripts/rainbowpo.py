@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
@@ -47,6 +47,7 @@ class PreferenceArguments:
 
 
 ARGUMENTS = (ModelArguments, PreferenceArguments, RainbowPOConfig, ParallelArguments)
+LONGEST = 2048  # tokens that are planned for where sequences are not cut
 
 
 def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
@@ -74,7 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         ARGUMENTS, argv, program="hf-moe-cpt rainbowpo", description=__doc__, defaults=defaults
     )
     model.check(training)
-    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
+    dealt = parallel_options(parallel, training)
+    setup = {
+        "trainer": "rainbowpo",
+        "batch_size": training.per_device_train_batch_size,
+        "sequence_length": training.max_length or LONGEST,
+        "reference": "copy" if training.needs_reference and not training.precompute_ref_log_probs else "none",
+    }
+    asked, trusts = given_values(argv, *ASKED), training.trust_remote_code
+    training = fit_to_gpu(model, training, asked, setup, dealt, trust_remote_code=trusts)
+    training.model_init_kwargs = {**dealt, **(training.model_init_kwargs or {})}
     run(preferences, model, training)
     leave_process_group()
 
@@ -85,8 +95,7 @@ def run(preferences: PreferenceArguments, model: ModelArguments, training: Rainb
         model.model_name_or_path,
         args=model.given_to(training),
         **load_pairs(preferences),
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        peft_config=model.peft_config(trust_remote_code=training.trust_remote_code),
     )
     if trainer.is_world_process_zero():
         print(training.components())

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import get_peft_config, get_quantization_config
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -26,6 +25,7 @@ from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import GAP_FORMULA, REFERENCE_FOLDER, SurgeryTrainer
@@ -82,7 +82,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         ARGUMENTS, argv, program="hf-moe-cpt surgery", description=__doc__, defaults=defaults
     )
     model.check(training, besides=(REFERENCE_FOLDER,))
-    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
+    dealt = parallel_options(parallel, training)
+    used = [name for name, weight in training.weights.items() if weight > 0]
+    setup = {
+        "trainer": "surgery",
+        "batch_size": max(getattr(training, f"{name}_batch_size") for name in used),
+        "sequence_length": training.max_length,
+        "reference": "copy" if training.reference == "copy" else "cache",
+        "terms": len(used),
+    }
+    asked, trusts = given_values(argv, *ASKED), surgery.trust_remote_code
+    batch = "--<set>_batch_size"
+    training = fit_to_gpu(model, training, asked, setup, dealt, trust_remote_code=trusts, batch_option=batch)
+    training.model_init_kwargs = {**dealt, **(training.model_init_kwargs or {})}
     run(surgery, model, training)
     leave_process_group()
 
@@ -93,16 +105,12 @@ def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfi
     training.sets_in_force(sets)
     trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
         model.model_name_or_path,
-        args=model.given_to(
-            training,
-            trust_remote_code=surgery.trust_remote_code or None,
-            quantization_config=get_quantization_config(model),
-        ),
+        args=model.given_to(training, trust_remote_code=surgery.trust_remote_code or None),
         **{f"{name}_dataset": rows for name, rows in sets.items()},
         processing_class=AutoTokenizer.from_pretrained(
             surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
         ),
-        peft_config=get_peft_config(model),
+        peft_config=model.peft_config(trust_remote_code=surgery.trust_remote_code),
     )
     if trainer.is_world_process_zero() and training.metric_for_best_model:
         print(f"best model by {GAP_FORMULA}")

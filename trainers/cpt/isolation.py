@@ -87,12 +87,17 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
 
     model: where its weights are, sharded or not, or a PEFT model; it is left as it was. max_length: T. Two forward
     passes of two rows for each method that is tried; a collective where ranks share the model. What rank 0 finds
-    holds for all.
+    holds for all. Flash attention of a model that waits on the CPU to be sharded is taken at its word for lengths.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen: dict[str, str] = {}
     found = "padded"
     noise = 0.0
+    attention = base.config.get_text_config()._attn_implementation or ""
+    is_flash = "flash" in attention and next(model.parameters()).device.type == "cpu"
+    if is_flash and "lengths" in methods:
+        seen[attention] = "does not run on the CPU, eager stood in: its kernels are handed the lengths"
+        base.set_attn_implementation("eager")
     with _left_alone(model):
         for method in methods:
             try:
@@ -106,6 +111,9 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
             if is_apart:
                 found = method
                 break
+    if attention in seen:
+        base.set_attn_implementation(attention)
+        found = found if found == "padded" else "lengths"
     return Isolation(base, found, seen)
 
 

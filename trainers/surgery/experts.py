@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, is_below, listen, moe_layers
+from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, listen, moe_layers
 from hf_moe_cpt.routing.metrics import SaturationCounter
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
@@ -61,14 +61,6 @@ def check_expert_settings(model: nn.Module, args: Any) -> None:
     available = sum(layer.num_experts for layer in layers)
     if args.target_experts > available:
         raise ValueError(f"target_experts={args.target_experts} must be at most {available}, all experts.")
-
-
-def freeze_routers(model: nn.Module) -> None:
-    """Stop training every router, its adapter included."""
-    for layer in moe_layers(model):
-        for name, parameter in model.named_parameters():
-            if is_below(name, layer.router_name):
-                parameter.requires_grad_(False)
 
 
 class RouterTap:

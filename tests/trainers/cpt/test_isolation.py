@@ -130,3 +130,15 @@ def test_runs_train_evaluate_and_say_how(tmp_path, kind):
 def test_documents_that_run_across_are_not_probed(tmp_path):
     run = CPTTrainer(moe_model("qwen3_next"), config(tmp_path, replay_ratio=0.0, packing="concat"), tokenized(30, 1))
     assert run.isolation is None and run.args.packing == "concat"
+
+
+def test_flash_attention_that_waits_on_the_cpu_is_handed_lengths():
+    def no_kernel(*args, **kwargs):
+        raise RuntimeError("no kernel for the CPU")
+
+    AttentionInterface.register("flash_elsewhere", no_kernel)
+    model = tiny_model("llama", attn_implementation="flash_elsewhere")
+    isolation = find_isolation(model, 64)
+    assert isolation.method == "lengths" and "flash_elsewhere does not run on the CPU" in str(isolation)
+    assert model.config._attn_implementation == "flash_elsewhere"
+    assert find_isolation(model, 64, ["positions", "masks"]).method == "padded"

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.routing.hooks import moe_layers
+from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.surgery import experts
 from hf_moe_cpt.trainers.surgery.losses import token_weights
 from tests.helpers.tiny_models import tiny_model
@@ -119,10 +120,10 @@ def test_gradients_of_other_experts_are_0_even_if_they_are_no_numbers():
 def test_frozen_routers_stay_frozen(routers_first):
     model = moe_model("mixtral")
     if routers_first:
-        experts.freeze_routers(model)
+        freeze(model, ["router"])
     targets = experts.train_only_experts(model, [(0, 1)])
     if not routers_first:
-        experts.freeze_routers(model)
+        freeze(model, ["router"])
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert (
         trained == set(targets.no_decay) == {f"model.layers.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")}
@@ -354,7 +355,7 @@ def test_overlap_with_the_starting_model_is_counted_over_batches():
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_routers_are_frozen_and_nothing_else_is(kind):  # that they stay: test_surgery_course.py
     model = moe_model(kind)
-    experts.freeze_routers(model)
+    freeze(model, ["router"])
     frozen = {id(weight) for router in find_routers(model) for weight in router.parameters()}
     assert {id(weight) for weight in model.parameters() if not weight.requires_grad} == frozen
 
@@ -364,6 +365,6 @@ def test_adapters_of_routers_are_frozen_too():
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"], lora_dropout=0.0)
     model = peft.get_peft_model(moe_model("mixtral"), settings)
     assert any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
-    experts.freeze_routers(model)
+    freeze(model, ["router"])
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
     assert any(weight.requires_grad for weight in model.parameters())
