@@ -58,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt schedule", description=__doc__)
     min_lr = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
     constant_lr = args.constant_learning_rate
+    phases = default_phases(args.schedule, args.starting_phase, args.max_steps)
     settings = {
         "schedule": args.schedule,
         "num_steps": args.max_steps,
-        "phases": Phases(*args.phases) if args.phases else default_phases(args.schedule, args.starting_phase),
+        "phases": Phases(*args.phases) if args.phases else phases,
         "max_lr": args.learning_rate,
         "constant_lr": (args.learning_rate + min_lr) / 2 if constant_lr is None else constant_lr,
         "min_lr": min_lr,

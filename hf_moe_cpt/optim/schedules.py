@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 BARS = " ▁▂▃▄▅▆▇█"
 STARTING_PHASES = ("scratch", "constant", "decayed")
 PHASE_NAMES = ("warmup", "cooldown", "constant", "anneal")
+LEAST_WARMUP = 10  # steps
 
 
 class Boundaries(NamedTuple):
@@ -77,12 +78,21 @@ DEFAULT_COSINE_PHASES: dict[str, Phases] = {
 }
 
 
-def default_phases(schedule: str, starting_phase: str) -> Phases:
-    """Phases of the paper for a schedule and the phase ("scratch", "constant", "decayed") the run starts from."""
+def default_phases(schedule: str, starting_phase: str, num_steps: int | None = None) -> Phases:
+    """Phases of the paper for a schedule and the phase ("scratch", "constant", "decayed") the run starts from.
+
+    num_steps: of the run. A run that warms up does so for `LEAST_WARMUP` steps at least, or for a tenth of a shorter
+    run, which one in a hundred would leave without (ours); the phase after it gives them.
+    """
     _check_name(schedule)
     if starting_phase not in DEFAULT_PHASES:
         raise ValueError(f"starting phase {starting_phase!r} is unknown: choose one of {', '.join(STARTING_PHASES)}.")
-    return (DEFAULT_COSINE_PHASES if schedule == "cosine" else DEFAULT_PHASES)[starting_phase]
+    phases = (DEFAULT_COSINE_PHASES if schedule == "cosine" else DEFAULT_PHASES)[starting_phase]
+    more = 0.0 if num_steps is None else min(LEAST_WARMUP / num_steps, 0.1) - phases.warmup
+    if more <= 0 or not phases.warmup:
+        return phases
+    giving = "anneal" if schedule == "cosine" else "cooldown"
+    return replace(phases, warmup=phases.warmup + more, **{giving: getattr(phases, giving) - more})
 
 
 def cosine(step: int, num_steps: int, warmup: float, max_lr: float, min_lr: float) -> float:

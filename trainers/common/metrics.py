@@ -57,11 +57,13 @@ class LossRecorder:
 
     A causal LM of transformers computes its loss through `self.loss_function`, where `attach` puts the recorder: it
     returns the same number as `ForCausalLMLoss`. A head that is fused with its loss has no logits to pass on and gives
-    its token losses instead (`of_tokens`).
+    its token losses instead (`of_tokens`). Of a model that computes its loss by itself, as code of the Hub may, the
+    listener is told what its logits say.
     """
 
     def __init__(self) -> None:
         self._listener: Listener | None = None
+        self._has_told = False
         self._num_rows: int | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -73,11 +75,18 @@ class LossRecorder:
                 "transformers (a PreTrainedModel, or a PEFT model around one)."
             )
         base.loss_function = self
+        model.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def _after_forward(self, model: nn.Module, args: tuple, inputs: dict[str, Any], outputs: Any) -> None:
+        labels, logits = inputs.get("labels"), getattr(outputs, "logits", None)
+        if self._listener is not None and not self._has_told and labels is not None and logits is not None:
+            with torch.no_grad():
+                self(logits, labels, shift_labels=inputs.get("shift_labels"))
 
     @contextmanager
     def tell(self, listener: Listener, num_rows: int | None = None) -> Iterator[None]:
         """Hand the losses computed inside this context to `listener`, of `num_rows` sequences that may lie in one."""
-        self._listener, self._num_rows = listener, num_rows
+        self._listener, self._num_rows, self._has_told = listener, num_rows, False
         try:
             yield
         finally:
@@ -105,6 +114,7 @@ class LossRecorder:
         losses: (B, T), in nats, 0 where ignored. targets: (B, T), already shifted, -100 where ignored.
         """
         counted = targets.ne(IGNORED_LABEL).to(losses.device)
+        self._has_told = True
         if self._listener is not None:
             rows = (self._num_rows or 1 if len(losses) == 1 else len(losses), -1)
             both = (losses.detach().double(), counted.double())
