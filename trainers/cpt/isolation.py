@@ -29,6 +29,7 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.distributed import reshard
+from hf_moe_cpt.trainers.common.freezing import modes_kept
 
 
 METHODS = ("positions", "masks", "lengths")
@@ -97,7 +98,7 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
     is_flash = "flash" in attention and next(model.parameters()).device.type == "cpu"
     if is_flash and "lengths" in methods:
         seen[attention] = "does not run on the CPU, eager stood in: its kernels are handed the lengths"
-        base.set_attn_implementation("eager")
+        base.config._attn_implementation = "eager"
     with _left_alone(model):
         for method in methods:
             try:
@@ -112,7 +113,7 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
                 found = method
                 break
     if attention in seen:
-        base.set_attn_implementation(attention)
+        base.config._attn_implementation = attention
         found = found if found == "padded" else "lengths"
     return Isolation(base, found, seen)
 
@@ -145,13 +146,10 @@ def _probe(
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; afterwards modes, random generators and shards are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.no_grad(), modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             model.eval()
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             reshard(model)

@@ -37,7 +37,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import own_penalty_off
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
-from hf_moe_cpt.trainers.common.freezing import freeze
+from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
@@ -636,6 +636,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         with contextlib.ExitStack() as stack:
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
             if is_peft_model(policy):
+                stack.enter_context(gradients_kept(policy))
                 stack.enter_context(use_adapter(policy, "ref" if "ref" in policy.peft_config else None))
             stack.enter_context(in_evaluation(self.model))  # a Sinkhorn router balances the batch in training
             yield

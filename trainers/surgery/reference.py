@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
+from hf_moe_cpt.trainers.common.freezing import modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import (
     CHUNK_TOKENS,
     LanguageHead,
@@ -216,20 +217,6 @@ def compared_rows(sets: Mapping[str, Dataset], losses: Mapping[str, ForgetLoss |
     rows = {name: sets[name]["input_ids"] for name in needed}
     paired = [name for name in needed if "winner_input_ids" in sets[name].column_names]
     return rows | {f"{name}/{WINNER}": sets[name]["winner_input_ids"] for name in paired}
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module has its mode, and every parameter its requires_grad, again after this context."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
-        for parameter, was_trained in trained:
-            parameter.requires_grad_(was_trained)
 
 
 @contextmanager

@@ -137,7 +137,8 @@ def test_flash_attention_that_waits_on_the_cpu_is_handed_lengths():
         raise RuntimeError("no kernel for the CPU")
 
     AttentionInterface.register("flash_elsewhere", no_kernel)
-    model = tiny_model("llama", attn_implementation="flash_elsewhere")
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_elsewhere"  # whose name transformers would look up
     isolation = find_isolation(model, 64)
     assert isolation.method == "lengths" and "flash_elsewhere does not run on the CPU" in str(isolation)
     assert model.config._attn_implementation == "flash_elsewhere"
