@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from hf_moe_cpt.arguments import ParallelArguments, json_object, parallel_options, parse_arguments
+from hf_moe_cpt.arguments import ParallelArguments, given_values, json_object, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import DataArguments, load_data
@@ -107,6 +108,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parallel = parallel_options(parallel_args, training)
     check_arguments(model_args, training, parallel)
+    setup = {"batch_size": training.per_device_train_batch_size, "sequence_length": training.max_length}
+    preset, changes = model_args.preset, json_object("--preset_overrides", model_args.preset_overrides)
+    training = fit_to_gpu(
+        model_args,
+        training,
+        given_values(argv, *ASKED),
+        setup,
+        parallel,
+        config=None if preset is None else CptMoeConfig.from_preset(preset, **changes),
+        trust_remote_code=model_args.trust_remote_code,
+    )
     run(model_args, data_args, training, parallel)
     leave_process_group()
 

@@ -21,6 +21,7 @@ from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
@@ -46,6 +47,7 @@ class PreferenceArguments:
 
 
 ARGUMENTS = (ModelArguments, PreferenceArguments, RainbowPOConfig, ParallelArguments)
+LONGEST = 2048  # tokens that are planned for where sequences are not cut
 
 
 def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
@@ -73,7 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         ARGUMENTS, argv, program="hf-moe-cpt rainbowpo", description=__doc__, defaults=defaults
     )
     model.check(training)
-    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
+    dealt = parallel_options(parallel, training)
+    setup = {
+        "trainer": "rainbowpo",
+        "batch_size": training.per_device_train_batch_size,
+        "sequence_length": training.max_length or LONGEST,
+        "reference": "copy" if training.needs_reference and not training.precompute_ref_log_probs else "none",
+    }
+    asked, trusts = given_values(argv, *ASKED), training.trust_remote_code
+    training = fit_to_gpu(model, training, asked, setup, dealt, trust_remote_code=trusts)
+    training.model_init_kwargs = {**dealt, **(training.model_init_kwargs or {})}
     run(preferences, model, training)
     leave_process_group()
 

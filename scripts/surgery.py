@@ -25,6 +25,7 @@ from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import GAP_FORMULA, REFERENCE_FOLDER, SurgeryTrainer
@@ -81,7 +82,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         ARGUMENTS, argv, program="hf-moe-cpt surgery", description=__doc__, defaults=defaults
     )
     model.check(training, besides=(REFERENCE_FOLDER,))
-    training.model_init_kwargs = {**parallel_options(parallel, training), **(training.model_init_kwargs or {})}
+    dealt = parallel_options(parallel, training)
+    used = [name for name, weight in training.weights.items() if weight > 0]
+    setup = {
+        "trainer": "surgery",
+        "batch_size": max(getattr(training, f"{name}_batch_size") for name in used),
+        "sequence_length": training.max_length,
+        "reference": "copy" if training.reference == "copy" else "cache",
+        "terms": len(used),
+    }
+    asked, trusts = given_values(argv, *ASKED), surgery.trust_remote_code
+    batch = "--<set>_batch_size"
+    training = fit_to_gpu(model, training, asked, setup, dealt, trust_remote_code=trusts, batch_option=batch)
+    training.model_init_kwargs = {**dealt, **(training.model_init_kwargs or {})}
     run(surgery, model, training)
     leave_process_group()
 

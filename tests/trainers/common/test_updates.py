@@ -153,10 +153,9 @@ def test_a_resumed_run_of_bfloat16_weights_equals_an_uninterrupted_one(tmp_path:
         assert torch.equal(want, got)
 
 
-def test_bfloat16_weights_learn_what_float32_weights_learn(tmp_path: Path) -> None:
-    """Twelve steps at a rate whose updates rounding to the nearest loses: loss and share of weights that changed."""
-    start = half().state_dict()
-    found = {}
+def test_updates_of_bfloat16_weights_arrive(tmp_path: Path) -> None:
+    """How far the weights go along the way of float32 weights, on the same batches: 1 if every update arrives."""
+    start, ways = half().state_dict(), {}
     for name, dtype, optim in (
         ("float32", torch.float32, "auto"),
         ("stochastic", torch.bfloat16, "auto"),
@@ -164,13 +163,11 @@ def test_bfloat16_weights_learn_what_float32_weights_learn(tmp_path: Path) -> No
     ):
         model = tiny_model("llama")
         model.load_state_dict(start)
-        run = cpt_runs.trainer(
-            tmp_path / name, model.to(dtype), evaluated=True, max_steps=12, learning_rate=5e-5, optim=optim
-        )
+        settings = {"learning_rate": 2e-5, "optim": optim, "replay_ratio": 0.0, "logging_steps": 6}
+        run = cpt_runs.trainer(tmp_path / name, model.to(dtype), **settings)
         run.train()
-        weights = run.model.state_dict()
-        changed = sum((weights[key].float() != start[key].float()).sum().item() for key in start)
-        found[name] = changed / sum(weight.numel() for weight in start.values()), run.evaluate()["eval_new_loss"]
-    (all_changed, wanted), (changed, reached), (few, _) = found.values()
-    assert changed > 0.9 * all_changed and few < 0.75 * all_changed, found
-    assert reached == pytest.approx(wanted, abs=0.01), found
+        ended = run.model.state_dict()
+        ways[name] = torch.cat([(ended[key].double() - start[key].double()).flatten() for key in start])
+    wanted = ways["float32"]
+    reached = {name: float(way @ wanted / (wanted @ wanted)) for name, way in ways.items()}
+    assert reached["stochastic"] == pytest.approx(1, abs=0.15) and reached["nearest"] < 0.6, reached
