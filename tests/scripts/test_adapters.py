@@ -1,0 +1,104 @@
+"""Adapters and frozen parts from the command line, in all three trainers: experts included, saved and resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
+from hf_moe_cpt.trainers.common.freezing import freeze
+from tests.helpers.fresh_process import command_words
+from tests.helpers.preference_runs import pairs
+from tests.helpers.tiny_models import QUICK, word_tokenizer
+from tests.helpers.tiny_moes import moe_model
+
+
+MAINS = {"cpt": cpt.main, "rainbowpo": rainbowpo.main, "surgery": surgery.main}
+MATRICES = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two mixtures on disk, texts, pairs and sets of a surgery."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for kind in ("gpt_oss", "cpt_moe"):
+        moe_model(kind).save_pretrained(folder / kind)
+        word_tokenizer().save_pretrained(folder / kind)
+    texts = [" ".join(f"w{2 + (start + place) % 40}" for place in range(20)) for start in range(12)]
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    pairs(8).to_json(folder / "pairs.jsonl")
+    for seed, name in enumerate(("unlearn", "retain")):
+        rows = pairs(4, seed).rename_column("chosen", "completion").remove_columns("rejected")
+        rows.to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+def words_of(command, folder, kind, run, **changes):
+    data = {
+        "cpt": {"dataset_name": folder / "texts.jsonl", "max_length": 16, "eval_on_start": False},
+        "rainbowpo": {"dataset_name": folder / "pairs.jsonl", "bf16": False, "gradient_checkpointing": False},
+        "surgery": {f"{name}_dataset_name": folder / f"{name}.jsonl" for name in ("unlearn", "retain")}
+        | {"max_length": 32, "forget_target": 5.0, "eval_steps": 1},
+    }[command]
+    adapter = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "experts"]}
+    pace = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    settings = {"model_name_or_path": folder / kind, "output_dir": run, **QUICK, **data, **adapter, **pace, **changes}
+    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
+    several = [word for name, values in lists.items() for word in (f"--{name}", *values)]
+    return command_words({name: value for name, value in settings.items() if name not in lists}) + several
+
+
+@pytest.mark.parametrize(
+    "command, kind", [("cpt", "gpt_oss"), ("cpt", "cpt_moe"), ("rainbowpo", "gpt_oss"), ("surgery", "cpt_moe")]
+)
+def test_adapters_of_experts_train_where_nothing_is_frozen_and_resume(folder, tmp_path, command, kind):
+    run, again = tmp_path / "run", tmp_path / "again"
+    frozen = {"freeze": ["layers.0", "router"]}
+    MAINS[command](words_of(command, folder, kind, run, **frozen))
+    assert sorted(json.loads((run / "adapter_config.json").read_text())["target_parameters"]) == MATRICES
+    weights = load_file(run / "adapter_model.safetensors")
+    changed = {name: bool(value.any()) for name, value in weights.items() if "lora_B" in name}  # they start at 0
+    assert len(changed) == 6 and changed == {name: ".layers.1." in name for name in changed}
+    shutil.copytree(run / "checkpoint-1", again / "checkpoint-1")
+    MAINS[command](words_of(command, folder, kind, again, **frozen, resume_from_checkpoint=True))
+    resumed = load_file(again / "adapter_model.safetensors")
+    assert resumed.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+REFUSED = {
+    "settings without an adapter": ({"use_peft": None, "lora_target_modules": ["q_proj"]}, "add --use_peft"),
+    "two kinds of quantisation": ({"load_in_4bit": True, "load_in_8bit": True}, "choose one of them"),
+    "dropout in experts": ({"lora_dropout": 0.1}, "have neither --lora_dropout nor --use_dora"),
+    "an unknown part": ({"freeze": ["heads"]}, "'heads' is no part of .* choose from router, experts, embeddings"),
+    "everything frozen": ({"freeze": ["model"]}, "Nothing is left to train when model is frozen"),
+    "an option that from_pretrained lacks": ({"model_init_kwargs": '{"revision_": "x"}'}, "revision_"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_what_no_adapter_can_be_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        cpt.main(words_of("cpt", folder, "gpt_oss", tmp_path / "run", **changes))
+
+
+def test_all_linear_layers_of_a_mixture_are_its_experts_too(folder):
+    for kind, want in (("gpt_oss", MATRICES), ("cpt_moe", MATRICES)):
+        arguments = ModelArguments(str(folder / kind), use_peft=True, lora_target_modules=["all-linear"])
+        config = arguments.peft_config()
+        assert (config.target_modules, config.target_parameters, config.lora_dropout) == ("all-linear", want, 0.0)
+    assert ModelArguments(use_peft=True).peft_config().lora_dropout == 0.05
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "jamba"])
+@pytest.mark.parametrize("part", ["experts", "embeddings", "head", "norms", "self_attn", "layers.1"])
+def test_a_part_is_frozen_and_nothing_else(kind, part):
+    model = moe_model(kind)
+    freeze(model, [part])
+    fragment = {"experts": ".experts.", "embeddings": "embed_tokens", "head": "lm_head", "norms": "norm"}
+    want = {name for name, _ in model.named_parameters() if fragment.get(part, f".{part}.") in name}
+    assert want and {name for name, weight in model.named_parameters() if not weight.requires_grad} == want
