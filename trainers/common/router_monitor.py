@@ -98,7 +98,8 @@ class ExpertLoadMeter:
             self._keep, self._pending, self._pending_numbers = None, [], 0
 
     def _hear(self, layer: int, experts: Tensor, logits: Tensor | None) -> None:
-        if not (self._observing and torch.is_grad_enabled() and self.layers[layer].experts.training):
+        # what is no part of training is in evaluation mode; reentrant checkpointing has no gradient either
+        if not self._observing or not self.layers[layer].experts.training:
             return
         if self._logits is not None and logits is not None:
             self._logits.append((layer, logits))
