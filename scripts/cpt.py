@@ -11,11 +11,12 @@ The same job is `hf-moe-cpt cpt ...`; `--config recipe:NAME` reads arguments fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, json_object, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -35,19 +36,16 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 class StartArguments(ModelArguments):
     """What training starts from: --model_name_or_path, or"""
 
-    preset: str | None = field(
-        default=None, metadata={"help": "Pre-train this preset of cpt_moe from scratch, e.g. pb-granular-2b."}
+    preset: str | None = HfArg(
+        default=None, help="Pre-train this preset of cpt_moe from scratch, e.g. pb-granular-2b."
     )
-    preset_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Configuration fields to change in the preset, as JSON: '{\"num_hidden_layers\": 4}'."},
+    preset_overrides: str | None = HfArg(
+        default=None, help="Configuration fields to change in the preset, as JSON: '{\"num_hidden_layers\": 4}'."
     )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not the model's; needed with --preset."}
+    tokenizer_name_or_path: str | None = HfArg(
+        default=None, help="Tokenizer, if it is not the model's; needed with --preset."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that lies in the Hub repository."}
-    )
+    trust_remote_code: bool = HfArg(default=False, help="Run model code that lies in the Hub repository.")
 
 
 ARGUMENTS = (StartArguments, DataArguments, CPTConfig, ParallelArguments)
@@ -88,10 +86,7 @@ def check_arguments(model: StartArguments, training: CPTConfig, parallel: dict[s
             "continues a model, the second starts one."
         )
     if model.preset is not None and (training.model_init_kwargs or model.quantization()):
-        raise ValueError(
-            f"--preset {model.preset} makes a model, and --model_init_kwargs, --load_in_4bit and --load_in_8bit are "
-            "about reading one: use --preset_overrides."
-        )
+        raise ValueError("--model_init_kwargs and --load_in_... read a model, and --preset makes one: leave them out.")
     model.check_adapter()
     if training.use_liger_kernel:
         require("liger_kernel", needed_by="--use_liger_kernel")
