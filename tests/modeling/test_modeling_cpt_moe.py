@@ -25,7 +25,14 @@ from tests.helpers.tolerances import assert_matches
 
 
 SIZE = {"vocab_size": 256, "num_hidden_layers": 2}
-PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
+PRESETS = (
+    "dense-tiny",
+    "pb-granular-tiny",
+    "sb-granular-tiny",
+    "lf-granular-tiny",
+    "pb-switch-tiny",
+    "sb-switch-tiny",
+)
 ATTENTION = {
     "biases, norms of heads": {"qkv_bias": True, "qk_norm": "head", "num_key_value_heads": 2},
     "all biases, norms of projections": {"attention_bias": True, "qk_norm": "projection", "num_key_value_heads": 1},
@@ -358,10 +365,13 @@ def assert_same_weights(got: torch.nn.Module, want: torch.nn.Module) -> None:
     assert all(torch.equal(got_values[name], want_values[name]) for name in want_values)
 
 
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny", "dense-tiny"])
+@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny", "lf-granular-tiny", "dense-tiny"])
 def test_saving_and_loading_is_exact(preset: str, tmp_path) -> None:
     model, tokens = model_of(preset), tokens_of(2, 10)
+    biases = {name: bias.uniform_(-0.5, 0.5) for name, bias in model.named_buffers() if "correction_bias" in name}
     model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(half[name], bias) for name, bias in biases.items())  # an update is far below bfloat16
     assert (tmp_path / "model.safetensors").is_file()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is CptMoeForCausalLM

@@ -147,13 +147,36 @@ def decide(
 
     has_bias: whether its routers choose by a correction bias. is_fixed: whether routers are not to change.
     """
-    name, asked, config = type(inner_model(model)).__name__, args.router_balance, inner_model(model).config
-    config = config.get_text_config()
+    name, config = type(inner_model(model)).__name__, inner_model(model).config.get_text_config()
     if not layers:
         _refuse_for_dense(args, name)
         return Decision("none")
     is_ours = config.model_type == OUR_MODEL_TYPE
     own = "sinkhorn" if getattr(config, "router_type", None) == "sinkhorn" else "bias" if has_bias else "aux"
+    _refuse_other_ways(args, name, own, is_fixed)
+    if is_fixed:
+        return Decision("none")
+    pays = not is_ours or config.has_router_penalty
+    way, coefficient, z_coefficient = args.router_balance, args.router_aux_loss_coef, args.router_z_loss_coef
+    if z_coefficient is None:
+        z_coefficient = (getattr(config, "router_z_loss_coef", None) or 0.0) if pays else 0.0
+    if coefficient is None:
+        coefficient = _coefficient_of(config) if not is_ours else config.router_aux_loss_coef if pays else 0.0
+    way = own if way == "auto" else way
+    if way == "aux" and not coefficient:
+        if args.router_balance == "aux":
+            raise ValueError(
+                "router_balance='aux' and the coefficient of the configuration is 0: set router_aux_loss_coef, e.g. "
+                f"{DEFAULT_COEFFICIENT}, or router_balance='none'."
+            )
+        way = "none"
+    scope = args.load_scope or (config.load_scope if is_ours else "global")
+    return Decision(way, coefficient if way == "aux" else 0.0, z_coefficient, scope)
+
+
+def _refuse_other_ways(args: RouterBalanceArguments, name: str, own: str, is_fixed: bool) -> None:
+    """own: the way that the routers of a model are made for."""
+    asked = args.router_balance
     if asked not in ("auto", "none", own):
         how = {
             "sinkhorn": "balance by their own plan",
@@ -161,31 +184,16 @@ def decide(
             "aux": "have neither a correction bias nor a plan",
         }[own]
         raise ValueError(f"router_balance={asked!r}: the routers of {name} {how}; set {own}, auto or none.")
-    if own != "aux" and args.router_aux_loss_coef:
-        raise ValueError(
-            f"router_aux_loss_coef={args.router_aux_loss_coef}: the routers of {name} are balanced by {own}, and only "
-            "one way at a time works; leave the coefficient unset."
-        )
     if is_fixed and asked in ("aux", "bias"):
         raise ValueError(f"router_balance={asked!r} moves routers, which this run keeps fixed: set auto or none.")
-    pays = config.has_router_penalty if is_ours else True
-    z_coefficient = (getattr(config, "router_z_loss_coef", None) or 0.0) if pays else 0.0
-    if args.router_z_loss_coef is not None:
-        z_coefficient = args.router_z_loss_coef
-    coefficient, way = 0.0, own if asked == "auto" else asked
-    if is_fixed:
-        return Decision("none")
-    if way == "aux":
-        coefficient = args.router_aux_loss_coef
-        if coefficient is None:
-            coefficient = _coefficient_of(config) if not is_ours else config.router_aux_loss_coef if pays else 0.0
-        way = "aux" if coefficient else "none"
-        if asked == "aux" and not coefficient:
+    of_way = {"router_aux_loss_coef": "aux", "load_scope": "aux", "router_bias_update_rate": "bias"}
+    for field_name, way in of_way.items():
+        value, default = getattr(args, field_name), getattr(RouterBalanceArguments, field_name)
+        if value not in (default, 0.0) and way != (own if asked == "auto" else asked):
             raise ValueError(
-                f"router_balance='aux' and the coefficient of the configuration is 0: set router_aux_loss_coef, e.g. "
-                f"{DEFAULT_COEFFICIENT}, or router_balance='none'."
+                f"{field_name}={value!r} is read with router_balance={way!r} alone, and the routers of {name} are "
+                f"balanced by {own if asked == 'auto' else asked}: leave it unset."
             )
-    return Decision(way, coefficient, z_coefficient, args.load_scope or (config.load_scope if is_ours else "global"))
 
 
 def _refuse_for_dense(args: RouterBalanceArguments, name: str) -> None:
@@ -463,7 +471,7 @@ class BalanceCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One line on the first process."""
         if self.balance.layers and state.is_world_process_zero:
-            logger.info("%s", self.balance)
+            logger.warning("%s", self.balance)  # nothing less is shown where nobody asked for more
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before the step is logged and saved."""

@@ -276,7 +276,11 @@ def test_what_auto_means_for_a_model(name):
 REFUSED = {
     "penalty of 0": ({"router_balance": "aux", "router_aux_loss_coef": 0.0}, "mixtral", "balances nothing"),
     "both": ({"router_balance": "bias", "router_aux_loss_coef": 0.1}, "deepseek_v3", "set one of the two"),
-    "both, unsaid": ({"router_aux_loss_coef": 0.1}, "deepseek_v3", "are balanced by bias, and only one way"),
+    "both, unsaid": (
+        {"router_aux_loss_coef": 0.1},
+        "deepseek_v3",
+        "router_balance='aux' alone, and the routers of DeepseekV3ForCausalLM are balanced by bias",
+    ),
     "penalty beside a bias": ({"router_balance": "aux"}, "deepseek_v3", "set bias, auto or none"),
     "bias without one": ({"router_balance": "bias"}, "mixtral", "have neither a correction bias nor a plan"),
     "no plan": ({"router_balance": "sinkhorn"}, "mixtral", "set aux, auto or none"),
@@ -284,6 +288,7 @@ REFUSED = {
     "unknown": ({"router_balance": "loss"}, "mixtral", "choose one of auto, aux, bias, sinkhorn, none"),
     "scope": ({"load_scope": "node"}, "mixtral", "choose one of global, rank"),
     "negative": ({"router_z_loss_coef": -1.0}, "mixtral", "must be a finite number, at least 0"),
+    "unread": ({"load_scope": "rank"}, "deepseek_v3", "is read with router_balance='aux' alone"),
     "still": ({"router_balance": "bias", "router_bias_update_rate": 0.0}, "deepseek_v3", "moves nothing"),
     "reentrant": (
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
