@@ -95,6 +95,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} must lie in [0, 1).")
         self._shards: dict[Tensor, int] = {}
+        self.grad_scale: Tensor | None = None  # () float32: the next step multiplies gradients by it
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,7 +110,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._shards = {}
+        self._shards, self.grad_scale = {}, None
         for values in self.state.values():  # a checkpoint that was read onto the device brings its counts along
             if isinstance(values.get("step"), Tensor):
                 values["step"] = values["step"].cpu()
@@ -129,12 +130,13 @@ class StochasticAdamW(torch.optim.Optimizer):
                     work = self._step_of(param, group, place)
                     together[_launch_of(work), group["seed"]].append(work)
                 place += 1
+        scale, self.grad_scale = self.grad_scale, None
         for (launch, seed), steps in together.items():
             if launch is None:
                 for work in steps:
-                    plain_adamw_step(work, seed)
+                    plain_adamw_step(work, seed, scale)
             else:
-                launch_adamw(steps, seed, aligned=launch[-1])
+                launch_adamw(steps, seed, launch[-1], scale)
         return loss
 
     def _step_of(self, param: Tensor, group: dict[str, Any], place: int) -> TensorStep:
@@ -202,10 +204,10 @@ def plain_round(values: Tensor, noise: Tensor) -> Tensor:
     return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)
 
 
-def plain_adamw_step(work: TensorStep, seed: int) -> None:
-    """The definition of a step, in place."""
+def plain_adamw_step(work: TensorStep, seed: int, scale: Tensor | None = None) -> None:
+    """The definition of a step, in place. scale: () what the gradient is multiplied by, 1 for None."""
     beta1, rest1, beta2, rest2, eps, kept, step_size, correction = work.factors()
-    grad = work.grad.float()
+    grad = work.grad.float() if scale is None else work.grad.float() * scale.to(work.grad.device)
     exp_avg = beta1 * work.exp_avg.float() + rest1 * grad
     exp_avg_sq = beta2 * work.exp_avg_sq.float() + rest2 * grad * grad
     weight = kept * work.weight.float() - step_size * exp_avg / (exp_avg_sq.sqrt() * correction + eps)
@@ -229,11 +231,13 @@ def _round(values, noise):
 
 
 @triton.jit
-def _update(weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, factors, elements, numel, words, ROUNDED: tl.constexpr):
+def _update(
+    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale, factors, elements, numel, words, ROUNDED: tl.constexpr
+):  # fmt: skip
     """The step of a span of elements; `words` are their random words."""
     keep = elements < numel
     weight = tl.load(weight_ptr + elements, mask=keep, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + elements, mask=keep, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + elements, mask=keep, other=0.0).to(tl.float32) * scale
     exp_avg = tl.load(exp_avg_ptr + elements, mask=keep, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + elements, mask=keep, other=0.0).to(tl.float32)
     beta1, rest1, beta2, rest2, eps, kept, step_size, correction = factors
@@ -258,13 +262,13 @@ def _pointer(table, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed"])
 def _adamw_kernel(
-    blocks_ptr, tensors_ptr, factors_ptr, seed,
+    blocks_ptr, tensors_ptr, factors_ptr, scale_ptr, seed,
     DTYPE: tl.constexpr, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """A step of many tensors. Grid (blocks,): a program has four spans of one tensor.
 
     blocks (blocks, 2) int32: the tensor and which of its blocks. tensors (tensors, 8) int64: addresses of weight,
-    gradient and both moments, number of elements, place, step, shard. factors (tensors, 8) float32.
+    gradient and both moments, number of elements, place, step, shard. factors (tensors, 8) float32. scale () float32.
     """
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program).to(tl.int64)
@@ -289,11 +293,12 @@ def _adamw_kernel(
         step = tl.load(row + 6).to(tl.uint32)
         shard = tl.load(row + 7).to(tl.uint32)
         a, b, c, d = tl.philox(seed, counter, zeros + place, zeros + step, zeros + shard)
+    scale = tl.load(scale_ptr)
     elements = block.to(tl.int64) * (4 * SPAN) + tl.arange(0, SPAN)
-    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements, numel, a, ROUNDED)
-    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + SPAN, numel, b, ROUNDED)
-    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + 2 * SPAN, numel, c, ROUNDED)
-    _update(weight, grad, exp_avg, exp_avg_sq, factors, elements + 3 * SPAN, numel, d, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, scale, factors, elements, numel, a, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, scale, factors, elements + SPAN, numel, b, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, scale, factors, elements + 2 * SPAN, numel, c, ROUNDED)
+    _update(weight, grad, exp_avg, exp_avg_sq, scale, factors, elements + 3 * SPAN, numel, d, ROUNDED)
 
 
 @functools.lru_cache(maxsize=8)  # a run steps the same tensors every time
@@ -305,7 +310,12 @@ def _blocks_of(numels: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([tensors, torch.arange(len(tensors)) - first], dim=1).to(torch.int32).to(device)
 
 
-def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool) -> None:
+@functools.lru_cache(maxsize=8)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool, scale: Tensor | None = None) -> None:
     """`plain_adamw_step` of many contiguous tensors of one type on one device, in one launch.
 
     aligned: whether all addresses and numbers of elements are multiples of ALIGNMENT.
@@ -318,6 +328,6 @@ def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool) -> None:
     blocks = _blocks_of(tuple(s.weight.numel() for s in steps), device)
     with torch.cuda.device_of(steps[0].weight):
         _adamw_kernel[(len(blocks),)](
-            blocks, tensors, factors, seed,
+            blocks, tensors, factors, _one(device) if scale is None else scale.float().to(device), seed,
             DTYPE=TRITON_DTYPES[dtype], ROUNDED=dtype == torch.bfloat16, ALIGNED=aligned, SPAN=SPAN,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 | part | `kernels="auto"` on a GPU |
 |---|---|
+| attention of packed documents | transformers' `flex_attention`, where its `sdpa` was in force |
 | routed experts | ours (`experts_implementation="hf_moe_cpt"`), where transformers' own choice was in force |
 | head and loss | one, in chunks, without logits (`kernels.cross_entropy.fuse_head`) |
 | norms, rotation, residuals, gates | each decoder layer is compiled; a mixture's router and experts run as they are |
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "plain")
 OURS = "hf_moe_cpt"
+MIN_HEAD_DIM = 16  # of FlexAttention
 OF_TRANSFORMERS = (None, "grouped_mm", "eager")  # what a model has that nobody chose an implementation for
 
 
@@ -77,6 +79,24 @@ def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> 
     told = [part for part in told if part]
     logger.info("Kernels of %s: %s.", type(inner).__name__, ", ".join(told))
     return told
+
+
+def choose_attention(model: nn.Module, args: TrainingArguments) -> None:
+    """Let FlexAttention run packed documents, on the device: with a mask, sdpa computes what it then throws away.
+
+    Measured on an H200, 8 x 2,048 tokens, 16 heads of 128, forward and backward: 1.05 ms a layer, sdpa 3.29 ms. Before
+    the documents are shown to be apart; not where ranks share the model, which then waits on the CPU.
+    """
+    inner = inner_model(model)
+    config = inner.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_whole = not (args.fsdp or args.deepspeed or getattr(inner, "_tp_size", None))
+    is_ours_to_choose = config._attn_implementation == "sdpa" and inner._supports_flex_attn
+    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1:
+        return
+    if is_whole and is_ours_to_choose and head_dim >= MIN_HEAD_DIM:
+        model.to(args.device)
+        inner.set_attn_implementation("flex_attention")
 
 
 def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> str:

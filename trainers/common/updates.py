@@ -90,7 +90,7 @@ class UpdatesMixin:
     """Mixin in front of `Trainer`, whose arguments are `UpdateArguments`.
 
     Overrides `get_optimizer_cls_and_kwargs` (the optimizer by the weights' type), `create_optimizer` (says which, and
-    what it loses) and `get_decay_parameter_names` (matrices only, and no routers).
+    what it loses), `_clip_grad_norm` and `get_decay_parameter_names` (matrices only, and no routers).
     """
 
     @staticmethod
@@ -118,6 +118,17 @@ class UpdatesMixin:
         if is_new and self.is_world_process_zero():
             self._tell_updates(optimizer)
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The parent's; gradients of `StochasticAdamW` are scaled in its step, which saves a pass over them."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # of accelerate's wrapper
+        grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        is_sharded = any(isinstance(grad, DTensor) for grad in grads) or self.is_deepspeed_enabled
+        if not hasattr(optimizer, "grad_scale") or is_sharded or not grads:
+            return super()._clip_grad_norm(model)
+        norm = torch.nn.utils.get_total_norm(grads)
+        optimizer.grad_scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips
+        return norm
 
     def _tell_updates(self, optimizer: torch.optim.Optimizer) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
