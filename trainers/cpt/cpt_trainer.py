@@ -40,7 +40,7 @@ from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
-from hf_moe_cpt.trainers.common.kernels import use_kernels
+from hf_moe_cpt.trainers.common.kernels import choose_attention, use_kernels
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
@@ -159,6 +159,8 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         freeze(model, args.freeze or ())
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.liger_kernel_config = liger_kernels(args)
+        if args.packing == "document":
+            choose_attention(model, args)
         self.isolation = isolation_for(model, args)
         if self.isolation is not None and self.isolation.method == "padded":
             args.packing = "padded"
@@ -331,8 +333,9 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         if self.args.save_strategy == "no":
             return
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        has_moments = not self.args.save_only_model
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad and has_moments)
+        trained = 0  # weights that take as much room as those with float32 moments
+        if not self.args.save_only_model:  # moments have the type of their weights
+            trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad) // 4
         kept = self.args.save_total_limit
         copies = 1 if kept is None else kept + 1  # the oldest goes only when the newest is written
         require_free_space(self.args.output_dir, weight_bytes, trained, copies)
