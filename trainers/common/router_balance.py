@@ -84,8 +84,9 @@ class RouterBalanceArguments:
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
-            "help": "Coefficient of the penalty, 1 for each layer that is balanced. Unset: the configuration's if it "
-            f"is above 0 and at most {MAX_OF_CONFIG}, else {DEFAULT_COEFFICIENT}; of a cpt_moe model always its own."
+            "help": "Coefficient of the penalty, which is 1 for each layer in balance. Unset: the configuration's if "
+            f"it is not the default of its class, at most {MAX_OF_CONFIG}, else {DEFAULT_COEFFICIENT}; of a cpt_moe "
+            "model always its own."
         },
     )
     router_z_loss_coef: float | None = field(
@@ -205,11 +206,16 @@ def _refuse_for_dense(args: RouterBalanceArguments, name: str) -> None:
 
 
 def _coefficient_of(config: Any) -> float:
-    """The coefficient in another family's configuration, whatever it is called there, or the default."""
+    """The coefficient that somebody chose for another family's model, whatever it is called there, or the default.
+
+    A value that is the default of its class was chosen by nobody: 0.001 in most, for the pooled penalty, which leaves
+    a layer's busiest expert at 2 to 3 times its share where 0.01 gets it to 1.4 (docs/cpt.md).
+    """
     for part in (config, getattr(config, "ffn_config", None)):  # where DBRX keeps it
-        values = [getattr(part, name, None) or 0.0 for name in COEFFICIENTS]
-        if 0.0 < (largest := max(values)) <= MAX_OF_CONFIG:
-            return float(largest)
+        for name in COEFFICIENTS:
+            value = getattr(part, name, None) or 0.0
+            if 0.0 < value <= MAX_OF_CONFIG and value != getattr(type(part), name, None):
+                return float(value)
     return DEFAULT_COEFFICIENT
 
 
@@ -322,11 +328,11 @@ class RouterBalance:
             return loss
         self._refuse_cut_gradient(heard)
         terms = self._terms(heard)
-        self.terms.add(terms)
+        tokens = heard[0][1].shape[0] if self._keep is None else self._keep.sum().to(heard[0][1].device)
+        self.terms.add({name: (term * tokens, tokens) for name, term in terms.items()})
         coefficients = {"aux_loss": self.decision.coefficient, "z_loss": self.decision.z_coefficient}
         penalty = sum(coefficients[name] * term for name, term in terms.items())
         if self._tokens_of_step is not None:
-            tokens = heard[0][1].shape[0] if self._keep is None else self._keep.sum()
             penalty = penalty * (scale * tokens / self._tokens_of_step).to(penalty.device)
         return loss + penalty.to(loss.device)
 

@@ -251,6 +251,7 @@ DECISIONS = {
     "the configuration's": (lambda: tiny_model("mixtral", router_aux_loss_coef=0.02), {}, "aux", 0.02),
     "DBRX's": (lambda: _dbrx(0.05), {}, "aux", 0.05),
     "JetMoE's": (lambda: moe_model("jetmoe"), {}, "aux", 0.01),
+    "chosen by nobody": (lambda: tiny_model("mixtral"), {}, "aux", 0.01),
     "none in the configuration": (lambda: tiny_model("mixtral", router_aux_loss_coef=0.0), {}, "aux", 0.01),
     "too large": (lambda: tiny_model("mixtral", router_aux_loss_coef=0.9), {}, "aux", 0.01),
     "given": (lambda: tiny_model("mixtral"), {"router_balance": "aux", "router_aux_loss_coef": 0.5}, "aux", 0.5),
