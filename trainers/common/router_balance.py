@@ -260,7 +260,7 @@ class RouterBalance:
     def __init__(self, args: Any, model: nn.Module, log_load: bool = False, is_fixed: bool = False) -> None:
         self.layers = _layers_to_balance(model, args.router_balance)
         self._biases = correction_biases(model, self.layers)
-        is_fixed = is_fixed or bool(self.layers) and _is_fixed(model, self.layers)
+        is_fixed = is_fixed or "router" in (getattr(args, "freeze", None) or ()) or _is_fixed(model, self.layers)
         self.decision = decide(args, model, self.layers, bool(self._biases), is_fixed)
         self.model, self.rate, self.log_load = model, args.router_bias_update_rate, log_load
         self.moves_bias = self.decision.way == "bias"

@@ -227,14 +227,18 @@ def _of(run: CPTTrainer) -> dict:
 
 def test_biases_in_half_precision_and_of_an_adapter_are_kept(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(_biased("deepseek_v3").to(torch.bfloat16), peft.LoraConfig(target_modules=["o_proj"]))
-    run, _ = one_step(tmp_path / "run", model, 4, 1, save_strategy="steps", save_steps=1)
+    lora = peft.LoraConfig(target_modules=["o_proj"])
+    first, second = (peft.get_peft_model(_biased("deepseek_v3").to(torch.bfloat16), lora) for _ in range(2))
+    run, _ = one_step(tmp_path / "run", first, 4, 1, save_strategy="steps", save_steps=1)
     (bias,) = run.balance.biases().values()
     assert bias.dtype == torch.float32 and bias.abs().max() == pytest.approx(1e-3)
     other = _biased("deepseek_v3")
     assert (tmp_path / "run" / "checkpoint-1" / BIAS_FILE).is_file()
     load_router_bias(other, tmp_path / "run" / "checkpoint-1")
     assert torch.equal(other.state_dict()[BIASED["deepseek_v3"]], bias)
+    again = CPTTrainer(second, config(tmp_path / "run", **_of(run), max_steps=1), DOCUMENTS)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(found, bias) for found in again.balance.biases().values())
 
 
 # ---- what is decided, and refused ----
@@ -262,6 +266,7 @@ DECISIONS = {
     "ours": (lambda: tiny_model("cpt_moe", router_aux_loss_coef=0.3), {}, "aux", 0.3),
     "ours without": (lambda: tiny_model("cpt_moe", router_aux_loss_coef=0.0), {}, "none", 0.0),
     "dense": (lambda: tiny_model("llama"), {}, "none", 0.0),
+    "frozen": (lambda: moe_model("deepseek_v3").requires_grad_(False), {}, "none", 0.0),
 }
 
 
@@ -290,6 +295,7 @@ REFUSED = {
     "scope": ({"load_scope": "node"}, "mixtral", "choose one of global, rank"),
     "negative": ({"router_z_loss_coef": -1.0}, "mixtral", "must be a finite number, at least 0"),
     "unread": ({"load_scope": "rank"}, "deepseek_v3", "is read with router_balance='aux' alone"),
+    "kept": ({"router_balance": "bias", "freeze": ["router"]}, "deepseek_v3", "which this run keeps fixed"),
     "still": ({"router_balance": "bias", "router_bias_update_rate": 0.0}, "deepseek_v3", "moves nothing"),
     "reentrant": (
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
