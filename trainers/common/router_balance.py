@@ -47,7 +47,7 @@ from hf_moe_cpt.routing.hooks import (
 )
 from hf_moe_cpt.routing.metrics import router_distribution
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
-from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer
+from hf_moe_cpt.trainers.common.router_monitor import ExpertLoadMeter, by_layer, token_mask
 
 
 logger = logging.getLogger(__name__)
@@ -338,17 +338,14 @@ class RouterBalance:
 
     def _terms(self, heard: list[tuple[int, Tensor]]) -> dict[str, Tensor]:
         """The penalties of a micro-batch before their coefficients, sums over layers; only those that are wanted."""
-        counts = self.meter.load(over_ranks=self.decision.load_scope == "global")
         device, terms = heard[0][1].device, {}
         if self.decision.coefficient:
-            parts = [
-                balance_loss(logits, counts[place, : self.layers[place].num_experts], self._keep)
-                for place, logits in heard
-            ]
-            terms["aux_loss"] = torch.stack([part.to(device) for part in parts]).sum()
+            load = self.meter.load(over_ranks=self.decision.load_scope == "global")
+            parts = (balance_loss(z, load[place, : z.shape[-1]], self._keep) for place, z in heard)
+            terms["aux_loss"] = sum(part.to(device) for part in parts)
         if self.decision.z_coefficient:
-            parts = [mean_over_tokens(_wide(logits).logsumexp(dim=-1).square(), self._keep) for _, logits in heard]
-            terms["z_loss"] = torch.stack([part.to(device) for part in parts]).sum()
+            parts = (mean_over_tokens(_wide(z).logsumexp(dim=-1).square(), self._keep) for _, z in heard)
+            terms["z_loss"] = sum(part.to(device) for part in parts)
         return terms
 
     def _refuse_cut_gradient(self, heard: list[tuple[int, Tensor]]) -> None:
@@ -440,12 +437,6 @@ def bias_update(counts: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(load.mean() - load)
 
 
-def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a batch count, (B, S), where it says so in that form; None: all of them."""
-    mask, ids = batch.get("attention_mask"), batch["input_ids"]
-    return mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-
-
 def num_routed(batch: Mapping[str, Any]) -> Tensor:
     """How many tokens of a batch routers are to balance, 0-d."""
     mask = token_mask(batch)
@@ -477,7 +468,7 @@ class BalanceCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One line on the first process."""
         if self.balance.layers and state.is_world_process_zero:
-            logger.warning("%s", self.balance)  # nothing less is shown where nobody asked for more
+            logger.warning("%s", self.balance)  # an info is seen by nobody who did not ask for it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before the step is logged and saved."""

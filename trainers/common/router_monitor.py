@@ -379,7 +379,7 @@ class RouterMonitorCallback(TrainerCallback):
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             passes.append(ExitStack())
             if module.training and torch.is_grad_enabled():
-                mask = _token_mask(dict(zip(names, args, strict=False)) | kwargs)
+                mask = token_mask(dict(zip(names, args, strict=False)) | kwargs)
                 passes[-1].enter_context(self.meter.observe(mask))
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
@@ -407,8 +407,8 @@ def _whole_of_experts(model: nn.Module, experts: list[nn.Module]) -> nn.Module:
     return next((module for module in reversed(whole) if wanted <= set(module.modules())), model)
 
 
-def _token_mask(inputs: dict[str, Any]) -> Tensor | None:
-    """(B, S) where the model was given one of that form; None: every token counts."""
+def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens count, (B, S), where the model was given one of that form; None: every token counts."""
     mask = inputs.get("attention_mask")
     states = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if not isinstance(mask, Tensor) or states is None or mask.shape != states.shape[:2]:
