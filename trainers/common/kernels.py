@@ -22,22 +22,32 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Cache, PreTrainedModel, TrainingArguments
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flex_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
 from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
+from hf_moe_cpt.trainers.common.freezing import modes_kept
 
 
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "plain")
 OURS = "hf_moe_cpt"
-MIN_HEAD_DIM = 16  # of FlexAttention
+# transformers' own functions, without its list of families: `choose_attention` looks at what a model makes of them.
+FLEX = "hf_moe_cpt_flex"
+MIN_HEAD_DIM, FLEX_BLOCK = 16, 128  # of FlexAttention: below, it has no kernel or another one
+MAX_MOVED = 0.1  # share of the logits that rounding and the experts it makes change places may move
 OF_TRANSFORMERS = (None, "grouped_mm", "eager")  # what a model has that nobody chose an implementation for
+
+
+AttentionInterface.register(FLEX, flex_attention_forward)
+AttentionMaskInterface.register(FLEX, flex_attention_mask)
 
 
 @dataclass
@@ -81,22 +91,42 @@ def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> 
     return told
 
 
-def choose_attention(model: nn.Module, args: TrainingArguments) -> None:
+def choose_attention(model: nn.Module, args: TrainingArguments, max_length: int) -> None:
     """Let FlexAttention run packed documents, on the device: with a mask, sdpa computes what it then throws away.
 
-    Measured on an H200, 8 x 2,048 tokens, 16 heads of 128, forward and backward: 1.05 ms a layer, sdpa 3.29 ms. Before
-    the documents are shown to be apart; not where ranks share the model, which then waits on the CPU.
+    Measured on an H200, 8 x 2,048 tokens, 16 heads of 128, forward and backward: 1.05 ms a layer, sdpa 3.29 ms. It is
+    taken where logits stay what they were but for rounding, before the documents are shown to be apart; not where
+    ranks share the model, which then waits on the CPU. max_length: of a row, in tokens.
     """
     inner = inner_model(model)
     config = inner.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     is_whole = not (args.fsdp or args.deepspeed or getattr(inner, "_tp_size", None))
-    is_ours_to_choose = config._attn_implementation == "sdpa" and inner._supports_flex_attn
-    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1:
+    fits = head_dim >= MIN_HEAD_DIM and max_length >= FLEX_BLOCK
+    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1 or not (is_whole and fits):
         return
-    if is_whole and is_ours_to_choose and head_dim >= MIN_HEAD_DIM:
-        model.to(args.device)
-        inner.set_attn_implementation("flex_attention")
+    if config._attn_implementation != "sdpa" or not inner._supports_sdpa:
+        return
+    model.to(args.device)
+    before = _probe_logits(inner, config.vocab_size)
+    inner.set_attn_implementation(FLEX)
+    try:
+        moved = (_probe_logits(inner, config.vocab_size) - before).norm() / before.norm()
+        reason = None if moved < MAX_MOVED else f"logits moved by {moved:.0%}"
+    except Exception as error:  # whatever a family or the compiler has against it
+        reason = str(error).strip().partition("\n")[0]
+    if reason is not None:
+        logger.info("%s keeps sdpa for packed documents: with FlexAttention %s.", type(inner).__name__, reason)
+        inner.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, vocab_size: int) -> Tensor:
+    """Logits of two packed documents of `FLEX_BLOCK` tokens together, in evaluation mode."""
+    ids = (7 * torch.arange(FLEX_BLOCK, device=next(model.parameters()).device)[None] + 1) % vocab_size
+    positions = torch.arange(FLEX_BLOCK // 2, device=ids.device).repeat(1, 2)
+    with modes_kept(model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        return model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
 
 
 def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> str:

@@ -160,7 +160,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.liger_kernel_config = liger_kernels(args)
         if args.packing == "document":
-            choose_attention(model, args)
+            choose_attention(model, args, args.max_length)
         self.isolation = isolation_for(model, args)
         if self.isolation is not None and self.isolation.method == "padded":
             args.packing = "padded"

@@ -30,6 +30,7 @@ from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.distributed import reshard
 from hf_moe_cpt.trainers.common.freezing import modes_kept
+from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK
 
 
 METHODS = ("positions", "masks", "lengths")
@@ -96,13 +97,14 @@ def find_isolation(model: nn.Module, max_length: int, methods: Sequence[str] = M
     noise = 0.0
     attention = base.config.get_text_config()._attn_implementation or ""
     is_flash = "flash" in attention and next(model.parameters()).device.type == "cpu"
+    probed = FLEX_BLOCK // 2 if "flex" in attention else PROBED_TOKENS
     if is_flash and "lengths" in methods:
         seen[attention] = "does not run on the CPU, eager stood in: its kernels are handed the lengths"
         base.config._attn_implementation = "eager"
     with _left_alone(model):
         for method in methods:
             try:
-                leak, noise, limit = _probe(model, base, max(1, min(PROBED_TOKENS, max_length // 2)), method, noise)
+                leak, noise, limit = _probe(model, base, max(1, min(probed, max_length // 2)), method, noise)
                 verdict = [leak <= limit, f"moved by {leak:.1e}"]
             except DECLINES as error:
                 verdict = [False, f"declined: {' '.join(str(error).split())}"]
