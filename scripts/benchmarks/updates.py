@@ -219,7 +219,7 @@ def cpt_trainer(
 
 
 def rainbowpo_trainer(model: str, args: LearnArguments, folder: str, **settings: Any) -> Any:
-    """On pairs of which the chosen goes on in the first language and the rejected in the second."""
+    """On `pairs`, at the given rate; evaluated on 64 that are not trained on."""
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
     from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
@@ -237,8 +237,8 @@ def rainbowpo_trainer(model: str, args: LearnArguments, folder: str, **settings:
 
 
 def pairs(number: int, seed: int) -> Dataset:
-    """Prompts in the first language, with an answer in it and one in the second."""
-    prompts, good, bad = (sentences(number, seed + place, language) for place, language in ((0, 1), (0, 1), (1, 2)))
+    """Prompts in the first language, with an answer in the second and one in the third, neither of which it knows."""
+    prompts, good, bad = (sentences(number, seed + place, language) for place, language in ((0, 1), (0, 2), (1, 3)))
 
     def text(tokens: list[int]) -> str:
         return " ".join(f"w{token}" for token in tokens)

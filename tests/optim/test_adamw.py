@@ -9,6 +9,7 @@ import torch
 from hf_moe_cpt.optim import adamw
 from hf_moe_cpt.optim.adamw import StochasticAdamW, plain_philox, plain_round, plain_words
 from tests.helpers.expert_layers import DEVICE
+from tests.helpers.fresh_process import run_python
 
 
 SHAPES = ((3, 7), (290,), (16, 32))  # within a span of 64; more than a program's four spans; whole and aligned
@@ -161,3 +162,53 @@ def test_refuses_settings_out_of_range(changes: dict, message: str) -> None:
 def test_refuses_float16_weights() -> None:
     with pytest.raises(ValueError, match="got torch.float16"):
         StochasticAdamW([torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))])
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from hf_moe_cpt.optim import adamw
+
+adamw.IS_INTERPRETED = False
+
+def trained(steps, sharded, state=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).to(torch.bfloat16)
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = adamw.StochasticAdamW(model.parameters(), lr=1e-2, seed=3)
+    if state is not None:
+        set_optimizer_state_dict(model, optimizer, state)
+    for step in range(steps):
+        model(torch.ones(5, 8, dtype=torch.bfloat16)).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+whole, _ = trained(3, False)
+shards, optimizer = trained(3, True)
+print(all(torch.equal(a, b.full_tensor()) for a, b in zip(whole.parameters(), shards.parameters(), strict=True)))
+_, loaded = trained(0, True, get_optimizer_state_dict(shards, optimizer))
+states = list(loaded.state.values())
+print({int(state["step"]) for state in states}, {str(state["exp_avg"].dtype) for state in states})
+dist.destroy_process_group()
+for rank in (0, 1):
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    mesh = init_device_mesh("cpu", (2,))
+    parts = ((torch.zeros(3, 8), Shard(0)), (torch.zeros(6, 4), Shard(1)))
+    print([adamw._first_element(DTensor.from_local(part, mesh, [cut], run_check=False)) for part, cut in parts])
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_of_fsdp2_step_as_the_whole_does_and_each_with_bits_of_its_own() -> None:
+    """A rank's part starts at an element of the whole (6, 8): row 3 and column 4 of the second rank are 24 and 4."""
+    same, state, first, second = run_python("-c", SHARDED).stdout.splitlines()
+    assert (same, state) == ("True", "{3} {'torch.bfloat16'}")
+    assert (first, second) == ("[0, 0]", "[24, 4]")
