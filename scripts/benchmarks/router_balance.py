@@ -31,7 +31,7 @@ from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
-VOCABULARY, LENGTH, EXPERTS, CHOSEN = 1024, 64, 16, 2
+VOCABULARY, WORDS, LENGTH, EXPERTS, CHOSEN = 1024, 512, 64, 16, 2  # the text has half of the tokens
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
@@ -74,9 +74,9 @@ class BalanceArguments(tools.BenchmarkArguments):
 
 def sentences(number: int, seed: int) -> Dataset:
     """Documents of a language in which four tokens can follow each, with chances of 1/2, 1/4, 1/8, 1/8: 1.21 nats."""
-    followers = torch.randint(1, VOCABULARY, (VOCABULARY, 4), generator=torch.Generator().manual_seed(1))
+    followers = torch.randint(1, WORDS, (WORDS, 4), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
-    tokens = [torch.randint(1, VOCABULARY, (number,), generator=generator)]
+    tokens = [torch.randint(1, WORDS, (number,), generator=generator)]
     chosen = torch.multinomial(torch.tensor([4.0, 2.0, 1.0, 1.0]), number * 2 * LENGTH, True, generator=generator)
     for choices in chosen.view(2 * LENGTH, number)[1:]:
         tokens.append(followers[tokens[-1], choices])
