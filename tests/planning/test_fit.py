@@ -111,6 +111,7 @@ def arguments(**changes: Any) -> SimpleNamespace:
 def on_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> TrainingArguments:
     """Arguments of a process on a GPU of 80 GiB, as far as the choice looks at it."""
     training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    training.freeze = None  # of our trainers' arguments
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
