@@ -186,7 +186,7 @@ def fit_to_gpu(
         dtype=None if is_auto else model.dtype,
         checkpointing=None if is_open else bool(training.gradient_checkpointing),
         batch_option=batch_option,
-        refuses=not model.freeze,  # whose gradients and moments are not there
+        refuses=not training.freeze,  # whose gradients and moments are not there
     )
     if training.process_index == 0:
         print(fit.told)
