@@ -11,7 +11,7 @@ def _config(tmp_path, **changes) -> CPTConfig:
 
 
 def test_defaults_are_the_papers_and_own_fractions_replace_them(tmp_path):
-    config = _config(tmp_path)
+    config = _config(tmp_path, max_steps=1000)  # shorter runs warm up for longer
     rates = (config.learning_rate, config.constant_learning_rate, config.min_learning_rate)
     assert rates == pytest.approx((3e-4, 1.65e-4, 3e-5))
     assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
