@@ -26,6 +26,7 @@ from hf_moe_cpt.planning.plan import GIBIBYTE, largest_batch, usable_bytes
 Training = TypeVar("Training", bound=TrainingArguments)
 PRECISION_OF = {"float32": "mixed", "bfloat16": "bfloat16"}
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the old name and the new one
+RECURRENT = ("linear", "mamba", "conv", "recurrent")  # in names of kinds of layers
 ASKED = (*CHECKPOINTING, "bf16", "fp16")  # arguments that the choice leaves alone where somebody gave them
 
 
@@ -59,10 +60,12 @@ def choose_fit(
     kept = {}
     for one in (dtype,) if dtype else PRECISION_OF:
         kept[one] = _kept(config, size, replace(setup, precision=PRECISION_OF[one]))
+    is_counted = all(any(found.layers) for found in kept.values())
+    open_to = (False, True) if is_counted else (True,)  # what is not known is not kept, where that is open
     ways = [
         (one, replace(setup, precision=PRECISION_OF[one], checkpointing=is_on))
         for one in kept
-        for is_on in ((False, True) if checkpointing is None else (checkpointing,))
+        for is_on in (open_to if checkpointing is None else (checkpointing,))
     ]
     needed = [training_memory(size, kept[one], way).total for one, way in ways]
     fitting = [place for place, total in enumerate(needed) if total <= usable_bytes(gpu_gib)]
@@ -82,11 +85,15 @@ def choose_fit(
 
 
 def _kept(config: PreTrainedConfig, size: ModelSize, setup: TrainingSetup) -> KeptBytes:
-    """What layers keep; nothing for a model whose layers cannot be counted, of which the states alone count."""
+    """What layers keep; nothing where it cannot be counted, or only in minutes as of recurrent layers."""
+    text, nothing = config.get_text_config(), KeptBytes(0, 0, (0,) * len(size.layers), 0)
+    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    if any(word in kind for kind in kinds for word in RECURRENT):
+        return nothing
     try:
         return measure_kept(config, setup.sequence_length, setup.precision, setup.kernels)
     except ValueError:
-        return KeptBytes(0, 0, (0,) * len(size.layers), 0)
+        return nothing
 
 
 def _words(dtype: str, setup: TrainingSetup) -> str:

@@ -19,6 +19,7 @@ from hf_moe_cpt.planning.memory import (
     measure_size,
     training_memory,
 )
+from tests.helpers.tiny_moes import moe_model
 
 
 GIBIBYTE = 2**30
@@ -87,6 +88,12 @@ def test_what_cannot_fit_is_refused_with_options_that_make_it_fit() -> None:
     with pytest.raises(ValueError, match=r"fit with --dtype bfloat16 --gradient_checkpointing or .*--use_peft\.$"):
         choose_fit(TINY, SETUP, "tiny", 1.1 * least, dtype="float32", checkpointing=False)
     assert choose_fit(TINY, SETUP, "tiny", 0.9 * least, refuses=False).dtype == "bfloat16"
+
+
+def test_layers_that_are_not_counted_are_checkpointed_unless_somebody_decided() -> None:
+    config = moe_model("qwen3_next").config  # a recurrent layer among two
+    for asked, taken in ((None, True), (False, False)):
+        assert choose_fit(config, SETUP, "hybrid", 80.0, checkpointing=asked).checkpointing is taken
 
 
 @pytest.mark.slow
