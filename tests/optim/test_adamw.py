@@ -70,6 +70,25 @@ def test_kernel_equals_the_definition(dtype: torch.dtype, monkeypatch: pytest.Mo
             torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_scaled_gradients_are_those_of_a_smaller_loss(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping by a power of two, which rounds nothing, for one step."""
+    monkeypatch.setattr(adamw, "SPAN", 64)
+    monkeypatch.setattr(adamw, "IS_INTERPRETED", adamw.IS_INTERPRETED and interpreted)
+    scaled, smaller = (StochasticAdamW(weights(torch.bfloat16), seed=1, **SETTINGS) for _ in range(2))
+    for optimizer, factor in ((scaled, 1.0), (smaller, 0.25)):
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.grad = factor * torch.ones_like(weight)
+    scaled.grad_scale = torch.tensor(0.25, device=DEVICE)
+    for _ in range(2):
+        scaled.step()
+        smaller.step()
+        for got, want in zip(scaled.param_groups[0]["params"], smaller.param_groups[0]["params"], strict=True):
+            assert torch.equal(got, want)
+            got.grad = want.grad  # the scale was for one step
+    assert scaled.grad_scale is None
+
+
 def test_float32_weights_take_the_steps_of_torch(by_definition: None) -> None:
     ours, theirs = weights(torch.float32), weights(torch.float32)
     take_steps(StochasticAdamW(ours, **SETTINGS), 0, 5)
