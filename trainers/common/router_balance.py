@@ -209,7 +209,7 @@ def _coefficient_of(config: Any) -> float:
     """The coefficient that somebody chose for another family's model, whatever it is called there, or the default.
 
     A value that is the default of its class was chosen by nobody: 0.001 in most, for the pooled penalty, which leaves
-    a layer's busiest expert at 2 to 3 times its share where 0.01 gets it to 1.4 (docs/cpt.md).
+    the busiest expert at 1.8 to 3.6 times its share where 0.01 gets it to 1.4 (docs/cpt.md).
     """
     for part in (config, getattr(config, "ffn_config", None)):  # where DBRX keeps it
         for name in COEFFICIENTS:
