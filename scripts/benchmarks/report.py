@@ -132,8 +132,25 @@ def sharding_rows(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def jobs_rows(rows: Sequence[Row]) -> list[Row]:
+    """Milliseconds, tokens a second, memory and the first step of every run."""
+    return [
+        {
+            "run": row["run"],
+            "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
+            "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
+            "peak GiB": _fixed(row["peak_gib"], 1) or "not taken",
+            "first step s": _fixed(row["first_step_s"], 1),
+            "loss": _fixed(row["loss"], 3),
+        }
+        for row in rows
+        if row["status"] == "ok"
+    ]
+
+
 TABLES = {
     "experts*.csv": experts_rows,
+    "jobs.csv": jobs_rows,
     "preference*.csv": trainers_rows,
     "sharding.csv": sharding_rows,
     "step.csv": step_rows,

@@ -564,7 +564,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
 
 @dataclass
 class FaultToleranceArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases; says what to do when something goes bad."""
+    """What to do when something goes bad. A mixin before `TrainingArguments`."""
 
     # --- when a machine, a disk, a rank or a batch goes bad ---
     snapshot_dir: str | None = field(

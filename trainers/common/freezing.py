@@ -18,7 +18,7 @@ PARTS = ("router", "experts", "embeddings", "head", "norms")
 
 @dataclass
 class FreezeArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases."""
+    """What is not trained. A mixin before `TrainingArguments`."""
 
     freeze: list[str] | None = HfArg(
         default=None, help=f"Parts that are not trained: {', '.join(PARTS)}, or names of modules such as self_attn."

@@ -42,6 +42,7 @@ OURS = "hf_moe_cpt"
 # transformers' own functions, without its list of families: `choose_attention` looks at what a model makes of them.
 FLEX = "hf_moe_cpt_flex"
 MIN_HEAD_DIM, FLEX_BLOCK = 16, 128  # of FlexAttention: below, it has no kernel or another one
+DECLINES = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 MAX_MOVED = 0.1  # share of the logits that rounding and the experts it makes change places may move
 OF_TRANSFORMERS = (None, "grouped_mm", "eager")  # what a model has that nobody chose an implementation for
 
@@ -52,7 +53,7 @@ AttentionMaskInterface.register(FLEX, flex_attention_mask)
 
 @dataclass
 class KernelArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases."""
+    """How fast the model runs. A mixin before `TrainingArguments`."""
 
     kernels: str = HfArg(
         default="auto",
@@ -85,7 +86,10 @@ def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> 
             fuse_head(inner, in_evaluation=True)
         told.append("head fused with its loss" if reason is None else f"head not fused with its loss ({reason})")
     if not args.use_liger_kernel and not args.torch_compile:
-        told.append(f"{compile_layers(inner)} layers compiled")
+        try:
+            told.append(f"{compile_layers(inner)} layers compiled")
+        except ValueError as error:  # a router that nobody finds, whose hooks a graph would hear for ever
+            told.append(f"layers not compiled ({error})")
     told = [part for part in told if part]
     logger.info("Kernels of %s: %s.", type(inner).__name__, ", ".join(told))
     return told
@@ -113,7 +117,7 @@ def choose_attention(model: nn.Module, args: TrainingArguments, max_length: int)
     try:
         moved = (_probe_logits(inner, config.vocab_size) - before).norm() / before.norm()
         reason = None if moved < MAX_MOVED else f"logits moved by {moved:.0%}"
-    except Exception as error:  # whatever a family or the compiler has against it
+    except DECLINES as error:  # whatever a family or the compiler has against it
         reason = str(error).strip().partition("\n")[0]
     if reason is not None:
         logger.info("%s keeps sdpa for packed documents: with FlexAttention %s.", type(inner).__name__, reason)
@@ -161,7 +165,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
     A layer that the compiler cannot take runs as before, and so do all others then, after one line that says why.
     """
     layers = {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
-    blocks = {layer.name.rpartition(".")[0]: layer.router_name for layer in moe_layers(model)}
+    blocks = {layer.name.rpartition(".")[0]: layer.router_name for layer in moe_layers(model, lone_routers=True)}
     heard = {name for block, router in blocks.items() for name in (block, router) if not is_below(router, block)}
     kept = [
         part for name, part in layers.items() if name not in blocks and not any(is_below(at, name) for at in heard)

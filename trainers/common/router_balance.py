@@ -70,7 +70,7 @@ REENTRANT = (
 
 @dataclass
 class RouterBalanceArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases; says how experts are kept balanced."""
+    """How the experts of a mixture are kept balanced. A mixin before `TrainingArguments`."""
 
     router_balance: str = field(
         default="auto",

@@ -35,7 +35,7 @@ UNDECAYED = re.compile(r"norm|bias|(^|[._])(a_log|sinks?|routers?|gate|shared_ex
 
 @dataclass
 class UpdateArguments:
-    """For a subclass of `TrainingArguments`, before it among the bases."""
+    """How updates reach the weights. A mixin before `TrainingArguments`."""
 
     optim: str = HfArg(
         default=AUTO,
