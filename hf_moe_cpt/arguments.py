@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR
 
 
+RECIPE_PREFIX = "recipe:"
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 
 
@@ -161,10 +163,22 @@ def _given(argv: Sequence[str] | None, *names: str) -> argparse.Namespace:
         finder.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
     found = finder.parse_known_args(None if argv is None else list(argv))[0]
     if found.config is not None:
-        from hf_moe_cpt.recipes import path_of_config
-
         found.config = path_of_config(found.config)
     return found
+
+
+def path_of_config(config: str) -> str:
+    """The file that `--config` names: that of a recipe for `recipe:surgery_safe`, else the path that was given.
+
+    Raises ValueError for a recipe that does not exist, with the names of those that do.
+    """
+    if not config.startswith(RECIPE_PREFIX):
+        return config
+    name = config.removeprefix(RECIPE_PREFIX).removesuffix(".yaml")
+    recipes = {path.stem: path for path in Path(str(files("hf_moe_cpt.scripts"))).glob("recipes/*.yaml")}
+    if name not in recipes:
+        raise ValueError(f"--config {config!r}: no recipe has this name, choose from {', '.join(sorted(recipes))}.")
+    return str(recipes[name])
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any]:

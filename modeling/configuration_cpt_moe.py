@@ -52,7 +52,7 @@ _KEYS_OF_TRANSFORMERS = frozenset(
 )
 
 
-# PB = penalty-balanced top-k routing, SB = Sinkhorn-balanced, LF = balanced by a bias, free of a loss (not the paper's).
+# PB = penalty-balanced top-k routing, SB = Sinkhorn-balanced, LF = balanced by a bias, loss-free (not the paper's).
 # Expert width is left to the configuration's own rule, `intermediate_size / (experts per token + shared experts)`:
 # every model of a size has the same active FLOPs.
 _PAPER_SIZE = {

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.recipes import path_of_config
+from hf_moe_cpt.arguments import parse_arguments, path_of_config
 
 
 @dataclass

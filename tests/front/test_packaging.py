@@ -103,7 +103,7 @@ def test_links_of_the_readme_hold_on_an_index(built: tuple[Path, Path]) -> None:
 
 def test_recipes_are_found_in_an_installed_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
     zipfile.ZipFile(built[1]).extractall(tmp_path)
-    code = "import hf_moe_cpt.recipes as r; print(r.path_of_config('recipe:surgery_safe'))"
+    code = "import hf_moe_cpt.arguments as r; print(r.path_of_config('recipe:surgery_safe'))"
     printed = run_python("-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").stdout.strip()
     assert Path(printed) == tmp_path / "hf_moe_cpt/scripts/recipes/surgery_safe.yaml"
     assert Path(printed).read_bytes() == (PROJECT / "scripts/recipes/surgery_safe.yaml").read_bytes()

@@ -28,7 +28,10 @@ REFUSED = {
     "odd rotation": ({"head_dim": 28}, "head_dim=28 x partial_rotary_factor=0.25 rotates 7 dimensions"),
     "no rotation": ({"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0 rotates 0 dimensions"),
     "grouped heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
-    "router": ({"router_type": "softmax"}, "router_type='softmax' is unknown: choose one of softmax_topk, sinkhorn, bias_topk"),
+    "router": (
+        {"router_type": "softmax"},
+        "router_type='softmax' is unknown: choose one of softmax_topk, sinkhorn, bias_topk",
+    ),
     "norm": ({"norm_type": "batchnorm"}, "norm_type='batchnorm' is unknown"),
     "query-key norm": ({"qk_norm": "heads"}, "qk_norm='heads' is unknown: choose one of head, projection, or None"),
     "two kinds of bias": (

@@ -13,7 +13,7 @@ import trl
 from transformers import TrainingArguments
 
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
-from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS
+from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import OPTIONS_OF_DPO
 from tests.helpers.source_tree import PROJECT
 

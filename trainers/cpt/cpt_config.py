@@ -9,26 +9,14 @@ from transformers import TrainingArguments
 
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
-from hf_moe_cpt.trainers.common.freezing import FreezeArguments
-from hf_moe_cpt.trainers.common.kernels import KernelArguments
-from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
-from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, refuse_unread
-from hf_moe_cpt.trainers.common.updates import UpdateArguments
+from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 
 
 PHASE_FIELDS = ("warmup_fraction", "cooldown_fraction", "constant_fraction", "anneal_fraction")
 
 
 @dataclass
-class CPTConfig(
-    FaultToleranceArguments,
-    UpdateArguments,
-    FreezeArguments,
-    RouterBalanceArguments,
-    KernelArguments,
-    TrainingArguments,
-):
+class CPTConfig(SharedArguments, TrainingArguments):
     """Arguments of `CPTTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 3e-4, adam_beta2 0.95, weight_decay 0.1 (the paper's), and

@@ -16,12 +16,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
-from hf_moe_cpt.trainers.common.freezing import FreezeArguments
-from hf_moe_cpt.trainers.common.kernels import KernelArguments
-from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
-from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, refuse_unread
-from hf_moe_cpt.trainers.common.updates import UpdateArguments
+from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, SharedArguments, refuse_unread
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
 
@@ -74,14 +69,7 @@ OPTIONS_OF_DPO = {
 
 
 @dataclass
-class RainbowPOConfig(
-    FaultToleranceArguments,
-    UpdateArguments,
-    FreezeArguments,
-    RouterBalanceArguments,
-    KernelArguments,
-    DPOConfig,
-):
+class RainbowPOConfig(SharedArguments, DPOConfig):
     """Arguments of `RainbowPOTrainer`: those of `trl.DPOConfig` and of its other bases, and:
 
     Other defaults than the parent's: beta 10, for log-probabilities per token. The parent's other losses (loss_type,

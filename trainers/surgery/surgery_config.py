@@ -18,12 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
-from hf_moe_cpt.trainers.common.freezing import FreezeArguments
-from hf_moe_cpt.trainers.common.kernels import KernelArguments
-from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
-from hf_moe_cpt.trainers.common.unread import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, refuse_unread
-from hf_moe_cpt.trainers.common.updates import UpdateArguments
+from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
     FORGET_LOSSES,
@@ -102,14 +97,7 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
-class SurgeryConfig(
-    FaultToleranceArguments,
-    UpdateArguments,
-    FreezeArguments,
-    RouterBalanceArguments,
-    KernelArguments,
-    TrainingArguments,
-):
+class SurgeryConfig(SharedArguments, TrainingArguments):
     """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and of its other bases, and:
 
     Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,

@@ -1,10 +1,20 @@
-"""Settings of a parent class that a trainer does not read: each is refused with what to do instead. Source: ours."""
+"""The settings that all trainers share, and those of a parent class that one does not read: refused with a remedy.
+
+Source: ours.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
+from hf_moe_cpt.trainers.common.freezing import FreezeArguments
+from hf_moe_cpt.trainers.common.kernels import KernelArguments
+from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
+from hf_moe_cpt.trainers.common.updates import UpdateArguments
 
 
 # Of TrainingArguments, for every trainer here: flags for scripts that choose what to do.
@@ -19,6 +29,13 @@ OPTIONS_OF_EPOCHS = {
     "length_column_name": "the data are in their order already",
     "auto_find_batch_size": "another batch would be another run, set per_device_train_batch_size",
 }
+
+
+@dataclass
+class SharedArguments(
+    KernelArguments, UpdateArguments, RouterBalanceArguments, FreezeArguments, FaultToleranceArguments
+):
+    """What every trainer here takes beside its parent's arguments. A mixin before `TrainingArguments`."""
 
 
 def refuse_unread(settings: Any, parent: type, remedies: Mapping[str, str], part_of: str = "run") -> None:
