@@ -335,7 +335,7 @@ def test_another_model_and_other_rows_have_a_cache_of_their_own(tmp_path, passes
         assert sum(passes) == before + 20
         with torch.no_grad():
             batch = _batch(options.get("rows", ROWS), 0, 3)
-            want = run_model(options.get("model", tiny_model("llama")).eval(), batch).hidden
+            want = run_model(options.get("model", tiny_model("llama")).eval(), batch)
         mask = batch["attention_mask"].bool()
         assert torch.allclose(found.hidden(batch, "retain")[mask], want[mask], atol=1e-6)
     assert len(list(tmp_path.iterdir())) == 5
