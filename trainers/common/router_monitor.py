@@ -1,6 +1,6 @@
 """How many tokens each expert gets while any Trainer trains any mixture of experts, and how far its routers drift.
 
-Every forward pass with gradient counts, once: passes of an evaluation, of a reference model, of a generation and of
+Every forward pass in training mode counts, once: passes of an evaluation, of a reference model, of a generation and of
 recomputation do not. Works with accumulation, several ranks, adapters and checkpointing. Counts stay on the device
 until the trainer logs.
 
