@@ -428,7 +428,9 @@ def _forward_without_logits(self: PreTrainedModel, *args: Any, **kwargs: Any) ->
     fused, labels, ids = self._fused_head, kwargs.get("labels"), kwargs.get("input_ids")
     inner = self.loss_function
     of_tokens = _mean_of_tokens if inner is ForCausalLMLoss else getattr(inner, "of_tokens", None)
-    is_wanted = labels is not None and (self.training or fused.in_evaluation) and not fused.is_learning
+    skips = kwargs.pop("skip_logits", None)  # transformers' Trainer asks so where Liger is on
+    skips = self.training or fused.in_evaluation if skips is None else skips
+    is_wanted = labels is not None and skips and not fused.is_learning
     if not is_wanted or of_tokens is None or ids is None:
         return fused.model_forward(*args, **kwargs)
     if fused.scale is None:

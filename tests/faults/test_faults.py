@@ -35,7 +35,9 @@ def checkpoint_bytes(tmp_path_factory) -> int:
     return sum(path.stat().st_size for path in (folder / "checkpoint-2").rglob("*"))
 
 
-@pytest.mark.parametrize("has_snapshot", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    "has_snapshot", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "in the background"]
+)
 def test_a_full_disk_is_survived(tmp_path, checkpoint_bytes, caplog, has_snapshot):
     disk = tmp_path / "disk"
     changes = {"snapshot_dir": str(tmp_path / "snapshots")} if has_snapshot else {}

@@ -42,6 +42,7 @@ def test_after_transformers_it_adds_little_and_public_names_load_when_asked_for(
     assert (kind, extras) == (OURS, "[]")
 
 
+@pytest.mark.slow
 def test_before_transformers_and_without_triton_one_name_loads_what_it_needs_and_its_old_place_warns(
     checkpoint,
 ) -> None:

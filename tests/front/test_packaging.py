@@ -101,6 +101,7 @@ def test_links_of_the_readme_hold_on_an_index(built: tuple[Path, Path]) -> None:
     assert [link for link in re.findall(r"\]\(([^)]+)\)", metadata) if not re.match(r"https?://|#", link)] == []
 
 
+@pytest.mark.slow
 def test_recipes_are_found_in_an_installed_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
     zipfile.ZipFile(built[1]).extractall(tmp_path)
     code = "import hf_moe_cpt.arguments as r; print(r.path_of_config('recipe:surgery_safe'))"

@@ -56,9 +56,10 @@ def _train(elsewhere, folder: Path, *more: str, token: str | None = WRITER, **ch
     return elsewhere(TRAIN, folder, json.dumps(settings), *more, token=token, package=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
-    ["every_save", *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "all_checkpoints", "end"))],
+    ["every_save", "checkpoint", "all_checkpoints", "end"],
 )
 def test_every_push_of_every_strategy_carries_the_code(hub, elsewhere, tmp_path, strategy):
     _train(elsewhere, tmp_path / "run", "final", hub_strategy=strategy)

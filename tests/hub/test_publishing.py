@@ -34,7 +34,9 @@ assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize("method", ["cpt", "rainbowpo", "surgery", "quickstart"])
+@pytest.mark.parametrize(
+    "method", ["quickstart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpt", "rainbowpo", "surgery"))]
+)
 def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, hub, command, elsewhere, tmp_path):
     fixture = "quickstart_model" if method == "quickstart" else "finished"
     folder = request.getfixturevalue(fixture)

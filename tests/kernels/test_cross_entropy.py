@@ -334,13 +334,16 @@ def test_logits_are_there_where_they_are_wanted(calls):
         ({"labels": labels}, True, False, True),
         ({"labels": labels}, False, False, False),
         ({"labels": labels}, False, True, True),
+        ({"labels": labels, "skip_logits": True}, False, False, True),
+        ({"labels": labels, "skip_logits": False}, True, False, False),
         ({}, True, True, False),
         ({"logits_to_keep": 1}, False, True, False),
     ):
         calls.clear()
         plain.train(is_training), fused.train(is_training)
         fuse_head(fused, in_evaluation)
-        want, got = plain(input_ids=ids, **inputs), fused(input_ids=ids, **inputs)
+        got = fused(input_ids=ids, **inputs)
+        want = plain(input_ids=ids, **{name: value for name, value in inputs.items() if name != "skip_logits"})
         assert (got.logits is None, len(calls)) == (are_skipped, are_skipped)
         assert want.logits is not None
         if not are_skipped:

@@ -16,7 +16,9 @@ ATTENTION = {"qkv_bias": True, "qk_norm": "head", "sliding_window": 6}
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(("preset", "fields"), [("pb-granular-tiny", ATTENTION), ("sb-switch-tiny", {})])
+@pytest.mark.parametrize(
+    ("preset", "fields"), [("pb-granular-tiny", ATTENTION), pytest.param("sb-switch-tiny", {}, marks=pytest.mark.slow)]
+)
 def test_one_graph(preset: str, fields: dict) -> None:
     config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1, **fields)
     model = CptMoeForCausalLM(config).train()

@@ -52,7 +52,13 @@ def words_of(command, folder, kind, run, **changes):
 
 
 @pytest.mark.parametrize(
-    "command, kind", [("cpt", "gpt_oss"), ("cpt", "cpt_moe"), ("rainbowpo", "gpt_oss"), ("surgery", "cpt_moe")]
+    "command, kind",
+    [
+        ("cpt", "gpt_oss"),
+        pytest.param("cpt", "cpt_moe", marks=pytest.mark.slow),
+        ("rainbowpo", "gpt_oss"),
+        pytest.param("surgery", "cpt_moe", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_of_experts_train_where_nothing_is_frozen_and_resume(folder, tmp_path, command, kind):
     run, again = tmp_path / "run", tmp_path / "again"
