@@ -74,7 +74,7 @@ def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> 
     model: before it is wrapped for several ranks. fuses_head: whether the trainer needs no logits with labels.
     Several devices in one process (`DataParallel`) copy a model, and what is set here stays with the original.
     """
-    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1:
+    if not _are_wanted(args):
         return []
     inner = inner_model(model)
     told = [choose_experts(inner, args.device, torch.bfloat16 if args.bf16 else None)]
@@ -95,23 +95,27 @@ def use_kernels(model: nn.Module, args: TrainingArguments, fuses_head: bool) -> 
     return told
 
 
+def _are_wanted(args: TrainingArguments) -> bool:
+    return args.kernels != "plain" and args.device.type == "cuda" and args.n_gpu <= 1
+
+
 def choose_attention(model: nn.Module, args: TrainingArguments, max_length: int) -> None:
     """Let FlexAttention run packed documents, on the device: with a mask, sdpa computes what it then throws away.
 
     Measured on an H200, 8 x 2,048 tokens, 16 heads of 128, forward and backward: 1.05 ms a layer, sdpa 3.29 ms. It is
     taken where logits stay what they were but for rounding, before the documents are shown to be apart; not where
-    ranks share the model, which then waits on the CPU. max_length: of a row, in tokens.
+    weights are sharded or not on the GPU yet. max_length: of a row, in tokens.
     """
+    is_there = all(type(weight) is nn.Parameter and weight.is_cuda for weight in model.parameters())
+    if not (_are_wanted(args) and is_there and max_length >= FLEX_BLOCK):
+        return
     inner = inner_model(model)
     config = inner.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_whole = not (args.fsdp or args.deepspeed or getattr(inner, "_tp_size", None))
-    fits = head_dim >= MIN_HEAD_DIM and max_length >= FLEX_BLOCK
-    if args.kernels == "plain" or args.device.type != "cuda" or args.n_gpu > 1 or not (is_whole and fits):
-        return
     if config._attn_implementation != "sdpa" or not inner._supports_sdpa:
         return
-    model.to(args.device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim < MIN_HEAD_DIM:
+        return
     before = _probe_logits(inner, config.vocab_size)
     inner.set_attn_implementation(FLEX)
     try:

@@ -30,6 +30,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from hf_moe_cpt.machine import has_process_group, inner_model
 from hf_moe_cpt.routing.hooks import RoutingTap, layers_to_watch, listen, moe_layers
 from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
+from hf_moe_cpt.trainers.common.freezing import modes_kept
 
 
 logger = logging.getLogger(__name__)
@@ -223,19 +224,14 @@ class RoutingProbe:
         decoder = inner.base_model if is_known else inner  # heads are not needed
         options = {"use_cache": False} if is_known else {}
         device = next(model.parameters()).device
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            parts = []
-            with torch.no_grad(), tap.listening():
-                for ids, mask in self.batches:
-                    decoder(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
-                    kept = mask.flatten().bool()
-                    parts.append([layer.experts.cpu()[kept] for layer in tap.take(ids.numel())])
-            return [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
+        parts = []
+        with modes_kept(model), torch.no_grad(), tap.listening():
+            model.eval()
+            for ids, mask in self.batches:
+                decoder(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+                kept = mask.flatten().bool()
+                parts.append([layer.experts.cpu()[kept] for layer in tap.take(ids.numel())])
+        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
     def _read(self, path: Path) -> bool:
         try:

@@ -72,7 +72,8 @@ SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the l
 def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
     """What keeps packed documents of `model` apart, found by a probe; None where packing is not by document.
 
-    A model that waits on the CPU goes to its device before, unless what will shard it places it.
+    A model that waits on the CPU goes to its device before, unless what will shard it places it, and its attention is
+    chosen there.
     """
     if args.packing != "document":
         return None
@@ -80,6 +81,8 @@ def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
     is_waiting = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
     if is_waiting and not is_dealt and args.place_model_on_device is not False:
         model.to(args.device)
+    if not is_dealt:
+        choose_attention(model, args, args.max_length)
     methods = METHODS if args.n_gpu <= 1 else METHODS[:2]  # DataParallel deals rows, and could not deal one
     isolation = find_isolation(model, args.max_length, methods)
     logger.log(logging.WARNING if isolation.method == "padded" else logging.INFO, "%s", isolation)
@@ -159,8 +162,6 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         freeze(model, args.freeze or ())
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.liger_kernel_config = liger_kernels(args)
-        if args.packing == "document":
-            choose_attention(model, args, args.max_length)
         self.isolation = isolation_for(model, args)
         if self.isolation is not None and self.isolation.method == "padded":
             args.packing = "padded"
