@@ -5,7 +5,7 @@ The names are those of TRL's `ModelConfig`; neither TRL nor peft is needed to re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 EXPERTS = "experts"  # among the targets of an adapter: the fused weights of all routed experts
 ALL_LINEAR = "all-linear"  # peft's word for the layers, to which we add the experts
 LORA_DROPOUT = 0.05
+OF_ADAPTERS = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")  # how names of their settings begin
 
 
 @dataclass
@@ -83,9 +84,8 @@ class ModelArguments:
         """Raise ValueError or ImportError for an adapter that cannot be, and for settings of one that there is not."""
         if self.use_peft:
             require("peft", needed_by="--use_peft")
-        settings = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "lora_dropout")
-        given = [name for name in settings if getattr(self, name) is not None]
-        given += [name for name in ("use_rslora", "use_dora", "load_in_4bit", "load_in_8bit") if getattr(self, name)]
+        settings = (field for field in fields(ModelArguments) if field.name.startswith(OF_ADAPTERS))
+        given = [field.name for field in settings if getattr(self, field.name) != field.default]
         if given and not self.use_peft:
             raise ValueError(f"--{given[0]} is about an adapter, and none is trained: add --use_peft or leave it out.")
         if self.load_in_4bit and self.load_in_8bit:

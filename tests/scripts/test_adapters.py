@@ -78,6 +78,7 @@ def test_adapters_of_experts_train_where_nothing_is_frozen_and_resume(folder, tm
 
 REFUSED = {
     "settings without an adapter": ({"use_peft": None, "lora_target_modules": ["q_proj"]}, "add --use_peft"),
+    "a rank without an adapter": ({"use_peft": None, "lora_target_modules": None}, "--lora_r is about an adapter"),
     "two kinds of quantisation": ({"load_in_4bit": True, "load_in_8bit": True}, "choose one of them"),
     "dropout in experts": ({"lora_dropout": 0.1}, "have neither --lora_dropout nor --use_dora"),
     "an unknown part": ({"freeze": ["heads"]}, "'heads' is no part of .* choose from router, experts, embeddings"),
