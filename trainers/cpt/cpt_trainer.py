@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -40,7 +39,8 @@ from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
-from hf_moe_cpt.trainers.common.kernels import choose_attention, use_kernels
+from hf_moe_cpt.trainers.common.isolation import isolation_for
+from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
     LossRecorder,
@@ -61,32 +61,9 @@ from hf_moe_cpt.trainers.cpt.cpt_data import (
     named_eval_sets,
     write_state,
 )
-from hf_moe_cpt.trainers.cpt.isolation import METHODS, Isolation, find_isolation
 
 
 logger = logging.getLogger(__name__)
-
-SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the launcher, beside those of the arguments
-
-
-def isolation_for(model: nn.Module, args: CPTConfig) -> Isolation | None:
-    """What keeps packed documents of `model` apart, found by a probe; None where packing is not by document.
-
-    A model that waits on the CPU goes to its device before, unless what will shard it places it, and its attention is
-    chosen there.
-    """
-    if args.packing != "document":
-        return None
-    is_dealt = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING_FLAGS))
-    is_waiting = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
-    if is_waiting and not is_dealt and args.place_model_on_device is not False:
-        model.to(args.device)
-    if not is_dealt:
-        choose_attention(model, args, args.max_length)
-    methods = METHODS if args.n_gpu <= 1 else METHODS[:2]  # DataParallel deals rows, and could not deal one
-    isolation = find_isolation(model, args.max_length, methods)
-    logger.log(logging.WARNING if isolation.method == "padded" else logging.INFO, "%s", isolation)
-    return isolation
 
 
 class StepCallback(TrainerCallback):
@@ -162,7 +139,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         freeze(model, args.freeze or ())
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
         args.liger_kernel_config = liger_kernels(args)
-        self.isolation = isolation_for(model, args)
+        self.isolation = isolation_for(model, args, args.max_length) if args.packing == "document" else None
         if self.isolation is not None and self.isolation.method == "padded":
             args.packing = "padded"
         if hasattr(model, "add_model_tags"):

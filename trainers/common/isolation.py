@@ -15,6 +15,7 @@ Letters: B rows, T tokens of a row. Source: ours.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +23,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.distributed import reshard
 from hf_moe_cpt.trainers.common.freezing import modes_kept
-from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK
+from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK, choose_attention
 
 
+logger = logging.getLogger(__name__)
+
+SHARDING_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the launcher, beside those of the arguments
 METHODS = ("positions", "masks", "lengths")
 PROBED_TOKENS = 16  # of a document: more than convolutions reach, few enough for milliseconds
 ROUNDING = 1e-5  # share of the largest logit that float32 may be off by
@@ -56,6 +61,24 @@ class Isolation:
         seen = ", ".join(f"{method} {what}" for method, what in self.seen.items())
         how = "one document a row, padded" if self.method == "padded" else f"packed rows, by {self.method}"
         return f"Documents of {type(self.model).__name__} are kept apart: {how} (one changed, the next: {seen})."
+
+
+def isolation_for(model: nn.Module, args: TrainingArguments, max_length: int) -> Isolation:
+    """What keeps packed documents of `model` apart, found by a probe and logged.
+
+    A model that waits on the CPU goes to its device before, unless what will shard it places it, and its attention is
+    chosen there. max_length: of a document, in tokens.
+    """
+    is_dealt = args.fsdp or args.deepspeed or any(map(parse_flag_from_env, SHARDING_FLAGS))
+    is_waiting = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in model.parameters())
+    if is_waiting and not is_dealt and args.place_model_on_device is not False:
+        model.to(args.device)
+    if not is_dealt:
+        choose_attention(model, args, max_length)
+    methods = METHODS if args.n_gpu <= 1 else METHODS[:2]  # DataParallel deals rows, and could not deal one
+    isolation = find_isolation(model, max_length, methods)
+    logger.log(logging.WARNING if isolation.method == "padded" else logging.INFO, "%s", isolation)
+    return isolation
 
 
 def hand_over(model: PreTrainedModel, inputs: dict[str, Any], method: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from hf_moe_cpt.data.packing import PackedDataset, stack_blocks
+from hf_moe_cpt.trainers.common.isolation import find_isolation
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from hf_moe_cpt.trainers.cpt.isolation import find_isolation
 from tests.helpers.cpt_runs import config, logged
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 from tests.helpers.tiny_moes import CONFIGS, moe_model
