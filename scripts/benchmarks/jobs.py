@@ -2,11 +2,12 @@
 
 python scripts/benchmarks/jobs.py --runs olmoe:stock olmoe:auto qwen3:liger qwen3:auto llama:liger llama:auto
 
-A run is model:way. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's, or a dense Llama of 0.55 B, random
-bfloat16 weights and rows of one document. Ways: stock, `Trainer` with fused AdamW; liger, the same with all of Liger;
-kernels, the same with `use_kernels`, which is what CPTTrainer adds to; nearest, `CPTTrainer` with fused AdamW; plain
-and auto, `CPTTrainer` with those `kernels` and an optimizer of its choice. Each runs in a process of its own. A step
-is timed from one idle device to the next; the first, which compiles, stands apart. Writes jobs.csv. Source: ours.
+A run is model:way. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's or a dense Llama of 0.55 B, or are
+presets of ours as pb-granular-2b and dense-570m; random bfloat16 weights, rows of one document. Ways: stock, `Trainer`
+with fused AdamW; liger, the same with all of Liger; kernels, the same with `use_kernels`, what CPTTrainer adds to;
+nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those `kernels` and an optimizer of its
+choice; bits8 and bits16, auto with moments of that size. Each runs in a process of its own. A step is timed from one
+idle device to the next; the first, which compiles, stands apart. Writes jobs.csv. Source: ours.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, BenchmarkArguments, StepClock, middle
 from hf_moe_cpt.scripts.benchmarks.report import text_of
@@ -48,7 +50,10 @@ MODELS: dict[str, dict[str, Any]] = {
 TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 8,
         "num_experts_per_tok": 2}  # fmt: skip
-WAYS = ("stock", "liger", "kernels", "nearest", "plain", "auto")
+WAYS = ("stock", "liger", "kernels", "nearest", "plain", "auto", "bits8", "bits16")
+OF_OURS: dict[str, dict[str, Any]] = {"plain": {"kernels": "plain"}, "nearest": {"optim": "adamw_torch_fused"},
+                                      "bits8": {"optim": "adamw_stochastic_8bit"},
+                                      "bits16": {"optim": "adamw_stochastic"}, "auto": {}}  # fmt: skip
 
 
 @dataclass
@@ -57,7 +62,7 @@ class JobArguments(BenchmarkArguments):
 
     runs: list[str] = HfArg(
         default_factory=lambda: ["olmoe:stock", "olmoe:auto"],
-        help=f"model:way. Models: {', '.join(MODELS)}; ways: {', '.join(WAYS)}.",
+        help=f"model:way. Models: {', '.join(MODELS)}, presets; ways: {', '.join(WAYS)}.",
     )
     batch_size: int = HfArg(default=8, help="Rows of a step.")
     length: int = HfArg(default=2048, help="Tokens of a row.")
@@ -69,9 +74,12 @@ class JobArguments(BenchmarkArguments):
 
 def build_model(name: str, tiny: bool, device: torch.device) -> PreTrainedModel:
     """The model with random bfloat16 weights, on the device."""
-    settings = dict(MODELS[name])
-    family = settings.pop("model_type")
-    config = AutoConfig.for_model(family, use_cache=False, output_router_logits=True, **settings)
+    common = {"use_cache": False, "output_router_logits": True}
+    if name in PRESETS:
+        config = CptMoeConfig.from_preset(name, **common)
+    else:
+        settings = dict(MODELS[name])
+        config = AutoConfig.for_model(settings.pop("model_type"), **common, **settings)
     for field, value in TINY.items() if tiny else ():
         if hasattr(config, field):
             setattr(config, field, value)
@@ -92,9 +100,8 @@ def build_trainer(model: PreTrainedModel, way: str, args: JobArguments, folder: 
         "disable_tqdm": True, "use_cpu": clock.device.type == "cpu", "bf16": True,
     }  # fmt: skip
     fused = {"optim": "adamw_torch_fused"}
-    if way in ("nearest", "plain", "auto"):
-        asked = {"kernels": "plain"} if way == "plain" else fused if way == "nearest" else {}
-        cpt = CPTConfig(**common, **asked, max_length=args.length, eval_on_start=False)
+    if way in OF_OURS:
+        cpt = CPTConfig(**common, **OF_OURS[way], max_length=args.length, eval_on_start=False)
         return CPTTrainer(model, cpt, rows, callbacks=[clock])
     rows = rows.map(lambda row: {"labels": row["input_ids"]})
     stock = TrainingArguments(**common, **fused, use_liger_kernel=way == "liger")
@@ -125,7 +132,7 @@ def models_main(argv: Sequence[str]) -> None:
     """Run every job in turn; write and print the rows."""
     (args,) = parse_arguments((JobArguments,), argv, program="jobs.py", description=__doc__)
     args.check_least({"batch_size": 1, "length": 2, "steps": 1, "warmup": 1})
-    check_names("--runs", [run.partition(":")[0] for run in args.runs], MODELS)
+    check_names("--runs", [run.partition(":")[0] for run in args.runs], [*MODELS, *PRESETS])
     check_names("--runs", [run.partition(":")[2] for run in args.runs], WAYS)
     facts = machine_facts(choose_device(args.device), args.commit)
     given = list(argv)

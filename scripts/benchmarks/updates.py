@@ -53,7 +53,8 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 WAYS = {  # type of the weights, `optim`, `optim_args`
     "float32": (torch.float32, "adamw_torch_fused", None),
     "nearest": (torch.bfloat16, "adamw_torch_fused", None),
-    "stochastic": (torch.bfloat16, "auto", None),
+    "stochastic": (torch.bfloat16, "adamw_stochastic", None),
+    "stochastic8": (torch.bfloat16, "adamw_stochastic_8bit", None),
     "torchao": (torch.bfloat16, "adamw_torch_8bit", "bf16_stochastic_round=True"),
 }
 
@@ -85,8 +86,8 @@ def shapes_of(layers: int, width: int) -> list[tuple[int, ...]]:
 def build_optimizer(way: str, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that the trainers would make, at a small rate."""
     settings: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    if way == "stochastic":
-        return StochasticAdamW(weights, **settings)
+    if way in ("stochastic", "stochastic8"):
+        return StochasticAdamW(weights, bits=8 if way == "stochastic8" else 16, **settings)
     if way == "torchao":
         return require("torchao.optim", needed_by="--ways torchao").AdamW8bit(
             weights, bf16_stochastic_round=True, **settings

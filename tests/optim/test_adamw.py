@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from hf_moe_cpt.optim import adamw
-from hf_moe_cpt.optim.adamw import StochasticAdamW, plain_philox, plain_round, plain_words
+from hf_moe_cpt.optim.adamw import (
+    SIGNED,
+    UNSIGNED,
+    StochasticAdamW,
+    plain_decode,
+    plain_encode,
+    plain_philox,
+    plain_round,
+    plain_words,
+)
 from tests.helpers.expert_layers import DEVICE
 from tests.helpers.fresh_process import run_python
 
@@ -52,14 +61,16 @@ def test_philox_gives_the_published_words(counter: list[int], key: int, words: l
     assert plain_philox(torch.tensor(counter[:1]), tuple(counter[1:]), key)[:, 0].tolist() == words
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kernel_equals_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.bfloat16, 8), (torch.float32, 16)])
+def test_kernel_equals_the_definition(dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "SPAN", 64)
-    by_kernel = StochasticAdamW(weights(dtype), seed=2**40 + 7, **SETTINGS)
+    by_kernel = StochasticAdamW(weights(dtype), seed=2**40 + 7, bits=bits, **SETTINGS)
     take_steps(by_kernel, 0, 2)
     monkeypatch.setattr(adamw, "_launch_of", lambda work: None)
-    plain = StochasticAdamW(weights(dtype), seed=2**40 + 7, **SETTINGS)
+    plain = StochasticAdamW(weights(dtype), seed=2**40 + 7, bits=bits, **SETTINGS)
     take_steps(plain, 0, 2)
+    in_bytes = [plain.state[weight]["exp_avg"].dtype == torch.uint8 for weight in plain.param_groups[0]["params"]]
+    assert in_bytes == ([False, True, True] if bits == 8 else [False] * 3)
     for ours, theirs in zip(by_kernel.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         for got, want in (
             (ours, theirs),
@@ -67,7 +78,12 @@ def test_kernel_equals_the_definition(dtype: torch.dtype, monkeypatch: pytest.Mo
         ):
             if dtype == torch.bfloat16:  # sums differ in their last bit, which decides a rounding once in 10,000 times
                 assert (got != want).float().mean() < 2e-3
+            if got.dtype == torch.uint8:
+                continue
             torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        if "octave" in plain.state[theirs]:
+            for name in ("octave", "octave_sq"):
+                assert torch.equal(by_kernel.state[ours][name], plain.state[theirs][name])
 
 
 @pytest.mark.parametrize("interpreted", [True, False])
@@ -110,6 +126,52 @@ def test_rounding_is_unbiased_and_goes_to_a_neighbour() -> None:
     assert plain_round(negative_nan, torch.tensor([65535] * 2)).isnan().all()
 
 
+@pytest.mark.parametrize(("largest", "reach"), [(SIGNED, 2.0**-14), (UNSIGNED, 2.0**-30)])
+def test_bytes_are_unbiased_within_their_reach(largest: int, reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over all 256 noises is the value, what is far below the largest of a span too if it has a sign."""
+    monkeypatch.setattr(adamw, "SPAN", 8)
+    values = torch.tensor([1.0, 0.9999, 0.3, 0.017, reach, 0.0, 0.77, 1.3e-3]) * 3.7e-5
+    if largest == SIGNED:
+        values = torch.cat([values, -values, torch.tensor([1e-38, 1.0, 0.0, -0.5, 3e-5, 2e-5, -2e-5, 1.7])])
+    spans, count = len(values) // 8, 256
+    mean = torch.zeros_like(values, dtype=torch.float64)
+    for noise in range(count):
+        codes, octave = plain_encode(values, torch.full_like(values, noise, dtype=torch.int64), largest)
+        assert codes.dtype == octave.dtype == torch.uint8 and octave.shape == (spans,)
+        decoded = plain_decode(codes, octave, largest)
+        assert ((decoded - values).abs() <= values.abs() / 8 + 2**-14).all()
+        mean += decoded.double() / count
+    torch.testing.assert_close(mean, values.double(), rtol=2e-3, atol=2e-7)
+    kept = plain_decode(*plain_encode(torch.tensor([1.0, 1e-20]), torch.tensor([255, 255]), UNSIGNED), UNSIGNED)
+    assert kept[1] > 0  # a second moment never becomes 0
+
+
+def test_moments_of_bytes_learn_what_those_of_bfloat16_learn(by_definition: None) -> None:
+    """A least-squares problem with gradients of many sizes, 300 steps: losses after it, from 1, beside torch's."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-4, 0, 64)
+    inputs = torch.randn(256, 64, generator=generator) * scales
+    target = inputs @ (torch.randn(64, 64, generator=generator) / scales[:, None])
+    losses = {}
+    for way in ("torch", 16, 8):
+        dtype = torch.float32 if way == "torch" else torch.bfloat16
+        weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+        settings = {"lr": 0.03, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        made = (
+            torch.optim.AdamW([weight], **settings)
+            if way == "torch"
+            else StochasticAdamW([weight], bits=way, **settings)
+        )
+        for _ in range(300):
+            loss = (inputs @ weight.float() - target).square().mean() / target.square().mean()
+            made.zero_grad()
+            loss.backward()
+            made.step()
+        losses[way] = float(loss)
+    assert losses[8] == pytest.approx(losses[16], rel=0.02), losses
+    assert losses[8] == pytest.approx(losses["torch"], rel=0.02) and losses["torch"] < 0.99, losses
+
+
 def test_small_updates_arrive_where_rounding_to_the_nearest_loses_them(by_definition: None) -> None:
     """4,096 weights of 1 under a constant gradient: Adam goes lr a step, 1e-3 in all, a quarter of the distance."""
     lr, steps, count = 1e-5, 100, 4096
@@ -130,18 +192,24 @@ def test_small_updates_arrive_where_rounding_to_the_nearest_loses_them(by_defini
     assert abs(moved - steps * lr) < 5 * error, (moved, error)
 
 
-def test_second_moment_falls_with_a_slow_coefficient(by_definition: None) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_second_moment_falls_with_a_slow_coefficient(bits: int, by_definition: None) -> None:
     """With b2 = 0.999 and no gradient v is 0.999^n of what it was; rounded to the nearest it would stay for ever."""
     weight = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
-    optimizer = StochasticAdamW([weight], lr=0.0, betas=(0.9, 0.999))
+    optimizer = StochasticAdamW([weight], lr=0.0, betas=(0.9, 0.999), bits=bits)
+
+    def mean() -> float:
+        state = optimizer.state[weight]
+        moment = state["exp_avg_sq"]
+        return float((plain_decode(moment, state["octave_sq"], UNSIGNED) if bits == 8 else moment).double().mean())
+
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    start = optimizer.state[weight]["exp_avg_sq"].double().mean().item()
+    start = mean()
     weight.grad = torch.zeros_like(weight)
     for _ in range(100):
         optimizer.step()
-    kept = optimizer.state[weight]["exp_avg_sq"].double().mean().item() / start
-    assert kept == pytest.approx(0.999**100, rel=0.01)
+    assert mean() / start == pytest.approx(0.999**100, rel=0.01)
     assert (torch.tensor(0.5, dtype=torch.bfloat16) * 0.999).bfloat16() == 0.5
 
 
@@ -156,22 +224,32 @@ def test_random_bits_are_a_function_of_seed_step_place_shard_and_element() -> No
     assert ((bits - 0.5).abs() < 5 * 0.5 / math.sqrt(5000)).all()
 
 
-def test_resumed_run_equals_an_uninterrupted_one(by_definition: None) -> None:
-    straight = StochasticAdamW(weights(torch.bfloat16), seed=5, **SETTINGS)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_resumed_run_equals_an_uninterrupted_one(
+    bits: int, by_definition: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "SPAN", 64)
+    straight = StochasticAdamW(weights(torch.bfloat16), seed=5, bits=bits, **SETTINGS)
     take_steps(straight, 0, 4)
-    first = StochasticAdamW(weights(torch.bfloat16), seed=5, **SETTINGS)
+    first = StochasticAdamW(weights(torch.bfloat16), seed=5, bits=bits, **SETTINGS)
     take_steps(first, 0, 2)
     resumed = StochasticAdamW([copy.deepcopy(w) for w in first.param_groups[0]["params"]], seed=99, **SETTINGS)
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     take_steps(resumed, 2, 4)
     for got, want in zip(resumed.param_groups[0]["params"], straight.param_groups[0]["params"], strict=True):
         assert torch.equal(got, want)
-        assert resumed.state[got]["exp_avg"].dtype == torch.bfloat16
+        in_bytes = bits == 8 and got.numel() >= 256
+        assert resumed.state[got]["exp_avg"].dtype == (torch.uint8 if in_bytes else torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"lr": -1.0}, "lr=-1.0"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": math.nan}, "eps=nan")],
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": math.nan}, "eps=nan"),
+        ({"bits": 4}, "bits=4"),
+    ],
 )
 def test_refuses_settings_out_of_range(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

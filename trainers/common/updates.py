@@ -26,6 +26,7 @@ from hf_moe_cpt.extras import is_installed
 logger = logging.getLogger(__name__)
 
 AUTO, STOCHASTIC, IN_FLOAT32 = "auto", "adamw_stochastic", OptimizerNames.ADAMW_TORCH_FUSED
+BITS = {STOCHASTIC: 16, "adamw_stochastic_8bit": 8}  # of a moment
 HALF = (torch.bfloat16, torch.float16)
 SAMPLE = 1 << 16  # weights of a tensor that are looked at
 WORTH_A_WARNING = 0.01  # share of updates that is lost
@@ -40,7 +41,8 @@ class UpdateArguments:
     optim: str = HfArg(
         default=AUTO,
         help="Optimizer, by transformers' names; auto: adamw_torch_fused for float32 weights, "
-        f"{STOCHASTIC} (bfloat16 weights and moments, rounded at random) for bfloat16 weights.",
+        f"{STOCHASTIC} (bfloat16 weights and moments, rounded at random) for bfloat16 weights; "
+        "adamw_stochastic_8bit: the same with a byte a moment.",
     )
 
     def __post_init__(self) -> None:
@@ -51,10 +53,10 @@ class UpdateArguments:
                 "nats of the text itself; leave it at 0."
             )
         asked = self.optim
-        if asked in (AUTO, STOCHASTIC):
+        if asked in (AUTO, *BITS):
             self.optim = IN_FLOAT32
         super().__post_init__()
-        if asked in (AUTO, STOCHASTIC):
+        if asked in (AUTO, *BITS):
             self.optim = asked
 
 
@@ -100,12 +102,13 @@ class UpdatesMixin:
         if name == AUTO:
             weights = [] if model is None else [weight for weight in model.parameters() if weight.requires_grad]
             name = optimizer_for(weights, bool(args.deepspeed))
-        if name == STOCHASTIC:
+        if name in BITS:
             from hf_moe_cpt.optim.adamw import StochasticAdamW  # needs Triton, which not every machine has
 
             betas = (args.adam_beta1, args.adam_beta2)
             return StochasticAdamW, {
-                "lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "seed": args.seed
+                "lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "seed": args.seed,
+                "bits": BITS[name],
             }  # fmt: skip
         args = copy(args)
         args.optim = OptimizerNames(name)
