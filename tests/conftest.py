@@ -1,5 +1,6 @@
 """Every test runs offline, seeded, on one thread, with its own caches and with fresh memory full of NaN."""
 
+import functools
 import gc
 import os
 import random
@@ -19,6 +20,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import dill  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -32,6 +34,8 @@ from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
 
 
 torch.set_num_threads(1)
+# datasets hashes a function at each map, and for that dill disassembles all that the function calls: once is enough.
+dill.detect.nestedglobals = functools.cache(dill.detect.nestedglobals)
 # The same examples in every run, and as long as they take: a suite that passed once passes again.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")

@@ -1,6 +1,7 @@
 """Tiny causal LMs of transformers and of ours, a tokenizer, and the smallest data that trainers run on."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@cache
 def tokenized(num_documents: int, seed: int, low: int = 1, high: int = VOCABULARY) -> Dataset:
     """Documents of 5 to 40 tokens drawn from [low, high), each of which follows its predecessor by a fixed rule.
 
