@@ -14,11 +14,11 @@ The moments are bfloat16 too and rounded in the same way: to the nearest, a v wi
 since a thousandth of it is less than half a distance. 6 bytes a parameter beside its gradient, where float32 weights
 take 12. float32 weights among them get float32 moments and are not rounded.
 
-With `bits=8` a moment takes a byte, which is 4 a parameter, and a span of 1,024 elements an octave: a byte n stands
-for (n + 8 octave) 2^20, read as the bits of a float32, so that eight steps make a factor of two. A byte of m is a sign
-and 7 bits that reach to 2^-15 of the largest of the span; below, m becomes that smallest number or 0 at random. A byte
-of v reaches to 2^-31, and what is smaller stays at that: v = 0 would divide by eps. Small tensors and shards of FSDP2
-keep bfloat16.
+With `bits=8` a moment takes a byte, which is 4 a parameter, and a span of 1,024 elements an exponent. A byte holds the
+uppermost bits of x / 2^c as a float32, c such that the largest of the span just fits: of m a sign, 4 bits of exponent
+and 3 of mantissa; of v, which has no sign, 5 and 3. As in every float the smallest numbers are evenly spaced, so what
+is below them becomes one of two neighbours at random, like all others; but v never becomes 0, which would divide by
+eps. Small tensors and shards of FSDP2 keep bfloat16.
 
 The random bits are a function of (seed, step, place of the parameter, element): a resumed run takes those that an
 uninterrupted one would have taken, and copies of a weight on several ranks stay equal. Four elements share one counter
@@ -51,7 +51,8 @@ IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SPAN = 1024  # elements that take the same word of their counters; a program has four spans
 ALIGNMENT = 16  # bytes that a thread reads at once; also a number of elements that needs no mask within these
-SIGNED, UNSIGNED = 127, 255  # largest number of a byte that has a sign, and that has none
+SIGNED, UNSIGNED = 15, 31  # exponent, as a float32 stores it, of the largest number of a byte with and without sign
+MAX_EXPONENT = 126 + SIGNED  # of what is divided, so that 2^-c is no denormal number
 _WORD = 0xFFFFFFFF
 
 
@@ -63,7 +64,7 @@ class TensorStep(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    octaves: tuple[Tensor, Tensor] | None  # (spans,) uint8 each, of moments in bytes
+    exponents: tuple[Tensor, Tensor] | None  # (spans,) uint8 each, of moments in bytes
     step: int
     place: int
     shard: int
@@ -83,7 +84,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` for weights in bfloat16, which learn as if they were in float32. See the head of the file.
 
     One launch for all tensors of a type on a GPU; on the CPU the definition, `plain_adamw_step`. Weights may be shards
-    of FSDP2. State: `step`, `exp_avg` and `exp_avg_sq`, as torch's, and `octave` and `octave_sq` of moments in bytes.
+    of FSDP2. State: `step`, `exp_avg` and `exp_avg_sq`, as torch's, and of moments in bytes `exponent`, `exponent_sq`.
 
     bits: 16 or 8, of a moment of a bfloat16 weight. seed: of the rounding; kept in the state, so that a resumed run
     goes on with the same. Raises ValueError for settings out of range and for weights that are neither bfloat16 nor
@@ -128,7 +129,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         for values in self.state.values():  # a checkpoint that was read onto the device brings its counts along
             if isinstance(values.get("step"), Tensor):
                 values["step"] = values["step"].cpu()
-            for name in ("exp_avg", "exp_avg_sq", "octave", "octave_sq") if "octave" in values else ():
+            for name in ("exp_avg", "exp_avg_sq", "exponent", "exponent_sq") if "exponent" in values else ():
                 values[name] = values[name].to(torch.uint8)  # torch loads a state in the type of its weight
         for group in self.param_groups:
             group.setdefault("bits", 16)
@@ -165,15 +166,15 @@ class StochasticAdamW(torch.optim.Optimizer):
             in_bytes = in_bytes and param.numel() >= 4 * SPAN and param.is_contiguous()
             dtype = torch.uint8 if in_bytes else param.dtype
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(param, dtype=dtype) for _ in range(2))
-            for name in ("octave", "octave_sq") if in_bytes else ():
+            for name in ("exponent", "exponent_sq") if in_bytes else ():
                 state[name] = param.new_zeros(-(-param.numel() // SPAN), dtype=torch.uint8)
         state["step"] += 1
         if param not in self._shards:
             self._shards[param] = _first_element(param)
         tensors = (_local(tensor) for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
-        octaves = (state["octave"], state["octave_sq"]) if "octave" in state else None
+        exponents = (state["exponent"], state["exponent_sq"]) if "exponent" in state else None
         settings = (float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-        return TensorStep(*tensors, octaves, int(state["step"]), place, self._shards[param], *settings)
+        return TensorStep(*tensors, exponents, int(state["step"]), place, self._shards[param], *settings)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _launch_of(work: TensorStep) -> tuple[torch.dtype, torch.device, bool, bool]
     if not (work.weight.is_cuda or IS_INTERPRETED) or not all(tensor.is_contiguous() for tensor in tensors):
         return None
     is_aligned = not any(number % ALIGNMENT for number in (work.weight.numel(), *(t.data_ptr() for t in tensors)))
-    return work.weight.dtype, work.weight.device, work.octaves is not None, is_aligned
+    return work.weight.dtype, work.weight.device, work.exponents is not None, is_aligned
 
 
 # ---- the definition ----
@@ -228,24 +229,22 @@ def plain_round(values: Tensor, noise: Tensor) -> Tensor:
     return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)
 
 
-def plain_decode(codes: Tensor, octave: Tensor, largest: int) -> Tensor:
-    """The float32 numbers of bytes (N,). octave: (spans,). largest: `SIGNED` or `UNSIGNED`."""
-    number = codes.to(torch.int32) & largest
-    bits = number + 8 * octave.to(torch.int32).repeat_interleave(SPAN)[: codes.numel()] << 20
-    values = torch.where(number > 0, bits, 0).view(torch.float32)
-    return torch.where(codes > largest, -values, values)
+def plain_decode(codes: Tensor, exponent: Tensor, top: int) -> Tensor:
+    """The float32 numbers of bytes (N,). exponent: (spans,). top: `SIGNED` or `UNSIGNED`."""
+    codes, largest = codes.to(torch.int32), 8 * top + 7
+    factor = (exponent.to(torch.int32) + 127 - top << 23).view(torch.float32)
+    values = (codes & largest) << 20 | (codes & ~largest) << 24
+    return values.view(torch.float32) * factor.repeat_interleave(SPAN)[: codes.numel()]
 
 
-def plain_encode(values: Tensor, noise: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Bytes (N,) of float32 values (N,), rounded by noise in [0, 256), and the octave of each span."""
-    spans = torch.nn.functional.pad(values.abs(), (0, -values.numel() % SPAN)).view(-1, SPAN).view(torch.int32)
-    octave = ((spans.amax(1) + 0xFFFFF >> 20) - largest + 7 >> 3).clamp(min=0)
-    base, bits = (x.flatten()[: values.numel()] for x in (8 * octave[:, None].expand_as(spans), spans))
-    number = (bits + (noise.to(torch.int32) << 12) + 2048 >> 20) - base
-    smallest = (base + 1 << 20).view(torch.float32)
-    is_kept = values.abs() * 256 > (noise + 0.5) * smallest if largest == SIGNED else values > 0
-    number = torch.where(number < 1, is_kept.to(torch.int32), number)
-    return (number + 128 * (values < 0)).to(torch.uint8), octave.to(torch.uint8)
+def plain_encode(values: Tensor, noise: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Bytes (N,) of float32 values (N,), rounded by noise in [0, 256), and the exponent of each span."""
+    spans = torch.nn.functional.pad(values, (0, -values.numel() % SPAN)).view(-1, SPAN)
+    exponent = (spans.abs().amax(1).view(torch.int32) + 0xFFFFF >> 23).clamp(max=MAX_EXPONENT)
+    scaled = spans * (127 + top - exponent << 23).view(torch.float32)[:, None]
+    size = scaled.abs().flatten()[: values.numel()].view(torch.int32) + (noise.to(torch.int32) << 12) + 2048
+    codes = (size >> 20).clamp(0 if top == SIGNED else 1, 8 * top + 7) + 128 * (values < 0)
+    return codes.to(torch.uint8), exponent.to(torch.uint8)
 
 
 def plain_adamw_step(work: TensorStep, seed: int, scale: Tensor | None = None) -> None:
@@ -253,8 +252,8 @@ def plain_adamw_step(work: TensorStep, seed: int, scale: Tensor | None = None) -
     beta1, rest1, beta2, rest2, eps, kept, step_size, correction = work.factors()
     grad = work.grad.float() if scale is None else work.grad.float() * scale.to(work.grad.device)
     exp_avg, exp_avg_sq = work.exp_avg.float(), work.exp_avg_sq.float()
-    if work.octaves is not None:
-        moments = zip((work.exp_avg, work.exp_avg_sq), work.octaves, (SIGNED, UNSIGNED), strict=True)
+    if work.exponents is not None:
+        moments = zip((work.exp_avg, work.exp_avg_sq), work.exponents, (SIGNED, UNSIGNED), strict=True)
         exp_avg, exp_avg_sq = (plain_decode(m.flatten(), at, top).view(m.shape) for m, at, top in moments)
     exp_avg = beta1 * exp_avg + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
@@ -263,16 +262,16 @@ def plain_adamw_step(work: TensorStep, seed: int, scale: Tensor | None = None) -
         words = plain_words(grad.numel(), work.place, work.step, work.shard, seed, grad.device).view(grad.shape)
         weight = plain_round(weight, words >> 16)
         noise, noise_sq = words >> 8 & 0xFF, words & 0xFF
-        if work.octaves is None:
+        if work.exponents is None:
             exp_avg, exp_avg_sq = (
                 plain_round(exp_avg, (noise << 8) + 128), plain_round(exp_avg_sq, (noise_sq << 8) + 128)
             )  # fmt: skip
         else:
-            exp_avg, octave = plain_encode(exp_avg.flatten(), noise.flatten(), SIGNED)
-            exp_avg_sq, octave_sq = plain_encode(exp_avg_sq.flatten(), noise_sq.flatten(), UNSIGNED)
+            exp_avg, exponent = plain_encode(exp_avg.flatten(), noise.flatten(), SIGNED)
+            exp_avg_sq, exponent_sq = plain_encode(exp_avg_sq.flatten(), noise_sq.flatten(), UNSIGNED)
             exp_avg, exp_avg_sq = exp_avg.view(grad.shape), exp_avg_sq.view(grad.shape)
-            work.octaves[0].copy_(octave)
-            work.octaves[1].copy_(octave_sq)
+            work.exponents[0].copy_(exponent)
+            work.exponents[1].copy_(exponent_sq)
     for old, new in ((work.weight, weight), (work.exp_avg, exp_avg), (work.exp_avg_sq, exp_avg_sq)):
         old.copy_(new)
 
@@ -288,27 +287,29 @@ def _round(values, noise):
 
 
 @triton.jit
-def _decode(codes, octave, LARGEST: tl.constexpr):
+def _decode(codes, exponent, TOP: tl.constexpr):
     """`plain_decode` of a span."""
-    number = codes.to(tl.int32) & LARGEST
-    values = tl.where(number > 0, (number + 8 * octave) << 20, 0).to(tl.float32, bitcast=True)
-    return tl.where(codes > LARGEST, -values, values)
+    codes = codes.to(tl.int32)
+    LARGEST: tl.constexpr = 8 * TOP + 7
+    values = (codes & LARGEST) << 20
+    if TOP == 15:
+        values |= (codes & 128) << 24
+    return values.to(tl.float32, bitcast=True) * ((exponent + 127 - TOP) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _encode(values, noise, LARGEST: tl.constexpr):
-    """`plain_encode` of a span."""
-    size = tl.abs(values)
-    bits = size.to(tl.int32, bitcast=True)
-    octave = tl.maximum((((tl.max(bits, 0) + 0xFFFFF) >> 20) - LARGEST + 7) >> 3, 0)
-    number = ((bits + (noise << 12) + 2048) >> 20) - 8 * octave
-    if LARGEST == 127:
-        smallest = ((8 * octave + 1) << 20).to(tl.float32, bitcast=True)
-        kept = size * 256 > (noise.to(tl.float32) + 0.5) * smallest
+def _encode(values, noise, TOP: tl.constexpr, MAX_EXPONENT: tl.constexpr):
+    """`plain_encode` of a span. noise: int32, its bits 12 to 19 count."""
+    largest = tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True)
+    exponent = tl.minimum((largest + 0xFFFFF) >> 23, MAX_EXPONENT)
+    scaled = values * ((127 + TOP - exponent) << 23).to(tl.float32, bitcast=True)
+    size = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    codes = tl.minimum((size + (noise & 0xFF000 | 2048)) >> 20, 8 * TOP + 7)
+    if TOP == 15:
+        codes |= (scaled.to(tl.int32, bitcast=True) >> 24) & 128
     else:
-        kept = values > 0
-    number = tl.where(number < 1, kept.to(tl.int32), number)
-    return tl.where(values < 0, number + 128, number).to(tl.uint8), octave.to(tl.uint8)
+        codes = tl.maximum(codes, 1)
+    return codes.to(tl.uint8), exponent.to(tl.uint8)
 
 
 @triton.jit
@@ -316,7 +317,7 @@ def _update(
     pointers, scale, factors, elements, span, numel, words, ROUNDED: tl.constexpr, IN_BYTES: tl.constexpr
 ):  # fmt: skip
     """The step of a span of elements; `words` are their random words."""
-    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, octave_ptr, octave_sq_ptr = pointers
+    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, exponent_ptr, exponent_sq_ptr = pointers
     keep = elements < numel
     weight = tl.load(weight_ptr + elements, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + elements, mask=keep, other=0.0).to(tl.float32) * scale
@@ -325,22 +326,21 @@ def _update(
     beta1, rest1, beta2, rest2, eps, kept, step_size, correction = factors
     is_there = tl.min(elements, 0) < numel
     if IN_BYTES:
-        exp_avg = _decode(exp_avg, tl.load(octave_ptr + span, mask=is_there, other=0).to(tl.int32), 127)
-        exp_avg_sq = _decode(exp_avg_sq, tl.load(octave_sq_ptr + span, mask=is_there, other=0).to(tl.int32), 255)
+        exp_avg = _decode(exp_avg, tl.load(exponent_ptr + span, mask=is_there, other=0).to(tl.int32), 15)
+        exp_avg_sq = _decode(exp_avg_sq, tl.load(exponent_sq_ptr + span, mask=is_there, other=0).to(tl.int32), 31)
     exp_avg = beta1 * exp_avg.to(tl.float32) + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq.to(tl.float32) + rest2 * grad * grad
     weight = kept * weight - step_size * exp_avg / (tl.sqrt(exp_avg_sq) * correction + eps)
     if ROUNDED:
         weight = _round(weight, words >> 16)
-        noise, noise_sq = (words >> 8) & 0xFF, words & 0xFF
         if IN_BYTES:
-            exp_avg, octave = _encode(tl.where(keep, exp_avg, 0.0), noise.to(tl.int32), 127)
-            exp_avg_sq, octave_sq = _encode(tl.where(keep, exp_avg_sq, 0.0), noise_sq.to(tl.int32), 255)
-            tl.store(octave_ptr + span, octave, mask=is_there)
-            tl.store(octave_sq_ptr + span, octave_sq, mask=is_there)
+            exp_avg, exponent = _encode(tl.where(keep, exp_avg, 0.0), (words << 4).to(tl.int32), 15, 141)
+            exp_avg_sq, exponent_sq = _encode(tl.where(keep, exp_avg_sq, 0.0), (words << 12).to(tl.int32), 31, 141)
+            tl.store(exponent_ptr + span, exponent, mask=is_there)
+            tl.store(exponent_sq_ptr + span, exponent_sq, mask=is_there)
         else:
-            exp_avg = _round(exp_avg, (noise << 8) + 128)
-            exp_avg_sq = _round(exp_avg_sq, (noise_sq << 8) + 128)
+            exp_avg = _round(exp_avg, (words & 0xFF00) + 128)
+            exp_avg_sq = _round(exp_avg_sq, ((words & 0xFF) << 8) + 128)
     tl.store(weight_ptr + elements, weight.to(weight_ptr.dtype.element_ty), mask=keep)
     tl.store(exp_avg_ptr + elements, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=keep)
     tl.store(exp_avg_sq_ptr + elements, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=keep)
@@ -360,8 +360,8 @@ def _adamw_kernel(
     """A step of many tensors. Grid (blocks,): a program has four spans of one tensor.
 
     blocks (blocks, 2) int32: the tensor and which of its blocks. tensors (tensors, 10) int64: addresses of weight,
-    gradient and both moments, number of elements, place, step, shard, addresses of both octaves. factors (tensors, 8)
-    float32. scale () float32.
+    gradient and both moments, number of elements, place, step, shard, addresses of both exponents. factors
+    (tensors, 8) float32. scale () float32.
     """
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks_ptr + 2 * program).to(tl.int64)
@@ -372,8 +372,8 @@ def _adamw_kernel(
     grad = _pointer(row + 1, DTYPE, ALIGNED)
     exp_avg = _pointer(row + 2, MOMENT, ALIGNED)
     exp_avg_sq = _pointer(row + 3, MOMENT, ALIGNED)
-    octave = _pointer(row + 8, tl.uint8, False)
-    octave_sq = _pointer(row + 9, tl.uint8, False)
+    exponent = _pointer(row + 8, tl.uint8, False)
+    exponent_sq = _pointer(row + 9, tl.uint8, False)
     numel = tl.load(row + 4)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
@@ -391,7 +391,7 @@ def _adamw_kernel(
         a, b, c, d = tl.philox(seed, counter, zeros + place, zeros + step, zeros + shard)
     scale = tl.load(scale_ptr)
     elements = block.to(tl.int64) * (4 * SPAN) + tl.arange(0, SPAN)
-    pointers = (weight, grad, exp_avg, exp_avg_sq, octave, octave_sq)
+    pointers = (weight, grad, exp_avg, exp_avg_sq, exponent, exponent_sq)
     _update(pointers, scale, factors, elements, 4 * block, numel, a, ROUNDED, IN_BYTES)
     _update(pointers, scale, factors, elements + SPAN, 4 * block + 1, numel, b, ROUNDED, IN_BYTES)
     _update(pointers, scale, factors, elements + 2 * SPAN, 4 * block + 2, numel, c, ROUNDED, IN_BYTES)
@@ -420,7 +420,7 @@ def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool, scale: Tenso
     device, dtype = steps[0].weight.device, steps[0].weight.dtype
     rows = [
         [*(t.data_ptr() for t in s[:4]), s.weight.numel(), s.place, s.step, s.shard]
-        + [t.data_ptr() for t in s.octaves or s[2:4]]
+        + [t.data_ptr() for t in s.exponents or s[2:4]]
         for s in steps
     ]
     tensors, factors = torch.tensor(rows), torch.tensor([s.factors() for s in steps], dtype=torch.float32)
@@ -430,6 +430,6 @@ def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool, scale: Tenso
     with torch.cuda.device_of(steps[0].weight):
         _adamw_kernel[(len(blocks),)](
             blocks, tensors, factors, _one(device) if scale is None else scale.float().to(device), seed,
-            DTYPE=TRITON_DTYPES[dtype], ROUNDED=dtype == torch.bfloat16, IN_BYTES=steps[0].octaves is not None,
+            DTYPE=TRITON_DTYPES[dtype], ROUNDED=dtype == torch.bfloat16, IN_BYTES=steps[0].exponents is not None,
             ALIGNED=aligned, SPAN=SPAN,
         )  # fmt: skip

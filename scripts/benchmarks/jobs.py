@@ -74,12 +74,12 @@ class JobArguments(BenchmarkArguments):
 
 def build_model(name: str, tiny: bool, device: torch.device) -> PreTrainedModel:
     """The model with random bfloat16 weights, on the device."""
-    common = {"use_cache": False, "output_router_logits": True}
     if name in PRESETS:
-        config = CptMoeConfig.from_preset(name, **common)
+        config = CptMoeConfig.from_preset(name, use_cache=False)
     else:
         settings = dict(MODELS[name])
-        config = AutoConfig.for_model(settings.pop("model_type"), **common, **settings)
+        config = AutoConfig.for_model(settings.pop("model_type"), use_cache=False, **settings)
+        config.output_router_logits = True
     for field, value in TINY.items() if tiny else ():
         if hasattr(config, field):
             setattr(config, field, value)

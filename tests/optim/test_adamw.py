@@ -81,8 +81,8 @@ def test_kernel_equals_the_definition(dtype: torch.dtype, bits: int, monkeypatch
             if got.dtype == torch.uint8:
                 continue
             torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-        if "octave" in plain.state[theirs]:
-            for name in ("octave", "octave_sq"):
+        if "exponent" in plain.state[theirs]:
+            for name in ("exponent", "exponent_sq"):
                 assert torch.equal(by_kernel.state[ours][name], plain.state[theirs][name])
 
 
@@ -126,19 +126,19 @@ def test_rounding_is_unbiased_and_goes_to_a_neighbour() -> None:
     assert plain_round(negative_nan, torch.tensor([65535] * 2)).isnan().all()
 
 
-@pytest.mark.parametrize(("largest", "reach"), [(SIGNED, 2.0**-14), (UNSIGNED, 2.0**-30)])
-def test_bytes_are_unbiased_within_their_reach(largest: int, reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("top", "reach"), [(SIGNED, 2.0**-14), (UNSIGNED, 2.0**-30)])
+def test_bytes_are_unbiased_within_their_reach(top: int, reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over all 256 noises is the value, what is far below the largest of a span too if it has a sign."""
     monkeypatch.setattr(adamw, "SPAN", 8)
     values = torch.tensor([1.0, 0.9999, 0.3, 0.017, reach, 0.0, 0.77, 1.3e-3]) * 3.7e-5
-    if largest == SIGNED:
+    if top == SIGNED:
         values = torch.cat([values, -values, torch.tensor([1e-38, 1.0, 0.0, -0.5, 3e-5, 2e-5, -2e-5, 1.7])])
     spans, count = len(values) // 8, 256
     mean = torch.zeros_like(values, dtype=torch.float64)
     for noise in range(count):
-        codes, octave = plain_encode(values, torch.full_like(values, noise, dtype=torch.int64), largest)
-        assert codes.dtype == octave.dtype == torch.uint8 and octave.shape == (spans,)
-        decoded = plain_decode(codes, octave, largest)
+        codes, exponent = plain_encode(values, torch.full_like(values, noise, dtype=torch.int64), top)
+        assert codes.dtype == exponent.dtype == torch.uint8 and exponent.shape == (spans,)
+        decoded = plain_decode(codes, exponent, top)
         assert ((decoded - values).abs() <= values.abs() / 8 + 2**-14).all()
         mean += decoded.double() / count
     torch.testing.assert_close(mean, values.double(), rtol=2e-3, atol=2e-7)
@@ -167,7 +167,7 @@ def test_moments_of_bytes_learn_what_those_of_bfloat16_learn(by_definition: None
             made.zero_grad()
             loss.backward()
             made.step()
-        losses[way] = float(loss)
+        losses[way] = loss.item()
     assert losses[8] == pytest.approx(losses[16], rel=0.02), losses
     assert losses[8] == pytest.approx(losses["torch"], rel=0.02) and losses["torch"] < 0.99, losses
 
@@ -201,7 +201,7 @@ def test_second_moment_falls_with_a_slow_coefficient(bits: int, by_definition: N
     def mean() -> float:
         state = optimizer.state[weight]
         moment = state["exp_avg_sq"]
-        return float((plain_decode(moment, state["octave_sq"], UNSIGNED) if bits == 8 else moment).double().mean())
+        return float((plain_decode(moment, state["exponent_sq"], UNSIGNED) if bits == 8 else moment).double().mean())
 
     weight.grad = torch.ones_like(weight)
     optimizer.step()
