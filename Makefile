@@ -15,6 +15,8 @@ TESTS ?= tests
 LANES ?=
 QUICKSTART ?=
 
+unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites every assert: once, not in each process of each run
+
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -51,6 +53,7 @@ format: $(VENV)/installed-test  ## let ruff repair style and formatting
 
 clean:  ## remove the virtual environment and caches, never a run's output
 	@echo "== removing $(VENV) and caches"
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	@rm -rf $(VENV) build dist *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
 
 $(VENV_PYTHON):
