@@ -14,8 +14,8 @@ The moments are bfloat16 too and rounded in the same way: to the nearest, a v wi
 since a thousandth of it is less than half a distance. 6 bytes a parameter beside its gradient, where float32 weights
 take 12. float32 weights among them get float32 moments and are not rounded.
 
-With `bits=8` a moment takes a byte, which is 4 a parameter, and a span of 1,024 elements an exponent. A byte holds the
-uppermost bits of x / 2^c as a float32, c such that the largest of the span just fits: of m a sign, 4 bits of exponent
+With `bits=8` a moment takes a byte, 4 a parameter in all, and a block of 4,096 elements an exponent. A byte holds the
+uppermost bits of x / 2^c as a float32, c such that the largest of the block just fits: of m a sign, 4 bits of exponent
 and 3 of mantissa; of v, which has no sign, 5 and 3. As in every float the smallest numbers are evenly spaced, so what
 is below them becomes one of two neighbours at random, like all others; but v never becomes 0, which would divide by
 eps. Small tensors and shards of FSDP2 keep bfloat16.
@@ -64,7 +64,7 @@ class TensorStep(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    exponents: tuple[Tensor, Tensor] | None  # (spans,) uint8 each, of moments in bytes
+    exponents: tuple[Tensor, Tensor] | None  # (blocks,) uint8 each, of moments in bytes
     step: int
     place: int
     shard: int
@@ -167,7 +167,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             dtype = torch.uint8 if in_bytes else param.dtype
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(param, dtype=dtype) for _ in range(2))
             for name in ("exponent", "exponent_sq") if in_bytes else ():
-                state[name] = param.new_zeros(-(-param.numel() // SPAN), dtype=torch.uint8)
+                state[name] = param.new_zeros(-(-param.numel() // (4 * SPAN)), dtype=torch.uint8)
         state["step"] += 1
         if param not in self._shards:
             self._shards[param] = _first_element(param)
@@ -230,18 +230,18 @@ def plain_round(values: Tensor, noise: Tensor) -> Tensor:
 
 
 def plain_decode(codes: Tensor, exponent: Tensor, top: int) -> Tensor:
-    """The float32 numbers of bytes (N,). exponent: (spans,). top: `SIGNED` or `UNSIGNED`."""
+    """The float32 numbers of bytes (N,). exponent: (blocks,). top: `SIGNED` or `UNSIGNED`."""
     codes, largest = codes.to(torch.int32), 8 * top + 7
     factor = (exponent.to(torch.int32) + 127 - top << 23).view(torch.float32)
     values = (codes & largest) << 20 | (codes & ~largest) << 24
-    return values.view(torch.float32) * factor.repeat_interleave(SPAN)[: codes.numel()]
+    return values.view(torch.float32) * factor.repeat_interleave(4 * SPAN)[: codes.numel()]
 
 
 def plain_encode(values: Tensor, noise: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Bytes (N,) of float32 values (N,), rounded by noise in [0, 256), and the exponent of each span."""
-    spans = torch.nn.functional.pad(values, (0, -values.numel() % SPAN)).view(-1, SPAN)
-    exponent = (spans.abs().amax(1).view(torch.int32) + 0xFFFFF >> 23).clamp(max=MAX_EXPONENT)
-    scaled = spans * (127 + top - exponent << 23).view(torch.float32)[:, None]
+    """Bytes (N,) of float32 values (N,), rounded by noise in [0, 256), and the exponent of each block."""
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % (4 * SPAN))).view(-1, 4 * SPAN)
+    exponent = (blocks.abs().amax(1).view(torch.int32) + 0xFFFFF >> 23).clamp(max=MAX_EXPONENT)
+    scaled = blocks * (127 + top - exponent << 23).view(torch.float32)[:, None]
     size = scaled.abs().flatten()[: values.numel()].view(torch.int32) + (noise.to(torch.int32) << 12) + 2048
     codes = (size >> 20).clamp(0 if top == SIGNED else 1, 8 * top + 7) + 128 * (values < 0)
     return codes.to(torch.uint8), exponent.to(torch.uint8)
@@ -298,50 +298,65 @@ def _decode(codes, exponent, TOP: tl.constexpr):
 
 
 @triton.jit
-def _encode(values, noise, TOP: tl.constexpr, MAX_EXPONENT: tl.constexpr):
-    """`plain_encode` of a span. noise: int32, its bits 12 to 19 count."""
-    largest = tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True)
-    exponent = tl.minimum((largest + 0xFFFFF) >> 23, MAX_EXPONENT)
-    scaled = values * ((127 + TOP - exponent) << 23).to(tl.float32, bitcast=True)
-    size = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    codes = tl.minimum((size + (noise & 0xFF000 | 2048)) >> 20, 8 * TOP + 7)
+def _encode(values, exponent, noise, TOP: tl.constexpr):
+    """The bytes of `plain_encode` of a span. noise: its bits 12 to 19 count."""
+    scaled = (values * ((127 + TOP - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    size = (scaled & 0x7FFFFFFF) + ((noise & 0xFF000) | 2048).to(tl.int32)
+    codes = tl.minimum(size >> 20, 8 * TOP + 7)
     if TOP == 15:
-        codes |= (scaled.to(tl.int32, bitcast=True) >> 24) & 128
+        codes |= (scaled >> 24) & 128
     else:
         codes = tl.maximum(codes, 1)
-    return codes.to(tl.uint8), exponent.to(tl.uint8)
+    return codes.to(tl.uint8)
+
+
+@triton.jit
+def _exponent(a, b, c, d, MAX_EXPONENT: tl.constexpr):
+    """That of `plain_encode` of a block of four spans."""
+    largest = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+    return tl.minimum((tl.max(largest, 0).to(tl.int32, bitcast=True) + 0xFFFFF) >> 23, MAX_EXPONENT)
 
 
 @triton.jit
 def _update(
-    pointers, scale, factors, elements, span, numel, words, ROUNDED: tl.constexpr, IN_BYTES: tl.constexpr
+    pointers, exponents, scale, factors, elements, numel, words, ROUNDED: tl.constexpr, IN_BYTES: tl.constexpr
 ):  # fmt: skip
-    """The step of a span of elements; `words` are their random words."""
-    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, exponent_ptr, exponent_sq_ptr = pointers
+    """Step the weights of a span of elements, whose random words are `words`; returns its new moments in float32."""
+    weight_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = pointers
     keep = elements < numel
     weight = tl.load(weight_ptr + elements, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + elements, mask=keep, other=0.0).to(tl.float32) * scale
     exp_avg = tl.load(exp_avg_ptr + elements, mask=keep, other=0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + elements, mask=keep, other=0)
     beta1, rest1, beta2, rest2, eps, kept, step_size, correction = factors
-    is_there = tl.min(elements, 0) < numel
     if IN_BYTES:
-        exp_avg = _decode(exp_avg, tl.load(exponent_ptr + span, mask=is_there, other=0).to(tl.int32), 15)
-        exp_avg_sq = _decode(exp_avg_sq, tl.load(exponent_sq_ptr + span, mask=is_there, other=0).to(tl.int32), 31)
+        exponent, exponent_sq = exponents
+        exp_avg, exp_avg_sq = _decode(exp_avg, exponent, 15), _decode(exp_avg_sq, exponent_sq, 31)
     exp_avg = beta1 * exp_avg.to(tl.float32) + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq.to(tl.float32) + rest2 * grad * grad
     weight = kept * weight - step_size * exp_avg / (tl.sqrt(exp_avg_sq) * correction + eps)
     if ROUNDED:
         weight = _round(weight, words >> 16)
-        if IN_BYTES:
-            exp_avg, exponent = _encode(tl.where(keep, exp_avg, 0.0), (words << 4).to(tl.int32), 15, 141)
-            exp_avg_sq, exponent_sq = _encode(tl.where(keep, exp_avg_sq, 0.0), (words << 12).to(tl.int32), 31, 141)
-            tl.store(exponent_ptr + span, exponent, mask=is_there)
-            tl.store(exponent_sq_ptr + span, exponent_sq, mask=is_there)
-        else:
-            exp_avg = _round(exp_avg, (words & 0xFF00) + 128)
-            exp_avg_sq = _round(exp_avg_sq, ((words & 0xFF) << 8) + 128)
     tl.store(weight_ptr + elements, weight.to(weight_ptr.dtype.element_ty), mask=keep)
+    if IN_BYTES:  # what is outside must not be the largest
+        return tl.where(keep, exp_avg, 0.0), tl.where(keep, exp_avg_sq, 0.0)
+    return exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _store(
+    pointers, exponents, exp_avg, exp_avg_sq, elements, numel, words, ROUNDED: tl.constexpr, IN_BYTES: tl.constexpr
+):  # fmt: skip
+    """Round the moments of a span and write them."""
+    _, _, exp_avg_ptr, exp_avg_sq_ptr = pointers
+    keep = elements < numel
+    if IN_BYTES:
+        exponent, exponent_sq = exponents
+        exp_avg = _encode(exp_avg, exponent, words << 4, 15)
+        exp_avg_sq = _encode(exp_avg_sq, exponent_sq, words << 12, 31)
+    elif ROUNDED:
+        exp_avg = _round(exp_avg, (words & 0xFF00) + 128)
+        exp_avg_sq = _round(exp_avg_sq, ((words & 0xFF) << 8) + 128)
     tl.store(exp_avg_ptr + elements, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=keep)
     tl.store(exp_avg_sq_ptr + elements, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=keep)
 
@@ -356,6 +371,7 @@ def _pointer(table, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def _adamw_kernel(
     blocks_ptr, tensors_ptr, factors_ptr, scale_ptr, seed,
     DTYPE: tl.constexpr, ROUNDED: tl.constexpr, IN_BYTES: tl.constexpr, ALIGNED: tl.constexpr, SPAN: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
 ):  # fmt: skip
     """A step of many tensors. Grid (blocks,): a program has four spans of one tensor.
 
@@ -372,8 +388,6 @@ def _adamw_kernel(
     grad = _pointer(row + 1, DTYPE, ALIGNED)
     exp_avg = _pointer(row + 2, MOMENT, ALIGNED)
     exp_avg_sq = _pointer(row + 3, MOMENT, ALIGNED)
-    exponent = _pointer(row + 8, tl.uint8, False)
-    exponent_sq = _pointer(row + 9, tl.uint8, False)
     numel = tl.load(row + 4)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
@@ -391,11 +405,25 @@ def _adamw_kernel(
         a, b, c, d = tl.philox(seed, counter, zeros + place, zeros + step, zeros + shard)
     scale = tl.load(scale_ptr)
     elements = block.to(tl.int64) * (4 * SPAN) + tl.arange(0, SPAN)
-    pointers = (weight, grad, exp_avg, exp_avg_sq, exponent, exponent_sq)
-    _update(pointers, scale, factors, elements, 4 * block, numel, a, ROUNDED, IN_BYTES)
-    _update(pointers, scale, factors, elements + SPAN, 4 * block + 1, numel, b, ROUNDED, IN_BYTES)
-    _update(pointers, scale, factors, elements + 2 * SPAN, 4 * block + 2, numel, c, ROUNDED, IN_BYTES)
-    _update(pointers, scale, factors, elements + 3 * SPAN, 4 * block + 3, numel, d, ROUNDED, IN_BYTES)
+    pointers, first = (weight, grad, exp_avg, exp_avg_sq), elements
+    second, third, fourth = elements + SPAN, elements + 2 * SPAN, elements + 3 * SPAN
+    exponents = (0, 0)
+    if IN_BYTES:
+        of_moment = tl.load(row + 8).to(tl.pointer_type(tl.uint8)) + block
+        of_square = tl.load(row + 9).to(tl.pointer_type(tl.uint8)) + block
+        exponents = (tl.load(of_moment).to(tl.int32), tl.load(of_square).to(tl.int32))
+    ma, va = _update(pointers, exponents, scale, factors, first, numel, a, ROUNDED, IN_BYTES)
+    mb, vb = _update(pointers, exponents, scale, factors, second, numel, b, ROUNDED, IN_BYTES)
+    mc, vc = _update(pointers, exponents, scale, factors, third, numel, c, ROUNDED, IN_BYTES)
+    md, vd = _update(pointers, exponents, scale, factors, fourth, numel, d, ROUNDED, IN_BYTES)
+    if IN_BYTES:
+        exponents = (_exponent(ma, mb, mc, md, MAX_EXPONENT), _exponent(va, vb, vc, vd, MAX_EXPONENT))
+        tl.store(of_moment, exponents[0].to(tl.uint8))
+        tl.store(of_square, exponents[1].to(tl.uint8))
+    _store(pointers, exponents, ma, va, first, numel, a, ROUNDED, IN_BYTES)
+    _store(pointers, exponents, mb, vb, second, numel, b, ROUNDED, IN_BYTES)
+    _store(pointers, exponents, mc, vc, third, numel, c, ROUNDED, IN_BYTES)
+    _store(pointers, exponents, md, vd, fourth, numel, d, ROUNDED, IN_BYTES)
 
 
 @functools.lru_cache(maxsize=8)  # a run steps the same tensors every time
@@ -431,5 +459,5 @@ def launch_adamw(steps: list[TensorStep], seed: int, aligned: bool, scale: Tenso
         _adamw_kernel[(len(blocks),)](
             blocks, tensors, factors, _one(device) if scale is None else scale.float().to(device), seed,
             DTYPE=TRITON_DTYPES[dtype], ROUNDED=dtype == torch.bfloat16, IN_BYTES=steps[0].exponents is not None,
-            ALIGNED=aligned, SPAN=SPAN,
+            ALIGNED=aligned, SPAN=SPAN, MAX_EXPONENT=MAX_EXPONENT,
         )  # fmt: skip
