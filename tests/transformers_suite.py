@@ -17,17 +17,32 @@ import sys
 import time
 import unittest
 from pathlib import Path
+from types import ModuleType
 
 
-ATTENTION = {"num_key_value_heads": 1, "sliding_window": 16, "qk_norm": "head", "qkv_bias": True}
+ATTENTION = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 16,
+    "qk_norm": "head",
+    "qkv_bias": True,
+}
 CONFIGURATIONS = {
-    "penalty": {"num_experts": 7, "num_experts_per_tok": 2},
+    "penalty": {"num_experts": 8, "num_experts_per_tok": 2},
     "penalty_one": {"num_experts": 4, "num_experts_per_tok": 1},
-    "sinkhorn": {"num_experts": 7, "num_experts_per_tok": 2, "router_type": "sinkhorn"},
+    "sinkhorn": {"num_experts": 8, "num_experts_per_tok": 2, "router_type": "sinkhorn"},
     "sinkhorn_one": {"num_experts": 4, "num_experts_per_tok": 1, "router_type": "sinkhorn"},
     "dense": {"num_experts": 0},
     "grouped_window": {"num_experts": 7, "num_experts_per_tok": 2, **ATTENTION},
+    "qwen2_moe": {},  # transformers' own, to tell a fault of the suite from ours
 }
+
+WHOLE_BATCH = (
+    "fsdp2_expert_parallel_2d_vs_ddp",
+    "hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard",
+    "hsdp_grad_accumulation_vs_single_device_1_replicate_only",
+    "hsdp_grad_accumulation_vs_single_device_2_expert_parallel",
+)
 
 # Test, or configuration::test -> why its failure is left.
 KNOWN_FAILURES = {
@@ -40,17 +55,42 @@ KNOWN_FAILURES = {
         (f"dense::test_eager_matches_batched_and_grouped_inference_{n}" for n in ("0_fp16", "1_fp32", "2_bf16")),
         "takes every class that can have experts for a mixture; a dense model of the family has none to run",
     ),
+    **dict.fromkeys(
+        (f"sinkhorn{one}::test_{test}" for one in ("", "_one") for test in WHOLE_BATCH),
+        "compares a batch with its parts; a Sinkhorn plan balances the tokens that it is given (docs/scaling.md)",
+    ),
+    **dict.fromkeys(
+        (f"grouped_window::test_ep_backward_{n}" for n in ("0_eager", "1_grouped_mm", "2_batched_mm")),
+        "looks for a rank's experts at rank x its own number; of 7 on two ranks the second has 3, from the fifth on",
+    ),
     "grouped_window::test_generate_with_static_cache": (
         "expects a cache as long as the text whatever the window; Mistral with this window fails alike"
     ),
 }
 
 
-def test_case_of(name: str, fields: dict) -> type[unittest.TestCase]:
-    """transformers' CausalLMModelTest for one configuration, with every mixin that the release has."""
-    tester = importlib.import_module("tests.causal_lm_tester")
+def mixins_of_ranks() -> dict[str, ModuleType]:
+    """The modules of the mixins that start ranks; each runs for every family, not only for those that it lists."""
+    modules = {}
+    for kind, file in (("TP", "tensor_parallel"), ("EP", "expert_parallel"), ("FSDP", "fsdp")):
+        try:
+            modules[kind] = importlib.import_module(f"tests.test_{file}_mixin")
+        except ModuleNotFoundError:  # a release before the mixin
+            continue
+        setattr(modules[kind], f"{kind}_DISTRIBUTED_TEST_MODEL_TYPES", None)
+    # gloo needs no core for each of its ranks.
+    modules["FSDP"]._get_available_fsdp_workers = lambda: 8
+    return modules
+
+
+def tester_of(causal_lm_tester: type, fields: dict) -> type:
+    """transformers' model tester for `cpt_moe` with these fields, for Qwen2-MoE without any."""
     from transformers.models.auto import modeling_auto
 
+    if not fields:
+        from transformers import Qwen2MoeModel
+
+        return type("Qwen2MoeTester", (causal_lm_tester,), {"base_model_class": Qwen2MoeModel})
     from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
     from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
 
@@ -59,7 +99,7 @@ def test_case_of(name: str, fields: dict) -> type[unittest.TestCase]:
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cpt_moe"] = "CptMoeForCausalLM"
     modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["cpt_moe"] = "CptMoeForSequenceClassification"
 
-    class CptMoeTester(tester.CausalLMModelTester):
+    class CptMoeTester(causal_lm_tester):
         base_model_class = CptMoeModel
         config_class = CptMoeConfig
         causal_lm_class = CptMoeForCausalLM
@@ -71,20 +111,32 @@ def test_case_of(name: str, fields: dict) -> type[unittest.TestCase]:
             sizes = {key: getattr(self, key) for key in names.split()}
             width = {"moe_intermediate_size": 16} if fields["num_experts"] else {}
             # Tolerances of half precision are those of transformers' usual initialisation.
-            return CptMoeConfig(
-                **sizes, intermediate_size=64, hidden_act="gelu", initializer_range=0.02, **width, **fields
-            )
+            sizes |= {"intermediate_size": 64, "hidden_act": "gelu", "initializer_range": 0.02}
+            return CptMoeConfig(**{**sizes, **width, **fields})
 
+    return CptMoeTester
+
+
+def test_case_of(name: str) -> type[unittest.TestCase]:
+    """transformers' CausalLMModelTest for one configuration, with every mixin that the release has."""
+    tester = importlib.import_module("tests.causal_lm_tester")
     bases = [tester.CausalLMModelTest]
-    try:
-        parallel = importlib.import_module("tests.test_expert_parallel_mixin").ExpertParallelTesterMixin
-    except ModuleNotFoundError:  # before transformers 5.23
-        parallel = None
-    if parallel is not None and not issubclass(bases[0], parallel):
-        bases.append(parallel)
+    parallel = mixins_of_ranks().get("EP")
+    if parallel and not issubclass(bases[0], parallel.ExpertParallelTesterMixin):
+        bases.append(parallel.ExpertParallelTesterMixin)
     # No tiny checkpoint of this family lies on the Hub for the pipelines.
     skip_pipelines = {"is_pipeline_test_to_skip": lambda self, *args, **kwargs: True}
-    settings = {"model_tester_class": CptMoeTester, "test_all_params_have_gradient": False, **skip_pipelines}
+    model_tester = tester_of(tester.CausalLMModelTester, CONFIGURATIONS[name])
+
+    def tiny_config(self) -> tuple[type, dict]:
+        """Theirs gives every configuration that could have experts a width of experts."""
+        config_class, values = tester.CausalLMModelTest._get_tiny_config(self)
+        if values.get("num_experts") == 0:
+            del values["moe_intermediate_size"]
+        return config_class, values
+
+    settings = {"model_tester_class": model_tester, "test_all_params_have_gradient": False}
+    settings |= {"_get_tiny_config": tiny_config, **skip_pipelines}
     return type(f"CptMoe_{name}", (*bases, unittest.TestCase), settings)
 
 
@@ -121,7 +173,8 @@ class Tally(unittest.TestResult):
         outcome = "listed" if KNOWN_FAILURES.keys() & {name, full_name} else "failed"
         self.counts[outcome] += name not in self.told
         self.told.add(name)
-        text = " ".join(str(err[1]).split())[:300]
+        text = " ".join(str(err[1]).split())
+        text = text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"  # a rank's error comes last
         print(f"{outcome.upper()} {full_name} {err[0].__name__}: {text}", flush=True)
 
     addFailure = addError
@@ -133,7 +186,7 @@ class Tally(unittest.TestResult):
 
 def run_configuration(name: str, pattern: str, limit: int) -> collections.Counter:
     """Outcomes, counted, of the tests of one configuration whose name matches `pattern`."""
-    case = test_case_of(name, CONFIGURATIONS[name])
+    case = test_case_of(name)
     names = [test for test in unittest.TestLoader().getTestCaseNames(case) if re.search(pattern, test)]
     result = Tally(name, limit)
     unittest.TestSuite(case(test) for test in names).run(result)
