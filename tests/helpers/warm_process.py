@@ -16,7 +16,11 @@ import socket
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+
+FORK = multiprocessing.get_context("fork")
 
 
 class NotInstalled:
@@ -34,24 +38,37 @@ class NotInstalled:
 class WarmProcess:
     """A server with `imported` modules, in which `hidden` packages cannot be found, started with `environment`.
 
-    What libraries read from the environment when they are imported (HF_ENDPOINT, HF_HOME) is the same for all scripts.
+    Scripts that may find them run in a server forked from it, which has imported `then` as well. What libraries read
+    from the environment when they are imported (HF_ENDPOINT, HF_HOME) is the same for all scripts.
     """
 
-    def __init__(self, environment: dict[str, str], imported: tuple[str, ...], hidden: tuple[str, ...] = ()) -> None:
-        words = [sys.executable, __file__, json.dumps({"imported": imported, "hidden": hidden})]
+    def __init__(
+        self,
+        environment: dict[str, str],
+        imported: tuple[str, ...],
+        hidden: tuple[str, ...] = (),
+        then: tuple[str, ...] = (),
+    ) -> None:
+        words = [sys.executable, __file__, json.dumps({"imported": imported, "hidden": hidden, "then": then})]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen(words, env=environment, **pipes)
 
     def run(
-        self, script: Path, arguments: list[str], environment: dict[str, str], ranks: int = 1, seconds: int = 800
+        self,
+        script: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        ranks: int = 1,
+        seconds: int = 800,
+        hidden: bool = True,
     ) -> subprocess.CompletedProcess:
         """Run a file as `python script *arguments` does, in its folder; a child that takes longer is ended.
 
         ranks: as many processes at once, as torchrun starts them; what they print comes together, and the exit code is
-        the first that is not 0.
+        the first that is not 0. hidden: whether what is hidden stays so.
         """
         job = {"script": str(script), "arguments": arguments, "environment": environment, "seconds": seconds}
-        print(json.dumps({**job, "ranks": ranks}), file=self._server.stdin, flush=True)
+        print(json.dumps({**job, "ranks": ranks, "hidden": hidden}), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
         if not answer:
             raise RuntimeError(f"the server of warm processes ended with {self._server.wait()}, see its error output")
@@ -64,27 +81,59 @@ class WarmProcess:
         self._server.communicate()
 
 
-def serve(imported: list[str], hidden: list[str]) -> None:
-    """Import, then run job after job. multiprocessing ends a child without tearing down its modules: that is slow."""
+def serve(imported: list[str], hidden: list[str], then: list[str]) -> None:
+    """Import, then run job after job."""
     sys.path.pop(0)  # the folder of this file
     if hidden:
         sys.meta_path.insert(0, NotInstalled(hidden))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
-    for module in imported:
+    _import(imported)
+    other = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["hidden"]:
+            code = _run_job(job)
+        else:
+            if other is None:
+                other, end = FORK.Pipe()
+                FORK.Process(target=_serve_with_hidden, args=(end, other, then, job["environment"])).start()
+                end.close()
+            other.send(job)
+            code = other.recv()
+        print(code, file=answers, flush=True)
+
+
+def _serve_with_hidden(jobs: Connection, servers_end: Connection, then: list[str], environment: dict) -> None:
+    servers_end.close()  # or the end of the server would never be the end of its jobs
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, NotInstalled)]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    _import(then)
+    while True:
+        try:
+            job = jobs.recv()
+        except EOFError:
+            return
+        jobs.send(_run_job(job))
+
+
+def _import(modules: list[str]) -> None:
+    for module in modules:
         importlib.import_module(module)
     gc.freeze()  # or the first collection of each child would copy all of this memory
-    for line in sys.stdin:
-        if threading.active_count() > 1:
-            raise RuntimeError(f"a thread would not survive the fork: {threading.enumerate()}")
-        job = json.loads(line)
-        fork, port = multiprocessing.get_context("fork"), _free_port()
-        children = [fork.Process(target=_run, args=(job, rank, port)) for rank in range(job["ranks"])]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        print(next((child.exitcode for child in children if child.exitcode), 0), file=answers, flush=True)
+
+
+def _run_job(job: dict) -> int:
+    """The exit code. multiprocessing ends a child without tearing down its modules: that is slow."""
+    if threading.active_count() > 1:
+        raise RuntimeError(f"a thread would not survive the fork: {threading.enumerate()}")
+    port = _free_port()
+    children = [FORK.Process(target=_run, args=(job, rank, port)) for rank in range(job["ranks"])]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return next((child.exitcode for child in children if child.exitcode), 0)
 
 
 def _run(job: dict, rank: int, port: int) -> None:

@@ -49,35 +49,32 @@ def hub(running_hub: LoopbackHub) -> LoopbackHub:
 
 
 class Processes:
-    """Warm processes, with and without the package, that use one Hub, each with an empty cache of its own.
+    """Warm processes, with and without the package, that use one Hub, each with an empty cache.
 
     of_hub: variables of a process that uses the Hub, from the folder of its caches and a token.
     """
 
     def __init__(self, of_hub: Callable[[Path, str | None], dict[str, str]], folder: Path) -> None:
         self.of_hub, self.folder = of_hub, folder
-        self.servers: dict[bool, WarmProcess] = {}
+        self.server: WarmProcess | None = None
 
     def run(
         self, script: Path, arguments: list[str], token: str | None, package: bool, **how: int
     ) -> subprocess.CompletedProcess:
         """As `WarmProcess.run`."""
-        home = self.folder / ("with" if package else "without")
-        shutil.rmtree(home, ignore_errors=True)
-        if package not in self.servers:
-            modules = (*LIBRARIES, *(OF_THE_PACKAGE if package else ()))
-            hidden = () if package else NOT_INSTALLED
-            self.servers[package] = WarmProcess(self._environment(home, None, package), modules, hidden)
-        return self.servers[package].run(script, arguments, self._environment(home, token, package), **how)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.server is None:
+            self.server = WarmProcess(self._environment(None, False), LIBRARIES, NOT_INSTALLED, OF_THE_PACKAGE)
+        return self.server.run(script, arguments, self._environment(token, package), hidden=not package, **how)
 
-    def _environment(self, home: Path, token: str | None, package: bool) -> dict[str, str]:
+    def _environment(self, token: str | None, package: bool) -> dict[str, str]:
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT) if package else ""}
-        return {**os.environ, **self.of_hub(home, token), **settings}
+        return {**os.environ, **self.of_hub(self.folder, token), **settings}
 
     def close(self) -> None:
         """End them."""
-        for server in self.servers.values():
-            server.close()
+        if self.server is not None:
+            self.server.close()
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ assert not {"hf_moe_cpt", "triton"} & set(sys.modules)
 
 
 @pytest.mark.parametrize(
-    "method", ["quickstart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpt", "rainbowpo", "surgery"))]
+    "method", ["cpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quickstart", "rainbowpo", "surgery"))]
 )
 def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, hub, command, elsewhere, tmp_path):
     fixture = "quickstart_model" if method == "quickstart" else "finished"

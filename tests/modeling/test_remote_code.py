@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -41,6 +42,7 @@ assert "hf_moe_cpt" not in sys.modules
 """
 
 
+@pytest.mark.slow  # hub/test_publishing loads a causal model so, from what was pushed
 def test_a_checkpoint_travels_without_the_package(tmp_path: Path) -> None:
     """With biases and norms of attention that matter; with the package the same numbers, bit for bit."""
     modeling = Path(sys.modules[CptMoeForCausalLM.__module__].__file__).parent

@@ -19,8 +19,8 @@ from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model, tokenized
 
 
-SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
-SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
+SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
 
 
 def _run(folder: Path, kind: str) -> CPTTrainer:
@@ -42,24 +42,22 @@ def test_killed_while_saving_and_resumed_equals_never_killed(tmp_path):
     killed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=800)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path for path in checkpoints_in(folder) if not is_whole(path)] == []
-    assert (folder / UNFINISHED / "checkpoint-4").is_dir()
-    assert saved_history(folder / "checkpoint-2")
-    whole = _run(tmp_path / "whole", "cpt_moe")
+    assert (folder / UNFINISHED / "checkpoint-6").is_dir()
+    assert saved_history(folder / "checkpoint-3")
+    whole, resumed = _run(tmp_path / "whole", "cpt_moe"), _run(folder, "cpt_moe")
     whole.train()
-    resumed = _run(folder, "cpt_moe")
     resumed.train(resume_from_checkpoint="last")
     _assert_same(resumed, whole)
 
 
 def test_a_stopped_run_goes_on_also_where_experts_are_stored_under_other_names(tmp_path):
-    whole = _run(tmp_path / "whole", "mixtral")
+    whole, stopped = (_run(tmp_path / name, "mixtral") for name in ("whole", "stopped"))
     whole.train()
-    stopped = _run(tmp_path / "stopped", "mixtral")  # which sets the seed anew
-    stopped.add_callback(stop_at(3))
+    stopped.add_callback(stop_at(4))
     stopped.train()
     for _ in range(2):  # the second time it is finished, and resumed to nothing
         resumed = _run(tmp_path / "stopped", "mixtral")
-        assert resumed.train(resume_from_checkpoint="last").global_step == 4
+        assert resumed.train(resume_from_checkpoint="last").global_step == 6
         _assert_same(resumed, whole)
 
 
@@ -80,6 +78,7 @@ def test_streams_resume_where_they_stopped(tmp_path):
     _assert_same(resumed, whole)
 
 
+@pytest.mark.slow
 def test_streams_give_the_same_run_with_any_number_of_workers(tmp_path):
     losses = []
     for workers in (0, 2):
@@ -89,6 +88,7 @@ def test_streams_give_the_same_run_with_any_number_of_workers(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_the_numbers_from_run_to_run(tmp_path):
     weights = []
     threads = torch.get_num_threads()
@@ -113,4 +113,15 @@ if __name__ == "__main__":
         torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
     doomed.add_callback(AtStep(4, die_while_saving))
+    doomed.train()
+
+
+if __name__ == "__main__":
+    doomed = _run(Path(sys.argv[1]), "cpt_moe")
+
+    def die_while_saving(_: object) -> None:
+        """The optimizer's state is saved with it, when the model is written already."""
+        torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+    doomed.add_callback(AtStep(6, die_while_saving))
     doomed.train()
