@@ -44,6 +44,9 @@ class PreferenceArguments:
         default=None, metadata={"help": "Held-out pairs from elsewhere; their split is the train split if not named."}
     )
     max_train_pairs: int | None = field(default=None, metadata={"help": "Take the first pairs only."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show the objective and the first pairs as the model sees them, and stop."}
+    )
 
 
 ARGUMENTS = (ModelArguments, PreferenceArguments, RainbowPOConfig, ParallelArguments)
@@ -98,7 +101,9 @@ def run(preferences: PreferenceArguments, model: ModelArguments, training: Rainb
         peft_config=model.peft_config(trust_remote_code=training.trust_remote_code),
     )
     if trainer.is_world_process_zero():
-        print(training.components())
+        print(training.components(), trainer.first_pairs(), sep="\n")
+    if preferences.dry_run:
+        return
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()  # also where no checkpoint was written, which brings one

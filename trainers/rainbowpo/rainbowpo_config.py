@@ -58,13 +58,22 @@ MAX_CONSTANT = 1.0
 MAX_PER_TOKEN_OF_LENGTH = 0.01  # completions often differ by 100 tokens, which this turns into the limit above
 
 OPTIONS_OF_DPO = {
-    "loss_type": "choose link, length_normalization and sft_weight, or RainbowPOConfig.from_preset",
+    "loss_type": "use trl.DPOTrainer for it, or choose link, length_normalization and sft_weight",
+    "label_smoothing_factor": "set label_smoothing, the share of pairs whose label is taken to be wrong",
     "loss_weights": "the only second term is the SFT loss, weighed by sft_weight",
     "ld_alpha": "length is dealt with by length_normalization, or by home_advantage_from='length'",
     "f_divergence_type": "the objective is written in log-ratios, which is reverse_kl; use trl.DPOTrainer for others",
     "f_alpha_divergence_coef": "there is no alpha-divergence here; use trl.DPOTrainer",
     "use_weighting": "WPO weighs the loss outside of the link; use trl.DPOTrainer, or contextual_scaling='mallows'",
     "discopop_tau": "DiscoPOP blends two links; use trl.DPOTrainer",
+}
+
+
+LOSSES_OF_DPO = {  # loss_type -> what does that here
+    "sigmoid_norm": "leave it out and set mixing_alpha=1, home_advantage=0, contextual_scaling='none' (preset ln-dpo)",
+    "hinge": "set link='hinge' (preset hinge-dpo)",
+    "ipo": "set link='square' (preset ipo)",
+    "sft": "set sft_weight",
 }
 
 
@@ -140,7 +149,14 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
         refuse_unread(self, DPOConfig, FLAGS_OF_SCRIPTS)
-        refuse_unread(self, DPOConfig, OPTIONS_OF_DPO, part_of="objective")
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        told = "; ".join(LOSSES_OF_DPO[name] for name in losses if name in LOSSES_OF_DPO)
+        refuse_unread(self, DPOConfig, OPTIONS_OF_DPO | ({"loss_type": told} if told else {}), part_of="objective")
+        if self.padding_free and self.pad_to_multiple_of:
+            raise ValueError(
+                f"padding_free=True pads nothing, and pad_to_multiple_of={self.pad_to_multiple_of} asks for padding: "
+                "leave one of them out."
+            )
         self._check_ranges()
         self.dispersion_scale = self._checked_dispersion_scale()
         self.home_advantage = self._checked_home_advantage()

@@ -12,11 +12,12 @@ import contextlib
 import functools
 import json
 import logging
-import numbers
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,42 @@ from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import TrainOutput
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.utils import ModelOutput
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
-from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.machine import has_process_group, inner_model
 from hf_moe_cpt.routing.hooks import own_penalty_off
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
+from hf_moe_cpt.trainers.common.isolation import isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
+from hf_moe_cpt.trainers.rainbowpo.data import (
+    LENGTHS,
+    MASK_COLUMNS,
+    REFERENCE_COLUMNS,
+    AnyDataset,
+    CollatorWithScores,
+    Mended,
+    PreferenceCollator,
+    check_pairs,
+    drop_empty_pairs,
+    ends_of,
+    first_row,
+    normalised,
+    shown,
+)
 from hf_moe_cpt.trainers.rainbowpo.losses import (
     Pair,
     PreferenceTerms,
-    check_scores,
     dispersion_scale_of,
     length_advantage,
     mallows_phi,
@@ -60,9 +78,7 @@ from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
-PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected")
-NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "scores"}
+NOT_FOR_THE_MODEL = {"completion_mask", "scores", LENGTHS, *REFERENCE_COLUMNS}
 OPTIONS_OF_CONFIG = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")  # of those of a model
 SWITCHES = (  # of the configuration, as `preference_terms` takes them
     "beta",
@@ -75,159 +91,13 @@ SWITCHES = (  # of the configuration, as `preference_terms` takes them
 )
 SCALE_FILE = "rainbowpo.json"
 ROUNDINGS = 4  # in a log-probability of a text
+LONGEST = 2048  # tokens of a sequence that are counted with where none is cut
 WINDOW = 3  # logs that are averaged before they are compared
-MAX_FALL = 1.0  # nats per token: every chosen token e times less likely than at the first log
-MAX_GROWTH = 1.3  # length of what the policy prefers / length of what the data prefers, beyond that of the first log
+MAX_FALL = 1.0  # nats per token: every chosen token e times less likely than at the start
+MAX_GROWTH = 1.3  # length of what the policy prefers / length of what the data prefers, beyond that of the start
+WATCHED = ("logps_norm/chosen", "length/preferred", "length/chosen")
+PROBED_PAIRS = 8  # whose entropies tell at construction whether phi can be calibrated
 _NO_REFERENCE = object()  # what the parent is given so that it neither loads nor copies a reference
-
-
-def first_row(dataset: AnyDataset, name: str) -> dict[str, Any]:
-    """The first pair of a data set, by which its columns are known. Raises ValueError if there is none."""
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"The {name} data set has no rows: give at least one pair.")
-    return row
-
-
-def without_text_prompt(dataset: AnyDataset) -> AnyDataset:
-    """Drop a `prompt` of text that stands beside lists of messages; the prompt is then taken from the messages.
-
-    Published sets, among them the paper's, have both. TRL tells conversations by one of the columns, not always the
-    same, and fails on the other.
-    """
-    first = next(iter(dataset))
-    if isinstance(first.get("prompt"), str) and isinstance(first.get("chosen"), list):
-        return dataset.remove_columns("prompt")
-    return dataset
-
-
-def check_pairs(dataset: AnyDataset, args: RainbowPOConfig, name: str) -> None:
-    """Raise ValueError for rows that are no preference pairs, and for scores that give no advantage."""
-    first = first_row(dataset, name)
-    for column in ("chosen", "rejected"):
-        if column not in first:
-            raise ValueError(
-                f"A preference pair needs a column {column!r}, and the {name} data set has {', '.join(first)}."
-            )
-    kinds = {column: _kind(first[column]) for column in ("prompt", "chosen", "rejected") if column in first}
-    is_pair = kinds["chosen"] == kinds["rejected"] and kinds["chosen"] in ("text", "messages")
-    if not is_pair or kinds.get("prompt", "text") not in ("text", kinds["chosen"]):
-        raise ValueError(
-            f"The columns of the {name} data set do not go together "
-            f"({', '.join(f'{column}: {kind}' for column, kind in kinds.items())}): make all of them text, or all of "
-            "them lists of messages."
-        )
-    if args.home_advantage_from == "score":
-        check_score_columns(dataset, args, name)
-
-
-def _kind(value: Any) -> str:
-    return "text" if isinstance(value, str) else "messages" if isinstance(value, list) else type(value).__name__
-
-
-def check_score_columns(dataset: AnyDataset, args: RainbowPOConfig, name: str) -> None:
-    """Raise ValueError if the columns of scores are missing or hold what gives no advantage (unseen in a stream)."""
-    columns, first = (args.chosen_score_column, args.rejected_score_column), first_row(dataset, name)
-    missing = [column for column in columns if column not in first]
-    if missing:
-        raise ValueError(
-            f"home_advantage_from='score' needs the column(s) {', '.join(missing)} in the {name} data set, which has "
-            f"{', '.join(first)}: set chosen_score_column and rejected_score_column."
-        )
-    for column in columns:
-        values = dataset[column][:] if isinstance(dataset, Dataset) else [first[column]]
-        wrong = [index for index, value in enumerate(values) if not isinstance(value, numbers.Real)]
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} of {len(values)} scores in the column {column} of the {name} data set are no numbers, "
-                f"the first {values[wrong[0]]!r} in row {wrong[0]}: drop those pairs, or name another column."
-            )
-    if isinstance(dataset, Dataset):
-        check_scores(Pair(*(torch.tensor(dataset[column][:]) for column in columns)), args.score_transform)
-
-
-def _is_silent(completion: Any, eos_token: str | None) -> bool:
-    """Whether text, or a list of messages, says nothing before its end."""
-    if isinstance(completion, str):
-        return not completion.removesuffix(eos_token or "").strip()
-    return isinstance(completion, list) and not any(
-        message.get("tool_calls") or str(message.get("content") or "").strip() for message in completion
-    )
-
-
-def drop_empty_pairs(
-    dataset: AnyDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    name: str,
-    given: int | None = None,
-) -> AnyDataset:
-    """Drop tokenised pairs whose completions are equal, or one of them empty but for its end; say how many.
-
-    max_length: completions that are equal as far as this many tokens of prompt and completion go are equal; None if
-    sequences are not cut at their end. given: pairs before tokenisation, which drops prompts that fill max_length.
-    Of a stream the pairs are counted as they pass. Raises ValueError if none is left.
-    """
-
-    def fault(row: dict[str, Any]) -> str | None:
-        room = None if max_length is None else max(0, max_length - len(row["prompt_ids"]))
-        if row["chosen_ids"][:room] == row["rejected_ids"][:room]:
-            return "identical"
-        ends = ({tokenizer.eos_token_id}, tokenizer.eos_token)
-        for side in ("chosen", "rejected"):
-            if set(row[f"{side}_ids"]) <= ends[0] or _is_silent(row.get(side), ends[1]):
-                return "empty"
-        return None
-
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(_CountingFilter(fault, name))
-    columns = [column for column in dataset.column_names if column in PAIR_COLUMNS]
-    faults = [fault(row) for row in dataset.select_columns(columns)]
-    kept = [index for index, found in enumerate(faults) if found is None]
-    given = len(dataset) if given is None else given
-    if kept and len(kept) == given:
-        return dataset
-    counts = f"{faults.count('identical')} with identical completions, {faults.count('empty')} with an empty one"
-    if given > len(dataset):
-        counts += f", {given - len(dataset)} whose prompt alone fills max_length"
-    if not kept:
-        raise ValueError(f"No pair of the {name} data set can teach anything: {given} pairs, {counts}.")
-    logger.warning("Dropped %d of %d pairs of the %s data set: %s.", given - len(kept), given, name, counts)
-    return dataset.select(kept)
-
-
-@dataclass
-class _CountingFilter:
-    """Lets pairs of a stream pass that have no fault, and says at the 1st, 10th, 100th ... how many had one."""
-
-    fault: Callable[[dict[str, Any]], str | None]
-    name: str
-    dropped: int = 0
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        found = self.fault(row)
-        if found is None:
-            return True
-        self.dropped += 1
-        if str(self.dropped).strip("0") == "1":
-            logger.warning(
-                "Dropped %d pair(s) of the %s stream so far for identical or empty completions.",
-                self.dropped,
-                self.name,
-            )
-        return False
-
-
-@dataclass
-class CollatorWithScores:
-    """Another collator's batch plus `scores` (B, 2), those of the chosen and the rejected completion."""
-
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    columns: tuple[str, str]
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        scores = torch.tensor([[row[column] for column in self.columns] for row in rows], dtype=torch.float32)
-        return self.collate(rows) | {"scores": scores}
 
 
 class PreferenceMeter(MeanMeter):
@@ -257,18 +127,73 @@ class PreferenceMeter(MeanMeter):
         return means
 
 
-def token_statistics(outputs: FusedCausalLMOutput, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Entropy, mean logits and top-1 accuracy over completion tokens, with TRL's names. mask: (2B, S - 1)."""
-    length, mask = mask.shape[1], mask.bool()
-    chosen, rejected = mask.chunk(2)
-    of_chosen, of_rejected = outputs.mean_logits[:, -length:].masked_fill(~mask, 0.0).chunk(2)
-    top1 = outputs.is_top1[:, -length:].chunk(2)[0] & chosen
+@dataclass
+class Completions:
+    """Which tokens of a batch are scored, and whose they are: rows of their own, or sequences laid into one row.
+
+    mask: (R, S - 1), a token counted where it is predicted. owner: (R, S - 1), which of the 2B sequences a token is
+    of, the B chosen ones first; None: that of its row.
+    """
+
+    mask: Tensor
+    labels: Tensor  # (R, S), -100 where nothing is scored
+    owner: Tensor | None
+    num_sequences: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor]) -> Completions:
+        """Those of a batch of `PreferenceCollator`, or of TRL's collator."""
+        scored, ids = inputs["completion_mask"], inputs["input_ids"]
+        labels = ids.masked_fill(scored == 0, -100)
+        if LENGTHS not in inputs:
+            return cls(scored[:, 1:], labels, None, len(ids))
+        owner = (inputs["position_ids"] == 0).cumsum(-1) - 1
+        return cls(scored[:, 1:], labels, owner[:, 1:], len(inputs[LENGTHS]))
+
+    def sums(self, values: Tensor) -> Pair:
+        """Sums over scored tokens of values, which may have virtual tokens of prompt learning in front."""
+        values = values[:, -self.mask.shape[1] :] * self.mask
+        if self.owner is None:
+            return Pair(*values.sum(dim=1).chunk(2))
+        sums = values.new_zeros(self.num_sequences).index_add(0, self.owner.flatten(), values.flatten())
+        return Pair(*sums.chunk(2))
+
+    def lengths(self) -> Pair:
+        """Scored tokens of each completion."""
+        return self.sums(torch.ones_like(self.mask))
+
+    def is_chosen(self) -> Tensor:
+        """Which scored tokens are of a chosen completion, (R, S - 1) bool."""
+        rows = torch.arange(len(self.mask), device=self.mask.device)[:, None] if self.owner is None else self.owner
+        return self.mask.bool() & (rows < self.num_sequences // 2)
+
+
+@dataclass
+class PreferenceOutput(ModelOutput):
+    """What a batch gave, (B, 2) each, chosen and rejected: rewards, summed log-probabilities, lengths in tokens."""
+
+    loss: Tensor | None = None
+    rewards: Tensor | None = None
+    logps: Tensor | None = None
+    lengths: Tensor | None = None
+
+
+def token_statistics(outputs: FusedCausalLMOutput, completions: Completions) -> dict[str, tuple[Tensor, Tensor]]:
+    """Entropy, mean logits and top-1 accuracy over completion tokens, with TRL's names."""
+    length, mask, chosen = completions.mask.shape[1], completions.mask.bool(), completions.is_chosen()
+    rejected, logits = mask & ~chosen, outputs.mean_logits[:, -length:]
     return {
         "entropy": (outputs.entropy[:, -length:].masked_fill(~mask, 0.0).sum(), mask.sum()),
-        "logits/chosen": (of_chosen.sum(), chosen.sum()),
-        "logits/rejected": (of_rejected.sum(), rejected.sum()),
-        "mean_token_accuracy": (top1.sum(), chosen.sum()),
+        "logits/chosen": (logits.masked_fill(~chosen, 0.0).sum(), chosen.sum()),
+        "logits/rejected": (logits.masked_fill(~rejected, 0.0).sum(), rejected.sum()),
+        "mean_token_accuracy": ((outputs.is_top1[:, -length:] & chosen).sum(), chosen.sum()),
     }
+
+
+def rewards_of(own: Pair, reference: Pair | None, beta: float) -> Pair:
+    """beta * (log-probability - reference's), of sums or per token as the objective has it; or without a reference."""
+    gains = own if reference is None else Pair(*(ours - theirs for ours, theirs in zip(own, reference, strict=True)))
+    return Pair(*(beta * gain for gain in gains))
 
 
 def pair_statistics(
@@ -276,16 +201,14 @@ def pair_statistics(
 ) -> dict[str, tuple[Tensor, int]]:
     """Means over pairs: rewards in the units of the objective, log-probabilities summed and per token, lengths.
 
-    A reward is beta * (log-probability - reference's), of sums or per token as the objective has it; without a
-    reference beta * log-probability. A pair whose rewards differ by no more than rounding is half a hit, as where the
+    A pair whose rewards differ by no more than rounding is half a hit, as where the
     policy still is its reference: ROUNDINGS times eps of the largest value that the four log-probabilities can reach
     between them, their sum, as each is a sum over tokens and holds some roundings of its own size.
     """
     normed = per_token(logps, lengths)
     own = normed if is_per_token else logps
     reference = None if ref_logps is None else per_token(ref_logps, lengths) if is_per_token else ref_logps
-    rewards = own if reference is None else Pair(*(ours - theirs for ours, theirs in zip(own, reference, strict=True)))
-    rewards = Pair(*(beta * reward for reward in rewards))
+    rewards = rewards_of(own, reference, beta)
     prefers_chosen = own.chosen > own.rejected
     margins, taken = rewards.chosen - rewards.rejected, [*own, *(reference or ())]
     noise = ROUNDINGS * torch.finfo(margins.dtype).eps * beta * sum(value.abs() for value in taken)
@@ -335,15 +258,6 @@ def check_request(
     if processing_class is not None:
         check_end_of_text(processing_class)
     if not args.needs_reference:
-        for name, given in (
-            ("ref_model", ref_model is not None),
-            ("precompute_ref_log_probs", args.precompute_ref_log_probs),
-            ("sync_ref_model", args.sync_ref_model),
-        ):
-            if given:
-                raise ValueError(
-                    f"{name} is set, but mixing_alpha=0 and contextual_scaling='none' use no reference: leave it out."
-                )
         return
     if ref_model is not None and args.needs_reference_entropy and not isinstance(ref_model, PreTrainedModel):
         raise ValueError(
@@ -359,29 +273,57 @@ def check_request(
         )
 
 
+def without_unused_reference(args: RainbowPOConfig, ref_model: nn.Module | None) -> RainbowPOConfig:
+    """The settings without what only a reference is for, where none is used, as where a sweep of mixing_alpha ends."""
+    asked = {"ref_model": ref_model is not None}
+    asked |= {name: getattr(args, name) for name in ("precompute_ref_log_probs", "sync_ref_model")}
+    unused = [name for name, is_asked in asked.items() if is_asked]
+    if args.needs_reference or not unused:
+        return args
+    logger.warning(
+        "%s has no effect: mixing_alpha=0 and contextual_scaling='none' use no reference, and none is kept.",
+        " and ".join(unused),
+    )
+    args.precompute_ref_log_probs = args.sync_ref_model = False
+    return args
+
+
 def _config_of(model: str | nn.Module, args: RainbowPOConfig) -> Any:
     """The model's configuration; of a name it is read alone, so that a model is not loaded to be refused."""
     if not isinstance(model, str):
         return model.config
+    return AutoConfig.from_pretrained(model, **_options_of_config(args))
+
+
+def _options_of_config(args: RainbowPOConfig) -> dict[str, Any]:
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    options = {name: value for name, value in options.items() if name in OPTIONS_OF_CONFIG}
-    return AutoConfig.from_pretrained(model, **options)
+    return {name: value for name, value in options.items() if name in OPTIONS_OF_CONFIG}
 
 
-def training_entropies(trainer: Any) -> Tensor:
+def generation_ends(model: str | nn.Module, args: RainbowPOConfig) -> int | list[int] | None:
+    """Tokens at which the model stops to generate, as it says itself; None where it says nothing."""
+    if not isinstance(model, str):
+        return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    try:
+        return GenerationConfig.from_pretrained(model, **_options_of_config(args)).eos_token_id
+    except OSError:  # a model that comes without
+        return None
+
+
+def training_entropies(trainer: Any, count: int | None) -> Tensor:
     """H (N,) of training pairs under the reference of a `RainbowPOTrainer`; from its columns where precomputed.
 
-    N `calibration_pairs`, spread evenly over the training set; of a stream the first ones.
+    N `count`, spread evenly over the training set; of a stream the first ones.
     The authors' constant scale of phi, 0.29, is 1 / mean(-ln H) of their model and data; here it is measured.
     """
-    args, data, count = trainer.args, trainer.train_dataset, trainer.args.calibration_pairs
+    args, data = trainer.args, trainer.train_dataset
     if isinstance(data, IterableDataset):
         if count is None:
             raise ValueError("calibration_pairs=None means all pairs, which a stream does not end: set a number.")
         data = Dataset.from_list(list(data.take(count)))
     elif count is not None and count < len(data):
         data = data.select(torch.linspace(0, len(data) - 1, count).round().long().tolist())
-    if "ref_chosen_logps" in data.column_names:
+    if trainer.precompute_ref_logps:
         return torch.tensor(data["ref_chosen_logps"][:])[:, 1]
     batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
     loader = DataLoader(data, batch_size=batch_size, collate_fn=trainer.data_collator)
@@ -408,28 +350,31 @@ def add_components(args: RainbowPOConfig, scale: float | None) -> None:
 class RunawayWatch:
     """Warns once when chosen text becomes unlikely, and once when longer text is preferred than the data prefers.
 
-    The latest training logs are compared with the first. Source: the regimes that blow up in the paper's own runs,
-    docs/rainbowpo.md.
+    The latest training logs are compared with `start`, the first step, when nothing was updated yet. Source: the
+    regimes that blow up in the paper's own runs, docs/rainbowpo.md.
     """
 
     def __init__(self) -> None:
-        self._first: dict[str, float] = {}
+        self.start: dict[str, float] = {}
         self._logs: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._said: set[str] = set()
 
+    @staticmethod
+    def read(metrics: Mapping[str, float]) -> dict[str, float]:
+        """What is compared: nats per chosen token; length of what the policy prefers over that of the chosen."""
+        ratio = metrics["length/preferred"] / max(metrics["length/chosen"], 1.0)
+        return {"chosen": metrics["logps_norm/chosen"], "length": ratio}
+
     def look(self, metrics: Mapping[str, float]) -> list[str]:
         """Warn about what runs away in a training log; returns the new warnings."""
-        if "logps_norm/chosen" not in metrics:
+        if not set(WATCHED) <= metrics.keys():
             return []
-        ratio = metrics["length/preferred"] / max(metrics["length/chosen"], 1.0)
-        self._logs.append({"chosen": metrics["logps_norm/chosen"], "length": ratio})
-        if len(self._logs) < WINDOW:
-            return []
-        now = {name: sum(log[name] for log in self._logs) / WINDOW for name in ("chosen", "length")}
-        self._first = self._first or now
+        self._logs.append(self.read(metrics))
+        now = {name: sum(log[name] for log in self._logs) / len(self._logs) for name in ("chosen", "length")}
+        self.start = self.start or now  # of a run that was resumed from elsewhere
         found = {
-            "chosen": self._first["chosen"] - now["chosen"] > MAX_FALL,
-            "length": now["length"] > MAX_GROWTH * max(1.0, self._first["length"]),
+            "chosen": self.start["chosen"] - now["chosen"] > MAX_FALL,
+            "length": len(self._logs) == WINDOW and now["length"] > MAX_GROWTH * max(1.0, self.start["length"]),
         }
         new = [name for name, is_found in found.items() if is_found and name not in self._said]
         self._said.update(new)
@@ -441,7 +386,7 @@ class RunawayWatch:
     def _message(self, name: str, value: float) -> str:
         if name == "chosen":
             return (
-                f"The chosen completions fell from {self._first['chosen']:.2f} to {value:.2f} nats per token: the "
+                f"The chosen completions fell from {self.start['chosen']:.2f} to {value:.2f} nats per token: the "
                 "policy forgets how to write what it should prefer. Lower the learning rate, raise beta, or set "
                 "sft_weight (0.05 to 0.1)."
             )
@@ -488,22 +433,6 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             attributes["training"] = True
 
 
-def mask_and_labels(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Which predicted tokens belong to a completion (2B, S - 1), and labels with -100 elsewhere (2B, S)."""
-    mask = inputs["completion_mask"]
-    return mask[:, 1:], inputs["input_ids"].masked_fill(mask == 0, -100)
-
-
-def completion_sums(values: Tensor, mask: Tensor) -> Pair:
-    """Sums over completion tokens of values (2B, S - 1), which may have virtual tokens of prompt learning in front."""
-    return Pair(*(values[:, -mask.shape[1] :] * mask).sum(dim=1).chunk(2))
-
-
-def completion_lengths(mask: Tensor) -> Pair:
-    """Tokens of each completion."""
-    return Pair(*mask.sum(dim=1).chunk(2))
-
-
 class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin, DPOTrainer):
     """Preference optimisation of any causal LM, dense or MoE, with the seven components of RainbowPO as switches.
 
@@ -512,10 +441,14 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
     and besides: `phi/mean|min|max`, `ref_entropy` (H), `margin/effective`, `logps_norm/*`, `loss/*` (the parts of the
     loss, as they enter it), `length/*`. `rewards/*` are in the units of the objective.
 
-    Overrides `_compute_loss` (the objective), `compute_ref_log_probs`, `_precompute_ref_logps` and the attribute
-    `ref_model` (entropies of the reference beside its log-probabilities), `_prepare_dataset` and
-    `_set_signature_columns_if_needed` (pairs and scores), `train`, `evaluate` and `_save` (the scale of phi), `log`
-    (meters) and `create_model_card`.
+    An update is the mean over the pairs of its optimizer batch, however they are dealt to micro-batches and ranks.
+    `predict` gives the rewards of both completions, (N, 2), as its predictions.
+
+    Overrides `compute_loss`, `prediction_step` and `_get_num_items_in_batch` (the objective, per pair),
+    `compute_ref_log_probs`, `_precompute_ref_logps` and the attribute `ref_model` (entropies of the reference beside
+    its log-probabilities), `_prepare_dataset`, `get_eval_dataloader`, `get_test_dataloader` and
+    `_set_signature_columns_if_needed` (pairs and scores), `train`, `evaluate`, `predict` and `_save` (the scale of
+    phi), `log` (meters) and `create_model_card`.
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
@@ -528,6 +461,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
     """
 
     run_method = "rainbowpo"
+    loss_is_scaled_for_ga = True
     _tag_names = ["trl", "hf_moe_cpt", "rainbowpo"]
     _name = "RainbowPO"
     _paper = {
@@ -554,10 +488,13 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RainbowPOConfig(f"{name.split('/')[-1]}-RainbowPO")
         check_request(model, ref_model, args, train_dataset, processing_class, kwargs)
+        args = without_unused_reference(copy(args), ref_model)
+        is_padding_free, args.padding_free = args.padding_free, False  # the parent's is out of order
         scale = args.dispersion_scale if args.needs_reference_entropy else None
         self.dispersion_scale = None if scale == "auto" else scale
-        self.meters, self.runaway_watch = {"train": PreferenceMeter(), "eval": PreferenceMeter()}, RunawayWatch()
-        self._tokens_seen: Tensor | int = 0
+        self.meters = {name: PreferenceMeter() for name in ("train", "eval", "start")}
+        self.runaway_watch, self.isolation = RunawayWatch(), None
+        self._generation_ends = generation_ends(model, args)
         super().__init__(
             model,
             ref_model if args.needs_reference else _NO_REFERENCE,
@@ -569,13 +506,49 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             **kwargs,
         )
         freeze(self.model, args.freeze or ())
+        self._take_collator()
+        if is_padding_free:
+            self._lay_into_one_row()
         self.balance_routers(RouterBalance(args, self.model))
         use_kernels(self.model, args, fuses_head=False)  # TRL's head has no logits either
         if args.home_advantage_from == "score":
             columns = (args.chosen_score_column, args.rejected_score_column)
             self.data_collator = CollatorWithScores(self.data_collator, columns)
+        is_dealt = self.is_fsdp_enabled or self.is_deepspeed_enabled  # its weights come together in `train`
+        if self.dispersion_scale is None and args.needs_reference_entropy and not is_dealt:
+            dispersion_scale_of(training_entropies(self, PROBED_PAIRS))  # refuses what cannot be calibrated
 
     # ---- data ----
+
+    def _take_collator(self) -> None:
+        theirs = self.data_collator
+        if type(theirs) is DataCollatorForPreference:
+            names = ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
+            self.data_collator = PreferenceCollator(*(getattr(theirs, name) for name in names))
+
+    def _lay_into_one_row(self) -> None:
+        """From now on a micro-batch is one row without padding, where sequences of the model can be kept apart."""
+        policy, reference = (
+            self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model or self.model)
+        )
+        is_prompted = is_peft_model(policy) and policy.active_peft_config.is_prompt_learning
+        reasons = {
+            "a data_collator is given": not isinstance(self.data_collator, PreferenceCollator),
+            "the adapter puts virtual tokens in front of a row": is_prompted,
+            f"ref_model is a {type(reference).__name__} and the policy another": self.ref_model is not None
+            and type(reference) is not type(inner_model(policy)),
+        }
+        for reason, is_so in reasons.items():
+            if is_so:
+                raise ValueError(f"padding_free=True is not possible, as {reason}: leave it out.")
+        isolation = isolation_for(self.model, self.args, self.args.max_length or LONGEST)
+        if isolation.method == "padded":
+            return  # said by a warning
+        self.args.padding_free = self.data_collator.padding_free = True
+        self.isolation = isolation
+        attention = isolation.model.config.get_text_config()._attn_implementation
+        if self.ref_model is not None and reference.config.get_text_config()._attn_implementation != attention:
+            reference.set_attn_implementation(attention)
 
     def _prepare_dataset(
         self, dataset: AnyDataset, processing_class: Any, args: RainbowPOConfig, dataset_name: str
@@ -585,13 +558,43 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         check_end_of_text(self._tokenizer)
         check_pairs(dataset, args, dataset_name)
         given = len(dataset) if isinstance(dataset, Dataset) else None
-        dataset = super()._prepare_dataset(without_text_prompt(dataset), processing_class, args, dataset_name)
+        dataset = normalised(dataset, args, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        ends = ends_of(self._tokenizer, self._generation_ends)
+        how = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        dataset = dataset.map(Mended(self._tokenizer, ends), **how)
         max_length = args.max_length if args.truncation_mode == "keep_start" else None
         return drop_empty_pairs(dataset, self._tokenizer, max_length, dataset_name, given)
 
+    def first_pairs(self, count: int = 2) -> str:
+        """The first training pairs as the model sees them: decoded, cut, with what is scored marked."""
+        collator = getattr(self.data_collator, "collate", self.data_collator)
+        return shown(list(islice(self.train_dataset, count)), self._tokenizer, collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The parent's; pairs that are not prepared yet are."""
+        return super().get_eval_dataloader(self._ready(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset: AnyDataset) -> DataLoader:
+        """The parent's; pairs that are not prepared yet are."""
+        return super().get_test_dataloader(self._ready(test_dataset, "test"))
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        if dataset is None or isinstance(dataset, str) or MASK_COLUMNS[0] in first_row(dataset, name):
+            return dataset
+        is_gone = self.precompute_ref_logps and self.ref_model is None and not is_peft_model(self.model)
+        if is_gone and self.state.global_step > 0:
+            raise ValueError(
+                f"The {name} data set came after training, and with precompute_ref_log_probs=True the reference is "
+                "gone: pass ref_model, or set precompute_ref_log_probs=False."
+            )
+        dataset = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(dataset, name, batch_size) if self.precompute_ref_logps else dataset
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = [self.args.chosen_score_column, self.args.rejected_score_column]
+        columns = [self.args.chosen_score_column, self.args.rejected_score_column, *MASK_COLUMNS]
         self._signature_columns += [column for column in columns if column not in self._signature_columns]
 
     # ---- the reference ----
@@ -614,16 +617,14 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         The parent caches both in the columns of its own log-probabilities; H is 0 where it is not used.
         """
         head = "fused_lm_head" if self.ref_model is None or not self.args.needs_reference_entropy else "with_entropy"
-        mask, labels = mask_and_labels(inputs)
+        completions = Completions.of(inputs)
         with torch.no_grad(), self._policy_as_reference(), self.accelerator.autocast():
-            outputs = model(**self._model_inputs(inputs), labels=labels, **{head: True})
-        logps = completion_sums(outputs.log_probs, mask)
+            outputs = model(**self._model_inputs(inputs, completions, self.ref_model), **{head: True})
+        logps = completions.sums(outputs.log_probs)
         entropy = torch.zeros_like(logps.chosen)
         if self.args.needs_reference_entropy:
             vocabulary_size = self.model.config.get_text_config().vocab_size
-            entropy = normalized_entropy(
-                completion_sums(outputs.entropy, mask), completion_lengths(mask), vocabulary_size
-            )
+            entropy = normalized_entropy(completions.sums(outputs.entropy), completions.lengths(), vocabulary_size)
         return torch.stack([logps.chosen, entropy], dim=1), torch.stack([logps.rejected, entropy], dim=1)
 
     @contextlib.contextmanager
@@ -642,6 +643,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             yield
 
     def _precompute_ref_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> AnyDataset:
+        self._take_collator()  # the parent calls this before it is done
         if not self._precompute_model_hash.startswith(self._name):  # the parent's cache holds other columns
             cut = (self.args.max_length, self.args.truncation_mode, self.args.needs_reference_entropy)
             self._precompute_model_hash = self._name + Hasher.hash((self._precompute_model_hash, cut))
@@ -659,35 +661,74 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     # ---- the loss ----
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        mask, labels = mask_and_labels(inputs)
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Pairs of the optimizer batch on all ranks; ranks that share their batch count it once."""
+        if not batch_samples:
+            return None
+        pairs = torch.tensor(float(sum(len(batch.get(LENGTHS, batch["input_ids"])) // 2 for batch in batch_samples)))
+        pairs = self.accelerator.gather(pairs.to(device)).sum()
+        return pairs / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Mean loss of the pairs, or their part of the mean over `num_items_in_batch` pairs, times ranks.
+
+        With return_outputs also a `PreferenceOutput`; there are no logits.
+        """
+        completions = Completions.of(inputs)
         with self.balance.observe(inputs) if self.model.training else contextlib.nullcontext():
-            outputs = model(**self._model_inputs(inputs), labels=labels, fused_lm_head=True)
-        logps, lengths = completion_sums(outputs.log_probs, mask), completion_lengths(mask)
+            outputs = model(**self._model_inputs(inputs, completions), fused_lm_head=True)
+        logps, lengths = completions.sums(outputs.log_probs), completions.lengths()
         ref_logps, entropy = self._reference(inputs)
         phi = mallows_phi(entropy, self.dispersion_scale) if self.args.needs_reference_entropy else 1.0
         switches = {name: getattr(self.args, name) for name in SWITCHES}
         terms = preference_terms(logps, lengths, ref_logps, self._home_advantage(inputs, lengths), phi, **switches)
-        loss = terms.loss.mean()
+        ranks = self.accelerator.num_processes // self.get_tp_size()
+        share = 1.0 if num_items_in_batch is None else len(terms.loss) * ranks / num_items_in_batch  # of the step
+        loss = share * terms.loss.mean()
 
-        statistics = token_statistics(outputs, mask)
-        statistics |= pair_statistics(terms, logps, ref_logps, lengths, self.args.beta, self.args.length_normalization)
+        statistics = token_statistics(outputs, completions)
+        of_pairs = pair_statistics(terms, logps, ref_logps, lengths, self.args.beta, self.args.length_normalization)
         if self.args.sft_weight:
-            statistics["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
-        if self.balance.is_penalised and self.model.training:
-            preference, loss = loss, self.balance.added_to(loss, self.penalty_scale(is_summed=False))
-            statistics["loss/aux"] = (loss - preference, 1)
-        meter = self.meters["train" if self.model.training else "eval"]
+            of_pairs["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
         if self.args.needs_reference_entropy:
-            statistics |= {"phi/mean": (phi.sum(), len(phi)), "ref_entropy": (entropy.sum(), len(entropy))}
-            meter.add_range("phi", phi)
-        meter.add(statistics)
-        if self.model.training:
-            self._tokens_seen = self._tokens_seen + inputs["attention_mask"].sum()
-        return (loss, outputs) if return_outputs else loss
+            of_pairs |= {"phi/mean": (phi.sum(), len(phi)), "ref_entropy": (entropy.sum(), len(entropy))}
+        self._count(statistics | of_pairs, phi, inputs)
+        if self.balance.is_penalised and self.model.training:
+            preference, loss = loss, self.balance.added_to(loss, self.penalty_scale(is_summed=True))
+            self.meters["train"].add({"loss/aux": (loss - preference, share)})
+        if not return_outputs:
+            return loss
+        is_per_token = self.args.length_normalization
+        own, reference = (
+            per_token(sums, lengths) if is_per_token and sums is not None else sums for sums in (logps, ref_logps)
+        )
+        pairs = {"rewards": rewards_of(own, reference, self.args.beta), "logps": logps, "lengths": lengths}
+        return loss, PreferenceOutput(loss, **{name: torch.stack(pair, dim=1) for name, pair in pairs.items()})
 
-    def _model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def _count(self, statistics: dict[str, Any], phi: Tensor | float, inputs: dict[str, Tensor]) -> None:
+        """Add a micro-batch to what is logged."""
+        mode = "train" if self.model.training else "eval"
+        self.meters[mode].add(statistics)
+        if isinstance(phi, Tensor):
+            self.meters[mode].add_range("phi", phi)
+        if mode == "train":
+            if self.state.global_step == 0:
+                self.meters["start"].add({name: statistics[name] for name in WATCHED})
+
+    def _model_inputs(
+        self, inputs: dict[str, Tensor], completions: Completions, reference: nn.Module | None = None
+    ) -> dict[str, Any]:
         kept = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        kept["labels"] = completions.labels
+        if self.isolation is not None and LENGTHS in inputs:
+            base = self.isolation.model if reference is None else self.accelerator.unwrap_model(reference)
+            kept = replace(self.isolation, model=base)(kept)
         return kept | {"use_cache": False} | own_penalty_off(self.model)
 
     def _home_advantage(self, inputs: dict[str, Tensor], lengths: Pair) -> Tensor | float:
@@ -702,12 +743,34 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`."""
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self.dispersion_scale is None and checkpoint is not None:
-            kept = checkpoint / SCALE_FILE
-            self.dispersion_scale = json.loads(kept.read_text())["dispersion_scale"] if kept.exists() else None
+        checkpoint = self.open_run(resume_from_checkpoint)
+        if checkpoint is not None and (checkpoint / SCALE_FILE).exists():
+            kept = json.loads((checkpoint / SCALE_FILE).read_text())
+            self.runaway_watch.start = kept.get("start", {})
+            if self.dispersion_scale is None:
+                self.dispersion_scale = kept["dispersion_scale"]
         self._calibrate()
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Loss of a batch and, unless it is the loss only, the rewards of its completions (B, 2); no labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, None if prediction_loss_only else outputs.rewards, None
+
+    def predict(
+        self, test_dataset: AnyDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Rewards (N, 2) of the chosen and rejected completions of pairs, as `predictions`, and all metrics."""
+        self._calibrate()
+        predicted = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        means = self.meters["eval"].pop()
+        return predicted._replace(
+            metrics=predicted.metrics | {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's; `dispersion_scale="auto"` is calibrated first if it has not been."""
@@ -716,7 +779,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     def _calibrate(self) -> None:
         if self.dispersion_scale is None and self.args.needs_reference_entropy:
-            self.dispersion_scale = dispersion_scale_of(training_entropies(self))
+            self.dispersion_scale = dispersion_scale_of(training_entropies(self, self.args.calibration_pairs))
             logger.info("dispersion_scale=%.4g gives phi the mean 1 on the training pairs.", self.dispersion_scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -724,7 +787,10 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         mode = "train" if self.model.training else "eval"
         metrics = self.meters[mode].pop()
         if mode == "train" and metrics:
-            metrics["num_tokens"] = self.accelerator.reduce(self._tokens_seen).item() // self._tp_size
+            metrics["num_tokens"] = self.token_count.total(self.args.device) // self._tp_size
+            start = self.meters["start"].pop()
+            if start:
+                self.runaway_watch.start = self.runaway_watch.read(start)
             self.runaway_watch.look(metrics)
         if mode == "eval":
             prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_")
@@ -734,8 +800,8 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        kept = Path(output_dir or self.args.output_dir) / SCALE_FILE
-        kept.write_text(json.dumps({"dispersion_scale": self.dispersion_scale}) + "\n")
+        kept = {"dispersion_scale": self.dispersion_scale, "start": self.runaway_watch.start}
+        (Path(output_dir or self.args.output_dir) / SCALE_FILE).write_text(json.dumps(kept) + "\n")
 
     def run_details(self) -> dict[str, str]:
         """The row of the table of methods that the objective is, for training_run.json and the card."""

@@ -42,12 +42,12 @@ def test_a_reference_is_needed_for_alpha_or_phi(tmp_path, alpha, logps, scaling,
 
 REFUSED = {
     "alpha in percent": ({"mixing_alpha": 25}, r"mixing_alpha=25 is outside \[0, 1\]: it is the reference's share"),
-    "alpha that is no number": ({"mixing_alpha": float("nan")}, r"mixing_alpha=nan is outside \[0, 1\]"),
-    "beta in quotes": ({"beta": "10"}, "beta='10' is of the type str: give a number"),
-    "no beta": ({"beta": None}, "beta=None is of the type NoneType: give a number"),
-    "gamma in words": ({"simpo_gamma": "3"}, "simpo_gamma='3' is of the type str: give a number"),
+    "alpha that is no number": ({"mixing_alpha": float("nan")}, "mixing_alpha=nan is no finite number"),
+    "beta in quotes": ({"beta": "10"}, "beta='10' is no float"),
+    "no beta": ({"beta": None}, "beta=None is no float"),
+    "gamma in words": ({"simpo_gamma": "3"}, "simpo_gamma='3' is no float"),
     "beta of 0": ({"beta": 0.0}, "beta=0.0 must be a finite number above 0: about 10 with length_normalization"),
-    "endless beta": ({"beta": float("inf")}, "beta=inf must be a finite number above 0"),
+    "endless beta": ({"beta": float("inf")}, "beta=inf is no finite number"),
     "labels at random": ({"label_smoothing": 0.5}, r"label_smoothing=0.5 is outside \[0, 0.5\)"),
     "negative SFT": ({"sft_weight": -1.0}, "sft_weight=-1.0 must be a finite number, at least 0"),
     "unknown link": ({"link": "sigmoid"}, "link='sigmoid' is unknown: choose one of logistic, hinge, square, square_"),
@@ -61,7 +61,7 @@ REFUSED = {
     "gamma given as h": ({"home_advantage": 1.0}, "home_advantage=1 is in nats per token .*set simpo_gamma=1 "),
     "summed h": ({"home_advantage": -40.0}, "must stay below 1 in size: .* set length_normalization=False"),
     "huge gamma": ({"simpo_gamma": 30.0}, "at beta=10 asks for 3 nats per token and must stay below beta"),
-    "h that is no number": ({"home_advantage": float("nan")}, "home_advantage=nan must be a finite number"),
+    "h that is no number": ({"home_advantage": float("nan")}, "home_advantage=nan is no finite number"),
     "h per token of length": (
         {"home_advantage_from": "length"},
         "home_advantage=0.1 nats per token for every token .* 100 tokens would be worth 10 nats per token",
@@ -81,7 +81,8 @@ REFUSED = {
     ),
 }
 OF_THE_PARENT = {
-    "loss_type": (["ipo"], "choose link, length_normalization"),
+    "loss_type": (["hinge"], r"set link='hinge' \(preset hinge-dpo\)"),
+    "label_smoothing_factor": (0.1, "set label_smoothing, the share of pairs"),
     "loss_weights": ([2.0], "the only second term is the SFT"),
     "ld_alpha": (0.5, "length is dealt with by length_normalization"),
     "f_divergence_type": ("js_divergence", ".* which is reverse"),
@@ -93,6 +94,10 @@ REFUSED |= {
     name: ({name: value}, rf"{name}=.* is not part of this objective: {remedy}")
     for name, (value, remedy) in OF_THE_PARENT.items()
 }
+
+
+REFUSED["another loss"] = ({"loss_type": ["robust"]}, "use trl.DPOTrainer for it, or choose link")
+REFUSED["padding to a multiple of nothing"] = ({"padding_free": True, "pad_to_multiple_of": 8}, "pads nothing, and")
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)

@@ -3,6 +3,7 @@
 Which requests and pairs are refused or dropped before training; meters, and the watch for policies that run away.
 """
 
+import json
 import logging
 
 import pytest
@@ -61,10 +62,23 @@ def _log(chosen: float, preferred: float = 10.0) -> dict[str, float]:
 )
 def test_what_runs_away_is_said_once_with_a_remedy(log, message):
     watch = rainbowpo_trainer.RunawayWatch()
+    watch.start = {"chosen": -1.0, "length": 1.0}
     assert [watch.look(_log(-1.0 - 0.01 * step)) for step in range(20)] == [[]] * 20  # a steady run is left in peace
     assert watch.look({"loss": 1.0}) == []
     said = [warning for _ in range(rainbowpo_trainer.WINDOW + 2) for warning in watch.look(log)]
     assert len(said) == 1 and message in said[0]
+
+
+def test_a_fall_before_the_first_log_is_measured_from_the_first_step(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = trainer(tmp_path, learning_rate=0.5, max_steps=4, logging_steps=2, dispersion_scale=1.0)
+        before = run.compute_loss(run.model.eval(), next(iter(run.get_train_dataloader())), True)[1]
+        run.train()
+    start = (before.logps[:, 0] / before.lengths[:, 0]).mean().item()
+    assert run.runaway_watch.start["chosen"] == pytest.approx(start, rel=1e-5)
+    assert f"fell from {start:.2f} to" in caplog.text
+    run._save(str(tmp_path))
+    assert json.loads((tmp_path / "rainbowpo.json").read_text())["start"] == run.runaway_watch.start
 
 
 def test_a_model_is_in_evaluation_for_a_while_and_then_as_it_was():
@@ -89,9 +103,7 @@ def test_a_text_prompt_beside_messages_is_taken_from_the_messages(tmp_path):
     said = [("w3 w4", "w5 w6", "w7"), ("w8", "w9 w10 w11", "w12 w13"), ("w14", "w15", "w16 w17")]
     rows = [{"prompt": p, "chosen": _conversation(p, c), "rejected": _conversation(p, r)} for p, c, r in said]
     published = Dataset.from_list(rows)
-    assert "prompt" in rainbowpo_trainer.without_text_prompt(pairs(2)).column_names
-    bare = rainbowpo_trainer.without_text_prompt(published)
-    assert "prompt" not in bare.column_names
+    bare = published.remove_columns("prompt")
     tokenised = [trainer(tmp_path, data=data).train_dataset for data in (published, bare)]
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert tokenised[0][column][:] == tokenised[1][column][:]
@@ -192,11 +204,6 @@ REFUSED = {
     "no logarithm": ({**BY_SCORE, "score_transform": "log", "data": EQUAL}, "4 of 4 pairs have scores that give no"),
     "no end of text": ({"processing_class": _without_eos()}, "tokenizer has no end-of-text token"),
     "images": ({"data": IMAGES}, "takes language models and text, not images"),
-    "a reference without use": (
-        {"preset": "simpo", "ref_model": tiny_model("llama")},
-        "ref_model is set, but mixing_alpha=0 and contextual_scaling='none' use no reference",
-    ),
-    "columns without use": ({"preset": "simpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs is set"),
     "no pair to calibrate on": (
         {"model": tiny_model("llama")},
         "this model was never saved: pass ref_model or peft_config, set precompute_ref_log_probs",
@@ -271,7 +278,7 @@ def _batch(run, rows: int = 4) -> dict[str, torch.Tensor]:
 def _loss_and_gradient(run, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     run.model.train()
     run.model.zero_grad()
-    loss = run._compute_loss(run.model, _batch(run, rows), False)
+    loss = run.compute_loss(run.model, _batch(run, rows))
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
 
@@ -336,7 +343,7 @@ def test_loss_is_that_of_the_full_logits(tmp_path, link, length_normalization, a
     run._calibrate()
     _moved(run.model)
     run.model.train()
-    got = run._compute_loss(run.model, _batch(run), False).item()
+    got = run.compute_loss(run.model, _batch(run)).item()
     assert got == pytest.approx(_expected(run, _batch(run)), rel=2e-5)
 
 
@@ -346,7 +353,7 @@ def test_no_reference_is_loaded_or_asked_where_none_is_used(tmp_path):
     calls = []
     run.model.register_forward_hook(lambda *_: calls.append(1))
     run.model.train()
-    run._compute_loss(run.model, _batch(run), False)
+    run.compute_loss(run.model, _batch(run))
     assert len(calls) == 1
 
 
@@ -388,12 +395,12 @@ def test_an_adapter_is_switched_off_for_the_reference(tmp_path):
     merged = adapted.model.merge_and_unload(safe_merge=True)
     full.model.load_state_dict(merged.state_dict())
     full.model.train()
-    merged_loss = full._compute_loss(full.model, batch, False).item()
+    merged_loss = full.compute_loss(full.model, batch).item()
     again = trainer(tmp_path / "c", saved_model(tmp_path), peft_config=lora)
     _moved(again.model)
     again._calibrate()
     again.model.train()
-    assert again._compute_loss(again.model, batch, False).item() == pytest.approx(merged_loss, rel=1e-5)
+    assert again.compute_loss(again.model, batch).item() == pytest.approx(merged_loss, rel=1e-5)
 
 
 def test_router_penalty_enters_once_and_outside_of_the_link(tmp_path):
@@ -403,13 +410,13 @@ def test_router_penalty_enters_once_and_outside_of_the_link(tmp_path):
     for coef, each in run.items():
         each._calibrate()
         each.model.train()
-        loss[coef] = each._compute_loss(each.model, _batch(each), False).item()
+        loss[coef] = each.compute_loss(each.model, _batch(each)).item()
     measured = run[0.5].meters["train"].pop() | run[0.5].balance.pop()
     assert loss[0.5] - loss[0.0] == pytest.approx(0.5 * measured["aux_loss"], rel=1e-4)
     assert measured["loss/preference"] + measured["loss/aux"] == pytest.approx(loss[0.5], rel=1e-6)
     assert measured["aux_loss"] > 0
     run[0.5].model.eval()
-    without = run[0.5]._compute_loss(run[0.5].model, _batch(run[0.5]), False).item()
+    without = run[0.5].compute_loss(run[0.5].model, _batch(run[0.5])).item()
     assert without == pytest.approx(loss[0.0], rel=1e-5)  # never in the evaluation loss
 
 
@@ -457,3 +464,53 @@ def test_evaluation_reports_under_its_own_names(tmp_path):
     metrics = run.evaluate()
     assert {"eval_a_loss", "eval_b_loss", "eval_a_rewards/margins", "eval_b_phi/mean"} <= metrics.keys()
     assert metrics["eval_a_loss"] == pytest.approx(metrics["eval_a_loss/preference"], rel=1e-5)
+
+
+UNUSED = {"ref_model": tiny_model("llama"), "precompute_ref_log_probs": True, "sync_ref_model": True}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_reference_without_use_is_said_and_not_kept(tmp_path, caplog, name):
+    """So that a sweep over mixing_alpha can end at 0."""
+    with caplog.at_level(logging.WARNING):
+        run = trainer(tmp_path, preset="simpo", max_steps=1, **{name: UNUSED[name]})
+        run.train()
+    assert f"{name} has no effect: mixing_alpha=0 and contextual_scaling='none' use no reference" in caplog.text
+    assert run.ref_model is None and "ref_chosen_logps" not in run.train_dataset.column_names
+
+
+def test_a_uniform_reference_is_refused_before_training(tmp_path):
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(tmp_path / "uniform")
+    with pytest.raises(ValueError, match="dispersion_scale cannot be calibrated on entropies in"):
+        trainer(tmp_path, str(tmp_path / "uniform"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_an_update_is_the_mean_over_its_pairs_however_they_are_dealt(tmp_path, kind):
+    """Five pairs at once, and as micro-batches of two, two and one: TRL's mean of means moves 31 % away."""
+    weights, logs = [], []
+    for size, parts in ((5, 1), (2, 3)):
+        run = trainer(
+            tmp_path / str(size),
+            saved_model(tmp_path, kind),
+            pairs(5),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=1.0,
+            load_scope="rank" if kind == "mixtral" else None,
+            router_aux_loss_coef=0.0,
+            dispersion_scale=1.0,
+        )
+        run.train()
+        start = AutoModelForCausalLM.from_pretrained(saved_model(tmp_path, kind))
+        moved = [after - before for after, before in zip(run.model.parameters(), start.parameters(), strict=True)]
+        weights.append(torch.cat([one.detach().flatten() for one in moved]))
+        logs.append(run.state.log_history[0])
+    assert (weights[1] - weights[0]).norm() < 1e-4 * weights[0].norm()
+    for name in ("loss", "loss/preference", "rewards/margins", "logps/chosen", "phi/mean"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
