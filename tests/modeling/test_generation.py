@@ -11,11 +11,11 @@ import torch
 from transformers import DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CACHE_NAME, NEWEST_TESTED, CptMoeForCausalLM, warn_of_untested_release
 
 
-PRESETS = ("dense-tiny", "pb-granular-tiny", "sb-granular-tiny", "pb-switch-tiny", "sb-switch-tiny")
+TINY = [preset for preset in PRESETS if preset.endswith("-tiny")]
 ATTENTION = {"num_key_value_heads": 2, "qk_norm": "head", "qkv_bias": True, "sliding_window": 4}
 SETTINGS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -39,7 +39,7 @@ def prompts(rows: int = 2, columns: int = 7) -> torch.Tensor:
     return torch.randint(1, 64, (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("preset, fields", [*((preset, {}) for preset in PRESETS), ("pb-granular-tiny", ATTENTION)])
+@pytest.mark.parametrize("preset, fields", [*((preset, {}) for preset in TINY), ("pb-granular-tiny", ATTENTION)])
 def test_no_kind_of_cache_and_no_padding_changes_a_token(preset: str, fields: dict, tmp_path) -> None:
     ids = prompts()
     padded = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], dim=1)
