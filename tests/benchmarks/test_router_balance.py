@@ -2,9 +2,12 @@
 
 import csv
 
+import pytest
+
 from hf_moe_cpt.scripts.benchmarks.router_balance import CHOSEN, EXPERTS, main
 
 
+@pytest.mark.slow
 def test_each_family_has_a_row_without_balance_and_one_with_its_way(tmp_path):
     options = ["--device", "cpu", "--families", "cpt_moe", "--steps", "2", "--batch_size", "2"]
     main([*options, "--output_dir", str(tmp_path)])

@@ -137,6 +137,7 @@ def test_memory_is_taken_in_a_process_of_its_own(tmp_path):
     assert 5 * weights < float(row["peak_mib"]) < 64
 
 
+@pytest.mark.slow
 def test_memory_on_a_cpu_is_what_lives_and_what_a_step_adds():
     gc.collect()  # what other tests left behind must not go in between
     kept = torch.zeros(1000)

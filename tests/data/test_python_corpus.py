@@ -443,6 +443,7 @@ def test_a_root_without_text_is_refused(tmp_path):
         build(tmp_path)
 
 
+@pytest.mark.slow
 def test_listing_of_the_real_installation_is_stable_and_complete():
     files = pc.list_files(pc.installation_roots())
     names = [file.name for file in files]
@@ -451,6 +452,7 @@ def test_listing_of_the_real_installation_is_stable_and_complete():
     assert not any("__pycache__" in name or "/tests/" in name for name in names)
 
 
+@pytest.mark.slow
 def test_real_standard_library():
     root = Path(sysconfig.get_path("stdlib"))
     corpus = build(root, max_characters_per_domain=300_000, held_out_fraction=0.1)

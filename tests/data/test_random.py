@@ -28,7 +28,7 @@ def test_integers_and_arrays_agree_and_stay_inside(length, seed, data):
     assert permute(np.array([[index]]), length, seed).tolist() == [[value]]
 
 
-@pytest.mark.parametrize("length", [5, 8, 16, 100])
+@pytest.mark.parametrize("length", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16, 100))])
 def test_over_seeds_every_place_is_equally_likely(length):
     counts = np.zeros((length, length))
     for seed in range(1000):

@@ -78,7 +78,8 @@ def test_every_push_of_every_strategy_carries_the_code(hub, elsewhere, tmp_path,
         elsewhere(LOAD, "someone/live", *(commit.oid for commit in models))
 
 
-@pytest.mark.parametrize("method", [pytest.param("rainbowpo", marks=pytest.mark.slow), "surgery"])
+@pytest.mark.slow  # one mixin, which the tests below drive through a continual pre-training
+@pytest.mark.parametrize("method", ["rainbowpo", "surgery"])
 def test_the_other_trainers_push_whole_models_too(hub, elsewhere, tmp_path, method):
     elsewhere(TRAIN_OTHERS, method, tmp_path / "run", package=True)
     commits = [commit for commit in hub.commits("someone/live") if "config.json" in commit.files]

@@ -179,6 +179,7 @@ def test_operator_contract():
         torch.library.opcheck(module._linear_cross_entropy, (*case(2, 4, 5), *how), test_utils=checks)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_operator_compiles_into_one_graph():
     def loss(hidden, weight, targets):

@@ -60,7 +60,7 @@ def _loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 FAMILIES = list(zip(CONFIGS, 3 * NAMES, strict=False))
-SLOW = ("olmoe", "qwen3_moe")  # experts as mixtral's, under other names
+SLOW = ("mixtral", "olmoe", "qwen3_moe")  # experts as those of cpt_moe, under other names
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,7 @@ def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
     assert dense.get_correct_experts_implementation(None) != "hf_moe_cpt"
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_compiles_as_one_graph():
     experts = _experts_of(CONFIGS["mixtral"]).to(DEVICE)

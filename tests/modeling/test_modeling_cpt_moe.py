@@ -193,8 +193,8 @@ NO_PENALTY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "output_ro
     [
         ("pb-granular-tiny", {}, False),
         ("sb-granular-tiny", {}, False),
-        ("dense-tiny", {}, False),
-        ("sb-granular-tiny", {}, True),
+        pytest.param("dense-tiny", {}, False, marks=pytest.mark.slow),
+        pytest.param("sb-granular-tiny", {}, True, marks=pytest.mark.slow),
         ("dense-tiny", {}, True),
         ("pb-granular-tiny", NO_PENALTY, True),
     ],

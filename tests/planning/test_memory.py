@@ -203,7 +203,14 @@ def really_kept(config: PreTrainedConfig, dtype: torch.dtype, experts: dict[str,
     return sum(size for key, size in saved.items() if key not in states)
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "pb-granular-tiny", "sb-switch-tiny", "qwen2-moe-granular-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-tiny",
+        "pb-granular-tiny",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sb-switch-tiny", "qwen2-moe-granular-tiny")),
+    ],
+)
 def test_counted_is_what_a_real_pass_keeps(name: str) -> None:
     """Without copies of weights, so in one type; masks and positions that do not grow with the batch are 1 % or so."""
     config = config_of(name)

@@ -40,6 +40,7 @@ def one_per_fact(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["kind"] == "mcq" and row["split"] == "test" and row["set"] != "obsolete"]
 
 
+@pytest.mark.slow
 def test_the_answer_and_the_old_one_are_in_every_place_alike(rows):
     for kind in QUESTION_KINDS:
         places = Counter(row["answer"] for row in rows if row["kind"] == kind)
@@ -79,6 +80,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_that_read_only_the_options_are_at_chance(rows, one_per_fact, rule):
     accuracy = _accuracy(one_per_fact, RULES[rule])
@@ -89,6 +91,7 @@ def test_rules_that_read_only_the_options_are_at_chance(rows, one_per_fact, rule
         assert _at_chance(_accuracy(chosen, RULES[rule]), chosen) > LEAST_P
 
 
+@pytest.mark.slow
 def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one_per_fact):
     """Elsewhere: in documents of other subjects. What one subject has alone is said as often as its distractors."""
     said: dict[str, Counter] = defaultdict(Counter)
@@ -116,6 +119,7 @@ def test_the_value_that_is_most_frequent_elsewhere_is_right_by_chance(bench, one
         assert len({said[key][option] for option in unchanged}) <= 1
 
 
+@pytest.mark.slow
 def test_distractors_are_values_of_the_same_attribute(rows):
     for row in rows:
         if row["kind"] in ("mcq", "cloze", "paraphrase") and row["subject_kind"] in KINDS:
@@ -146,6 +150,7 @@ def test_which_facts_change_is_even_and_as_many_as_asked():
         assert sorted(differing) == list(subject.changed)
 
 
+@pytest.mark.slow
 def test_validation_and_test_ask_for_the_same_facts_in_other_words(rows):
     asked, texts = defaultdict(set), defaultdict(set)
     for row in rows:
@@ -156,6 +161,7 @@ def test_validation_and_test_ask_for_the_same_facts_in_other_words(rows):
     assert len({row["id"] for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_counts_of_questions_follow_from_the_facts(bench):
     for set_name in SETS:
         kinds = Counter(bench.ask(set_name, "test")["kind"])

@@ -157,7 +157,9 @@ def _tiny_run(folder: Path, kind: str = "cpt_moe", is_fused: bool = False, **cha
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("kind", ["cpt_moe", "mixtral", pytest.param("cpt_moe sinkhorn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["cpt_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "cpt_moe sinkhorn"))]
+)
 def test_a_run_logs_and_learns_the_same(tmp_path, fused_calls, kind):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1}
     plain, fused = (_tiny_run(tmp_path, kind, is_fused, **evaluated) for is_fused in (False, True))
