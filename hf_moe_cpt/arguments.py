@@ -7,6 +7,7 @@ The command line wins over the file, the file over the defaults of the dataclass
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -25,6 +26,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR
+from hf_moe_cpt.reading import reading
+from hf_moe_cpt.settings import check_values, wants_list
 
 
 RECIPE_PREFIX = "recipe:"
@@ -46,10 +49,21 @@ class SettingsParser(HfArgumentParser):
         if "positional" in field.metadata:
             parser.add_argument(field.name)
         else:
+            field = copy.copy(field)  # what is left of its metadata becomes arguments of argparse
+            field.metadata = {name: value for name, value in field.metadata.items() if name != "range"}
             HfArgumentParser._parse_dataclass_field(parser, field)
 
     def set_values(self, values: Mapping[str, Any]) -> None:
-        """Take other defaults; what has one need not be given."""
+        """Take other defaults; what has one need not be given, and one value stands for a list of it."""
+        lists = {
+            field.name
+            for kind in self.dataclass_types
+            for field in dataclasses.fields(kind)
+            if wants_list(kind, field.name)
+        }
+        values = {
+            name: [value] if name in lists and isinstance(value, str) else value for name, value in values.items()
+        }
         self.set_defaults(**values)
         for action in self._actions:
             if action.dest in values:
@@ -64,7 +78,11 @@ class SettingsParser(HfArgumentParser):
         _, left = self.parse_known_args(words)
         if left:
             self.error(f"{left[0]!r} belongs to no option: {self.prog} --help lists them.")
-        *parsed, _ = self.parse_args_into_dataclasses(words)
+        given, parsed = vars(self.parse_args(words)), []
+        for kind in self.dataclass_types:
+            values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.init}
+            check_values(kind, values)
+            parsed.append(kind(**values))
         return tuple(parsed)
 
     def _refuse_unknown(self, option: str) -> None:
@@ -119,14 +137,26 @@ def parse_arguments(
     return parser.parse(words)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML without objects, in which no key may be given twice: the last would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent's. Raises ConstructorError for a key that is there twice."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
     """The mapping in a YAML file, whose keys must all be in `known`."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--config {str(path)!r} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    with reading(f"--config {str(path)!r}", "write it anew, as `argument: value` lines"):
+        values = yaml.load(text, UniqueKeys)
     if not isinstance(values, dict):
         raise ValueError(f"--config {str(path)!r} must hold `argument: value` lines, got {type(values).__name__}.")
     for key in values:
@@ -149,9 +179,11 @@ def given_values(argv: Sequence[str] | None, *names: str) -> dict[str, Any]:
     """
     found = _given(argv, "config", *names)
     try:
-        of_file = {} if found.config is None else yaml.safe_load(Path(found.config).read_text()) or {}
-    except (OSError, yaml.YAMLError):
-        of_file = {}  # `parse_arguments` says what is wrong with it
+        text = "" if found.config is None else Path(found.config).read_text(encoding="utf-8")
+        of_file = yaml.load(text, UniqueKeys)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        of_file = None  # `parse_arguments` says what is wrong with it
+    of_file = of_file if isinstance(of_file, dict) else {}
     typed = {name: getattr(found, name) for name in names}
     return {name: of_file.get(name) if value is None else value for name, value in typed.items()}
 

@@ -43,10 +43,14 @@ class ModelArguments:
     )
     # --- the adapter ---
     use_peft: bool = HfArg(default=False, help="Train a LoRA adapter instead of the whole model.")
-    lora_r: int = HfArg(default=16, help="Rank of the adapter; of fused experts, of each expert.")
-    lora_alpha: int = HfArg(default=32, help="Its scale is lora_alpha / lora_r.")
+    lora_r: int = HfArg(
+        default=16, metadata={"range": "[1, 65536]"}, help="Rank of the adapter; of fused experts, of each expert."
+    )
+    lora_alpha: int = HfArg(default=32, metadata={"range": "[1, inf)"}, help="Its scale is lora_alpha / lora_r.")
     lora_dropout: float | None = HfArg(
-        default=None, help=f"Dropout of the adapter; unset: {LORA_DROPOUT}, and 0 where experts are adapted."
+        default=None,
+        metadata={"range": "[0, 1)"},
+        help=f"Dropout of the adapter; unset: {LORA_DROPOUT}, and 0 where experts are adapted.",
     )
     lora_target_modules: list[str] | None = HfArg(
         default=None,

@@ -74,7 +74,9 @@ class PlanArguments:
     reference: str | None = field(
         default=None, metadata={"help": "none, copy (rainbowpo's default) or cache (surgery's default)."}
     )
-    terms: int = field(default=5, metadata={"help": "Sets of text of a surgery, each with a backward pass."})
+    terms: int = field(
+        default=5, metadata={"range": "[1, 1000]", "help": "Sets of text of a surgery, each with a backward pass."}
+    )
     price_per_gpu_hour: float | None = field(default=None, metadata={"help": "In any currency: adds the cost."})
     bandwidth: float = field(default=450.0, metadata={"help": "GB/s that a GPU sends inside its node."})
     network_bandwidth: float = field(default=50.0, metadata={"help": "GB/s that a GPU sends to other nodes."})

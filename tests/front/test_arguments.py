@@ -1,12 +1,19 @@
-"""YAML under the command line: who wins, and what is refused."""
+"""YAML under the command line: who wins, and what is refused, from a file as from flags and from Python."""
 
+import math
+import re
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from hf_moe_cpt import cli
 from hf_moe_cpt.arguments import parse_arguments, path_of_config
+from hf_moe_cpt.settings import check_settings
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 
 
 @dataclass
@@ -32,7 +39,9 @@ def test_command_line_over_file_over_default(tmp_path):
 REFUSED = {
     "unknown key": ("name: x\nrat: 2\n", "sets 'rat', which is no argument: did you mean 'rate'"),
     "no mapping": ("- a\n", "must hold `argument: value` lines, got list"),
-    "no YAML": ("a: [1\n", "is no YAML"),
+    "no YAML": ("a: [1\n", "cannot be used .ParserError: while parsing a flow sequence"),
+    "a key twice": ("rate: 1\nrate: 2\n", "the key .rate. is given twice"),
+    "deep": ("a: " + "[" * 5000, "cannot be used .RecursionError"),
 }
 
 
@@ -59,3 +68,85 @@ def test_a_missing_file_is_named_and_an_unknown_recipe_lists_those_there_are():
         _parse("--config", "missing.yaml")
     with pytest.raises(ValueError, match="'recipe:surgery_saef': no recipe has this name, choose from cpt_code,"):
         _parse("--config", "recipe:surgery_saef")
+
+
+@dataclass
+class Bounded:
+    """Settings of every type, for tests."""
+
+    share: float = field(default=0.5, metadata={"range": "[0, 1)", "help": "Share that is held out."})
+    weight: float = 1.0
+    count: int | None = field(default=None, metadata={"range": "[1, inf)"})
+    name: str = "a"
+    switch: bool = False
+    names: list[str] | None = None
+    phases: list[float] | None = None
+    kind: str = field(default="a", metadata={"choices": ["a", "b"]})
+    learning_rate: float = 1e-3
+    more: dict | str | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+OUT_OF_BOUNDS = {
+    "share: 1.0": r"--share 1.0 is outside \[0, 1\): share that is held out.",
+    "share: .nan": r"--share nan is outside \[0, 1\)",
+    "share: true": "--share True is no float",
+    "weight: .inf": "--weight inf is no finite number.",
+    "weight: 2001-01-01": "--weight datetime.date.2001, 1, 1. is no float",
+    "count: 1.5": "--count 1.5 is no int",
+    "count: 0": r"--count 0 is outside \[1, inf\)",
+    "count: 99999999999999999999": "has more than 64 bits",
+    "name: no": "--name False is no str",
+    "switch: 1": "--switch 1 is no bool",
+    "names: [1]": r"--names \[1\] is no list",
+    "phases: [.nan]": r"--phases \[nan\] is no finite number",
+    "kind: c": "--kind 'c' is unknown: choose from a, b.",
+    "learning_rate: true": "--learning_rate True is no float",
+    "learning_rate: -1": r"--learning_rate -1 is outside \[0, inf\)",
+    "more: [1]": r"--more \[1\] is no dict or str",
+}
+
+
+@pytest.mark.parametrize("line", OUT_OF_BOUNDS)
+def test_a_file_is_held_to_types_and_ranges(tmp_path, line):
+    (tmp_path / "a.yaml").write_text(line)
+    with pytest.raises(ValueError, match=OUT_OF_BOUNDS[line]):
+        parse_arguments((Bounded,), ["--config", str(tmp_path / "a.yaml")], program="test", description="")
+
+
+def test_what_is_allowed_is_taken_from_files_and_flags(tmp_path):
+    lines = ["share: 0", "weight: 3e-4", "count: null", "names: x", "more: {a: 1}", "phases: [1, 0.5]", "switch: true"]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    words = ["--config", str(tmp_path / "a.yaml"), "--count", "2"]
+    (found,) = parse_arguments((Bounded,), words, program="test", description="")
+    assert found == Bounded(0, 3e-4, 2, "a", True, ["x"], [1, 0.5], more={"a": 1})
+
+
+FLAGS = {
+    "schedule": ["--max_steps", "10", "--learning_rate", "nan"],
+    "plan": ["--preset", "pb-granular-tiny", "--terms", "-1"],
+    "upcycle": ["dense", "--output_dir", "out", "--router_std", "inf"],
+    "cpt": ["--dataset_name", "a.txt", "--max_steps", "1", "--held_out_fraction", "nan"],
+    "rainbowpo": ["--dataset_name", "a.jsonl", "--weight_decay", "-1"],
+    "surgery": ["--adam_beta2", "1"],
+    "rejection-sample": ["--dataset_name", "a.jsonl", "--output_dir", "out", "--temperature", "nan"],
+    "eval-preference": ["--output_dir", "out", "--confidence", "nan"],
+    "surgery-eval": ["--before", "x", "--bench", "x", "--output_dir", "out", "--relearn_lr", "inf"],
+    "analyze": ["--batch_size", "99999999999999999999"],
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_of_every_command_are_held_to_ranges(command, capsys):
+    assert cli.main([command, *FLAGS[command]]) == cli.USER_ERROR
+    *_, option, value = FLAGS[command]
+    assert re.search(rf"^error: {option} {value}(\.0)? (is outside|is no finite|has more)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("value", [True, -1.0, math.nan, "0.1"])
+@pytest.mark.parametrize("config", [CPTConfig, RainbowPOConfig, SurgeryConfig])
+def test_python_is_held_to_the_same_ranges(config, value, tmp_path):
+    with pytest.raises(ValueError, match="^weight_decay="):
+        config(str(tmp_path), max_steps=1, weight_decay=value)

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_moe_cpt.data.packing import PACKINGS
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, Phases, check_schedule, default_phases
+from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 
 
@@ -96,6 +97,7 @@ class CPTConfig(SharedArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
+        check_settings(self)
         if self.min_learning_rate is None:
             self.min_learning_rate = self.learning_rate / 10
         if self.constant_learning_rate is None:

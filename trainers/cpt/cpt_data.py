@@ -43,7 +43,8 @@ class DataArguments:
     replay_eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out old text."})
     dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
     held_out_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the documents to hold out where no held-out text is named."}
+        default=0.0,
+        metadata={"range": "[0, 1)", "help": "Share of the documents to hold out where no held-out text is named."},
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
 

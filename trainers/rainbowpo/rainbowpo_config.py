@@ -7,7 +7,6 @@ the home advantage").
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
+from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, SharedArguments, refuse_unread
 from hf_moe_cpt.trainers.rainbowpo.losses import LINKS, SCORE_TRANSFORMS
 from hf_moe_cpt.trainers.rainbowpo.presets import Components, components_of, preset_settings
@@ -27,8 +27,6 @@ CHOICES = {
     "home_advantage_from": ("constant", "score", "length"),
     "score_transform": tuple(SCORE_TRANSFORMS),
 }
-NUMBERS = ("beta", "mixing_alpha", "label_smoothing", "sft_weight")
-NUMBERS_OR_NONE = ("home_advantage", "simpo_gamma", "calibration_pairs")
 RANGES = {  # field -> whether a value is in its range, and what is said of one that is not
     "mixing_alpha": (
         lambda value: 0.0 <= value <= 1.0,
@@ -67,8 +65,6 @@ OPTIONS_OF_DPO = {
     "use_weighting": "WPO weighs the loss outside of the link; use trl.DPOTrainer, or contextual_scaling='mallows'",
     "discopop_tau": "DiscoPOP blends two links; use trl.DPOTrainer",
 }
-
-
 LOSSES_OF_DPO = {  # loss_type -> what does that here
     "sigmoid_norm": "leave it out and set mixing_alpha=1, home_advantage=0, contextual_scaling='none' (preset ln-dpo)",
     "hinge": "set link='hinge' (preset hinge-dpo)",
@@ -148,6 +144,7 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
+        check_settings(self)
         refuse_unread(self, DPOConfig, FLAGS_OF_SCRIPTS)
         losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         told = "; ".join(LOSSES_OF_DPO[name] for name in losses if name in LOSSES_OF_DPO)
@@ -168,10 +165,6 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
-        for name in (*NUMBERS, *NUMBERS_OR_NONE):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) and not (value is None and name in NUMBERS_OR_NONE):
-                raise ValueError(f"{name}={value!r} is of the type {type(value).__name__}: give a number.")
         for name, (is_in_range, message) in RANGES.items():
             if not is_in_range(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} {message}")

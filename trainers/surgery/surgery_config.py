@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
@@ -238,6 +239,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse contradictions, before anything is loaded."""
+        check_settings(self)
         self._check_numbers()
         self.forget_target = _checked_target(self.forget_target)
         self.forget_settings(1.0)  # raises for wrong numbers

@@ -1,0 +1,109 @@
+"""What is read from files: any error becomes one line that names the file, and weights are those that were saved.
+
+Readers of other libraries raise whatever their code trips over: KeyError for a configuration of another kind,
+RecursionError for JSON that is nested too deeply, errors of Rust for weights that are cut short. `reading` is the
+boundary around each of them. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+MAX_LAYERS = 10_000  # a model on the meta device takes some ms a layer: more would look as if it hung
+# Not about what is in a file: the machine, the network, what is installed.
+_ELSEWHERE = (MemoryError, torch.OutOfMemoryError, ConnectionError, ImportError)
+
+
+@contextmanager
+def reading(what: object, remedy: str = "save it again, or fetch it again") -> Iterator[None]:
+    """Errors of the block as ValueError in one line, with what is read and what to do.
+
+    An error that names `what` already, or that is about memory, network or packages, is raised as it is.
+    """
+    try:
+        yield
+    except _ELSEWHERE:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) and str(what) in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        kind = "" if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{what} cannot be used ({': '.join(filter(None, (kind, reason)))}): {remedy}.") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError with the file's name for anything else."""
+    with reading(path):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}: save it again.")
+    return value
+
+
+def read_config(name: str | Path, **options: Any) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id, as AutoConfig reads it; numbers that no model has are refused."""
+    with reading(f"the configuration of {str(name)!r}"):
+        config = AutoConfig.from_pretrained(name, **options)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if num_layers is not None and not 0 < num_layers <= MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers={num_layers} is outside [1, {MAX_LAYERS}]")
+        for field, value in config.to_dict().items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{field}={value} is no number")
+    return config
+
+
+def read_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, as AutoTokenizer reads it."""
+    with reading(f"the tokenizer of {str(name)!r}"):
+        return AutoTokenizer.from_pretrained(name, **options)
+
+
+def read_model(kind: type, name: str | Path, **options: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id, as the Auto class `kind` reads it.
+
+    Raises ValueError, in one line, for weights that are cut short, are not there, have another shape than the
+    configuration says, or are no finite numbers: transformers would draw the missing ones at random.
+    """
+    with reading(f"the model {str(name)!r}"):
+        model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        _check_found(found)
+        require_finite(model)
+    return model
+
+
+def check_weights(kind: type, name: str | Path, **options: Any) -> None:
+    """What `read_model` refuses, without reading a value: for those who read the model themselves."""
+    with reading(f"the model {str(name)!r}"):
+        _, found = kind.from_pretrained(
+            name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
+        )
+        _check_found(found)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError for a weight that holds NaN or infinity."""
+    for name, weight in model.named_parameters():
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        if local.is_floating_point() and local.itemsize > 1 and local.numel() and not local.is_meta:
+            if not all(bound.isfinite() for bound in local.detach().aminmax()):
+                raise ValueError(f"{name} holds values that are no finite numbers")
+
+
+def _check_found(found: dict[str, Any]) -> None:
+    for name, saved, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{name} has the shape {tuple(saved)}, its configuration says {tuple(wanted)}")
+    if missing := sorted(found["missing_keys"]):
+        others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise ValueError(f"{missing[0]}{others} not in its weights, and would be random")
