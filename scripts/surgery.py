@@ -28,7 +28,8 @@ from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings
-from hf_moe_cpt.trainers.surgery.surgery_trainer import GAP_FORMULA, REFERENCE_FOLDER, SurgeryTrainer
+from hf_moe_cpt.trainers.surgery.surgery_trainer import REFERENCE_FOLDER, SurgeryTrainer
+from hf_moe_cpt.trainers.surgery.verdict import GAP_FORMULA
 
 
 @dataclass
@@ -115,6 +116,8 @@ def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfi
     if trainer.is_world_process_zero() and training.metric_for_best_model:
         print(f"best model by {GAP_FORMULA}")
     trainer.train()
+    if trainer.is_world_process_zero():
+        print(f"verdict: {trainer.verdict}")
     trainer.save_model()
     trainer.save_state()
     metrics = trainer.evaluate()

@@ -478,7 +478,7 @@ class Worker:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         facts = {"settings": settings, "steps": trainer.state.global_step, "log": trainer.state.log_history}
-        facts["forget_target"] = trainer.forget_target
+        facts["forget_target"] = trainer.aims.forget
         return trainer.model.eval(), facts
 
     def examine(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
         own = {"preset": "rainbowpo", "dispersion_scale": "auto", "eval_dataset": preference_runs.pairs(8, seed=1)}
         own |= {"output_dir": str(out), "per_device_train_batch_size": rows}
         return preference_runs.trainer(folder, model, **own, **shared)
-    sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS[:5]}
+    sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS}
     terms = {"log_term_gradients": True, "router_anchor": 0.5, "max_term_grad_norm": 5.0}
     return surgery_runs.trainer(out, model, **terms, **sizes, **shared)
 

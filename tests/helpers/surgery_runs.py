@@ -1,8 +1,11 @@
 """Small surgeries: sets of tokens, settings, trainers."""
 
+import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -23,9 +26,48 @@ def token_sets(*names: str, rows: int = 12) -> dict[str, Dataset]:
     return {f"{name}_dataset": tokenized(rows, 10 + SETS.index(name)) for name in names or SETS}
 
 
+SUBJECTS = {"unlearn": range(10), "obsolete": range(10, 20), "update": range(10, 20), "retain": range(20, 40)}
+SUBJECTS |= {"unseen": range(40, 50)}
+
+
+@cache
+def known_texts() -> dict[str, Dataset]:
+    """Ten texts to forget, ten to replace, twenty to keep and ten that nobody read: three values of each subject."""
+    draw, sets = random.Random(0), {}
+    for name, subjects in SUBJECTS.items():
+        rows = [
+            [1, 2 + who % 8, 10 + who // 8, *(token for k in (40, 41, 42) for token in (k, draw.randrange(20, 40))), 0]
+            for who in subjects
+        ]
+        sets[f"{name}_dataset"] = Dataset.from_dict({"input_ids": rows, "subject": [f"{who}" for who in subjects]})
+    return sets
+
+
+@cache
+def _weights_that_know() -> dict[str, torch.Tensor]:
+    model = tiny_model("llama", hidden_size=32)
+    texts = known_texts()
+    ids = torch.tensor(
+        [row for name in ("unlearn", "obsolete", "retain") for row in texts[f"{name}_dataset"]["input_ids"]]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(90):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def knowing_model() -> PreTrainedModel:
+    """A tiny model that knows the texts to forget, the old versions and those to keep of `known_texts` by heart."""
+    model = tiny_model("llama", hidden_size=32)
+    model.load_state_dict(_weights_that_know())
+    return model
+
+
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Four steps with two rows of each set on the CPU in float32; everything is logged, nothing measured or saved."""
-    pace = {"max_steps": 4, "max_length": 16, "learning_rate": 1e-2, **{f"{name}_batch_size": 2 for name in SETS[:5]}}
+    pace = {"max_steps": 4, "max_length": 16, "learning_rate": 1e-2, **{f"{name}_batch_size": 2 for name in SETS}}
     unmeasured = {"eval_strategy": "no", "eval_on_start": False, "eval_rows": 6, "eval_batch_size": 4}
     unmeasured |= {"load_best_model_at_end": False, "metric_for_best_model": None, "log_term_gradients": False}
     return {"output_dir": str(folder), **QUICK, **pace, **unmeasured, **changes}
@@ -41,7 +83,7 @@ def trainer(
     """A surgery on a tiny model; arguments of the trainer itself are told by their names."""
     of_trainer = {
         name: changes.pop(name)
-        for name in ("ref_model", "peft_config", "processing_class", "callbacks")
+        for name in ("ref_model", "peft_config", "processing_class", "callbacks", "eval_dataset")
         if name in changes
     }
     given = settings(folder, **changes)
@@ -55,7 +97,7 @@ def trainer(
     )
 
 
-PAPERS_OWN = ("learning_rate", "max_steps", "eval_strategy", "save_strategy", *(f"{s}_batch_size" for s in SETS[:5]))
+PAPERS_OWN = ("learning_rate", "max_steps", "eval_strategy", "save_strategy", *(f"{s}_batch_size" for s in SETS))
 
 
 def history(run: SurgeryTrainer) -> list[dict[str, float]]:

@@ -41,7 +41,7 @@ def words_of(command, folder, kind, run, **changes):
         "cpt": {"dataset_name": folder / "texts.jsonl", "max_length": 16, "eval_on_start": False},
         "rainbowpo": {"dataset_name": folder / "pairs.jsonl", "bf16": False, "gradient_checkpointing": False},
         "surgery": {f"{name}_dataset_name": folder / f"{name}.jsonl" for name in ("unlearn", "retain")}
-        | {"max_length": 32, "forget_target": 5.0, "eval_steps": 1},
+        | {"max_length": 32, "forget_target": 3.5, "eval_steps": 1},
     }[command]
     adapter = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "experts"]}
     pace = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}

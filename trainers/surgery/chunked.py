@@ -172,6 +172,14 @@ def token_logp(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_toke
     return torch.cat(logps).view(input_ids.shape[0], -1)
 
 
+@torch.no_grad()
+def token_top1(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Whether each of tokens 1 to S - 1 is the first choice, (B, S - 1) bool; arguments of `token_logp`."""
+    states = hidden[:, :-1].flatten(0, 1)
+    parts = [functional.linear(part, head.weight, head.bias).argmax(-1) for part in states.split(chunk_tokens)]
+    return torch.cat(parts).view(input_ids.shape[0], -1) == input_ids[:, 1:] if parts else input_ids[:, 1:].bool()
+
+
 def _target_logp(states: Tensor, head: LanguageHead, targets: Tensor) -> Tensor:
     logits = functional.linear(states, head.weight, head.bias)
     logits = head.form.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))

@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -36,10 +36,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import subject_of, tokens_of_prefix
 from hf_moe_cpt.data.text import json_lines
 from hf_moe_cpt.trainers.surgery.losses import PairLoss
-from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, UNSEEN, SurgeryConfig
+from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
 
 
 logger = logging.getLogger(__name__)
@@ -358,14 +358,53 @@ def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> 
         logger.warning("%s.", text)
 
 
-def prepare_sets(
-    args: SurgeryConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, given: dict[str, Dataset | None]
-) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Tokenised sets by name: those with a term in the objective, and all that are measured.
+class PreparedSets(NamedTuple):
+    """Tokenised sets by name.
 
-    given: the user's sets by name, None where there is none. Raises ValueError for what the settings need and did not
-    get, for overlapping subjects and for unreadable rows.
+    train: those with a term in the objective. measured: all that are measured; of an anchor the rows that no term
+    sees, where there are any. unseen: all rows of that set, or None. anchored: `subject_of` the rows of the anchors'
+    terms.
     """
+
+    train: dict[str, Dataset]
+    measured: dict[str, Dataset]
+    unseen: Dataset | None
+    anchored: set[str]
+
+    @property
+    def held_out(self) -> dict[str, Dataset]:
+        """What is measured of the anchors that are trained on and measured on rows of their own."""
+        names = [name for name in ANCHOR_SETS if name in self.train]
+        return {name: self.measured[name] for name in names if self.measured[name] is not self.train[name]}
+
+
+def split_subjects(subjects: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that train, and of those that are held out: all rows of a share of the subjects.
+
+    At least one subject is held out and one is not; of a single subject, or with a fraction of 0, nothing is.
+    """
+    names = sorted(set(subjects), key=lambda subject: (derive_seed(seed, "held out", subject), subject))
+    count = min(len(names) - 1, max(1, round(fraction * len(names)))) if fraction else 0
+    chosen = set(names[:count])
+    places = range(len(subjects))
+    return [q for q in places if subjects[q] not in chosen], [q for q in places if subjects[q] in chosen]
+
+
+def prepare_sets(
+    args: SurgeryConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    given: dict[str, Dataset | None],
+    held_out: Mapping[str, Dataset] | None = None,
+) -> PreparedSets:
+    """Checked, tokenised and divided sets.
+
+    given: the user's sets by name, None where there is none. held_out: rows of anchors that no term may see; of an
+    anchor that it has not, a share of its own rows. Raises ValueError for what the settings need and did not get, for
+    overlapping subjects and for unreadable rows.
+    """
+    held_out = dict(held_out or {})
+    _check_held_out(given, held_out)
     for name, data in given.items():
         if data is not None and not isinstance(data, Dataset):
             raise ValueError(
@@ -379,6 +418,18 @@ def prepare_sets(
     with args.main_process_first(desc="tokenising"):
         sets = {name: tokenize(data, name=name) for name, data in named.items() if data is not None and len(data)}
         train = {name: sets[name] for name in in_force}
+        measured = {name: sets[name] for name in (*in_force, UNSEEN) if name in sets}
+        anchored: set[str] = set()
+        for name in (name for name in ANCHOR_SETS if name in train):
+            subjects = [subject_of(row) for row in given[name]]
+            if name in held_out:
+                measured[name] = tokenize(held_out[name], name=f"held-out {name}")
+            else:
+                kept, apart = split_subjects(subjects, args.held_out_fraction, args.seed)
+                if apart:
+                    train[name], measured[name] = sets[name].select(kept), sets[name].select(apart)
+                    subjects = [subjects[place] for place in kept]
+            anchored.update(subjects)
         for name in FORGET_SETS:
             loss = args.forget_losses[name]
             if name not in train or not isinstance(loss, PairLoss):
@@ -388,7 +439,22 @@ def prepare_sets(
             else:
                 options = {"name": name, "seed": args.seed, "refusals": args.refusals}
                 train[name] = with_refusals(sets[name], given[name], tokenize, **options)
-    return train, {name: sets[name] for name in (*in_force, UNSEEN) if name in sets}
+    return PreparedSets(train, measured, sets.get(UNSEEN), anchored)
+
+
+def _check_held_out(given: Mapping[str, Dataset | None], held_out: Mapping[str, Dataset]) -> None:
+    for name, rows in held_out.items():
+        if name not in ANCHOR_SETS or given.get(name) is None:
+            raise ValueError(
+                f"eval_dataset holds out rows of {name!r}: it goes with {', '.join(ANCHOR_SETS)}, as far as they are "
+                "given; other sets are measured on their own rows."
+            )
+        shared = {subject_of(row) for row in rows} & {subject_of(row) for row in given[name]}
+        if shared:
+            raise ValueError(
+                f"{len(shared)} subject(s) or text(s) of eval_dataset[{name!r}] are in {name}_dataset too, such as "
+                f"{_shown(min(shared))}: nothing that a term sees is held out; take them out of one of them."
+            )
 
 
 def set_tokenizer(

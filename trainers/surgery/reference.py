@@ -60,6 +60,7 @@ from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+HELD_OUT = "held_out"  # rows of an anchor that are measured and not trained on
 SHARD_BYTES = 64 * 2**20
 # What a configuration says about where a model came from and who asked for it, not about what it computes.
 _NO_MATTER = ("_name_or_path", "transformers_version", "use_cache", "architectures", "output_router_logits")
@@ -208,14 +209,20 @@ def build_reference(
             _placed(source, home)
 
 
-def compared_rows(sets: Mapping[str, Dataset], losses: Mapping[str, ForgetLoss | PairLoss]) -> dict[str, Any]:
-    """Token ids of the rows of every set whose term compares with a reference, winners as `<set>/winner`.
+def compared_rows(
+    sets: Mapping[str, Dataset],
+    losses: Mapping[str, ForgetLoss | PairLoss],
+    held_out: Mapping[str, Dataset] | None = None,
+) -> dict[str, Any]:
+    """Token ids of the rows of every set that is compared with a reference, by the name that a batch is looked up by.
 
-    sets: tokenised sets with a term. losses: forget losses by set.
+    sets: tokenised sets with a term. losses: forget losses by set. held_out: rows of anchors that are only measured.
+    Winners are `<set>/winner`, what is held out `<set>/held_out`.
     """
     needed = [name for name in sets if name in ANCHOR_SETS or (name in losses and losses[name].needs_reference)]
     rows = {name: sets[name]["input_ids"] for name in needed}
     paired = [name for name in needed if "winner_input_ids" in sets[name].column_names]
+    rows |= {f"{name}/{HELD_OUT}": apart["input_ids"] for name, apart in (held_out or {}).items()}
     return rows | {f"{name}/{WINNER}": sets[name]["winner_input_ids"] for name in paired}
 
 
@@ -429,13 +436,19 @@ def fill_states(
     return found
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of the configuration and of every weight and buffer of a causal LM, the same on all ranks."""
+def weights_fingerprint(model: nn.Module, with_adapter: bool = True) -> str:
+    """Hash of the configuration and of every weight and buffer of a causal LM, the same on all ranks.
+
+    with_adapter: also of those of a PEFT adapter; without, it is that of what the adapter was put on.
+    """
     inner = causal_lm_of(model)
+    adapters = () if with_adapter else tuple(getattr(model, "peft_config", ()))
     config = json.loads(inner.config.to_json_string())
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _NO_MATTER}, sort_keys=True).encode())
     for name, value in (*inner.named_parameters(), *inner.named_buffers()):
+        if any(f".{adapter}." in f"{name}." for adapter in adapters):
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

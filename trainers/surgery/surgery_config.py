@@ -34,9 +34,10 @@ from hf_moe_cpt.trainers.surgery.losses import (
 
 
 UNSEEN = "unseen"
+KNOWN = ("obsolete", "unlearn")  # the first of them in force says before step 1 what text costs that is known
 FORGET_SETS = ("unlearn", "obsolete")
-ANCHOR_SETS = ("retain", "neighbour")
-PAPER_WEIGHTS = {"unlearn": 0.1, "obsolete": 0.1, "update": 2.0, "retain": 0.5, "neighbour": 0.0}
+ANCHOR_SETS = ("retain", "neighbour", UNSEEN)
+PAPER_WEIGHTS = {"unlearn": 0.1, "obsolete": 0.1, "update": 2.0, "retain": 0.5, "neighbour": 0.0, UNSEEN: 0.0}
 CHOICES = {
     "normalization": NORMALIZATIONS,
     "kl_direction": tuple(KL_DIRECTIONS),
@@ -133,6 +134,9 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     update_weight: float = HfArg(default=1.0, help="Weight of the cross entropy of update_dataset.")
     retain_weight: float = HfArg(default=1.0, help="Weight of the KL on retain_dataset.")
     neighbour_weight: float = HfArg(default=1.0, help="Weight of the KL on neighbour_dataset.")
+    unseen_weight: float = HfArg(
+        default=1.0, help="Weight of the KL on unseen_dataset: what the forgotten texts share with it stays as it was."
+    )
     forget_loss: str = HfArg(default="aim", help=f"Forget loss: {LOSS_NAMES}; in Python also a function.")
     obsolete_loss: str | None = HfArg(
         default=None, help="Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."
@@ -140,13 +144,9 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     # None is no value: with it in the type the parsers hand over text, and without it they take numbers alone.
     forget_target: float | str | None = HfArg(
         default="unseen",
-        help="Nats per token that forgetting aims at: a number, or unseen: the loss of unseen_dataset before "
-        "step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, and a stop rule.",
-    )
-    follow_unseen: bool = HfArg(
-        default=True,
-        help="With forget_target unseen: aim at the loss of unseen_dataset as it is at each measurement, since "
-        "the surgery moves it too; false: as it was before step 1.",
+        help="Nats per token that forgetting aims at: a number of at most ln(vocabulary size), or unseen: the loss of "
+        "unseen_dataset, else of update_dataset, before step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, "
+        "and a stop rule.",
     )
     forget_beta: float | None = HfArg(default=None, help="Beta of the forget loss; unset: its own.")
     forget_max_weight: float = HfArg(default=10.0, help="Most that a token weighs in unlikelihood.")
@@ -170,7 +170,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=None, help="Clip the gradient of each weighted term to this norm before they are added."
     )
     log_term_gradients: bool = HfArg(
-        default=True, help="Log norms and cosines of the terms' gradients at logging steps, which then hold them all."
+        default=False, help="Log norms and cosines of the terms' gradients at logging steps, which then hold them all."
     )
 
     # --- the rows of a micro-batch, on each device ---
@@ -179,6 +179,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     update_batch_size: int = HfArg(default=4, help="Rows of update_dataset in a micro-batch.")
     retain_batch_size: int = HfArg(default=4, help="Rows of retain_dataset in a micro-batch.")
     neighbour_batch_size: int = HfArg(default=4, help="Rows of neighbour_dataset in a micro-batch.")
+    unseen_batch_size: int = HfArg(default=4, help="Rows of unseen_dataset in a micro-batch.")
     max_length: int = HfArg(default=1024, help="Tokens of a row; longer ones are cut.")
     mask_prefix: bool = HfArg(default=True, help="Leave the column prefix, a header, out of all losses.")
     append_eos: bool = HfArg(default=True, help="End each text with EOS, which counts as a token.")
@@ -208,11 +209,18 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     # --- stop rules, checked when measuring ---
     eval_rows: int = HfArg(default=64, help="Rows of each set that are measured, always the same ones.")
     eval_batch_size: int = HfArg(default=8, help="Rows of a batch when measuring, on each device.")
+    held_out_fraction: float = HfArg(
+        default=0.2,
+        help="Share of the subjects (of the rows, where none is named) of retain, neighbour and unseen that no term "
+        "sees: retention is measured on them. 0: on the rows that the model is held to.",
+    )
     update_target: float | None = HfArg(
-        default=None, help="Nats per token at which update_dataset counts as learnt; unset: never."
+        default=None,
+        help="Nats per token at which update_dataset counts as learnt; unset: the loss of obsolete_dataset, else of "
+        "unlearn_dataset, before step 1.",
     )
     max_retain_kl: float | None = HfArg(
-        default=None, help="Stop when the KL on retained text exceeds this many nats per token."
+        default=None, help="Stop when the KL on held-out retained text exceeds this many nats per token."
     )
 
     # --- mixtures of experts ---
@@ -266,6 +274,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0; 0 leaves it out.")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(
+                f"held_out_fraction={self.held_out_fraction} must lie in [0, 1): some rows must hold the model."
+            )
         for name in _ABOVE_0_OR_NONE:
             value = getattr(self, name)
             if value is not None and not value > 0.0:
@@ -298,11 +310,6 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     def from_preset(cls, name: str, **overrides: Any) -> SurgeryConfig:
         """The settings "paper" or "safe"; `overrides` are any fields, and win. ValueError for another name."""
         return cls(**{**preset_settings(name), **overrides})
-
-    @property
-    def follows_unseen(self) -> bool:
-        """Whether the target is measured again with every measurement."""
-        return self.follow_unseen and self.forget_target == UNSEEN
 
     @property
     def forget_losses(self) -> dict[str, ForgetLoss | PairLoss]:
@@ -339,7 +346,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
                 "update_dataset, with a weight above 0."
             )
         forgotten = [name for name in FORGET_SETS if name in in_force]
-        if forgotten and not any(name in in_force for name in ANCHOR_SETS) and not self.allow_unanchored:
+        anchored = any(name in in_force for name in ANCHOR_SETS if name != UNSEEN)
+        if forgotten and not anchored and not self.allow_unanchored:
             raise ValueError(
                 f"{' and '.join(forgotten)} would be forgotten with nothing that holds the rest of the model: pass "
                 "retain_dataset (or neighbour_dataset) with a weight above 0, or set allow_unanchored=True."
@@ -347,7 +355,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         is_paired = "obsolete" in forgotten and self.forget_losses["obsolete"].name == "pair_dpo"
         if is_paired and given.get("update") is None:
             raise ValueError("pair_dpo lets new texts win over old ones: pass update_dataset, or choose another loss.")
-        if self.forget_target == UNSEEN and forgotten and given.get(UNSEEN) is None:
+        is_told = given.get(UNSEEN) or "update" in in_force  # what text costs that was not read
+        if self.forget_target == UNSEEN and forgotten and not is_told:
             raise ValueError(
                 "forget_target='unseen' aims at the loss of text that the model never read: pass unseen_dataset "
                 "(held-out text of the same kind), or a number of nats per token, at most ln(vocabulary size)."

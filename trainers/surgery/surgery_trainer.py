@@ -1,10 +1,12 @@
 """The trainer of LLM Surgery: several sets, a term for each, one backward pass per term, and rules that stop it.
 
     loss = w_u F(unlearn) + w_o F(obsolete) + w_n CE(update) + w_r KL(retain) + w_k KL(neighbour)
+         + w_s KL(unseen)
 
     unlearn, obsolete   F, a forget loss                   + expert_anchor times the distance to the target experts
     update              CE, cross entropy                  + the routers' penalties of a mixture of experts
     retain, neighbour   KL from the model before surgery   + router_anchor times the KL of the routers
+    unseen              the same
 
 CE is the mean cross entropy in nats per token; with ga, F = -CE. The printed objective, to be maximised, is
 CE(unlearn) - CE(update) - KL(P || P_ref): the negative of this with weights of 1, ga and the reverse direction. The
@@ -12,19 +14,12 @@ authors' code has the weights of PAPER_WEIGHTS and the forward direction. Penalt
 added once, with the sign that is minimised, to the first term that descends on text: no forget loss ever sees them.
 Every term is a share of its optimizer batch: over all micro-batches and ranks the shares of a set sum to its mean.
 
-Losses and divergences are measured on the same rows of each set every time it is asked:
+Losses and divergences are measured on fixed rows, those of the anchors on rows that no term sees; verdict.py makes the
+criterion of the best model, the stop rules and the verdict of them. A model of which something was cut out looks like
+any other: surgery.json beside its weights and a section of its card say what was aimed at and what came out.
 
-    gap = sum over forgotten sets |CE - target|  +  max(0, CE(update) - update_target)  +  KL(retain) + KL(neighbour)
-
-in nats per token, over the sets in force, with an update_target of 0 if there is none and without the first part if
-forgetting has no target. It is 0 for a model that forgot exactly as far as text it never read, learnt the new texts by
-heart and changed nowhere else, and infinite beyond max_retain_kl: the criterion of the best model.
-
-A model of which something was cut out looks like any other: surgery.json beside its weights and a section of its card
-say what was aimed at and how near the saved weights came.
-
-Letters: B sequences, S tokens. Source: paper 3 (Veldanda et al. 2024, arXiv 2409.13054); neighbours, penalties, gap
-and record are ours.
+Letters: B sequences, S tokens. Source: paper 3 (Veldanda et al. 2024, arXiv 2409.13054); neighbours, unseen text as an
+anchor, penalties, gap and record are ours.
 """
 
 from __future__ import annotations
@@ -46,16 +41,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from hf_moe_cpt.data.surgery_bench.bench import digest_of_subject
 from hf_moe_cpt.data.text import check_context
+from hf_moe_cpt.evaluation.scoring import continue_greedily
+from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
 from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
-from hf_moe_cpt.trainers.common.freezing import freeze
+from hf_moe_cpt.trainers.common.freezing import freeze, modes_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
@@ -63,6 +60,7 @@ from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalan
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.surgery.chunked import (
     LanguageHead,
+    causal_lm_of,
     check_vocabulary,
     config_of,
     head_of,
@@ -70,6 +68,7 @@ from hf_moe_cpt.trainers.surgery.chunked import (
     pad_token_of,
     run_model,
     token_logp,
+    token_top1,
 )
 from hf_moe_cpt.trainers.surgery.data import (
     WINNER,
@@ -77,6 +76,7 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_sets,
     eval_batches,
     prepare_sets,
+    row_of,
     set_tokenizer,
 )
 from hf_moe_cpt.trainers.surgery.experts import (
@@ -101,23 +101,35 @@ from hf_moe_cpt.trainers.surgery.losses import (
     reduce_tokens,
     token_weights,
 )
-from hf_moe_cpt.trainers.surgery.reference import Reference, build_reference, compared_rows
-from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
+from hf_moe_cpt.trainers.surgery.reference import (
+    HELD_OUT,
+    Reference,
+    build_reference,
+    compared_rows,
+    weights_fingerprint,
+)
+from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, KNOWN, UNSEEN, SurgeryConfig
+from hf_moe_cpt.trainers.surgery.verdict import (
+    GAP,
+    RECORD_FILE,
+    Targets,
+    as_json,
+    card_section,
+    record_of,
+    stop_reason,
+    surgery_gap,
+    verdict_of,
+)
 
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[str], Iterator[Batch]]  # batches of a set, on the device
-RECORD_FILE = "surgery.json"
 REFERENCE_FOLDER = "reference"  # in the output folder
-GAP = "eval_surgery_gap"
-UNSEEN_LOSS = f"eval_{UNSEEN}_ce"
-GAP_FORMULA = (
-    "surgery_gap = |CE(forgotten) - forget_target| + max(0, CE(update) - update_target) + KL(retain) + KL(neighbour)"
-)
+TOP1_SETS = (*FORGET_SETS, UNSEEN)  # of which the share of first choices is measured
+CONTINUED_ROWS, CONTINUED_TOKENS = 4, 16  # of a set that the model goes on with once it is finished
 NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of every model from a folder
-PLACES = ("reference_cache_dir", "model_init_kwargs", "dataset_num_proc")  # of the machine, not of the run
 
 
 @dataclass
@@ -152,6 +164,8 @@ class SurgeryTerms:
     balanced_set: str | None = None  # the set on whose pass the load of experts is balanced
     balance: RouterBalance | None = None
     routers: RouterPull | None = None
+    # what a measured set is called in the reference; others are not compared with it
+    compared: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ANCHOR_SETS})
 
     def of(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None = None) -> Term:
         """The term of the set `name` on a batch of it; total: units of its optimizer batch, None: of this batch."""
@@ -260,6 +274,7 @@ def counted_targets(batch: Batch) -> Tensor:
 def measure(model: nn.Module, batches: Batches, sets: list[str], terms: SurgeryTerms) -> dict[str, float]:
     """`<set>_ce` of every set and `<set>_kl` of anchors whose reference is at hand, in nats per token, over all ranks.
 
+    Of TOP1_SETS also `<set>_top1`, the share of tokens that are the model's first choice.
     Ranks may hold different numbers of batches. The model is put into evaluation mode and back.
     """
     was_training = model.training
@@ -282,8 +297,11 @@ def _sums_of(name: str, model: nn.Module, batch: Batch, terms: SurgeryTerms) -> 
     hidden, head = run_model(model, batch), head_of(model)
     logp = token_logp(hidden, head, batch["input_ids"], terms.chunk_tokens)
     found = {f"{name}_ce": reduce_tokens(-logp, mask, terms.normalization, total=1)}
-    if name in ANCHOR_SETS and terms.reference is not None:
-        found[f"{name}_kl"] = terms.kl(name, (hidden, head), batch, total=1)
+    if name in TOP1_SETS:
+        hits = token_top1(hidden, head, batch["input_ids"], terms.chunk_tokens)
+        found[f"{name}_top1"] = reduce_tokens(hits.to(logp.dtype), mask, terms.normalization, total=1)
+    if name in terms.compared and terms.reference is not None:
+        found[f"{name}_kl"] = terms.kl(terms.compared[name], (hidden, head), batch, total=1)
     return {key: torch.stack([value.double(), units.double()]) for key, value in found.items()}
 
 
@@ -298,130 +316,16 @@ def _means(sums: dict[str, Tensor], sets: list[str]) -> dict[str, float]:
     return {key: float(sums[key][0] / sums[key][1]) for key in keys}
 
 
-def surgery_gap(
-    measured: Mapping[str, float],
-    forget_target: float | None,
-    update_target: float | None = None,
-    max_retain_kl: float | None = None,
-) -> float:
-    """The criterion of the best model in nats per token, at least 0; lower is better. See the head of this file."""
-    if max_retain_kl is not None and measured.get("retain_kl", 0.0) > max_retain_kl:
-        return math.inf
-    forgotten = [measured[f"{name}_ce"] for name in FORGET_SETS if f"{name}_ce" in measured]
-    gap = 0.0 if forget_target is None else sum(abs(loss - forget_target) for loss in forgotten)
-    if "update_ce" in measured:
-        gap += max(0.0, measured["update_ce"] - (update_target or 0.0))
-    return gap + sum(max(0.0, measured.get(f"{name}_kl", 0.0)) for name in ANCHOR_SETS)
-
-
-def stop_reason(
-    measured: Mapping[str, float],
-    forget_target: float | None,
-    update_target: float | None = None,
-    max_retain_kl: float | None = None,
-) -> str | None:
-    """Why to stop at what was measured, or None: the anchor has slipped, or every set has reached its target."""
-    if max_retain_kl is not None and measured.get("retain_kl", 0.0) > max_retain_kl:
-        return f"the KL on retained text is {measured['retain_kl']:.4g}, above max_retain_kl={max_retain_kl:.4g}"
-    forgotten = {name: measured[f"{name}_ce"] for name in FORGET_SETS if f"{name}_ce" in measured}
-    if forgotten and (forget_target is None or min(forgotten.values()) < forget_target):
-        return None
-    if "update_ce" in measured and (update_target is None or measured["update_ce"] > update_target):
-        return None
-    reached = [f"{name} {loss:.4g} nats (target {forget_target:.4g})" for name, loss in forgotten.items()]
-    if "update_ce" in measured:
-        reached.append(f"update {measured['update_ce']:.4g} nats (target {update_target:.4g})")
-    return f"every set has reached its target: {', '.join(reached)}" if reached else None
-
-
-def last_unseen_loss(checkpoint: str | Path, default: float | None) -> float | None:
-    """The loss of unseen text that a checkpoint's log ends with, in nats per token; default if it was not measured."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    return next((entry[UNSEEN_LOSS] for entry in reversed(state.log_history) if UNSEEN_LOSS in entry), default)
-
-
-def record_of(trainer: SurgeryTrainer) -> dict[str, Any]:
-    """The record of the weights that a `SurgeryTrainer` holds, for JSON; docs/surgery.md explains its keys."""
-    args, state, target = trainer.args, trainer.state, trainer.forget_target
-    gaps = [(entry["step"], entry[GAP]) for entry in state.log_history if GAP in entry]
-    at_the_end = f"max_steps={args.max_steps}" if state.global_step >= args.max_steps else None
-    step = state.best_global_step if trainer.holds_best else state.global_step
-    measured = next((entry for entry in reversed(state.log_history) if GAP in entry and entry["step"] == step), {})
-    return {
-        "source": "LLM Surgery, arXiv 2409.13054",
-        "objective": objective_text(args, list(trainer.sets)),
-        "rows": {name: len(rows) for name, rows in (trainer.measured_sets | trainer.sets).items()},
-        "forget_target": _as_json(measured.get(UNSEEN_LOSS, target) if args.follows_unseen else target),
-        "forget_target_is": UNSEEN if args.forget_target == UNSEEN else "given",
-        "step": step,
-        "steps_made": state.global_step,
-        "stopped_by": trainer.stop_reason or at_the_end,
-        "gap": {
-            "formula": GAP_FORMULA,
-            "start": _as_json(gaps[0][1]) if gaps and gaps[0][0] == 0 else None,
-            "last": _as_json(gaps[-1][1]) if gaps else None,
-            "best": None if state.best_global_step is None else _as_json(state.best_metric),
-        },
-        "measured": {
-            name.removeprefix("eval_"): _as_json(value) for name, value in measured.items() if name.startswith("eval_")
-        },
-        "target_experts": [] if trainer.targets is None else list(trainer.targets.names),
-        "settings": {
-            name: _as_json(getattr(args, name)) for name in SurgeryConfig.__annotations__ if name not in PLACES
-        },
-    }
-
-
-def objective_text(args: SurgeryConfig, sets: list[str]) -> str:
-    """The objective in force as one line, with the name of each loss."""
-    losses = args.forget_losses
-    kl = "KL(before || now)" if args.kl_direction == "forward" else "KL(now || before)"
-    names = {name: losses[name].name for name in FORGET_SETS} | dict.fromkeys(ANCHOR_SETS, kl) | {"update": "CE"}
-    return " + ".join(f"{args.weights[name]:g} * {names[name]}[{name}]" for name in sets)
-
-
 @contextmanager
 def _losses_by_name(args: SurgeryConfig) -> Iterator[None]:
     given = {name: getattr(args, name) for name in ("forget_loss", "obsolete_loss")}
     try:
         for name, loss in given.items():
-            setattr(args, name, _as_json(loss))
+            setattr(args, name, as_json(loss))
         yield
     finally:
         for name, loss in given.items():
             setattr(args, name, loss)
-
-
-def card_section(record: dict[str, Any]) -> str:
-    """A record as a section of a model card."""
-    target, gap = record["forget_target"], record["gap"]
-    shown = "none" if target is None else f"{target:.4g} nats per token ({record['forget_target_is']})"
-    numbers = ", ".join(f"{name} {_shown(gap[name])}" for name in ("start", "last", "best"))
-    stopped_by = record["stopped_by"] or "not yet"
-    rows = ", ".join(f"{name} {count}" for name, count in record["rows"].items())
-    return (
-        "## What was done\n\n"
-        f"[LLM Surgery](https://arxiv.org/abs/2409.13054): texts were unlearnt, replaced and kept. `{RECORD_FILE}` "
-        "holds all settings.\n\n"
-        f"- objective, minimised: `{record['objective']}`\n"
-        f"- rows: {rows}\n"
-        f"- forgetting aims at: {shown}\n"
-        f"- weights of step {record['step']} of {record['steps_made']}; stopped by: {stopped_by}\n"
-        f"- gap in nats per token, 0 is perfect: {numbers}\n"
-    )
-
-
-def _shown(value: float | str | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _as_json(value: Any) -> Any:
-    """Numbers that JSON has not, and functions, as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str | list | dict):
-        return value
-    return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
 
 
 class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
@@ -444,7 +348,9 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         retain_dataset: rows on which the model must stay as it is.
         obsolete_dataset: old versions of what is updated, to be forgotten.
         neighbour_dataset: rows like the unlearned ones about other subjects, a second anchor.
-        unseen_dataset: rows of the same kind that the model never read; only measured, and the target of forgetting.
+        unseen_dataset: rows of the same kind that the model never read: the target of forgetting, and a third anchor.
+        eval_dataset: by name of an anchor (retain, neighbour, unseen) rows that no term sees, on which retention is
+            measured; of an anchor that it has not, `held_out_fraction` of its own rows are kept apart.
         processing_class: the tokenizer; may be left out when every set is tokenised.
         ref_model: the model before surgery, if it is not `model` as given.
         peft_config: train an adapter of this kind.
@@ -452,7 +358,11 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     """
 
     run_method = "surgery"
-    stop_reason: str | None = None  # why it stopped before max_steps
+    may_be_there = (REFERENCE_FOLDER,)
+    verdict = "not judged yet"  # of the weights, once training has ended
+    fluency: float | None = None  # entropy of what the model writes over that of the true texts
+    fingerprint: str | None = None  # of the model before surgery
+    target_is = "given"  # or the set whose loss before step 1 the target of forgetting is
     holds_best = False  # whether the weights are those of the best model again
 
     def __init__(
@@ -465,6 +375,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         obsolete_dataset: Dataset | None = None,
         neighbour_dataset: Dataset | None = None,
         unseen_dataset: Dataset | None = None,
+        eval_dataset: Mapping[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: Any = None,
@@ -487,7 +398,16 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         config = config_of(model, options)
         check_context(config, processing_class, args.max_length)
         self._vocab_size = config.get_text_config().vocab_size
-        self.sets, self.measured_sets = prepare_sets(args, processing_class, self._vocab_size, given)
+        self.aims = Targets(
+            None if args.forget_target == UNSEEN else args.forget_target,
+            args.update_target,
+            args.max_retain_kl,
+            vocab_size=self._vocab_size,
+        )
+        self.aims.check()
+        prepared = prepare_sets(args, processing_class, self._vocab_size, given, eval_dataset)
+        self.sets, self.measured_sets, self.held_out = prepared.train, prepared.measured, prepared.held_out
+        self._unread, self.anchored = prepared.unseen, sorted(map(digest_of_subject, prepared.anchored))
         model = open_model(model, options, peft_config)
         if ref_model is not None:
             check_vocabulary(model, ref_model)
@@ -495,7 +415,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         check_expert_settings(model, args)
         freeze(model, [*(args.freeze or ()), *(["router"] if args.freeze_router else [])])
         self.given_reference = ref_model
-        self.forget_target = None if args.forget_target == UNSEEN else args.forget_target
         self.terms: SurgeryTerms | None = None
         self.term_meter, self.gradient_meter = MeanMeter(), MeanMeter()
         self.units: dict[str, Tensor] = {}  # of each set in the optimizer batch
@@ -620,7 +539,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         decayed = super().get_decay_parameter_names(model)
         if self.args.decay_all_parameters:
             decayed = [name for name, _ in model.named_parameters()]
-        return [name for name in decayed if self.targets is None or name not in self.targets.no_decay]
+        experts = self.targets
+        return [name for name in decayed if experts is None or name not in experts.no_decay]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the terms were since the last training log, and norms and cosines of their gradients."""
@@ -655,11 +575,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             raise FloatingPointError(f"{bad[0]} is {measured[bad[0]]} at step {self.state.global_step}.")
         reason = None
         if own:
-            if args.follows_unseen and f"{UNSEEN}_ce" in measured:
-                self._aim_at(measured[f"{UNSEEN}_ce"])
-            rules = self.forget_target, args.update_target, args.max_retain_kl
-            measured["surgery_gap"] = surgery_gap(measured, *rules)
-            reason = stop_reason(measured, *rules)
+            measured["surgery_gap"] = surgery_gap(measured, self.aims)
+            reason = stop_reason(measured, self.aims)
             measured |= self.selections.measure(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -690,8 +607,9 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         """Operate, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`.
 
         The model must be the one before surgery in both cases: reference and targets are taken from it before any
-        checkpoint is loaded. Raises ValueError before anything is computed for a folder that is in use or a checkpoint
-        that is not whole; FloatingPointError for a loss that is no number, after the last good weights are back.
+        checkpoint is loaded. Raises ValueError before anything is computed for a folder that is in use, a checkpoint
+        that is not whole, or one of a run that started from another model; FloatingPointError for a loss that is no
+        number, after the last good weights are back.
         """
         output_dir = self.args.output_dir
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
@@ -700,12 +618,14 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             (fresh if checkpoint is None else discard_half_written)(output_dir)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         with repeatable_on_cpu(self.args.device):
+            self._require_same_start(checkpoint)
             self._prepare()
             self.term_gradients = None
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} {self._restore_last_good()}") from error
+            self._judge()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.warning(
                 "No measured model had a finite gap, so the one of step %d stays, whatever it is: lower the "
@@ -715,6 +635,35 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             )
         return output
 
+    def _fingerprint(self) -> str:
+        """Of the weights that anchors and targets are taken from."""
+        if self.fingerprint is not None:
+            return self.fingerprint
+        given = self.given_reference
+        return weights_fingerprint(self.model if given is None else given, with_adapter=False)
+
+    def _require_same_start(self, checkpoint: Path | None) -> None:
+        """Refuse to go on with anchors and targets of another model than the one that the run started from."""
+        record = None if checkpoint is None else checkpoint / RECORD_FILE
+        if record is None or not record.is_file():
+            return
+        wanted = json.loads(record.read_text(encoding="utf-8")).get("starts_from")
+        self.fingerprint = self._fingerprint()
+        if wanted not in (None, self.fingerprint):
+            raise ValueError(
+                f"the run of {checkpoint.name} started from a model with the fingerprint {wanted[:8]}, and the one "
+                f"given has {self.fingerprint[:8]}: anchors and targets are those of the model before surgery; pass "
+                "that one, not a checkpoint, and resume from the checkpoint."
+            )
+
+    def read_beside_state(self, checkpoint: Path | None) -> None:
+        """The parent's, and why the run was over at a checkpoint, unless it goes on by other rules."""
+        super().read_beside_state(checkpoint)
+        record = None if checkpoint is None or self._changed else checkpoint / RECORD_FILE
+        ended = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.is_file() else {}
+        reason = ended.get("stopped_by") or "max_steps="
+        self.stop_reason = None if reason.startswith("max_steps=") else reason
+
     def _restore_last_good(self) -> str:
         self.stop_reason, best = "a loss that is no number", self.state.best_model_checkpoint
         if best is None:
@@ -723,14 +672,15 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         return f"The model holds the weights of {best} again."
 
     def _prepare(self) -> None:
-        """What is taken from the model before surgery: the reference, and the loss of unseen text."""
+        """What is taken from the model before surgery: the reference, the targets, and what is compared with later."""
         if self.terms is not None:
             return
-        args = self.args
+        args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets]
+        self.fingerprint = self._fingerprint()
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
             args.forget_losses,
-            args.forget_settings(self.forget_target),
+            args.forget_settings(self.aims.forget),
             self._build_reference(),
             args.normalization,
             args.kl_direction,
@@ -738,23 +688,76 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             balanced_set=self.balanced_set,
             balance=self.balance,
             routers=self._pull_on_routers(),
+            compared={name: f"{name}/{HELD_OUT}" if name in self.held_out else name for name in anchors},
         )
-        if args.forget_target == UNSEEN and UNSEEN in self.measured_sets:
-            with self.accelerator.autocast():
-                found = measure(self.model, partial(self._batches, self.measured_sets), [UNSEEN], self.terms)
-            self._aim_at(found[f"{UNSEEN}_ce"])
-            logger.info("Unseen text has a loss of %.4g nats per token: forgetting aims at it.", self.forget_target)
+        self.aims.start = self._measured(self.measured_sets)
+        self._set_targets()
 
-    def _aim_at(self, target: float | None) -> None:
-        self.forget_target = target
-        self.terms.forget = self.args.forget_settings(target)
+    def _measured(self, sets: Mapping[str, Dataset], terms: SurgeryTerms | None = None) -> dict[str, float]:
+        with self.accelerator.autocast():
+            return measure(self.model, partial(self._batches, sets), list(sets), terms or self.terms)
+
+    def _set_targets(self) -> None:
+        """Fix what is aimed at, once: it must not move with what the surgery damages."""
+        args, targets, start = self.args, self.aims, self.aims.start
+        if args.forget_target == UNSEEN and any(name in self.sets for name in FORGET_SETS):
+            if self._unread is None:
+                self.target_is, loss = "update", start["update_ce"]
+            else:
+                alone = replace(self.terms, reference=None)
+                self.target_is, loss = UNSEEN, self._measured({UNSEEN: self._unread}, alone)[f"{UNSEEN}_ce"]
+            targets.forget = min(loss, math.log(self._vocab_size))
+            self.terms.forget = args.forget_settings(targets.forget)
+            logger.info(
+                "Text of %s_dataset, which was not read, costs %.4g nats per token: forgetting aims at it.",
+                self.target_is,
+                targets.forget,
+            )
+        if targets.update is None and "update" in self.sets:
+            known = next((name for name in KNOWN if f"{name}_ce" in start), None)
+            targets.update = None if known is None else start[f"{known}_ce"]
+
+    def _judge(self) -> None:
+        """Say what came out, of the weights that are held now; all ranks must call it."""
+        step = self.state.best_global_step if self.holds_best else self.state.global_step
+        entries = (entry for entry in reversed(self.state.log_history) if GAP in entry and entry["step"] == step)
+        found = {key.removeprefix("eval_"): value for key, value in next(entries, {}).items()}
+        found = found or self._measured(self.measured_sets)
+        self.fluency = self._fluency()
+        self.verdict = verdict_of(found if self.fluency is None else {**found, "fluency": self.fluency}, self.aims)
+        logger.warning("Verdict: %s.", self.verdict)
+
+    def _fluency(self) -> float | None:
+        """Entropy of n-grams of what the model writes after the first half of some texts, over that of the true rest.
+
+        None of a model whose weights are spread over ranks, and without texts of four tokens that count.
+        """
+        if self.is_fsdp_enabled:
+            return None
+        halves, rests = [], []
+        for rows in self.measured_sets.values():
+            for place in range(min(CONTINUED_ROWS, len(rows))):
+                ids = list(row_of(rows, place)["input_ids"])
+                half = len(ids) // 2
+                if len(ids) - half >= 4:
+                    halves.append(ids[:half])
+                    rests.append(ids[half : half + CONTINUED_TOKENS])
+        if not halves:
+            return None
+        model = causal_lm_of(self.model)
+        with modes_kept(model), self.accelerator.autocast():
+            model.eval()
+            written = continue_greedily(model, halves, CONTINUED_TOKENS, self.args.eval_batch_size, stop=())
+        pairs = [(ids[: len(rest)], rest) for ids, rest in zip(written, rests, strict=True)]
+        ours, true = (ngram_entropy([" ".join(map(str, ids)) for ids in part]) for part in zip(*pairs, strict=True))
+        return float(ours.mean() / true.mean()) if true.mean() > 0 else None
 
     def _build_reference(self) -> Reference | None:
         args = self.args
         return build_reference(
             args.reference,
             self.model,
-            compared_rows(self.sets, args.forget_losses),
+            compared_rows(self.sets, args.forget_losses, self.held_out),
             self.accelerator,
             args.reference_cache_dir or Path(args.output_dir) / REFERENCE_FOLDER,
             given=self.given_reference,
@@ -772,12 +775,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             return None
         chosen = [] if self.targets is None else self.targets.chosen
         return RouterPull(RouterTap(self.model), args.router_anchor, args.expert_anchor, chosen)
-
-    def read_beside_state(self, checkpoint: Path | None) -> None:
-        """Take up the target of a checkpoint, also when the run goes back to it."""
-        super().read_beside_state(checkpoint)
-        if checkpoint is not None and self.args.follows_unseen:
-            self._aim_at(last_unseen_loss(checkpoint, self.forget_target))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

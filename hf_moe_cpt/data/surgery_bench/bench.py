@@ -25,6 +25,7 @@ Source: ours; the sets follow LLM Surgery (arXiv 2409.13054), neighbours RWKU (a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -323,6 +324,20 @@ def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
     """
     covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
     return max(covered, default=-1) + 1
+
+
+def subject_of(row: Mapping[str, Any]) -> str:
+    """Whom a row is about: its `subject`, or a name made of what it holds, so that equal rows are one subject."""
+    if isinstance(row.get("subject"), str) and row["subject"].strip():
+        return row["subject"]
+    columns = [name for name in ("text", "prompt", "completion", "messages", "input_ids") if row.get(name) is not None]
+    held = json.dumps([row[name] for name in columns[: 1 if "text" in columns else None]], sort_keys=True)
+    return f"row {hashlib.blake2b(held.encode(), digest_size=8).hexdigest()}"
+
+
+def digest_of_subject(subject: str) -> str:
+    """Twelve hexadecimal digits by which a subject is known without being named."""
+    return hashlib.blake2b(subject.encode(), digest_size=6).hexdigest()
 
 
 def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:

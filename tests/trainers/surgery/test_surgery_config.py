@@ -89,8 +89,8 @@ def test_missing_and_empty_sets_are_refused(tmp_path, changes, sets, message):
 def test_sets_in_force_are_those_with_rows_and_a_weight(tmp_path):
     sets = {"unlearn": ROWS, "update": ROWS, "retain": ROWS, "obsolete": None, "unseen": ROWS}
     found = _config(tmp_path, update_weight=0.0).sets_in_force(sets)
-    assert list(found) == ["unlearn", "retain"]
+    assert list(found) == ["unlearn", "retain", "unseen"]
     config = _config(tmp_path, allow_unanchored=True)
-    assert list(config.sets_in_force({"unlearn": ROWS, "unseen": ROWS})) == ["unlearn"]
+    assert list(config.sets_in_force({"unlearn": ROWS, "unseen": ROWS})) == ["unlearn", "unseen"]
     ascent = _config(tmp_path, forget_loss="ga", forget_target=None)
     assert list(ascent.sets_in_force({"unlearn": ROWS, "retain": ROWS})) == ["unlearn", "retain"]

@@ -22,6 +22,14 @@ from hf_moe_cpt.trainers.surgery.data import WINNER, eval_batches
 from hf_moe_cpt.trainers.surgery.experts import RouterTap
 from hf_moe_cpt.trainers.surgery.losses import FORGET_LOSSES, PAIR_LOSSES, TERMS, ForgetSettings, ScoredText
 from hf_moe_cpt.trainers.surgery.reference import LiveReference
+from hf_moe_cpt.trainers.surgery.verdict import (
+    RECORD_FILE,
+    Targets,
+    card_section,
+    stop_reason,
+    surgery_gap,
+    verdict_of,
+)
 from tests.helpers.cpt_runs import logged
 from tests.helpers.surgery_runs import BEST, EVALUATED, trainer
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
@@ -60,19 +68,29 @@ def test_measures_are_means_over_rows_or_tokens(normalization, direction):
     terms = surgery_trainer.SurgeryTerms({}, ForgetSettings(), reference, normalization, direction, chunk_tokens=4)
     got = surgery_trainer.measure(model, _batches(sets), list(NAMES), terms)
     assert model.training
-    assert list(got) == ["unlearn_ce", "update_ce", "retain_ce", "retain_kl", "unseen_ce"]
+    assert list(got) == [
+        "unlearn_ce",
+        "unlearn_top1",
+        "update_ce",
+        "retain_ce",
+        "retain_kl",
+        "unseen_ce",
+        "unseen_kl",
+        "unseen_top1",
+    ]
     model.eval()
     for name in NAMES:
-        values = {"ce": [], "kl": []}
+        values = {"ce": [], "kl": [], "top1": []}
         for place in [int(row) for batch in _batches(sets)(name) for row in batch["row"]]:
             ids = torch.tensor([sets[name][place]["input_ids"]])
             with torch.no_grad():
                 logp, ref = (one(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, before))
+            values["top1"].append((logp.argmax(-1) == ids[0, 1:])[1:].double())
             values["ce"].append(-logp.gather(-1, ids[0, 1:, None])[1:, 0])
             pair = (ref, logp) if direction == "forward" else (logp, ref)
             values["kl"].append((pair[0].exp() * (pair[0] - pair[1])).sum(-1)[1:])
         assert len(values["ce"]) == 5
-        for kind in ("ce", "kl") if name == "retain" else ("ce",):
+        for kind in (kind for kind in values if f"{name}_{kind}" in got):
             rows = values[kind]
             means = torch.cat(rows) if normalization == "token" else torch.stack([row.mean() for row in rows])
             assert got[f"{name}_{kind}"] == pytest.approx(float(means.mean()), rel=1e-6), (name, kind)
@@ -98,6 +116,7 @@ def test_dropout_modes_and_rows_that_do_not_count_change_nothing():
 
 
 MEASURED = {"unlearn_ce": 3.0, "obsolete_ce": 5.5, "update_ce": 1.25, "retain_kl": 0.2, "neighbour_kl": 0.05}
+DRIFTED = {"unseen_ce": 4.5, "unseen_kl": 9.0}  # from 4: the KL of unseen text is no part of the gap, its drift is
 
 
 @pytest.mark.parametrize(
@@ -111,11 +130,13 @@ MEASURED = {"unlearn_ce": 3.0, "obsolete_ce": 5.5, "update_ce": 1.25, "retain_kl
         ({"retain_kl": -1e-8}, (None, 2.0, None), 0.05),
         ({"unlearn_ce": None, "obsolete_ce": None}, (4.0, 1.0, None), 0.25 + 0.25),
         ({"update_ce": None, "neighbour_kl": None}, (4.0, 1.0, None), 1.0 + 1.5 + 0.2),
+        (DRIFTED, (4.0, 1.0, None), 1.0 + 1.5 + 0.25 + 0.25 + 0.5),
+        ({"unseen_ce": 3.25}, (4.0, 1.0, None), 1.0 + 1.5 + 0.25 + 0.25 + 0.75),
     ],
 )
 def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
     measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
-    assert surgery_trainer.surgery_gap(measured, *rules) == pytest.approx(want)
+    assert surgery_gap(measured, Targets(*rules, start={"unseen_ce": 4.0})) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
@@ -134,20 +155,56 @@ def test_the_gap_is_the_sum_that_its_formula_says(changes, rules, want):
 )
 def test_when_a_run_stops(changes, rules, want):
     measured = {name: value for name, value in {**MEASURED, **changes}.items() if value is not None}
-    reason = surgery_trainer.stop_reason(measured, *rules)
+    reason = stop_reason(measured, Targets(*rules))
     assert (reason is None) == (want is None)
     if want is not None:
         assert re.search(want, reason), reason
 
 
+AIMED = {
+    "unlearn_ce": 3.0,
+    "unlearn_top1": 0.3,
+    "update_ce": 0.3,
+    "retain_ce": 1.0,
+    "retain_kl": 0.02,
+    "unseen_ce": 3.1,
+}
+BEFORE = {
+    "unlearn_ce": 0.2,
+    "unlearn_top1": 0.95,
+    "update_ce": 2.0,
+    "retain_ce": 1.0,
+    "unseen_ce": 3.1,
+    "unseen_top1": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "as asked on unlearn, update, retain, unseen"),
+        ({"unlearn_ce": 31.9}, "RUINED: the loss of unlearn is 31.9 nats .*ln V = 6.397; OFF TARGET: unlearn"),
+        ({"unseen_ce": 8.6}, r"RUINED: the loss of unseen .*; DAMAGED: the loss of unseen text has moved by \+5.5"),
+        ({"fluency": 0.1}, "INCOHERENT: what it writes has 10% of the entropy"),
+        ({"unlearn_top1": 0.8}, "NOT FORGOTTEN: 80% of the tokens of unlearn .*before: 95%, unseen text: 30%"),
+        ({"unlearn_ce": 0.94}, "OFF TARGET: unlearn is at 0.94 nats of a target of 3"),
+        ({"update_ce": 1.0}, "NOT LEARNT: update is at 1 nats of a target of 0.2"),
+        ({"retain_kl": 0.4}, "DAMAGED: the KL on retain is 0.4 nats"),
+    ],
+)
+def test_the_verdict_names_what_is_wrong_the_worst_first(changes, said):
+    aims = Targets(3.0, 0.2, start=BEFORE, vocab_size=600)
+    assert re.fullmatch(f"{said}.*", verdict_of({**AIMED, **changes}, aims)), verdict_of({**AIMED, **changes}, aims)
+    assert verdict_of({}, Targets()) == "not judged: nothing was measured"
+
+
 def _record(folder):
-    return json.loads(
-        (folder / surgery_trainer.RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
-    )
+    return json.loads((folder / RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
 def test_the_record_is_that_of_the_weights_beside_it(tmp_path):
-    run = trainer(tmp_path / "run", max_steps=12, learning_rate=0.2, forget_loss="ga", forget_target=4.0, **BEST)
+    options = {"max_steps": 12, "learning_rate": 0.2, "forget_loss": "ga", "forget_target": 3.8, "update_target": 0.1}
+    run = trainer(tmp_path / "run", **options, **BEST)
     run.train()
     run.save_model()
     record, state = _record(tmp_path / "run"), run.state
@@ -179,15 +236,19 @@ def test_the_record_names_the_terms_the_rows_and_the_target(tmp_path):
     assert run.args.forget_loss is gentle
     assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).forget_loss == "gentle"
     record = _record(tmp_path / "run")
-    terms = "0.5 * gentle[unlearn] + 0.1 * pair_dpo[obsolete] + 1 * CE[update] + 1 * KL(now || before)[retain]"
-    assert record["objective"] == terms == surgery_trainer.objective_text(run.args, list(run.sets))
-    assert record["rows"] == dict.fromkeys(("unlearn", "obsolete", "update", "retain", "unseen"), 12)
-    assert record["forget_target"] == logged(run.state.log_history, "eval_unseen_ce")[-1]
+    terms = "0.5 * gentle[unlearn] + 0.1 * pair_dpo[obsolete] + 1 * CE[update] + 1 * KL(now || before)[retain] + "
+    terms += "1 * KL(now || before)[unseen]"
+    assert record["objective"] == terms
+    assert record["rows"] == dict.fromkeys(("unlearn", "obsolete", "update"), 12) | dict.fromkeys(
+        ("retain", "unseen"), 10
+    )
+    assert record["held_out"] == {"retain": 2, "unseen": 2} and len(record["anchored"]) == 20
+    assert record["forget_target"] == pytest.approx(run.aims.forget) and record["verdict"] == run.verdict
     assert record["forget_target_is"] == "unseen" and record["gap"]["best"] is None
     assert record["settings"]["forget_loss"] == "gentle" and record["settings"]["learning_rate"] == 1e-2
     assert str(tmp_path) not in json.dumps(record)
     for part in (terms, f"{record['forget_target']:.4g} nats", "weights of step 1 of 1; stopped by: max_steps=1"):
-        assert part in surgery_trainer.card_section(record)
+        assert part in card_section(record)
 
 
 def test_what_stopped_a_run_is_told_and_a_model_beyond_the_limit_is_called_so(tmp_path, caplog):
@@ -377,7 +438,7 @@ def test_penalties_are_descended_on_once(kind="cpt_moe"):
     penalty = _own_loss(model, batches["update"]) - crosses["update"]
     kl = [
         _mean((ref.exp() * (ref - now)).sum(-1), batches[name], "token")
-        for name in ("retain", "neighbour")
+        for name in ("retain", "neighbour", "unseen")
         for ref, now in [(_logp(before, batches[name]).detach(), _logp(model, batches[name]))]
     ]
     want = -crosses["unlearn"] - crosses["obsolete"] + crosses["update"] + sum(kl) + penalty
