@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.routing.hooks import layers_to_watch, moe_layers
-from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
+from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 
 
 Training = TypeVar("Training", bound=TrainingArguments)
@@ -80,9 +80,7 @@ class ModelArguments:
         if self.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: name the model to train, a Hub id or a folder.")
         self.check_adapter()
-        resumed = resolve_resume(training.output_dir, training.resume_from_checkpoint)
-        if resumed is None and training.process_index == 0:
-            require_unused(training.output_dir, besides=besides)
+        check_output_dir(training, besides)
 
     def check_adapter(self) -> None:
         """Raise ValueError or ImportError for an adapter that cannot be, and for settings of one that there is not."""

@@ -26,7 +26,7 @@ from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
 from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
-from hf_moe_cpt.trainers.common.checkpointing import require_unused, resolve_resume
+from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import DataArguments, load_data
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
@@ -92,8 +92,7 @@ def check_arguments(model: StartArguments, training: CPTConfig, parallel: dict[s
         require("liger_kernel", needed_by="--use_liger_kernel")
     if model.preset is not None and model.tokenizer_name_or_path is None:
         raise ValueError("--preset needs --tokenizer_name_or_path: a fresh model has no tokenizer of its own.")
-    if resolve_resume(training.output_dir, training.resume_from_checkpoint) is None and training.process_index == 0:
-        require_unused(training.output_dir)
+    check_output_dir(training)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

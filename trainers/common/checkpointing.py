@@ -4,7 +4,9 @@ The Trainer writes each checkpoint into `_unfinished` of the output folder. When
 files with sizes and checksums is written, and one rename makes it a checkpoint of the run; only then do old ones go,
 in one rename each. What a killed process leaves lies in `_unfinished` and is never resumed from; pushes to the Hub
 leave it out, since its name begins with an underscore. With `snapshot_dir` each host writes to a fast local folder,
-and a thread brings it from there while training goes on.
+and a thread brings it from there while training goes on. Nothing but what a run left unfinished, and old whole
+checkpoints beyond save_total_limit, is ever deleted: a checkpoint with something wrong is moved to `_set_aside`, under
+a name that says what.
 
 A checkpoint is whole when every file of its list is there. One without a list, which others wrote, is whole when
 `trainer_state.json`, the last file that the Trainer writes, parses and names the step of its folder, and every
@@ -16,18 +18,22 @@ Source: ours; `Trainer._save_checkpoint` of transformers 5.17 to 5.24 for the or
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import stat
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +53,20 @@ MANIFEST = "checkpoint_files.json"
 CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
 UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
 HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
-OURS = (UNFINISHED, HEARTBEATS)
+SET_ASIDE = "_set_aside"  # folder in the output folder with checkpoints that something is wrong with
+LOCK = "_run.lock"  # file in the output folder, of the process that trains
+OURS = (UNFINISHED, HEARTBEATS, SET_ASIDE, LOCK)
+WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
 NEWEST = ("last", "auto", "True", "true")
 CHUNK_BYTES = 1 << 24
 THREADS = 4  # zlib leaves the interpreter to others while it works
 BYTES_PER_MOMENT_PAIR = 8  # Adam keeps two float32 numbers per trained parameter
-# A full disk shows in many ways: RuntimeError of torch's zip writer is one more, told by its text.
+# A full disk shows in many ways: also as RuntimeError of torch's zip writer and bare Exception of tokenizers.
 WRITING_FAILED = (OSError, SafetensorError, CheckpointException)
-OF_TORCH_SAVE = ("PytorchStreamWriter", "file write failed", "inline_container")
+TOLD_BY_TEXT = {
+    RuntimeError: ("PytorchStreamWriter", "file write failed", "inline_container"),
+    Exception: ("(os error",),
+}
 DONE = "copied-by-host-"  # beside the checkpoint in `_unfinished`: one mark for each host
 POLL_SECONDS = 0.1
 
@@ -130,23 +142,47 @@ def _checksum(path: Path) -> int:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether all files of `checkpoint` are there, of the right size; their contents are not read."""
+    return harm_of(checkpoint) is None
+
+
+def harm_of(checkpoint: Path, read_back: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None. read_back: also read its files and compare checksums."""
     match = CHECKPOINT_FOLDER.match(checkpoint.name)
     try:
         manifest = read_manifest(checkpoint)
-        if manifest is not None and incomplete_file(checkpoint, manifest) is not None:
-            return False
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        incomplete = None if manifest is None else incomplete_file(checkpoint, manifest)
+        if incomplete is not None:
+            return f"its file {incomplete} is missing or cut"
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         for weights in checkpoint.glob("*.safetensors") if manifest is None else ():
-            with safe_open(weights, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
+            if not _opens(weights):
+                return f"its file {weights.name} is cut"
+        damaged = damaged_file(checkpoint) if read_back else None
+    except FileNotFoundError:
+        return "it is missing or was not written to its end"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except ValueError:
+        return "its list of files or its state is cut"
+    if damaged is not None:
+        return f"its file {damaged} is damaged (not what was written)"
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return None if match is None or step == int(match[1]) else f"its state is of step {step}"
+
+
+def _opens(weights: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with safe_open(weights, framework="pt"):
+            return True
+    except SafetensorError:
         return False
-    return match is None or state.get("global_step") == int(match[1])
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(checkpoint.name.rpartition("-")[2])
+    """The step in the name of a checkpoint folder, or else in its state."""
+    match = CHECKPOINT_FOLDER.match(checkpoint.name)
+    return int(match[1] if match else json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -163,19 +199,11 @@ def last_whole_checkpoint(output_dir: str | Path, before: float = math.inf, read
     for path in reversed(checkpoints_in(output_dir)):
         if step_of(path) >= before:
             continue
-        harm = _harm(path, read_back)
+        harm = harm_of(path, read_back)
         if harm is None:
             return path
         logger.warning("Passing over %s: %s.", path, harm)
     return None
-
-
-def _harm(checkpoint: Path, read_back: bool) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    if not is_whole(checkpoint):
-        return "it is missing or was not written to its end"
-    damaged = damaged_file(checkpoint) if read_back else None
-    return None if damaged is None else f"its file {damaged} is damaged (not what was written)"
 
 
 def resolve_resume(output_dir: str | Path, resume: str | bool | None, read_back: bool = False) -> Path | None:
@@ -192,11 +220,11 @@ def resolve_resume(output_dir: str | Path, resume: str | bool | None, read_back:
         if found is None and resume != "auto":
             raise ValueError(
                 f"resume_from_checkpoint={resume!r}: {output_dir} holds no whole checkpoint. "
-                "Start without it, or name the folder of a checkpoint."
+                "Name the folder of a checkpoint, or give auto, which begins anew where there is none."
             )
         return found
     checkpoint = Path(resume)
-    harm = _harm(checkpoint, read_back)
+    harm = harm_of(checkpoint, read_back)
     if harm is not None:
         whole = last_whole_checkpoint(checkpoint.parent, read_back=read_back)
         remedy = f"use {whole}" if whole else "start the run anew"
@@ -204,36 +232,75 @@ def resolve_resume(output_dir: str | Path, resume: str | bool | None, read_back:
     return checkpoint
 
 
-def discard_half_written(output_dir: str | Path) -> list[Path]:
-    """Remove checkpoint folders that a killed process left unfinished; returns what was removed."""
+def tidy_up(output_dir: str | Path, resumed: Path | None) -> list[Path]:
+    """Leave no checkpoint in a run's folder that a run from `resumed` could take for its own; returns where they went.
+
+    What a killed process was writing is deleted. Set aside is what something is wrong with, and what is later than
+    `resumed`: the past of another run from here on.
+    """
     shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
-    broken = [path for path in checkpoints_in(output_dir) if not is_whole(path)]
-    for path in broken:
-        logger.warning("Removing %s: it was not written to its end and cannot be resumed from.", path)
-        shutil.rmtree(path)
-    return broken
+    newest, aside = -1 if resumed is None else step_of(resumed), []
+    for path in checkpoints_in(output_dir):
+        is_later = step_of(path) > newest
+        harm = harm_of(path, read_back=is_later)
+        if harm is None and is_later:
+            harm = "it is later than " + ("the start" if resumed is None else resumed.name)
+        if harm is not None:
+            aside.append(set_aside(path, harm))
+    return aside
 
 
-def require_unused(output_dir: str | Path, besides: Collection[str] = ()) -> None:
+def set_aside(checkpoint: Path, harm: str) -> Path:
+    """Move a checkpoint out of the run, under a name that says why, and say so; returns where it lies."""
+    home = checkpoint.parent / SET_ASIDE
+    home.mkdir(exist_ok=True)
+    name = f"{checkpoint.name}-{re.sub('[^A-Za-z0-9._]+', '-', harm.removeprefix('it ')).strip('-')[:80]}"
+    place = next(path for n in count(1) if not (path := home / (name if n == 1 else f"{name}-{n}")).exists())
+    checkpoint.rename(place)
+    logger.warning("%s is set aside as %s: %s.", checkpoint, place, harm)
+    return place
+
+
+def require_unused(output_dir: str | Path, besides: Collection[str] = (), asked: str | bool | None = None) -> None:
     """Refuse a folder that already holds something, so that no run overwrites the result of another.
 
-    besides: names that may be there; what a killed process left unfinished may always.
+    besides: names that may be there; what a killed process left unfinished may always. asked: how to resume. "auto"
+    may begin anew where one of our runs began and left no whole model and no whole checkpoint.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
         return
     found = next((path for path in sorted(folder.iterdir()) if path.name not in (*besides, *OURS)), None)
-    if found is not None:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} is not empty (it holds {found.name!r}): name another folder, or continue "
-            'the run in it with resume_from_checkpoint="last".'
-        )
+    if found is None:
+        return
+    whole = any(is_whole(path) for path in checkpoints_in(folder))
+    began = (folder / LOCK).is_file() and (folder / LOCK).stat().st_size > 0
+    may_begin_anew = began and not whole and not _holds_model(folder)
+    if may_begin_anew and asked == "auto":
+        return
+    remedy = "."
+    if whole or may_begin_anew:
+        remedy = f", or go on with the run in it with resume_from_checkpoint={'last' if whole else 'auto'!r}."
+    raise ValueError(
+        f"output_dir={str(output_dir)!r} is not empty (it holds {found.name!r}): name another folder{remedy}"
+    )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether the weights of a model lie in `folder` that were written to their end: shards have an index."""
+    found = _weights_in(folder)
+    has_index = any(folder.glob("*.index.json")) or not any("-of-" in path.name for path in found)
+    return bool(found) and has_index and all(map(_opens, found))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)]
 
 
 def require_free_space(output_dir: str | Path, weight_bytes: int, trained_parameters: int, copies: int) -> None:
-    """Refuse to start when the disk cannot hold `copies` checkpoints and the final model.
+    """Refuse to start when the disk cannot hold `copies` more checkpoints and the final model.
 
-    weight_bytes: size of the model's weights. trained_parameters: number of parameters with Adam moments.
+    weight_bytes: size of the weights that are saved. trained_parameters: number of parameters with Adam moments.
     """
     folder = Path(output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -251,7 +318,7 @@ def publish(written: Path, run_dir: Path) -> Path:
     """Rename a finished checkpoint from `_unfinished` into the run's folder, in the place of one of the same step."""
     final = run_dir / written.name
     if final.exists():
-        _set_aside(final)
+        _remove(final)
     written.rename(final)
     force_to_disk(run_dir)
     return final
@@ -270,12 +337,19 @@ def remove_old(run_dir: Path, limit: int | None, kept: Collection[Path]) -> list
     removable = [path for path in folders if os.path.realpath(path) not in stay]
     gone = removable[: max(0, len(folders) - max(limit, len(stay)))]
     for path in gone:
-        _set_aside(path)
+        _remove(path)
     return gone
 
 
-def _set_aside(folder: Path) -> None:
-    """Take a checkpoint out of the run in one rename, then delete it; a process killed meanwhile leaves no half."""
+def _remove(folder: Path) -> None:
+    """Take a checkpoint out of the run in one rename, then delete it; a process killed meanwhile leaves no half.
+
+    One with something wrong, which somebody may want to look at, is set aside.
+    """
+    harm = harm_of(folder)
+    if harm is not None:
+        set_aside(folder, harm)
+        return
     bin_folder = folder.parent / UNFINISHED / "removed"
     bin_folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(bin_folder / folder.name, ignore_errors=True)
@@ -296,8 +370,8 @@ class WriteFailures:
             yield
         except WRITING_FAILED as error:
             self._note(error)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in OF_TORCH_SAVE):
+        except Exception as error:
+            if not any(words in str(error) for words in TOLD_BY_TEXT.get(type(error), ())):
                 raise
             self._note(error)
 
@@ -433,11 +507,6 @@ class AtomicCheckpointMixin:
 
     # ---- resuming ----
 
-    def checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
-        """What `resolve_resume` finds, with checksums compared, the same on all ranks. A collective."""
-        asked = asked or self.args.resume_from_checkpoint
-        return self._of_first_rank(lambda: resolve_resume(self.args.output_dir, asked, read_back=True))
-
     def whole_checkpoint_before(self, step: int) -> Path | None:
         """The newest whole checkpoint of a step before `step`, the same on all ranks, or None. A collective."""
         self.wait_for_checkpoint()
@@ -456,12 +525,16 @@ class AtomicCheckpointMixin:
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _of_first_rank(self, find: Callable[[], Path | None]) -> Path | None:
+    def _saves_together(self) -> bool:
+        """Whether all ranks meet while a model is saved."""
+        return self._is_sharded() or getattr(self, "is_distributed_loading_by_transformers", False)
+
+    def _of_first_rank(self, find: Callable[[], Any]) -> Any:
         found: list[Any] = [None]
         if self.is_world_process_zero():
             try:
                 found = [find()]
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 found = [error]
         if self.args.world_size > 1:
             broadcast_object_list(found)
@@ -505,10 +578,10 @@ class AtomicCheckpointMixin:
 
     def _folder_to_write_into(self, run_dir: Path) -> Path:
         snapshot_dir = self.args.snapshot_dir
-        folder = run_dir / UNFINISHED if snapshot_dir is None else Path(snapshot_dir) / f"{UNFINISHED}-{run_dir.name}"
+        folder = run_dir / UNFINISHED if snapshot_dir is None else snapshot_folder(snapshot_dir, run_dir)
         is_first_of_host = self.args.local_process_index == 0 if snapshot_dir else self.args.should_save
         if is_first_of_host:
-            self._failures.call(_make_empty, folder)
+            self._failures.call(_make_empty, folder, is_private=bool(snapshot_dir))
         if self.args.should_save and snapshot_dir:
             self._failures.call(_make_empty, run_dir / UNFINISHED)
         self.accelerator.wait_for_everyone()
@@ -580,8 +653,45 @@ class AtomicCheckpointMixin:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent's; inside a checkpoint a failure to write is noted and the run goes on."""
-        self._noting(super().save_model, output_dir, _internal_call)
+        """As the parent's; inside a checkpoint a failure to write is noted and the run goes on.
+
+        Elsewhere the model goes to `rescue_dir` instead, and an OSError says where it is.
+        """
+        if self._failures is not None:
+            self._failures.call(super().save_model, output_dir, True)
+            return
+        failure = self._failure_to_save(output_dir)
+        if failure is not None:
+            self._rescue(Path(output_dir or self.args.output_dir), failure)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _failure_to_save(self, output_dir: str | None) -> str | None:
+        failures = WriteFailures()
+        failures.call(super().save_model, output_dir, True)
+        return failures.of_any_rank(self.args.world_size if self._saves_together() else 1)
+
+    def _rescue(self, folder: Path, failure: str) -> None:
+        room = free_space(folder)
+        for path in _weights_in(folder) if self.args.should_save else ():
+            if not _opens(path):
+                path.unlink()  # what this save left unfinished
+        if self._saves_together():
+            place = self._of_first_rank(lambda: self._place_to_rescue_to(folder))
+        else:
+            place = self._place_to_rescue_to(folder)
+        again = self._failure_to_save(str(place))
+        what = f"the model was not saved to {str(folder)!r} ({failure}; {room})"
+        if again is not None:
+            raise OSError(f"{what}, nor to {str(place)!r} ({again}): make room and resume from the last checkpoint.")
+        raise OSError(f"{what}: it is whole in {str(place)!r}. Make room and move it, nothing else is lost.")
+
+    def _place_to_rescue_to(self, folder: Path) -> Path:
+        home = Path(self.args.rescue_dir or tempfile.gettempdir())
+        home.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{folder.absolute().name}-rescued-", dir=home))
+
+    # ---- single files of a checkpoint ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._noting(super()._save_optimizer_and_scheduler, output_dir)
@@ -606,9 +716,35 @@ class _WaitsAtEpochEnd(TrainerCallback):
         self._trainer.wait_for_checkpoint()
 
 
-def _make_empty(folder: Path) -> None:
+def snapshot_folder(snapshot_dir: str | Path, run_dir: Path) -> Path:
+    """Where a host writes the checkpoints of the run in `run_dir`: runs of the same name have different ones."""
+    identity = hashlib.blake2b(os.path.realpath(run_dir).encode(), digest_size=4).hexdigest()
+    return Path(snapshot_dir) / f"{UNFINISHED}-{run_dir.absolute().name}-{identity}"
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that nobody else can write into. Raises PermissionError if it, or the one around it, is another's.
+
+    The folder around it may be root's, such as /dev/shm.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # whose it is is looked at below; it may be a link to nowhere
+        folder.mkdir(mode=0o700)
+    if not hasattr(os, "getuid"):
+        return
+    for found, owners in ((folder.lstat(), {os.getuid()}), (folder.parent.stat(), {os.getuid(), 0})):
+        if found.st_uid not in owners or not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(
+                f"snapshot_dir: {str(folder)!r} or the folder around it is a link or belongs to another user: name "
+                "a folder of your own."
+            )
+
+
+def _make_empty(folder: Path, is_private: bool = False) -> None:
+    if is_private:
+        private_folder(folder)  # nothing of another user is removed
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder) if is_private else folder.mkdir(parents=True, exist_ok=True)
 
 
 def _publish(written: Path, run_dir: Path, limit: int | None, best: str | None) -> None:

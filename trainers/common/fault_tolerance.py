@@ -18,7 +18,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,19 +29,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group, leave_process_group
-from hf_moe_cpt.trainers.common.checkpointing import HEARTBEATS, AtomicCheckpointMixin
+from hf_moe_cpt.trainers.common.checkpointing import (
+    HEARTBEATS,
+    AtomicCheckpointMixin,
+    WriteFailures,
+    checkpoints_in,
+    private_folder,
+    require_free_space,
+    require_unused,
+    resolve_resume,
+    snapshot_folder,
+    tidy_up,
+)
 from hf_moe_cpt.trainers.common.distributed import RankAgreement, reduce_in_float32, reshard
-from hf_moe_cpt.trainers.common.metrics import StepTiming
+from hf_moe_cpt.trainers.common.metrics import StepTiming, TokenCount
+from hf_moe_cpt.trainers.common.run_folder import (
+    STATE_FILE,
+    RunLock,
+    compare_settings,
+    describe_rows,
+    is_inside,
+    read_state,
+    settings_of,
+)
 
 
 logger = logging.getLogger(__name__)
 
 POLICIES = ("stop", "skip", "rewind")
 FILE = "bad_steps.json"  # in a checkpoint
+UNLABELLED = "none of its tokens has a label, so there is nothing to learn from it"
 LEAST_LOSSES = 8  # before so many are known nothing is a spike
 LEAST_SPREAD = 1e-3  # of the mean
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -57,9 +80,17 @@ class LossHistory:
     def __init__(self, spike_sigmas: float, window: int, losses: Iterable[float] = ()) -> None:
         self.spike_sigmas = spike_sigmas
         self.losses = deque(losses, maxlen=window)
+        self.sum, self.count = 0.0, 0  # of all good losses of the run
 
-    def harm(self, loss: float, grad_norm: float) -> str | None:
-        """What is bad about a step, or None."""
+    def add(self, loss: float) -> None:
+        """Take a good loss up."""
+        self.losses.append(loss)
+        self.sum, self.count = self.sum + loss, self.count + 1
+
+    def harm(self, loss: float, grad_norm: float, num_items: float = 1.0) -> str | None:
+        """What is bad about a step, or None. num_items: labels that its loss is a mean over."""
+        if not num_items:
+            return UNLABELLED
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not math.isfinite(grad_norm):
@@ -101,11 +132,12 @@ class BadStepCallback(TrainerCallback):
         self.policy, self.limit = policy, limit
         self.agreement: RankAgreement | None = None
         self.grad_norm: Tensor | float = 0.0  # of the step, told by the trainer
+        self.num_items: Tensor | float | None = None  # labels of the optimizer batch, where the trainer counts them
         self.left_out: set[int] = set()  # steps to leave out when they come by
         self._trainer = trainer
         self._history = LossHistory(spike_sigmas, window)
         self._before: Tensor | None = None  # _tr_loss at the begin of the step
-        self._unread: list[tuple[int, Tensor, Tensor | float]] = []  # step, loss, norm; on the device
+        self._unread: list[tuple[int, tuple[Tensor, ...]]] = []  # step; loss, norm, labels, on the device
         self._in_a_row = self._rewinds = 0
         self._left_out_since_log = self._logged_at = 0
 
@@ -114,6 +146,7 @@ class BadStepCallback(TrainerCallback):
     def save(self, checkpoint: Path) -> None:
         """Write what later decisions depend on."""
         state = {"losses": list(self._history.losses), "left_out": sorted(self.left_out), "in_a_row": self._in_a_row}
+        state |= {"sum": self._history.sum, "count": self._history.count}
         (checkpoint / FILE).write_text(json.dumps(state))
 
     def load(self, checkpoint: Path | None) -> None:
@@ -122,6 +155,7 @@ class BadStepCallback(TrainerCallback):
         state = json.loads(path.read_text()) if path is not None and path.is_file() else {}
         window = self._history.losses.maxlen
         self._history = LossHistory(self._history.spike_sigmas, window, state.get("losses", ()))
+        self._history.sum, self._history.count = state.get("sum", 0.0), state.get("count", 0)
         self.left_out |= set(state.get("left_out", ()))
         self._in_a_row = state.get("in_a_row", 0)
         self._before, self._unread, self._left_out_since_log = None, [], 0
@@ -147,13 +181,14 @@ class BadStepCallback(TrainerCallback):
         """Leave the step out, decide about it now, or keep its loss for later."""
         step = state.global_step + 1
         loss = self._trainer._tr_loss.detach() - self._before
+        row = (loss, *(torch.as_tensor(v, device=loss.device).detach().clone() for v in self._told()))
         if step in self.left_out:
             self._leave_out(step, "it was bad before the run went back", model)
         elif self.policy == "skip":
-            ((loss, norm),) = self._mean_over_ranks([(loss, self.grad_norm)])
-            harm = self._history.harm(loss, norm)
+            (measured,) = self._mean_over_ranks([row])
+            harm = self._history.harm(*measured)
             if harm is None:
-                self._history.losses.append(loss)
+                self._history.add(measured[0])
                 self._in_a_row = 0
                 return
             self._in_a_row += 1
@@ -161,10 +196,12 @@ class BadStepCallback(TrainerCallback):
                 self._raise(step, harm, f"and so were the {self.limit} steps before it (bad_step_limit)")
             self._leave_out(step, harm, model)
         else:
-            norm = self.grad_norm
-            self._unread.append((step, loss, norm.detach().clone() if isinstance(norm, Tensor) else norm))
+            self._unread.append((step, row))
             if self.policy == "stop" and loss.device.type == "cpu" and not has_process_group():
                 self.check()
+
+    def _told(self) -> tuple[Tensor | float, Tensor | float]:
+        return self.grad_norm, 1.0 if self.num_items is None else self.num_items
 
     def _leave_out(self, step: int, harm: str, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
@@ -183,10 +220,10 @@ class BadStepCallback(TrainerCallback):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        for (step, _, _), (loss, norm) in zip(unread, self._mean_over_ranks([row[1:] for row in unread]), strict=True):
-            harm = self._history.harm(loss, norm)
+        for (step, _), measured in zip(unread, self._mean_over_ranks([row for _, row in unread]), strict=True):
+            harm = self._history.harm(*measured)
             if harm is None:
-                self._history.losses.append(loss)
+                self._history.add(measured[0])
             elif self.policy == "rewind":
                 raise RewindRequested(step, harm)
             else:
@@ -203,6 +240,10 @@ class BadStepCallback(TrainerCallback):
             return {}
         counted = steps - left_out
         return {"loss": logs["loss"] * steps / counted if counted else float("nan"), "steps_left_out": left_out}
+
+    def mean_loss(self) -> float:
+        """The mean loss of all good steps of the run, also of those before it was resumed; NaN before the first."""
+        return self._history.sum / self._history.count if self._history.count else math.nan
 
     def went_back(self, request: RewindRequested, checkpoint: Path | None) -> None:
         """Note that the run goes back to `checkpoint`; raises FloatingPointError if it cannot, or did too often."""
@@ -222,6 +263,11 @@ class BadStepCallback(TrainerCallback):
             )
 
     def _raise(self, step: int, harm: str, circumstance: str) -> None:
+        if harm == UNLABELLED:
+            raise ValueError(
+                f"Step {step} ({self._data_of(step)}): {harm}. A document of one token has no label: drop such "
+                "documents, take longer blocks or larger batches, or leave the step out with bad_step_policy='skip'."
+            )
         raise FloatingPointError(
             f"Step {step} is bad ({self._data_of(step)}): {harm}, {circumstance}. Training stopped: resume from the "
             "last checkpoint with a lower learning_rate, look at that batch, or set bad_step_policy to skip or rewind."
@@ -231,12 +277,12 @@ class BadStepCallback(TrainerCallback):
         describe = getattr(self._trainer, "_describe_batch", None)
         return f"optimizer batch {step}" if describe is None else describe(step)
 
-    def _mean_over_ranks(self, rows: list[tuple[Tensor, Tensor | float]]) -> list[tuple[float, float]]:
-        flat = torch.stack([torch.stack([torch.as_tensor(v, device=r[0].device).float() for v in r]) for r in rows])
+    def _mean_over_ranks(self, rows: list[tuple[Tensor, ...]]) -> list[tuple[float, ...]]:
+        flat = torch.stack([torch.stack([value.float() for value in row]) for row in rows])
         values = flat.double().flatten().tolist()  # waits for the device
         if self.agreement is not None:
             values = self.agreement.of_all(values).mean(0).tolist()
-        return list(zip(values[::2], values[1::2], strict=True))
+        return list(zip(values[::3], values[1::3], values[2::3], strict=True))
 
 
 class Preempted(SystemExit):
@@ -435,7 +481,7 @@ class Watchdog(TrainerCallback):
         return [Heartbeat.read(self.folder / f"rank-{rank}") for rank in range(self.world_size)]
 
     def _end_process(self, message: str) -> None:
-        logger.critical("%s The process ends; start again with resume_from_checkpoint='last'.", message)
+        logger.critical("%s The process ends; start again with resume_from_checkpoint='auto'.", message)
         logging.shutdown()
         os._exit(WATCHDOG_EXIT_CODE)  # the main thread waits in a collective and cannot be told
 
@@ -456,12 +502,20 @@ class Watchdog(TrainerCallback):
 class FaultTolerantMixin(AtomicCheckpointMixin):
     """Mixin in front of `Trainer`, whose arguments are `FaultToleranceArguments`.
 
-    Overrides `train` (watches begin and end; a rewind starts the loop again), `log` and `_save_checkpoint` (bad steps
-    are looked for first), `get_batch_samples` (time without data), `_get_grad_norm` (a norm that is no number) and
-    `create_optimizer` (of shards, where a pass before training has gathered some).
+    `open_run` is to be called by `train` before anything is computed; `may_be_there` names what of a run may lie in
+    its folder before. Overrides `train` (watches begin and end; a rewind starts the loop again), `_run_epoch` (not of
+    a run that is over), `log` and `_save_checkpoint` (bad steps are looked for first), `get_batch_samples` (time
+    without data, tokens), `_get_grad_norm` (a norm that is no number), `create_optimizer` (of shards, where a pass
+    before training has gathered some) and `_load_optimizer_and_scheduler` (settings that were changed).
     """
 
+    may_be_there: tuple[str, ...] = ()
+    stop_reason: str | None = None  # why the run is over before max_steps
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.token_count = TokenCount()
+        self._settings: dict[str, Any] = {}  # those that decide about numbers, on the first rank
+        self._changed: list[str] = []  # of these, those that the checkpoint was not made with
         super().__init__(*args, **kwargs)
         settings = self.args
         reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
@@ -483,14 +537,75 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
             if callback is not None:
                 self.add_callback(callback)
 
+    def open_run(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint to go on from, None for a new run, after all that could be refused. A collective.
+
+        Locks the output folder for this process, compares settings with those of the checkpoint, looks for room on the
+        disk, and sets aside what the run cannot use. Raises ValueError in one line, on all ranks.
+        """
+        place = self.args.snapshot_dir
+        if place is not None:
+            failures = WriteFailures()
+            failures.call(private_folder, snapshot_folder(place, Path(self.args.output_dir)))
+            if (failure := failures.of_any_rank(self.args.world_size)) is not None:
+                raise ValueError(failure)
+        asked = asked or self.args.resume_from_checkpoint
+        checkpoint, self._changed = self._of_first_rank(lambda: self._opened(asked))
+        return checkpoint
+
+    def _opened(self, asked: str | bool | None) -> tuple[Path | None, list[str]]:
+        output_dir, changed = self.args.output_dir, []
+        self._lock = RunLock.of(output_dir)
+        checkpoint = resolve_resume(output_dir, asked, read_back=True)
+        if checkpoint is None or not is_inside(checkpoint, output_dir):
+            require_unused(output_dir, self.may_be_there, asked)
+        self._settings = settings_of(self.args, self._facts())
+        if checkpoint is not None:
+            changed = compare_settings(checkpoint, self._settings, self.args.allow_changes or ())
+        self._require_disk(is_new=checkpoint is None)
+        self._lock.sign()
+        tidy_up(output_dir, checkpoint)
+        return checkpoint, changed
+
+    def compared_data(self) -> Mapping[str, Any]:
+        """Data sets by name whose rows must be the same when the run goes on."""
+        return {"train": self.train_dataset}
+
+    def _facts(self) -> dict[str, Any]:
+        weights = list(self.model.parameters())
+        rows = {f"data_{name}": describe_rows(rows) for name, rows in self.compared_data().items()}
+        args, started_from = self.args, Path(self.model.config._name_or_path or "").name
+        return rows | {
+            "optimizer_batch": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "model": f"{self.model.config.model_type}, {sum(p.numel() for p in weights)} weights",
+            "trained_weights": sum(p.numel() for p in weights if p.requires_grad),
+            "started_from": started_from,
+            "dtype": ", ".join(sorted({str(p.dtype) for p in weights if p.requires_grad})),
+        }
+
+    def _require_disk(self, is_new: bool) -> None:
+        """What is saved of a model with an adapter is what is trained."""
+        args, trained = self.args, [p for p in self.model.parameters() if p.requires_grad]
+        saved = trained if hasattr(self.model, "peft_config") else list(self.model.parameters())
+        weight_bytes = sum(p.numel() * p.element_size() for p in saved)
+        moments = 0 if args.save_only_model else sum(p.numel() * p.element_size() for p in trained) // 4
+        there = 0 if is_new else len(checkpoints_in(args.output_dir))
+        copies = 1 if args.save_total_limit is None else args.save_total_limit + 1  # the newest comes, an old one goes
+        copies = 0 if args.save_strategy == "no" else max(1, copies - there)
+        require_free_space(args.output_dir, weight_bytes, moments, copies)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The parent's, with all watches. Raises `Preempted`, which ends the process, after SIGTERM."""
+        """The parent's, with all watches. Raises `Preempted`, which ends the process, after SIGTERM.
+
+        Its loss is the mean over all steps of the run, wherever it was resumed.
+        """
         checkpoint = resume_from_checkpoint
         with self._watches():
             while True:
                 self.read_beside_state(None if checkpoint is None else Path(checkpoint))
                 try:
-                    return super().train(checkpoint, *args, **kwargs)
+                    output = super().train(checkpoint, *args, **kwargs)
+                    return output._replace(training_loss=self.bad_steps.mean_loss())
                 except RewindRequested as request:
                     found = self.whole_checkpoint_before(request.step)
                     self.bad_steps.went_back(request, found)
@@ -501,6 +616,32 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         """The parent's optimizer; of the shards, where the model is sharded."""
         reshard(self.model)
         return super().create_optimizer(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The parent's; where settings were changed, rates, decay and betas are those that are set, not the saved."""
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        bases = list(getattr(schedule, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._changed or checkpoint is None:
+            return
+        before = self._get_learning_rate()
+        for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update({key: value for key, value in own.items() if key != "lr"})
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = bases
+            rates = [base * rate(schedule.last_epoch) for base, rate in zip(bases, schedule.lr_lambdas, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        now = self._get_learning_rate()
+        if self.is_world_process_zero():
+            logger.warning("The learning rate goes on at %.4g; it was %.4g at the checkpoint.", now, before)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.stop_reason is not None or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # the parent would make one step before it looks
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     @contextmanager
     def _watches(self) -> Iterator[None]:
@@ -528,7 +669,12 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
     ) -> tuple[list[Any], Any]:
         """The parent's, timed."""
         with nullcontext() if self.step_timing is None else self.step_timing.waiting_for_data():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for sample in samples:
+            self.token_count.add(sample)
+        labels = [sample["labels"] for sample in samples if "labels" in sample]
+        self.bad_steps.num_items = sum((row[..., 1:] != IGNORED_LABEL).sum() for row in labels) if labels else None
+        return samples, num_items
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -545,21 +691,28 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
             logs.update(self.bad_steps.corrected(logs, self.state.global_step))
             if self.step_timing is not None:
                 logs.update(self.step_timing.pop())
+        elif "train_loss" in logs:  # the parent's is of the steps of this call
+            self.bad_steps.check()
+            logs["train_loss"] = self.bad_steps.mean_loss()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.bad_steps.check()
+        self.token_count.total(self.args.device)
         super()._save_checkpoint(model, trial)
 
     def save_beside_state(self, checkpoint: Path) -> None:
         """Keep what decides about later steps."""
         super().save_beside_state(checkpoint)
         self.bad_steps.save(checkpoint)
+        state = {"settings": self._settings, "tokens_seen": self.token_count.last}
+        (checkpoint / STATE_FILE).write_text(json.dumps(state, indent=1))
 
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """Take up what `save_beside_state` kept."""
         super().read_beside_state(checkpoint)
         self.bad_steps.load(checkpoint)
+        self.token_count.begin(read_state(checkpoint).get("tokens_seen", 0))
 
 
 @dataclass
@@ -572,6 +725,20 @@ class FaultToleranceArguments:
         metadata={
             "help": "Fast folder of each host, such as one under /dev/shm, into which a checkpoint is written; "
             "a thread copies it to output_dir while training goes on. Unset: training waits for output_dir."
+        },
+    )
+    rescue_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the model goes at the end if output_dir takes it no more; unset: the folder of temporary "
+            "files."
+        },
+    )
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings, a,b, that may differ from those of the checkpoint that a run is resumed from, although "
+            "its numbers depend on them."
         },
     )
     save_on_sigterm: bool = field(
@@ -626,4 +793,7 @@ class FaultToleranceArguments:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.snapshot_dir is not None and self.snapshot_dir == getattr(self, "output_dir", None):
             raise ValueError(f"snapshot_dir={self.snapshot_dir!r} is output_dir: name a folder on a faster disk.")
+        if self.allow_changes is not None:
+            given = [self.allow_changes] if isinstance(self.allow_changes, str) else self.allow_changes
+            self.allow_changes = [name for words in given for name in words.replace(",", " ").split()]
         super().__post_init__()

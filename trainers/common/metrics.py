@@ -220,6 +220,42 @@ class MeanMeter:
         return {name: total / number for name, total, number in zip(names, *both.tolist(), strict=True) if number}
 
 
+class TokenCount:
+    """Tokens of all batches of a run that were trained on, padding apart: counted, so that a change counts from then.
+
+    `last`: what `total` was when it was asked for last.
+    """
+
+    def __init__(self) -> None:
+        self.before = self.last = 0  # `before`: those of the run until its checkpoint
+        self._here: Tensor | int = 0  # on this rank since then; on the device, so that nothing waits for it
+
+    def begin(self, before: int) -> None:
+        """Go on from a count."""
+        self.before = self.last = before
+        self._here = 0
+
+    def add(self, batch: Any) -> None:
+        """Count a batch, or the batches in one of several sets."""
+        if not isinstance(batch, Mapping):
+            return
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if ids is None:
+            for part in batch.values():
+                self.add(part)
+            return
+        self._here = self._here + (mask.sum() if mask is not None and mask.shape == ids.shape else ids.numel())
+
+    def total(self, device: torch.device) -> int:
+        """Of all ranks. A collective when a process group exists."""
+        here = torch.as_tensor(self._here, dtype=torch.int64, device=device)
+        if has_process_group():
+            here = here.clone()
+            dist.all_reduce(here)
+        self.last = self.before + int(here)
+        return self.last
+
+
 class ThroughputMeter:
     """Wall-clock rate of training steps; `pause` takes the time of evaluation and saving out.
 

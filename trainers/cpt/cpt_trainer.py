@@ -34,7 +34,6 @@ from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
-from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_free_space, require_unused
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze
@@ -236,7 +235,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         """Add what the instruments saw since the last training log: losses per source, MRI, rates."""
         if "loss" in logs:
             logs.update(self.source_losses.pop())
-            logs["tokens_seen"] = self.state.global_step * self.throughput.tokens_per_step
+            logs["tokens_seen"] = self.token_count.total(self.args.device)
             logs.update(self.throughput.pop())
         super().log(logs, start_time)
 
@@ -283,6 +282,11 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             if source in before and f"eval_{source}_loss" in metrics
         }
 
+    def compared_data(self) -> dict[str, Any]:
+        """The documents of the sources, whatever their mixture and packing."""
+        sources = getattr(self.mixture, "blocks", None) or self.mixture.documents
+        return {name: getattr(source, "documents", source) for name, source in sources.items()}
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Model FLOPs of a micro-batch, counting the parameters that are active for a token."""
         return int(self._flops_per_token * inputs["input_ids"].numel())
@@ -292,31 +296,13 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`.
 
-        Raises ValueError, before anything is computed, for a folder that is in use, a checkpoint that is not whole, or
-        a disk that is too small.
+        Raises ValueError, before anything is computed, for a folder that is in use, a checkpoint that is not whole or
+        was made with other settings, or a disk that is too small.
         """
-        output_dir = self.args.output_dir
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self.is_world_process_zero():
-            if checkpoint is None:
-                require_unused(output_dir)
-            else:
-                discard_half_written(output_dir)
-            self._require_disk()
+        checkpoint = self.open_run(resume_from_checkpoint)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
         with repeatable_on_cpu(self.args.device):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-
-    def _require_disk(self) -> None:
-        if self.args.save_strategy == "no":
-            return
-        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        trained = 0  # weights that take as much room as those with float32 moments
-        if not self.args.save_only_model:  # moments have the type of their weights
-            trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad) // 4
-        kept = self.args.save_total_limit
-        copies = 1 if kept is None else kept + 1  # the oldest goes only when the newest is written
-        require_free_space(self.args.output_dir, weight_bytes, trained, copies)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.throughput.pause():
@@ -336,7 +322,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             "max_steps": self.args.max_steps,
             "phase": phase_at(last_step, num_steps=settings["num_steps"], phases=settings["phases"]),
             "learning_rate": self._get_learning_rate() if self.lr_scheduler is not None else None,
-            "tokens_seen": self.state.global_step * self.throughput.tokens_per_step,
+            "tokens_seen": self.token_count.last,
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
         }

@@ -44,12 +44,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from hf_moe_cpt.data.surgery_bench.bench import digest_of_subject
+from hf_moe_cpt.data.surgery_bench.rows import digest_of_subject
 from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.trainers.common.checkpointing import discard_half_written, require_unused
 from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, modes_kept
@@ -611,11 +610,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         that is not whole, or one of a run that started from another model; FloatingPointError for a loss that is no
         number, after the last good weights are back.
         """
-        output_dir = self.args.output_dir
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self.is_world_process_zero():
-            fresh = partial(require_unused, besides=(REFERENCE_FOLDER,))
-            (fresh if checkpoint is None else discard_half_written)(output_dir)
+        checkpoint = self.open_run(resume_from_checkpoint)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         with repeatable_on_cpu(self.args.device):
             self._require_same_start(checkpoint)

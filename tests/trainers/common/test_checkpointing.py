@@ -6,6 +6,7 @@ Weights that are stored under other names come back as `from_pretrained` reads t
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_moe_cpt.trainers.common import checkpointing
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import tiny_model, word_tokenizer
 from tests.helpers.tiny_moes import moe_model
 
 
@@ -59,7 +60,14 @@ def test_old_ones_go_but_never_the_only_whole_one(tmp_path):
     (four / SHARD).unlink()
     assert checkpointing.remove_old(tmp_path, 1, []) == [four]  # half of it is gone, so the older one is what counts
     assert checkpointing.checkpoints_in(tmp_path) == [one]
-    assert list(tmp_path.iterdir()) == [one] or list((tmp_path / checkpointing.UNFINISHED).iterdir()) == []
+    aside = (
+        tmp_path
+        / checkpointing.SET_ASIDE
+        / "checkpoint-4-its-file-pytorch_model_fsdp_0-__1_0.distcp-is-missing-or-cut"
+    )
+    assert (aside / "model.safetensors").exists()  # somebody may want what is left of it
+    left = [path for path in (tmp_path / checkpointing.UNFINISHED).glob("*")]
+    assert left == []
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path):
@@ -89,30 +97,58 @@ def test_hosts_bring_their_parts_and_tell_of_failures(tmp_path):
     assert sorted(path.name for path in (run / "checkpoint-3").iterdir()) == ["shard-0", "shard-1"]
 
 
-BREAKS = {  # what happened, and whether the checkpoint had a list of its files
-    "no state": (lambda folder: (folder / "trainer_state.json").unlink(), False),
-    "cut state": (lambda folder: (folder / "trainer_state.json").write_text('{"global_st'), False),
-    "another step": (lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 1}'), False),
-    "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 400), False),
-    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), False),
-    "a listed file is gone": (lambda folder: (folder / SHARD).unlink(), True),
-    "a listed file is cut": (lambda folder: os.truncate(folder / SHARD, 10239), True),
-    "cut list": (lambda folder: (folder / checkpointing.MANIFEST).write_text("{"), True),
+BREAKS = {  # what happened, whether the checkpoint had a list of its files, and what is said
+    "no state": (lambda folder: (folder / "trainer_state.json").unlink(), False, "not written to its end"),
+    "cut state": (lambda folder: (folder / "trainer_state.json").write_text('{"global_st'), False, "state is cut"),
+    "a list as state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), False, "is of step None"),
+    "another step": (lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 1}'), False, "step 1"),
+    "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 400), False, "model.safetensors is cut"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), False, "safetensors is cut"),
+    "a listed file is gone": (lambda folder: (folder / SHARD).unlink(), True, "distcp is missing or cut"),
+    "a listed file is cut": (lambda folder: os.truncate(folder / SHARD, 10239), True, "distcp is missing or cut"),
+    "cut list": (lambda folder: (folder / checkpointing.MANIFEST).write_text("{"), True, "its list of files"),
+    "a bit": (lambda folder: _flip_a_bit(folder / SHARD), True, "distcp is damaged"),
+    "no right to read": (lambda folder: _not_readable(folder / "trainer_state.json"), False, "it cannot be read ("),
 }
 
 
-@pytest.mark.parametrize("breaks, listed", BREAKS.values(), ids=BREAKS)
-def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, breaks, listed):
+def _not_readable(path: Path) -> None:
+    """For root too, who may read any file."""
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("breaks, listed, said", BREAKS.values(), ids=BREAKS)
+def test_checkpoints_with_something_wrong_are_passed_over_and_set_aside(tmp_path, caplog, breaks, listed, said):
     whole = [_written(tmp_path, step, listed) for step in (5, 10)]
     last = _written(tmp_path, 100, listed)
     assert checkpointing.last_whole_checkpoint(tmp_path) == last
     breaks(last)
-    assert not checkpointing.is_whole(last)
-    assert checkpointing.resolve_resume(tmp_path, "last") == checkpointing.resolve_resume(tmp_path, True) == whole[-1]
-    with pytest.raises(ValueError, match=r"was not written to its end: use .*checkpoint-10\."):
-        checkpointing.resolve_resume(tmp_path, str(last))
-    assert checkpointing.discard_half_written(tmp_path) == [last]
-    assert checkpointing.checkpoints_in(tmp_path) == whole
+    (tmp_path / checkpointing.UNFINISHED).mkdir()
+    for asked in ("last", True, "auto"):
+        assert checkpointing.resolve_resume(tmp_path, asked, read_back=True) == whole[-1]
+    with pytest.raises(ValueError, match=rf"{re.escape(said)}.*: use .*checkpoint-10\."):
+        checkpointing.resolve_resume(tmp_path, str(last), read_back=True)
+    (aside,) = checkpointing.tidy_up(tmp_path, whole[-1])
+    assert checkpointing.checkpoints_in(tmp_path) == whole and not (tmp_path / checkpointing.UNFINISHED).exists()
+    assert aside.parent.name == checkpointing.SET_ASIDE and aside.name.startswith("checkpoint-100-")
+    assert len(list(aside.rglob("*"))) >= 3 and f"is set aside as {aside}: " in caplog.text and said in caplog.text
+
+
+def test_what_is_later_than_the_step_that_a_run_goes_on_from_is_set_aside_and_nothing_is_lost(tmp_path):
+    for _ in range(2):  # the second time the same names are taken
+        _written(tmp_path, 9)
+        one = tmp_path / "checkpoint-3"
+        one = one if one.exists() else _written(tmp_path, 3)
+        checkpointing.tidy_up(tmp_path, one)
+    names = sorted(path.name for path in (tmp_path / checkpointing.SET_ASIDE).iterdir())
+    assert names == ["checkpoint-9-is-later-than-checkpoint-3", "checkpoint-9-is-later-than-checkpoint-3-2"]
+    assert checkpointing.checkpoints_in(tmp_path) == [one]
+    renamed = one.rename(tmp_path / "the-good-one")
+    _written(tmp_path, 2), _written(tmp_path, 4)
+    assert [path.name for path in checkpointing.tidy_up(tmp_path, renamed)] == [
+        "checkpoint-4-is-later-than-the-good-one"
+    ]
 
 
 def test_what_resuming_finds_in_an_empty_folder_and_by_another_name(tmp_path):
@@ -129,11 +165,77 @@ def test_folders_in_use_and_small_disks_are_refused(tmp_path):
     checkpointing.require_unused(tmp_path)
     checkpointing.require_unused(tmp_path / "missing")
     (tmp_path / "model.safetensors").write_text("x")
-    with pytest.raises(ValueError, match="is not empty .it holds 'model.safetensors'.: name another folder"):
-        checkpointing.require_unused(tmp_path)
+    with pytest.raises(ValueError, match="is not empty .it holds 'model.safetensors'.: name another folder.$"):
+        checkpointing.require_unused(tmp_path, asked="auto")
     checkpointing.require_free_space(tmp_path / "not" / "made", 1000, 1000, copies=2)
     with pytest.raises(ValueError, match=r"GB free, but 2 checkpoint\(s\) and the final model need about"):
         checkpointing.require_free_space(tmp_path, 10**15, 10**12, copies=2)
+
+
+LEFT = {  # what a run that was killed before its first checkpoint left behind, and whether it may begin anew
+    "TRL's card": (lambda folder: (folder / "README.md").write_text("x"), True),
+    "tensorboard": (lambda folder: (folder / "runs" / "a").mkdir(parents=True), True),
+    "a failed first save": (lambda folder: (_written(folder, 1) / SHARD).unlink(), True),
+    "a cut final model": (lambda folder: os.truncate(_weights(folder, "model.safetensors"), 300), True),
+    "a first shard": (lambda folder: _weights(folder, "model-00001-of-00002.safetensors"), True),
+    "a whole model": (lambda folder: _weights(folder, "model.safetensors"), False),
+    "an adapter": (lambda folder: _weights(folder, "adapter_model.safetensors"), False),
+}
+
+
+def _weights(folder: Path, name: str) -> Path:
+    save_file({"w": torch.arange(100.0)}, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("leave, may", LEFT.values(), ids=LEFT)
+def test_the_same_command_begins_anew_where_its_run_left_no_checkpoint(tmp_path, leave, may):
+    leave(tmp_path)
+    with pytest.raises(ValueError, match=r"name another folder\.$"):
+        checkpointing.require_unused(tmp_path, asked="auto")  # no run of ours began here
+    (tmp_path / checkpointing.LOCK).write_text("process 1")
+    if may:
+        checkpointing.require_unused(tmp_path, asked="auto")
+    else:
+        with pytest.raises(ValueError, match=r"name another folder\.$"):
+            checkpointing.require_unused(tmp_path, asked="auto")
+    remedy = (
+        "name another folder, or go on with the run in it with resume_from_checkpoint='auto'" if may else "folder."
+    )
+    with pytest.raises(ValueError, match=remedy):
+        checkpointing.require_unused(tmp_path)
+    _written(tmp_path, 2)
+    with pytest.raises(ValueError, match="go on with the run in it with resume_from_checkpoint='last'"):
+        checkpointing.require_unused(tmp_path)
+
+
+def test_a_full_disk_is_told_by_tokenizers_too_and_other_errors_are_raised(tmp_path):
+    failures = checkpointing.WriteFailures()
+    failures.call(word_tokenizer().backend_tokenizer.save, str(tmp_path / "missing" / "tokenizer.json"))
+    assert failures.first == "Exception: No such file or directory (os error 2)"
+    with pytest.raises(Exception, match="of another kind"):
+        failures.call(_raise, Exception("of another kind"))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_snapshots_of_runs_with_one_name_lie_apart_and_in_nobody_elses_folder(tmp_path):
+    places = [checkpointing.snapshot_folder(tmp_path / "fast", tmp_path / side / "run") for side in "ab"]
+    assert places[0] != places[1] and places[0].name.startswith("_unfinished-run-")
+    checkpointing._make_empty(places[0], is_private=True)
+    assert places[0].stat().st_mode & 0o777 == 0o700
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "text").write_text("mine")
+    places[1].symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="is a link or belongs to another user: name a folder of your own"):
+        checkpointing._make_empty(places[1], is_private=True)
+    assert (tmp_path / "elsewhere" / "text").exists()
+    if os.geteuid() == 0:  # who alone can give folders away
+        os.chown(places[0], 65534, 65534)
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            checkpointing._make_empty(places[0], is_private=True)
 
 
 def _changed(model):
