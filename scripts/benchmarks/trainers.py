@@ -75,7 +75,8 @@ class Workload:
     """Which model steps on which rows; everything that is the same for all baselines of a trainer.
 
     batch_size: pairs of a step, or rows of each set. length: tokens of every row, or of the longest sequence, the
-    first quarter of them prompt; completions are random tokens, a third to all of the rest. lora_rank (rainbowpo): of
+    first quarter of them prompt; completions are random tokens, a third to all of the rest, or, where lengths are
+    mixed, prompts and completions log-uniform from 1 / 32 of it, as in a public set. lora_rank (rainbowpo): of
     adapters on all linear layers, whose reference is the model without them; 0 trains all weights. preset: of surgery.
     """
 
@@ -90,6 +91,7 @@ class Workload:
     seed: int
     lora_rank: int = 0
     preset: str | None = None
+    mixed_lengths: bool = False
 
     def facts(self) -> dict[str, Any]:
         """As columns."""
@@ -187,6 +189,7 @@ PREFERENCE_BASELINES = {
     "sigmoid_norm": PreferenceBaseline(False, {"loss_type": ["sigmoid_norm"], "beta": 10.0}),
     "rainbowpo-no-reference": PreferenceBaseline(True, {"mixing_alpha": 0.0, "contextual_scaling": "none"}, False),
     "sigmoid": PreferenceBaseline(False, {"loss_type": ["sigmoid"], "beta": 0.1}),
+    "rainbowpo-padding-free": PreferenceBaseline(True, {"dispersion_scale": 0.29, "padding_free": True}),
 }
 
 
@@ -199,14 +202,20 @@ def random_pairs(workload: Workload, vocabulary_size: int) -> list[list[dict[str
     def tokens(number: int) -> list[int]:
         return torch.randint(3, vocabulary_size, (number,), generator=generator).tolist()
 
+    def share() -> float:
+        drawn = float(torch.rand((), generator=generator))
+        return 32 ** (drawn - 1) if workload.mixed_lengths else drawn * 2 / 3 + 1 / 3
+
+    def prompt(is_full: bool) -> list[int]:
+        return tokens(prompt_length if is_full or not workload.mixed_lengths else round(share() * prompt_length) or 1)
+
     def completion(is_full: bool) -> list[int]:
-        share = 1.0 if is_full else float(torch.rand((), generator=generator)) * 2 / 3 + 1 / 3
-        return tokens(max(1, round(share * longest)))
+        return tokens(max(1, round((1.0 if is_full else share()) * longest)))
 
     return [
         [
             {
-                "prompt_ids": tokens(prompt_length),
+                "prompt_ids": prompt(number == 0),
                 "chosen_ids": completion(number == 0),
                 "rejected_ids": completion(False),
             }
@@ -425,6 +434,7 @@ SUITES = {
         (
             Comparison("rainbowpo", "sigmoid_norm", time_bar=1.03, memory_bar=1.03),
             Comparison("rainbowpo-no-reference", "sigmoid", time_bar=0.75, memory_bar=None),
+            Comparison("rainbowpo-padding-free", "rainbowpo", time_bar=1 / 1.6, memory_bar=1.0),
         ),
     ),
     "surgery": Suite(
@@ -470,6 +480,7 @@ class TrainersArguments(tools.BenchmarkArguments):
     lora_rank: int = HfArg(
         default=0, help="Of rainbowpo: adapters of this rank on all linear layers; 0 trains all weights."
     )
+    mixed_lengths: bool = HfArg(default=False, help="Of rainbowpo: lengths log-uniform over a factor of 32.")
     rounds: int = HfArg(default=20, help="Timed rounds; in each, every baseline makes one step.")
     warmup: int = HfArg(default=3, help="Rounds before them.")
     logging_steps: int = HfArg(default=10, help="A step's share of a log is 1 / this; 10 is the default of DPOConfig.")
@@ -481,7 +492,7 @@ class TrainersArguments(tools.BenchmarkArguments):
         check_names("--trainer", [self.trainer], SUITES)
         check_names("--baselines", self.baselines, SUITES[self.trainer].baselines)
         check_names("--dtype", [self.dtype], DTYPES)
-        for name, owner in (("preset", "surgery"), ("lora_rank", "rainbowpo")):
+        for name, owner in (("preset", "surgery"), ("lora_rank", "rainbowpo"), ("mixed_lengths", "rainbowpo")):
             if getattr(self, name) and self.trainer != owner:
                 raise ValueError(f"--{name} {getattr(self, name)} goes with --trainer {owner}, not {self.trainer}.")
         if self.trainer == "surgery":

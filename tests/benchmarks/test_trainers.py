@@ -51,6 +51,8 @@ def test_a_row_for_each_baseline_says_what_was_measured(finished):
     for name in ("sigmoid", "sigmoid_norm"):  # policy and reference start equal
         assert float(rows[name]["first_loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert float(rows["rainbowpo"]["first_loss"]) > math.log(2)  # the home advantage
+    padded, free = (float(rows[name]["first_loss"]) for name in ("rainbowpo", "rainbowpo-padding-free"))
+    assert free == pytest.approx(padded, rel=1e-5)
 
 
 def test_ratios_come_last_and_belong_to_their_bars(finished):
@@ -60,9 +62,10 @@ def test_ratios_come_last_and_belong_to_their_bars(finished):
     assert names == [
         ("rainbowpo", "sigmoid_norm", "time", "1.03"),
         ("rainbowpo-no-reference", "sigmoid", "time", "0.75"),
+        ("rainbowpo-padding-free", "rainbowpo", "time", "0.625"),
     ]
     assert all(float(row["least"]) <= float(row["ratio"]) <= float(row["most"]) for row in rows)
-    last = printed.rstrip("\n").split("\n")[-2:]
+    last = printed.rstrip("\n").split("\n")[-3:]
     assert last[0].startswith("rainbowpo / sigmoid_norm") and last[1].startswith("rainbowpo-no-reference / sigmoid")
     assert [line.split()[-1] for line in last] == [row["verdict"] for row in rows]
 

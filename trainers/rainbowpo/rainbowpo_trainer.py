@@ -698,7 +698,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             of_pairs["loss/sft"] = (self.args.sft_weight * terms.sft.sum(), len(terms.sft))
         if self.args.needs_reference_entropy:
             of_pairs |= {"phi/mean": (phi.sum(), len(phi)), "ref_entropy": (entropy.sum(), len(entropy))}
-        self._count(statistics | of_pairs, phi, inputs)
+        self._count(statistics | of_pairs, phi)
         if self.balance.is_penalised and self.model.training:
             preference, loss = loss, self.balance.added_to(loss, self.penalty_scale(is_summed=True))
             self.meters["train"].add({"loss/aux": (loss - preference, share)})
@@ -711,15 +711,14 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         pairs = {"rewards": rewards_of(own, reference, self.args.beta), "logps": logps, "lengths": lengths}
         return loss, PreferenceOutput(loss, **{name: torch.stack(pair, dim=1) for name, pair in pairs.items()})
 
-    def _count(self, statistics: dict[str, Any], phi: Tensor | float, inputs: dict[str, Tensor]) -> None:
+    def _count(self, statistics: dict[str, Any], phi: Tensor | float) -> None:
         """Add a micro-batch to what is logged."""
         mode = "train" if self.model.training else "eval"
         self.meters[mode].add(statistics)
         if isinstance(phi, Tensor):
             self.meters[mode].add_range("phi", phi)
-        if mode == "train":
-            if self.state.global_step == 0:
-                self.meters["start"].add({name: statistics[name] for name in WATCHED})
+        if mode == "train" and self.state.global_step == 0:
+            self.meters["start"].add({name: statistics[name] for name in WATCHED})
 
     def _model_inputs(
         self, inputs: dict[str, Tensor], completions: Completions, reference: nn.Module | None = None

@@ -124,8 +124,16 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("is_stream", [False, True], ids=["rows", "stream"])
-@pytest.mark.parametrize("rows, change, message", BAD_ROWS.values(), ids=BAD_ROWS)
+QUICK = ("null", "no content")
+CASES = [
+    pytest.param(*case, is_stream, id=f"{name}, {'stream' if is_stream else 'rows'}", marks=marks)
+    for name, case in BAD_ROWS.items()
+    for is_stream in (False, True)
+    for marks in [() if name in QUICK and not is_stream or name == QUICK[0] else pytest.mark.slow]
+]
+
+
+@pytest.mark.parametrize("rows, change, message, is_stream", CASES)
 def test_a_bad_row_is_named_by_its_number(tmp_path, rows, change, message, is_stream):
     data = Dataset.from_list([*rows[:5], rows[5] | change])
     with pytest.raises(ValueError, match=message):
