@@ -681,7 +681,6 @@ class CptMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(CptMoeRouter, index=0),
         "router_indices": OutputRecorder(CptMoeRouter, index=2),
@@ -692,6 +691,7 @@ class CptMoePreTrainedModel(PreTrainedModel):
     def __init__(self, config: CptMoeConfig, *args, **kwargs) -> None:
         config.check_architecture()  # again: fields may have been set since the configuration was built
         super().__init__(config, *args, **kwargs)
+        self._keep_in_fp32_modules_strict = ["e_score_correction_bias"] if config.router_type == "bias_topk" else []
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our kernels on a GPU where their package is imported, else transformers' choice; what is asked for wins."""

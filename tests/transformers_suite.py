@@ -2,9 +2,9 @@
 
     python tests/transformers_suite.py --transformers 5.24.0 --tests path/to/transformers/tests
 
-The tests come from a checkout of that release (its source distribution has only a part of them), the transformers
-under test is the installed one. Prints a line for each failure and a table; exits with 1 if one is not in
-`KNOWN_FAILURES`.
+The tests come from a checkout of that release (its source distribution has only a part of them) and need httpx and
+parameterized; the transformers under test is the installed one. Prints a line for each failure and a table; exits
+with 1 if one is not in `KNOWN_FAILURES`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from types import ModuleType
 
 
 ATTENTION = {
+    "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "sliding_window": 16,
@@ -37,6 +38,8 @@ CONFIGURATIONS = {
     "qwen2_moe": {},  # transformers' own, to tell a fault of the suite from ours
 }
 
+SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"}
+SIZES |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 WHOLE_BATCH = (
     "fsdp2_expert_parallel_2d_vs_ddp",
     "hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard",
@@ -105,10 +108,11 @@ def tester_of(causal_lm_tester: type, fields: dict) -> type:
         causal_lm_class = CptMoeForCausalLM
         sequence_classification_class = CptMoeForSequenceClassification
 
+        def __init__(self, parent: unittest.TestCase) -> None:
+            super().__init__(parent, **{name: fields[name] for name in SIZES & fields.keys()})
+
         def get_config(self) -> CptMoeConfig:
-            names = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings"
-            names += " pad_token_id bos_token_id eos_token_id"
-            sizes = {key: getattr(self, key) for key in names.split()}
+            sizes = {name: getattr(self, name) for name in SIZES}
             width = {"moe_intermediate_size": 16} if fields["num_experts"] else {}
             # Tolerances of half precision are those of transformers' usual initialisation.
             sizes |= {"intermediate_size": 64, "hidden_act": "gelu", "initializer_range": 0.02}

@@ -340,3 +340,15 @@ def test_a_registered_operator_takes_over_the_plan(monkeypatch: pytest.MonkeyPat
     plan = sinkhorn_plan(logits, 3, mask)
     assert calls == [(3, True)] and not plan.requires_grad
     torch.testing.assert_close(plan, 2 * plain_sinkhorn_plan(logits.detach(), 3, mask))
+
+
+@pytest.mark.parametrize("preset", ["lf-granular-tiny", "pb-granular-tiny"])
+def test_a_bias_that_balances_stays_in_float32_and_no_other_model_names_one(preset: str, tmp_path) -> None:
+    """As DeepSeek-V3's: in bfloat16 the steps of 0.001 would be lost beside a bias of 1."""
+    model = CptMoeForCausalLM(CptMoeConfig.from_preset(preset, vocab_size=64, num_hidden_layers=1))
+    model.save_pretrained(tmp_path)
+    loaded = CptMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    biases = {name: buffer for name, buffer in loaded.named_buffers() if name.endswith("e_score_correction_bias")}
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.bfloat16}
+    assert [bias.dtype for bias in biases.values()] == [torch.float32] * (preset == "lf-granular-tiny")
+    assert bool(loaded._keep_in_fp32_modules_strict) == bool(biases)
