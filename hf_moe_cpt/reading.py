@@ -25,14 +25,16 @@ _ELSEWHERE = (MemoryError, torch.OutOfMemoryError, ConnectionError, ImportError)
 
 
 @contextmanager
-def reading(what: object, remedy: str = "save it again, or fetch it again") -> Iterator[None]:
+def reading(
+    what: object, remedy: str = "save it again, or fetch it again", keeps: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Errors of the block as ValueError in one line, with what is read and what to do.
 
-    An error that names `what` already, or that is about memory, network or packages, is raised as it is.
+    An error that names `what` already, of a kind in `keeps`, or about memory, network or packages, is raised as it is.
     """
     try:
         yield
-    except _ELSEWHERE:
+    except (*_ELSEWHERE, *keeps):
         raise
     except Exception as error:
         if isinstance(error, ValueError | OSError) and str(what) in str(error):

@@ -3,7 +3,8 @@
 Of the ways to hold a model the first that the estimate of `memory` lets through is taken, what was asked for fixed:
 
     float32 weights under bfloat16 autocast; the same with checkpointing
-    bfloat16 weights and moments, rounded at random (`optim.adamw`); the same with checkpointing
+    bfloat16 weights and moments, rounded at random (`optim.adamw`); the same with moments of 8 bits; both again with
+    checkpointing
 
 A run that not even the last lets through is refused, with the options that make it fit. Source: ours.
 """
@@ -17,13 +18,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.plan import GIBIBYTE, largest_batch, usable_bytes
+from hf_moe_cpt.reading import read_config
 
 
 Training = TypeVar("Training", bound=TrainingArguments)
+EIGHT_BIT = "adamw_stochastic_8bit"
 PRECISION_OF = {"float32": "mixed", "bfloat16": "bfloat16"}
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the old name and the new one
 RECURRENT = ("linear", "mamba", "conv", "recurrent")  # in names of kinds of layers
@@ -37,6 +40,7 @@ class Fit:
     dtype: str
     checkpointing: bool
     told: str
+    optim: str  # name of the trainers' optimizer
 
 
 def choose_fit(
@@ -47,12 +51,14 @@ def choose_fit(
     *,
     dtype: str | None = None,
     checkpointing: bool | None = None,
+    optim: str = "auto",
     batch_option: str = "--per_device_train_batch_size",
     refuses: bool = True,
 ) -> Fit:
     """The first way that fits `gpu_gib`; what is between the usable part of a GPU and all of it is tried.
 
-    setup: precision and checkpointing in it do not count. dtype, checkpointing: what was asked for, None for open.
+    setup: precision, checkpointing and optimizer in it do not count. dtype, checkpointing: what was asked for, None
+    for open. optim: of the trainers; "auto" is open to moments of 8 bits where weights are not shards.
     batch_option: the trainer's name for the sequences of a pass. Raises ValueError if the run cannot fit, unless
     `refuses` is off.
     """
@@ -62,17 +68,20 @@ def choose_fit(
         kept[one] = _kept(config, size, replace(setup, precision=PRECISION_OF[one]))
     is_counted = all(any(found.layers) for found in kept.values())
     open_to = (False, True) if is_counted else (True,)  # what is not known is not kept, where that is open
+    is_whole = setup.engine in ("single", "ddp")
     ways = [
-        (one, replace(setup, precision=PRECISION_OF[one], checkpointing=is_on))
+        (one, replace(setup, precision=PRECISION_OF[one], checkpointing=is_on, optimizer=optimizer))
         for one in kept
         for is_on in (open_to if checkpointing is None else (checkpointing,))
+        for optimizer in _optimizers(one, optim, is_whole)
     ]
     needed = [training_memory(size, kept[one], way).total for one, way in ways]
     fitting = [place for place, total in enumerate(needed) if total <= usable_bytes(gpu_gib)]
     taken = fitting[0] if fitting else needed.index(min(needed))
     one, way = ways[taken]
     if refuses and needed[taken] > gpu_gib * GIBIBYTE:
-        options = _remedies(config, size, kept, way, gpu_gib, one, batch_option)
+        freest = replace(way, optimizer=_optimizers("bfloat16", optim, is_whole)[-1])
+        options = _remedies(config, size, kept, freest, gpu_gib, one, batch_option)
         raise ValueError(
             f"{name} needs about {needed[taken] / GIBIBYTE:.1f} GiB to be trained with {_words(one, way)}, and the "
             f"GPU has {gpu_gib:.1f}: it would fit with {' or '.join(options)}."
@@ -81,7 +90,14 @@ def choose_fit(
         f"{name}: {_words(one, way)}; about {needed[taken] / GIBIBYTE:.1f} of {gpu_gib:.1f} GiB"
         f"{'' if fitting else ', which is tight'}."
     )
-    return Fit(one, way.checkpointing, told)
+    return Fit(one, way.checkpointing, told, EIGHT_BIT if optim == "auto" and way.optimizer == "adamw_8bit" else optim)
+
+
+def _optimizers(dtype: str, optim: str, is_whole: bool) -> tuple[str, ...]:
+    """Of `memory`, those that the trainers' `optim` may stand for, the faster first."""
+    if dtype != "bfloat16" or not is_whole:
+        return ("adamw",)
+    return {"auto": ("adamw", "adamw_8bit"), EIGHT_BIT: ("adamw_8bit",)}.get(optim, ("adamw",))
 
 
 def _kept(config: PreTrainedConfig, size: ModelSize, setup: TrainingSetup) -> KeptBytes:
@@ -98,6 +114,7 @@ def _kept(config: PreTrainedConfig, size: ModelSize, setup: TrainingSetup) -> Ke
 
 def _words(dtype: str, setup: TrainingSetup) -> str:
     how = "float32 weights under bfloat16 autocast" if dtype == "float32" else "bfloat16 weights"
+    how += ", moments of 8 bits" if setup.optimizer == "adamw_8bit" else ""
     return f"{how}{', gradient checkpointing' if setup.checkpointing else ''}"
 
 
@@ -174,7 +191,7 @@ def fit_to_gpu(
         return _with_autocast(training, asked) if is_auto else training
     if config is None:
         options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        config = read_config(model.model_name_or_path, **options)
     kernels = "plain" if getattr(training, "kernels", "auto") == "plain" else "fused"
     known = TrainingSetup(
         engine=engine,
@@ -192,12 +209,13 @@ def fit_to_gpu(
         gpu_gib(training.device),
         dtype=None if is_auto else model.dtype,
         checkpointing=None if is_open else bool(training.gradient_checkpointing),
+        optim=training.optim,
         batch_option=batch_option,
         refuses=not training.freeze,  # whose gradients and moments are not there
     )
     if training.process_index == 0:
         print(fit.told)
-    model.dtype = fit.dtype
+    model.dtype, training.optim = fit.dtype, fit.optim
     if fit.dtype == "float32":
         training = _with_autocast(training, asked)
     for option in CHECKPOINTING:

@@ -28,7 +28,10 @@ TINY = OlmoeConfig(
     num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
 SETUP = TrainingSetup(batch_size=8, sequence_length=64)
-WAYS = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+WAYS = [  # type of the weights, checkpointing, optimizer
+    *(("float32", is_on, "adamw") for is_on in (False, True)),
+    *(("bfloat16", is_on, optimizer) for is_on in (False, True) for optimizer in ("adamw", "adamw_8bit")),
+]
 
 
 @functools.cache
@@ -51,9 +54,9 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def needed(dtype: str, checkpointing: bool, setup: TrainingSetup = SETUP) -> float:
+def needed(dtype: str, checkpointing: bool, optimizer: str = "adamw", setup: TrainingSetup = SETUP) -> float:
     """GiB by the planner's own arithmetic."""
-    way = replace(setup, precision=fit.PRECISION_OF[dtype], checkpointing=checkpointing)
+    way = replace(setup, precision=fit.PRECISION_OF[dtype], checkpointing=checkpointing, optimizer=optimizer)
     kept = tiny_kept(way.sequence_length, way.precision, way.kernels)
     return training_memory(tiny_size("tiny"), kept, way).total / GIBIBYTE
 
@@ -63,10 +66,11 @@ def test_the_first_way_that_fits_is_taken() -> None:
     for way, size in sizes.items():
         first = next(other for other in WAYS if sizes[other] <= size)
         chosen = choose_fit(TINY, SETUP, "tiny", 1.001 * size / (1 - 0.06))
-        assert (chosen.dtype, chosen.checkpointing) == first, way
+        optim = "adamw_stochastic_8bit" if first[2] == "adamw_8bit" else "auto"
+        assert (chosen.dtype, chosen.checkpointing, chosen.optim) == (*first[:2], optim), way
     least = min(sizes.values())
     tight = choose_fit(TINY, SETUP, "tiny", 1.01 * least)
-    assert sizes[tight.dtype, tight.checkpointing] == least and tight.told.endswith("which is tight.")
+    assert sizes[tight.dtype, tight.checkpointing, "adamw_8bit"] == least and tight.told.endswith("which is tight.")
 
 
 def test_what_is_asked_for_is_kept() -> None:
@@ -76,7 +80,7 @@ def test_what_is_asked_for_is_kept() -> None:
 
 
 def test_what_cannot_fit_is_refused_with_options_that_make_it_fit() -> None:
-    least = min(needed("bfloat16", True), needed("bfloat16", False))
+    least = min(needed("bfloat16", is_on, "adamw_8bit") for is_on in (True, False))
     with pytest.raises(
         ValueError, match=r"tiny needs about .* it would fit with --rows \d+ --gradient_accum"
     ) as refused:
@@ -103,9 +107,12 @@ def test_olmoe_is_trained_on_one_gpu_of_80_gb_and_refused_by_one_of_40(kernels: 
     config = OlmoeConfig(intermediate_size=1024, max_position_embeddings=4096)
     setup = TrainingSetup(batch_size=8, sequence_length=2048, kernels=kernels)
     assert 6.9e9 < measure_size(config, "OLMoE").total < 7e9
+    assert choose_fit(config, setup, "OLMoE", 79.1).optim == "auto"
     assert choose_fit(config, setup, "OLMoE", 79.1).dtype == "bfloat16"
+    small = choose_fit(config, setup, "OLMoE", 52.0)
+    assert (small.dtype, small.checkpointing, small.optim) == ("bfloat16", False, "adamw_stochastic_8bit")
     assert choose_fit(config, setup, "OLMoE", 139.0).dtype == "float32"
-    with pytest.raises(ValueError, match=r"OLMoE needs about 5\d\.\d GiB .* fit with 2 GPUs .* or --use_peft"):
+    with pytest.raises(ValueError, match=r"OLMoE needs about 4\d\.\d GiB .* fit with 2 GPUs .* or --use_peft"):
         choose_fit(config, setup, "OLMoE", 39.4)
 
 
@@ -118,7 +125,7 @@ def arguments(**changes: Any) -> SimpleNamespace:
 def on_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> TrainingArguments:
     """Arguments of a process on a GPU of 80 GiB, as far as the choice looks at it."""
     training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    training.freeze = None  # of our trainers' arguments
+    training.freeze, training.optim = None, "adamw_stochastic"  # of our trainers' arguments
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -133,7 +140,7 @@ def test_a_command_takes_what_fits_and_on_a_cpu_float32(on_gpu, tmp_path, monkey
     fit_to_gpu(model, on_gpu, asked, setup, {}, config=TINY)
     assert model.dtype == "float32" and not on_gpu.gradient_checkpointing
     assert capsys.readouterr().out.startswith("tiny: float32 weights under bfloat16 autocast; about 0.")
-    monkeypatch.setattr(fit, "gpu_gib", lambda device: needed("bfloat16", True, replace(SETUP, kernels="fused")))
+    monkeypatch.setattr(fit, "gpu_gib", lambda device: needed("bfloat16", True, setup=replace(SETUP, kernels="fused")))
     model = arguments()
     fit_to_gpu(model, on_gpu, asked, setup, {}, config=TINY)
     assert model.dtype == "bfloat16" and on_gpu.gradient_checkpointing
