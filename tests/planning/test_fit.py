@@ -110,9 +110,10 @@ def test_olmoe_is_trained_on_one_gpu_of_80_gb_and_refused_by_one_of_40(kernels: 
     assert choose_fit(config, setup, "OLMoE", 79.1).optim == "auto"
     assert choose_fit(config, setup, "OLMoE", 79.1).dtype == "bfloat16"
     small = choose_fit(config, setup, "OLMoE", 52.0)
-    assert (small.dtype, small.checkpointing, small.optim) == ("bfloat16", False, "adamw_stochastic_8bit")
+    assert (small.dtype, small.checkpointing) == ("bfloat16", kernels == "plain")
+    assert small.optim == "adamw_stochastic_8bit"
     assert choose_fit(config, setup, "OLMoE", 139.0).dtype == "float32"
-    with pytest.raises(ValueError, match=r"OLMoE needs about 4\d\.\d GiB .* fit with 2 GPUs .* or --use_peft"):
+    with pytest.raises(ValueError, match=r"OLMoE needs about [34]\d\.\d GiB .* fit with 2 GPUs .* or --use_peft"):
         choose_fit(config, setup, "OLMoE", 39.4)
 
 
