@@ -7,8 +7,7 @@ Importing the package tells `transformers` about the model type `cpt_moe` and th
 import os
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.extras import require
-from hf_moe_cpt.lazy import lazy_names
+from hf_moe_cpt.extras import lazy_names, require
 
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import datetime
 import gc
 import importlib
 import importlib.metadata
+import inspect
 import platform
 import subprocess
 from collections.abc import Collection, Sequence
@@ -64,6 +65,12 @@ def inner_model(model: nn.Module) -> nn.Module:
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def own_penalty_off(model: nn.Module) -> dict[str, bool]:
+    """Keywords with which a model adds no penalty of its own to its loss, whatever its configuration says."""
+    accepted = inspect.signature(inner_model(model).forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in accepted else {}
 
 
 def leave_process_group() -> None:

@@ -10,7 +10,7 @@ errors. The table goes to the screen; `--json` prints the same as JSON.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -67,8 +67,8 @@ class PlanArguments:
     kernels: str | None = field(
         default=None,
         metadata={
-            "help": f"{_one_of(KERNELS)} fused: Liger's layers, our experts, a fused head; default for our "
-            "models, plain for others."
+            "help": f"{_one_of(KERNELS)} fused: as the trainers run any model on a GPU, with our experts and a "
+            "fused head; the default. plain: as transformers runs it."
         },
     )
     reference: str | None = field(
@@ -97,7 +97,7 @@ class PlanArguments:
         self.setup()
 
     def setup(self) -> TrainingSetup:
-        """The same for the arithmetic, with "single" for no engine and "plain" for no kernels. Raises ValueError."""
+        """The same for the arithmetic, with "single" for no engine and "fused" for no kernels. Raises ValueError."""
         allowed = REFERENCES.get(self.trainer, ("none",))
         reference = allowed[0] if self.reference is None else self.reference
         if reference not in allowed:
@@ -114,7 +114,7 @@ class PlanArguments:
             checkpointing=self.gradient_checkpointing,
             precision=self.precision,
             optimizer=self.optimizer,
-            kernels=self.kernels or "plain",
+            kernels=self.kernels or "fused",
             trainer=self.trainer,
             reference=reference,
             terms=self.terms if self.trainer == "surgery" else 1,
@@ -134,8 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--seq_length {args.seq_length} is longer than the {longest} positions of the model: choose at most that."
         )
-    if args.kernels is None and config.model_type == "cpt_moe":
-        setup = replace(setup, kernels="fused")
     plan = make_plan(
         measure_size(config, args.preset or args.model),
         measure_kept(config, setup.sequence_length, setup.precision, setup.kernels),

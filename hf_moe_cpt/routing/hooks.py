@@ -240,12 +240,6 @@ def _without_adapter(name: str) -> str:
     return ".".join(parts[:cut])
 
 
-def own_penalty_off(model: nn.Module) -> dict[str, bool]:
-    """Keywords with which a model adds no penalty of its own to its loss, whatever its configuration says."""
-    accepted = inspect.signature(inner_model(model).forward).parameters
-    return {"output_router_logits": False} if "output_router_logits" in accepted else {}
-
-
 def checkpoints_reentrantly(model: nn.Module) -> bool:
     """Whether some layer is checkpointed with use_reentrant=True, which cuts what is heard off from the weights."""
     return any(

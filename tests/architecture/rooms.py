@@ -19,7 +19,7 @@ def _room(ours: str, others: str = "") -> Room:
     return Room(tuple(f"hf_moe_cpt.{name}".rstrip(".") for name in ours.split()), tuple(others.split()))
 
 
-_FRONT = "extras lazy machine reading settings"
+_FRONT = "extras machine reading settings"
 _COMMON = f"{_FRONT} data evaluation hub kernels optim planning reports routing trainers.common"
 _TRAINING = "accelerate datasets numpy safetensors torch transformers"
 _NUMBERS = "numpy safetensors torch tqdm transformers"

@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_moe_cpt.machine import has_process_group, inner_model
+from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import (
     MoeLayer,
     checkpoints_reentrantly,
     expert_fields,
     find_experts,
     layers_to_watch,
-    own_penalty_off,
 )
 from hf_moe_cpt.routing.metrics import router_distribution
 from hf_moe_cpt.trainers.common.metrics import MeanMeter

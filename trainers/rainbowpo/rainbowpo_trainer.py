@@ -37,8 +37,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
-from hf_moe_cpt.machine import has_process_group, inner_model
-from hf_moe_cpt.routing.hooks import own_penalty_off
+from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin

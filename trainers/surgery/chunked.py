@@ -36,8 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.routing.hooks import own_penalty_off
+from hf_moe_cpt.machine import inner_model, own_penalty_off
 
 
 CHUNK_TOKENS = 512
