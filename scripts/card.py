@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.hub.cards import CardArguments, build_card, card_of_a_person, write_card
-from hf_moe_cpt.hub.folder import CARD
+from hf_moe_cpt.hub.contents import CARD
 
 
 @dataclass

@@ -21,7 +21,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.hub.folder import CARD, HUB_ID, METHODS, RunFacts, read_facts
+from hf_moe_cpt.hub.contents import ADAPTER_WEIGHTS, CARD, INDEX, require_no_link, weight_files
+from hf_moe_cpt.hub.folder import HUB_ID, METHODS, RunFacts, read_facts
 from hf_moe_cpt.reports.charts import Series, line_chart
 
 
@@ -98,10 +99,10 @@ def build_card(folder: str | Path, told: CardOverrides | None = None, method: st
     card = ModelCard.from_template(
         _metadata(facts, told, parent, title),
         template_str="\n".join(file.read_text(encoding="utf-8") for file in files),
-        title=title,
-        repository=told.repository or title,
-        parent=_linked(parent, "", sure=bool(told.base_model)) or (parent and f"`{Path(parent).name}`"),
-        datasets=", ".join(_linked(name, "datasets/") or name for name in told.datasets),
+        title=plain(title),
+        repository=re.sub(r"[^\w./-]", "-", told.repository or title),  # it stands in Python
+        parent=_linked(parent, "", sure=bool(told.base_model)) or (parent and code(Path(parent).name)),
+        datasets=", ".join(_linked(name, "datasets/") or plain(name) for name in told.datasets),
         replay_percent=f"{100 * replayed:g}" if replayed else None,
         architecture=_architecture(facts),
         is_adapter=bool(facts.adapter),
@@ -160,6 +161,7 @@ def check_metadata(text: str) -> None:
 def card_of_a_person(folder: str | Path) -> str | None:
     """The folder's README.md, if somebody wrote it: it is published as it is and not written over."""
     path = Path(folder) / CARD
+    require_no_link(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     return None if text is None or is_generated(text) else text
 
@@ -192,7 +194,18 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int) and abs(value) >= 10_000:
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)
+
+
+def plain(text: Any) -> str:
+    """What somebody else wrote as a part of one line: no markup, no HTML."""
+    line = " ".join(str(text).split()).replace("\\", "\\\\")
+    return re.sub(r"([`*\[\]<>#~])|(&(?=#?\w+;))", lambda m: f"\\{m[0]}", line)
+
+
+def code(text: Any) -> str:
+    """The same as code: in it only the backtick means anything."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -237,7 +250,7 @@ def training_table(facts: RunFacts) -> str:
     rows += [("optimizer steps", number(facts.steps)), ("tokens", number(facts.tokens))]
     rows += [("wall clock", f"{number(facts.seconds)} s" if facts.seconds is not None else "None")]
     if facts.method == "cpt":
-        rows += [("phase of the schedule when saved", str(facts.kept.get("phase")))]
+        rows += [("phase of the schedule when saved", plain(facts.kept.get("phase")))]
         rows += [("learning rate when saved", number(facts.kept.get("learning_rate")))]
     names = [name for part in (facts.method, "all") for name in _SHOWN["settings"][part].split()]
     if (facts.arguments.get("max_steps") or 0) <= 0:
@@ -249,10 +262,10 @@ def training_table(facts: RunFacts) -> str:
 def _operation(kept: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What surgery.json says was done: rows without a value are dropped by the caller."""
     gap = kept.get("gap") or {}
-    rows = [("objective, minimised", f"`{kept['objective']}`" if kept.get("objective") else "")]
-    rows += [("rows", ", ".join(f"{name} {count}" for name, count in (kept.get("rows") or {}).items()))]
+    rows = [("objective, minimised", code(kept["objective"]) if kept.get("objective") else "")]
+    rows += [("rows", ", ".join(plain(f"{name} {count}") for name, count in (kept.get("rows") or {}).items()))]
     rows += [("forgetting aims at, nats per token", number(kept.get("forget_target")))]
-    rows += [("weights are those of step", number(kept.get("step"))), ("stopped by", str(kept.get("stopped_by")))]
+    rows += [("weights are those of step", number(kept.get("step"))), ("stopped by", plain(kept.get("stopped_by")))]
     return [*rows, *((f"gap: {name}", number(gap.get(name))) for name in ("start", "last", "best"))]
 
 
@@ -266,7 +279,7 @@ def components_table(facts: RunFacts) -> str:
     scale = facts.kept.get("dispersion_scale")
     text = table(("component", "value"), rows)
     if facts.run.get("components"):
-        text = f"```\n{facts.run['components']}\n```\n\n{text}"
+        text = f"```\n{str(facts.run['components']).replace('```', '')}\n```\n\n{text}"
     return "\n\n".join(part for part in (text, f"Scale of phi: {scale:.4g}." if scale is not None else "") if part)
 
 
@@ -291,7 +304,7 @@ def sizes_table(config: Mapping[str, Any], parameters: int | None) -> str:
 def machine_table(facts: RunFacts) -> str:
     """Devices and library versions of the process that trained."""
     rows = [(name, number(facts.run.get(name))) for name in ("device", "processes") if facts.run.get(name)]
-    rows += [(name, str(version)) for name, version in (facts.run.get("versions") or {}).items()]
+    rows += [(plain(name), plain(version)) for name, version in (facts.run.get("versions") or {}).items()]
     return table(("part", "value"), rows)
 
 
@@ -313,8 +326,11 @@ def curves(facts: RunFacts) -> dict[str, str]:
 def count_parameters(folder: str | Path) -> int | None:
     """Numbers in the weights, from the headers of the safetensors files; None without such files."""
     total = 0
-    for path in Path(folder).glob("model*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
+    root = Path(folder)
+    for name in weight_files(root) - {INDEX, ADAPTER_WEIGHTS}:
+        if not (root / name).is_file():
+            continue
+        with safe_open(root / name, framework="numpy") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total or None
 
@@ -355,8 +371,8 @@ def _eval_results(facts: RunFacts, told: CardOverrides) -> list[EvalResult]:
 
 
 def _linked(name: str | None, kind: str, sure: bool = False) -> str | None:
-    """A link to a repository of the Hub; None for what is no id of one."""
-    is_id = name is not None and (sure or HUB_ID.fullmatch(name))
+    """A link to a repository of the Hub; None for what is no id of one. sure: also of one without an owner."""
+    is_id = name is not None and (HUB_ID.fullmatch(name) or (sure and re.fullmatch(r"[\w.-]+", name)))
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_id else None
 
 
@@ -366,13 +382,13 @@ def _num_experts(facts: RunFacts) -> int:
 
 def _architecture(facts: RunFacts) -> str:
     if facts.adapter:
-        return f"{facts.adapter.get('peft_type', 'PEFT')} adapter for a language model"
+        return f"{plain(facts.adapter.get('peft_type', 'PEFT'))} adapter for a language model"
     experts = _num_experts(facts)
     if not experts:
-        return f"dense language model of the type `{facts.config.get('model_type', 'unknown')}`"
+        return f"dense language model of the type {code(facts.config.get('model_type', 'unknown'))}"
     chosen = facts.config.get("num_experts_per_tok")
-    of = f", {chosen} of {experts} experts for a token" if chosen else ""
-    return f"mixture of experts of the type `{facts.config.get('model_type')}`{of}"
+    of = f", {number(chosen)} of {number(experts)} experts for a token" if chosen else ""
+    return f"mixture of experts of the type {code(facts.config.get('model_type'))}{of}"
 
 
 def _bibtex(facts: RunFacts) -> str:

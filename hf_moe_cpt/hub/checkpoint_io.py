@@ -39,10 +39,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_moe_cpt.hub.folder import CONFIG, HUB_ID, INDEX, WEIGHTS
+from hf_moe_cpt.hub.contents import CONFIG, INDEX, WEIGHTS, shards_of
+from hf_moe_cpt.hub.folder import HUB_ID
 from hf_moe_cpt.hub.publishing import may_pass
+from hf_moe_cpt.reading import read_config
 
 
 # What travels along unchanged: how text becomes tokens, how the model generates, what one may do with it.
@@ -152,12 +154,17 @@ class CheckpointReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
         with safe_open(self._places[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+            return self._finite(name, file.get_tensor(name))
+
+    def _finite(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.numel() and not all(bound.isfinite() for bound in value.aminmax()):
+            raise ValueError(f"{self.name}: {name} holds values that are no finite numbers: use a sound checkpoint.")
+        return value
 
     def row(self, name: str, index: int) -> torch.Tensor:
         """Entry `index` of a tensor's first dimension, and no more than that is read: (A, B, ...) -> (B, ...)."""
         with safe_open(self._places[name].file, framework="pt") as file:
-            return file.get_slice(name)[index : index + 1][0]
+            return self._finite(name, file.get_slice(name)[index : index + 1][0])
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
@@ -198,10 +205,7 @@ class CheckpointReader:
 def _read_config(folder: Path, name: str) -> PreTrainedConfig:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{name!r} is no checkpoint (no config.json): name a folder of one, or a Hub id (me/model).")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be used: {' '.join(str(error).split())}") from error
+    config = read_config(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name!r} is quantised: its weights cannot be rewritten; use the original.")
     return config
@@ -213,9 +217,10 @@ def _indexed_files(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards_of(index, path)  # none of them outside the folder
+        return {str(name): file for name, file in index["weight_map"].items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of safetensors: fetch it again.") from error
 
 

@@ -4,55 +4,53 @@ Facts: config.json or adapter_config.json (the model), training_run.json (argume
 written by our trainers), trainer_state.json (the log), all_results.json (the last evaluation), cpt_state.json,
 rainbowpo.json and surgery.json (what a method keeps). Each may be missing; then the card is silent about it.
 
-Published is only a whole checkpoint that loads anywhere, with no secret in it. Nothing is executed or unpickled: JSON
-is parsed and safetensors headers are checked against the sizes of their files. Source: ours.
+Published is only a whole checkpoint that loads anywhere, with the tensors and shapes that its configuration says and
+finite numbers in them. Nothing is executed or unpickled: JSON is parsed, safetensors are read. Source: ours.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.utils import logging
+
+from hf_moe_cpt.hub.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    INDEX,
+    RUN_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    check_header,
+    code_files,
+    read_json,
+    require_no_link,
+    shards_of,
+    weight_files,
+)
+from hf_moe_cpt.reading import check_weights
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 METHODS = ("cpt", "rainbowpo", "surgery")
-CARD, RUN_FILE = "README.md", "training_run.json"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-# What a Trainer leaves in a folder and nobody needs to load the model; pickled files may hold a token.
-NOT_PUBLISHED = (
-    ".* _* checkpoint-* global_step* last-checkpoint logs optimizer*.pt pytorch_model*.bin reference rng_state*.pth "
-    "runs scaler.pt scheduler.pt training_args.bin *.partial *.pyc"
-).split()
 _METHOD_OF_FILE = {"cpt_state.json": "cpt", "rainbowpo.json": "rainbowpo", "surgery.json": "surgery"}
 # Of the training log: how many tokens went through the model, by the trainer's name for it.
 _TOKEN_COUNTS = ("tokens_seen", "num_tokens", "num_input_tokens_seen")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
-_TEXT_ENDINGS = {".json", ".md", ".py", ".txt", ".yaml", ".yml", ".csv", ".jinja"}
-_SIBLING_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
-def published_files(folder: str | Path) -> list[str]:
-    """Paths below `folder` that are published, sorted; optimizer states, checkpoints and pickles are not."""
-    root = Path(folder)
-    found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return sorted(
-        path.as_posix() for path in found if not any(fnmatchcase(*pair) for pair in product(path.parts, NOT_PUBLISHED))
-    )
-
-
-def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
+def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True, needs_base: bool = True) -> None:
     """Raise ValueError, in one line, for the first reason why `folder` would not load where it is published.
 
-    needs_tokenizer: whether a folder without a tokenizer is refused.
+    needs_tokenizer: whether a folder without a tokenizer is refused. needs_base: whether an adapter is whose base is
+    not on the Hub.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -64,8 +62,9 @@ def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
         raise ValueError(f"{str(folder)!r} is no checkpoint: it holds no {CONFIG}{where}.")
     config = read_json(root / (ADAPTER_CONFIG if is_adapter else CONFIG))
     if is_adapter:
-        _check_adapter(root, config)
-        _check_opens(root / ADAPTER_WEIGHTS)
+        if needs_base:
+            _check_adapter(root, config)
+        check_header(root / ADAPTER_WEIGHTS)
     else:
         _check_weights(root)
         _check_code(root, config)
@@ -73,21 +72,35 @@ def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True) -> None:
         raise ValueError(
             f"{str(folder)!r} holds no tokenizer: save one into it, or publish without (--without_tokenizer)."
         )
-    for name in published_files(root):
-        path = root / name
-        if path.suffix in _TEXT_ENDINGS and _TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
-            raise ValueError(f"{str(path)!r} holds what looks like a Hub token: remove it, and revoke the token.")
+    if config.get("model_type") in CONFIG_MAPPING and not is_adapter:  # others need code that is not run here
+        with _no_progress_bar():  # nothing is read
+            check_weights(AutoModelForCausalLM, root, local_files_only=True, experts_implementation="eager")
+    for name in sorted(weight_files(root) - {INDEX}):
+        require_finite_file(root / name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else raises ValueError with the file's name."""
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as JSON ({error}): save the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
-    return value
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def require_finite_file(path: Path) -> None:
+    """Raise ValueError for a safetensors file with NaN or infinity in it; a tensor is in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            value = file.get_tensor(name)
+            if value.is_floating_point() and value.itemsize > 1 and value.numel():
+                if not all(bound.isfinite() for bound in value.aminmax()):
+                    raise ValueError(
+                        f"{str(path)!r}: {name} holds values that are no finite numbers: publish a checkpoint from "
+                        "before the run diverged."
+                    )
 
 
 def _check_adapter(root: Path, config: dict[str, Any]) -> None:
@@ -107,10 +120,10 @@ def _check_adapter(root: Path, config: dict[str, Any]) -> None:
 
 
 def _check_weights(root: Path) -> None:
-    if (root / INDEX).is_file():
+    if (root / WEIGHTS).is_file():
+        check_header(root / WEIGHTS)
+    elif (root / INDEX).is_file():
         _check_shards(root, read_json(root / INDEX))
-    elif (root / WEIGHTS).is_file():
-        _check_opens(root / WEIGHTS)
     else:
         pickled = next(root.glob("pytorch_model*.bin"), None)
         what = f"only {pickled.name}" if pickled else "no weights"
@@ -119,29 +132,14 @@ def _check_weights(root: Path) -> None:
 
 def _check_shards(root: Path, index: dict[str, Any]) -> None:
     placed = index.get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise ValueError(f"{str(root / INDEX)!r} has no weight_map: save the checkpoint again.")
-    for shard in sorted(set(placed.values())):
-        there = _check_opens(root / shard)
+    for shard in sorted(shards_of(index, root / INDEX)):
+        there = check_header(root / shard)
         missing = next((name for name, file in placed.items() if file == shard and name not in there), None)
         if missing:
             raise ValueError(
                 f"{str(root / shard)!r} lacks the tensor {missing!r} that {INDEX} places there: save the "
                 "checkpoint again."
             )
-
-
-def _check_opens(path: Path) -> set[str]:
-    """Names of the tensors of a safetensors file whose header agrees with the size of the file."""
-    if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} lacks {path.name}: save the checkpoint again.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is corrupt or cut short ({error}): save the checkpoint again, or copy it anew."
-        ) from error
 
 
 def _check_code(root: Path, config: dict[str, Any]) -> None:
@@ -152,21 +150,13 @@ def _check_code(root: Path, config: dict[str, Any]) -> None:
             f"{str(root / CONFIG)!r} has no auto_map, so the model would load only where hf_moe_cpt is installed: "
             "save it with save_pretrained."
         )
-    named = [place for value in places.values() for place in ([value] if isinstance(value, str) else value) if place]
-    waiting = [place.rpartition(".")[0] for place in named if "--" not in place]
-    seen: set[str] = set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        path = root / f"{module}.py"
-        if not path.is_file():
+    for name in sorted(code_files(root)):
+        require_no_link(root / name)
+        if not (root / name).is_file():
             raise ValueError(
-                f"{str(root)!r} lacks {path.name}, which its config needs to load elsewhere: save the model "
+                f"{str(root)!r} lacks {name}, which its config needs to load elsewhere: save the model "
                 "with save_pretrained, which copies the code."
             )
-        waiting += _SIBLING_IMPORT.findall(path.read_text(encoding="utf-8"))
 
 
 @dataclass

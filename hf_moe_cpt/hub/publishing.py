@@ -1,19 +1,22 @@
 """Publish a finished folder: checked first, uploaded in one commit, so that a repository is never half of a model.
 
-Large files that an interrupted upload has already sent are not sent again: the Hub knows them by their hash. Retries
-and the protocol are huggingface_hub's. Nothing is written into the folder. Source: ours.
+The one way out: the command `push` and the trainers' `push_to_hub` take the same list of kinds (`contents.py`) and
+the same calls. Every call is tried again while what went wrong may pass, and a Hub that says nothing is given up.
+Large files that an interrupted upload has already sent are not sent again: the Hub knows them by their hash. The
+protocol is huggingface_hub's. Nothing is written into the folder. Source: ours.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session, get_token
 from huggingface_hub.errors import (
     BadRequestError,
     HfHubHTTPError,
@@ -24,11 +27,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.folder import CARD, check_checkpoint, published_files
+from hf_moe_cpt.hub.contents import CARD, clean, read_contents
+from hf_moe_cpt.hub.folder import check_checkpoint
 
 
 GOES_ON = "run the same command again, what has arrived is not sent twice."
 WAITS = (1, 4, 15)  # seconds before each new attempt
+SILENCE = 120.0  # seconds without a byte, after which a call has failed; huggingface_hub 2.4 waits for ever
 PASSING = (408, 409, 429, 500, 502, 503, 504)  # 409: another commit came first
 
 logger = logging.getLogger(__name__)
@@ -37,39 +42,56 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Upload:
-    """What will be published: files of a folder by their path in the repository, and the texts made for it.
+    """What will be published of a folder, by path in the repository.
 
-    texts: the card and its plots by path; they take the place of files of the same name.
+    weights: files that go as they are. texts: the bytes of all others, the card among them. left: what stays at home,
+    and why.
     """
 
     folder: Path
-    files: tuple[str, ...]
-    texts: Mapping[str, str]
+    weights: tuple[str, ...]
+    texts: Mapping[str, bytes]
+    left: Mapping[str, str]
 
     @property
     def card(self) -> str:
-        """Text of README.md."""
-        return self.texts[CARD]
+        """Text of README.md, "" without one."""
+        return self.texts.get(CARD, b"").decode(errors="replace")
+
+    def with_card(self, card: Card) -> Upload:
+        """The same with a card and its plots in place of files of the same names, looked through as files are."""
+        made = {CARD: card.text, **card.plots}
+        looked_through = {name: clean(self.folder / name, name, data=text.encode()) for name, text in made.items()}
+        return replace(self, texts={**self.texts, **looked_through})
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, the card among them."""
-        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
-        return {**sizes, **{name: len(text.encode()) for name, text in self.texts.items()}}
+        sizes = {name: (self.folder / name).stat().st_size for name in self.weights}
+        return {**sizes, **{name: len(data) for name, data in self.texts.items()}}
 
-    def operations(self) -> list[CommitOperationAdd]:
-        """The files as parts of one commit."""
-        of_folder = [CommitOperationAdd(name, self.folder / name) for name in self.files]
-        return [*of_folder, *(CommitOperationAdd(name, text.encode()) for name, text in self.texts.items())]
+    def operations(self, below: str = "") -> list[CommitOperationAdd]:
+        """The files as parts of one commit. below: the folder of the repository that they go into, with its "/"."""
+        tensors = [CommitOperationAdd(below + name, self.folder / name) for name in self.weights]
+        return [*tensors, *(CommitOperationAdd(below + name, data) for name, data in self.texts.items())]
 
 
-def plan_upload(folder: str | Path, card: Card, needs_tokenizer: bool = True) -> Upload:
-    """Check a folder and list what of it is published. Raises ValueError for a folder that would not load elsewhere.
+def plan_upload(
+    folder: str | Path,
+    card: Card | None = None,
+    needs_tokenizer: bool = True,
+    needs_base: bool = True,
+    include: Sequence[str] = (),
+) -> Upload:
+    """Check a folder and list what of it is published. Raises ValueError for a folder that would not load elsewhere,
+    and for a secret in what would go.
 
-    card: README.md and its plots. needs_tokenizer: whether a folder without a tokenizer is refused.
+    card: README.md and its plots, if not the folder's. needs_tokenizer: whether a folder without a tokenizer is
+    refused. needs_base: whether an adapter is whose base is not on the Hub. include: further files, by name.
     """
-    check_checkpoint(folder, needs_tokenizer)
-    texts = {CARD: card.text, **card.plots}
-    return Upload(Path(folder), tuple(name for name in published_files(folder) if name not in texts), texts)
+    check_checkpoint(folder, needs_tokenizer, needs_base)
+    contents = read_contents(folder, include)
+    upload = Upload(Path(folder), contents.weights, contents.texts, contents.left)
+    return upload if card is None else upload.with_card(card)
 
 
 def publish(
@@ -86,19 +108,47 @@ def publish(
     HF_TOKEN. Raises ValueError or ConnectionError in one line: no token, no permission, a name that is taken by
     another type, files that the Hub refuses, a connection that stays broken.
     """
-    api = HfApi()
     require_place(repository)
+    make_repository(repository, private=private or None, revision=revision)
+    return str(commit(upload.operations(), repository, message, revision).commit_url)
+
+
+def make_repository(
+    repository: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Make the repository of a model, and a branch, unless they are there; its name with the owner's."""
+    api = HfApi(token=token)
     try:
-        api.create_repo(repository, private=private or None, exist_ok=True)
+        url = retried(lambda: api.create_repo(repository, private=private, exist_ok=True), repository)
         if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        operations = upload.operations()
-        commit = retried(
-            lambda: api.create_commit(repository, operations, commit_message=message, revision=revision), repository
-        )
+            retried(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True), repository)
     except Exception as error:
         raise explained(error, repository) from error
-    return str(commit.commit_url)
+    return str(url.repo_id)
+
+
+def commit(
+    operations: Sequence[CommitOperationAdd],
+    repository: str,
+    message: str,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """The last step of every upload. Raises what `publish` does."""
+    api = HfApi(token=token)
+
+    def send() -> CommitInfo:
+        return api.create_commit(repository, list(operations), commit_message=message, revision=revision)
+
+    try:
+        return retried(send, repository)
+    except Exception as error:
+        raise explained(error, repository) from error
+
+
+def in_background(action: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+    """Start it in the thread in which huggingface_hub uploads, one after the other."""
+    return HfApi().run_as_future(action, *args, **kwargs)
 
 
 def retried(action: Callable[[], T], repository: str) -> T:
@@ -108,12 +158,20 @@ def retried(action: Callable[[], T], repository: str) -> T:
     """
     for wait in WAITS:
         try:
-            return action()
+            return _in_time(action)
         except Exception as error:
             if not may_pass(error):
                 raise
             logger.warning("Publishing to %s failed (%s): trying again in %d s.", repository, brief(error), wait)
             time.sleep(wait)
+    return _in_time(action)
+
+
+def _in_time(action: Callable[[], T]) -> T:
+    """Call it with a limit on the Hub's silence; one that somebody else has set stands."""
+    session = get_session()  # a new one after some errors
+    if session.timeout.read is None:
+        session.timeout = SILENCE
     return action()
 
 
@@ -128,24 +186,12 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def make_branch(repository: str, branch: str, token: str | None = None) -> None:
-    """Make a branch of a repository unless there is one."""
-    HfApi().create_branch(repository, branch=branch, token=token, exist_ok=True)
-
-
-def upload_run(folder: str, repository: str, message: str, revision: str | None, token: str | None) -> CommitInfo:
-    """What `Trainer.push_to_hub` uploads of its output folder, in one commit, tried anew as `retried` does."""
-    return retried(
-        lambda: HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message=message,
-            revision=revision,
-            token=token,
-            ignore_patterns=["_*", "checkpoint-*"],
-        ),
-        repository,
-    )
+def require_name(repository: str) -> None:
+    """Raise ValueError for what cannot be the name of a repository."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"{repository!r} cannot be a repository: write it as owner/name ({error}).") from error
 
 
 def require_place(repository: str, token: str | None = None) -> None:
@@ -153,10 +199,7 @@ def require_place(repository: str, token: str | None = None) -> None:
 
     repository: owner/name; a name alone is the user's own. token: by default the one of the machine.
     """
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ValueError(f"{repository!r} cannot be a repository: write it as owner/name ({error}).") from error
+    require_name(repository)
     if not (token or get_token()):
         raise ValueError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     if "/" not in repository:
@@ -174,10 +217,11 @@ def require_place(repository: str, token: str | None = None) -> None:
 
 def _taken_by(api: HfApi, repository: str, token: str | None) -> str | None:
     """The kind of repository, other than a model, that has this name and no model beside it."""
-    if api.repo_exists(repository, token=token):
-        return None
-    kinds = ("dataset", "space")
-    return next((kind for kind in kinds if api.repo_exists(repository, repo_type=kind, token=token)), None)
+
+    def exists(kind: str) -> bool:
+        return retried(lambda: api.repo_exists(repository, repo_type=kind, token=token), repository)
+
+    return None if exists("model") else next(filter(exists, ("dataset", "space")), None)
 
 
 def explained(error: Exception, repository: str) -> Exception:

@@ -1,5 +1,6 @@
 """Cards: each number is in a file of the run, no section is empty, the metadata is what the Hub reads."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_a_section_without_facts_is_left_out(finished, tmp_path: Path):
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert headings == ["Training", "Architecture", "How to load", "Intended use and limits", "Citation"]
     assert "model-index" not in text
+    check_metadata(text)
+
+
+def test_what_a_card_quotes_is_text(folder):
+    """Names and facts of other people end no line, no table, no string of Python, and are no HTML or link."""
+    nasty = 'a"); import os; ("<script>x</script> | [b](http://c) `d`\n## e'
+    run = json.loads((folder / "training_run.json").read_text())
+    run |= {"device": nasty, "versions": {nasty: nasty}, "arguments": run["arguments"] | {"cpt_schedule": nasty}}
+    (folder / "training_run.json").write_text(json.dumps(run | {"started_from": nasty}))
+    for name, changes in {"config.json": {"router_type": nasty}, "cpt_state.json": {"phase": nasty}}.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    text = build_card(folder, CardOverrides(title=nasty, datasets=[nasty], base_model=nasty)).text
+    assert "## e" not in text.splitlines() and not re.search(r"(?<![`\\])<script>(?!x</script> \| \[b)", text)
+    body = text.partition("\n---\n")[2]
+    outside = re.sub(r"```.*?```|`[^`\n]*`", "", re.sub(r"\\.", "", body), flags=re.DOTALL)
+    assert not re.search(r"<\w|\]\(http://c", outside)
+    loading = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    calls = [node for node in ast.walk(ast.parse(loading)) if isinstance(node, ast.Import)]
+    assert calls == []  # only "from ... import"
+    columns = {line.count("|") - line.count("\\|") for line in re.findall(r"^\| .*$", text, re.MULTILINE)}
+    assert columns <= {3, 4, 5}
     check_metadata(text)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_moe_cpt.hub import checkpoint_io
 from hf_moe_cpt.hub.checkpoint_io import CheckpointReader, PlannedTensor, copied
-from hf_moe_cpt.hub.folder import INDEX
+from hf_moe_cpt.hub.contents import INDEX
 from hf_moe_cpt.hub.upcycle import UpcycleOptions, upcycle
 from tests.helpers.fresh_process import run_python
 from tests.helpers.hub_checkpoints import fingerprint, logits_of, model_of, saved

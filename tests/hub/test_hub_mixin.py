@@ -110,7 +110,7 @@ def test_a_private_branch_without_the_token_in_any_file_or_output(hub, elsewhere
     assert WRITER in hub.tokens_seen
     repository = hub.store.find("model", "someone/live")
     assert repository.private and set(repository.at("main").files) == {".gitattributes"}
-    wanted = {"model.safetensors", "modeling_cpt_moe.py", "README.md", "training_args.bin"}
+    wanted = {"model.safetensors", "modeling_cpt_moe.py", "README.md", "training_run.json"}
     assert wanted <= set(repository.at("trial").files)
     elsewhere(LOAD, "someone/live", "trial")
     published = [content for commit in repository.commits.values() for content in commit.files.values()]

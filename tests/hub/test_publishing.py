@@ -1,6 +1,7 @@
 """`hf-moe-cpt push`: what is published loads where the package is not, what fails publishes nothing and says why."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.scripts.push import main as push
@@ -66,7 +68,8 @@ def test_a_published_run_loads_without_the_package_bit_for_bit(method, request, 
 
 def test_a_dry_run_prints_files_and_card_and_publishes_nothing(folder, hub, command):
     shown = command("push", folder, "someone/tiny", "--dry_run", token=None).stdout
-    assert "model.safetensors" in shown and "training_args.bin" not in shown and "## How to load" in shown
+    assert "model.safetensors" in shown and "## How to load" in shown
+    assert "left at home: 'training_args.bin' (no kind that is published)" in shown
     assert 'from_pretrained("someone/tiny", trust_remote_code=True)' in shown
     assert hub.store.repositories == {} and hub.log == []
 
@@ -164,6 +167,22 @@ def _hide_in_checkpoint(folder: Path) -> None:
     (folder / "config.json").rename(folder / "checkpoint-6" / "config.json")
 
 
+def _change(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _place_a_shard_outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+
+
+def _link_the_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -176,7 +195,18 @@ def _hide_in_checkpoint(folder: Path) -> None:
         (lambda f: [path.unlink() for path in f.glob("token*")], "holds no tokenizer"),
         (lambda f: (f / "configuration_cpt_moe.py").unlink(), "lacks configuration_cpt_moe.py"),
         (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read as JSON"),
-        (lambda f: (f / "notes.txt").write_text("hf_" + "x" * 34), "notes.txt' holds what looks like a Hub token"),
+        (
+            lambda f: (f / "LICENSE").write_text("hf_" + "x" * 34),
+            "LICENSE' holds what looks like a Hub token (line 1)",
+        ),
+        (lambda f: _change(f, lambda w: w.pop("lm_head.weight")), "lm_head.weight is not in its weights"),
+        (
+            lambda f: _change(f, lambda w: w["model.norm.weight"].fill_(math.nan)),
+            "model.norm.weight holds values that",
+        ),
+        (lambda f: _change(f, lambda w: w.update({"model.norm.weight": torch.ones(7)})), "has the shape (7,), its"),
+        (_place_a_shard_outside, "in '../secret.safetensors': allowed are safetensors files beside it"),
+        (_link_the_weights, "model.safetensors' is a link, and nothing is published through one"),
         (lambda f: (f / "README.md").write_text("---\nlicense: mit\n---\nMine."), "README.md lacks library_name"),
         (shutil.rmtree, "is no folder"),
     ],

@@ -1,8 +1,9 @@
-"""What our trainers add to publishing: code files in every push, facts for the card, failures that stop nothing.
+"""What our trainers add to publishing: one list of what goes, facts for the card, failures that stop nothing.
 
-transformers 5.24 copies configuration and weights of a checkpoint before it pushes it, but not the code that
-`auto_map` names, drops the errors of pushes in the background, and pickles the token into training_args.bin. Source:
-ours; `Trainer._push_from_checkpoint`, `Trainer._finish_current_push`.
+transformers 5.24 pushes all of the output folder but what begins with "_" or "checkpoint-": pickled arguments with
+tokens in them, caches of texts, whatever lies there; and drops the errors of pushes in the background. Here every push
+is an upload of `hf_moe_cpt.hub.publishing`, as that of the command `push`. Source: ours;
+`Trainer._push_from_checkpoint`, `Trainer.push_to_hub`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import platform
 import shutil
+from collections.abc import Sequence
 from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +20,13 @@ from typing import Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
 
 from hf_moe_cpt.hub.cards import CardOverrides, is_generated, write_card
-from hf_moe_cpt.hub.folder import ADAPTER_CONFIG, CONFIG, RUN_FILE
-from hf_moe_cpt.hub.publishing import CARD, brief, explained, make_branch, may_pass, require_place, upload_run
-from hf_moe_cpt.trainers.common.checkpointing import WriteFailures, free_space
+from hf_moe_cpt.hub.contents import ADAPTER_CONFIG, CARD, CONFIG, RUN_FILE, code_files, weight_files
+from hf_moe_cpt.hub.publishing import brief, commit, in_background, make_repository, plan_upload, require_place
+from hf_moe_cpt.trainers.common.checkpointing import WriteFailures
 
 
 logger = logging.getLogger(__name__)
@@ -49,10 +52,11 @@ class UnsavedToken(str):
 class HubMixin:
     """For a subclass of `Trainer`, before it among the bases: `class CPTTrainer(HubMixin, Trainer)`.
 
-    Every saved model gets training_run.json and the log so far; with `push_to_hub` every push carries the code, and a
-    push that fails is logged and made up for by the next one, never raised before training has ended. Overrides
-    `init_hf_repo` (refusals before compute, `hub_revision`), `_push_from_checkpoint`, `_finish_current_push`,
-    `push_to_hub` (retries, report), `create_model_card` and `_save`.
+    Every saved model gets training_run.json and the log so far; with `push_to_hub` every push is a whole model with
+    its code and nothing else: those of `hub_strategy="checkpoint"` too, without optimizer. A push that fails is logged
+    and made up for by the next one, never raised before training has ended. Overrides `init_hf_repo` (refusals before
+    compute, `hub_revision`), `_push_from_checkpoint`, `_finish_current_push`, `push_to_hub` (the same upload, report),
+    `create_model_card` and `_save`.
     """
 
     run_method = ""  # cpt, rainbowpo or surgery
@@ -65,38 +69,24 @@ class HubMixin:
         if self.args.hub_token is not None:
             self.args.hub_token = UnsavedToken(self.args.hub_token)
 
-    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the parent's, with the branch `hub_revision`; says in one line what is wrong with name, token or Hub."""
         if not self.is_world_process_zero():
             return
         asked = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         token = token or self.args.hub_token
         require_place(asked, token)
-        try:
-            super().init_hf_repo(token=token, **kwargs)
-            if self.args.hub_revision is not None:
-                make_branch(self.hub_model_id, self.args.hub_revision, token)
-        except Exception as error:
-            raise explained(error, asked) from error
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = make_repository(asked, private, self.args.hub_revision, token)
+        self.push_in_progress = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder, failures = Path(output_dir or self.args.output_dir), WriteFailures()
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # whoever writes checkpoints tells what went wrong
-            self._save_with_facts(folder, state_dict)
-            return
-        failures.call(self._save_with_facts, folder, state_dict, log=True)
-        if failures.first is not None:
-            raise OSError(
-                f"the model was not saved to {str(folder)!r} ({failures.first}; {free_space(folder)}): make room, "
-                "then save again; checkpoints and what is on the Hub stand."
-            )
-
-    def _save_with_facts(self, folder: Path, state_dict: dict | None, log: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             facts = json.dumps(run_facts(self), indent=1)
             (folder / RUN_FILE).write_text(facts + "\n", encoding="utf-8")
-            if log:  # a card needs it, and a checkpoint has it
+            if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # a card needs it, and a checkpoint has it
                 state = copy(self.state)
                 state.best_model_checkpoint = None  # a folder of this machine
                 state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -112,11 +102,40 @@ class HubMixin:
             _remove_cut_weights(Path(self.args.output_dir), Path(checkpoint_folder))
 
     def _copy_and_push(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.push_in_progress is None:
-            for path in (*Path(checkpoint_folder).glob("*.py"), Path(checkpoint_folder) / RUN_FILE):
-                if path.is_file():
-                    shutil.copy(path, Path(self.args.output_dir) / path.name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Copy the model out of a checkpoint, which may be removed meanwhile, and upload it in the background."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None:  # it has not ended
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint, folder = Path(checkpoint_folder), Path(self.args.output_dir)
+        small = {CONFIG, ADAPTER_CONFIG, "generation_config.json", RUN_FILE}
+        for name in sorted(small | code_files(checkpoint) | weight_files(checkpoint)):
+            if (checkpoint / name).is_file():
+                shutil.copy(checkpoint / name, folder / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        at = f"step {self.state.global_step}"
+        if self.args.save_strategy != SaveStrategy.STEPS:
+            at = f"epoch {int(self.state.epoch)}"
+        below = {HubStrategy.CHECKPOINT: "last-checkpoint/", HubStrategy.ALL_CHECKPOINTS: f"{checkpoint.name}/"}
+        places = ["", below[self.args.hub_strategy]] if self.args.hub_strategy in below else [""]
+        job = in_background(self._upload, f"Training in progress, {at}", places)
+        self.push_in_progress = PushInProgress([job])
+
+    def _upload(
+        self,
+        message: str,
+        places: Sequence[str] = ("",),
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Any:
+        """Commit the model in the output folder. places: folders of the repository that it goes into."""
+        upload = plan_upload(self.args.output_dir, needs_tokenizer=False, needs_base=False)
+        logger.info("Left at home: %s.", ", ".join(map(repr, upload.left)) or "nothing")
+        operations = [operation for place in places for operation in upload.operations(place)]
+        revision, token = revision or self.args.hub_revision, token or self.args.hub_token
+        return commit(operations, str(self.hub_model_id), message, revision, token)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -144,41 +163,51 @@ class HubMixin:
             self.hub_model_id,
         )
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, tried again while what went wrong may pass; tells what failed during training.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """As the parent's, for the files that `push` publishes; tells what failed during training.
 
-        Raises ValueError, ConnectionError or OSError in one line, which says whether the model is saved.
+        card: for `create_model_card`. Raises ValueError, ConnectionError or OSError in one line, which says whether
+        the model is saved.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:  # push_to_hub=False, and the user calls this
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = [*_listed(card.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
+        self.create_model_card(**{"model_name": self._repository_name(), **card}, tags=list(dict.fromkeys(tags)))
+        self._finish_current_push()
+        message = commit_message or "End of training"
+        if not blocking:
+            return in_background(self._upload, message, revision=revision, token=token)
         try:
-            commit = super().push_to_hub(*args, **kwargs)
-        except Exception as error:
-            if not may_pass(error):
-                raise self._told(error) from error
-            commit = self._upload_again(*args, **kwargs)
-        if self.failed_pushes and self.is_world_process_zero():
+            pushed = self._upload(message, revision=revision, token=token)
+        except (ValueError, ConnectionError) as error:
+            raise self._told(error) from error
+        if self.failed_pushes:
             logger.warning(
                 "%d pushes to %s failed during training (the last: %s): this one brought the model as it is now.",
                 len(self.failed_pushes),
                 self.hub_model_id,
                 self.failed_pushes[-1],
             )
-        return commit
+        return pushed
 
-    def _upload_again(self, commit_message: str = "End of training", *_: Any, **kwargs: Any) -> Any:
-        """The upload of the parent's `push_to_hub`, which has saved the model and written the card already."""
-        revision = kwargs.get("revision") or self.args.hub_revision
-        token = kwargs.get("token") or self.args.hub_token
-        try:
-            return upload_run(self.args.output_dir, self.hub_model_id, commit_message, revision, token)
-        except Exception as error:
-            raise self._told(error) from error
+    def _repository_name(self) -> str:
+        return str(self.args.hub_model_id or Path(self.args.output_dir).name).rpartition("/")[2]
 
     def _told(self, error: Exception) -> Exception:
-        told = explained(error, str(self.hub_model_id))
-        if told is error:
-            return error
         publish = f"`hf-moe-cpt push {self.args.output_dir} {self.hub_model_id}` publishes it"
-        return type(told)(f"{told} The trained model is saved, and {publish}.")
+        return type(error)(f"{error} The trained model is saved, and {publish}.")
 
     def create_model_card(
         self,

@@ -1,0 +1,321 @@
+"""What of a folder is published: a list of kinds, no link, no pickle, no secret, no path of this machine.
+
+Everything of another kind stays at home and is named. Files other than weights are read once: the bytes that
+were looked at are those that are uploaded. Nothing in the folder is changed, executed or unpickled.
+
+Secrets are known by the form that their issuers give them, or by a name such as api_key before them; in texts that
+hold no vocabulary, also by letters that follow no pattern (their entropy). Source: ours; the forms are those that the
+issuers document. detect-secrets knows as many, but has had no release since 2024 and takes hashes for secrets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickletools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+CARD, RUN_FILE = "README.md", "training_run.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+# Vocabularies hold any word there is: none of them is rewritten, and a word that looks like noise is a word.
+_VOCABULARIES = {*TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"}
+_FACTS = (
+    "training_run.json trainer_state.json all_results.json eval_results.json train_results.json cpt_state.json "
+    "rainbowpo.json surgery.json upcycling.json"
+).split()
+_TERMS = {f"{name}{end}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")}
+KINDS = {CARD, CONFIG, "generation_config.json", ADAPTER_CONFIG, *_VOCABULARIES, *_FACTS, *_TERMS}
+_PLOT = re.compile(r"plots/[\w-]+\.svg")
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+_SIBLING_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+MAX_HEADER_TEXT = 200  # characters of a note in the header of a safetensors file
+
+_SECRETS = {
+    "a Hub token": r"\b(?:hf_|api_org_|hf_oauth_)[A-Za-z0-9]{30,}",
+    "a private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File|AGE-SECRET-KEY-1[A-Z0-9]{20,}",
+    "a key of AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a token of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{40,}",
+    "a token of GitLab": r"\bglpat-[\w-]{20,}",
+    "a key of a model's API": r"\bsk-[A-Za-z0-9_-]{20,}|\bgsk_[A-Za-z0-9]{40,}|\br8_[A-Za-z0-9]{36,}",
+    "a key of Google": r"\bAIza[\w-]{35}|\bya29\.[\w-]{20,}|\bGOCSPX-[\w-]{20,}",
+    "a token of Slack": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|hooks\.slack\.com/services/\w+/\w+/\w+",
+    "a token of Discord or Telegram": r"discord(?:app)?\.com/api/webhooks/\d+/[\w-]{20,}|\b\d{8,10}:AA[\w-]{33}\b",
+    "a key of Stripe": r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",
+    "a key of SendGrid": r"\bSG\.[\w-]{16,}\.[\w-]{16,}",
+    "a token of a package index": r"\bpypi-[\w-]{40,}|\bnpm_[A-Za-z0-9]{30,}",
+    "a signed token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
+    "a key of Azure": r"AccountKey=[A-Za-z0-9+/]{40,}|[?&]sig=[A-Za-z0-9%+/]{30,}",
+    "a password in an address": r"\w://[^/\s:@\"']{1,80}:[^/\s:@\"'{}<$*][^/\s:@\"']{2,80}@[\w.-]",
+    "a header with a secret": r"(?i:authorization)[\"']?\s*[:=]\s*[\"']?(?i:bearer|basic)\s+[\w.+/=-]{12,}",
+    "an entry of a .netrc": r"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+",
+}
+_FORMS = re.compile("|".join(f"(?P<k{number}>{form})" for number, form in enumerate(_SECRETS.values())))
+_NAMED = re.compile(
+    r"(?i:(?:^|[^a-z])(?:[a-z]+[_-])*(?:password|passwd|passphrase|secret(?:[_-]?(?:access)?[_-]?key)?|api[_-]?key|"
+    r"access[_-]?key|private[_-]?key|credentials?|(?:auth|access|api|hub|hf|refresh|bot|wandb)[_-]?token)|"
+    r"(?:^|[\"'])token)[\"']?\s*[:=]\s*[\"']?(?P<value>[^\s\"',;}{\[\]()<>]{8,})"
+)
+_NOISE = re.compile(r"[A-Za-z0-9+=]{24,}")
+_RUN, _NOISE_LETTERS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+|[+/=]+"), 2.9  # letters of one kind in a row, on average
+_NOISE_BITS = 3.9  # of entropy a character: 24 random letters and digits have 4.3 on average, names of any kind less
+
+_ROOTS = (
+    "home root Users tmp var mnt data work opt scratch srv media workspace content private export gpfs lustre fsx nfs "
+    "net storage project projects dev shared datasets models checkpoints kaggle dbfs efs raid ssd cluster ceph beegfs"
+)
+_PATH = re.compile(
+    r"(?<![\w.:/~>)\]-])(?:file://)?(?:(?:~|/(?:" + "|".join(_ROOTS.split()) + r"|vol\w*|data\d+|nvme\w*|mnt\w*))"
+    r"(?:/[^\s/\"'`<>|:,;()\[\]{}]+)+|[A-Za-z]:\\{1,2}[^\s\\\"'`<>|:,;()]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)*"
+    r"|\\\\[\w.-]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)+)/?"
+)
+_WHOLE_PATH = re.compile(r"(?:file://)?(?:~?/[^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*)")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes and what stays: paths below the folder, "/" between their parts.
+
+    weights: files that go as they are. texts: the bytes of all others. left: path -> why it stays.
+    """
+
+    weights: tuple[str, ...]
+    texts: dict[str, bytes]
+    left: dict[str, str]
+
+
+def read_contents(folder: str | Path, include: Sequence[str] = ()) -> Contents:
+    """Sort a folder, and read what of it goes. Raises ValueError, in one line, for a secret in it, an index or
+    configuration that cannot be read, and an included file that cannot go.
+
+    include: paths of further files, each asked for by name.
+    """
+    root = Path(folder)
+    wanted = KINDS | code_files(root) | weight_files(root)
+    extra = [_included(root, name) for name in include]
+    names, left = [], {}
+    for name, kind in _walk(root):
+        if kind == "file" and (name in wanted or name in extra or _PLOT.fullmatch(name)):
+            names.append(name)
+        else:
+            left[name] = "no kind that is published" if kind == "file" else kind
+    going = {name: clean(root / name, name, name in extra) for name in names if not name.endswith(".safetensors")}
+    tensors = tuple(name for name in names if name not in going)
+    for name in tensors:
+        check_header(root / name)
+    return Contents(tensors, going, left)
+
+
+def weight_files(root: Path) -> set[str]:
+    """Names of the safetensors files that a loader reads: shards of the index unless there is a single file."""
+    if (root / WEIGHTS).is_file():
+        return {WEIGHTS}
+    if (root / INDEX).is_file():
+        return {INDEX, *shards_of(read_json(root / INDEX), root / INDEX)}
+    return {ADAPTER_WEIGHTS}
+
+
+def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
+    """Shard -> one of its tensors. Raises ValueError for an index without a map, or one that leaves its folder."""
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError(f"{str(path)!r} has no weight_map: save the checkpoint again.")
+    for name, shard in placed.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise ValueError(
+                f"{str(path)!r} places {name!r} in {shard!r}: allowed are safetensors files beside it; save the "
+                "checkpoint again, or do not trust it."
+            )
+    return {shard: name for name, shard in placed.items()}
+
+
+def code_files(root: Path) -> set[str]:
+    """Names of the modules that configuration and tokenizer name in `auto_map`, with what these import beside them."""
+    places: list[Any] = []
+    for name in (CONFIG, "tokenizer_config.json"):
+        if (root / name).is_file():
+            found = read_json(root / name).get("auto_map")
+            for value in found.values() if isinstance(found, dict) else ():
+                places += value if isinstance(value, list) else [value]
+    waiting = [place.rpartition(".")[0] for place in places if isinstance(place, str) and "--" not in place]
+    seen: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        if f"{module}.py" in seen or not module.isidentifier():
+            continue
+        seen.add(f"{module}.py")
+        path = root / f"{module}.py"
+        if path.is_file() and not path.is_symlink():
+            waiting += _SIBLING_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+    return seen
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a link and anything else raise ValueError with the file's name."""
+    require_no_link(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON ({error}): save the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def require_no_link(path: Path) -> None:
+    """Raise ValueError for a link: what is behind it is another folder's."""
+    if path.is_symlink():
+        raise ValueError(f"{str(path)!r} is a link, and nothing is published through one: put the file in its place.")
+
+
+def check_header(path: Path) -> set[str]:
+    """Names of the tensors of a safetensors file whose header agrees with the size of the file.
+
+    Raises ValueError for a header that does not, or that carries a text.
+    """
+    require_no_link(path)
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} lacks {path.name}: save the checkpoint again.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names, notes = set(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} is corrupt or cut short ({error}): save the checkpoint again, or copy it anew."
+        ) from error
+    said = json.dumps(notes, ensure_ascii=False)
+    too_long = next((name for name, note in notes.items() if len(name) + len(note) > MAX_HEADER_TEXT), None)
+    if too_long is not None or _PATH.search(said):
+        what = f"a note of {len(said):,} characters" if too_long is not None else "a path of this machine"
+        raise ValueError(f"{str(path)!r} carries {what} in its header: save the checkpoint again (save_pretrained).")
+    refuse_secrets(path, f"{said}\n" + "\n".join(sorted(names)), is_vocabulary=True)
+    return names
+
+
+def refuse_secrets(path: Path, text: str, is_vocabulary: bool = False) -> None:
+    """Raise ValueError, which does not show it, for what looks like a secret in the text of a file.
+
+    is_vocabulary: whether words without a pattern are words.
+    """
+    found = find_secret(text, is_vocabulary)
+    if found is not None:
+        kind, line = found
+        raise ValueError(f"{str(path)!r} holds what looks like {kind} (line {line}): remove it, and revoke it.")
+
+
+def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | None:
+    """The kind of the first secret in a text and its line, from 1; None if there is none."""
+    match = _FORMS.search(text)
+    if match:
+        return list(_SECRETS)[int(match.lastgroup[1:])], text.count("\n", 0, match.start()) + 1
+    if is_vocabulary:
+        return None
+    for match in _NAMED.finditer(text):
+        value = match["value"].rstrip("\\")
+        if len(value) >= 8 and entropy(value) > 2.5 and not re.fullmatch(r"[\w.]*[a-z]\.[\w.]+|[a-z_]+|\$\S+", value):
+            return "a secret after its name", text.count("\n", 0, match.start()) + 1
+    for match in _NOISE.finditer(text):
+        word = match[0].strip("=")
+        kinds = [sum(map(test, word)) for test in (str.isdigit, str.islower, str.isupper)]
+        of_words = len(word) > _NOISE_LETTERS * len(_RUN.findall(word))  # NamesInCamelCase are
+        if min(kinds) >= 2 and entropy(word) > _NOISE_BITS and not of_words:
+            return "a key (letters without a pattern)", text.count("\n", 0, match.start()) + 1
+    return None
+
+
+def entropy(word: str) -> float:
+    """Bits a character, of the characters' frequencies in the word."""
+    return -sum(n / len(word) * math.log2(n / len(word)) for n in Counter(word).values())
+
+
+def without_paths(text: str) -> str:
+    """The text with paths of a machine reduced to their last names."""
+    here = {str(Path.home()), os.getcwd()} - {"/"}
+    own = re.compile("|".join(re.escape(path) + r"(?:/[^\s\"'`<>|:,;()\[\]{}]+)*/?" for path in sorted(here)))
+    return own.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[0]), text))
+
+
+def _last(path: str) -> str:
+    return re.split(r"[\\/]+", path.rstrip("\\/"))[-1] or "folder"
+
+
+def _without_paths(value: Any) -> Any:
+    """The same of everything in a value of JSON, whole strings that are a path among it."""
+    if isinstance(value, str):
+        return _last(value) if len(value) > 1 and _WHOLE_PATH.fullmatch(value) else without_paths(value)
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    if isinstance(value, dict):
+        return {without_paths(name): _without_paths(part) for name, part in value.items()}
+    return value
+
+
+def _walk(root: Path) -> Iterator[tuple[str, str]]:
+    """Every entry but plain folders, sorted, as "file", "a link" or "no plain file"; nothing behind a link."""
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            for name, kind in _walk(Path(entry.path)):
+                yield f"{entry.name}/{name}", kind
+        elif entry.is_symlink():
+            yield entry.name, "a link"
+        else:
+            yield entry.name, "file" if entry.is_file(follow_symlinks=False) else "no plain file"
+
+
+def _included(root: Path, name: str) -> str:
+    """A path asked for by name, as it stands in the folder."""
+    path = Path(name)
+    steps = [root.joinpath(*path.parts[: n + 1]) for n in range(len(path.parts))]
+    if path.is_absolute() or ".." in path.parts or not steps or not steps[-1].is_file():
+        raise ValueError(f"--include {name!r} is no file of {str(root)!r}: name files by their path below the folder.")
+    for step in steps:
+        require_no_link(step)
+    return path.as_posix()
+
+
+def clean(path: Path, name: str, is_included: bool = False, data: bytes | None = None) -> bytes:
+    """The bytes of a file that is no weight, looked through, paths of the machine reduced to names.
+
+    name: its path in the repository. is_included: somebody asked for it as it is. data: what to look through in place
+    of the file. Raises ValueError for a pickle or an archive, a secret, and JSON that is no object.
+    """
+    data = path.read_bytes() if data is None else data
+    if is_pickle_or_archive(data):
+        raise ValueError(f"{str(path)!r} is a pickle or an archive, which nobody looks into: publish what it holds.")
+    text = data.replace(b"\0", b"").decode("utf-8", errors="replace")  # without zeros UTF-16 reads as well
+    is_vocabulary = name in _VOCABULARIES or b"\0" in data
+    refuse_secrets(path, text, is_vocabulary)
+    if path.suffix == ".json":
+        value = read_json(path)
+        refuse_secrets(path, json.dumps(value, ensure_ascii=False), is_vocabulary)  # letters may stand as \\u0068
+        if name == "tokenizer_config.json":
+            reduced = {k: _without_paths(v) if k.endswith(("_path", "_file", "_dir")) else v for k, v in value.items()}
+        else:
+            reduced = value if is_vocabulary or is_included else _without_paths(value)
+        return data if reduced == value else (json.dumps(reduced, indent=2) + "\n").encode()
+    if is_vocabulary or is_included or path.suffix == ".py":
+        return data
+    reduced_text = without_paths(text)
+    return data if reduced_text == text else reduced_text.encode()
+
+
+def is_pickle_or_archive(data: bytes) -> bool:
+    """Whether bytes are a pickle of any protocol or a compressed or packed file, by what they hold."""
+    if data.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")):
+        return True
+    if data[257:262] == b"ustar" or (data[:1] == b"\x80" and data[1:2] in b"\x02\x03\x04\x05"):
+        return True
+    try:
+        return sum(1 for _ in pickletools.genops(data[: 1 << 20])) > 2
+    except Exception:  # whatever an unpickler trips over says that this is none
+        return False

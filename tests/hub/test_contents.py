@@ -1,0 +1,203 @@
+"""What lies around in a run's folder stays at home, by both ways out: 60 planted files, links, pickles and texts."""
+
+import base64
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hf_moe_cpt.hub.contents import find_secret, read_contents, without_paths
+from hf_moe_cpt.hub.publishing import plan_upload
+from hf_moe_cpt.scripts.push import main as push
+from tests.hub.test_hub_mixin import TRAIN_OTHERS
+
+
+MARK = b"planted-and-never-published"
+HF, AWS, GITHUB = "hf_" + "Ab3" * 12, "AKIA" + "ABCDEFGHIJKLMNOP", "ghp_" + "aB1" * 12
+PICKLE = pickle.dumps({"token": MARK})
+# Path below the run's folder -> bytes: what the old ways of publishing took, and its like.
+PLANTED = {
+    **{
+        name: HF.encode() + MARK
+        for name in ("id_rsa", "id_ed25519", ".netrc", ".env", "secrets.env", "token", "key.pem")
+    },
+    **{
+        name: json.dumps({"api_key": AWS, "mark": MARK.decode()}).encode()
+        for name in ("credentials.json", "service_account.json", "client_secret.json", ".git-credentials", "auth.yaml")
+    },
+    **{
+        name: PICKLE
+        for name in (
+            "training_args.bin optimizer.bin optimizer.pt scheduler.pt scaler.pt rng_state.pth random_states_0.pkl "
+            "ema.pt adapter_model.bin pytorch_model.bin pytorch_model-00001-of-00002.bin model.ckpt state.pickle "
+            "cache.joblib scheduler.bin checkpoint-9/optimizer.pt last-checkpoint/optimizer.bin "
+            "global_step3/mp_rank_00_states.pt dataset.npy trainer.dill"
+        ).split()
+    },
+    **{
+        name: b"a text that nobody is to see " + MARK
+        for name in (
+            "data/train.jsonl data/eval.csv texts.txt pairs.parquet reference/hidden_states.safetensors core.1234 "
+            "wandb/run-1/files/output.log wandb/settings runs/Nov29/events.out.tfevents.1 logs/train.log nohup.out "
+            "slurm-77.out train.log debug.log notes.md .bash_history .ipynb_checkpoints/a.ipynb analysis.ipynb "
+            "__pycache__/a.pyc train.py upload.py .git/config .cache/huggingface/token model.safetensors.bak "
+            "model-00001-of-00002.safetensors plots/private.png"
+        ).split()
+    },
+}
+LINKS = {"linked.txt": "file", "vocab.txt": "file", "plots/linked.svg": "file", "more": "folder"}
+
+
+def _plant(folder: Path) -> None:
+    secret = folder.parent / "outside"
+    secret.mkdir(exist_ok=True)
+    (secret / "file").write_bytes(MARK)
+    for name, data in PLANTED.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    for name, kind in LINKS.items():
+        (folder / name).symlink_to(secret if kind == "folder" else secret / "file")
+    os.mkfifo(folder / "pipe")
+    for name in ("cpt_state.json", "trainer_state.json"):
+        state = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps({**state, "data_dir": "/home/alice/texts", "said": f"at {folder}/x"}))
+
+
+def _nothing_of_it(published: dict[str, bytes]) -> None:
+    assert not set(published) & (PLANTED.keys() | LINKS.keys() | {"pipe"})
+    for name, data in published.items():
+        assert MARK not in data and HF.encode() not in data and b"/home/alice" not in data, name
+        assert not re.search(rb"pytest-of-|/tmp/", data), name
+
+
+def test_sixty_planted_files_stay_at_home_and_are_named(folder, hub, command):
+    _plant(folder)
+    assert len(PLANTED) + len(LINKS) + 1 >= 60
+    shown = command("push", folder, "someone/tiny").stdout
+    published = hub.files("someone/tiny")
+    _nothing_of_it(published)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "cpt_state.json"} <= set(published)
+    assert json.loads(published["cpt_state.json"])["data_dir"] == "texts"
+    for name in [*PLANTED, *LINKS, "pipe"]:
+        top = name.partition("/")[0]
+        assert re.search(rf"left at home: '({re.escape(name)}|{re.escape(top)}/)'", shown), name
+
+
+PLANT_AND_TRAIN = TRAIN_OTHERS.replace(
+    "run.train()", "import tests.hub.test_contents as t; t._plant(folder)\nrun.train()"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rainbowpo", "surgery"])
+def test_what_lies_beside_a_training_stays_at_home_too(hub, elsewhere, tmp_path, method):
+    (tmp_path / "run").mkdir()
+    elsewhere(PLANT_AND_TRAIN, method, tmp_path / "run", package=True)
+    commits = [commit for commit in hub.commits("someone/live") if "config.json" in commit.files]
+    assert len(commits) >= 2
+    for commit in commits:
+        _nothing_of_it(commit.files)
+
+
+ISSUED = {
+    "Hub": HF,
+    "AWS": AWS,
+    "GitHub": GITHUB,
+    "key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "API": "sk-proj-" + "aB3" * 10,
+    "Slack": "xoxb-1234567890-abcdef",
+    "address": "https://alice:pa55word@host.org/x",
+    "signed": "eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK",
+    "named": '"wandb_api_key": "0123456789abcdef0123456789abcdef01234567"',
+    "password": "password = correct-h0rse",
+    "noise": base64.b64encode(bytes(range(7, 250, 5))).decode(),
+}
+
+
+@pytest.mark.parametrize("secret", ISSUED.values(), ids=ISSUED)
+@pytest.mark.parametrize("name", ["README.md", "config.json", "modeling_cpt_moe.py", "training_run.json"])
+def test_a_secret_in_what_goes_is_refused_and_not_shown(folder, secret, name):
+    path = folder / name
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# Mine\n"
+    text = path.read_text() if name != "README.md" else head
+    if name.endswith(".json"):
+        value = json.loads(text)
+        text = json.dumps(value | {"told": secret} if '": "' not in secret else value | json.loads(f"{{{secret}}}"))
+        text = text.replace("hf_", "\\u0068f_")  # what JSON may write for h
+    else:
+        text += f"\n# {secret}\n"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"holds what looks like .* \(line \d+\): remove it, and revoke it"
+    ) as refused:
+        push([str(folder), "someone/tiny", "--dry_run"])
+    assert secret not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_ordinary_files_of_a_model_hold_no_secret(finished):
+    """Every file that tiny runs of three methods publish; names that a careless pattern takes for secrets."""
+    for run in finished.values():
+        assert plan_upload(run).texts
+    for text in (
+        '"eos_token": "<|endoftext|>", "pad_token_id": 0, "tokenizer_class": "PreTrainedTokenizerFast"',
+        "commit 0123456789abcdef0123456789abcdef01234567, sha256:" + "0a" * 32,
+        "DeepSeekV3ForCausalLMWithMultiTokenPrediction2 self.token_embedding = nn.Embedding(vocab_size)",
+        "password=os.environ['PASSWORD'] token = tokenizer.token_to_id secret: str | None",
+        "https://huggingface.co/org/name https://arxiv.org/abs/2503.05029",
+    ):
+        assert find_secret(text) is None, text
+
+
+@pytest.mark.parametrize(
+    ("text", "reduced"),
+    [
+        ("at /home/alice/run/checkpoint-2, then", "at checkpoint-2, then"),
+        ("~/models/x and C:\\Users\\al\\m", "x and m"),
+        ("see https://huggingface.co/home/x/y or a/b/c", "see https://huggingface.co/home/x/y or a/b/c"),
+        ("1/2 of /tokens/ and </div>", "1/2 of /tokens/ and </div>"),
+    ],
+)
+def test_paths_become_names(text, reduced):
+    assert without_paths(text) == reduced
+
+
+def test_include_takes_by_name_and_no_pickle_link_archive_or_stranger(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text('{"text": "mine to give"}\n')
+    (folder / "data" / "link").symlink_to(folder / "config.json")
+    (folder / "hidden.txt").write_bytes(PICKLE)
+    (folder / "old.txt").write_bytes(pickle.dumps([1, 2], protocol=0))
+    (folder / "key.txt").write_text(HF)
+    with zipfile.ZipFile(folder / "zip.txt", "w") as archive:
+        archive.writestr("data.pkl", PICKLE)
+    assert "data/train.jsonl" in read_contents(folder, ["data/train.jsonl"]).texts
+    for name, message in {
+        "data/link": "is a link",
+        "hidden.txt": "is a pickle or an archive",
+        "old.txt": "is a pickle or an archive",
+        "zip.txt": "is a pickle or an archive",
+        "key.txt": "holds what looks like a Hub token",
+        "../outside": "is no file of",
+        "data": "is no file of",
+        str(folder / "config.json"): "is no file of",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_contents(folder, [name])
+
+
+def test_a_card_behind_a_link_is_not_read(folder):
+    (folder.parent / "secret").write_bytes(MARK)
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(folder.parent / "secret")
+    with pytest.raises(ValueError, match=r"README.md' is a link, and nothing is published through one"):
+        push([str(folder), "someone/tiny", "--dry_run"])
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "some one/x", "a/" + "b" * 100, "../x"])
+def test_names_are_checked_before_anything_is_read(name):
+    with pytest.raises(ValueError, match=r"cannot be a repository: write it as owner/name"):
+        push(["/nowhere", name, "--dry_run"])
