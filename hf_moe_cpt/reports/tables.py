@@ -96,7 +96,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            short = {
+                key: f"{value:.6g}" if isinstance(value, float) else csv_cell(value) for key, value in row.items()
+            }
+            writer.writerow(short)
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a cell: a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:

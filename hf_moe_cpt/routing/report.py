@@ -26,13 +26,14 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_moe_cpt.reports.charts import NUM_COLORS, Mark, Series, line_chart, thin
-from hf_moe_cpt.reports.tables import html_page, text_table, write_whole
+from hf_moe_cpt.reports.tables import csv_cell, html_page, text_table, write_whole
 
 
 DIGITS = 5
@@ -158,7 +159,8 @@ def _thinned(run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 def routing_page(analysis: Mapping[str, Any], title: str) -> str:
     """The page as text. analysis: the dictionary of `analyse_traces`."""
     data = page_data(analysis)
-    embedded = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    # "<!--" with "<script>" after it would swallow the end of the page, so no "<" is left
+    embedded = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     style, sections, *scripts = (
         (_PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "sections.html", *PAGE_SCRIPTS)
     )
@@ -402,8 +404,8 @@ def _write_csv(path: Path, rows: Iterable[Row]) -> None:
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(first))
         writer.writeheader()
-        writer.writerow(first)
-        writer.writerows(rows)
+        for row in chain([first], rows):
+            writer.writerow({name: csv_cell(value) for name, value in row.items()})
     os.replace(partial, path)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -189,6 +190,42 @@ def test_csv_files_hold_the_same_numbers(written):
     assert len(tables["tokens"]) == 3 * 3 * 6 * 4
     assert tables["tokens"][1]["token"] == analysis["top_tokens"][CHECKPOINTS[0]][0][0][1]["token"]
     assert [float(r["mri"]) for r in tables["training"]] == analysis["training"][0]["mean"]
+
+
+NASTY = ("<!--<script>", "__proto__", "constructor", "</script><script>alert(1)</script>", "=1+2", "@x")
+
+
+def _nasty_analysis() -> dict[str, Any]:
+    """Checkpoints, domains and tokens of names that end a script, are of every object, or are formulas."""
+    analysis = random_analysis(checkpoints=NASTY)
+    renamed = dict(zip(analysis["domains"], NASTY, strict=False))
+    analysis["domains"] = [renamed[name] for name in analysis["domains"]]
+    for part in ("metrics", "saturation"):
+        for name, texts in analysis[part].items():
+            analysis[part][name] = {renamed.get(text, text): values for text, values in texts.items()}
+    for layer in analysis["top_tokens"][NASTY[0]]:
+        for place, entry in enumerate(layer[0][: len(NASTY)]):
+            entry["token"] = NASTY[place]
+    return analysis
+
+
+def test_no_name_ends_the_page_and_no_cell_is_a_formula(tmp_path):
+    path = write_routing_report(_nasty_analysis(), tmp_path)
+    page = path.read_text(encoding="utf-8")
+    embedded = re.search(r'id="routing-data">([^<]*)</script>', page)[1]  # to the first "<" there is
+    assert json.loads(embedded) == page_data(_nasty_analysis()) and Page(page).open == []
+    for name in ("layers", "experts", "tokens"):
+        cells = [cell for row in _read_csv(tmp_path / f"{name}.csv") for cell in row.values()]
+        assert "'=1+2" in cells and not [c for c in cells if re.match(r"[=@\t\r]|[+-](?![\d.])", c)]
+
+
+@needs_browser
+def test_a_browser_draws_names_that_every_object_has(tmp_path):
+    path = write_routing_report(_nasty_analysis(), tmp_path)
+    script = "return [...document.querySelectorAll('#summary tbody tr, #summary tr')].map(r => r.textContent);"
+    shown = ask_page(path, {name: (f"domain={quote(name)}", script) for name in ("all", *NASTY[:2])})
+    for rows in shown.values():
+        assert all(any(name in row for row in rows) for name in NASTY)
 
 
 def test_large_parts_are_thinned_and_the_page_says_so(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
-const data = JSON.parse(document.getElementById("routing-data").textContent);
-for (const part of ["saturation", "vocabulary_specialization", "top_tokens"]) data[part] ??= {};
+// Objects without a prototype: a domain or checkpoint may be called __proto__ or constructor.
+const bare = (_, v) =>
+  v && typeof v === "object" && !Array.isArray(v) ? Object.assign(Object.create(null), v) : v;
+const data = JSON.parse(document.getElementById("routing-data").textContent, bare);
+for (const part of ["saturation", "vocabulary_specialization", "top_tokens"]) data[part] ??= Object.create(null);
 const names = data.checkpoints.map(c => c.name),
   first = names[0],
   L = data.layers.length;
@@ -32,7 +35,7 @@ function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   for (const key of Object.keys(WORDS)) if (given.has(key)) state[key] = given.get(key);
   if (!data.domains.includes(state.domain)) state.domain = "all";
-  if (!(state.measure in MEASURES)) state.measure = WORDS.measure;
+  if (!Object.hasOwn(MEASURES, state.measure)) state.measure = WORDS.measure;
   if (given.has("layer")) state.layer = Math.max(0, Math.min(L - 1, Math.trunc(Number(given.get("layer"))) || 0));
   if (given.has("off")) state.off = new Set(given.get("off").split(",").filter(Boolean).map(Number));
 }
@@ -64,7 +67,7 @@ function drawSummary() {
   ];
   const rows = shown().map(({name, color}) => {
     const m = data.metrics[name][state.domain],
-      saturation = (data.saturation[name] || {})[state.domain];
+      saturation = data.saturation[name]?.[state.domain];
     const worst = m.mri_normalized.indexOf(Math.max(...m.mri_normalized));
     const change = data.coactivation_change && data.coactivation_change[name];
     const parallel = data.expert_parallel && data.expert_parallel[name];
@@ -155,7 +158,7 @@ function drawTraining() {
 }
 
 function drawSaturation() {
-  const has = shown().filter(c => (data.saturation[c.name] || {})[state.domain]);
+  const has = shown().filter(c => data.saturation[c.name]?.[state.domain]);
   if (!has.length)
     return hideSection(
       "saturation",
