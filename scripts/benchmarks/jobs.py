@@ -136,14 +136,13 @@ def models_main(argv: Sequence[str]) -> None:
     check_names("--runs", [run.partition(":")[2] for run in args.runs], WAYS)
     facts = machine_facts(choose_device(args.device), args.commit)
     given = list(argv)
-    rows = []
+    path, rows = Path(args.output_dir) / "jobs.csv", []
     for run in tqdm(args.runs, unit="run"):
         row = {"run": run, "status": "ok"}
         with Attempt() as attempt:
             row |= measured(run, given, args)
         rows.append(row | ({} if attempt.reason is None else {"status": attempt.reason}) | facts)
-    path = Path(args.output_dir) / "jobs.csv"
-    write_csv(path, rows)
+        write_csv(path, rows)  # what is measured stays, whatever comes
     for row in rows:
         if row["status"] != "ok":
             print(f"{row['run']}: {row['status']}")
