@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import os
 import random
 import shutil
@@ -30,12 +31,15 @@ from hypothesis import settings  # noqa: E402
 if not torch.cuda.is_available():  # then kernels run in Triton's interpreter, which must be chosen before the import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.helpers.expert_layers import patch_language_once  # noqa: E402
 from tests.helpers.fresh_memory import fill_fresh_memory_with_nan  # noqa: E402
 
 
 torch.set_num_threads(1)
 # datasets hashes a function at each map, and for that dill disassembles all that the function calls: once is enough.
 dill.detect.nestedglobals = functools.cache(dill.detect.nestedglobals)
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_language_once()
 # The same examples in every run, and as long as they take: a suite that passed once passes again.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")

@@ -1,5 +1,6 @@
 """Small expert layers with random routing, and the device of kernel tests: the GPU, else Triton's interpreter."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,25 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # The interpreter multiplies bf16 as if it were integers, so bf16 is tested on a real device only.
 FLOAT_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+
+
+def patch_language_once() -> None:
+    """A function that an interpreted kernel calls finds Triton's language patched: no more time is spent on that.
+
+    The interpreter patches it anew in each of those calls, which is a third of the time of our kernels.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_if_needed(function: Callable) -> object:
+        used = [lang for lang in (language, language.core) if any(v is lang for v in function.__globals__.values())]
+        if any(language.core.is_builtin(lang.arange) for lang in used):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_if_needed
 
 
 @dataclass(frozen=True)
