@@ -1,11 +1,16 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare it with one never killed.
 
     python -m tests.faults.soak --kills 100 --ranks 2
+    python -m tests.faults.soak --trainer surgery --disks 100
 
-A run of a tiny mixture of experts in float32 on the CPU, with dropout, replay, and a checkpoint every few steps. At
-every kill one rank, drawn at random, is killed; the others follow, as they would under torchrun. When the run has
-come to its end its log of losses, its weights and the order of its rows must be those of the run that nobody killed,
-bit for bit; then it starts anew, until there were enough kills. Exits with 1 if anything differs or is lost.
+A run of a tiny model in float32 on the CPU, of continual pre-training a mixture of experts with dropout and replay,
+with a checkpoint every few steps. At every kill one rank, drawn at random, is killed, also before the first checkpoint
+and in a run that is over; the others follow, as they would under torchrun. When the run has come to its end its log of
+losses, its weights and the order of its rows must be those of the run that nobody killed, bit for bit; then it starts
+anew, until there were enough kills. Exits with 1 if anything differs or is lost.
+
+--disks: the run on file systems from empty to large enough, in steps of so many KiB. It must be refused before the
+first step or come to its end with the reference's weights, and lie whole in its folder or where its error says.
 
 With --rank this file serves one rank: it imports everything once, and forks a process for every start of the run. It
 reads a line of JSON for each start, {"folder", "attempt", "max_steps", ...}, and writes one for each thing that
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -29,7 +35,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,39 +47,54 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.trainers.common.checkpointing import UNFINISHED, checkpoints_in, last_whole_checkpoint, step_of
+from hf_moe_cpt.trainers.common.checkpointing import (
+    SET_ASIDE,
+    UNFINISHED,
+    checkpoints_in,
+    is_whole,
+    last_whole_checkpoint,
+    step_of,
+)
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.cpt_runs import without_clocks
+from tests.helpers.faulty_hardware import small_disk
+from tests.helpers.tiny_models import tiny_model
 
 
 PATIENCE = 180.0  # seconds in which the processes must answer, also on a machine that is busy
 GRACE = 3.0  # seconds that the other ranks have to end by themselves
 EARLY_KILLS = 0.15  # share of kills before the first step: while resuming
 VOCABULARY, LENGTH = 64, 16
+ALL_THERE = "everything was written"
+HELPERS = {"rainbowpo": "tests.helpers.preference_runs", "surgery": "tests.helpers.surgery_runs"}
+LARGER = {"hidden_size": 64, "intermediate_size": 128}
 SHARDED = {
     "accelerator_config": {"use_configured_state": True},
     **fsdp2_arguments("CptMoeDecoderLayer", state_dict_type="SHARDED_STATE_DICT"),
 }
 
 
-class Recorded(CPTTrainer):
-    """Writes down which rows each step is given."""
+def record_rows(trainer: Trainer, path: Path) -> None:
+    """Let a trainer write down which rows each step is given."""
+    given = trainer.get_batch_samples
 
-    rows_file: Path
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        samples, num_items = super().get_batch_samples(*args)
-        rows = [fingerprint(row) for sample in samples for row in sample["input_ids"]]
-        with self.rows_file.open("a") as file:
-            file.write(json.dumps([self.state.global_step + 1, rows]) + "\n")
+    def recording(*args: Any) -> Any:
+        samples, num_items = given(*args)
+        batches = [part for sample in samples for part in ([sample] if "input_ids" in sample else sample.values())]
+        rows = [fingerprint(row) for batch in batches for row in batch["input_ids"]]
+        with path.open("a") as file:
+            file.write(json.dumps([trainer.state.global_step + 1, rows]) + "\n")
         return samples, num_items
+
+    trainer.get_batch_samples = recording
 
 
 class Tells(TrainerCallback):
@@ -93,6 +116,18 @@ class Tells(TrainerCallback):
         found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
         if found:
             tell(self._output, saved=step_of(found[-1]))
+
+
+class FillsDisk(TrainerCallback):
+    """Writes something else onto the disk of the run in step 1, so that `left` bytes are free."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            free = shutil.disk_usage(args.output_dir).free
+            (Path(args.output_dir) / "_unrelated").write_bytes(bytes(max(0, free - self._left)))
 
 
 def tell(output: int, **what: Any) -> None:
@@ -124,8 +159,20 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def build(folder: Path, world_size: int, max_steps: int, dropout: float = 0.1, **changes: Any) -> Recorded:
-    """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps."""
+def build(
+    folder: Path, world_size: int, max_steps: int, dropout: float = 0.1, kind: str = "cpt", **changes: Any
+) -> Trainer:
+    """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps.
+
+    kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model; of one rank.
+    """
+    if kind != "cpt":
+        helper = importlib.import_module(HELPERS[kind])
+        changes |= {"max_steps": max_steps, "save_strategy": "steps"}
+        if kind == "surgery":
+            model = tiny_model("llama", **LARGER)
+            return helper.trainer(folder / "run", model, reference="cache", **changes)
+        return helper.trainer(folder, str(folder.parent / "model llama"), helper.pairs(4 * max_steps), **changes)
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -137,12 +184,12 @@ def build(folder: Path, world_size: int, max_steps: int, dropout: float = 0.1, *
     rows = 4 // world_size
     args = CPTConfig(output_dir=str(folder / "run"), per_device_train_batch_size=rows, **settings)
     needed = max_steps * 4 * LENGTH // 20
-    return Recorded(model, args, documents(needed, 1), documents(needed, 2))
+    return CPTTrainer(model, args, documents(needed, 1), documents(needed, 2))
 
 
 def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
     """Train to the end, from the newest whole checkpoint if there is one, and write what came out."""
-    folder, attempt = Path(order.pop("folder")), order.pop("attempt")
+    folder, attempt, left = Path(order.pop("folder")), order.pop("attempt"), order.pop("left", None)
     if world_size > 1:
         meeting = f"file://{(folder / f'meeting-{attempt}').resolve()}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
@@ -150,14 +197,17 @@ def run(rank: int, world_size: int, output: int, order: dict[str, Any]) -> None:
         shard_on_the_cpu()
         order |= SHARDED
     trainer = build(folder, world_size, **order)
-    trainer.rows_file = folder / f"rows-{attempt:05d}-{rank}.jsonl"
+    record_rows(trainer, folder / f"rows-{attempt:05d}-{rank}.jsonl")
     if rank == 0:
         trainer.add_callback(Tells(output))
+    if left is not None:
+        trainer.add_callback(FillsDisk(left))
     trainer.train(resume_from_checkpoint="auto")
     weights = {name: fingerprint(whole(value)) for name, value in trainer.model.state_dict().items()}
     if rank == 0:
         history = without_clocks(trainer.state.log_history[:-1])  # the last is a summary of this start
         (folder / "result.json").write_text(json.dumps({"history": history, "weights": weights}))
+    trainer.save_model()
 
 
 def start(rank: int, world_size: int, order: dict[str, Any]) -> int:
@@ -191,8 +241,11 @@ class Rank:
     on: words in front of its command, such as those that start it on another host. settings: environment of the run.
     """
 
-    def __init__(self, rank: int, world_size: int, port: int, on: Sequence[str] = (), **settings: str) -> None:
+    def __init__(
+        self, rank: int, world_size: int, port: int, on: Sequence[str] = (), kind: str = "cpt", **settings: str
+    ) -> None:
         command = [sys.executable, "-m", "tests.faults.soak", f"--rank={rank}", f"--ranks={world_size}"]
+        command.append(f"--trainer={kind}")
         settings = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **settings}
         if world_size > 1:
             settings |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -261,6 +314,8 @@ COUNTS = {
     "kills": "kills",
     "while_resuming": "of these before the first step",
     "while_saving": "of these during a save",
+    "before_first": "of these before there was a checkpoint",
+    "when_over": "of these in a run that was over",
     "rounds": "runs brought to their end",
     "checkpoints_lost": "checkpoints lost",
     "rows_repeated": "rows repeated",
@@ -296,7 +351,10 @@ class Soak:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.ranks = [Rank(rank, ranks, port) for rank in range(ranks)]
+        self.kind = settings.get("kind", "cpt")
+        if self.kind == "rainbowpo":
+            importlib.import_module(HELPERS[self.kind]).saved_model(folder, **LARGER)
+        self.ranks = [Rank(rank, ranks, port, kind=self.kind) for rank in range(ranks)]
         self.tally = Tally()
         self.seconds_to_begin, self.seconds_of_save_interval = 1.0, 1.0
 
@@ -320,16 +378,71 @@ class Soak:
 
     def round(self, reference: Path, kills: int) -> None:
         """One run to its end with at most `kills` kills, compared with the reference."""
-        folder = self.folder / f"round-{self.tally.rounds}"
+        folder, budget = self.folder / f"round-{self.tally.rounds}", self.tally.kills + kills
         for attempt in range(kills):
             if not self._start_and_kill(folder, attempt):
                 break
         else:
+            attempt = kills
             self.start(folder, kills)
             self.wait_for_end(folder)
         self._compare(folder, reference)
+        if self.tally.kills < budget:
+            self.tally.when_over += self._start_and_kill(folder, attempt + 1, is_over=True)
+        self.start(folder, attempt + 2)
+        self.wait_for_end(folder)
+        self._compare(folder, reference)
         self.tally.rounds += 1
         shutil.rmtree(folder)
+
+    def fill_disks(self, reference: Path, step: int) -> Counter[str]:
+        """How many runs ended how, on disks of one step, two, ... bytes until nothing is said of one.
+
+        Then on disks that are as large, twice, and that something else fills in step 1 up to as many bytes. Raises
+        RuntimeError for one that ends otherwise than refused, or with the weights of the reference in a whole model
+        and whole checkpoints.
+        """
+        ends: Counter[str] = Counter()
+        for size in count(step, step):
+            ends[end := self._fill_disk(reference, size)] += 1
+            if end == ALL_THERE:
+                break
+        for left in count(0, step):
+            ends[end := self._fill_disk(reference, 2 * size, left=left)] += 1
+            if end == ALL_THERE:
+                return ends
+
+    def _fill_disk(self, reference: Path, size: int, **changes: Any) -> str:
+        folder = self.folder / "disk"
+        with small_disk(folder / "run", size):
+            self.start(folder, rescue_dir=str(folder / "rescued"), **changes)
+            self.ranks[0].end()
+            log = "".join(path.read_text() for path in sorted(folder.glob("log-*")))
+            end = self._end_of_disk(folder, log, reference)
+        print(f"{size >> 10:6} KiB, {changes}: {end}", flush=True)
+        shutil.rmtree(folder)
+        return end
+
+    def _end_of_disk(self, folder: Path, log: str, reference: Path) -> str:
+        code, last = self.ranks[0].exit_code, (log.strip().splitlines() or [""])[-1]
+        if code == 1 and "GB free" in last and "need about" in last or "cache needs" in last:
+            if (folder / "rows-00000-0.jsonl").exists():
+                raise RuntimeError(f"Refused after the first step: {log}")
+            return "refused before the first step"
+        model = folder / "run"
+        if code == 1 and "it is whole in" in last:
+            (model,) = (folder / "rescued").iterdir()
+        elif code != 0:
+            raise RuntimeError(f"Ended with {code}: {log}")
+        broken = [path for path in checkpoints_in(folder / "run") if not is_whole(path)]
+        found = json.loads((folder / "result.json").read_text())["weights"]
+        wanted = json.loads((reference / "result.json").read_text())["weights"]
+        with safe_open(model / "model.safetensors", framework="pt") as saved:
+            differ = [name for name in saved.keys() if fingerprint(saved.get_tensor(name)) != wanted[name]]  # noqa: SIM118
+        if broken or differ or found != wanted:
+            raise RuntimeError(f"{broken} are broken, {differ} differ: {log}")
+        lost = log.count("was not saved (")
+        return "the model is elsewhere" if code else "checkpoints could not be written" if lost else ALL_THERE
 
     def start(self, folder: Path, attempt: int = 0, **changes: Any) -> None:
         """Start the run on all ranks."""
@@ -337,11 +450,11 @@ class Soak:
         for rank in self.ranks:
             rank.start({"folder": str(folder), "attempt": attempt, **self.settings, **changes})
 
-    def _start_and_kill(self, folder: Path, attempt: int) -> bool:
+    def _start_and_kill(self, folder: Path, attempt: int, is_over: bool = False) -> bool:
         """Start, and kill a rank at a random moment; False if the run ended before that."""
         began = time.monotonic()
         self.start(folder, attempt)
-        is_early = self.random.random() < EARLY_KILLS
+        is_early = is_over or self.random.random() < EARLY_KILLS
         if is_early:
             self.ranks[0].wait_for("began", self.random.uniform(0, self.seconds_to_begin))
         else:
@@ -369,6 +482,8 @@ class Soak:
         tally.while_resuming += is_early
         tally.while_saving += not is_early and (run / UNFINISHED).exists()  # a resumed run tidies it up first
         whole = last_whole_checkpoint(run, read_back=True)
+        tally.before_first += whole is None
+        tally.checkpoints_lost += len(list((run / SET_ASIDE).glob("*")))
         whole_step = 0 if whole is None else step_of(whole)
         before = folder / "announced"
         announced = max(self.ranks[0].saved, int(before.read_text()) if before.exists() else 0)
@@ -396,7 +511,8 @@ class Soak:
             steps, want = _lineage(folder, number), _lineage(reference, number)
             self.tally.rows_out_of_order += sum(steps.get(step) != rows for step, rows in want.items())
         rows = [row for number in range(len(self.ranks)) for rows in _lineage(folder, number).values() for row in rows]
-        self.tally.rows_repeated += len(rows) - len(set(rows))
+        if self.kind == "cpt":  # the others see rows again
+            self.tally.rows_repeated += len(rows) - len(set(rows))
 
 
 def _rows(folder: Path, attempt: str, rank: int) -> list[tuple[int, list[str]]]:
@@ -429,6 +545,8 @@ def serve(rank: int, world_size: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how a soak starts its ranks
+    parser.add_argument("--trainer", choices=["cpt", *HELPERS], default="cpt", help="whose run")
+    parser.add_argument("--disks", type=int, metavar="KIB", help="fill disks instead: KiB from one to the next")
     parser.add_argument("--kills", type=int, default=100, help="how many")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run, with gloo")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -444,6 +562,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Soak, print the table, and exit with 1 unless it is clean."""
     args = _parser().parse_args(argv)
     if args.rank is not None:
+        if args.trainer != "cpt":
+            importlib.import_module(HELPERS[args.trainer])
         serve(args.rank, args.ranks)
         return
     for name in ("kills", "ranks", "steps", "save_steps"):
@@ -454,11 +574,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
     settings = {"max_steps": args.steps, "save_steps": args.save_steps, "is_sharded": args.sharded}
     settings["snapshot_dir"] = str(folder / "snapshots") if args.snapshots else None
+    if args.trainer != "cpt":
+        settings = {
+            "kind": args.trainer,
+            "max_steps": args.steps,
+            "save_steps": args.save_steps,
+            "save_total_limit": 2,
+        }
     began = time.monotonic()
     soak = Soak(folder, args.ranks, args.seed, settings)
     try:
         reference = soak.reference()
-        while soak.tally.kills < args.kills:
+        if args.disks:
+            for end, number in soak.fill_disks(reference, args.disks << 10).items():
+                print(f"{end:36} {number}")
+        while not args.disks and soak.tally.kills < args.kills:
             soak.round(reference, args.kills - soak.tally.kills)
     finally:
         soak.close()

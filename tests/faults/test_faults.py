@@ -140,6 +140,21 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(soaks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rainbowpo", "surgery"])
+def test_the_other_trainers_outlive_kills_and_full_disks(tmp_path, kind):
+    soak = Soak(tmp_path, 1, seed=1, settings={"kind": kind, "max_steps": 6, "save_steps": 2, "save_total_limit": 2})
+    try:
+        reference = soak.reference()
+        while soak.tally.kills < 3:
+            soak.round(reference, 3 - soak.tally.kills)
+        ends = soak.fill_disks(reference, 800 << 10)
+    finally:
+        soak.close()
+    assert soak.tally.is_clean, soak.tally.table()
+    assert ends["refused before the first step"] >= 2 and ends["the model is elsewhere"] >= 1
+
+
+@pytest.mark.slow
 def test_sigterm_to_any_rank_saves_on_all_and_they_leave(soaks, tmp_path):
     for told, soak in enumerate(soaks):
         whole, folder = tmp_path / f"whole-{told}", tmp_path / f"told-{told}"

@@ -8,9 +8,10 @@ Whatever the trained model's mode, the reference is in evaluation mode, draws no
 
 Layout of the cache: <folder>/<set>-<key>/states-<number>.safetensors; a shard holds the states of consecutive rows,
 their tokens one after the other. The key is a hash of the model's weights and configuration, its precision, and the
-tokens of all rows, and every shard names it: a cache of another model or of other rows is never read, a new one is
-made beside it, and a damaged shard is made anew. A shard appears whole or not at all, so a killed run goes on after
-its last one; one run at a time may write. What a kernel rounds otherwise on another device is not in the key.
+tokens of all rows, and every shard names it, with a checksum of what it holds: a cache of another model or of other
+rows is never read, a new one is made beside it, and a damaged shard is made anew. A shard appears whole or not at
+all, so a killed run goes on after its last one; one run at a time may write. What a kernel rounds otherwise on another
+device is not in the key.
 
 Letters: B sequences, S tokens of the longest, H hidden size, T = B S; n tokens of a shard; L MoE layers, E experts.
 Source: ours.
@@ -24,6 +25,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -59,7 +61,7 @@ from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 HELD_OUT = "held_out"  # rows of an anchor that are measured and not trained on
 SHARD_BYTES = 64 * 2**20
 # What a configuration says about where a model came from and who asked for it, not about what it computes.
@@ -317,9 +319,13 @@ class RowStates:
         self._start_of = [start for shard in lengths for start in accumulate(shard[:-1], initial=0)]
         self._open: dict[int, Any] = {}
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are not there as they should be."""
-        return [number for number in range(len(self.shards)) if not self._is_whole(number)]
+    def missing(self, read_back: bool = False, rank: int = 0, num_ranks: int = 1) -> list[int]:
+        """Numbers of the shards, of those that fall to a rank, that are not there as they should be.
+
+        read_back: also compare what they hold with the checksum that was written with them.
+        """
+        mine = range(rank, len(self.shards), num_ranks)
+        return [number for number in mine if not self._is_whole(number, read_back)]
 
     def num_tokens(self, shard: int) -> int:
         """n, the tokens of all rows of a shard."""
@@ -330,7 +336,8 @@ class RowStates:
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        save_file({name: value.contiguous() for name, value in states.items()}, partial, {"key": self.key})
+        states = {name: value.contiguous() for name, value in states.items()}
+        save_file(states, partial, {"key": self.key, "crc32": str(_checksum(states))})
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -373,14 +380,18 @@ class RowStates:
         start = self._start_of[row]
         return self._open[number].get_slice(kind)[start : start + len(self.tokens[row])]
 
-    def _is_whole(self, number: int) -> bool:
+    def _is_whole(self, number: int, read_back: bool) -> bool:
         path = self._path(number)
         if not path.is_file():
             return False
         try:
             with safe_open(path, framework="pt") as file:
                 shape = file.get_slice("hidden").get_shape()
-                if (file.metadata() or {}).get("key") == self.key and shape[0] == self.num_tokens(number):
+                facts = file.metadata() or {}
+                is_ours = facts.get("key") == self.key and shape[0] == self.num_tokens(number)
+                if is_ours and not read_back:
+                    return True
+                if is_ours and facts.get("crc32") == str(_checksum({k: file.get_tensor(k) for k in file.keys()})):
                     return True
         except (OSError, SafetensorError):
             pass
@@ -389,6 +400,14 @@ class RowStates:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"states-{number:05d}.safetensors"
+
+
+def _checksum(states: States) -> int:
+    """CRC-32 of the bytes of all states, in the order of their names."""
+    checksum = 0
+    for name in sorted(states):
+        checksum = zlib.crc32(states[name].flatten().view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def fill_states(
@@ -416,10 +435,11 @@ def fill_states(
     bytes_per_token = sum(value[0, 0].numel() * value.element_size() for value in one.values())
     facts = {"format": FORMAT, **made_by, "states": {name: [str(v.dtype), *v.shape[2:]] for name, v in one.items()}}
     found = {name: _row_states(folder, name, facts, tokens, bytes_per_token) for name, tokens in rows.items()}
-    jobs = [(states, number) for states in found.values() for number in states.missing()]
-    _require_space(folder, sum(states.num_tokens(number) * bytes_per_token for states, number in jobs))
-    accelerator.wait_for_everyone()  # all have seen the same gaps
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    gaps = [[name, number] for name in found for number in found[name].missing(True, rank, num_ranks)]
+    gaps = sorted(gather_object(gaps)) if num_ranks > 1 else gaps  # of what all have read, each its share
+    jobs = [(found[name], number) for name, number in gaps]
+    _require_space(folder, sum(states.num_tokens(number) * bytes_per_token for states, number in jobs))
     own = [
         (place % num_ranks == rank, *job) for place, job in enumerate(jobs) if together or place % num_ranks == rank
     ]

@@ -221,7 +221,7 @@ def test_biases_move_once_a_step_by_the_load_of_all_micro_batches(tmp_path, kind
 
 
 def _of(run: CPTTrainer) -> dict:
-    names = "packing replay_ratio eval_on_start per_device_train_batch_size gradient_accumulation_steps"
+    names = "packing replay_ratio eval_on_start per_device_train_batch_size gradient_accumulation_steps max_grad_norm"
     return {name: getattr(run.args, name) for name in names.split()} | {"save_strategy": "steps", "save_steps": 1}
 
 

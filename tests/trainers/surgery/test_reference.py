@@ -341,13 +341,17 @@ def test_another_model_and_other_rows_have_a_cache_of_their_own(tmp_path, passes
     assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "other key", "other rows"])
+@pytest.mark.parametrize("damage", ["cut", "other key", "other rows", "a bit"])
 def test_a_damaged_shard_is_made_anew(tmp_path, passes, caplog, damage):
     found = _cache(tmp_path)
     path = found.states["retain"]._path(0)
     want = load_file(path)["hidden"].clone()
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "a bit":
+        content = bytearray(path.read_bytes())
+        content[-len(content) // 4] ^= 1  # of the states
+        path.write_bytes(content)
     else:
         key = found.states["retain"].key if damage == "other rows" else "0" * 32
         save_file({"hidden": torch.zeros_like(want)[: None if damage == "other key" else -1]}, path, {"key": key})
