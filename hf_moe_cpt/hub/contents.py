@@ -15,6 +15,7 @@ import math
 import os
 import pickletools
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,11 @@ _ROOTS = (
     "net storage project projects dev shared datasets models checkpoints kaggle dbfs efs raid ssd cluster ceph beegfs"
 )
 _PATH = re.compile(
-    r"(?<![\w.:/~>)\]-])(?:file://)?(?:(?:~|/(?:" + "|".join(_ROOTS.split()) + r"|vol\w*|data\d+|nvme\w*|mnt\w*))"
+    r"(?<![\w.:/~>)\]-])(?:file://)?(?:(?:~\w*|/(?:" + "|".join(_ROOTS.split()) + r"|vol\w*|data\d+|nvme\w*|mnt\w*))"
     r"(?:/[^\s/\"'`<>|:,;()\[\]{}]+)+|[A-Za-z]:\\{1,2}[^\s\\\"'`<>|:,;()]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)*"
     r"|\\\\[\w.-]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)+)/?"
 )
-_WHOLE_PATH = re.compile(r"(?:file://)?(?:~?/[^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*)")
+_WHOLE_PATH = re.compile(r"(?:file://)?(?:(?:~\w*)?/[^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*)")
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,8 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
         value = read_json(path)
         refuse_secrets(path, json.dumps(value, ensure_ascii=False), is_vocabulary)  # letters may stand as \\u0068
         if name == "tokenizer_config.json":
-            reduced = {k: _without_paths(v) if k.endswith(("_path", "_file", "_dir")) else v for k, v in value.items()}
+            words = ("added_tokens_decoder", "chat_template")
+            reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in value.items()}
         else:
             reduced = value if is_vocabulary or is_included else _without_paths(value)
         return data if reduced == value else (json.dumps(reduced, indent=2) + "\n").encode()
@@ -317,5 +319,5 @@ def is_pickle_or_archive(data: bytes) -> bool:
         return True
     try:
         return sum(1 for _ in pickletools.genops(data[: 1 << 20])) > 2
-    except Exception:  # whatever an unpickler trips over says that this is none
+    except (ValueError, IndexError, OverflowError, struct.error):  # no opcode, or one without its argument
         return False

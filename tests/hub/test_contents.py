@@ -87,9 +87,16 @@ def test_sixty_planted_files_stay_at_home_and_are_named(folder, hub, command):
         assert re.search(rf"left at home: '({re.escape(name)}|{re.escape(top)}/)'", shown), name
 
 
-PLANT_AND_TRAIN = TRAIN_OTHERS.replace(
-    "run.train()", "import tests.hub.test_contents as t; t._plant(folder)\nrun.train()"
-)
+PLANT = """
+from transformers import TrainerCallback
+from tests.hub.test_contents import _plant
+class Plant(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            _plant(folder)
+run.add_callback(Plant())
+run.train()"""
+PLANT_AND_TRAIN = TRAIN_OTHERS.replace("\nrun.train()", PLANT)
 
 
 @pytest.mark.slow

@@ -51,6 +51,16 @@ def test_a_hub_that_keeps_failing_is_told_in_one_line_and_holds_nothing(folder, 
     assert fingerprint(folder) == before
 
 
+def test_a_hub_that_says_nothing_is_given_up(folder, hub, elsewhere):
+    silent = {"drop": True, "times": 99, "meanwhile": lambda: time.sleep(1)}
+    hub.fail("POST .*/commit/", **silent)
+    script = PUBLISH_AGAIN_AND_AGAIN.replace("publishing.WAITS", "publishing.SILENCE = 0.2\npublishing.WAITS")
+    done = elsewhere(script, folder, "someone/silent", package=True)
+    kind, message = json.loads(done.stdout)["someone/silent"]
+    assert kind == "ConnectionError" and message.startswith("the connection to the Hub broke while publishing to ")
+    assert "ReadTimeout" in message and done.stderr.count("trying again in 0 s") == 3
+
+
 PUSH_AND_SAY_WHO = """
 import os, sys
 from pathlib import Path
@@ -170,7 +180,7 @@ def test_a_disk_that_is_full_while_pushing_stops_no_training(hub, elsewhere, tmp
     assert len(told["failed"]) == 1 and "No space left on device" in told["failed"][0]
     assert told["weights after the failed copy"] is False  # what was cut short is gone
     assert told["said"].startswith("the model was not saved to ") and "\n" not in told["said"]
-    assert "No space left on device" in told["said"] and "GB free): make room" in told["said"]
+    assert "No space left on device" in told["said"] and "GB free): it is whole in " in told["said"]
     assert told["same weights"] is True
     assert "1 pushes to someone/live failed during training" in done.stderr
     models = [commit for commit in hub.commits("someone/live") if "config.json" in commit.files]
