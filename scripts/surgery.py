@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from hf_moe_cpt.data.surgery_bench.rows import read_columns, with_columns
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
+from hf_moe_cpt.reading import read_tokenizer
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import REFERENCE_FOLDER, SurgeryTrainer
@@ -34,7 +35,7 @@ from hf_moe_cpt.trainers.surgery.verdict import GAP_FORMULA
 
 @dataclass
 class SurgeryArguments:
-    """Which texts; a name is a .jsonl, .json or .parquet file, a folder, or a Hub id."""
+    """Which texts; a name is a .jsonl, .json or .parquet file, a folder, a Hub id, or ID:CONFIGURATION:SPLIT."""
 
     preset: str | None = field(
         default=None, metadata={"help": f"Whole settings: {', '.join(PRESETS)}. Other arguments win over it."}
@@ -53,6 +54,13 @@ class SurgeryArguments:
         default=None, metadata={"help": "Texts of that kind that the model never read: how far to forget."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
+    eval_dataset_names: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rows that no term sees, as retain=a.jsonl neighbour=b.jsonl."}
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Your names of our columns, as text=article, or prompt='Question: {question}\nAnswer:'."},
+    )
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
 
@@ -68,11 +76,23 @@ def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
         source = getattr(args, f"{name}_dataset_name")
         if source is None:
             found[name] = (bench.documents.get(name) or None) if bench else None
-        elif Path(source).suffix == ".jsonl":
-            found[name] = read_rows(source)
         else:
-            found[name] = load_table(source, args.dataset_split)
+            found[name] = _load(source, args)
     return found
+
+
+def load_held_out(args: SurgeryArguments) -> dict[str, Dataset]:
+    """The rows of --eval_dataset_names by set."""
+    named = read_columns(args.eval_dataset_names, "--eval_dataset_names", "retain=kept.jsonl")
+    return {name: _load(source, args) for name, source in named.items()}
+
+
+def _load(source: str, args: SurgeryArguments) -> Dataset:
+    columns = read_columns(args.columns)
+    if Path(source).suffix == ".jsonl":
+        return read_rows(source, columns)
+    rows = load_table(source, args.dataset_split)
+    return rows.map(lambda row: with_columns(row, columns), desc="Naming columns") if columns else rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,13 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfig) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
-    sets = load_sets(surgery)
+    sets, held_out = load_sets(surgery), load_held_out(surgery)
     training.sets_in_force(sets)
     trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
         model.model_name_or_path,
         args=model.given_to(training, trust_remote_code=surgery.trust_remote_code or None),
         **{f"{name}_dataset": rows for name, rows in sets.items()},
-        processing_class=AutoTokenizer.from_pretrained(
+        eval_dataset=held_out,
+        processing_class=read_tokenizer(
             surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
         ),
         peft_config=model.peft_config(trust_remote_code=surgery.trust_remote_code),

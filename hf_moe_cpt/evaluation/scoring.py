@@ -35,6 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import (
+    ALL_KINDS,
     QUESTION_KINDS,
     QUIZ_TEMPLATE,
     SETS,
@@ -43,7 +44,7 @@ from hf_moe_cpt.data.surgery_bench import (
     as_completions,
     group_of_set,
 )
-from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import OPEN, tokens_of_prefix
 from hf_moe_cpt.evaluation.text_metrics import (
     agreement_totals,
     conflict_score,
@@ -68,10 +69,14 @@ LEAST_LOGP = -1e4  # what a token of probability 0 counts as where log-probabili
 
 
 class CountedText(NamedTuple):
-    """Token ids of which those from place `start` on count; start is at least 1 and below the length."""
+    """Token ids of which those from place `start` on count; start is at least 1 and below the length.
+
+    ends: whether the last token is an end of text: it counts in losses, and not in what asks whether a text is known.
+    """
 
     ids: Sequence[int]
     start: int
+    ends: bool = False
 
 
 class TokenScores(NamedTuple):
@@ -280,7 +285,7 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
 
 PARTS = ("questions", "texts", "continuations", "divergence", "robustness")
 ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix"), "none"
-KINDS_OF_SET = {
+KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has none of these
     "unlearn": ("mcq", "cloze", "paraphrase"),
     "obsolete": ("mcq",),
     "update": QUESTION_KINDS,
@@ -309,6 +314,9 @@ class EvalSettings:
     )
     header: str | None = HfArg(default=None, help="Put before each document and not counted; {subject} is replaced.")
     max_length: int | None = HfArg(default=None, help="Tokens of a text. Default: the model's.")
+    append_eos: bool = HfArg(
+        default=True, help="End each text with EOS, which counts in losses and divergences, as when it was trained on."
+    )
     new_tokens: int = HfArg(default=64, help="Of a continuation, at most.")
     robustness: list[str] = HfArg(default_factory=lambda: list(ATTACKS), help=f"Attacks, or {NO_ATTACKS}.")
     relearn_steps: int = HfArg(default=60, help="Of the relearning attack.")
@@ -320,7 +328,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         if NO_ATTACKS in self.robustness and len(self.robustness) > 1:
             raise ValueError(f"--robustness {NO_ATTACKS} stands alone, got {' '.join(self.robustness)}.")
-        known_names = {"sets": SETS, "parts": PARTS, "kinds": QUESTION_KINDS, "robustness": (*ATTACKS, NO_ATTACKS)}
+        known_names = {"sets": SETS, "parts": PARTS, "kinds": ALL_KINDS, "robustness": (*ATTACKS, NO_ATTACKS)}
         for name, known in known_names.items():
             for value in getattr(self, name) or ():
                 if value not in known:
@@ -383,13 +391,20 @@ def documents_of(
 ) -> list[ReadDocument]:
     """The documents of a set; of obsolete and update the same subjects, which are the rows at the same places."""
     rows = chosen_rows(bench.with_header(set_name, s.header), s.max_documents, s.seed, group_of_set(set_name))
-    return read_documents(rows, tokenizer, room_of(model, s))
+    return read_documents(rows, tokenizer, room_of(model, s), s.append_eos)
 
 
 def read_documents(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, room: int | None
+    rows: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    room: int | None,
+    append_eos: bool = False,
 ) -> list[ReadDocument]:
-    """Rows with `text` and `prefix` as tokens, those left out of which no token counts; at most `room` of each."""
+    """Rows with `text` and `prefix` as tokens, those left out of which no token counts; at most `room` of each.
+
+    append_eos: end each with EOS, once and where there is one, before it is cut: as a surgery reads them.
+    """
+    eos = tokenizer.eos_token_id
     if not rows:
         return []
     has_prefix = any(row["prefix"] for row in rows)
@@ -398,11 +413,13 @@ def read_documents(
     found = tokenizer([row["text"] for row in rows], return_offsets_mapping=has_prefix)
     documents = []
     for place, row in enumerate(rows):
-        ids = found["input_ids"][place][:room]
+        ids = found["input_ids"][place]
+        ids = [*ids, eos] if append_eos and eos is not None and ids[-1:] != [eos] else ids
+        ids = ids[:room]
         offsets = found["offset_mapping"][place] if row["prefix"] else []
         start = max(1, tokens_of_prefix(offsets, row["prefix"]))
         if start < len(ids):
-            documents.append(ReadDocument(row, CountedText(ids, start)))
+            documents.append(ReadDocument(row, CountedText(ids, start, ids[-1] == eos)))
     return documents
 
 
@@ -415,10 +432,12 @@ def questions_of(
     kinds: Sequence[str] | None = None,
 ) -> list[AskedQuestion]:
     """The questions of a set, of every kind that is asked of it or of `kinds` alone."""
-    wanted = KINDS_OF_SET[set_name] if kinds is None else kinds
-    wanted = [kind for kind in wanted if s.kinds is None or kind in s.kinds]
     asked = bench.ask(set_name, s.split)
     kind_of_row = np.asarray(asked["kind"])
+    wanted = KINDS_OF_SET[set_name] if kinds is None else kinds
+    if kinds is None and not set(wanted) & set(kind_of_row.tolist()):
+        wanted = ALL_KINDS
+    wanted = [kind for kind in wanted if s.kinds is None or kind in s.kinds]
     rows = [
         row
         for kind in wanted
@@ -485,8 +504,8 @@ METRICS_OF_PART: dict[str, dict[str, Callable[[Columns], Any]]] = {
     "texts": {
         "loss": lambda columns: -loss_score(columns["logp"]),
         "probability": lambda columns: probability(columns["logp"]),
-        "exact_memorisation": lambda columns: exact_memorisation(columns["hit"]),
-        "extraction_strength": lambda columns: extraction_strength(columns["hit"]),
+        "exact_memorisation": lambda columns: exact_memorisation(without_end(columns, "hit")),
+        "extraction_strength": lambda columns: extraction_strength(without_end(columns, "hit")),
     },
     "continuations": {
         "rouge_l": lambda columns: rouge_l(columns["text"], columns["true_text"]).f1,
@@ -514,6 +533,16 @@ class Curve(NamedTuple):
 
     steps: list[int]
     answers: list[Rows]
+
+
+def without_end(columns: Columns, name: str) -> list[Sequence[Any]]:
+    """A column of texts without the entry of the end of text, which says nothing about whether a text is known.
+
+    OpenUnlearning counts the end in loss and probability and drops the last label elsewhere, and so do we; a text that
+    was cut has no end and keeps its last token.
+    """
+    ends = columns.get("ends") or [False] * len(columns[name])
+    return [row[: len(row) - 1] if end and len(row) > 1 else row for row, end in zip(columns[name], ends, strict=True)]
 
 
 def values_of(raw: Mapping[str, Any]) -> tuple[dict[Key, Rows], dict[Key, str]]:
@@ -544,8 +573,8 @@ def membership_scores(raw: Mapping[str, Any], set_name: str) -> dict[str, Rows]:
     scores = {
         "auc_loss": loss_score(columns["logp"]),
         "auc_zlib": zlib_score(nll, columns["text"]),
-        "auc_min_k": min_k(columns["logp"]),
-        "auc_min_k_plus_plus": min_k_plus_plus(columns["logp"], columns["mean"], columns["std"]),
+        "auc_min_k": min_k(without_end(columns, "logp")),
+        "auc_min_k_plus_plus": min_k_plus_plus(*(without_end(columns, name) for name in ("logp", "mean", "std"))),
     }
     return {name: Rows(values, list(columns["subject"])) for name, values in scores.items()}
 
@@ -588,6 +617,13 @@ def right_answers(columns: Columns) -> np.ndarray:
     return right
 
 
+def option_probabilities(columns: Columns) -> np.ndarray:
+    """(Q,) in [0, 1]: the share of the true option in the sum of the options' probabilities exp(mean log p_i)."""
+    logp = -option_losses(columns)
+    answers = np.asarray(columns["answer"])
+    return np.exp(logp[np.arange(len(logp)), answers] - np.logaddexp.reduce(logp, axis=1))
+
+
 def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:
     """Metric, set, subjects of its rows, and what computes the rows. Empty columns are passed over."""
     for set_name, kinds in raw.get("questions", {}).items():
@@ -605,7 +641,13 @@ def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[st
 def _of_questions(
     set_name: str, kind: str, columns: Columns
 ) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:
+    true = partial(_per_token, columns, "answer")
+    if kind == OPEN:
+        yield "answer_probability", set_name, columns["subject"], lambda: np.exp(true())
+        return
     yield ACCURACY_OF_KIND[kind], set_name, columns["subject"], lambda: right_answers(columns)
+    if kind == "mcq":
+        yield "option_probability", set_name, columns["subject"], lambda: option_probabilities(columns)
     if set_name != UPDATED:
         return
     changed = [row for row, old in enumerate(columns["old_answer"]) if old is not None]

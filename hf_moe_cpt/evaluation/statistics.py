@@ -1,7 +1,11 @@
-"""Intervals: by the bootstrap for any statistic of rows in groups, and of how often a policy agrees with people.
+"""Intervals: of any statistic of rows in groups, and of how often a policy agrees with people.
 
 Bootstrap: questions about one subject are not independent, so whole groups (subjects) are drawn with replacement, as
 many as there are, with all of their rows; the interval lies between the percentiles of the statistic over many draws.
+Of a share those percentiles fall together where all rows agree, and 10 of 10 would be certain: it gets Wilson's for as
+many independent trials as would vary as much as the draws do, n = p (1 - p) / variance (Korn and Graubard 1998,
+"Confidence intervals for proportions with small expected number of positive counts estimated from survey data"), and
+for the number of groups where nothing varies.
 Letters: N rows, G groups, R resamples. Source: Efron 1979; the cluster bootstrap as in Davison and Hinkley 1997,
 "Bootstrap Methods and their Application", section 3.8.
 
@@ -115,16 +119,17 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
     statistic: Statistic = np.mean,
+    is_share: bool = False,
 ) -> Interval:
-    """The statistic of the rows and its percentile interval.
+    """The statistic of the rows and its percentile interval, or that of a share.
 
     values: (N,) or (N, D), a row for each question or text, finite. groups: (N,) names of what rows belong to, such as
     their subjects; None if every row stands for itself. statistic: of rows, (n,) or (n, D) -> number; n varies with
-    the groups drawn.
+    the groups drawn. is_share: it lies in [0, 1].
     """
     rows = _read_rows("values", values)
     replicates = bootstrap_replicates(rows, groups, resamples, seed, statistic)
-    return percentile_interval(float(statistic(rows)), replicates, confidence)
+    return interval_of(float(statistic(rows)), replicates, confidence, num_groups(groups, rows) if is_share else None)
 
 
 def bootstrap_two_samples(
@@ -136,16 +141,19 @@ def bootstrap_two_samples(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    is_share: bool = False,
 ) -> Interval:
     """A statistic of two independent samples, such as `text_metrics.auc`; each is drawn on its own.
 
     first, second: (N,) and (M,), or (N, D) and (M, D). Both ends are NaN where either sample is a single group.
+    is_share: the statistic lies in [0, 1].
     """
     samples = {"first": _read_rows("first", first), "second": _read_rows("second", second)}
     groups = {"first_groups": first_groups, "second_groups": second_groups}
     streams = np.random.default_rng(seed).spawn(2)
     replicates = _replicates(list(samples.values()), groups, resamples, streams, statistic)
-    return percentile_interval(float(statistic(*samples.values())), replicates, confidence)
+    counts = [num_groups(of, rows) for of, rows in zip(groups.values(), samples.values(), strict=True)]
+    return interval_of(float(statistic(*samples.values())), replicates, confidence, min(counts) if is_share else None)
 
 
 def bootstrap_replicates(
@@ -158,7 +166,7 @@ def bootstrap_replicates(
     """(R,) the statistic over resamples, NaN throughout with a single group; arguments of `bootstrap_interval`.
 
     For a formula of several numbers: replicates of independent sets, each with its own seed, go through it place by
-    place, and `percentile_interval` takes the result.
+    place, and `interval_of` takes the result.
     """
     rows = _read_rows("values", values)
     return _replicates([rows], {"groups": groups}, resamples, [np.random.default_rng(seed)], statistic)
@@ -191,10 +199,25 @@ def _replicates(
     return np.array([statistic(*one) for one in resampled], dtype=np.float64)
 
 
-def percentile_interval(value: float, replicates: np.ndarray, confidence: float = 0.95) -> Interval:
-    """`value` between the percentiles (1 - confidence) / 2 and (1 + confidence) / 2 of the replicates (R,)."""
+def num_groups(groups: Sequence[Hashable] | None, rows: Sequence[Any] | np.ndarray) -> int:
+    """G, how many things are drawn independently of each other."""
+    return len(rows) if groups is None else len(set(groups))
+
+
+def interval_of(
+    value: float, replicates: np.ndarray, confidence: float = 0.95, share_of: int | None = None
+) -> Interval:
+    """`value` between the percentiles (1 - confidence) / 2 and (1 + confidence) / 2 of the replicates (R,).
+
+    share_of: of a value in [0, 1] the number of groups that it is made of; then Wilson's interval, see the head.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie in (0, 1), such as 0.95.")
+    variance = float(np.var(replicates, ddof=1)) if len(replicates) > 1 else math.nan
+    if share_of is not None and 0 <= value <= 1 and math.isfinite(variance):
+        spread = value * (1 - value)
+        trials = spread / variance if min(spread, variance) > 1e-12 else share_of
+        return Interval(value, *wilson_interval(value, max(1.0, trials), confidence))
     low, high = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high))
 
@@ -205,11 +228,15 @@ def mean_intervals(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    is_share: bool = True,
 ) -> dict[str, float]:
-    """Of each column (N,) its mean as `name`, and the ends of its interval as `name_low` and `name_high`."""
+    """Of each column (N,) its mean as `name`, and the ends of its interval as `name_low` and `name_high`.
+
+    is_share: the values lie in [0, 1].
+    """
     found: dict[str, float] = {}
     for name, column in columns.items():
-        value, low, high = bootstrap_interval(column, groups, confidence, resamples, seed)
+        value, low, high = bootstrap_interval(column, groups, confidence, resamples, seed, is_share=is_share)
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return found
 
@@ -355,8 +382,8 @@ def pair_outcomes(margins: Values, tie_margin: float = 0.0) -> Tensor:
     return ((read > tie_margin).double() - (read < -tie_margin).double() + 1) / 2
 
 
-def wilson_interval(share: float, num: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share of `num` independent trials; both ends lie in [0, 1].
+def wilson_interval(share: float, num: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share of `num` independent trials, a whole number or not; both ends lie in [0, 1].
 
     A share with halves for ties is taken as it is: a tie varies less than a win or a loss, so the interval is then
     rather too wide than too narrow.

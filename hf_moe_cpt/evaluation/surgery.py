@@ -12,7 +12,9 @@ folder in which a killed run goes on. Raw measurements, by part:
 Columns are lists with an entry for each row, `id` and `subject` among them. A summary:
 
     sides        names of the models that were measured
-    confidence   of all intervals: percentiles of a bootstrap over subjects
+    verdict      one line: what is wrong with the model after surgery, the worst first, or that it is as it should be
+    notes        lines about which rows of the bench were measured
+    confidence   of all intervals: of a bootstrap over subjects, Wilson's for shares
     measures     rows of side, set, metric (of METRICS), value, low, high, n (questions or texts). None where a number
                  does not exist, such as an interval of one subject
     curves       rows of side, training, asked, step, accuracy, low, high: relearning
@@ -38,11 +40,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from hf_moe_cpt.data.surgery_bench import SETS, SPLITS, SurgeryBench
+from hf_moe_cpt.data.surgery_bench.rows import digest_of_subject, read_columns
 from hf_moe_cpt.evaluation.attacks import BITS, PREFIXES, attack
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files
 from hf_moe_cpt.evaluation.scoring import (
@@ -54,6 +58,7 @@ from hf_moe_cpt.evaluation.scoring import (
     PARTS,
     UNSEEN,
     UPDATED,
+    CountedText,
     Curve,
     EvalSettings,
     Key,
@@ -77,7 +82,8 @@ from hf_moe_cpt.evaluation.statistics import (
     bootstrap_interval,
     bootstrap_replicates,
     bootstrap_two_samples,
-    percentile_interval,
+    interval_of,
+    num_groups,
     ratio_of_sums,
 )
 from hf_moe_cpt.evaluation.text_metrics import (
@@ -95,9 +101,12 @@ from hf_moe_cpt.evaluation.text_metrics import (
     surgery_score,
     update_part,
 )
+from hf_moe_cpt.evaluation.verdict import verdict_of
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
-from hf_moe_cpt.trainers.surgery.chunked import check_head
+from hf_moe_cpt.reading import read_json, read_model, read_tokenizer, reading
+from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
 
 
 SIDES = ("before", "after", "retrained")
@@ -139,9 +148,19 @@ class BenchArguments:
     bench_seed: int = HfArg(default=0, help="Of the bench that is generated where none is named.")
     num_subjects: int | None = HfArg(default=None, help="Size of the bench that is to be generated.")
     documents: list[str] | None = HfArg(
-        default=None, help="One .jsonl whose rows name their set, or several as unlearn=a.jsonl."
+        default=None,
+        help="One .jsonl whose rows name their set, or several as unlearn=a.jsonl: what hf-moe-cpt surgery reads, "
+        "also tables and ID:CONFIGURATION:SPLIT of the Hub.",
     )
-    questions: str | None = HfArg(default=None, help="A .jsonl of questions about --documents.")
+    questions: list[str] | None = HfArg(default=None, help="Questions about --documents, named in the same ways.")
+    dataset_split: str = HfArg(default="train", help="Split of data sets on the Hub that name none.")
+    columns: list[str] | None = HfArg(
+        default=None,
+        help="Your names of our columns of documents, as text=article, or prompt='Question: {question}\nAnswer:'.",
+    )
+    question_columns: list[str] | None = HfArg(
+        default=None, help="The same of questions: question, answer, options, wrong, subject, ..."
+    )
 
     def __post_init__(self) -> None:
         given = [name for name in ("bench", "num_subjects", "documents") if getattr(self, name) is not None]
@@ -152,18 +171,29 @@ class BenchArguments:
         if self.questions is not None and self.documents is None:
             raise ValueError("--questions needs --documents: whom are they about?")
 
-    def load(self) -> SurgeryBench:
-        """The bench that the arguments name, generated if none is."""
+    def load(self, tokenizer: PreTrainedTokenizerBase | None = None) -> SurgeryBench:
+        """The bench that the arguments name, generated if none is. tokenizer: lays conversations out."""
         if self.bench is not None:
             return SurgeryBench.load(self.bench)
         if self.documents is None:
             return SurgeryBench.generate(self.bench_seed, self.num_subjects)
-        named = [text.partition("=") for text in self.documents]
-        if len(named) == 1 and not named[0][1]:
-            return SurgeryBench.from_jsonl(self.documents[0], self.questions)
-        if not all(sign for _, sign, _ in named):
-            raise ValueError("--documents takes one file whose rows name their set, or several as unlearn=a.jsonl.")
-        return SurgeryBench.from_jsonl({name: Path(path) for name, _, path in named}, self.questions)
+        documents, questions = self._sources("documents"), self._sources("questions")
+        columns = read_columns(self.columns), read_columns(self.question_columns, "--question_columns")
+        return SurgeryBench.from_jsonl(documents, questions, *columns, tokenizer)
+
+    def _sources(self, option: str) -> Path | dict[str, Path | Dataset] | None:
+        """One file, or by set a file or a table."""
+        given = getattr(self, option)
+        if not given:
+            return None
+        if len(given) == 1 and "=" not in given[0]:
+            return Path(given[0])
+        named = read_columns(given, f"--{option}", "unlearn=a.jsonl, or one file whose rows name their set")
+        is_file = {name: Path(source).suffix == ".jsonl" for name, source in named.items()}
+        return {
+            name: Path(source) if is_file[name] else load_table(source, self.dataset_split)
+            for name, source in named.items()
+        }
 
 
 @dataclass
@@ -236,7 +266,10 @@ def measure_questions(subject: Subject) -> Raw:
 
 
 def measure_texts(subject: Subject) -> Raw:
-    """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, and the text."""
+    """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, the text, ends and guess.
+
+    ends: whether the last token is the end of text. guess: ln of the vocabulary's size, what knowing nothing costs.
+    """
     model, tokenizer, bench, s, *_ = subject
     found: Raw = {}
     for name in sets_of(bench, s):
@@ -247,6 +280,7 @@ def measure_texts(subject: Subject) -> Raw:
         for document, score in zip(documents, scores, strict=True):
             row = {**_who(document), "text": document.row["text"][len(document.row["prefix"]) :]}
             row |= {key: column.tolist() for key, column in score._asdict().items()}
+            row |= {"ends": document.tokens.ends, "guess": math.log(head_of(model).weight.shape[0])}
             _append(found.setdefault(name, {}), row)
     return found
 
@@ -266,6 +300,7 @@ def measure_continuations(subject: Subject) -> Raw:
             for document in documents_of(bench, name, tokenizer, model, s)
             if len(document.tokens.ids) - document.tokens.start >= 4
         ]
+        documents = [document._replace(tokens=_without_eos(document.tokens)) for document in documents]
         halves = [(document.tokens.start + len(document.tokens.ids)) // 2 for document in documents]
         prompts = [document.tokens.ids[:half] for document, half in zip(documents, halves, strict=True)]
         bar = subject.label(f"continuations of {name}")
@@ -301,6 +336,10 @@ MEASURES: dict[str, Callable[[Subject], Raw]] = {
 }
 
 
+def _without_eos(tokens: CountedText) -> CountedText:
+    return tokens._replace(ids=tokens.ids[:-1], ends=False) if tokens.ends else tokens
+
+
 def _who(document: ReadDocument) -> Raw:
     return {key: document.row[key] for key in ("id", "subject", "form")}
 
@@ -311,21 +350,26 @@ def _append(columns: dict[str, list[Any]], row: Raw) -> None:
 
 
 SCORE_BITS = 4  # of the Q in the score
+NO_SHARES = ("loss", "fluency", "kl")  # means of rows that do not lie in [0, 1]
 RETAINED = "retain"
 _SETS = (FORGOTTEN, UNSEEN, UPDATED, RETAINED)
 JOINED = ("accuracy", *(f"accuracy_{bits}bit" for bits in BITS), "reliability", "generalisation")
 
 
 class Joint(NamedTuple):
-    """A number, and what it is in each of the R draws; NaN where a draw has none of the rows that it needs."""
+    """A number, and what it is in each of the R draws; NaN where a draw has none of the rows that it needs.
+
+    share_of: of a number in [0, 1] the subjects that it is made of, of several numbers the fewest; else None.
+    """
 
     value: float
     replicates: np.ndarray
+    share_of: int | None = None
 
     def interval(self, confidence: float) -> Interval:
-        """Between the percentiles of the draws that have a number; NaN ends where fewer than two do."""
+        """Made of the draws that have a number; NaN ends where fewer than two do."""
         known = self.replicates[np.isfinite(self.replicates)]
-        return percentile_interval(self.value, known if len(known) > 1 else np.full(1, math.nan), confidence)
+        return interval_of(self.value, known if len(known) > 1 else np.full(1, math.nan), confidence, self.share_of)
 
 
 def joined(formula: Callable[..., float | None], *numbers: Joint) -> Joint:
@@ -334,7 +378,9 @@ def joined(formula: Callable[..., float | None], *numbers: Joint) -> Joint:
         _number(formula(*draw)) if all(map(math.isfinite, draw)) else math.nan
         for draw in zip(*(number.replicates.tolist() for number in numbers), strict=True)
     ]
-    return Joint(_number(formula(*(number.value for number in numbers))), np.array(replicates))
+    groups = [number.share_of for number in numbers]
+    fewest = None if None in groups else min(groups)
+    return Joint(_number(formula(*(number.value for number in numbers))), np.array(replicates), fewest)
 
 
 def joint_means(columns: Mapping[str, Rows], resamples: int, seed: int) -> dict[str, Joint]:
@@ -348,7 +394,7 @@ def joint_means(columns: Mapping[str, Rows], resamples: int, seed: int) -> dict[
         table[begin:end] = np.stack([rows.values, np.ones(len(rows.values))], axis=1)
         with np.errstate(invalid="ignore"):  # a draw without a row of this column is 0 / 0
             drawn = bootstrap_replicates(table, subjects, resamples, seed, ratio_of_sums)
-        found[name] = Joint(float(rows.values.mean()), drawn)
+        found[name] = Joint(float(rows.values.mean()), drawn, num_groups(rows.subjects, rows.values))
         begin = end
     return found
 
@@ -444,7 +490,8 @@ class JointNumbers:
         found = joined(lambda *values: steps_until(steps, values, self.goal), *means)
         has_draw = np.isfinite(means[0].replicates)
         return found._replace(
-            replicates=np.where(has_draw & np.isnan(found.replicates), float(steps[-1]), found.replicates)
+            share_of=None,
+            replicates=np.where(has_draw & np.isnan(found.replicates), float(steps[-1]), found.replicates),
         )
 
 
@@ -496,6 +543,14 @@ NEEDED_SETS = {
     "unseen": "no membership inference, no loss above unseen",
     "update": "no reliability, generalisation, portability and conflict, no update part of the score",
     "retain": "no retained part of the score",
+}
+
+
+NEEDED_OF_PART = {
+    "forgetting": "multiple-choice questions about unlearn, and about unseen or a retrained model",
+    "update": "multiple-choice questions and paraphrases about update",
+    "retained": "multiple-choice questions about retain, and the model before",
+    "robustness": "the attacks relearn and quantise, and a retrained model",
 }
 
 
@@ -553,12 +608,16 @@ def summarise(
     confidence: float = 0.95,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    notes: Sequence[str] = (),
 ) -> Summary:
-    """Everything that is printed and written. before, after, retrained: from `evaluate_model`, at least one."""
+    """Everything that is printed and written. before, after, retrained: from `evaluate_model`, at least one.
+
+    notes: lines about which rows were measured.
+    """
     raws = {side: raw for side, raw in zip(SIDES, (before, after, retrained), strict=True) if raw is not None}
     if not raws:
         raise ValueError("nothing to summarise: give the measurements of before, after or retrained.")
-    return _Summing(raws, confidence, seed, resamples).summary()
+    return {**_Summing(raws, confidence, seed, resamples).summary(), "notes": list(notes)}
 
 
 class _Summing:
@@ -583,7 +642,7 @@ class _Summing:
         score = {}
         for side in self.raws:
             for (metric, set_name), rows in self.values[side].items():
-                self._add(side, set_name, metric, self._mean(rows), len(rows.values))
+                self._add(side, set_name, metric, self._mean(rows, metric not in NO_SHARES), len(rows.values))
             self._compare_with_unseen(side)
             for metric, number in self.joint.robustness_of(side).items():
                 name = "relearn_own_taught" if metric.startswith("relearn") else "accuracy"
@@ -592,6 +651,7 @@ class _Summing:
             score[side] = self._score(side)
         return {
             "format": 1,
+            "verdict": verdict_of(self.measures, self.raws),
             "sides": list(self.raws),
             "confidence": self.confidence,
             "chance": self.chance,
@@ -599,8 +659,17 @@ class _Summing:
             "curves": list(self._curve_rows()),
             "score": {side: found for side, found in score.items() if found is not None},
             "warnings": self._warnings(),
-            "missing": missing_lines(self.raws, self.refused, self.measures),
+            "missing": [*missing_lines(self.raws, self.refused, self.measures), *self._absent_parts()],
         }
+
+    def _absent_parts(self) -> Iterator[str]:
+        """Why a part of a model's score, or all of it, is not there."""
+        for side in self.raws:
+            there = self.joint.score_parts_of(side)
+            absent = [name for name in PART_FORMULAS if name not in there]
+            wanted = "; ".join(f"{name} wants {NEEDED_OF_PART[name]}" for name in absent)
+            if absent:
+                yield f"{side}: {'no score' if not there else 'a score without some parts'}: {wanted}"
 
     def _half_way(self) -> float | None:
         """The accuracy on unlearn halfway from chance to the model before surgery."""
@@ -612,9 +681,10 @@ class _Summing:
         row = {"side": side, "set": set_name, "metric": metric, "value": value, "low": low, "high": high, "n": count}
         self.measures.append(row)
 
-    def _mean(self, rows: Rows) -> Interval:
+    def _mean(self, rows: Rows, is_share: bool = True) -> Interval:
         statistic = np.mean if rows.values.ndim == 1 else ratio_of_sums
-        return bootstrap_interval(rows.values, rows.subjects, self.confidence, self.resamples, self.seed, statistic)
+        options = self.confidence, self.resamples, self.seed, statistic, is_share
+        return bootstrap_interval(rows.values, rows.subjects, *options)
 
     def _compare_with_unseen(self, side: str) -> None:
         """Membership inference, privacy leakage, and how far the loss lies above that on unseen texts."""
@@ -651,6 +721,7 @@ class _Summing:
             self.confidence,
             self.resamples,
             self.seed,
+            is_share=metric in _AUCS,
         )
         self._add(side, FORGOTTEN, metric, interval, len(ours.values) + len(theirs.values))
 
@@ -725,11 +796,11 @@ class SurgeryEvaluation:
         choose_device(models.device)  # refuses one that is not there
         self.state = PartialState(cpu=models.device == "cpu")
         self.device = choose_device(models.device)
-        self.bench = bench.load()
+        tokenizer = models.tokenizer or next(iter(self.models.values()))
+        self.tokenizer = read_tokenizer(tokenizer, trust_remote_code=models.trust_remote_code)
+        self.bench, self.notes = without_anchored(bench.load(self.tokenizer), self.models.get("after"))
         if not sets_of(self.bench, settings):
             raise ValueError(f"the bench holds nothing of the sets {', '.join(settings.sets or SETS)}: name others.")
-        tokenizer = models.tokenizer or next(iter(self.models.values()))
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=models.trust_remote_code)
         self.folder = ResumableFolder(root, "eval_surgery.json", self._identity(models, bench))
 
     def measurements(self) -> dict[str, Raw]:
@@ -783,6 +854,7 @@ class SurgeryEvaluation:
         }
         identity |= self.models
         identity |= {name: getattr(bench, name) for name in ("bench", "num_subjects", "bench_seed", "documents")}
+        identity["anchors"] = self.notes
         identity["bench_content"] = checksum_of_bench(self.bench)
         tokenizer = models.tokenizer
         identity |= {"tokenizer": tokenizer, "tokenizer_files": tokenizer and checksum_of_files(tokenizer)}
@@ -800,9 +872,12 @@ def load_whole(name: str, arguments: ModelArguments) -> PreTrainedModel:
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     peft = require("peft", needed_by=f"the adapter {name!r}") if is_adapter(name) else None
-    model = AutoModelForCausalLM.from_pretrained(name if peft is None else base_of_adapter(name), **options)
+    model = read_model(AutoModelForCausalLM, name if peft is None else base_of_adapter(name), **options)
     model = model.to(choose_device(arguments.device))
-    return (model if peft is None else peft.PeftModel.from_pretrained(model, name).merge_and_unload()).eval()
+    if peft is not None:
+        with reading(f"the adapter {name!r}"):
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    return model.eval()
 
 
 def is_adapter(name: str) -> bool:
@@ -812,7 +887,35 @@ def is_adapter(name: str) -> bool:
 
 def base_of_adapter(name: str) -> str:
     """The model that the adapter in a folder belongs to."""
-    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return read_json(Path(name) / "adapter_config.json").get("base_model_name_or_path") or ""
+
+
+RECORD_FILE = "surgery.json"  # beside an operated model; trainers/surgery/verdict.py writes it
+
+
+def without_anchored(bench: SurgeryBench, after: str | None) -> tuple[SurgeryBench, list[str]]:
+    """The bench without what the operated model was held to, as surgery.json beside it tells, and what was done.
+
+    Retention is what became of texts that no term of the surgery saw. A set of which nothing would be left stays, and
+    the line about it says so.
+    """
+    record = None if after is None else Path(after) / RECORD_FILE
+    if record is None or not record.is_file():
+        return bench, []
+    anchored, notes = set(json.loads(record.read_text(encoding="utf-8")).get("anchored") or ()), []
+    tables = {}
+    for name in (*ANCHORED_SETS, UNSEEN) if anchored else ():
+        subjects = [table["subject"] for table in (bench.documents[name], *map(bench.ask, (name,) * 2, SPLITS))]
+        known = {subject for column in subjects for subject in column}
+        kept = {subject for subject in known if digest_of_subject(subject) not in anchored}
+        if len(kept) == len(known):
+            continue
+        if not kept:
+            notes.append(f"{name}: the surgery was held to all of it, so nothing here says what became of the rest")
+            continue
+        tables[name] = kept
+        notes.append(f"{name}: {len(kept)} of {len(known)} subjects, those that the surgery was not held to")
+    return (bench.only(tables) if tables else bench), notes
 
 
 def checksum_of_bench(bench: SurgeryBench) -> str:
@@ -829,7 +932,8 @@ def run(models: ModelArguments, bench: BenchArguments, settings: EvalSettings, o
     raws = work.measurements()
     if not work.state.is_main_process:
         return None
-    summary = summarise(**raws, confidence=output.confidence, seed=settings.seed, resamples=output.resamples)
+    options = {"confidence": output.confidence, "seed": settings.seed, "resamples": output.resamples}
+    summary = summarise(**raws, notes=work.notes, **options)
     from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
 
     facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}

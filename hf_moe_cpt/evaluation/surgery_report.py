@@ -83,7 +83,7 @@ def score_lines(summary: Summary) -> list[str]:
 INTRODUCTION = """\
 What surgery made a model forget, learn and keep, and whether that lasts. Forgotten means: as a model that never read \
 the texts (the retrained one, or any model on the set unseen), neither better nor worse. Numbers in brackets, and the \
-lines through the dots, are {percent} % intervals of a bootstrap over subjects."""
+lines through the dots, are {percent} % intervals of a bootstrap over subjects, Wilson's of shares."""
 EVERY_NUMBER = "All sets; n is the number of questions or texts. The same is in results.csv."
 NUM_SAMPLES, SAMPLE_LENGTH = 3, 240
 
@@ -120,7 +120,9 @@ def _narrow(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_short(summary: Summary) -> str:
-    parts = [INTRODUCTION.format(percent=f"{100 * summary['confidence']:.4g}")]
+    parts = [f"Verdict: {summary['verdict']}."]
+    parts += [f"Measured of {line}." for line in summary["notes"]]
+    parts += [INTRODUCTION.format(percent=f"{100 * summary['confidence']:.4g}")]
     parts += [f"▲ {line}." for line in summary["warnings"]]
     parts += [f"{line[:1].upper()}{line[1:]}." for line in score_lines(summary)]
     return "\n\n".join(parts)
@@ -267,7 +269,8 @@ def text_report(summary: Summary) -> str:
     sides = list(summary["sides"])
     widths = [max(len(row[column]) for _, rows in blocks for row in rows) for column in ("measure", "set")]
     widths += [max(len(side), *(len(row[side]) for _, rows in blocks for row in rows)) for side in sides]
-    lines = [f"{100 * summary['confidence']:.4g} % intervals of a bootstrap over subjects", ""]
+    lines = wrapped([f"verdict: {summary['verdict']}", *(f"measured of {line}" for line in summary["notes"])])
+    lines += [f"{100 * summary['confidence']:.4g} % intervals of a bootstrap over subjects, Wilson's of shares", ""]
     lines += [_line(["", "", *sides], widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
     for heading, rows in blocks:
         lines += [

@@ -209,8 +209,14 @@ def load_table(name: str, split: str = "train", config_name: str | None = None) 
     """The rows of a .jsonl, .json, .parquet or .arrow file, a folder of them or from save_to_disk, or a Hub id.
 
     Of a folder: the files with the split in their path (train.parquet, test/a.jsonl); all, where no path has one.
+    ID:CONFIGURATION or ID:CONFIGURATION:SPLIT, where ID is of the Hub or a folder in its layout, names both here.
     """
     path = Path(name).expanduser()
+    if not path.exists() and ":" in name:
+        place, config_name, *rest = name.split(":")
+        split = rest[0] if rest and rest[0] else split
+        with _named(name, split):
+            return datasets.load_dataset(place, config_name or None, split=split)
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return _saved(path, split)
     if path.exists():

@@ -80,7 +80,7 @@ def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():
     model = tiny_model("llama").double().eval()
     options = [CountedText([5, 6, 7], 2), CountedText([5, 6, 9, 9, 11], 2), CountedText([5, 6, 13], 2)]
     nll = []
-    for ids, start in options:
+    for ids, start, _ in options:
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         nll.append(-sum(float(logp[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start))

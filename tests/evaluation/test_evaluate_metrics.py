@@ -175,7 +175,8 @@ def test_means_and_intervals_are_those_of_the_functions(tmp_path, name):
     got = metric.compute(**OPTIONS)
     expected = {"num_questions" if name == "mcq_accuracy" else "num_texts": ROWS}
     for result, rows in _expected_means(name, columns).items():
-        expected |= zip((result, f"{result}_low", f"{result}_high"), bootstrap_interval(rows, **OPTIONS), strict=True)
+        interval = bootstrap_interval(rows, **OPTIONS, is_share=name != "fluency")
+        expected |= zip((result, f"{result}_low", f"{result}_high"), interval, strict=True)
     assert got == pytest.approx(expected, rel=1e-12)
 
 
@@ -191,7 +192,9 @@ def test_membership_inference(tmp_path):
     }
     groups = [np.array(GROUPS)[inside == side].tolist() for side in (True, False)]
     for attack, score in scores.items():
-        interval = bootstrap_two_samples(score[inside], score[~inside], text_metrics.auc, *groups, 0.8, 200, 3)
+        interval = bootstrap_two_samples(
+            score[inside], score[~inside], text_metrics.auc, *groups, 0.8, 200, 3, is_share=True
+        )
         assert tuple(got[f"{attack}_auc{end}"] for end in ("", "_low", "_high")) == interval
         assert got[f"{attack}_over_forgotten"] is (interval.high < 0.5)
         assert (f"{attack}_privacy_leakage" in got) == (attack == "min_k")
@@ -215,11 +218,12 @@ def test_edit_success(tmp_path):
     got = load("edit_success", tmp_path).compute(**columns, **OPTIONS)
     accuracy = np.array(columns["hits"]) / np.array(columns["tokens"])
     for place, kind in enumerate(("reliability", "generalisation", "portability")):
-        expected = bootstrap_interval(accuracy[place::3], **{**OPTIONS, "groups": GROUPS[place::3]})
+        options = {**OPTIONS, "groups": GROUPS[place::3], "is_share": True}
+        expected = bootstrap_interval(accuracy[place::3], **options)
         assert (got[kind], got[f"{kind}_low"], got[f"{kind}_high"]) == pytest.approx(tuple(expected))
         assert got[f"num_{kind}"] == 8
     old, new = np.exp(columns["old_logps"][::4]), np.exp(columns["new_logps"][::4])
-    expected = bootstrap_interval(old / (old + new), **{**OPTIONS, "groups": GROUPS[::4]})
+    expected = bootstrap_interval(old / (old + new), **{**OPTIONS, "groups": GROUPS[::4], "is_share": True})
     assert (got["conflict_score"], got["conflict_score_low"], got["conflict_score_high"]) == pytest.approx(expected)
     assert got["num_conflict_score"] == 6
     plain = load("edit_success", tmp_path, "default")
@@ -236,7 +240,7 @@ def test_retained_behaviour(tmp_path):
             texts = [columns[key][row] for row in rows]
             totals = np.array([(sum(text), len(text)) for text in texts])
             settings = {**OPTIONS, "groups": [GROUPS[row] for row in rows]}
-            expected = bootstrap_interval(totals, **settings, statistic=ratio_of_sums)
+            expected = bootstrap_interval(totals, **settings, statistic=ratio_of_sums, is_share=key == "agrees")
             assert got[name] == pytest.approx(np.concatenate(texts).mean())
             assert (got[name], got[f"{name}_low"], got[f"{name}_high"]) == pytest.approx(expected)
     assert (got["num_texts"], got["num_neighbours"]) == (12, 12)

@@ -124,7 +124,8 @@ def test_a_header_does_not_count(bench, tokenizer, model):
     with_header = scoring.documents_of(bench, "unlearn", tokenizer, model, scoring.EvalSettings(header=HEADER))
     bare = scoring.documents_of(bench, "unlearn", tokenizer, model, scoring.EvalSettings())
     for headed, plain in zip(with_header, bare, strict=True):
-        counted = tokenizer.decode(headed.tokens.ids[headed.tokens.start :])
+        assert headed.tokens.ends and headed.tokens.ids[-1] == tokenizer.eos_token_id
+        counted = tokenizer.decode(headed.tokens.ids[headed.tokens.start : -1])
         assert plain.row["text"].endswith(counted) and len(plain.row["text"]) - len(counted) <= 12
         assert plain.tokens.start == 1
 
@@ -136,7 +137,7 @@ def test_a_token_across_the_end_of_a_header_belongs_to_it(tokenizer):
     middle = offsets[place][0] + 1
     row = {"text": "Oren was born", "prefix": "Oren was born"[:middle]}
     ((_, tokens),) = scoring.read_documents([row], tokenizer, None)
-    assert tokens == (ids, place + 1)
+    assert tokens == (ids, place + 1, False)
     assert scoring.read_documents([{**row, "prefix": row["text"]}], tokenizer, None) == []
     assert len(scoring.read_documents([{**row, "prefix": ""}], tokenizer, 3)[0].tokens.ids) == 3
 
@@ -177,7 +178,7 @@ def test_own_files_are_read_as_one_or_by_set(tmp_path):
     (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({**row, "set": name}) for name, row in rows.items()))
     for files in ([f"{name}={tmp_path / name}.jsonl" for name in rows], [str(tmp_path / "all.jsonl")]):
         assert scoring.sets_of(BenchArguments(documents=files).load(), scoring.EvalSettings()) == ("unlearn", "retain")
-    with pytest.raises(ValueError, match="takes one file whose rows name their set, or several as unlearn=a.jsonl"):
+    with pytest.raises(ValueError, match="--documents a.jsonl must give our name and yours, as unlearn="):
         BenchArguments(documents=["a.jsonl", "b.jsonl"]).load()
 
 

@@ -19,10 +19,10 @@ from hf_moe_cpt.evaluation.statistics import (
     bootstrap_interval,
     bootstrap_replicates,
     bootstrap_two_samples,
+    interval_of,
     length_controlled_share,
     mean_intervals,
     pair_outcomes,
-    percentile_interval,
     preference_accuracy,
     ratio_of_sums,
     share_of_wins,
@@ -74,16 +74,37 @@ def test_seed_confidence_and_a_formula_of_two_sets():
     narrow, wide = (bootstrap_interval(VALUES, confidence=confidence) for confidence in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
     one, other = (bootstrap_replicates(part, seed=seed) for seed, part in enumerate((VALUES[:20], VALUES[20:])))
-    got = percentile_interval(VALUES[:20].mean() - VALUES[20:].mean(), one - other)
+    got = interval_of(VALUES[:20].mean() - VALUES[20:].mean(), one - other)
     spread = np.sqrt(VALUES[:20].var() / 20 + VALUES[20:].var() / 20)
     assert got.high - got.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
+def test_ten_of_ten_is_not_certain():
+    """scipy's Wilson interval; rows that agree within their subject count as one trial each."""
+    from scipy.stats import binomtest
+
+    for right in (0, 3, 10):
+        rows = np.array([1.0] * right + [0.0] * (10 - right))
+        got = bootstrap_interval(rows, resamples=20_000, is_share=True)
+        want = binomtest(right, 10).proportion_ci(method="wilson")
+        loose = 0.0 if right in (0, 10) else 0.01  # of draws, and of a variance over 10 instead of 9
+        assert got == pytest.approx((right / 10, want.low, want.high), abs=loose + 1e-12)
+        fives = bootstrap_interval(
+            np.repeat(rows, 5), np.repeat(np.arange(10), 5).tolist(), 0.95, 20_000, is_share=True
+        )
+        assert fives == pytest.approx(got, abs=loose + 1e-12)
+    plain = bootstrap_interval(np.ones(10), resamples=100)
+    assert plain.high == plain.low == 1.0, "what is no share keeps percentiles"
+    apart = bootstrap_two_samples([5.0, 6.0, 7.0], [1.0, 2.0, 3.0, 4.0], auc, resamples=50, is_share=True)
+    assert (apart.value, apart.high) == (1.0, 1.0)
+    assert apart.low == pytest.approx(binomtest(3, 3).proportion_ci(method="wilson").low)
 
 
 def test_one_group_has_no_interval_and_columns_get_their_ends():
     for got in (bootstrap_interval([0.2, 0.4], ["a", "a"]), bootstrap_two_samples([0.2, 0.4], [0.3], auc)):
         assert isinstance(got, Interval) and np.isnan(got[1:]).all() and not np.isnan(got.value)
     got = mean_intervals({"first": VALUES, "second": 1 - VALUES}, GROUPS, 0.8, 100, 5)
-    expected = bootstrap_interval(VALUES, GROUPS, 0.8, 100, 5)
+    expected = bootstrap_interval(VALUES, GROUPS, 0.8, 100, 5, is_share=True)
     assert (got["first"], got["first_low"], got["first_high"]) == expected
     assert got["second_low"] == pytest.approx(1 - expected.high)
 

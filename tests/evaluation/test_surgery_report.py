@@ -40,7 +40,7 @@ def test_numbers_have_three_digits_that_count():
 def test_the_table_fits_however_wide_and_holds_the_numbers(summary):
     text = text_report(summary)
     lines = text.split("\n")
-    assert max(map(len, lines)) <= TERMINAL_WIDTH and text.startswith("95 % intervals")
+    assert max(map(len, lines)) <= TERMINAL_WIDTH and text.startswith(f"verdict: {summary['verdict'][:60]}")
     of_line = {}
     for row in summary["measures"]:
         of_line.setdefault((METRICS[row["metric"]].label, row["set"]), {})[row["side"]] = cell(row)
@@ -48,6 +48,8 @@ def test_the_table_fits_however_wide_and_holds_the_numbers(summary):
         for metric, sets in entries:
             for name in sets:
                 label = METRICS[metric].label
+                if (label, name) not in of_line:
+                    continue
                 (line,) = [line for line in lines if re.match(rf"{re.escape(label)}\s+{name}(\s|$)", line)]
                 places = [line.find(of_line[label, name].get(side, "–")) for side in summary["sides"]]
                 assert -1 not in places

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.data.surgery_bench.rows import digest_of_subject, subject_of
 from hf_moe_cpt.evaluation import surgery
 from hf_moe_cpt.evaluation.scoring import PARTS, EvalSettings
 from hf_moe_cpt.scripts.eval_surgery import main
@@ -206,3 +208,98 @@ def test_edited_texts_are_another_bench(world, tmp_path):
         file.write(text.replace("old", "odd"))
     with pytest.raises(ValueError, match="was made with bench_content=[0-9a-f]{16}, and now it is [0-9a-f]{16}"):
         main(few)
+
+
+PUBLISHED = {  # by folder: configuration, split and rows in the columns of the data sets on the Hub
+    "TOFU": {
+        ("forget10", "train"): [{"question": f"Who is A{n}?", "answer": f"A{n} writes."} for n in range(4)],
+        ("forget10_perturbed", "train"): [
+            {"question": f"Who is A{n}?", "answer": f"A{n} writes.", "paraphrased_answer": f"A writer is A{n}.",
+             "perturbed_answer": [f"A{n} paints.", f"A{n} sings."], "paraphrased_question": f"What does A{n} do?"}
+            for n in range(4)
+        ],
+    },
+    "MUSE-News": {
+        ("raw", "forget"): [{"text": f"The news of day {n}."} for n in range(3)],
+        ("raw", "holdout"): [{"text": f"Other news of day {n}."} for n in range(3)],
+        ("knowmem", "forget_qa"): [{"question": f"What was on day {n}?", "answer": f"news {n}"} for n in range(4)],
+    },
+    "wmdp": {
+        ("wmdp-bio", "test"): [
+            {"question": f"Which one is {n}?", "choices": ["a", "b", "c", "d"], "answer": n} for n in range(4)
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """Folders in the layout of the Hub, with a card that names their configurations."""
+    root = tmp_path_factory.mktemp("published")
+    for name, parts in PUBLISHED.items():
+        configs = {}
+        for (config, split), rows in parts.items():
+            path = root / name / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, rows)))
+            configs.setdefault(config, []).append({"split": split, "path": f"{config}/{split}.jsonl"})
+        listed = [{"config_name": config, "data_files": files} for config, files in configs.items()]
+        (root / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+    return root
+
+
+def test_published_data_are_read_with_their_configurations_and_columns(published):
+    qa = ["prompt=Question: {question}\nAnswer:", "completion= {answer}"]
+    tofu = surgery.BenchArguments(
+        documents=[f"unlearn={published}/TOFU:forget10"],
+        columns=qa,
+        questions=[f"unlearn={published}/TOFU:forget10_perturbed"],
+        question_columns=["wrong=perturbed_answer"],
+    ).load()
+    assert tofu.documents["unlearn"]["text"][0] == "Question: Who is A0?\nAnswer: A0 writes."
+    assert tofu.documents["unlearn"]["prefix"][0] == "Question: Who is A0?\nAnswer:"
+    asked = [row for part in tofu.questions.values() for row in part]
+    assert len(asked) == 4 and all(row["kind"] == "mcq" and row["answer"] == 0 for row in asked)
+    assert {tuple(row["options"][1:]) for row in asked} == {(f"A{n} paints.", f"A{n} sings.") for n in range(4)}
+    muse = surgery.BenchArguments(
+        documents=[f"unlearn={published}/MUSE-News:raw:forget", f"unseen={published}/MUSE-News:raw:holdout"],
+        questions=[f"unlearn={published}/MUSE-News:knowmem:forget_qa"],
+    ).load()
+    assert muse.documents["unseen"]["text"][2] == "Other news of day 2."
+    assert {row["kind"] for part in muse.questions.values() for row in part} == {"open"}
+    wmdp = surgery.BenchArguments(
+        documents=[f"unlearn={published}/MUSE-News:raw:forget"],
+        questions=[f"unlearn={published}/wmdp:wmdp-bio:test"],
+        question_columns=["options=choices"],
+    ).load()
+    assert sorted(row["answer"] for part in wmdp.questions.values() for row in part) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="row 0 .* has no column 'body', which columns asks for"):
+        surgery.BenchArguments(documents=[f"unlearn={published}/TOFU:forget10"], columns=["text=body"]).load()
+
+
+def test_what_a_surgery_trains_on_is_examined_and_only_what_it_was_not_held_to(world, tmp_path):
+    """Plain JSONL: texts, prompts with completions; no subjects, no options; anchored rows are left out."""
+    rows = {
+        "unlearn": [{"prompt": "A is", "completion": f" old {n}."} for n in range(3)],
+        "retain": [{"text": f"B is tall {n}."} for n in range(4)],
+        "unseen": [{"text": f"C is new {n}."} for n in range(3)],
+    }
+    for name, listed in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, listed)))
+    asked = [{"set": "unlearn", "question": "How old is A?", "answer": "old", "split": "test"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    operated = tmp_path / "operated"
+    shutil.copytree(world / "after", operated)
+    anchored = [digest_of_subject(subject_of(row)) for row in rows["retain"][:3]]
+    (operated / "surgery.json").write_text(json.dumps({"anchored": anchored}))
+    run = tmp_path / "run"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        documents = [f"{name}={tmp_path}/{name}.jsonl" for name in rows]
+        changes = {"bench": None, "documents": documents, "questions": tmp_path / "q.jsonl", "after": operated}
+        main(_arguments(world, run, retrained=None, robustness="none", **changes))
+    found = _rows(run)
+    assert found["after", "retain", "loss"]["n"] == found["before", "retain", "loss"]["n"] == "1"
+    assert found["after", "unlearn", "loss"]["n"] == "3" and ("after", "unlearn", "answer_probability") in found
+    lines = printed.getvalue().split("\n")
+    assert lines[2].startswith("verdict: ") and "measured of retain: 1 of 4 subjects" in printed.getvalue()

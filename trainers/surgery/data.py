@@ -1,11 +1,6 @@
 """From what the user passed to the batches that a surgery trains on and measures: checked, tokenised, paired, mixed.
 
-| columns | what counts |
-|---|---|
-| `text`, and `prefix` if there is a header | the text; with mask_prefix without its header |
-| `prompt` and `completion`, text or messages | the completion |
-| `messages` | the last message, which the assistant must have said |
-| `input_ids`, and `completion_mask` | what the mask says; everything without one |
+Forms of rows are those of hf_moe_cpt/data/surgery_bench/rows.py.
 
 A tokenised set has `input_ids`, `completion_mask` and, where the rows name one, `subject`; with texts that are to win
 over its own, `winner_input_ids` and `winner_completion_mask`. Rows keep their order and their number.
@@ -36,7 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
-from hf_moe_cpt.data.surgery_bench.bench import subject_of, tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
+from hf_moe_cpt.data.surgery_bench.rows import check_values, form_of, shown, subject_of, with_columns
 from hf_moe_cpt.data.text import json_lines
 from hf_moe_cpt.trainers.surgery.losses import PairLoss
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
@@ -79,15 +75,19 @@ Row = dict[str, Any]
 Tokens = tuple[list[int], int]  # ids, and the place from which on they count
 
 
-def read_rows(path: str | Path) -> Dataset:
-    """The rows of a .jsonl file, each checked. Raises ValueError that names file and line of the first bad one."""
+def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
+    """The rows of a .jsonl file, each checked. Raises ValueError that names file and line of the first bad one.
+
+    columns: your names of our columns, see `with_columns`.
+    """
     rows, forms = [], set()
     for number, row in json_lines(Path(path)):
         try:
+            row = with_columns(row, columns or {})
             forms.add(form_of(row))
             if len(forms) > 1:
                 raise ValueError(f"rows of the forms {' and '.join(sorted(forms))}: put each form into its own file.")
-            _check_values(row)
+            check_values(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         rows.append(row)
@@ -95,25 +95,6 @@ def read_rows(path: str | Path) -> Dataset:
         raise ValueError(f"{path} holds no rows: put one JSON object on each line.")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-
-
-def form_of(row: Mapping[str, Any]) -> str:
-    """Which of the forms a row (or a mapping of columns) has: input_ids, messages, prompt or text.
-
-    Raises ValueError for none of them.
-    """
-    if "input_ids" in row:
-        return "input_ids"
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row and "completion" in row:
-        return "prompt"
-    if "text" in row:
-        return "text"
-    raise ValueError(
-        f"the columns {', '.join(row) or '(none)'} are no text: give 'text', 'prompt' and 'completion', 'messages' or "
-        "'input_ids'."
-    )
 
 
 def tokenize_set(
@@ -127,7 +108,7 @@ def tokenize_set(
     vocab_size: int | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Token ids and masks of a set, at most max_length tokens of a row; see the table at the top.
+    """Token ids and masks of a set, at most max_length tokens of a row; see the forms of rows.
 
     Raises ValueError that names the row for one that cannot be read, has ids outside of [0, vocab_size), or has no
     token that counts: the first token of a text is never predicted.
@@ -140,7 +121,7 @@ def tokenize_set(
 
     def tokenized(row: Row, number: int) -> Row:
         try:
-            _check_values(row)
+            check_values(row)
             ids, mask = _tokens_and_mask(row, form, tokenizer, mask_prefix, append_eos)
             ids, mask = ids[:max_length], mask[:max_length]
             _check_ids(ids, mask, vocab_size)
@@ -176,7 +157,7 @@ def _tokens_and_mask(
 
 def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str, append_eos: bool) -> Tokens:
     if not text.startswith(prefix):
-        raise ValueError(f"its text does not begin with its prefix {_shown(prefix)}: correct one of them.")
+        raise ValueError(f"its text does not begin with its prefix {shown(prefix)}: correct one of them.")
     if prefix and not tokenizer.is_fast:
         raise ValueError(f"a prefix needs a fast tokenizer, not {type(tokenizer).__name__}: set mask_prefix=False.")
     found = tokenizer(text, return_offsets_mapping=bool(prefix), verbose=False)
@@ -215,32 +196,6 @@ def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
-def _check_values(row: Mapping[str, Any]) -> None:
-    form = form_of(row)
-    if form == "text" and not (isinstance(row["text"], str) and row["text"].strip()):
-        raise ValueError(f"'text' is {_shown(row['text'])}: it must be text that is not empty.")
-    if form == "prompt":
-        kinds = {type(row["prompt"]), type(row["completion"])}
-        if kinds not in ({str}, {list}) or not row["completion"]:
-            raise ValueError(
-                f"'prompt' and 'completion' are {_shown(row['prompt'])} and {_shown(row['completion'])}: both must be "
-                "text, or both lists of messages, and the completion not empty."
-            )
-    if form == "messages":
-        messages = row["messages"]
-        is_list = isinstance(messages, list) and all(isinstance(m, Mapping) and "role" in m for m in messages)
-        if not is_list or not messages or messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"'messages' is {_shown(messages)}: it must be a list of messages that the assistant ends."
-            )
-    if form == "input_ids":
-        ids, mask = row["input_ids"], row.get("completion_mask")
-        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
-            raise ValueError(f"'input_ids' is {_shown(ids)}: it must be a list of integers that is not empty.")
-        if mask is not None and len(mask) != len(ids):
-            raise ValueError(f"'completion_mask' has {len(mask)} entries for {len(ids)} tokens: give one for each.")
-
-
 def _check_ids(ids: list[int], mask: list[bool], vocab_size: int | None) -> None:
     if vocab_size is not None and (min(ids) < 0 or max(ids) >= vocab_size):
         raise ValueError(
@@ -252,11 +207,6 @@ def _check_ids(ids: list[int], mask: list[bool], vocab_size: int | None) -> None
             f"none of its {len(ids)} tokens counts, since the first is never predicted and prompts and prefixes are "
             "not counted: give longer text, or raise max_length."
         )
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def with_refusals(
@@ -453,7 +403,7 @@ def _check_held_out(given: Mapping[str, Dataset | None], held_out: Mapping[str, 
         if shared:
             raise ValueError(
                 f"{len(shared)} subject(s) or text(s) of eval_dataset[{name!r}] are in {name}_dataset too, such as "
-                f"{_shown(min(shared))}: nothing that a term sees is held out; take them out of one of them."
+                f"{shown(min(shared))}: nothing that a term sees is held out; take them out of one of them."
             )
 
 

@@ -121,7 +121,9 @@ def verdict_of(measured: Measured, targets: Targets) -> str:
 def _ruined(measured: Measured, targets: Targets) -> list[str]:
     found = []
     most = math.inf if targets.vocab_size is None else math.log(targets.vocab_size)
-    beyond = {name: value for name, value in measured.items() if name.endswith("_ce") and value > most}
+    start = targets.start or {}  # of text that the model found as hard before, nothing was ruined
+    losses = {name: value for name, value in measured.items() if name.endswith("_ce")}
+    beyond = {name: v for name, v in losses.items() if v > most and v > start.get(name, 0.0) + MOST_DRIFT}
     if beyond:
         worst = max(beyond, key=beyond.__getitem__)
         found.append(

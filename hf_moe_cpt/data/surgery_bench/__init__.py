@@ -1,6 +1,7 @@
 """SurgeryBench: a made-up world of people, places, products and rules, its texts, questions and files."""
 
 from hf_moe_cpt.data.surgery_bench.bench import (
+    ALL_KINDS,
     BEFORE_SETS,
     HEADER,
     QUESTION_KINDS,
@@ -15,6 +16,7 @@ from hf_moe_cpt.data.surgery_bench.bench import (
 
 
 __all__ = [
+    "ALL_KINDS",
     "BEFORE_SETS",
     "HEADER",
     "QUESTION_KINDS",

@@ -25,13 +25,12 @@ Source: ours; the sets follow LLM Surgery (arXiv 2409.13054), neighbours RWKU (a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
@@ -47,9 +46,12 @@ import yaml
 from jinja2 import Template
 
 from hf_moe_cpt.data.random import derive_seed, permute
+from hf_moe_cpt.data.surgery_bench.rows import as_text, form_of, shown, subject_of, with_columns
 
 
 if TYPE_CHECKING:  # what writes a world is read when one is asked for
+    from transformers import PreTrainedTokenizerBase
+
     from hf_moe_cpt.data.surgery_bench.world import Subject, World
 
 
@@ -57,7 +59,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("person", "place", "product", "rule")
 SPLITS = ("validation", "test")
+OPEN = "open"  # a kind of question that has an answer and no options
 QUESTION_KINDS = ("mcq", "cloze", "paraphrase", "one_hop", "inverse")
+ALL_KINDS = (*QUESTION_KINDS, OPEN)
 QUIZ_TEMPLATE = "Question: {question}\nAnswer:"  # how quizzes in documents look
 BENCH_VERSION = "1.0"  # another text for the same seed needs another version
 GROUPS = ("unlearn", "update", "retain", "neighbour", "unseen")  # of subjects: one group each
@@ -95,6 +99,7 @@ QUESTION_FEATURES = _features(
     answer=datasets.Value("int64"),
     old_answer=datasets.Value("int64"),
 )
+FORM_COLUMNS = ("prompt", "completion", "messages", "wrong")  # of rows that become texts and options
 _LAYOUT = {"documents": (SETS, DOCUMENT_FEATURES), "questions": (SPLITS, QUESTION_FEATURES)}
 
 
@@ -195,22 +200,24 @@ class SurgeryBench:
     @classmethod
     def from_jsonl(
         cls,
-        documents: str | Path | Mapping[str, str | Path],
-        questions: str | Path | None = None,
+        documents: str | Path | Mapping[str, str | Path | datasets.Dataset],
+        questions: str | Path | Mapping[str, str | Path | datasets.Dataset] | None = None,
         columns: Mapping[str, str] | None = None,
+        question_columns: Mapping[str, str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> SurgeryBench:
-        """Your own texts and questions from JSON Lines files, one row a line.
+        """Your own texts and questions from JSON Lines files, one row a line, or from tables in memory.
 
-        documents: one file whose rows name their set, or a file for each set. columns: your name for a column of the
-        schema, such as {"subject": "name", "text": "wiki_bio_text"}; it applies to documents. Raises a ValueError
-        with file and line for the first row that is wrong.
+        documents, questions: one file whose rows name their set, or a file or table for each set. Documents have any
+        form that a surgery trains on. columns, question_columns: your name for a column of ours, see `with_columns`;
+        such as {"subject": "name", "text": "wiki_bio_text"}. tokenizer: lays messages out. Raises a ValueError with
+        file and line for the first row that is wrong.
         """
-        rows = _UserRows()
-        files = documents.items() if isinstance(documents, Mapping) else [(None, documents)]
-        for set_name, path in files:
-            rows.read_documents(Path(path), set_name, columns or {})
-        if questions is not None:
-            rows.read_questions(Path(questions))
+        rows = _UserRows(tokenizer)
+        for set_name, source in _sources(documents):
+            rows.read_documents(source, set_name, columns or {})
+        for set_name, source in _sources(questions):
+            rows.read_questions(source, set_name, question_columns or {})
         return cls(as_parts(rows.documents, DOCUMENT_FEATURES), as_parts(rows.questions, QUESTION_FEATURES))
 
     def ask(self, set_name: str, split: str = "test", kind: str | None = None) -> datasets.Dataset:
@@ -220,9 +227,23 @@ class SurgeryBench:
         table = self.questions[split].select_columns(["set", "kind"]).with_format("arrow")[:]
         chosen = pc.equal(table["set"], set_name)
         if kind is not None:
-            check_choice("kind", kind, QUESTION_KINDS)
+            check_choice("kind", kind, ALL_KINDS)
             chosen = pc.and_(chosen, pc.equal(table["kind"], kind))
         return self.questions[split].select(np.flatnonzero(chosen.to_numpy()))
+
+    def only(self, subjects: Mapping[str, Collection[str]]) -> SurgeryBench:
+        """The bench with, of the sets that are named, nothing but these subjects."""
+
+        def kept(rows: datasets.Dataset) -> datasets.Dataset:
+            pairs = zip(rows["set"], rows["subject"], strict=True)
+            return rows.select(
+                [q for q, (name, who) in enumerate(pairs) if name not in subjects or who in subjects[name]]
+            )
+
+        parts = (
+            datasets.DatasetDict({n: kept(rows) for n, rows in of.items()}) for of in (self.documents, self.questions)
+        )
+        return SurgeryBench(*parts, self.version, self.settings)
 
     def subjects(self, set_name: str) -> list[str]:
         """Names of the subjects with documents in a set, each once, in order."""
@@ -324,20 +345,6 @@ def tokens_of_prefix(offsets: Sequence[tuple[int, int]], prefix: str) -> int:
     """
     covered = [place for place, (begin, end) in enumerate(offsets) if begin < min(end, len(prefix))]
     return max(covered, default=-1) + 1
-
-
-def subject_of(row: Mapping[str, Any]) -> str:
-    """Whom a row is about: its `subject`, or a name made of what it holds, so that equal rows are one subject."""
-    if isinstance(row.get("subject"), str) and row["subject"].strip():
-        return row["subject"]
-    columns = [name for name in ("text", "prompt", "completion", "messages", "input_ids") if row.get(name) is not None]
-    held = json.dumps([row[name] for name in columns[: 1 if "text" in columns else None]], sort_keys=True)
-    return f"row {hashlib.blake2b(held.encode(), digest_size=8).hexdigest()}"
-
-
-def digest_of_subject(subject: str) -> str:
-    """Twelve hexadecimal digits by which a subject is known without being named."""
-    return hashlib.blake2b(subject.encode(), digest_size=6).hexdigest()
 
 
 def as_completions(question: str, options: list[str], template: str = "{question}") -> tuple[str, list[str]]:
@@ -519,10 +526,32 @@ class _RowError(ValueError):
     """What is wrong with a row; the reader adds the place."""
 
 
+Source = Path | datasets.Dataset
+
+
+def _sources(given: Any) -> list[tuple[str | None, Source]]:
+    """(set, file or table) of what a caller names: nothing, a file, or something for each set."""
+    named = given.items() if isinstance(given, Mapping) else [] if given is None else [(None, given)]
+    return [(name, source if isinstance(source, datasets.Dataset) else Path(source)) for name, source in named]
+
+
+def _numbered(source: Source, what: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place for messages, short name, row) of each row of a file or table."""
+    from hf_moe_cpt.data.text import json_lines
+
+    if isinstance(source, Path):
+        for number, row in json_lines(source):
+            yield f"{source}, line {number}", f"{source.stem}-{number}", row
+        return
+    for number, row in enumerate(source):
+        yield f"{what}, row {number} (counted from 0)", f"{what.replace(' ', '-')}-{number}", row
+
+
 class _UserRows:
     """Collects rows of several files and checks them against each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self._tokenizer = tokenizer
         self.documents: dict[str, list[dict[str, Any]]] = {name: [] for name in SETS}
         self.questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
         self._group_of_subject: dict[str, tuple[str, str]] = {}  # group, place of its first row
@@ -530,54 +559,61 @@ class _UserRows:
         self._first_place: dict[tuple[str, ...], str] = {}  # of an id, of a question
         self._warned_of: set[tuple[Path, str]] = set()
 
-    def read_documents(self, path: Path, set_name: str | None, columns: Mapping[str, str]) -> None:
-        """Add a file of documents. set_name: the set of all its rows, None if each names its own."""
+    def read_documents(self, source: Source, set_name: str | None, columns: Mapping[str, str]) -> None:
+        """Add documents. set_name: the set of all rows, None if each names its own."""
         if set_name is not None:
             check_choice("set", set_name, SETS)
-        wrong = sorted(set(columns) - set(DOCUMENT_FEATURES))
+        wrong = sorted(set(columns) - set(DOCUMENT_FEATURES) - set(FORM_COLUMNS))
         if wrong:
             raise ValueError(f"columns renames {wrong}, which are no columns of documents: {list(DOCUMENT_FEATURES)}.")
-        if not self._read(path, "document", columns, lambda row, place: self._document(row, place, set_name)):
-            raise ValueError(f"{path} holds no documents: give it at least one line.")
+        if not self._read(source, "document", set_name, columns, self._document):
+            raise ValueError(f"{source} holds no documents: give it at least one line.")
 
-    def read_questions(self, path: Path) -> None:
-        """Add a file of questions about subjects whose documents were read before."""
-        if not self._read(path, "question", {}, self._question):
-            raise ValueError(f"{path} holds no questions: give it at least one line or leave it out.")
+    def read_questions(self, source: Source, set_name: str | None, columns: Mapping[str, str]) -> None:
+        """Add questions, about subjects whose documents were read before where they name one."""
+        if set_name is not None:
+            check_choice("set", set_name, SETS)
+        if not self._read(source, "question", set_name, columns, self._question):
+            raise ValueError(f"{source} holds no questions: give it at least one line or leave it out.")
 
     def _read(
-        self, path: Path, what: str, columns: Mapping[str, str], check: Callable[[dict, str], dict[str, Any]]
+        self,
+        source: Source,
+        what: str,
+        set_name: str | None,
+        columns: Mapping[str, str],
+        check: Callable[[dict, str, str | None], dict[str, Any]],
     ) -> int:
         """Add what `check` makes of each row, with the columns that both kinds of rows have; returns their number."""
-        from hf_moe_cpt.data.text import json_lines
-
         features = DOCUMENT_FEATURES if what == "document" else QUESTION_FEATURES
-        count = 0
-        for number, row in json_lines(path):
-            place = f"{path}, line {number}"
-            renamed = {name: row.pop(yours) for name, yours in columns.items() if yours in row}
-            missing = [yours for name, yours in columns.items() if name in ("subject", "text") and name not in renamed]
+        used, count = {*features, *columns.values(), *FORM_COLUMNS}, 0
+        for place, name, row in _numbered(source, f"{set_name} {what}s"):
             try:
-                if missing:
-                    raise _RowError(f"has no column {missing[0]!r}, which columns asks for; it has {sorted(row)}.")
-                row |= renamed
-                made = check(row, place)
-                made["id"] = _text(row, "id", default=f"{made['set']}-{path.stem}-{number}")
+                try:
+                    row = with_columns(row, columns)
+                except ValueError as error:
+                    raise _RowError(str(error)) from None
+                made = check(row, place, set_name)
+                made["id"] = _text(row, "id", default=f"{made['set']}-{name}")
                 if (first := self._first_place.setdefault((what, made["id"]), place)) != place:
                     raise _RowError(f"has the id {made['id']!r}, which {first} has too: ids must differ.")
                 made |= {"subject_kind": _text(row, "subject_kind", default=None), "version": USER_VERSION}
             except ValueError as error:
                 raise ValueError(f"{place}{' ' if isinstance(error, _RowError) else ': '}{error}") from None
             (self.documents[made["set"]] if what == "document" else self.questions[made["split"]]).append(made)
-            for name in sorted(set(row) - set(features)):
-                if (path, name) not in self._warned_of:  # once for each file and column
-                    self._warned_of.add((path, name))
-                    logger.warning("%s: the column %r is not used", path, name)
+            for column in sorted(set(row) - used):
+                if (str(source), column) not in self._warned_of:  # once for each file and column
+                    self._warned_of.add((str(source), column))
+                    logger.warning("%s: the column %r is not used", place.rpartition(", ")[0], column)
             count += 1
         return count
 
     def _document(self, row: dict[str, Any], place: str, set_name: str | None) -> dict[str, Any]:
-        subject, text = _text(row, "subject"), _text(row, "text")
+        subject = subject_of(row) if row.get("subject") is None else _text(row, "subject")
+        if form_of(row) == "text":
+            text, prefix = _text(row, "text"), _text(row, "prefix", default="", may_be_empty=True)
+        else:
+            text, prefix = as_text(row, self._tokenizer)
         named = _text(row, "set") if set_name is None else _text(row, "set", default=set_name)
         check_choice("set", named, SETS)
         if set_name not in (None, named):
@@ -590,27 +626,29 @@ class _UserRows:
                 "only be in one of unlearn, obsolete and update together, retain, neighbour, unseen."
             )
         self._subjects.add((named, subject))
-        prefix = _text(row, "prefix", default="", may_be_empty=True)
         if not text.startswith(prefix) or len(prefix) == len(text):
-            raise _RowError(f"has a prefix, {_shown(prefix)}, that its text does not begin with and go on from.")
+            raise _RowError(f"has a prefix, {shown(prefix)}, that its text does not begin with and go on from.")
         form = _text(row, "form", default=None)
         return {"subject": subject, "set": named, "form": form, "prefix": prefix, "text": text, "facts": _facts(row)}
 
-    def _question(self, row: dict[str, Any], place: str) -> dict[str, Any]:
-        subject, set_name, question = (_text(row, name) for name in ("subject", "set", "question"))
+    def _question(self, row: dict[str, Any], place: str, given_set: str | None) -> dict[str, Any]:
+        set_name = _text(row, "set") if given_set is None else _text(row, "set", default=given_set)
+        question = _text(row, "question")
+        subject = subject_of(row) if row.get("subject") is None else _text(row, "subject")
         check_choice("set", set_name, SETS)
-        if (set_name, subject) not in self._subjects:
+        if row.get("subject") is not None and (set_name, subject) not in self._subjects:
             raise _RowError(
                 f"asks about {subject!r} in {set_name}, where no document has that subject: spell it as there."
             )
-        kind = _text(row, "kind", default="mcq")
-        check_choice("kind", kind, QUESTION_KINDS)
+        is_open = row.get("options") is None and not row.get("wrong")
+        kind = _text(row, "kind", default=OPEN if is_open else "mcq")
+        check_choice("kind", kind, ALL_KINDS)
         split = _text(row, "split", default=SPLITS[derive_seed(subject, question) % len(SPLITS)])
         check_choice("split", split, SPLITS)
         first = self._first_place.setdefault((set_name, subject, kind, question), place)
         if first != place:
             raise _RowError(f"asks the same question as {first}: validation and test must not share any.")
-        options = _options(row)
+        options = _options(row, kind)
         answer = _place_in(row, "answer", options)
         old_answer = _place_in(row, "old_answer", options) if row.get("old_answer") is not None else None
         if old_answer == answer:
@@ -640,7 +678,7 @@ def _text(row: dict[str, Any], name: str, default: Any = _REQUIRED, may_be_empty
             raise _RowError(f"has no {name!r}: it has {sorted(row)}.")
         return default
     if not isinstance(value, str):
-        raise _RowError(f"has {_shown(value)} as {name!r}, a {type(value).__name__}: it must be a string.")
+        raise _RowError(f"has {shown(value)} as {name!r}, a {type(value).__name__}: it must be a string.")
     if not value.strip() and not may_be_empty:
         raise _RowError(f"has an empty {name!r}: fill it or remove the row.")
     return value
@@ -653,17 +691,22 @@ def _facts(row: dict[str, Any]) -> list[dict[str, str]]:
     is_list = isinstance(facts, list) and all(isinstance(fact, dict) for fact in facts)
     if not is_list or any({*map(type, fact.values())} != {str} or {*fact} != {"attribute", "value"} for fact in facts):
         raise _RowError(
-            f'has {_shown(facts)} as \'facts\': it must be a list of {{"attribute": "...", "value": "..."}}.'
+            f'has {shown(facts)} as \'facts\': it must be a list of {{"attribute": "...", "value": "..."}}.'
         )
     return facts
 
 
-def _options(row: dict[str, Any]) -> list[str]:
+def _options(row: dict[str, Any], kind: str) -> list[str]:
+    """The options; of a row without any, its answer and its `wrong` ones; one is enough for an open question."""
     options = row.get("options")
+    if options is None and isinstance(row.get("answer"), str):
+        wrong = row.get("wrong") or []
+        options = [row["answer"], *([wrong] if isinstance(wrong, str) else wrong)]
+        options = list(dict.fromkeys(options))
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise _RowError(f"has {_shown(options)} as 'options': it must be a list of strings that are not empty.")
-    if len(options) < MIN_OPTIONS or len(set(options)) < len(options):
-        raise _RowError(f"has the options {_shown(options)}: it needs at least {MIN_OPTIONS}, all different.")
+        raise _RowError(f"has {shown(options)} as 'options': it must be a list of strings that are not empty.")
+    if len(options) < (1 if kind == OPEN else MIN_OPTIONS) or len(set(options)) < len(options):
+        raise _RowError(f"has the options {shown(options)}: it needs at least {MIN_OPTIONS}, all different.")
     return options
 
 
@@ -675,11 +718,6 @@ def _place_in(row: dict[str, Any], name: str, options: list[str]) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
         return value
     raise _RowError(
-        f"has {_shown(value)} as {name!r}: it must be one of the {len(options)} options, or its place from 0 to "
+        f"has {shown(value)} as {name!r}: it must be one of the {len(options)} options, or its place from 0 to "
         f"{len(options) - 1}."
     )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,4 +16,4 @@ class Fluency(base.Metric):
     def score(self, *, predictions: Sequence[str], **bootstrap: Any) -> dict[str, float | int]:
         """bootstrap: as in `mean_intervals`."""
         columns = {"ngram_entropy": ngram_entropy(predictions)}
-        return {**mean_intervals(columns, **bootstrap), "num_texts": len(predictions)}
+        return {**mean_intervals(columns, is_share=False, **bootstrap), "num_texts": len(predictions)}

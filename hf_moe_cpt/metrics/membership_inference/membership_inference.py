@@ -63,7 +63,7 @@ class MembershipInference(base.Metric):
         found: dict[str, float | int | bool] = {}
         for name, score in zip(_AUCS, scores, strict=True):
             samples = [score[rows] for rows in sides]
-            value, low, high = bootstrap_two_samples(*samples, auc, *groups_of_sides, **bootstrap)
+            value, low, high = bootstrap_two_samples(*samples, auc, *groups_of_sides, is_share=True, **bootstrap)
             found |= {name: value, f"{name}_low": low, f"{name}_high": high}
             attack = name.removesuffix("_auc")
             found[f"{attack}_over_forgotten"] = high == high and is_over_forgotten(high)

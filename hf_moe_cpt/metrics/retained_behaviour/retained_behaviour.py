@@ -34,7 +34,8 @@ class RetainedBehaviour(base.Metric):
             rows = np.flatnonzero(np.asarray(is_neighbour, dtype=bool) == neighbours)
             their_groups = base.groups_of(groups, rows, len(kl))
             for name, column in zip(names, totals, strict=True) if len(rows) else ():
-                interval = bootstrap_interval(column[rows], their_groups, statistic=ratio_of_sums, **bootstrap)
+                options = {"statistic": ratio_of_sums, "is_share": column is totals[1], **bootstrap}
+                interval = bootstrap_interval(column[rows], their_groups, **options)
                 found |= zip((name, f"{name}_low", f"{name}_high"), interval, strict=True)
             found[number] = len(rows)
         return found

@@ -487,8 +487,7 @@ def test_unused_columns_are_told_once(tmp_path, caplog):
 DOCUMENT_ERRORS = {
     "no json": ("{", r"line 2 is not valid JSON \(Expecting property name.*put one whole object on each line"),
     "array": ([1], r"line 2 is a JSON list, not an object"),
-    "no subject": ({"set": "unlearn", "text": "x"}, r"line 2 has no 'subject': it has \['set', 'text'\]"),
-    "no text": ({"set": "unlearn", "subject": "x"}, r"line 2 has no 'text'"),
+    "no text": ({"set": "unlearn", "subject": "x"}, r"line 2: the columns set, subject are no text: give 'text', "),
     "null text": (DOCUMENT | {"text": None}, r"line 2 has no 'text'"),
     "empty text": (DOCUMENT | {"text": "  "}, r"line 2 has an empty 'text': fill it or remove the row"),
     "number": (DOCUMENT | {"text": 5}, r"line 2 has 5 as 'text', a int: it must be a string"),
