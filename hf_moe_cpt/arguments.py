@@ -43,6 +43,7 @@ class SettingsParser(HfArgumentParser):
     def __init__(self, kinds: Sequence[type], program: str) -> None:
         super().__init__(list(kinds), prog=program, add_help=False, allow_abbrev=False, conflict_handler="resolve")
         self.add_argument("--config")
+        self._own = {action.dest: (action, action.default) for action in self._actions}
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -81,9 +82,14 @@ class SettingsParser(HfArgumentParser):
         given, parsed = vars(self.parse_args(words)), []
         for kind in self.dataclass_types:
             values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.init}
-            check_values(kind, values)
+            check_values(kind, {name: value for name, value in values.items() if self._is_given(name, value)})
             parsed.append(kind(**values))
         return tuple(parsed)
+
+    def _is_given(self, name: str, value: Any) -> bool:
+        """Whether a value is not the default of its field, as argparse makes it of that."""
+        action, own = self._own[name]
+        return value is not own and not (isinstance(own, str) and value == self._get_value(action, own))
 
     def _refuse_unknown(self, option: str) -> None:
         known = [name for name in self._option_string_actions if name.startswith("--") and "-" not in name[2:]]

@@ -62,7 +62,7 @@ def check_values(kind: type, values: Mapping[str, Any]) -> None:
     """
     kinds = _hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name in values and values[field.name] is not field.default:
+        if field.name in values:
             _check(field, kinds[field.name], values[field.name], f"--{field.name} {values[field.name]!r}")
 
 

@@ -85,7 +85,7 @@ REFUSED = {
     "overrides that are no JSON": ({"preset_overrides": "{"}, "--preset_overrides '{' is no JSON"),
     "missing file": ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
     "folder in use, before all else": ({"dataset_name": "nowhere.jsonl", "output_dir": "."}, "is not empty .it holds"),
-    "all held out": ({"held_out_fraction": 1.5}, "held_out_fraction=1.5 of"),
+    "all held out": ({"held_out_fraction": 1.5}, r"--held_out_fraction 1.5 is outside \[0, 1\)"),
     "held out of a stream": ({"streaming": True}, "held_out_fraction cannot split a stream"),
 }
 
