@@ -1,91 +1,81 @@
-"""Compare preference methods in a world where the true reward of every answer is known.
+"""Test the claims of RainbowPO in worlds where the true reward of every answer is known.
 
-A tiny policy is trained on the world's base policy in seconds; every preset of RainbowPO and a few ablations start
-from it, on the same pairs, for the same number of steps, and may choose among the same number of settings: learning
-rates times strengths of their beta, judged by true reward on prompts of their own ("tune"). The choice is then trained
-afresh with other seeds and judged on other prompts ("test"). Differences to another method are taken seed by seed, on
-the same pairs: intervals tell the spread of pairs, data order and samples, in one world and from one policy. What is
-measured and how: docs/preference_world.md.
+A small policy imitates the base policy of a world. Cells, which are settings of the objective on some pairs, start
+from it and train on the same pairs in the same order; along each run the policy is examined. The endpoint of a run is
+the mean true reward at a divergence of 1, 2 and 4 nats from the reference, between two checkpoints linearly, so that
+no method wins by going further. A claim is a contrast of cells, compared world by world, seed by seed, prompt by
+prompt: interval and p-value come from a bootstrap that draws the (world, seed) runs and, crossed with them, the
+prompts of each world; p-values of all claims are corrected together (Holm). More: docs/preference_world.md.
 
-The betas of the presets are meant for answers of hundreds of tokens. Here a method's beta is strength * (SQUARE_FACTOR
-for square links) / (1 with length normalisation, else tokens of a mean base answer), so that one strength asks the
-same of a method with sums as of one with means.
+The numbers of a preset are meant for answers of hundreds of tokens. A strength s stands for beta = s * plain_beta *
+(SQUARE_FACTOR for square links) / (1 with length normalisation, else tokens of a mean base answer); plain_beta is 1,
+and the presets' 10 where answers are long. Kept is what a number says in the logit: the home advantage times beta,
+also (1 - alpha) of it where it is mixed, and an SFT weight over beta. Learning rate, strength and R-DPO's penalty are
+tuned: from the middle of a grid to the best neighbour until the best lies inside, on prompts and pairs of their own; a
+cell whose best is still at the edge is marked.
+
+The loss is `preference_terms`, the one of `RainbowPOTrainer`, on batches whose reference values were computed once; a
+test holds this loop to the trainer.
 
 KL is that of whole answers, policy against reference, in nats: a Monte Carlo mean over the policy's samples of the sum
-over their tokens of the exact divergence between the two next-token distributions. It has the same expectation as the
-sum of log-ratios and varies less.
+over their tokens of the exact divergence between the two next-token distributions.
 
-Letters: N sequences or prompts, S samples of each, R rows = N * S, P tokens of a prompt (the same for all), T tokens
-of the longest answer, V vocabulary. An answer ends with its first EOS; what follows it is padding. Sampling inverts
-the cumulative distribution at uniform numbers that are a function of (seed, row, position), so an answer depends on
-its model, prompt and row alone. Source: ours.
+Letters: N sequences or prompts, R rows, P tokens of a prompt (the same for all), T tokens of the longest answer, V
+vocabulary, U runs of a cell. An answer ends with its first EOS; what follows it is padding. Sampling inverts the
+cumulative distribution at uniform numbers that are a function of (seed, row, position), so an answer depends on its
+model, prompt and row alone. Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import shutil
-import statistics
-import tempfile
-import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.data.preference_world import (
-    EOS_ID,
-    PAD_ID,
-    PreferencePairs,
-    PreferenceWorld,
-    answer_lengths,
-    token_counts,
-)
+from hf_moe_cpt.data.preference_world import EOS_ID, PAD_ID, PreferenceWorld, token_counts
 from hf_moe_cpt.data.random import derive_seed
+from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
 from hf_moe_cpt.evaluation.resumable import ResumableFolder
-from hf_moe_cpt.evaluation.statistics import preference_accuracy
 from hf_moe_cpt.machine import check_names, machine_facts
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports.plots import plotting
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
-    SCALE_OF_SWEEP,
-    Column,
     Crew,
-    Estimate,
     Records,
     check_request,
     open_folder,
     quiet_process,
-    t_interval,
-    table_row,
     write_page,
     write_results,
 )
-from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+from hf_moe_cpt.trainers.rainbowpo.losses import (
+    LINKS,
+    Pair,
+    dispersion_scale_of,
+    length_advantage,
+    mallows_phi,
+    normalized_entropy,
+    preference_terms,
+    score_advantage,
+)
+from hf_moe_cpt.trainers.rainbowpo.presets import preset_settings
 
 
 ARCHITECTURES = ("llama", "cpt_moe")
@@ -100,6 +90,7 @@ class PolicyPlan:
     architecture: str = "llama"
     hidden_size: int = 48
     num_layers: int = 2
+    num_heads: int = 2
     steps: int = 800
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -111,9 +102,9 @@ class PolicyPlan:
             "hidden_size": self.hidden_size,
             "intermediate_size": 2 * self.hidden_size,
             "num_hidden_layers": self.num_layers,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "max_position_embeddings": 512,
             "bos_token_id": None,
             "eos_token_id": EOS_ID,
             "pad_token_id": PAD_ID,
@@ -125,13 +116,15 @@ class PolicyPlan:
         raise ValueError(f"--architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}.")
 
 
-def train_policy(world: PreferenceWorld, plan: PolicyPlan, folder: Path, seed: int = 0) -> list[float]:
+def train_policy(
+    world: PreferenceWorld, plan: PolicyPlan, folder: Path, seed: int = 0, device: str = "cpu"
+) -> list[float]:
     """Imitate the base policy on prompts of the training split, save model and tokenizer to `folder`.
 
     Returns the cross-entropy of each step, in nats per answer token.
     """
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(plan.config(world))
+    model = AutoModelForCausalLM.from_config(plan.config(world)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
     warmup = max(1, plan.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -141,8 +134,8 @@ def train_policy(world: PreferenceWorld, plan: PolicyPlan, folder: Path, seed: i
     for step in range(plan.steps):
         begin = FIRST_SUPERVISED_INDEX + step * plan.batch_size
         indices = np.arange(begin, begin + plan.batch_size)
-        prompts = torch.from_numpy(world.prompts(indices))
-        answers = torch.from_numpy(world.base_completions(indices))
+        prompts = torch.from_numpy(world.prompts(indices)).to(device)
+        answers = torch.from_numpy(world.base_completions(indices)).to(device)
         labels = answers.masked_fill(~answer_mask(answers), -100)
         logits = answer_logits(model, prompts, answers)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -164,8 +157,8 @@ def load_policy(folder: Path) -> PreTrainedModel:
 
 def answer_mask(answers: Tensor) -> Tensor:
     """(N, T) bool: tokens up to and with the first EOS of each row."""
-    counts = torch.from_numpy(token_counts(answers.numpy()))
-    return torch.arange(answers.shape[1]) < counts[:, None]
+    ended = answers == EOS_ID
+    return ended.cumsum(1) - ended.long() == 0
 
 
 def answer_logits(model: PreTrainedModel, prompts: Tensor, answers: Tensor) -> Tensor:
@@ -209,13 +202,13 @@ def sample_answers(model: PreTrainedModel, prompts: Tensor, uniforms: Tensor, ba
 
     uniforms: (N, T) in [0, 1), one for each token of each answer.
     """
-    pieces = zip(prompts.split(batch_size), uniforms.split(batch_size), strict=True)
+    pieces = zip(prompts.split(batch_size), uniforms.to(prompts.device).split(batch_size), strict=True)
     return torch.cat([_sample_batch(model, *piece) for piece in pieces])
 
 
 def _sample_batch(model: PreTrainedModel, prompts: Tensor, uniforms: Tensor) -> Tensor:
-    answers = torch.full(uniforms.shape, PAD_ID)
-    going = torch.arange(len(prompts))  # rows that have no EOS yet: the others leave the batch
+    answers = torch.full(uniforms.shape, PAD_ID, device=prompts.device)
+    going = torch.arange(len(prompts), device=prompts.device)  # rows that have no EOS yet: the others leave the batch
     tokens, cache = prompts, None
     for place in range(uniforms.shape[1]):
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -231,227 +224,6 @@ def _sample_batch(model: PreTrainedModel, prompts: Tensor, uniforms: Tensor) -> 
     return answers
 
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "rainbowpo-no-ln": {"length_normalization": False},
-    "rainbowpo-no-phi": {"contextual_scaling": "none"},
-    "rainbowpo-no-mixing": {"mixing_alpha": 1.0},  # the reference in full; its share of the home advantage is then 0
-    "rainbowpo-no-margin": {"home_advantage": 0.0},
-}
-METHODS = (*PRESETS, *ABLATIONS)
-TUNING_SEED = 0
-SQUARE_FACTOR = 1 / 3  # a square link is content at a margin of 1 / (2 beta), where the logistic one still pulls
-LENGTH_PENALTY = 0.1  # R-DPO's, in units of the logit per token; the preset's 0.01 is for differences of 100 tokens
-LLM_SCALE = ("learning_rate", "beta")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Budget of every run, and how many runs there are."""
-
-    num_pairs: int  # of a training set
-    epochs: int
-    batch_size: int  # pairs of an optimizer step
-    learning_rates: tuple[float, ...]
-    strengths: tuple[float, ...]
-    seeds: int  # of the final runs
-    tune_samples: int  # of each prompt
-    test_samples: int
-    frontier_samples: int
-    eval_pairs: int  # before ties are left out
-    max_tokens: int = 24  # of a sample, about twice the longest answer of the base policy
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a run."""
-        return self.epochs * (self.num_pairs // self.batch_size)
-
-
-SETTINGS = {
-    "small": Scale(1536, 2, 64, (1e-3, 2e-3), (1 / 3, 1.0), 4, 24, 48, 1024, 400),
-    "normal": Scale(4096, 3, 64, (5e-4, 1e-3, 2e-3), (0.1, 1 / 3, 1.0, 3.0), 8, 64, 128, 4096, 1000),
-}
-POLICY_STEPS = {"small": 800, "normal": 2000}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run and its examination."""
-
-    method: str
-    learning_rate: float
-    strength: float
-    seed: int
-    split: str  # "tune" or "test": the prompts that it is judged on
-
-    @property
-    def name(self) -> str:
-        """Also its file in the folder, without the ending."""
-        return f"{self.method}-{self.split}-lr{self.learning_rate:g}-strength{self.strength:.3g}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that decides the numbers, besides which methods and how many seeds are asked for."""
-
-    world: PreferenceWorld
-    policy: PolicyPlan
-    scale: Scale
-    pairs_from: str  # "base" or "reference"
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same in a folder that is taken up again, as JSON can hold it, by flat names."""
-        scale = {name: v for name, v in dataclasses.asdict(self.scale).items() if name not in SCALE_OF_SWEEP}
-        parts = {"world": dataclasses.asdict(self.world), "policy": dataclasses.asdict(self.policy), "scale": scale}
-        flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        return flat | {"pairs_from": self.pairs_from}
-
-    def first_pair(self, seed: int) -> int:
-        """Index of the first training pair of a seed: no pair is in two training sets."""
-        return seed * self.scale.num_pairs
-
-    def tuning_runs(self, method: str) -> list[Run]:
-        """The grid of a method."""
-        return [
-            Run(method, rate, strength, TUNING_SEED, "tune")
-            for strength in self.scale.strengths
-            for rate in self.scale.learning_rates
-        ]
-
-    def final_runs(self, chosen: Run) -> list[Run]:
-        """The chosen settings with seeds that the choice has not seen."""
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.scale.seeds)
-        return [dataclasses.replace(chosen, seed=seed, split="test") for seed in seeds]
-
-    def trainer_settings(self, run: Run) -> dict[str, Any]:
-        """Fields of `RainbowPOConfig` that make this run its method."""
-        settings = method_settings(run.method, run.strength, self.world.mean_base_tokens)
-        return settings | {
-            "learning_rate": run.learning_rate,
-            "max_steps": self.scale.steps,
-            "per_device_train_batch_size": self.scale.batch_size,
-            "seed": derive_seed("trainer", run.seed) % 2**31,
-        }
-
-
-def method_settings(method: str, strength: float, mean_tokens: float) -> dict[str, Any]:
-    """Switches of a preset or ablation with its beta for answers of `mean_tokens` tokens; without a learning rate.
-
-    A home advantage that is a constant keeps the preset's value per token; ODPO's keeps its product with beta.
-    """
-    check_names("--methods", [method], METHODS)
-    changes = ABLATIONS.get(method, {})
-    preset = preset_settings(method if method in PRESETS else "rainbowpo") | changes
-    settings = {name: value for name, value in preset.items() if name not in LLM_SCALE}
-    per_token = settings.get("length_normalization", True)
-    square = settings.get("link", "logistic").startswith("square")
-    beta = strength * (SQUARE_FACTOR if square else 1.0) / (1.0 if per_token else mean_tokens)
-    source = settings.get("home_advantage_from", "constant")
-    if source == "score":
-        settings["home_advantage"] = preset["home_advantage"] * preset["beta"] / beta
-    elif source == "length":
-        settings["home_advantage"] = LENGTH_PENALTY / beta
-    elif not per_token:
-        settings["home_advantage"] = preset["home_advantage"] * mean_tokens
-    return settings | {"beta": beta}
-
-
-MIN_EFFECTIVE_SAMPLES = 20  # below it the best policy is not estimated any more but guessed
-FRONTIER_SLOPES = np.concatenate([[0.0], np.geomspace(0.05, 20.0, 60)])  # nats per unit of reward
-
-
-@dataclass(frozen=True)
-class JudgedSamples:
-    """Answers of one model with their true rewards, `samples` rows for each prompt, one prompt after the other."""
-
-    prompts: np.ndarray  # (R, P)
-    answers: Tensor  # (R, T)
-    rewards: np.ndarray  # (R,)
-    samples: int
-
-
-class WorldExam:
-    """Held-out prompts, the reference's samples on them and clean pairs: what every policy is measured against."""
-
-    def __init__(
-        self,
-        world: PreferenceWorld,
-        reference: PreTrainedModel,
-        split: str,
-        *,
-        samples: int,
-        max_tokens: int,
-        num_pairs: int,
-    ) -> None:
-        self.world, self.reference, self.split = world, reference, split
-        self.samples, self.max_tokens, self.num_pairs = samples, max_tokens, num_pairs
-
-    @cached_property
-    def reference_samples(self) -> JudgedSamples:
-        """Independent of the samples of any policy."""
-        return self.sample(self.reference, self.samples, "reference", seed=0)
-
-    @cached_property
-    def pairs(self) -> PreferencePairs:
-        """Pairs of base answers ordered by the truth, without those that are equally good."""
-        pairs = self.world.clean().pairs(np.arange(self.num_pairs), self.split)
-        apart = pairs.reward_chosen > pairs.reward_rejected
-        return PreferencePairs(*(column[apart] for column in pairs))
-
-    @cached_property
-    def reference_sums(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the clean pairs' answers under the reference."""
-        return self._pair_sums(self.reference)
-
-    def sample(self, model: PreTrainedModel, samples: int, purpose: str, seed: int) -> JudgedSamples:
-        """`samples` answers to each prompt of the split, judged; drawn with the numbers of (purpose, seed)."""
-        prompts = np.repeat(self.world.distinct_prompts(self.split), samples, axis=0)
-        uniforms = uniform_numbers(seed, purpose, len(prompts), self.max_tokens)
-        answers = sample_answers(model, torch.from_numpy(prompts), uniforms)
-        return JudgedSamples(prompts, answers, self.world.rewards(prompts, answers.numpy()), samples)
-
-    def grade(self, model: PreTrainedModel, seed: int) -> dict[str, float]:
-        """Every measure of a policy, means over prompts and samples; of one ambiguity level with `/level` behind.
-
-        seed: of the policy's samples; those of the reference are always the same.
-        """
-        judged = self.sample(model, self.samples, "policy", seed)
-        divergence = sequence_divergence(model, self.reference, torch.from_numpy(judged.prompts), judged.answers)
-        levels = self.world.ambiguity(judged.prompts)
-        grades = {
-            "reward": float(judged.rewards.mean()),
-            "win_rate": win_rate(judged, self.reference_samples),
-            "kl": float(divergence.mean()),
-            "length": float(token_counts(judged.answers.numpy()).mean()),
-            "unfinished": float(1 - answer_lengths(judged.answers.numpy())[1].mean()),
-        }
-        for level in sorted(set(self.world.ambiguity_levels)):
-            rows = levels == level
-            if rows.any():
-                grades |= {
-                    f"reward/{level:g}": float(judged.rewards[rows].mean()),
-                    f"kl/{level:g}": float(divergence.numpy()[rows].mean()),
-                }
-        return grades | self.accuracies(model)
-
-    def accuracies(self, model: PreTrainedModel) -> dict[str, float]:
-        """Share of clean pairs that the policy orders rightly: by its probability, per token, by its log-ratio."""
-        chosen, rejected = self._pair_sums(model)
-        lengths = token_counts(self.pairs.chosen), token_counts(self.pairs.rejected)
-        plain = preference_accuracy(chosen, rejected, *lengths)
-        ratio = preference_accuracy(chosen, rejected, *lengths, *self.reference_sums)
-        return {
-            "accuracy": plain.plain.value,
-            "accuracy_per_token": plain.length_normalized.value,
-            "accuracy_of_ratio": ratio.plain.value,
-        }
-
-    def _pair_sums(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        prompts = torch.from_numpy(self.pairs.prompts)
-        sides = (torch.from_numpy(side) for side in (self.pairs.chosen, self.pairs.rejected))
-        first, second = (taken(answer_log_probabilities(model, prompts, side), side) for side in sides)
-        return first, second
-
-
 def sequence_divergence(
     policy: PreTrainedModel, reference: PreTrainedModel, prompts: Tensor, answers: Tensor
 ) -> Tensor:
@@ -465,11 +237,8 @@ def sequence_divergence(
     return (per_token * answer_mask(answers)).sum(dim=1)
 
 
-def win_rate(policy: JudgedSamples, reference: JudgedSamples) -> float:
-    """Share of (policy sample, reference sample) pairs of the same prompt that the policy wins, ties as halves."""
-    ours = policy.rewards.reshape(-1, policy.samples, 1)
-    theirs = reference.rewards.reshape(-1, 1, reference.samples)
-    return float(((ours > theirs) + 0.5 * (ours == theirs)).mean())
+MIN_EFFECTIVE_SAMPLES = 20  # below it the best policy is not estimated any more but guessed
+FRONTIER_SLOPES = np.concatenate([[0.0], np.geomspace(0.05, 20.0, 60)])  # nats per unit of reward
 
 
 def best_frontier(rewards: np.ndarray, slopes: Sequence[float] = FRONTIER_SLOPES) -> list[tuple[float, float]]:
@@ -491,315 +260,775 @@ def best_frontier(rewards: np.ndarray, slopes: Sequence[float] = FRONTIER_SLOPES
     return points
 
 
-class Worker:
-    """Trains and grades the runs of one comparison, from the policy saved in `policy_folder`."""
+# ---- cells: what is compared ----
 
-    def __init__(self, comparison: Comparison, policy_folder: Path) -> None:
-        self.comparison, self.policy_folder = comparison, policy_folder
-        self.tokenizer = comparison.world.tokenizer()
-        self._exams: dict[str, WorldExam] = {}
-        self._pairs: dict[int, datasets.Dataset] = {}
+SQUARE_FACTOR = 1 / 3  # a square link is content at a margin of 1 / (2 beta), where the logistic one still pulls
+MARGIN_LOGIT = 0.75  # beta h (1 - alpha) of RainbowPO
+PENALTY = 0.05  # of R-DPO, logits a token, where its tuning begins
+FACTORS = ("LN", "mixing", "margin", "phi")
+LENGTH_BIAS, AMBIGUITY = 0.1, 0.5  # logits a token; of half of the prompts, whose answers differ by so much less
+VARIANTS = {  # of a world and its policy
+    "main": {},
+    "clear": {"ambiguity": 0.0},
+    "unbiased": {"length_bias": 0.0},
+    "biased": {"length_bias": 0.3},
+    "weak": {"policy_share": 0.25},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Settings of the objective on some pairs. tuned_as: the cell whose tuned numbers it takes, by default its own."""
+
+    name: str
+    settings: tuple[tuple[str, Any], ...]  # overrides of switches, in the unit of logits; see `switches_of`
+    variant: str = "main"
+    epochs: int = 0  # 0: those of the scale
+    pairs: str = "base"  # or "rs", "rs+"
+    tuned_as: str = ""
+
+    def like(self, name: str, **changes: Any) -> Cell:
+        """The same with other data, on this cell's tuned numbers."""
+        return replace(self, name=name, tuned_as=self.tuned_as or self.name, **changes)
+
+
+def _preset(name: str, label: str = "", **changes: Any) -> Cell:
+    """A preset's cell; home advantage and SFT weight as they stand in its logit."""
+    preset = preset_settings(name)
+    settings = {key: preset[key] for key in preset if key not in ("learning_rate", "beta", "dispersion_scale")}
+    if settings["home_advantage_from"] != "length":
+        settings["home_advantage"] *= preset["beta"]
+    settings["sft_weight"] /= preset["beta"]
+    return Cell(label or name, tuple((settings | changes).items()))
+
+
+def factorial_name(levels: Sequence[bool]) -> str:
+    """The name of a cell of the factorial."""
+    return " ".join(f"{'+' if is_on else '-'}{factor}" for factor, is_on in zip(FACTORS, levels, strict=True))
+
+
+def _factorial() -> list[Cell]:
+    cells = []
+    for levels in itertools.product((False, True), repeat=4):
+        ln, mixing, margin, phi = levels
+        changes = {"length_normalization": ln, "mixing_alpha": 0.25 if mixing else 1.0, "mix_home_advantage": False}
+        changes |= {"home_advantage": MARGIN_LOGIT * margin, "contextual_scaling": "mallows" if phi else "none"}
+        cells.append(_preset("rainbowpo", factorial_name(levels), **changes))
+    return cells
+
+
+def all_cells() -> dict[str, Cell]:
+    """Every cell by its name."""
+    cells = {cell.name: cell for cell in _factorial()}
+    dpo, ln_dpo = (cells[factorial_name((ln, False, False, False))] for ln in (False, True))
+    rainbow = cells[factorial_name((True, True, True, True))]
+    no_phi = cells[factorial_name((True, True, True, False))]
+    more = [_preset("simpo"), _preset("r-dpo"), _preset("odpo")]
+    for link in LINKS:
+        if link != "logistic":
+            more.append(replace(ln_dpo, name=f"ln-dpo, {link}", settings=(*ln_dpo.settings, ("link", link))))
+    more.append(replace(ln_dpo, name="ln-dpo, SFT", settings=(*ln_dpo.settings, ("sft_weight", 0.01))))
+    for variant in ("unbiased", "biased"):
+        more += [cell.like(f"{cell.name}, {variant}", variant=variant) for cell in (dpo, ln_dpo)]
+    more += [cell.like(f"{cell.name}, clear", variant="clear") for cell in (rainbow, no_phi)]
+    no_mixing = cells[factorial_name((True, False, True, True))]
+    more += [cell.like(f"{cell.name}, weak", variant="weak") for cell in (rainbow, no_mixing)]
+    for cell in (rainbow, ln_dpo):
+        more += [cell.like(f"{cell.name}, {epochs} epochs", epochs=epochs) for epochs in (1, 3)]
+    more += [cell.like(f"{cell.name}, {how}", pairs=how) for cell in (dpo, ln_dpo) for how in ("rs", "rs+")]
+    return cells | {cell.name: cell for cell in more}
+
+
+CELLS = all_cells()
+DPO, LN_DPO = factorial_name((False,) * 4), factorial_name((True, False, False, False))
+RAINBOW, NO_MIXING = factorial_name((True,) * 4), factorial_name((True, False, True, True))
+NO_PHI = factorial_name((True, True, True, False))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, or a check of this world, as a contrast of cells at TARGET nats.
+
+    kind: "more", the contrast is above 0; "less", below; "no gain", at most the margin; "nothing", within it.
+    """
+
+    text: str
+    weights: Mapping[str, float]
+    kind: str
+
+
+def effect(*factors: str, where: Mapping[str, bool] | None = None) -> dict[str, float]:
+    """Weights of a main effect (one factor) or interaction (more), among the cells with the levels of `where`."""
+    chosen = [
+        dict(zip(FACTORS, levels, strict=True))
+        for levels in itertools.product((False, True), repeat=4)
+        if all(dict(zip(FACTORS, levels, strict=True))[name] == level for name, level in (where or {}).items())
+    ]
+    share = 2 / len(chosen)
+    return {
+        factorial_name(list(levels.values())): share * math.prod(1 if levels[name] else -1 for name in factors)
+        for levels in chosen
+    }
+
+
+def difference(first: str, second: str, *others: str) -> dict[str, float]:
+    """first - second, or (first - second) - (third - fourth)."""
+    weights: dict[str, float] = {}
+    for name, sign in zip((first, second, *others), (1.0, -1.0, -1.0, 1.0), strict=False):
+        weights[name] = weights.get(name, 0.0) + sign
+    return weights
+
+
+CLAIMS = (
+    Claim("length normalisation helps", effect("LN"), "more"),
+    Claim("mixing helps with length normalisation", effect("mixing", where={"LN": True}), "more"),
+    Claim("mixing does nothing without it", effect("mixing", where={"LN": False}), "nothing"),
+    Claim("contextual scaling helps", effect("phi"), "more"),
+    Claim("a margin does nothing for DPO", effect("margin", where={"LN": False, "mixing": False}), "nothing"),
+    Claim("RainbowPO is better than DPO", difference(RAINBOW, DPO), "more"),
+    Claim("RainbowPO is better than LN-DPO", difference(RAINBOW, LN_DPO), "more"),
+    Claim("RainbowPO is better than SimPO", difference(RAINBOW, "simpo"), "more"),
+    *(Claim(f"no gain from the link {link}", difference(f"ln-dpo, {link}", LN_DPO), "no gain")
+      for link in LINKS if link != "logistic"),
+    Claim("no gain from SFT", difference("ln-dpo, SFT", LN_DPO), "no gain"),
+    Claim("rejection sampling helps DPO", difference(f"{DPO}, rs", DPO), "more"),
+    Claim("rejection sampling hurts LN-DPO", difference(f"{LN_DPO}, rs", LN_DPO), "less"),
+    Claim("RS+ helps DPO", difference(f"{DPO}, rs+", DPO), "more"),
+    Claim("RS+ hurts LN-DPO", difference(f"{LN_DPO}, rs+", LN_DPO), "less"),
+    Claim("three epochs give RainbowPO more than LN-DPO",
+          difference(f"{RAINBOW}, 3 epochs", f"{RAINBOW}, 1 epochs", f"{LN_DPO}, 3 epochs", f"{LN_DPO}, 1 epochs"),
+          "more"),
+    Claim("length normalisation helps more, the stronger the bias (0.3 against 0)",
+          difference(f"{LN_DPO}, biased", f"{DPO}, biased", f"{LN_DPO}, unbiased", f"{DPO}, unbiased"), "more"),
+    Claim("without ambiguity phi does nothing", difference(f"{RAINBOW}, clear", f"{NO_PHI}, clear"), "nothing"),
+    Claim("with half of the prompts ambiguous phi helps", difference(RAINBOW, NO_PHI), "more"),
+    Claim("mixing helps more, the worse the reference",
+          difference(f"{RAINBOW}, weak", f"{NO_MIXING}, weak", RAINBOW, NO_MIXING), "more"),
+)  # fmt: skip
+
+
+def switches_of(cell: Cell, strength: float, penalty: float, mean_tokens: float, plain_beta: float) -> dict[str, Any]:
+    """Switches of the objective for answers of `mean_tokens` tokens.
+
+    A constant home advantage of a cell is that of the logit, so h = advantage / beta; R-DPO's is `penalty` for each
+    token; an SFT weight is one of preference loss at beta 1. plain_beta: beta of strength 1 per token.
+    """
+    settings = dict(cell.settings)
+    is_square = settings["link"].startswith("square")
+    beta = strength * plain_beta * (SQUARE_FACTOR if is_square else 1.0)
+    beta /= 1.0 if settings["length_normalization"] else mean_tokens
+    logit = penalty if settings["home_advantage_from"] == "length" else settings["home_advantage"]
+    return settings | {"beta": beta, "home_advantage": logit / beta, "sft_weight": settings["sft_weight"] * beta}
+
+
+# ---- runs ----
+
+NATS = (1.0, 2.0, 4.0)
+TARGET = 2.0  # nats, at which settings are chosen and claims are tested
+AXES = {"rate": 2.0, "strength": 3.0, "penalty": 3.0}  # factor of a step of the grid
+TUNING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Budget of every run, and how many there are."""
+
+    num_pairs: int
+    epochs: int
+    batch_size: int
+    worlds: int
+    seeds: int  # of each world
+    rounds: int  # in which a grid may grow
+    samples: int  # of each prompt
+    checkpoints: int
+    policy: PolicyPlan
+    world: tuple[tuple[str, Any], ...] = (("num_requests", 28),)  # 228 test prompts
+    rate: float = 1e-3  # in the middle of the grid
+    plain_beta: float = 1.0
+    max_tokens: int = 24
+    frontier_samples: int = 512
+
+
+_LARGE_WORLD = (("num_requests", 28), ("num_words", 400), ("liked_words", 30), ("disliked_words", 30),
+                ("word_cost", 0.02), ("stop_probability", 0.01), ("max_words", 180))  # fmt: skip
+SETTINGS = {
+    "small": Scale(768, 2, 32, 3, 2, 2, 1, 6, PolicyPlan(steps=300), rate=3e-3),
+    "normal": Scale(4096, 3, 64, 3, 6, 4, 8, 10, PolicyPlan(steps=2000)),
+    "large": Scale(4096, 2, 64, 3, 2, 2, 2, 6, PolicyPlan("llama", 512, 8, 8, 1500, 128, 1e-3), _LARGE_WORLD, 2e-5,
+                   10.0, 200, 64),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """The training of a world's policy."""
+
+    world: int
+    variant: str
+    method: str = "policy"
+
+    @property
+    def name(self) -> str:
+        """Also its file and folder."""
+        return f"policy-{self.world}-{_slug(self.variant)}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell trained on the pairs of a seed of a world, examined on a split. place: steps from the grid's middle."""
+
+    cell: Cell
+    world: int
+    seed: int
+    split: str
+    place: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def method(self) -> str:
+        """For the bar."""
+        return self.cell.name
+
+    @property
+    def name(self) -> str:
+        """Also its file in the folder."""
+        place = "".join(f"-{axis}{step:+d}" for axis, step in self.place)
+        return f"{_slug(self.cell.name)}-{self.split}-w{self.world}-s{self.seed}{place}"
+
+
+def _slug(name: str) -> str:
+    for sign, word in (("+", "p"), ("-", "m")):
+        name = name.replace(sign, word)
+    return "_".join(part for part in "".join(c if c.isalnum() else " " for c in name).split())
+
+
+def _policy_variant(variant: str) -> str:
+    return variant if variant in ("clear", "weak") else "main"  # a length bias is the annotator's
+
+
+@dataclass
+class Batch:
+    """Pairs with what does not change in training, on the device."""
+
+    prompts: Tensor
+    answers: Pair  # (N, T) each
+    lengths: Pair
+    scores: Pair
+    ref_logps: Pair
+    entropy: Tensor
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some of the pairs."""
+        pairs = {name: Pair(*(side[rows] for side in getattr(self, name)))
+                 for name in ("answers", "lengths", "scores", "ref_logps")}  # fmt: skip
+        return Batch(prompts=self.prompts[rows], entropy=self.entropy[rows], **pairs)
+
+
+class Worker:
+    """Trains policies and cells and examines them."""
+
+    def __init__(self, scale: Scale, root: Path, device: str) -> None:
+        self.scale, self.root, self.device = scale, root, device
+        self._policies: dict[tuple[int, str], PreTrainedModel] = {}
+        self._batches: dict[tuple[Any, ...], Batch] = {}
+
+    def world(self, number: int, variant: str) -> PreferenceWorld:
+        """A world with its annotator."""
+        changes = VARIANTS[variant]
+        levels = (0.0, changes.get("ambiguity", AMBIGUITY))
+        bias = changes.get("length_bias", LENGTH_BIAS)
+        return PreferenceWorld(seed=number, ambiguity_levels=levels, length_bias=bias, **dict(self.scale.world))
+
+    def carry_out(self, run: PolicyRun | Run) -> dict[str, Any]:
+        """Train; the record says what came out."""
+        if isinstance(run, Run):
+            return self.trained(run)
+        folder, partial = self.root / run.name, self.root / f".{run.name}.partial"
+        plan = self.scale.policy
+        plan = replace(plan, steps=round(plan.steps * VARIANTS[run.variant].get("policy_share", 1.0)))
+        shutil.rmtree(partial, ignore_errors=True)
+        losses = train_policy(self.world(run.world, run.variant), plan, partial, run.world, self.device)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        return {"loss": float(np.mean(losses[-20:]))}
+
+    def policy(self, world: int, variant: str) -> PreTrainedModel:
+        """The reference of a world."""
+        key = world, _policy_variant(variant)
+        if key not in self._policies:
+            self._policies[key] = load_policy(self.root / PolicyRun(*key).name).to(self.device)
+        return self._policies[key]
+
+    # ---- pairs ----
+
+    def batch(self, run: Run) -> Batch:
+        """The labelled pairs of a run, the same for all cells of its kind; no pair is in two seeds."""
+        key = run.world, run.cell.variant, run.seed, run.cell.pairs
+        if key not in self._batches:
+            while len(self._batches) > 3:
+                self._batches.pop(next(iter(self._batches)))
+            self._batches[key] = self._labelled(run)
+        return self._batches[key]
+
+    def _labelled(self, run: Run) -> Batch:
+        world, reference = self.world(run.world, run.cell.variant), self.policy(run.world, run.cell.variant)
+        begin = run.seed * self.scale.num_pairs
+        indices = np.arange(begin, begin + self.scale.num_pairs)
+        if run.cell.pairs == "base":
+            pairs = world.pairs(indices)
+            prompts, answers = pairs.prompts, (pairs.chosen, pairs.rejected)
+            scores = Pair(*(torch.from_numpy(s).float() for s in (pairs.score_chosen, pairs.score_rejected)))
+        else:
+            prompts, answers, scores = self._selected(world, reference, indices, run)
+        sides = [torch.from_numpy(side).to(self.device) for side in answers]
+        prompts = torch.from_numpy(prompts).to(self.device)
+        logps, entropies = [], []
+        for side in sides:
+            log_probabilities = answer_log_probabilities(reference, prompts, side)
+            logps.append(taken(log_probabilities, side))
+            entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+            entropies.append((entropy * answer_mask(side)).sum(1))
+        lengths = Pair(*(answer_mask(side).sum(1).float() for side in sides))
+        entropy = normalized_entropy(Pair(*entropies), lengths, reference.config.vocab_size)
+        scores = Pair(*(score.to(self.device) for score in scores))
+        return Batch(prompts, Pair(*sides), lengths, scores, Pair(*logps), entropy)
+
+    def _selected(
+        self, world: PreferenceWorld, reference: PreTrainedModel, indices: np.ndarray, run: Run
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], Pair]:
+        """Pairs by rejection sampling among six answers of the reference to each prompt, as many as `indices`."""
+        count, rule = 6, SelectionRule(rewards="percentile") if run.cell.pairs == "rs+" else SelectionRule(
+            rewards="raw", pairs="first_round"
+        )  # fmt: skip
+        prompts = np.repeat(world.prompts(indices), count, axis=0)
+        uniforms = uniform_numbers(run.seed, f"candidates {run.world}", len(prompts), self.scale.max_tokens + 1)
+        drawn = sample_answers(reference, torch.from_numpy(prompts).to(self.device), uniforms[:, :-1]).cpu().numpy()
+        gumbel = -np.log(-np.log(uniforms[:, -1].clamp(min=1e-12).numpy())) - np.euler_gamma
+        rewards = world.rewards(prompts, drawn)
+        scores = rewards + world.length_bias * token_counts(drawn) + world.label_temperature * gumbel
+        rows: list[tuple[int, int]] = []
+        for place, index in enumerate(indices):
+            own = slice(place * count, (place + 1) * count)
+            found = select_pairs([str(row.tolist()) for row in drawn[own]], scores[own], int(index), rule)
+            rows += [(place * count + pair.chosen, place * count + pair.rejected) for pair in found.pairs]
+        rows = rows[: len(indices)]
+        chosen, rejected = (np.array(side) for side in zip(*rows, strict=True))
+        kept = Pair(*(torch.from_numpy(scores[side]).float() for side in (chosen, rejected)))
+        return prompts[chosen], (drawn[chosen], drawn[rejected]), kept
+
+    # ---- training ----
+
+    def trained(self, run: Run) -> dict[str, Any]:
+        """The record of a run: settings, curve, and rewards of each prompt at the divergences of NATS."""
+        scale, cell, batch = self.scale, run.cell, self.batch(run)
+        at = {axis: AXES[axis] ** step for axis, step in run.place}
+        world = self.world(run.world, cell.variant)
+        switches = switches_of(
+            cell, at.get("strength", 1.0), PENALTY * at.get("penalty", 1.0), world.mean_base_tokens, scale.plain_beta
+        )
+        rate = scale.rate * at.get("rate", 1.0)
+        steps = (cell.epochs or scale.epochs) * (len(batch.prompts) // scale.batch_size)
+        reference = self.policy(run.world, cell.variant)
+        policy = load_policy(self.root / PolicyRun(run.world, _policy_variant(cell.variant)).name).to(self.device)
+        stops = {max(1, round(steps * ((place + 1) / scale.checkpoints) ** 1.5)) for place in range(scale.checkpoints)}
+        exam = Exam(world, run.split, scale, self.device)
+        curve = [exam.examined(reference, reference, run.seed)]
+        for step in optimised(policy, batch, switches, rate, steps, scale.batch_size, derive_seed("order", run.seed)):
+            if step in stops:
+                curve.append(exam.examined(policy.eval(), reference, run.seed))
+                if curve[-1]["kl"] > 2 * max(NATS):
+                    break
+        return {
+            "beta": switches["beta"],
+            "learning_rate": rate,
+            "home_advantage": switches["home_advantage"],
+            "curve": [{name: point[name] for name in ("kl", "reward", "length")} for point in curve],
+            "at": {f"{nats:g}": reward_at(curve, nats) for nats in NATS},
+        }
+
+
+def optimised(
+    policy: PreTrainedModel,
+    batch: Batch,
+    switches: Mapping[str, Any],
+    rate: float,
+    steps: int,
+    batch_size: int,
+    order_seed: int,
+) -> Any:
+    """Train `policy` in place; yields the number of steps made after each. AdamW, linear decay after a tenth."""
+    settings = dict(switches)
+    source, transform = settings.pop("home_advantage_from"), settings.pop("score_transform")
+    h, scaling = settings.pop("home_advantage"), settings.pop("contextual_scaling")
+    scale = dispersion_scale_of(batch.entropy) if scaling == "mallows" else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    generator, order = torch.Generator().manual_seed(order_seed % 2**63), torch.empty(0, dtype=torch.long)
+    for step in range(1, steps + 1):
+        if len(order) < batch_size:
+            order = torch.randperm(len(batch.prompts), generator=generator)
+        rows, order = order[:batch_size], order[batch_size:]
+        own = batch.take(rows.to(batch.prompts.device))
+        answers = torch.cat(own.answers)
+        log_probabilities = answer_logits(policy, own.prompts.repeat(2, 1), answers).log_softmax(-1)
+        advantage: Tensor | float = h
+        if source == "score":
+            advantage = score_advantage(own.scores, h, transform)
+        elif source == "length":
+            advantage = length_advantage(own.lengths, h)
+        phi = 1.0 if scale is None else mallows_phi(own.entropy, scale)
+        logps = Pair(*taken(log_probabilities, answers).chunk(2))
+        terms = preference_terms(logps, own.lengths, own.ref_logps, advantage, phi, **settings)
+        terms.loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield step
+
+
+class Exam:
+    """The prompts of a split; every policy answers them with the same random numbers."""
+
+    def __init__(self, world: PreferenceWorld, split: str, scale: Scale, device: str) -> None:
+        self.world, self.split, self.scale, self.device = world, split, scale, device
 
     @cached_property
-    def reference(self) -> PreTrainedModel:
-        """The policy before any preference training."""
-        return load_policy(self.policy_folder)
+    def prompts(self) -> np.ndarray:
+        """(R, P), each prompt `samples` times."""
+        return np.repeat(self.world.distinct_prompts(self.split), self.scale.samples, axis=0)
 
-    def exam(self, split: str) -> WorldExam:
-        """The examination on the prompts of a split."""
-        if split not in self._exams:
-            scale = self.comparison.scale
-            samples = scale.tune_samples if split == "tune" else scale.test_samples
-            limits = {"samples": samples, "max_tokens": scale.max_tokens, "num_pairs": scale.eval_pairs}
-            self._exams[split] = WorldExam(self.comparison.world, self.reference, split, **limits)
-        return self._exams[split]
-
-    def training_pairs(self, seed: int) -> datasets.Dataset:
-        """The labelled pairs of a seed, the same for all methods."""
-        if seed not in self._pairs:
-            world, scale = self.comparison.world, self.comparison.scale
-            begin = self.comparison.first_pair(seed)
-            indices = np.arange(begin, begin + scale.num_pairs)
-            answers = None
-            if self.comparison.pairs_from == "reference":
-                prompts = torch.from_numpy(world.prompts(indices))
-                shape = (len(indices), scale.max_tokens)
-                first, second = (
-                    sample_answers(self.reference, prompts, uniform_numbers(seed, side, *shape)).numpy()
-                    for side in ("first answer", "second answer")
-                )
-                answers = first, second
-            self._pairs[seed] = world.dataset(world.pairs(indices, completions=answers))
-        return self._pairs[seed]
-
-    def carry_out(self, run: Run) -> dict[str, Any]:
-        """Train and grade; the record holds the settings, the grades, the last training metrics and seconds."""
-        settings = self.comparison.trainer_settings(run)
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of arguments that TRL sets by default
-            warnings.filterwarnings("ignore", "beta=.* is of the scale of")  # of long answers
-            trainer = RainbowPOTrainer(
-                load_policy(self.policy_folder),
-                args=_arguments(settings, folder),
-                train_dataset=self.training_pairs(run.seed),
-                processing_class=self.tokenizer,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        trained = time.perf_counter()
-        grades = self.exam(run.split).grade(trainer.model.eval(), run.seed)
-        return {
-            "method": run.method,
-            "split": run.split,
-            "seed": run.seed,
-            "strength": run.strength,
-            "settings": settings,
-            "grades": grades,
-            "training": trainer.state.log_history[-1],
-            "seconds": {"training": trained - started, "grading": time.perf_counter() - trained},
-        }
+    def examined(self, policy: PreTrainedModel, reference: PreTrainedModel, seed: int) -> dict[str, Any]:
+        """Mean KL, reward and length of a policy, and the reward of each prompt (N,)."""
+        prompts = torch.from_numpy(self.prompts).to(self.device)
+        uniforms = uniform_numbers(seed, f"exam {self.split}", len(prompts), self.scale.max_tokens)
+        answers = sample_answers(policy, prompts, uniforms)
+        kl = 0.0 if policy is reference else sequence_divergence(policy, reference, prompts, answers).mean().item()
+        rewards = self.world.rewards(self.prompts, answers.cpu().numpy()).reshape(-1, self.scale.samples).mean(1)
+        length = float(answer_mask(answers).sum(1).float().mean())
+        return {"kl": kl, "reward": float(rewards.mean()), "length": length, "rewards": rewards}
 
 
-def _arguments(settings: dict[str, Any], folder: str) -> RainbowPOConfig:
-    """Plain single-precision training on the CPU that saves nothing; the schedule is the same for all."""
-    return RainbowPOConfig(
-        output_dir=folder,
-        **settings,
-        per_device_eval_batch_size=256,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+def reward_at(curve: Sequence[Mapping[str, Any]], nats: float) -> list[float] | None:
+    """Reward of each prompt where the curve first crosses a divergence, between checkpoints; None: nowhere."""
+    for before, after in itertools.pairwise(curve):
+        if before["kl"] <= nats <= after["kl"]:
+            share = (nats - before["kl"]) / max(after["kl"] - before["kl"], 1e-12)
+            mixed = (1 - share) * np.asarray(before["rewards"]) + share * np.asarray(after["rewards"])
+            return [round(float(value), 4) for value in mixed]
+    return None
 
 
-BASELINE = "rainbowpo"  # whose reward the others' are compared with, if it is among the methods
-DIFFERENCE = f"reward_over_{BASELINE}"
-LEGEND = (
-    "means over held-out prompts, 95 % intervals over seeds; * KL on prompts of one ambiguity; accuracy: log-ratio on "
-    "clean pairs"
-)
-REFERENCE_ROW, BEST_ROW = "(reference)", "(best possible)"
+# ---- tuning ----
 
 
-def choose(runs: Sequence[Run], records: Records) -> Run | None:
-    """The run of a grid with the largest true reward; of equal ones the first. None if all failed."""
-    finished = [run for run in runs if "grades" in records[run.name]]
-    return max(finished, key=lambda run: records[run.name]["grades"]["reward"], default=None)
+@dataclass
+class Search:
+    """The way of a cell through its grid."""
+
+    cell: Cell
+    best: tuple[int, ...] = ()
+    is_inside: bool = False
+    scores: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What is tuned."""
+        has_penalty = dict(self.cell.settings)["home_advantage_from"] == "length"
+        return tuple(AXES)[: 3 if has_penalty else 2]
+
+    def run_at(self, place: Sequence[int], split: str = "tune", world: int = 0, seed: int = TUNING_SEED) -> Run:
+        """The run of a place in the grid."""
+        return Run(self.cell, world, seed, split, tuple(zip(self.axes, place, strict=True)))
+
+    def wanted(self) -> list[tuple[int, ...]]:
+        """The best place and its neighbours along every axis, as far as they are not known."""
+        centre = self.best or (0,) * len(self.axes)
+        places = [centre]
+        for axis in range(len(centre)):
+            places += [tuple(v + sign * (n == axis) for n, v in enumerate(centre)) for sign in (-1, 1)]
+        return [place for place in places if place not in self.scores]
+
+    def learn(self, records: Records) -> None:
+        """Read the records of the wanted places, and move to the best one."""
+        for place in self.wanted():
+            record = records[self.run_at(place).name]
+            found = record.get("at", {}).get(f"{TARGET:g}")
+            far = record["curve"][-1]["kl"] if "curve" in record else -1.0
+            self.scores[place] = float(np.mean(found)) if found else -1e6 + far  # whoever does not get there
+        best = max(self.scores, key=lambda place: (self.scores[place], [-abs(step) for step in place]))
+        self.is_inside, self.best = best == self.best or (not self.best and not any(best)), best
 
 
-def method_rows(
-    methods: Sequence[str], final_runs: Mapping[str, Sequence[Run]], records: Records
-) -> list[dict[str, Any]]:
-    """One row for each method, best reward first, failed ones last: settings, and each grade as (mean, half width).
+def tune(searches: Sequence[Search], scale: Scale, crew: Crew, bar: tqdm) -> None:
+    """Let every grid grow until its best lies inside, at most `rounds` times."""
+    for _ in range(scale.rounds):
+        going = [search for search in searches if not search.is_inside]
+        runs = [search.run_at(place) for search in going for place in search.wanted()]
+        bar.total += len(runs)
+        records = crew.records(runs, bar)
+        for search in going:
+            search.learn(records)
 
-    final_runs: of each method, none if every run of its grid failed.
-    """
+
+# ---- statistics ----
+
+FRONTIER_PROMPTS = 40
+RESAMPLES, CONFIDENCE = 4000, 0.95
+SHARE_OF_GAIN = 0.1  # of what DPO gains at TARGET: less is nothing
+
+
+def crossed_bootstrap(values: np.ndarray, worlds: Sequence[int], seed: int = 0) -> np.ndarray:
+    """(RESAMPLES,) means of values (U, N) whose runs are drawn anew, and, for each world, its prompts."""
+    generator = np.random.default_rng(seed)
+    num_runs, num_prompts = values.shape
+    runs = generator.multinomial(num_runs, [1 / num_runs] * num_runs, RESAMPLES) / num_runs
+    total = np.zeros(RESAMPLES)
+    for world in sorted(set(worlds)):
+        prompts = generator.multinomial(num_prompts, [1 / num_prompts] * num_prompts, RESAMPLES) / num_prompts
+        own = [place for place, other in enumerate(worlds) if other == world]
+        total += (runs[:, own] * (prompts @ values[own].T)).sum(1)
+    return total
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values. Source: Holm 1979."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+def contrast(
+    weights: Mapping[str, float], found: Mapping[str, Mapping[tuple[int, int], np.ndarray]]
+) -> dict[str, Any] | None:
+    """Value, interval and p-value (two-sided) of a contrast of cells; None where fewer than two runs have all."""
+    common = set.intersection(*(set(found.get(name, {})) for name in weights))
+    keys = sorted(common)
+    if len(keys) < 2:
+        return None
+    values = np.stack([sum(weight * found[name][key] for name, weight in weights.items()) for key in keys])
+    draws = crossed_bootstrap(values, [world for world, _ in keys])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    below = (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (RESAMPLES + 1)
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * below)),
+            "runs": len(keys)}  # fmt: skip
+
+
+def verdict(kind: str, found: Mapping[str, float], margin: float) -> str:
+    """confirmed, refuted or undecided; see `Claim`."""
+    is_sure = found["adjusted"] < 1 - CONFIDENCE
+    if kind in ("more", "less"):
+        sign = 1 if kind == "more" else -1
+        return "undecided" if not is_sure else "confirmed" if sign * found["value"] > 0 else "refuted"
+    if found["high"] < margin and (kind == "no gain" or found["low"] > -margin):
+        return "confirmed"
+    is_gain = found["value"] > 0 or kind == "nothing"
+    return "refuted" if is_sure and is_gain and abs(found["value"]) > margin else "undecided"
+
+
+def judged(found: Mapping[str, Any], margin: float) -> list[dict[str, Any]]:
+    """Every claim whose cells were run, with its adjusted p-value and verdict."""
     rows = []
-    of_baseline = _rewards(final_runs.get(BASELINE, ()), records)
-    for method in methods:
-        runs = final_runs[method]
-        failed = [records[run.name]["error"] for run in runs if "error" in records[run.name]]
-        finished = [records[run.name] for run in runs if "grades" in records[run.name]]
-        if failed or not finished:
-            rows.append({"method": method, "error": failed[0] if failed else "every run of its grid failed"})
-            continue
-        row = {
-            "method": method,
-            "learning_rate": runs[0].learning_rate,
-            "strength": runs[0].strength,
-            "beta": finished[0]["settings"]["beta"],
-            "seeds": len(finished),
-        }
-        row |= {name: t_interval([record["grades"][name] for record in finished]) for name in finished[0]["grades"]}
-        rewards = _rewards(runs, records)
-        if method != BASELINE and rewards.keys() == of_baseline.keys():
-            row[DIFFERENCE] = t_interval([rewards[seed] - of_baseline[seed] for seed in rewards])
-        rows.append(row | {"seconds": statistics.fmean(record["seconds"]["training"] for record in finished)})
-    return sorted(rows, key=lambda row: -row["reward"].mean if "reward" in row else math.inf)
+    for claim in CLAIMS:
+        result = contrast(claim.weights, found)
+        if result is not None:
+            rows.append({"claim": claim.text, "kind": claim.kind} | result)
+    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["adjusted"] = adjusted
+        row["verdict"] = verdict(row["kind"], row, margin)
+    return rows
 
 
-def _rewards(runs: Sequence[Run], records: Records) -> dict[int, float]:
-    finished = [run for run in runs if "grades" in records[run.name]]
-    return {run.seed: records[run.name]["grades"]["reward"] for run in finished}
+# ---- the whole ----
 
 
-_COLUMNS: tuple[Column, ...] = (
-    ("true reward", "reward", 1, 2),
-    (f"reward minus {BASELINE}'s", DIFFERENCE, 1, 2),
-    ("win rate %", "win_rate", 100, 1),
-    ("KL nats", "kl", 1, 2),
-    ("length tokens", "length", 1, 1),
-    ("unfinished %", "unfinished", 100, 1),
-    ("accuracy %", "accuracy_of_ratio", 100, 1),
-)
+def compare(
+    scale: Scale, cells: Mapping[str, Cell], folder: ResumableFolder, args: CompareArguments
+) -> dict[str, Any]:
+    """All runs that are not finished, then everything that is printed, as JSON can hold it."""
+    given = scale, folder.root, args.device
+    tuned = {cell.tuned_as or name: CELLS[cell.tuned_as or name] for name, cell in cells.items()}
+    searches = {name: Search(cell) for name, cell in tuned.items()}
+    variants = sorted({_policy_variant(cell.variant) for cell in cells.values()} | {"main"})
+    policies = [PolicyRun(world, variant) for world in range(scale.worlds) for variant in variants]
+    seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + scale.seeds)
+    bar = tqdm(total=len(policies) + len(cells) * scale.worlds * scale.seeds, unit="run", dynamic_ncols=True)
+    with Crew(folder, args.workers, Worker, *given) as crew, bar:
+        failed = {name: record["error"] for name, record in crew.records(policies, bar).items() if "error" in record}
+        if failed:
+            raise RuntimeError(f"policies failed: {failed}")
+        tune(list(searches.values()), scale, crew, bar)
+        runs = {
+            name: {
+                (world, seed): replace(searches[cell.tuned_as or name].run_at(
+                    searches[cell.tuned_as or name].best, "test", world, seed), cell=cell)
+                for world in range(scale.worlds) for seed in seeds
+            }
+            for name, cell in cells.items()
+        }  # fmt: skip
+        # Runs of one seed together, so that a worker finds their pairs at hand
+        every = sorted((run for own in runs.values() for run in own.values()), key=lambda r: (r.world, r.seed))
+        records = crew.records(every, bar)
+    return summary(scale, searches, runs, records, Worker(*given), cells)
+
+
+def summary(
+    scale: Scale,
+    searches: Mapping[str, Search],
+    runs: Mapping[str, Mapping[tuple[int, int], Run]],
+    records: Records,
+    worker: Worker,
+    cells: Mapping[str, Cell],
+) -> dict[str, Any]:
+    """The table of cells, effects, claims and the frontier of the first world."""
+    found: dict[str, dict[str, dict[tuple[int, int], np.ndarray]]] = {f"{nats:g}": {} for nats in NATS}
+    rows = []
+    for name, own in runs.items():
+        ready = {key: records[run.name] for key, run in own.items() if "at" in records[run.name]}
+        for nats, cell_values in found.items():
+            cell_values[name] = {key: np.array(r["at"][nats]) for key, r in ready.items() if r["at"][nats]}
+        search = searches[cells[name].tuned_as or name]
+        row = {"cell": name, "edge": not search.is_inside, "runs": len(ready)}
+        row |= {axis: step for axis, step in zip(search.axes, search.best, strict=True)}
+        for record in list(ready.values())[:1]:
+            row |= {field_: record[field_] for field_ in ("beta", "learning_rate", "home_advantage")}
+        for nats, cell_values in found.items():
+            values = list(cell_values[name].values())
+            row[f"reward_at_{nats}"] = float(np.mean(values)) if values else None
+            row[f"reached_{nats}"] = len(values)
+        rows.append(row | {"curves": [record["curve"] for record in ready.values()]})
+    main = found[f"{TARGET:g}"]
+    starts = [curve[0]["reward"] for row in rows if "," not in row["cell"] for curve in row["curves"]]
+    reference = float(np.mean(starts)) if starts else math.nan  # of all worlds and seeds alike
+    reached = [row[f"reward_at_{TARGET:g}"] for row in rows if row["cell"] == DPO]
+    gains = [reward - reference for reward in reached if reward is not None]
+    margin = SHARE_OF_GAIN * (gains[0] if gains else 1.0)
+    terms = [(factor,) for factor in FACTORS] + list(itertools.combinations(FACTORS, 2))
+    effects = [
+        {"effect": " x ".join(term), "nats": nats} | result
+        for nats, values in found.items()
+        for term in terms
+        if (result := contrast(effect(*term), values)) is not None
+    ]
+    return {
+        "comparison": {"scale": dataclasses.asdict(scale)},
+        "machine": machine_facts(torch.device(worker.device), commit=None),
+        "prompts": len(worker.world(0, "main").distinct_prompts("test")),
+        "reference_reward": reference,
+        "margin": margin,
+        "rows": rows,
+        "effects": effects,
+        "claims": judged(main, margin),
+        "tuning": [
+            {"cell": name, **dict(zip(search.axes, place, strict=True)), "reward": score}
+            for name, search in searches.items()
+            for place, score in search.scores.items()
+        ],
+        "frontier": frontier_of(worker),
+    }
+
+
+def frontier_of(worker: Worker) -> list[tuple[float, float]]:
+    """`best_frontier` of some test prompts of the first world."""
+    world, policy, samples = worker.world(0, "main"), worker.policy(0, "main"), worker.scale.frontier_samples
+    prompts = np.repeat(world.distinct_prompts("test")[:FRONTIER_PROMPTS], samples, axis=0)
+    uniforms = uniform_numbers(0, "frontier", len(prompts), worker.scale.max_tokens)
+    answers = sample_answers(policy, torch.from_numpy(prompts).to(worker.device), uniforms).cpu().numpy()
+    return best_frontier(world.rewards(prompts, answers).reshape(-1, samples))
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
-    """The rows as text, between what the policy was before and the best that any policy can reach."""
-    reference = {name: Estimate(value, None) for name, value in results["reference"].items()}
-    by_level = [(f"KL {name[3:]}*", name, 1, 2) for name in reference if name.startswith("kl/")]
-    columns = [*_COLUMNS[:4], *by_level, *_COLUMNS[4:]]
-    settings = {"learning rate": "learning_rate", "strength": "strength", "beta": "beta"}
-    best = {"reward": Estimate(results["best_reward"], None)}
-    rows = [{"method": REFERENCE_ROW} | reference, *results["rows"], {"method": BEST_ROW} | best]
-    failed = [f"{row['method']} failed: {row['error']}" for row in results["rows"] if "error" in row]
-    return "\n".join([text_table([table_row(row, columns, settings) for row in rows]), LEGEND, *failed])
+    """Claims, effects and cells as text."""
+    claims = [
+        {"claim": row["claim"], f"reward at {TARGET:g} nats [95 %]": _interval(row),
+         "p (Holm)": f"{row['adjusted']:.3f}", "expected": row["kind"], "verdict": row["verdict"]}
+        for row in results["claims"]
+    ]  # fmt: skip
+    effects: dict[str, dict[str, str]] = {}
+    for row in results["effects"]:
+        effects.setdefault(row["effect"], {"effect": row["effect"]})[f"at {row['nats']} nats"] = _interval(row)
+    cells = [
+        {"cell": row["cell"], **{f"at {nats:g}": "" if row[f"reward_at_{nats:g}"] is None else
+         f"{row[f'reward_at_{nats:g}']:.3f} ({row[f'reached_{nats:g}']})" for nats in NATS},
+         "beta": f"{row['beta']:.3g}" if "beta" in row else "failed",
+         "rate": f"{row['learning_rate']:.3g}" if "beta" in row else "", "edge": "edge" if row["edge"] else ""}
+        for row in results["rows"]
+    ]  # fmt: skip
+    told = (
+        f"{results['prompts']} test prompts; reference {results['reference_reward']:.3f}; nothing is less than "
+        f"{results['margin']:.3f}; in brackets behind a reward: runs that got that far."
+    )
+    return "\n\n".join(text_table(table) for table in (claims, list(effects.values()), cells) if table) + f"\n{told}"
 
 
 def csv_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method, each grade as its mean and, under `name_95`, half its interval."""
-    lines = []
-    for row in results["rows"]:
-        line: dict[str, Any] = {}
-        for name, value in row.items():
-            line |= {name: value[0], f"{name}_95": value[1]} if isinstance(value, (tuple, list)) else {name: value}
-        lines.append(line)
-    reference = {"method": REFERENCE_ROW, **results["reference"]}
-    return [*lines, reference, {"method": BEST_ROW, "reward": results["best_reward"]}]
+    """A row for each cell, effect and claim."""
+    cells = [{"what": "cell"} | {k: v for k, v in row.items() if k != "curves"} for row in results["rows"]]
+    rows = [*cells, *({"what": "effect"} | row for row in results["effects"])]
+    rows += [{"what": "claim"} | row for row in results["claims"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:
-    """Reward against KL beside the best reward that is possible at each KL, and rewards as bars; needs matplotlib."""
+    """Reward against divergence along training, beside the best policies there are; needs matplotlib."""
     pyplot = plotting(path)
-    rows = [row for row in results["rows"] if "reward" in row]
+    rows = [row for row in results["rows"] if row["curves"] and "," not in row["cell"]]
     if pyplot is None or not rows:
         return
-    figure, (plane, bars) = pyplot.subplots(1, 2, figsize=(15, 7), width_ratios=(3, 2), layout="constrained")
-    plane.plot(*zip(*results["frontier"], strict=True), color="black", label="best policies there are")
-    plane.axhline(results["best_reward"], color="black", linestyle=":", label="best answer to every prompt")
-    plane.scatter([0], [results["reference"]["reward"]], marker="*", s=140, color="black", label="reference")
+    figure, plane = pyplot.subplots(figsize=(10, 7), layout="constrained")
+    plane.plot(*zip(*results["frontier"], strict=True), color="black", label="best policies there are (first world)")
     colors = pyplot.get_cmap("tab20").colors
     for number, row in enumerate(rows):
-        color = colors[number % len(colors)]
-        tried = [point for point in results["tuning"] if point["method"] == row["method"]]
-        plane.scatter([p["kl"] for p in tried], [p["reward"] for p in tried], s=14, color=color, alpha=0.45)
-        errors = {"xerr": row["kl"].half_width or 0, "yerr": row["reward"].half_width or 0}
-        plane.errorbar(row["kl"].mean, row["reward"].mean, **errors, fmt="o", color=color, label=row["method"])
-    plane.set(xlabel="KL to the reference (nats per answer)", ylabel="mean true reward")
-    plane.set_title("dots: the settings that each method tried, on other prompts")
-    figure.legend(*plane.get_legend_handles_labels(), fontsize=8, ncols=8, loc="outside lower center")
+        for place, curve in enumerate(row["curves"]):
+            points = [(point["kl"], point["reward"]) for point in curve]
+            label = row["cell"] if place == 0 else None
+            plane.plot(*zip(*points, strict=True), color=colors[number % 20], alpha=0.5, label=label)
+    for nats in NATS:
+        plane.axvline(nats, color="gray", linestyle=":")
+    plane.set(xlabel="KL to the reference (nats per answer)", ylabel="mean true reward", xlim=(0, 2 * max(NATS)))
+    plane.legend(fontsize=7, ncols=2)
     plane.grid(alpha=0.3)
-    places = range(len(rows), 0, -1)
-    widths = [row["reward"].half_width or 0 for row in rows]
-    bars.barh(places, [row["reward"].mean for row in rows], xerr=widths, color=colors[0], error_kw={"elinewidth": 1})
-    bars.set_yticks(places, [row["method"] for row in rows])
-    bars.axvline(results["reference"]["reward"], color="black", linestyle="--")
-    bars.set(xlabel="mean true reward, 95 % interval over seeds (dashed: reference)")
-    bars.grid(axis="x", alpha=0.3)
-    bars.set_axisbelow(True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-PAIRS_FROM = ("base", "reference")
-
-
 @dataclass
 class CompareArguments:
-    """The world, the methods and how much work to spend; the rest is in `SETTINGS`."""
+    """How much work to spend, where; the rest is in `SETTINGS`."""
 
     setting: str = HfArg(default="small", help=f"Size of the comparison: {', '.join(SETTINGS)}.")
-    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=f"Any of: {', '.join(METHODS)}.")
-    seeds: int | None = HfArg(
-        default=None,
-        help="Final runs of each method; "
-        + ", ".join(f"{scale.seeds} ({name})" for name, scale in SETTINGS.items())
-        + " if unset. More can be added later.",
+    methods: list[str] = HfArg(
+        default_factory=lambda: list(CELLS), help="Names of cells; a claim is tested if all of its own are among them."
     )
-    output_dir: str = HfArg(
-        default="runs/preference-methods",
-        help="Folder for the policy, a record of each run, results and plot; finished runs are kept.",
-    )
+    seeds: int | None = HfArg(default=None, help="Final runs of a cell in each world, if not the setting's.")
+    output_dir: str = HfArg(default="runs/preference-methods", help="Folder; finished runs are kept.")
     workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
-    architecture: str = HfArg(default="llama", help=f"Of the policy: {', '.join(ARCHITECTURES)}.")
-    ambiguity: float = HfArg(
-        default=0.9, help="Of half of the prompts, in [0, 1]: by how much less their answers differ."
-    )
-    length_bias: float = HfArg(default=0.1, help="What the annotator's score gains by a token more.")
-    label_temperature: float = HfArg(default=1.0, help="Noise of the annotator's labels; 0: none.")
-    pairs_from: str = HfArg(
-        default="base", help="Who wrote the answers of the pairs: base (policy) or reference (model)."
-    )
-    world_seed: int = HfArg(default=0, help="Another number, another world and another policy.")
+    device: str = HfArg(default="cpu", help="cpu or cuda.")
 
 
 def compare_main(argv: Sequence[str]) -> None:
-    """Train the policy, run the grids, run the choices with other seeds, write and print what came out."""
+    """Train the policies, tune, run the cells, write and print what came out."""
     (args,) = parse_arguments((CompareArguments,), argv, program="preference_methods.py", description=__doc__)
-    comparison = make_comparison(args)
-    folder = open_folder(args.output_dir, comparison.fingerprint())
-    quiet_process()
-    make_policy(comparison, folder.root)
-    results = compare(comparison, list(dict.fromkeys(args.methods)), folder, args.workers)
-    write_results(folder.root, results, csv_rows(results), draw, comparison_table)
-
-
-def make_comparison(args: CompareArguments) -> Comparison:
-    """What the arguments ask for. Raises ValueError for what cannot be run, before anything is."""
-    check_request(args, SETTINGS, METHODS)
-    check_names("--pairs_from", [args.pairs_from], PAIRS_FROM)
+    check_names("--device", [args.device], ("cpu", "cuda"))
+    check_request(args, SETTINGS, CELLS)
     scale = SETTINGS[args.setting]
+    folder = open_folder(args.output_dir, {"setting": args.setting, "scale": repr(replace(scale, seeds=0))})
     if args.seeds is not None:
-        scale = dataclasses.replace(scale, seeds=args.seeds)
-    world = PreferenceWorld(
-        seed=args.world_seed,
-        ambiguity_levels=(0.0, args.ambiguity),
-        length_bias=args.length_bias,
-        label_temperature=args.label_temperature,
-    )
-    policy = PolicyPlan(args.architecture, steps=POLICY_STEPS[args.setting])
-    policy.config(world)
-    return Comparison(world, policy, scale, args.pairs_from)
-
-
-def make_policy(comparison: Comparison, root: Path) -> None:
-    """Train the policy that all runs start from, if it is not there; it appears whole or not at all."""
-    if (root / "policy").is_dir():
-        return
-    partial = root / ".policy.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    print(f"training the policy for {comparison.policy.steps} steps", flush=True)
-    train_policy(comparison.world, comparison.policy, partial, seed=comparison.world.seed)
-    os.replace(partial, root / "policy")
-
-
-def compare(comparison: Comparison, methods: Sequence[str], folder: ResumableFolder, workers: int) -> dict[str, Any]:
-    """All runs that are not finished, then everything that is printed, as JSON can hold it."""
-    grids = {method: comparison.tuning_runs(method) for method in methods}
-    total = sum(len(grid) + comparison.scale.seeds for grid in grids.values())
-    given = comparison, folder.root / "policy"
-    bar = tqdm(total=total, unit="run", dynamic_ncols=True)
-    with Crew(folder, workers, Worker, *given) as crew, bar:
-        records = crew.records([run for grid in grids.values() for run in grid], bar)
-        chosen = {method: choose(grid, records) for method, grid in grids.items()}
-        final = {method: comparison.final_runs(run) if run else [] for method, run in chosen.items()}
-        records |= crew.records([run for runs in final.values() for run in runs], bar)
-        bar.set_description("done")
-    exam = Worker(*given).exam("test")
-    samples = comparison.scale.frontier_samples
-    judged = exam.sample(exam.reference, samples, "frontier", seed=0)
-    graded = {run.name: run for grid in grids.values() for run in grid if "grades" in records[run.name]}
-    return {
-        "comparison": comparison.fingerprint(),
-        "machine": machine_facts(torch.device("cpu"), commit=None),
-        "rows": method_rows(methods, final, records),
-        "reference": exam.grade(exam.reference, seed=0),
-        "best_reward": float(comparison.world.best_rewards(judged.prompts).mean()),
-        "frontier": best_frontier(judged.rewards.reshape(-1, samples)),
-        "tuning": [
-            {"method": run.method, "learning_rate": run.learning_rate, "strength": run.strength}
-            | records[name]["grades"]
-            for name, run in graded.items()
-        ],
-    }
+        scale = replace(scale, seeds=args.seeds)
+    quiet_process()
+    cells = {name: cell for name, cell in CELLS.items() if name in args.methods}
+    results = compare(scale, cells, folder, args)
+    write_results(folder.root, results, csv_rows(results), draw, comparison_table)
 
 
 PROGRAM, GUIDE = "preference_methods.py", "[the preference world](../../preference_world.md)"

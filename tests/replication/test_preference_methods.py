@@ -1,12 +1,10 @@
 """The tiny policy and its examination against enumeration of all answers, scipy and cases made by hand; the comparison
 in miniature, end to end; what its plan asks for; rows, choices and the table of records made by hand."""
 
-import csv
 import io
+import itertools
 import json
-import math
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe_cpt.data.preference_world import EOS_ID, PAD_ID, PreferenceWorld
 from hf_moe_cpt.scripts.replication import preference_methods as methods
-from hf_moe_cpt.scripts.replication.sweep import Crew, open_folder, t_interval
-from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -103,35 +100,6 @@ def test_divergence_has_the_expectation_of_the_kl_of_whole_answers(policies):
     assert divergence.min() >= -1e-6
 
 
-def test_win_rate_counts_pairs_of_the_same_prompt():
-    ours = methods.JudgedSamples(np.zeros((4, 4)), torch.zeros(4, 1), np.array([1.0, 2.0, 5.0, 5.0]), 2)
-    theirs = methods.JudgedSamples(np.zeros((6, 4)), torch.zeros(6, 1), np.array([0.0, 1.0, 3.0, 5.0, 6.0, 4.0]), 3)
-    assert methods.win_rate(ours, theirs) == pytest.approx((1 + 0.5 + 2 + 2 * 1.5) / 12)
-
-
-def test_exam_of_the_reference_itself(policies):
-    world, model, other = policies
-    exam = methods.WorldExam(world, model, "test", samples=50, max_tokens=5, num_pairs=200)
-    grades = exam.grade(model, seed=3)
-    assert grades["kl"] == 0 and grades["accuracy_of_ratio"] == 0.5
-    assert grades["win_rate"] == pytest.approx(0.5, abs=0.03)
-    levels = [grades[f"reward/{level:g}"] for level in world.ambiguity_levels]
-    assert grades["reward"] == pytest.approx(np.mean(levels))
-    assert (exam.pairs.reward_chosen > exam.pairs.reward_rejected).all()
-    assert exam.grade(other, seed=3)["kl"] > 0.05
-    assert exam.grade(model, seed=4)["reward"] != grades["reward"]
-
-
-def test_accuracy_is_that_of_a_policy_that_knows_the_truth(policies, monkeypatch):
-    world, model, other = policies
-    exam = methods.WorldExam(world, model, "test", samples=2, max_tokens=5, num_pairs=200)
-    truth = torch.from_numpy(exam.pairs.reward_chosen), torch.from_numpy(exam.pairs.reward_rejected)
-    reference = exam.reference_sums
-    knowing = tuple(2 * reward + part for reward, part in zip(truth, reference, strict=True))
-    monkeypatch.setattr(methods.WorldExam, "_pair_sums", lambda self, model: knowing)
-    assert exam.accuracies(other)["accuracy_of_ratio"] == 1
-
-
 def test_frontier_is_the_largest_reward_at_its_divergence():
     """Against scipy, which maximises the reward of one prompt's weights under a bound on their KL."""
     rewards = np.random.default_rng(0).normal(size=(1, 40))
@@ -154,181 +122,173 @@ def test_frontier_is_the_largest_reward_at_its_divergence():
     assert len(methods.best_frontier(rewards, slopes=[0.0, 0.3, 50.0])) == 2
 
 
-MINIATURE = methods.Scale(16, 1, 8, (1e-3, 3e-3), (1.0,), 1, 2, 3, 64, 40, max_tokens=6)
-METHODS_RUN = ["dpo", "rainbowpo"]
+def test_cells_keep_what_a_number_says_in_the_logit():
+    """Logit margins of the papers: RainbowPO's 0.75 after mixing, SimPO's 3, ODPO's 1; R-DPO's is the tuned one."""
+    for strength in (1 / 3, 2.0):
+        for name, advantage in ((methods.RAINBOW, 0.75), ("simpo", 3.0), ("odpo", 1.0), ("r-dpo", 0.02)):
+            found = methods.switches_of(methods.CELLS[name], strength, 0.02, 6.0, 1.0)
+            share = 1.0 - found["mixing_alpha"] if found["mix_home_advantage"] else 1.0
+            assert found["beta"] * found["home_advantage"] * share == pytest.approx(advantage), name
+            assert found["beta"] == pytest.approx(strength / (1.0 if found["length_normalization"] else 6.0))
+    sft = [methods.switches_of(methods.CELLS["ln-dpo, SFT"], s, 0.0, 6.0, 10.0) for s in (0.1, 1.0)]
+    assert sft[0]["sft_weight"] / sft[0]["beta"] == pytest.approx(sft[1]["sft_weight"] / sft[1]["beta"])
+    plain = methods.switches_of(methods.CELLS[methods.RAINBOW], 1.0, 0.0, 100.0, 10.0)
+    assert plain["beta"] == 10.0 and plain["home_advantage"] == pytest.approx(0.1 * 0.75)
+    assert not plain["mix_home_advantage"]  # so that the margin stays where nothing is mixed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def miniature():
-    """The small setting in two steps a run, the policy in three."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(methods.SETTINGS, "small", MINIATURE)
-        patch.setitem(methods.POLICY_STEPS, "small", 3)
-        yield
+def test_effects_are_differences_of_means_over_the_factorial():
+    truth = {"LN": 0.5, "mixing": 0.1, "margin": -0.2, "phi": 0.0}
+    rewards = {}
+    for levels in itertools.product((False, True), repeat=4):
+        value = sum(truth[name] for name, level in zip(methods.FACTORS, levels, strict=True) if level)
+        rewards[methods.factorial_name(levels)] = value + 0.4 * (levels[0] and levels[1])
+
+    def value(weights):
+        return sum(weight * rewards[name] for name, weight in weights.items())
+
+    assert value(methods.effect("LN")) == pytest.approx(0.5 + 0.2)
+    assert value(methods.effect("margin")) == pytest.approx(-0.2)
+    assert value(methods.effect("LN", "mixing")) == pytest.approx(0.2)
+    assert value(methods.effect("mixing", where={"LN": True})) == pytest.approx(0.5)
+    assert value(methods.effect("mixing", where={"LN": False})) == pytest.approx(0.1)
+    assert all(abs(sum(claim.weights.values())) < 1e-12 for claim in methods.CLAIMS)
+    assert {name for claim in methods.CLAIMS for name in claim.weights} <= methods.CELLS.keys()
 
 
-def start(folder: Path, *words: str) -> str:
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        methods.main(["--output_dir", str(folder), "--workers", "1", *words])
-    return printed.getvalue()
+def test_rewards_are_read_where_the_curve_crosses_a_divergence():
+    curve = [{"kl": kl, "rewards": np.array([kl, 10 * kl**2])} for kl in (0.0, 1.5, 3.0, 2.0)]
+    assert methods.reward_at(curve, 1.0) == [1.0, 15.0] and methods.reward_at(curve, 1.5) == [1.5, 22.5]
+    assert methods.reward_at(curve, 2.0) == pytest.approx([2.0, 45.0], abs=1e-4)
+    assert methods.reward_at(curve, 4.0) is None
+
+
+def test_a_search_walks_until_its_best_lies_inside_and_tells_an_edge():
+    def record(place):
+        reward = -((place[0] - 2) ** 2) - (place[1] + 1) ** 2
+        return {"at": {"2": [float(reward)]}, "curve": [{"kl": 3.0}]}
+
+    search = methods.Search(methods.CELLS[methods.DPO])
+    for _ in range(5):
+        wanted = search.wanted()
+        search.learn({search.run_at(place).name: record(place) for place in wanted})
+        if search.is_inside:
+            break
+    assert search.best == (2, -1) and search.is_inside
+    early = methods.Search(methods.CELLS[methods.DPO])
+    early.learn({early.run_at(place).name: record(place) for place in early.wanted()})
+    assert not early.is_inside
+    lost = methods.Search(methods.CELLS[methods.DPO])
+    far = {place: {"at": {"2": None}, "curve": [{"kl": float(place[0])}]} for place in lost.wanted()}
+    lost.learn({lost.run_at(place).name: found for place, found in far.items()})
+    assert lost.best == (1, 0)  # what goes furthest, where none gets there
+    assert methods.Search(methods.CELLS["r-dpo"]).axes == ("rate", "strength", "penalty")
+
+
+def test_intervals_cover_and_p_values_are_corrected(monkeypatch):
+    monkeypatch.setattr(methods, "RESAMPLES", 300)
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(40):
+        runs, prompts = generator.normal(size=(12, 1)), np.repeat(generator.normal(size=(3, 1, 60)), 4, 1)
+        values = 0.3 + 0.3 * runs + prompts.reshape(12, 60) + 0.5 * generator.normal(size=(12, 60))
+        low, high = np.quantile(methods.crossed_bootstrap(values, [0] * 4 + [1] * 4 + [2] * 4), [0.025, 0.975])
+        hits += low < 0.3 < high
+    assert hits >= 33  # of 40; a bootstrap over rows alone would hold about half
+    assert methods.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # R's p.adjust
+    found = {"a": {(0, 1): np.ones(4), (0, 2): np.ones(4)}, "b": {(0, 1): np.zeros(4), (0, 2): np.zeros(4)}}
+    sure = methods.contrast({"a": 1.0, "b": -1.0}, found)
+    assert (sure["value"], sure["low"], sure["high"], sure["runs"]) == (1.0, 1.0, 1.0, 2)
+    assert methods.contrast({"a": 1.0, "c": -1.0}, found) is None
+
+
+UP, DOWN = (0.2, 0.1, 0.3, 0.01), (-0.2, -0.3, -0.1, 0.01)
+UNSURE, NONE = (0.1, -0.3, 0.5, 1.0), (0.0, -0.04, 0.04, 1.0)
+    (0.2, 0.1, 0.3, 0.01),
+    (-0.2, -0.3, -0.1, 0.01),
+    (0.1, -0.3, 0.5, 1.0),
+    (0.0, -0.04, 0.04, 1.0),
+)
+VERDICTS = {  # value, low, high and adjusted p -> what follows
+    "more": {UP: "confirmed", DOWN: "refuted", UNSURE: "undecided", NONE: "undecided"},
+    "less": {UP: "refuted", DOWN: "confirmed", UNSURE: "undecided"},
+    "nothing": {UP: "refuted", DOWN: "refuted", UNSURE: "undecided", NONE: "confirmed"},
+    "no gain": {UP: "refuted", DOWN: "confirmed", UNSURE: "undecided", NONE: "confirmed"},
+}
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_verdicts_follow_from_intervals(kind):
+    for numbers, wanted in VERDICTS[kind].items():
+        found = dict(zip(("value", "low", "high", "adjusted"), numbers, strict=True))
+        assert methods.verdict(kind, found, margin=0.05) == wanted, numbers
+
+
+PLAN = methods.PolicyPlan(hidden_size=16, num_layers=1, steps=4)
+MINIATURE = methods.Scale(16, 2, 8, 2, 1, 1, 1, 2, PLAN, (("num_requests", 8),), frontier_samples=30, max_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
-    """A comparison of two methods, one seed, and what it printed."""
-    folder = tmp_path_factory.mktemp("comparison") / "out"
-    return folder, start(folder, "--methods", *METHODS_RUN)
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+def worker(tmp_path_factory):
+    """A worker with the policy of the first world."""
+    worker = methods.Worker(MINIATURE, tmp_path_factory.mktemp("worker"), "cpu")
+    worker.carry_out(methods.PolicyRun(0, "main"))
+    return worker
 
 
 @pytest.mark.slow
-def test_every_run_left_a_record_and_the_best_of_the_grid_was_run_again(finished):
-    records = {path.stem: json.loads(path.read_text()) for path in (finished[0] / "runs").iterdir()}
-    assert len(records) == 2 * (2 + 1)
-    for method in METHODS_RUN:
-        of_method = [record for record in records.values() if record["method"] == method]
-        tuned = {r["settings"]["learning_rate"]: r["grades"]["reward"] for r in of_method if r["split"] == "tune"}
-        (final,) = [record for record in of_method if record["split"] == "test"]
-        assert tuned[final["settings"]["learning_rate"]] == max(tuned.values()) and len(tuned) == 2
-        assert final["seed"] == 1 and final["training"]["step"] == 2
+@pytest.mark.parametrize("name", [methods.RAINBOW, "odpo", "r-dpo", "ln-dpo, SFT"])
+def test_the_loop_is_that_of_the_trainer(worker, tmp_path, name):
+    """The same pairs in the same order through `RainbowPOTrainer`, at a home advantage that it takes."""
+    cell = methods.CELLS[name]
+    run = methods.Run(cell, 0, 1, "test")
+    world, batch = worker.world(0, "main"), worker.batch(run)
+    switches = methods.switches_of(cell, 1.0, 0.05, world.mean_base_tokens, 1.0)
+    if switches["home_advantage_from"] == "constant":
+        switches["home_advantage"] /= 10
+    folder = worker.root / "policy-0-main"
+    looped = methods.load_policy(folder)
+    list(methods.optimised(looped, batch, switches, 1e-3, 1, 16, 0))
+    pairs = world.dataset(world.pairs(np.arange(16, 32)))
+    args = {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 16, "weight_decay": 0.0}
+    args |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none"}
+    args |= {"lr_scheduler_type": "constant", "optim": "adamw_torch", "save_strategy": "no"}
+    config = RainbowPOConfig(str(tmp_path), **switches, **args)
+    trainer = RainbowPOTrainer(
+        methods.load_policy(folder), args=config, train_dataset=pairs, processing_class=world.tokenizer()
+    )
+    trainer.train()
+    start, looped, trained = (
+        torch.cat([weight.detach().flatten() for weight in model.parameters()])
+        for model in (methods.load_policy(folder), looped, trainer.model)
+    )
+    assert (looped - trained).norm() < 0.02 * (trained - start).norm() > 0  # Adam makes steps of rounding, too
 
 
 @pytest.mark.slow
-def test_results_are_those_of_the_records(finished):
-    folder, printed = finished
-    results = results_of(folder)
-    rows = {row["method"]: row for row in results["rows"]}
-    with (folder / "results.csv").open() as file:
-        lines = {line["method"]: line for line in csv.DictReader(file)}
-    assert list(lines) == [*rows, "(reference)", "(best possible)"]
-    for method, row in rows.items():
-        (path,) = (folder / "runs").glob(f"{method}-test-*.json")
-        grades = json.loads(path.read_text())["grades"]
-        assert {name: row[name] for name in grades} == {name: [value, None] for name, value in grades.items()}
-        assert float(lines[method]["reward"]) == pytest.approx(grades["reward"], rel=1e-5)
-    difference = rows["dpo"]["reward"][0] - rows["rainbowpo"]["reward"][0]
-    assert rows["dpo"]["reward_over_rainbowpo"] == [pytest.approx(difference), None]
-    assert results["reference"]["kl"] == 0 and results["best_reward"] > results["frontier"][-1][1]
-    assert (folder / "comparison.png").stat().st_size > 10_000
-    printed_rows = [line.split()[0] for line in printed.splitlines()]
-    assert printed_rows[-5:-1] == ["(reference)", *rows, "(best"] and "KL on prompts of" in printed.splitlines()[-1]
+def test_pairs_by_rejection_sampling_are_answers_of_the_reference_ordered_by_score(worker):
+    for how in ("rs", "rs+"):
+        run = methods.Run(methods.CELLS[f"{methods.DPO}, {how}"], 0, 1, "test")
+        batch = worker.batch(run)
+        assert len(batch.prompts) <= 16 and (batch.scores.chosen > batch.scores.rejected).all()
+        assert not any(torch.equal(a, b) for a, b in zip(*batch.answers, strict=True))
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_not_run_again(finished, tmp_path, monkeypatch):
-    made = []
-    carry_out = methods.Worker.carry_out
-    monkeypatch.setattr(methods.Worker, "carry_out", lambda self, run: made.append(run.name) or carry_out(self, run))
-    monkeypatch.setattr(methods, "train_policy", None)
-    before = results_of(finished[0])
-    start(finished[0], "--methods", *METHODS_RUN)
-    assert made == [] and results_of(finished[0])["rows"] == before["rows"]
-    start(finished[0], "--methods", "dpo", "--seeds", "2")
-    assert [name.rpartition("-")[2] for name in made] == ["seed2"]
-    assert results_of(finished[0])["rows"][0]["reward"][1] > 0
-    start(finished[0], "--methods", *METHODS_RUN)
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(finished, tmp_path):
-    comparison = methods.make_comparison(methods.CompareArguments())
-    runs = [run for method in METHODS_RUN for run in comparison.tuning_runs(method)[:1]]
-    bar = methods.tqdm(total=len(runs), disable=True)
-    given = comparison, finished[0] / "policy"
-    with Crew(open_folder(str(tmp_path / "out"), {}), 2, methods.Worker, *given) as crew:
-        records = crew.records(runs, bar)
-    for run in runs:
-        alone = json.loads((finished[0] / "runs" / f"{run.name}.json").read_text())
-        assert records[run.name]["grades"] == pytest.approx(alone["grades"], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_pairs_can_come_from_the_reference(finished, tmp_path):
-    """Then both answers are samples of the model, which the base policy may find impossible."""
-    comparison = methods.make_comparison(methods.CompareArguments(pairs_from="reference"))
-    workshop = methods.Worker(comparison, finished[0] / "policy")
-    rows, world = workshop.training_pairs(1), comparison.world
-    tokenizer = world.tokenizer()
-    begin = comparison.first_pair(1)
-    prompts = torch.from_numpy(world.prompts(np.arange(begin, begin + 16)))
-    numbers = (methods.uniform_numbers(1, f"{side} answer", 16, 6) for side in ("first", "second"))
-    sides = [methods.sample_answers(workshop.reference, prompts, uniforms) for uniforms in numbers]
-    for number, row in enumerate(rows):
-        expected = {tokenizer.decode(side[number][side[number] != PAD_ID]) for side in sides}
-        assert {row["chosen"].strip(), row["rejected"].strip()} == expected
-
-
-@pytest.mark.slow
-def test_another_world_is_refused(finished):
-    with pytest.raises(ValueError, match="was made with world.length_bias=0.1, and now it is 0.5: name"):
-        start(finished[0], "--methods", "dpo", "--length_bias", "0.5")
-
-
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_settings_make_the_method(method, tmp_path):
-    settings = methods.method_settings(method, strength=0.5, mean_tokens=5.0)
-    config = RainbowPOConfig(str(tmp_path), **settings, bf16=False)
-    components = config.components()
-    square = 1 / 3 if config.link == "square" else 1
-    assert config.beta == pytest.approx(0.5 * square / (1 if config.length_normalization else 5))
-    if method in PRESETS:
-        assert components.method == method
-    else:
-        changed = {"rainbowpo-no-ln": "LN", "rainbowpo-no-phi": "contextual scaling"}.get(method)
-        assert changed is None or components.method.endswith(changed) or components.method in PRESETS
-        full = RainbowPOConfig.from_preset("rainbowpo", output_dir=str(tmp_path), bf16=False)
-        assert all(
-            getattr(config, name) == value != getattr(full, name) for name, value in methods.ABLATIONS[method].items()
-        )
-
-
-def test_home_advantages_keep_their_meaning():
-    assert methods.method_settings("simpo", 2.0, 5.0)["home_advantage"] == PRESETS["simpo"]["home_advantage"]
-    assert methods.method_settings("rainbowpo-no-ln", 2.0, 5.0)["home_advantage"] == pytest.approx(0.1 * 5)
-    for method, logit in (("odpo", 1.0), ("r-dpo", 0.1)):
-        settings = methods.method_settings(method, 2.0, 5.0)
-        assert settings["home_advantage"] * settings["beta"] == pytest.approx(logit)
-
-
-def test_seeds_share_no_pairs_and_choices_are_not_judged_on_their_own_prompts():
-    comparison = methods.make_comparison(methods.CompareArguments())
-    runs = comparison.tuning_runs("dpo")
-    final = comparison.final_runs(runs[1])
-    assert {run.split for run in runs} == {"tune"} and {run.split for run in final} == {"test"}
-    assert {run.seed for run in runs}.isdisjoint(run.seed for run in final)
-    assert comparison.first_pair(1) - comparison.first_pair(0) >= comparison.scale.num_pairs
-    assert (final[0].learning_rate, final[0].strength) == (runs[1].learning_rate, runs[1].strength)
-
-
-def record(reward: float) -> dict:
-    return {"grades": {"reward": reward, "kl": 1.0}, "settings": {"beta": 2.0}, "seconds": {"training": 3.0}}
-
-
-def test_rows_choices_and_table_of_hand_made_records():
-    runs = {(method, seed): methods.Run(method, 1e-3, 1.0, seed, "test") for method in METHODS_RUN for seed in (1, 2)}
-    rewards = {("dpo", 1): 0.5, ("dpo", 2): 0.7, ("rainbowpo", 1): 0.9, ("rainbowpo", 2): 1.2}
-    records = {run.name: record(rewards[key]) for key, run in runs.items()}
-    final = {method: [runs[method, 1], runs[method, 2]] for method in METHODS_RUN}
-    rows = methods.method_rows(METHODS_RUN, final, records)
-    assert [row["method"] for row in rows] == ["rainbowpo", "dpo"]
-    assert rows[1]["reward_over_rainbowpo"] == t_interval([0.5 - 0.9, 0.7 - 1.2])
-    assert methods.choose(final["dpo"], records) is runs["dpo", 2]
-    records[runs["dpo", 2].name] = {"error": "out of memory"}
-    assert methods.choose(final["dpo"], records) is runs["dpo", 1]
-    assert methods.choose([runs["dpo", 2]], records) is None
-    failed = methods.method_rows(["dpo", "simpo"], final | {"simpo": []}, records)
-    assert failed == [
-        {"method": "dpo", "error": "out of memory"},
-        {"method": "simpo", "error": "every run of its grid failed"},
-    ]
-    reference = {"reward": -0.25, "kl/0.9": 0.125}
-    table = methods.comparison_table({"rows": rows, "reference": reference, "best_reward": 2.0})
-    told = methods.comparison_table({"rows": failed, "reference": reference, "best_reward": 2.0})
-    assert told.splitlines()[-1] == "simpo failed: every run of its grid failed"
-    half = stats.t.ppf(0.975, 1) * np.std([0.9, 1.2], ddof=1) / math.sqrt(2)
-    assert f"1.05 ± {half:.2f}" in table and "2.00" in table.splitlines()[-2]
-    assert "0.9*" in table.splitlines()[1] and all(cell in table.splitlines()[3] for cell in ("-0.25", "0.12"))
+def test_a_comparison_ends_with_verdicts_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.SETTINGS, "small", MINIATURE)
+    monkeypatch.setattr(methods, "NATS", (1e-4, 2e-4))
+    monkeypatch.setattr(methods, "TARGET", 2e-4)
+    words = ["--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    words += ["--methods", methods.DPO, methods.LN_DPO, "ln-dpo, SFT", f"{methods.DPO}, rs", "r-dpo"]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        methods.main(words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["claim"] for row in results["claims"]} == {"no gain from SFT", "rejection sampling helps DPO"}
+    assert all(row["verdict"] in ("confirmed", "refuted", "undecided") for row in results["claims"])
+    assert [row["cell"] for row in results["rows"]] == [name for name in methods.CELLS if name in words]
+    assert "no gain from SFT" in printed.getvalue() and (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+    monkeypatch.setattr(methods.Worker, "carry_out", None)
+    methods.main(words)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]

@@ -93,10 +93,8 @@ REFUSED = {
     "program": (("pages",), "'pages' is unknown: choose from compare, page"),
 }
 OF_PREFERENCE = {
-    "method": (("--methods", "dpo", "ppo"), "--methods 'ppo' is unknown: choose from rainbowpo, dpo"),
-    "pairs": (("--pairs_from", "people"), "--pairs_from 'people' is unknown: choose from base, reference"),
-    "architecture": (("--architecture", "rnn"), "--architecture 'rnn' is unknown: choose one of llama, cpt_moe"),
-    "ambiguity": (("--ambiguity", "2"), r"ambiguity_levels=\(0.0, 2.0\) must hold"),
+    "method": (("--methods", "simpo", "ppo"), "--methods 'ppo' is unknown: choose from -LN -mixing -margin -phi"),
+    "device": (("--device", "abacus"), "--device 'abacus' is unknown: choose from cpu, cuda"),
 }
 OF_SURGERY = {
     "method": (("--methods", "safe", "rmu"), "--methods 'rmu' is unknown: choose from paper, safe"),
@@ -126,13 +124,13 @@ def test_t_quantiles_are_scipys() -> None:
         t_interval([])
 
 
-PROGRAMS = {"preference_world": preference_methods, "surgery_small": surgery_methods, "surgery_h100": surgery_methods}
+PROGRAMS = {"surgery_small": surgery_methods, "surgery_h100": surgery_methods}
 
 
 @pytest.mark.parametrize("folder", PROGRAMS)
 def test_committed_pages_are_those_of_their_files(folder, monkeypatch) -> None:
     monkeypatch.chdir(PROJECT)
     program, path = PROGRAMS[folder], Path("docs/benchmarks") / folder
-    text = program.comparison_table if program is preference_methods else program.comparison_text
-    assert (path / "README.md").read_text(encoding="utf-8") == page_of(path, program.PROGRAM, program.GUIDE, text)
+    page = page_of(path, program.PROGRAM, program.GUIDE, program.comparison_text)
+    assert (path / "README.md").read_text(encoding="utf-8") == page
     assert json.loads((path / "results.json").read_text())["rows"]
