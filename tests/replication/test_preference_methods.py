@@ -204,11 +204,6 @@ def test_intervals_cover_and_p_values_are_corrected(monkeypatch):
 
 UP, DOWN = (0.2, 0.1, 0.3, 0.01), (-0.2, -0.3, -0.1, 0.01)
 UNSURE, NONE = (0.1, -0.3, 0.5, 1.0), (0.0, -0.04, 0.04, 1.0)
-    (0.2, 0.1, 0.3, 0.01),
-    (-0.2, -0.3, -0.1, 0.01),
-    (0.1, -0.3, 0.5, 1.0),
-    (0.0, -0.04, 0.04, 1.0),
-)
 VERDICTS = {  # value, low, high and adjusted p -> what follows
     "more": {UP: "confirmed", DOWN: "refuted", UNSURE: "undecided", NONE: "undecided"},
     "less": {UP: "refuted", DOWN: "confirmed", UNSURE: "undecided"},
