@@ -81,12 +81,6 @@ def load_sets(args: SurgeryArguments) -> dict[str, Dataset | None]:
     return found
 
 
-def load_held_out(args: SurgeryArguments) -> dict[str, Dataset]:
-    """The rows of --eval_dataset_names by set."""
-    named = read_columns(args.eval_dataset_names, "--eval_dataset_names", "retain=kept.jsonl")
-    return {name: _load(source, args) for name, source in named.items()}
-
-
 def _load(source: str, args: SurgeryArguments) -> Dataset:
     columns = read_columns(args.columns)
     if Path(source).suffix == ".jsonl":
@@ -122,13 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(surgery: SurgeryArguments, model: ModelArguments, training: SurgeryConfig) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
-    sets, held_out = load_sets(surgery), load_held_out(surgery)
+    sets = load_sets(surgery)
+    named = read_columns(surgery.eval_dataset_names, "--eval_dataset_names", "retain=kept.jsonl")
     training.sets_in_force(sets)
     trainer = SurgeryTrainer(  # given a name, it looks at every row before it reads weights
         model.model_name_or_path,
         args=model.given_to(training, trust_remote_code=surgery.trust_remote_code or None),
         **{f"{name}_dataset": rows for name, rows in sets.items()},
-        eval_dataset=held_out,
+        eval_dataset={name: _load(source, surgery) for name, source in named.items()},
         processing_class=read_tokenizer(
             surgery.tokenizer_name_or_path or model.model_name_or_path, trust_remote_code=surgery.trust_remote_code
         ),
