@@ -452,7 +452,7 @@ class Scale:
 _LARGE_WORLD = (("num_requests", 28), ("num_words", 400), ("liked_words", 30), ("disliked_words", 30),
                 ("word_cost", 0.02), ("stop_probability", 0.01), ("max_words", 180))  # fmt: skip
 SETTINGS = {
-    "small": Scale(768, 2, 32, 3, 2, 2, 1, 6, PolicyPlan(steps=300), rate=3e-3),
+    "small": Scale(768, 2, 32, 3, 2, 2, 1, 6, PolicyPlan(steps=300), rate=1.5e-3),
     "normal": Scale(4096, 3, 64, 3, 6, 4, 8, 10, PolicyPlan(steps=2000)),
     "large": Scale(4096, 2, 64, 3, 2, 2, 2, 6, PolicyPlan("llama", 512, 8, 8, 1500, 128, 1e-3), _LARGE_WORLD, 2e-5,
                    10.0, 200, 64),
