@@ -5,7 +5,7 @@ were looked at are those that are uploaded. Nothing in the folder is changed, ex
 
 Secrets are known by the form that their issuers give them, or by a name such as api_key before them; in texts that
 hold no vocabulary, also by letters that follow no pattern (their entropy). Source: ours; the forms are those that the
-issuers document. detect-secrets knows as many, but has had no release since 2024 and takes hashes for secrets.
+issuers document.
 """
 
 from __future__ import annotations
