@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.extras import require
+from hf_moe_cpt.reading import read_config
 from hf_moe_cpt.routing.hooks import layers_to_watch, moe_layers
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 
@@ -157,7 +158,7 @@ class ModelArguments:
 
     def _without_weights(self, trust_remote_code: bool) -> nn.Module:
         options = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(self.model_name_or_path, revision=self.model_revision, **options)
+        config = read_config(self.model_name_or_path, revision=self.model_revision, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **options)
 

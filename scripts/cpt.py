@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, json_object, parallel_options, parse_arguments
@@ -26,6 +26,7 @@ from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
 from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
+from hf_moe_cpt.reading import read_model, read_tokenizer
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import DataArguments, load_data
@@ -60,7 +61,7 @@ def load_model(
     """
     if args.model_name_or_path is not None:
         options = args.loading(training.model_init_kwargs, trust_remote_code=args.trust_remote_code, **parallel)
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+        model = read_model(AutoModelForCausalLM, args.model_name_or_path, **options)
     else:
         fitting = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fitting |= {"vocab_size": len(tokenizer), **json_object("--preset_overrides", args.preset_overrides)}
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(model_args: StartArguments, data_args: DataArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     data = load_data(data_args, training)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = read_tokenizer(
         model_args.tokenizer_name_or_path or model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,

@@ -26,6 +26,7 @@ from hf_moe_cpt.planning.memory import (
 )
 from hf_moe_cpt.planning.models import read_config
 from hf_moe_cpt.planning.plan import SPEED_OF_GPU, as_json, as_text, make_plan
+from hf_moe_cpt.reading import reading
 
 
 REFERENCES = {"cpt": ("none",), "rainbowpo": ("copy", "none"), "surgery": ("cache", "copy", "none")}
@@ -134,9 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--seq_length {args.seq_length} is longer than the {longest} positions of the model: choose at most that."
         )
+    name = args.preset or args.model
+    with reading(f"the configuration of {name!r}", keeps=(ValueError,)):
+        size = measure_size(config, name)
+        kept = measure_kept(config, setup.sequence_length, setup.precision, setup.kernels)
     plan = make_plan(
-        measure_size(config, args.preset or args.model),
-        measure_kept(config, setup.sequence_length, setup.precision, setup.kernels),
+        size,
+        kept,
         setup,
         engine=args.engine,
         gpu_gib=args.gpu_memory,

@@ -464,6 +464,8 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict | None:
         row = json.loads(line)
     except UnicodeDecodeError:
         raise ValueError(f"{path}, line {number} is not UTF-8 text: convert the file to UTF-8.") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {number} is nested too deeply: put text and plain values into it.") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
@@ -481,6 +483,8 @@ def _parse_document(path: Path) -> None:
         json.loads(path.read_bytes())
     except UnicodeDecodeError:
         check_utf8(path)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: put text and plain values into it.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): repair it.") from None
 

@@ -103,7 +103,9 @@ class SelectionArguments:
         default="percentile", help=f"What tau is a scale of: {' or '.join(REWARDS)} (ranks in a prompt)."
     )
     tau: float = HfArg(
-        default=0.5, help="Temperature of the rejection sampling, above 0: near 0 the best are kept, at inf any."
+        default=0.5,
+        metadata={"range": "[0, inf]"},
+        help="Temperature of the rejection sampling, above 0: near 0 the best are kept, at inf any.",
     )
     num_accepted: int = HfArg(default=4, help="Responses kept for each prompt: at least 2, at most N.")
     pairs: str = HfArg(default="max_min", help=f"How they are paired: {', '.join(PAIRINGS)}.")
@@ -233,7 +235,7 @@ def _named(name: object, split: str) -> Iterator[None]:
     """Give the errors of `datasets` the name of what was read, in one line."""
     try:
         yield
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"the data set {str(name)!r} (split {split!r}) cannot be read: {line}") from error

@@ -24,10 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -39,6 +37,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
+from hf_moe_cpt import reading
 from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.machine import DTYPES, check_names, choose_device
@@ -128,12 +127,12 @@ class LoadOptions:
 
 def load_tokenizer(name: str, options: LoadOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where texts must be cut, their beginning goes, not the response at their end."""
-    return AutoTokenizer.from_pretrained(name, truncation_side="left", **options.source())
+    return reading.read_tokenizer(name, truncation_side="left", **options.source())
 
 
 def read_config(name: str, options: LoadOptions) -> PreTrainedConfig:
     """The configuration alone."""
-    return AutoConfig.from_pretrained(name, **options.source())
+    return reading.read_config(name, **options.source())
 
 
 def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
@@ -144,14 +143,15 @@ def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
 def load_model(auto_class: type, name: str, options: LoadOptions) -> PreTrainedModel:
     """A model of an Auto class on its device, in evaluation mode."""
     attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    model = auto_class.from_pretrained(name, dtype=options.dtype, **attention, **options.source())
+    model = reading.read_model(auto_class, name, dtype=options.dtype, **attention, **options.source())
     return model.to(choose_device(options.device)).eval()
 
 
 def load_generation_config(name: str, options: LoadOptions) -> GenerationConfig:
     """The generation configuration of a model, or what its configuration says where it has none."""
     try:
-        return GenerationConfig.from_pretrained(name, revision=options.revision)
+        with reading.reading(f"the generation configuration of {name!r}"):
+            return GenerationConfig.from_pretrained(name, revision=options.revision)
     except OSError:  # many checkpoints come without that file
         return GenerationConfig.from_model_config(read_config(name, options))
 

@@ -37,6 +37,7 @@ from hf_moe_cpt.hub.checkpoint_io import (
 )
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
+from hf_moe_cpt.reading import reading
 
 
 MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")
@@ -344,15 +345,17 @@ def convert(
         raise ValueError(f"{reader.name} is of type {of!r}: only {', '.join(MODEL_TYPES)} convert, to another.")
     if "cpt_moe" not in (of, to):
         raise ValueError(f"{of} to {to}: one side must be cpt_moe; convert to it first.")
-    if to == "cpt_moe":
-        config, plan, used = _plan_from(reader)
-        jitter = getattr(reader.config, "router_jitter_noise", 0.0)
-        notes = [f"router_jitter_noise={jitter} has no counterpart"] if jitter else []
-    else:
-        config, plan, used = _plan_to(reader, to)
-        notes = lost_in_training(reader.config)
-    refuse_unused(reader, plan, used)
-    write_checkpoint(reader, plan, empty_model(config), output, max_shard_size)
+    with reading(f"the checkpoint {str(source)!r}", keeps=(ValueError,)):
+        if to == "cpt_moe":
+            config, plan, used = _plan_from(reader)
+            jitter = getattr(reader.config, "router_jitter_noise", 0.0)
+            notes = [f"router_jitter_noise={jitter} has no counterpart"] if jitter else []
+        else:
+            config, plan, used = _plan_to(reader, to)
+            notes = lost_in_training(reader.config)
+        refuse_unused(reader, plan, used)
+        model = empty_model(config)
+    write_checkpoint(reader, plan, model, output, max_shard_size)
     return Converted(output, config, tuple(notes), tuple(leftovers(output)))
 
 

@@ -40,6 +40,7 @@ from hf_moe_cpt.hub.checkpoint_io import (
 )
 from hf_moe_cpt.hub.convert import ATTENTION_FIELDS, empty_model, skeleton_fields, write_checkpoint
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
+from hf_moe_cpt.reading import read_json, reading
 
 
 ROUTER_INITS = ("noise", "zero")
@@ -275,13 +276,14 @@ def upcycle(
     options = options or UpcycleOptions()
     reader = CheckpointReader(dense, revision)
     output = check_output(output_dir, reader.folder)
-    config = target_config(reader, to, overrides)
-    layout = plan_layout(config, config.intermediate_size)
-    model = empty_model(config)
-    plan = skeleton(reader, model)
-    for layer in range(config.num_hidden_layers):
-        plan += _feed_forward(reader, config, layout, options, layer)
-    refuse_unused(reader, plan)
+    with reading(f"a mixture of {str(dense)!r} and --to {to}", "mend the one that is wrong", keeps=(ValueError,)):
+        config = target_config(reader, to, overrides)
+        layout = plan_layout(config, config.intermediate_size)
+        model = empty_model(config)
+        plan = skeleton(reader, model)
+        for layer in range(config.num_hidden_layers):
+            plan += _feed_forward(reader, config, layout, options, layer)
+        refuse_unused(reader, plan)
     function = function_in_words(config, layout, options)
     record = {"dense": reader.short_name, "dense_revision": reader.commit, "dense_family": reader.config.model_type}
     record |= {"to": to, "options": asdict(options), "layout": asdict(layout), "function_at_step_0": function}
@@ -318,12 +320,7 @@ def mixture_named(to: str) -> dict[str, Any]:
     path = Path(to) / "config.json" if Path(to).is_dir() else Path(to)
     if not path.is_file():
         raise ValueError(f"--to {to!r} is unknown: choose {', '.join(TARGETS)}, or name a JSON file.")
-    try:
-        named = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--to {to!r} is no JSON: {error}.") from error
-    if not isinstance(named, dict):
-        raise ValueError(f"--to {to!r} must hold one JSON object of fields, got {type(named).__name__}.")
+    named = read_json(path)
     if unknown := sorted(set(named) - set(CptMoeConfig().to_dict())):
         raise ValueError(f"--to {to!r} sets {', '.join(unknown)}, no field of CptMoeConfig: check the spelling.")
     return named

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +29,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.text import first_line_of, load_text_dataset
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, release_memory
+from hf_moe_cpt.reading import read_config, read_model, read_tokenizer, reading
 from hf_moe_cpt.routing.compare import ALL, Shape, analyse_traces, check_alike, shape_of
 from hf_moe_cpt.routing.hooks import layers_to_watch
 from hf_moe_cpt.routing.metrics import AVERAGES, imbalance_curve
@@ -222,7 +222,8 @@ class Tracing:
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
         optional = ("attn_implementation", "experts_implementation", "device_map")
-        model = AutoModelForCausalLM.from_pretrained(
+        model = read_model(
+            AutoModelForCausalLM,
             checkpoint.path,
             dtype=self.models.dtype,
             trust_remote_code=self.models.trust_remote_code,
@@ -249,7 +250,7 @@ class Tracing:
 
     def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.models.trust_remote_code)
+            return read_tokenizer(name, trust_remote_code=self.models.trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name} has no tokenizer that loads ({first_line_of(error)}): give --tokenizer_name_or_path."
@@ -257,7 +258,7 @@ class Tracing:
 
     def _config(self, checkpoint: Checkpoint) -> PretrainedConfig:
         try:
-            return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=self.models.trust_remote_code)
+            return read_config(checkpoint.path, trust_remote_code=self.models.trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{checkpoint.path!r} is neither a finished trace nor a model, here or on the Hub "
@@ -276,11 +277,12 @@ class Tracing:
     def _check_architectures(self, configs: Mapping[str, PretrainedConfig]) -> None:
         """Refuse dense models and different shapes, on models without weights."""
         shapes: dict[str, list[Shape]] = {}
-        for name in (checkpoint.name for checkpoint in self.checkpoints):
+        checkpoints = {checkpoint.name: checkpoint.path for checkpoint in self.checkpoints}
+        for name in checkpoints:
             if name in self.opened:
                 shapes[name] = shape_of(self.opened[name])
                 continue
-            with torch.device("meta"):
+            with torch.device("meta"), reading(f"the configuration of {checkpoints[name]!r}"):
                 model = AutoModelForCausalLM.from_config(
                     configs[name], trust_remote_code=self.models.trust_remote_code
                 )
@@ -374,15 +376,19 @@ def training_curves(runs: Sequence[str], shift_step: int | None) -> list[dict[st
 def _imbalance_of(run: str) -> tuple[list[int], list[list[float]], float]:
     """Steps, MRI of each layer at each of them, and the ideal K/E as the mean over layers."""
     path = _state_of(run)
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--log_history: {path} is no state of a trainer: {error}.") from error
+    with reading(f"--log_history: {path}", "name the state of a trainer"):
+        return _imbalance_in(json.loads(path.read_text(encoding="utf-8"))["log_history"], path)
+
+
+def _imbalance_in(history: list[dict[str, Any]], path: Path) -> tuple[list[int], list[list[float]], float]:
     entries = {entry["step"]: entry for entry in history if "mri/layer_00" in entry}  # the last one of a step
     if not entries:
         raise ValueError(
             f"--log_history: {path} holds no MRI of layers: train with CPTTrainer, or add RouterMonitorCallback."
         )
+    logged = [value for entry in entries.values() for key, value in entry.items() if _LAYER.fullmatch(key)]
+    if not all(math.isfinite(value) for value in logged):
+        raise ValueError(f"--log_history: {path} holds MRI that is no finite number: name the log of a sound run.")
     steps = sorted(entries)
     first = entries[steps[0]]
     keys = sorted((key for key in first if _LAYER.fullmatch(key)), key=lambda key: int(_LAYER.fullmatch(key)[1]))

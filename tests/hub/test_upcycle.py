@@ -212,8 +212,8 @@ def test_biases_of_blocks_and_a_zero_router_between_parts_are_refused(tmp_path: 
 
 TARGETS_REFUSED = {
     "granulr": "--to 'granulr' is unknown: choose granular, switch, sb-granular, sb-switch, or name a JSON file",
-    "[1]": "must hold one JSON object of fields, got list",
-    "{": "is no JSON",
+    "[1]": "must hold a JSON object, got list",
+    "{": "cannot be used .JSONDecodeError: ",
     '{"num_expert": 4}': "sets num_expert, no field of CptMoeConfig: check the spelling",
     '{"norm_topk_prob": true}': "names no experts: set num_experts",
     '{"num_experts": 4, "qkv_bias": true}': "says qkv_bias=True, the dense model has False: upcycling keeps it",

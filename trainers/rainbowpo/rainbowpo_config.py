@@ -144,11 +144,11 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
-        check_settings(self)
         refuse_unread(self, DPOConfig, FLAGS_OF_SCRIPTS)
-        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        losses = self.loss_type if isinstance(self.loss_type, list | tuple) else [self.loss_type]
         told = "; ".join(LOSSES_OF_DPO[name] for name in losses if name in LOSSES_OF_DPO)
         refuse_unread(self, DPOConfig, OPTIONS_OF_DPO | ({"loss_type": told} if told else {}), part_of="objective")
+        check_settings(self)
         if self.padding_free and self.pad_to_multiple_of not in (None, "auto"):
             raise ValueError(
                 f"padding_free=True pads nothing, and pad_to_multiple_of={self.pad_to_multiple_of} asks for padding: "

@@ -29,7 +29,13 @@ from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import ModelOutput
 from trl import DPOTrainer
@@ -38,6 +44,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
+from hf_moe_cpt.reading import check_weights, read_config, require_finite
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
@@ -291,7 +298,7 @@ def _config_of(model: str | nn.Module, args: RainbowPOConfig) -> Any:
     """The model's configuration; of a name it is read alone, so that a model is not loaded to be refused."""
     if not isinstance(model, str):
         return model.config
-    return AutoConfig.from_pretrained(model, **_options_of_config(args))
+    return read_config(model, **_options_of_config(args))
 
 
 def _options_of_config(args: RainbowPOConfig) -> dict[str, Any]:
@@ -487,6 +494,8 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RainbowPOConfig(f"{name.split('/')[-1]}-RainbowPO")
         check_request(model, ref_model, args, train_dataset, processing_class, kwargs)
+        if isinstance(model, str):
+            check_weights(AutoModelForCausalLM, model, **_options_of_config(args))
         args = without_unused_reference(copy(args), ref_model)
         is_padding_free, args.padding_free = args.padding_free, False  # the parent's is out of order
         scale = args.dispersion_scale if args.needs_reference_entropy else None
@@ -504,6 +513,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             processing_class,
             **kwargs,
         )
+        require_finite(self.model)
         freeze(self.model, args.freeze or ())
         self._take_collator()
         if is_padding_free:

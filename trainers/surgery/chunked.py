@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model, own_penalty_off
+from hf_moe_cpt.reading import read_config, read_model
 
 
 CHUNK_TOKENS = 512
@@ -361,7 +362,7 @@ def config_of(model: str | nn.Module, options: Mapping[str, Any]) -> PreTrainedC
         )
     if isinstance(options.get("config"), PreTrainedConfig):
         return options["config"]
-    return AutoConfig.from_pretrained(model, **{key: options[key] for key in SOURCE_OPTIONS if key in options})
+    return read_config(model, **{key: options[key] for key in SOURCE_OPTIONS if key in options})
 
 
 def open_model(model: str | nn.Module, options: Mapping[str, Any], peft_config: Any = None) -> nn.Module:
@@ -370,7 +371,7 @@ def open_model(model: str | nn.Module, options: Mapping[str, Any], peft_config: 
     Raises ValueError for a head that is not one product.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = read_model(AutoModelForCausalLM, model, **options)
     if peft_config is not None:
         model = require("peft", needed_by="peft_config").get_peft_model(model, peft_config)
     check_head(model)
