@@ -29,7 +29,10 @@ TWO_RANKS = {
 }
 FOUR_RANKS = {"DDP on 4": {}}
 SHARDED_TRAINING = {
-    2: {"EP": {"sharded": {"fsdp_size": 2, "ep_size": 2}}},
+    2: {
+        "EP": {"sharded": {"fsdp_size": 2, "ep_size": 2}},
+        "EP with biases": {"sharded": {"fsdp_size": 2, "ep_size": 2}, **BIASED},
+    },
     4: {"EP on 4": {"sharded": {"fsdp_size": 4, "ep_size": 4}}},
 }
 STEPS = {

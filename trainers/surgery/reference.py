@@ -40,6 +40,7 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
@@ -276,6 +277,9 @@ def _adapter_is_new(model: nn.Module) -> bool:
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
     inner = causal_lm_of(model)
     is_spread = getattr(inner, "hf_device_map", None) is not None
+    is_spread = is_spread or any(
+        isinstance(weight, DTensor) for weight in inner.parameters()
+    )  # where the engine put them
     return model if is_spread or inner.device == device else model.to(device)
 
 
