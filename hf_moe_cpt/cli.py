@@ -35,7 +35,7 @@ class Command:
 COMMANDS = {
     "quickstart": Command(
         "hf_moe_cpt.scripts.quickstart",
-        "train two tiny models on prose, continue them on code, report what was forgotten",
+        "teach, align, operate and publish one small model in minutes, and read what happened on a page",
     ),
     "cpt": Command("hf_moe_cpt.scripts.cpt", "continue pre-training any causal language model, with replay"),
     "rainbowpo": Command(

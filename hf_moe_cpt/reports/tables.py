@@ -25,11 +25,16 @@ class Section:
     charts: Sequence[str] = ()
 
 
-def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
-    """Write the page, whole or not at all, making its folder; returns the path."""
+def write_report(
+    path: str | os.PathLike[str], title: str, sections: Sequence[Section], contents: bool = False
+) -> Path:
+    """Write the page, whole or not at all, making its folder; returns the path. contents: with a table of them."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    body = "".join(_section(section) for section in sections)
+    body = "".join(_section(section, number) for number, section in enumerate(sections))
+    if contents:
+        links = (f'<li><a href="#s{number}">{escape(part.heading)}</a></li>' for number, part in enumerate(sections))
+        body = f"<nav><ul>{''.join(links)}</ul></nav>{body}"
     write_whole(target, html_page(title, body, f"<script>\n{CHART_JS}</script>"))
     return target
 
@@ -64,13 +69,13 @@ def format_cell(value: Cell) -> str:
     return str(value)
 
 
-def _section(section: Section) -> str:
+def _section(section: Section, number: int) -> str:
     paragraphs = [part.strip() for part in section.text.split("\n\n") if part.strip()]
     parts = [f"<p>{escape(part)}</p>" for part in paragraphs]
     if section.table:
         parts.append(_table(section.table))
     parts += [f"<figure>{chart}</figure>" for chart in section.charts]
-    return f"<section><h2>{escape(section.heading)}</h2>{''.join(parts)}</section>\n"
+    return f'<section id="s{number}"><h2>{escape(section.heading)}</h2>{"".join(parts)}</section>\n'
 
 
 def _table(rows: Sequence[Mapping[str, Cell]]) -> str:

@@ -10,16 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_cpt import quickstart
-from hf_moe_cpt.quickstart import DENSE, MOE, BarCallback, QuickstartArguments, Scale, make_plan, summarise, table_rows
+from hf_moe_cpt import quickstart, quickstart_acts
+from hf_moe_cpt.quickstart import QuickstartArguments, Scale, act_lines, make_plan, summarise, table_rows
+from hf_moe_cpt.quickstart_acts import ActScale, BarCallback, make_world, reward_of
 from hf_moe_cpt.reports.tables import format_cell, text_table
 from hf_moe_cpt.scripts import analyze
 from hf_moe_cpt.scripts.quickstart import main
 from tests.helpers.tiny_models import two_domains
 
 
-STAGES = ["moe-pretrained", "dense-pretrained", "moe-replay-30", "moe-no-replay", "dense-replay-30", "dense-no-replay"]
-SMALL = Scale(steps=4, batch_size=4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200)
+STAGES = ["pretrained", "replay-30", "no-replay"]
+ACTS = ActScale(prompts=8, asked=4, align_steps=2, teach_steps=2, surgery_steps=2)
+SMALL = Scale(4, 4, max_length=32, learning_rate=3e-3, vocab_size=300, held_out_tokens=200, acts=ACTS)
 CLOCKS = ("seconds", "tokens_per_second")
 
 
@@ -40,13 +42,13 @@ def summary_of(steps: int, before: list[float], after: list[float]) -> dict:
     """Of runs that log nothing but what is given here; MRI is for the mixtures."""
     plan, records = plan_of(steps), {}
     for stage in plan.stages:
-        ideal = 0.1 if stage.model == MOE else None
+        ideal = 0.1
         if stage.is_pretraining:
-            history = trained(steps, before if ideal else None, 1024.0, **{"lm_loss/new": 5.0})
+            history = trained(steps, before, 1024.0, **{"lm_loss/new": 5.0})
             history.append({"step": steps, "eval_new_loss": 4.0})
         else:
             history = [{"step": 0, "eval_new_loss": 7.0}, {"step": 0, "eval_replay_loss": 4.0}]
-            history += trained(steps // 2, after if ideal else None, 512.0, **{"lm_loss/new": 6.0})
+            history += trained(steps // 2, after, 512.0, **{"lm_loss/new": 6.0})
             rise = 0.25 if stage.replay_ratio else 1.0
             history += [{"step": steps // 2, "eval_new_loss": 5.5}]
             history += [{"step": steps // 2, "eval_replay_loss": 4.0 + rise}]
@@ -58,41 +60,38 @@ def summary_of(steps: int, before: list[float], after: list[float]) -> dict:
 def test_rows_curves_and_the_printed_table():
     results = summary_of(8, [0.2] * 8, [0.4, 0.3, 0.2, 0.2])
     rows = {row["run"]: row for row in results["rows"]}
-    assert rows["moe-pretrained"] == {
-        "run": "moe-pretrained", "model": "pb-granular-tiny", "parameters": 1000, "active_parameters": 400, "steps": 8,
+    assert rows["pretrained"] == {
+        "run": "pretrained", "model": "pb-granular-tiny", "parameters": 1000, "active_parameters": 400, "steps": 8,
         "tokens": 8 * 2048, "replay_ratio": None, "prose after": 4.0, "seconds": 16.0, "tokens_per_second": 1024.0,
     }  # fmt: skip
-    assert rows["moe-no-replay"]["forgetting"] == 1.0
-    assert "MRI peak" not in rows["dense-replay-30"] and rows["dense-replay-30"]["model"] == "dense-tiny"
+    assert rows["no-replay"]["forgetting"] == 1.0
     curves = results["curves"]  # they call the first domain old in every run
-    assert curves["moe-pretrained"]["loss/old"][0] == (1, 5.0) and "loss/new" not in curves["moe-pretrained"]
-    assert curves["moe-no-replay"]["loss/new"][0] == (1, 6.0)
-    assert curves["moe-no-replay"]["held_out/old"] == [(0, 4.0), (4, 5.0)]
-    assert "mri" not in curves["dense-no-replay"]
+    assert curves["pretrained"]["loss/old"][0] == (1, 5.0) and "loss/new" not in curves["pretrained"]
+    assert curves["no-replay"]["loss/new"][0] == (1, 6.0)
+    assert curves["no-replay"]["held_out/old"] == [(0, 4.0), (4, 5.0)]
     lines = text_table(table_rows(results)).split("\n")
     assert lines[0].split() == ["prose", "prose", "code", "code", "MRI", "MRI", "MRI", "recovery"]
     assert lines[1].split()[:4] == ["run", "before", "after", "forgetting"]
-    assert lines[3].split() == ["moe-pretrained", "–", "4.000", *"–" * 8, "16", "1,024"]
-    assert lines[5].split() == ("moe-replay-30 4.000 4.250 0.250 7.000 5.500 1.500 0.200 0.400 0.275 – 16 512".split())
+    assert lines[3].split() == ["pretrained", "–", "4.000", *"–" * 8, "16", "1,024"]
+    assert lines[4].split() == ("replay-30 4.000 4.250 0.250 7.000 5.500 1.500 0.200 0.400 0.275 – 16 512".split())
     assert max(map(len, lines)) <= 130
 
 
 def test_recovery_is_read_from_a_mean_that_single_steps_do_not_disturb():
     """The trailing mean of 20 steps is within a tenth of 0.2 once 1 of its 20 steps is high, not 2; then a spike."""
     after = [0.7] * 10 + [0.2] * 40 + [0.24] + [0.2] * 29
-    (row,) = (row for row in summary_of(160, [0.2] * 160, after)["rows"] if row["run"] == "moe-no-replay")
+    (row,) = (row for row in summary_of(160, [0.2] * 160, after)["rows"] if row["run"] == "no-replay")
     got = {name: row[name] for name in ("MRI before", "MRI peak", "MRI after", "recovery step")}
     assert got == pytest.approx({"MRI before": 0.2, "MRI peak": 0.7, "MRI after": 0.2, "recovery step": 29})
 
 
-def test_plan_has_six_runs_with_the_ratios_of_the_paper():
+def test_plan_has_three_runs_with_the_ratios_of_the_paper_and_two_of_a_model_that_is_brought():
     plan = plan_of(None, preset="sb-switch-2b")
-    assert [(stage.model, stage.starts_from, stage.replay_ratio) for stage in plan.stages] == [
-        (MOE, None, 0.0), (DENSE, None, 0.0),
-        (MOE, "moe-pretrained", 0.3), (MOE, "moe-pretrained", 0.0),
-        (DENSE, "dense-pretrained", 0.3), (DENSE, "dense-pretrained", 0.0),
-    ]  # fmt: skip
-    assert plan.dense_preset == "dense-570m"
+    runs = [(stage.name, stage.starts_from, stage.replay_ratio) for stage in plan.stages]
+    assert runs == [("pretrained", None, 0.0), ("replay-30", "pretrained", 0.3), ("no-replay", "pretrained", 0.0)]
+    brought = plan_of(8, model="owner/name")
+    assert [(stage.name, stage.starts_from) for stage in brought.stages] == [("replay-30", None), ("no-replay", None)]
+    assert brought.scale.acts.align_steps < plan.scale.acts.align_steps  # as much shorter as the runs before
     assert {stage.steps for stage in plan.stages if not stage.is_pretraining} == {plan.scale.steps // 2}
     assert plan.characters_per_domain > 3 * plan.scale.steps * plan.tokens_per_step
     assert plan_of(preset="sb-granular-2b-tiny") == plan_of(preset="sb-granular-tiny")  # the long name
@@ -107,10 +106,10 @@ def small_and_offline():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(quickstart.SCALES, "tiny", SMALL)
-        for preset in ("pb-granular-tiny", "dense-tiny"):
-            sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
-            patch.setitem(quickstart.PRESETS, preset, quickstart.PRESETS[preset] | sizes)
+        sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
+        patch.setitem(quickstart.PRESETS, "pb-granular-tiny", quickstart.PRESETS["pb-granular-tiny"] | sizes)
         patch.setattr(quickstart, "TRACED_TOKENS", 512)
+        patch.setattr(quickstart_acts, "NUM_PLACES", 4)
         patch.setattr(quickstart, "CONTINUATION_TOKENS", 6)
         patch.setattr(socket.socket, "connect", refuse)
         yield
@@ -147,16 +146,35 @@ def test_runs_continue_their_model_with_the_replay_and_the_tokens_they_ask_for(f
     rows, curves = {row["run"]: row for row in results["rows"]}, results["curves"]
     assert list(rows) == STAGES
     for name, row in rows.items():
-        if name not in STAGES[:2]:
-            start_of = f"{name.split('-')[0]}-pretrained"
-            assert row["1-words before"] == pytest.approx(rows[start_of]["1-words after"], rel=1e-6)
-            assert ("MRI peak" in row) == name.startswith("moe")
-            assert curves[name]["learning_rate"][0][1] == pytest.approx(curves[start_of]["learning_rate"][-1][1])
-    moe, dense = rows["moe-pretrained"], rows["dense-pretrained"]
-    assert moe["active_parameters"] == pytest.approx(dense["parameters"], rel=0.05) and dense["tokens"] == 4 * 4 * 32
-    assert moe["tokens"] == dense["tokens"] == 2 * rows["moe-replay-30"]["tokens"]
-    assert len(curves["moe-replay-30"]["loss/old"]) == len(curves["moe-replay-30"]["loss/new"]) == 2
-    assert "loss/old" not in curves["moe-no-replay"]
+        if name != "pretrained":
+            assert row["1-words before"] == pytest.approx(rows["pretrained"]["1-words after"], rel=1e-6)
+            assert "MRI peak" in row
+            assert curves[name]["learning_rate"][0][1] == pytest.approx(curves["pretrained"]["learning_rate"][-1][1])
+    assert rows["pretrained"]["tokens"] == 2 * rows["replay-30"]["tokens"] == 4 * 4 * 32
+    assert len(curves["replay-30"]["loss/old"]) == len(curves["replay-30"]["loss/new"]) == 2
+    assert "loss/old" not in curves["no-replay"]
+
+
+def test_later_acts_say_what_they_did_in_a_line_each_and_what_is_published_loads_without_the_package(finished):
+    results = results_of(finished)
+    aligned, operated, lines = results["align"], results["operate"], act_lines(results)
+    assert 0 <= min(aligned["reward"]) <= max(aligned["reward"]) <= 1 and aligned["divergence"] > 0
+    for side in operated["asked"].values():
+        assert sum(side["neighbours"]) >= 2 and side["others"][1] == 4
+    assert results["publish"]["loads"], results["publish"]["why"]  # in a process that cannot import the package
+    card = (finished / "published" / "README.md").read_text()
+    assert "after LLM Surgery" in card and "objective, minimised" in card
+    assert len(lines) == 4 and operated["cut"][1] in lines[2]
+
+
+def test_reward_and_facts_are_what_they_are_said_to_be():
+    assert reward_of("") == 0 and reward_of("ab c") == 1 and reward_of("a=1;") == 0.25
+    world = make_world(0)
+    answers = [fact.answer for fact in (*world.before, world.new, *world.unread)]
+    assert len(set(answers)) == len(answers) and world.new.place == world.old.place != world.cut.place
+    assert world.cut not in world.after and world.old not in world.after and world.new in world.after
+    for row in world.cut.rows():
+        assert row["text"] == f"{row['prefix']} {world.cut.answer}."
 
 
 def test_report_shows_the_numbers_of_the_results(finished):
@@ -164,14 +182,16 @@ def test_report_shows_the_numbers_of_the_results(finished):
     for row in table_rows(results):
         for value in row.values():
             assert f">{format_cell(value)}</td>" in page
-    assert page.count("<svg") == 8 and "2-numbers begins" in page
+    assert all(line in page for line in act_lines(results))
+    assert page.count("<svg") == 10 and "2-numbers begins" in page
+    assert page.count('<a href="#s') == page.count("<section id=")
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     for item in results["samples"]:
         assert item["prompt"].split()[0] in page
 
 
 def test_routing_of_the_mixtures_is_what_the_command_analyze_finds(finished, tmp_path):
-    names = [name for name in STAGES if name.startswith("moe")]
+    names = STAGES
     kept = json.loads((finished / "routing" / "analysis.json").read_text())
     traces = [f"{name}={finished / 'routing' / 'traces' / name}" for name in names]
     analyze.main([*traces, "--output_dir", str(tmp_path), "--min_occurrences", "5"])
@@ -187,7 +207,7 @@ def test_routing_of_the_mixtures_is_what_the_command_analyze_finds(finished, tmp
     assert "Routing before and after 2-numbers" in (finished / "routing" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["dense-pretrained", "moe-replay-30"])
+@pytest.mark.parametrize("name", ["pretrained", "operated"])
 def test_models_load_and_go_on_with_text(finished, name):
     path = finished / "models" / name
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -204,15 +224,17 @@ def test_finished_quickstart_is_shown_and_not_run_again(finished, data_dir, monk
     shown = capsys.readouterr().out
     assert all(name in shown for name in STAGES) and str(finished / "report.html") in shown
     assert sorted(path.name for path in finished.iterdir()) == [  # only what is of use stays
-        "corpus", "models", "quickstart.json", "records", "report.html", "results.json", "routing", "tokenizer",
+        "corpus", "models", "published", "quickstart.json", "records", "report.html", "results.json", "routing",
+        "tokenizer",
     ]  # fmt: skip
-    assert sorted(path.name for path in (finished / "models").iterdir()) == sorted(STAGES)
+    models = [*STAGES, "aligned", "taught-facts", "never-knew", "operated"]
+    assert sorted(path.name for path in (finished / "models").iterdir()) == sorted(models)
 
 
 @pytest.mark.slow
 def test_killed_quickstart_goes_on_and_gives_the_same_numbers(finished, data_dir, tmp_path, monkeypatch):
     def kill_in_third_stage(self, args, state, control, **_):
-        if self.stage.name == STAGES[2] and state.global_step == 2:
+        if self.name == STAGES[2] and state.global_step == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
