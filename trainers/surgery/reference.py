@@ -475,7 +475,8 @@ def weights_fingerprint(model: nn.Module, with_adapter: bool = True) -> str:
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        copied = whole.detach().to("cpu", copy=True)  # NumPy keeps what it sees from being freed, as engines do
+        digest.update(copied.contiguous().flatten().view(torch.uint8).numpy())
     return broadcast_object_list([digest.hexdigest()])[0]
 
 
