@@ -51,9 +51,7 @@ class PlanArguments:
         default=None, metadata={"help": f"Whose speed: {', '.join(SPEED_OF_GPU)}; by default by --gpu_memory."}
     )
     tokens: float | None = field(default=None, metadata={"help": "To train on, such as 200e9: adds days and cost."})
-    engine: str | None = field(
-        default=None, metadata={"help": f"{_one_of(ENGINES)} By default the simplest that fits."}
-    )
+    engine: str | None = field(default=None, metadata={"help": f"{_one_of(ENGINES)} Default: simplest that fits."})
     trainer: str = field(default="cpt", metadata={"help": _one_of(TRAINERS)})
     batch_size: int = field(
         default=8, metadata={"help": "Of one GPU and pass: sequences, pairs (rainbowpo), rows of each term (surgery)."}
@@ -65,12 +63,9 @@ class PlanArguments:
         default="mixed", metadata={"help": f"{_one_of(list(PRECISIONS))} mixed: float32 weights, bfloat16 autocast."}
     )
     optimizer: str = field(default="adamw", metadata={"help": _one_of(OPTIMIZERS)})
-    kernels: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{_one_of(KERNELS)} fused: as the trainers run any model on a GPU, with our experts and a "
-            "fused head; the default. plain: as transformers runs it."
-        },
+    kernels: str = field(
+        default="fused",
+        metadata={"help": f"{_one_of(KERNELS)} fused: as the trainers run any model; plain: as transformers does."},
     )
     reference: str | None = field(
         default=None, metadata={"help": "none, copy (rainbowpo's default) or cache (surgery's default)."}
@@ -98,7 +93,7 @@ class PlanArguments:
         self.setup()
 
     def setup(self) -> TrainingSetup:
-        """The same for the arithmetic, with "single" for no engine and "fused" for no kernels. Raises ValueError."""
+        """The same for the arithmetic, with "single" for no engine. Raises ValueError."""
         allowed = REFERENCES.get(self.trainer, ("none",))
         reference = allowed[0] if self.reference is None else self.reference
         if reference not in allowed:
@@ -115,7 +110,7 @@ class PlanArguments:
             checkpointing=self.gradient_checkpointing,
             precision=self.precision,
             optimizer=self.optimizer,
-            kernels=self.kernels or "fused",
+            kernels=self.kernels,
             trainer=self.trainer,
             reference=reference,
             terms=self.terms if self.trainer == "surgery" else 1,

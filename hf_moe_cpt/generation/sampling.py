@@ -37,10 +37,11 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt import reading
 from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.machine import DTYPES, check_names, choose_device
+from hf_moe_cpt.reading import read_config as config_of
+from hf_moe_cpt.reading import read_model, read_tokenizer, reading
 
 
 Prompt = str | list[dict[str, str]]
@@ -127,12 +128,12 @@ class LoadOptions:
 
 def load_tokenizer(name: str, options: LoadOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where texts must be cut, their beginning goes, not the response at their end."""
-    return reading.read_tokenizer(name, truncation_side="left", **options.source())
+    return read_tokenizer(name, truncation_side="left", **options.source())
 
 
 def read_config(name: str, options: LoadOptions) -> PreTrainedConfig:
     """The configuration alone."""
-    return reading.read_config(name, **options.source())
+    return config_of(name, **options.source())
 
 
 def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
@@ -143,14 +144,14 @@ def load_policy(name: str, options: LoadOptions) -> PreTrainedModel:
 def load_model(auto_class: type, name: str, options: LoadOptions) -> PreTrainedModel:
     """A model of an Auto class on its device, in evaluation mode."""
     attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    model = reading.read_model(auto_class, name, dtype=options.dtype, **attention, **options.source())
+    model = read_model(auto_class, name, dtype=options.dtype, **attention, **options.source())
     return model.to(choose_device(options.device)).eval()
 
 
 def load_generation_config(name: str, options: LoadOptions) -> GenerationConfig:
     """The generation configuration of a model, or what its configuration says where it has none."""
     try:
-        with reading.reading(f"the generation configuration of {name!r}"):
+        with reading(f"the generation configuration of {name!r}"):
             return GenerationConfig.from_pretrained(name, revision=options.revision)
     except OSError:  # many checkpoints come without that file
         return GenerationConfig.from_model_config(read_config(name, options))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
 
-from hf_moe_cpt import reading
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
+from hf_moe_cpt.reading import read_config as config_at
 
 
 def _sizes(preset: str) -> dict[str, int]:
@@ -77,7 +77,7 @@ def read_config(preset: str | None, model: str | None) -> PreTrainedConfig:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"--model {model!r} is a folder without config.json: give one that a model was saved in.")
     try:
-        return reading.read_config(model)
+        return config_at(model)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--model {model!r} has no configuration that can be read: {reason}") from error
