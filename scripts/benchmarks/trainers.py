@@ -269,7 +269,7 @@ def _preference_trainer(baseline: PreferenceBaseline, workload: Workload) -> Any
     )
 
 
-TARGET = 5.0  # nats per token, in place of what unseen text would say
+TARGET = 4.0  # nats per token, in place of what unseen text would say
 NO_EVALUATION = {
     "eval_strategy": "no",
     "eval_on_start": False,

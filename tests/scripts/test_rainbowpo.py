@@ -62,7 +62,7 @@ def test_command_line_over_file_over_preset(folder, capsys):
     shown = capsys.readouterr().out
     assert "cauchy" in shown and "0.1" in shown
     assert not any("phi/mean" in entry for entry in saved_history(folder / "simpo"))
-    assert json.loads((folder / "simpo" / "rainbowpo.json").read_text()) == {"dispersion_scale": None}
+    assert json.loads((folder / "simpo" / "rainbowpo.json").read_text())["dispersion_scale"] is None
     card = (folder / "simpo" / "README.md").read_text()
     assert "simpo, but for link" in card and "Scale of phi" not in card
 

@@ -112,10 +112,10 @@ def test_the_other_trainers_leave_steps_out_too(tmp_path, caplog):
     bad = {name: " ".join(["w45"] * 3) if name == "chosen" else value for name, value in rows[0].items()}
     rows = concatenate_datasets([rows, Dataset.from_list([bad])])
     model = tiny_model("llama", tie_word_embeddings=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[45] = math.nan
     alone = {"mixing_alpha": 0.0, "contextual_scaling": "none", "per_device_train_batch_size": 1}
     preference = preference_runs.trainer(tmp_path, model, rows, **{**policy, **alone, "max_steps": len(rows)})
+    with torch.no_grad():  # a model that came so would be refused
+        preference.model.get_input_embeddings().weight[45] = math.nan
     preference.train()
     for run in (surgery, preference):
         assert sum(cpt_runs.logged(run.state.log_history, "steps_left_out")) == 1
