@@ -386,7 +386,7 @@ def check_file(path: Path, kind: str, text_column: str) -> None:
     if kind == "text":
         check_utf8(path)
         return
-    columns = _json_columns(path) if kind == "json" else _arrow_schema(path, kind).names
+    columns = json_columns(path) if kind == "json" else _arrow_schema(path, kind).names
     if columns is not None:
         _text_column_of(str(path), sorted(columns), text_column)
     if kind == "parquet" and pq.read_metadata(path).num_rows == 0:  # the loader fails on such a file
@@ -439,7 +439,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; check the path.") from error
 
 
-def _json_columns(path: Path) -> list[str] | None:
+def json_columns(path: Path) -> list[str] | None:
     """Keys of the first object; None for one document over many lines, whose head cannot be parsed alone."""
     if _is_one_document(path):
         return None

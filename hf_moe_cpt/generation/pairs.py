@@ -27,6 +27,7 @@ import huggingface_hub
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, Selection, SelectionRule, select_pairs
+from hf_moe_cpt.data.text import json_columns
 from hf_moe_cpt.evaluation.resumable import (
     MakeRows,
     Progress,
@@ -262,6 +263,9 @@ def _load_files(files: list[Path], name: str, split: str) -> datasets.Dataset:
     if len(kinds) > 1 or None in kinds:
         found = sorted({path.suffix for path in files})
         raise ValueError(f"{name} has the extension(s) {found}: give one kind of {', '.join(KIND_OF_EXTENSION)}.")
+    if kinds == {"json"}:
+        for path in files:
+            json_columns(path)  # pyarrow ends the process for a file of another form
     data_files = {split.partition("[")[0]: [str(path.resolve()) for path in files]}
     with _named(name, split):
         return datasets.load_dataset(kinds.pop(), data_files=data_files, split=split)

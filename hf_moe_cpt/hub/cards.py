@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.hub.contents import ADAPTER_WEIGHTS, CARD, INDEX, require_no_link, weight_files
 from hf_moe_cpt.hub.folder import HUB_ID, METHODS, RunFacts, read_facts
+from hf_moe_cpt.reading import reading
 from hf_moe_cpt.reports.charts import Series, line_chart
 
 
@@ -330,7 +331,7 @@ def count_parameters(folder: str | Path) -> int | None:
     for name in weight_files(root) - {INDEX, ADAPTER_WEIGHTS}:
         if not (root / name).is_file():
             continue
-        with safe_open(root / name, framework="numpy") as file:
+        with reading(root / name), safe_open(root / name, framework="numpy") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total or None
 

@@ -34,6 +34,7 @@ from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench.bench import tokens_of_prefix
 from hf_moe_cpt.data.surgery_bench.rows import check_values, form_of, shown, subject_of, with_columns
 from hf_moe_cpt.data.text import json_lines
+from hf_moe_cpt.reading import reading
 from hf_moe_cpt.trainers.surgery.losses import PairLoss
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
 
@@ -94,7 +95,8 @@ def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Dat
     if not rows:
         raise ValueError(f"{path} holds no rows: put one JSON object on each line.")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    with reading(path, "give each column values of one type"):
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def tokenize_set(
