@@ -113,16 +113,5 @@ if __name__ == "__main__":
         """The optimizer's state is saved with it, when the model is written already."""
         torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
-    doomed.add_callback(AtStep(4, die_while_saving))
-    doomed.train()
-
-
-if __name__ == "__main__":
-    doomed = _run(Path(sys.argv[1]), "cpt_moe")
-
-    def die_while_saving(_: object) -> None:
-        """The optimizer's state is saved with it, when the model is written already."""
-        torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-
     doomed.add_callback(AtStep(6, die_while_saving))
     doomed.train()
