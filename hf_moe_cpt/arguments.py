@@ -83,7 +83,8 @@ class SettingsParser(HfArgumentParser):
         for kind in self.dataclass_types:
             values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.init}
             check_values(kind, {name: value for name, value in values.items() if self._is_given(name, value)})
-            parsed.append(kind(**values))
+            with reading(f"a setting of {self.prog}", "mend what is named", keeps=(ValueError, OSError)):
+                parsed.append(kind(**values))
         return tuple(parsed)
 
     def _is_given(self, name: str, value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,18 @@ def read_config(name: str | Path, **options: Any) -> PreTrainedConfig:
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if num_layers is not None and not 0 < num_layers <= MAX_LAYERS:
             raise ValueError(f"num_hidden_layers={num_layers} is outside [1, {MAX_LAYERS}]")
-        for field, value in config.to_dict().items():
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"{field}={value} is no number")
+        names = config.architectures or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures={names!r} is no list of names")
+        require_numbers(config.to_dict())
     return config
+
+
+def require_numbers(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that is NaN, which JSON may hold."""
+    for name, value in values.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name}={value} is no number")
 
 
 def read_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -78,6 +86,7 @@ def read_model(kind: type, name: str | Path, **options: Any) -> PreTrainedModel:
     Raises ValueError, in one line, for weights that are cut short, are not there, have another shape than the
     configuration says, or are no finite numbers: transformers would draw the missing ones at random.
     """
+    _check_config(name, options)
     with reading(f"the model {str(name)!r}"):
         model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         _check_found(found)
@@ -87,6 +96,7 @@ def read_model(kind: type, name: str | Path, **options: Any) -> PreTrainedModel:
 
 def check_weights(kind: type, name: str | Path, **options: Any) -> None:
     """What `read_model` refuses, without reading a value: for those who read the model themselves."""
+    _check_config(name, options)
     with reading(f"the model {str(name)!r}"):
         _, found = kind.from_pretrained(
             name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
@@ -101,6 +111,12 @@ def require_finite(model: nn.Module) -> None:
         if local.is_floating_point() and local.itemsize > 1 and local.numel() and not local.is_meta:
             if not all(bound.isfinite() for bound in local.detach().aminmax()):
                 raise ValueError(f"{name} holds values that are no finite numbers")
+
+
+def _check_config(name: str | Path, options: dict[str, Any]) -> None:
+    """Refuse the numbers of a folder's configuration before a model is made of them."""
+    if (Path(name) / "config.json").is_file():
+        read_config(name, trust_remote_code=options.get("trust_remote_code", False))
 
 
 def _check_found(found: dict[str, Any]) -> None:

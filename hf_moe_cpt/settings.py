@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import json
 import math
 import numbers
 import os
@@ -82,6 +83,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, told: str) -> None:
     if not _fits(value, hint):
         names = [_OF_NUMBERS.get(kind, getattr(kind, "__name__", str(kind))) for kind in _alternatives(hint)]
         raise ValueError(f"{told} is no {' or '.join(name for name in names if name != 'NoneType')}{_help(field)}")
+    if field.name.endswith("_kwargs") and isinstance(value, str) and not _is_json_object(value):
+        raise ValueError(f"{told} is no JSON object{_help(field)}")
     choices = field.metadata.get("choices")
     if choices is not None and value is not None and value not in choices:
         raise ValueError(f"{told} is unknown: choose from {', '.join(map(str, choices))}.")
@@ -95,6 +98,13 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, told: str) -> None:
             raise ValueError(f"{told} is no finite number{_help(field)}")
         if not -(2**63) <= number < 2**63 and isinstance(number, numbers.Integral):
             raise ValueError(f"{told} has more than 64 bits{_help(field)}")
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -133,4 +143,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint) or value in [member.value for member in hint]
     if hint in (bool, types.NoneType):
         return isinstance(value, hint)
-    return True
+    return not isinstance(hint, type) or isinstance(value, (hint, str, dict))

@@ -36,7 +36,7 @@ from hf_moe_cpt.hub.contents import (
     shards_of,
     weight_files,
 )
-from hf_moe_cpt.reading import check_weights
+from hf_moe_cpt.reading import check_weights, reading, require_numbers
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -218,7 +218,8 @@ def read_facts(folder: str | Path, method: str | None = None) -> RunFacts:
     if not any((root / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         raise ValueError(f"{str(folder)!r} holds neither {CONFIG} nor {ADAPTER_CONFIG}: name the folder of a model.")
     state, run, results = (_optional(root / name) for name in ("trainer_state.json", RUN_FILE, "all_results.json"))
-    log = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+    with reading(root / "trainer_state.json"):
+        log = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
     method = method or run.get("method") or _method_of(root, log)
     if method not in METHODS:
         raise ValueError(
@@ -238,7 +239,10 @@ def read_facts(folder: str | Path, method: str | None = None) -> RunFacts:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    facts = read_json(path) if path.is_file() else {}
+    with reading(path):
+        require_numbers(facts)
+    return facts
 
 
 def _method_of(root: Path, log: list[dict[str, Any]]) -> str | None:

@@ -41,7 +41,7 @@ REFUSED = {
     "no mapping": ("- a\n", "must hold `argument: value` lines, got list"),
     "no YAML": ("a: [1\n", "cannot be used .ParserError: while parsing a flow sequence"),
     "a key twice": ("rate: 1\nrate: 2\n", "the key .rate. is given twice"),
-    "deep": ("a: " + "[" * 5000, "cannot be used .RecursionError"),
+    "deep": ("a: " + "[" * 1500, "cannot be used .RecursionError"),
 }
 
 
@@ -84,6 +84,7 @@ class Bounded:
     kind: str = field(default="a", metadata={"choices": ["a", "b"]})
     learning_rate: float = 1e-3
     more: dict | str | None = None
+    some_kwargs: dict | str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -105,6 +106,7 @@ OUT_OF_BOUNDS = {
     "kind: c": "--kind 'c' is unknown: choose from a, b.",
     "learning_rate: true": "--learning_rate True is no float",
     "learning_rate: -1": r"--learning_rate -1 is outside \[0, inf\)",
+    "some_kwargs: '0'": "--some_kwargs '0' is no JSON object",
     "more: [1]": r"--more \[1\] is no dict or str",
 }
 

@@ -1,0 +1,275 @@
+"""Inputs that should be refused: tiny material for every command, ways to damage it, and what a command made of it.
+
+A case names a command, options that differ from a run that works, and damage to one file of that run. It runs in a
+child of a warm process, so that nothing of one case is left for the next. Source: ours.
+"""
+
+import dataclasses
+import importlib
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from hf_moe_cpt.cli import COMMANDS
+from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from tests.helpers.fresh_process import command_words
+from tests.helpers.preference_runs import pairs
+from tests.helpers.tiny_models import QUICK, SIZES, tiny_model, word_tokenizer
+from tests.helpers.warm_process import WarmProcess
+
+
+SECONDS = 20
+RUN = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
+from hf_moe_cpt.cli import main
+sys.exit(main())
+"""
+TRAINED = {**QUICK, "max_steps": 1, "max_length": 16, "per_device_train_batch_size": 2, "output_dir": "out"}
+JUDGED = {"output_dir": "out", "device": "cpu", "commit": "abc"}
+# Words and options of a run of each command that works, in the folder that `make_material` fills.
+WORKING: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "schedule": ([], {"max_steps": 100}),
+    "plan": ([], {"model": "moe", "seq_length": 32, "tokens": 1e9, "price_per_gpu_hour": 2.0}),
+    "card": (["run"], {"print": True}),
+    "push": (["run", "me/model"], {"dry_run": True}),
+    "upcycle": (["dense"], {"to": "mixture.json", "output_dir": "out"}),
+    "convert": (["moe"], {"to": "qwen2_moe", "output_dir": "out"}),
+    "analyze": (
+        ["moe"],
+        {"data": "words=text.jsonl", "tokens_per_domain": 200, "max_length": 16, "min_occurrences": 1, "device": "cpu"}
+        | {"output_dir": "out", "log_history": "run"},
+    ),
+    "cpt": (
+        [],
+        {**TRAINED, "model_name_or_path": "moe", "dataset_name": "text.jsonl", "replay_dataset_name": "old.jsonl"}
+        | {"replay_ratio": 0.5, "held_out_fraction": 0.2},
+    ),
+    "rainbowpo": (
+        [],
+        {**TRAINED, "model_name_or_path": "dense", "dataset_name": "pairs.jsonl", "max_length": 32, "bf16": False}
+        | {"gradient_checkpointing": False},
+    ),
+    "surgery": (
+        [],
+        {**TRAINED, "model_name_or_path": "dense", "per_device_train_batch_size": None, "save_strategy": None}
+        | {"eval_rows": 2}
+        | {f"{name}_dataset_name": f"{name}.jsonl" for name in SETS},
+    ),
+    "surgery-eval": (
+        [],
+        {**JUDGED, "before": "dense", "after": "dense", "bench": "bench", "max_questions": 1, "max_documents": 1}
+        | {"new_tokens": 2, "resamples": 5, "parts": "texts", "robustness": "none"},
+    ),
+    "rejection-sample": (
+        [],
+        {"dataset_name": "prompts.jsonl", "model_name_or_path": "dense", "reward_model_name_or_path": "reward"}
+        | {"num_samples": 2, "num_accepted": 2, "max_new_tokens": 4, "output_dir": "out", "device": "cpu"},
+    ),
+    "eval-preference": (
+        [],
+        {**JUDGED, "model_name_or_path": "dense", "ref_model_name_or_path": "dense", "prompts": "prompts.jsonl"}
+        | {"reward_model_name_or_path": "reward", "dataset_name": "pairs.jsonl", "max_new_tokens": 4},
+    ),
+}
+
+
+def make_material(folder: Path) -> Path:
+    """Models, texts, pairs, prompts, sets, a bench, a mixture and a run with its log; returns the folder."""
+    rows = pairs(8)
+    for name in ("text", "old"):
+        texts = [{"text": " ".join([row["prompt"], row["chosen"], row["rejected"]])} for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    rows.to_json(folder / "pairs.jsonl")
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in rows))
+    for seed, name in enumerate(SETS):
+        rows = pairs(4, seed).rename_column("chosen", "completion").remove_columns("rejected")
+        rows.to_json(folder / f"{name}.jsonl")
+    SurgeryBench.generate(num_subjects=15, kinds=("person",), forms=("quiz",)).save(folder / "bench")
+    models = {"moe": tiny_model("cpt_moe", partial_rotary_factor=1.0), "run": tiny_model("cpt_moe")}
+    models["dense"] = tiny_model("llama", max_position_embeddings=512)
+    models["dense"].get_output_embeddings().weight.data *= 30
+    torch.manual_seed(1)
+    reward = LlamaConfig(**{**SIZES, "pad_token_id": 1, "max_position_embeddings": 512}, num_labels=1)
+    models["reward"] = LlamaForSequenceClassification(reward)
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 0, "moe_intermediate_size": 16}
+    (folder / "mixture.json").write_text(json.dumps(mixture | {"norm_topk_prob": True}))
+    entry = {"step": 1, "loss": 3.5, "eval_new_loss": 3.4}
+    entry |= {f"{name}/layer_0{layer}": 0.5 for layer in range(2) for name in ("mri", "mri_normalized")}
+    state = {"global_step": 1, "log_history": [entry]}
+    for name, facts in {"trainer_state": state, "cpt_state": {"phase": "anneal"}, "training_run": {}}.items():
+        (folder / "run" / f"{name}.json").write_text(json.dumps(facts))
+    return folder
+
+
+def _with(text: str | bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def _flip(path: Path) -> None:
+    data, draw = bytearray(path.read_bytes()), random.Random(1)
+    for _ in range(8):
+        data[draw.randrange(len(data))] = draw.randrange(256)
+    path.write_bytes(data)
+
+
+DAMAGE: dict[Any, Callable[[Path], object]] = {
+    "empty": _with(""),
+    "zeros": _with(bytes(300)),
+    "no text": _with(b"\xff\xfe\xfa{}"),
+    "list": _with("[1, 2]"),
+    "number": _with("7"),
+    "null": _with("null"),
+    "word": _with('"words"'),
+    "deep": _with("[" * 100_000),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "gone": Path.unlink,
+    "flipped": _flip,
+}
+_ROWS = {
+    "beyond the vocabulary": {"input_ids": [1, 2, 99999]},
+    "negative": {"input_ids": [1, -2, 3]},
+    "64 bits and more": {"input_ids": [10**20]},
+    "no text": {"text": None, "prompt": None, "chosen": None, "rejected": None},
+    "nothing": {"text": "", "prompt": "", "chosen": "", "rejected": ""},
+    "numbers": {"text": 5, "prompt": 5, "chosen": 5, "rejected": 5},
+    "lists": {"text": ["a"], "prompt": ["a"], "chosen": ["b"], "rejected": ["c"]},
+    "turns without words": {"prompt": [{"role": "user"}], "chosen": [{"x": 1}], "rejected": []},
+    "others": {"other": 1},
+}
+ROWS = {name: _with(f"{json.dumps(row)}\n" * 8) for name, row in _ROWS.items()}
+
+
+def _setting(key: str, value: Any) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return change
+
+
+_KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads rope_parameters model_type dtype num_experts"
+VALUES = {
+    (key, str(value) if isinstance(value, list | dict) else value): _setting(key, value)
+    for key in (*_KEYS.split(), "num_experts_per_tok", "architectures", "log_history", "global_step", "phase")
+    for value in (None, -1, 0, 1.5, "words", float("nan"), [1], {"a": 1}, True)
+}
+VALUES["num_hidden_layers", 10**9] = _setting("num_hidden_layers", 10**9)
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor], str], object], part: str) -> Callable[[Path], object]:
+    """Damage to the first tensor whose name has the part."""
+
+    def damage(path: Path) -> None:
+        tensors = load_file(path)
+        change(tensors, next(name for name in sorted(tensors) if part in name))
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return damage
+
+
+WEIGHTS = {
+    "lost": _tensors(lambda tensors, name: tensors.pop(name), "layers.1"),
+    "NaN": _tensors(lambda tensors, name: tensors[name].fill_(torch.nan), "mlp."),
+    "infinite": _tensors(lambda tensors, name: tensors[name].fill_(torch.inf), "embed"),
+    "narrow": _tensors(lambda tensors, name: tensors.update({name: tensors[name][..., :-1].contiguous()}), "layers.0"),
+    "renamed": _tensors(lambda tensors, name: tensors.update({f"{name}_x": tensors.pop(name)}), "layers.0"),
+}
+
+
+def files_read(command: str) -> list[str]:
+    """Files below the material that the working run of a command reads."""
+    files, (words, options) = [], WORKING[command]
+    for word in (*words, *map(str, options.values())):
+        name = word.rpartition("=")[2]
+        if name in ("moe", "dense", "reward", "run"):
+            files += [f"{name}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")]
+        files += ["run/trainer_state.json"] if name == "run" else []
+        files += [name] if name.endswith((".json", ".jsonl")) else []
+    return files or ["text.jsonl"]
+
+
+def options_of(command: str) -> list[str]:
+    """Names of all options of a command but those that reach out of this machine or say where it writes."""
+    kinds = importlib.import_module(COMMANDS[command].module).ARGUMENTS
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+    return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """options: changes of those that work, None leaves one out. settings: text of a --config file, if there is one.
+
+    damage: done to `file` before, called `name`.
+    """
+
+    command: str
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: str | None = None
+    file: str | None = None
+    name: object = None
+    damage: Callable[[Path], object] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: of the process; said: the end of its errors; shown: what it printed."""
+
+    code: int
+    said: str
+    shown: str
+
+    @property
+    def fault(self) -> str | None:
+        """What no input may bring about, None if it did not."""
+        if self.code == -14:
+            return "hang"
+        if self.code not in (0, 2) or "Traceback (most recent call last)" in self.said:
+            return "traceback"
+        if self.code == 2 and not re.search(r"(?m)^error: .+$", self.said):
+            return "silent"
+        if self.code == 0 and re.search(r"(?<![\w./'-])(nan|-?inf)(?![\w/])", self.shown):
+            return "no number"
+        return None
+
+
+class Trials:
+    """Runs cases, each in a fresh copy of the material. environment: of the processes."""
+
+    def __init__(self, material: Path, folder: Path, environment: dict[str, str]) -> None:
+        self.material, self.folder, self.environment, self.count = material, folder, environment, 0
+        modules = ("trl", *(command.module for command in COMMANDS.values() if "quickstart" not in command.module))
+        self.process = WarmProcess(environment, ("hf_moe_cpt.cli", *modules))
+
+    def run(self, case: Case, keep: bool = False) -> Outcome:
+        """What became of it; keep: leave the folder."""
+        self.count += 1
+        place = self.folder / f"case-{self.count}"
+        shutil.copytree(self.material, place)
+        words, options = WORKING[case.command]
+        words = [*words, *command_words({**options, **case.options})]
+        if case.settings is not None:
+            (place / "settings.yaml").write_text(case.settings)
+            words += ["--config", "settings.yaml"]
+        if case.damage is not None:
+            case.damage(place / case.file)
+        (place / "case.py").write_text(RUN)
+        done = self.process.run(place / "case.py", [case.command, *words], self.environment, seconds=SECONDS)
+        if not keep:
+            shutil.rmtree(place)
+        return Outcome(done.returncode, done.stderr[-3000:], done.stdout)
+
+    def close(self) -> None:
+        """End the warm process."""
+        self.process.close()
