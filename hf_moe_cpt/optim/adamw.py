@@ -362,6 +362,13 @@ def _store(
 
 
 @triton.jit
+def _step(pointers, exponents, scale, factors, elements, numel, words, ROUNDED: tl.constexpr):
+    """The whole step of a span whose moments are no bytes."""
+    exp_avg, exp_avg_sq = _update(pointers, exponents, scale, factors, elements, numel, words, ROUNDED, False)
+    _store(pointers, exponents, exp_avg, exp_avg_sq, elements, numel, words, ROUNDED, False)
+
+
+@triton.jit
 def _pointer(table, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(table).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
@@ -412,19 +419,11 @@ def _adamw_kernel(
         of_moment = tl.load(row + 8).to(tl.pointer_type(tl.uint8)) + block
         of_square = tl.load(row + 9).to(tl.pointer_type(tl.uint8)) + block
         exponents = (tl.load(of_moment).to(tl.int32), tl.load(of_square).to(tl.int32))
-    ma, va = _update(pointers, exponents, scale, factors, first, numel, a, ROUNDED, IN_BYTES)
-    if not IN_BYTES:  # each span at once, which keeps fewer numbers at hand
-        _store(pointers, exponents, ma, va, first, numel, a, ROUNDED, IN_BYTES)
-    mb, vb = _update(pointers, exponents, scale, factors, second, numel, b, ROUNDED, IN_BYTES)
-    if not IN_BYTES:
-        _store(pointers, exponents, mb, vb, second, numel, b, ROUNDED, IN_BYTES)
-    mc, vc = _update(pointers, exponents, scale, factors, third, numel, c, ROUNDED, IN_BYTES)
-    if not IN_BYTES:
-        _store(pointers, exponents, mc, vc, third, numel, c, ROUNDED, IN_BYTES)
-    md, vd = _update(pointers, exponents, scale, factors, fourth, numel, d, ROUNDED, IN_BYTES)
-    if not IN_BYTES:
-        _store(pointers, exponents, md, vd, fourth, numel, d, ROUNDED, IN_BYTES)
-    if IN_BYTES:
+    if IN_BYTES:  # an exponent is of the whole block
+        ma, va = _update(pointers, exponents, scale, factors, first, numel, a, ROUNDED, IN_BYTES)
+        mb, vb = _update(pointers, exponents, scale, factors, second, numel, b, ROUNDED, IN_BYTES)
+        mc, vc = _update(pointers, exponents, scale, factors, third, numel, c, ROUNDED, IN_BYTES)
+        md, vd = _update(pointers, exponents, scale, factors, fourth, numel, d, ROUNDED, IN_BYTES)
         exponents = (_exponent(ma, mb, mc, md, MAX_EXPONENT), _exponent(va, vb, vc, vd, MAX_EXPONENT))
         tl.store(of_moment, exponents[0].to(tl.uint8))
         tl.store(of_square, exponents[1].to(tl.uint8))
@@ -432,6 +431,11 @@ def _adamw_kernel(
         _store(pointers, exponents, mb, vb, second, numel, b, ROUNDED, IN_BYTES)
         _store(pointers, exponents, mc, vc, third, numel, c, ROUNDED, IN_BYTES)
         _store(pointers, exponents, md, vd, fourth, numel, d, ROUNDED, IN_BYTES)
+    else:  # a span at a time, which keeps fewer numbers at hand
+        _step(pointers, exponents, scale, factors, first, numel, a, ROUNDED)
+        _step(pointers, exponents, scale, factors, second, numel, b, ROUNDED)
+        _step(pointers, exponents, scale, factors, third, numel, c, ROUNDED)
+        _step(pointers, exponents, scale, factors, fourth, numel, d, ROUNDED)
 
 
 @functools.lru_cache(maxsize=8)  # a run steps the same tensors every time
