@@ -19,8 +19,8 @@ from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model, tokenized
 
 
-SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
+SETTINGS |= {"evaluated": True, "eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
 
 
 def _run(folder: Path, kind: str) -> CPTTrainer:
@@ -42,10 +42,11 @@ def test_killed_while_saving_and_resumed_equals_never_killed(tmp_path):
     killed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=800)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path for path in checkpoints_in(folder) if not is_whole(path)] == []
-    assert (folder / UNFINISHED / "checkpoint-6").is_dir()
-    assert saved_history(folder / "checkpoint-3")
-    whole, resumed = _run(tmp_path / "whole", "cpt_moe"), _run(folder, "cpt_moe")
+    assert (folder / UNFINISHED / "checkpoint-4").is_dir()
+    assert saved_history(folder / "checkpoint-2")
+    whole = _run(tmp_path / "whole", "cpt_moe")
     whole.train()
+    resumed = _run(folder, "cpt_moe")
     resumed.train(resume_from_checkpoint="last")
     _assert_same(resumed, whole)
 
@@ -54,11 +55,11 @@ def test_a_stopped_run_goes_on_also_where_experts_are_stored_under_other_names(t
     whole = _run(tmp_path / "whole", "mixtral")
     whole.train()
     stopped = _run(tmp_path / "stopped", "mixtral")  # which sets the seed anew
-    stopped.add_callback(stop_at(4))
+    stopped.add_callback(stop_at(3))
     stopped.train()
     for _ in range(2):  # the second time it is finished, and resumed to nothing
         resumed = _run(tmp_path / "stopped", "mixtral")
-        assert resumed.train(resume_from_checkpoint="last").global_step == 6
+        assert resumed.train(resume_from_checkpoint="last").global_step == 4
         _assert_same(resumed, whole)
 
 
@@ -113,5 +114,5 @@ if __name__ == "__main__":
         """The optimizer's state is saved with it, when the model is written already."""
         torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
-    doomed.add_callback(AtStep(6, die_while_saving))
+    doomed.add_callback(AtStep(4, die_while_saving))
     doomed.train()
