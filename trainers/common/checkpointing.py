@@ -185,6 +185,12 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1] if match else json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
 
 
+def read_beside(checkpoint: Path | None, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; empty without a checkpoint or that file."""
+    path = None if checkpoint is None else checkpoint / name
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+
+
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, oldest step first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_FOLDER.match(path.name)]

@@ -41,6 +41,7 @@ from hf_moe_cpt.trainers.common.checkpointing import (
     WriteFailures,
     checkpoints_in,
     private_folder,
+    read_beside,
     require_free_space,
     require_unused,
     resolve_resume,
@@ -55,7 +56,6 @@ from hf_moe_cpt.trainers.common.run_folder import (
     compare_settings,
     describe_rows,
     is_inside,
-    read_state,
     settings_of,
 )
 
@@ -151,8 +151,7 @@ class BadStepCallback(TrainerCallback):
 
     def load(self, checkpoint: Path | None) -> None:
         """Read what `save` wrote; nothing is known where there is no file. `left_out` is kept and added to."""
-        path = None if checkpoint is None else checkpoint / FILE
-        state = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        state = read_beside(checkpoint, FILE)
         window = self._history.losses.maxlen
         self._history = LossHistory(self._history.spike_sigmas, window, state.get("losses", ()))
         self._history.sum, self._history.count = state.get("sum", 0.0), state.get("count", 0)
@@ -712,7 +711,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         """Take up what `save_beside_state` kept."""
         super().read_beside_state(checkpoint)
         self.bad_steps.load(checkpoint)
-        self.token_count.begin(read_state(checkpoint).get("tokens_seen", 0))
+        self.token_count.begin(read_beside(checkpoint, STATE_FILE).get("tokens_seen", 0))
 
 
 @dataclass

@@ -29,7 +29,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_moe_cpt.trainers.common.checkpointing import LOCK, require_unused, resolve_resume
+from hf_moe_cpt.trainers.common.checkpointing import LOCK, read_beside, require_unused, resolve_resume
 
 
 try:
@@ -154,12 +154,6 @@ def describe_rows(rows: Any) -> str:
     return f"{total} rows, checksum {checksum:08x}"
 
 
-def read_state(checkpoint: Path | None) -> dict[str, Any]:
-    """What a checkpoint says about its run; empty where it says nothing."""
-    path = None if checkpoint is None else checkpoint / STATE_FILE
-    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
-
-
 def compare_settings(checkpoint: Path, now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
     """Say which settings a run goes on with that are not the checkpoint's; returns the names of those that matter.
 
@@ -172,7 +166,7 @@ def compare_settings(checkpoint: Path, now: Mapping[str, Any], allowed: Collecti
             near = difflib.get_close_matches(name, known)
             hint = f"did you mean {near[0]}?" if near else "name settings as the command line does."
             raise ValueError(f"allow_changes: {name!r} is no setting that is compared: {hint}")
-    saved = read_state(checkpoint).get("settings")
+    saved = read_beside(checkpoint, STATE_FILE).get("settings")
     if saved is None:
         logger.warning("%s does not say with which settings it was made: nothing is compared.", checkpoint)
         saved = {}

@@ -177,6 +177,7 @@ def build_reference(
     folder: str | Path,
     *,
     given: nn.Module | None = None,
+    fingerprint: str | None = None,
     with_routers: bool = False,
     batch_size: int = 8,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -185,6 +186,7 @@ def build_reference(
 
     kind: "copy", "adapter", "cache", or "auto": adapter where PEFT has an adapter that changes nothing yet, else
     cache. rows: of `compared_rows`. folder: of the cache. given: another model than `model` as the reference.
+    fingerprint: `weights_fingerprint` of the reference without an adapter, from a caller that has it already.
     with_routers: `router_probs` will be asked for. batch_size: rows of a pass that fills the cache.
 
     All ranks must call it: each computes a share of the cache and reads all of it. Raises ValueError for a kind that
@@ -207,7 +209,9 @@ def build_reference(
     with modes_kept(source):
         _placed(source.eval(), accelerator.device)
         try:
-            return _cached(source, rows, accelerator, Path(folder), batch_size, **options)
+            weights = None if hasattr(source, "peft_config") else fingerprint
+            weights = weights or weights_fingerprint(source)
+            return _cached(source, rows, accelerator, Path(folder), batch_size, weights, **options)
         finally:
             _placed(source, home)
 
@@ -289,6 +293,7 @@ def _cached(
     accelerator: Accelerator,
     folder: Path,
     batch_size: int,
+    weights: str,
     with_routers: bool,
     chunk_tokens: int,
 ) -> CachedReference:
@@ -304,7 +309,7 @@ def _cached(
             found[f"router_{place}"] = probs.view(*shape, -1)
         return found
 
-    made_by = {"weights": weights_fingerprint(model), "mixed_precision": accelerator.mixed_precision}
+    made_by = {"weights": weights, "mixed_precision": accelerator.mixed_precision}
     is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     states = fill_states(states_of, rows, accelerator, folder, made_by, batch_size, together=is_sharded)
     weight, bias, form = head_of(model).detached()

@@ -49,6 +49,7 @@ from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, modes_kept
@@ -109,11 +110,11 @@ from hf_moe_cpt.trainers.surgery.reference import (
 )
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, KNOWN, UNSEEN, SurgeryConfig
 from hf_moe_cpt.trainers.surgery.verdict import (
-    GAP,
     RECORD_FILE,
     Targets,
     as_json,
     card_section,
+    measured_weights,
     record_of,
     stop_reason,
     surgery_gap,
@@ -639,10 +640,10 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
     def _require_same_start(self, checkpoint: Path | None) -> None:
         """Refuse to go on with anchors and targets of another model than the one that the run started from."""
-        record = None if checkpoint is None else checkpoint / RECORD_FILE
-        if record is None or not record.is_file():
+        record = read_beside(checkpoint, RECORD_FILE)
+        if not record:
             return
-        wanted = json.loads(record.read_text(encoding="utf-8")).get("starts_from")
+        wanted = record.get("starts_from")
         self.fingerprint = self._fingerprint()
         if wanted not in (None, self.fingerprint):
             raise ValueError(
@@ -654,9 +655,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """The parent's, and why the run was over at a checkpoint, unless it goes on by other rules."""
         super().read_beside_state(checkpoint)
-        record = None if checkpoint is None or self._changed else checkpoint / RECORD_FILE
-        ended = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.is_file() else {}
-        reason = ended.get("stopped_by") or "max_steps="
+        record = read_beside(None if self._changed else checkpoint, RECORD_FILE)
+        reason = record.get("stopped_by") or "max_steps="
         self.stop_reason = None if reason.startswith("max_steps=") else reason
 
     def _restore_last_good(self) -> str:
@@ -714,10 +714,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
     def _judge(self) -> None:
         """Say what came out, of the weights that are held now; all ranks must call it."""
-        step = self.state.best_global_step if self.holds_best else self.state.global_step
-        entries = (entry for entry in reversed(self.state.log_history) if GAP in entry and entry["step"] == step)
-        found = {key.removeprefix("eval_"): value for key, value in next(entries, {}).items()}
-        found = found or self._measured(self.measured_sets)
+        found = measured_weights(self)[1] or self._measured(self.measured_sets)
         self.fluency = self._fluency()
         self.verdict = verdict_of(found if self.fluency is None else {**found, "fluency": self.fluency}, self.aims)
         logger.warning("Verdict: %s.", self.verdict)
@@ -756,6 +753,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             self.accelerator,
             args.reference_cache_dir or Path(args.output_dir) / REFERENCE_FOLDER,
             given=self.given_reference,
+            fingerprint=self.fingerprint,
             with_routers=args.router_anchor > 0,
             batch_size=args.eval_batch_size,
             chunk_tokens=args.chunk_tokens,

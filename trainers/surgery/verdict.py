@@ -178,13 +178,21 @@ def _damage(measured: Measured, targets: Targets) -> list[str]:
     return found
 
 
+def measured_weights(trainer: SurgeryTrainer) -> tuple[int, dict[str, float]]:
+    """Step of the weights that a trainer holds, and what was measured of them in training, if it was."""
+    state = trainer.state
+    step = state.best_global_step if trainer.holds_best else state.global_step
+    entries = (entry for entry in reversed(state.log_history) if GAP in entry and entry["step"] == step)
+    found = next(entries, {})
+    return step, {name.removeprefix("eval_"): value for name, value in found.items() if name.startswith("eval_")}
+
+
 def record_of(trainer: SurgeryTrainer) -> dict[str, Any]:
     """The record of the weights that a `SurgeryTrainer` holds, for JSON; docs/surgery.md explains its keys."""
     args, state, targets = trainer.args, trainer.state, trainer.aims
     gaps = [(entry["step"], entry[GAP]) for entry in state.log_history if GAP in entry]
     at_the_end = f"max_steps={args.max_steps}" if state.global_step >= args.max_steps else None
-    step = state.best_global_step if trainer.holds_best else state.global_step
-    measured = next((entry for entry in reversed(state.log_history) if GAP in entry and entry["step"] == step), {})
+    step, measured = measured_weights(trainer)
     return {
         "verdict": trainer.verdict,
         "source": "LLM Surgery, arXiv 2409.13054",
@@ -206,9 +214,7 @@ def record_of(trainer: SurgeryTrainer) -> dict[str, Any]:
             "last": as_json(gaps[-1][1]) if gaps else None,
             "best": None if state.best_global_step is None else as_json(state.best_metric),
         },
-        "measured": {
-            name.removeprefix("eval_"): as_json(value) for name, value in measured.items() if name.startswith("eval_")
-        },
+        "measured": {name: as_json(value) for name, value in measured.items()},
         "target_experts": [] if trainer.targets is None else list(trainer.targets.names),
         "anchored": trainer.anchored,
         "settings": {
