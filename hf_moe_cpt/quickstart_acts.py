@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -41,7 +42,6 @@ from hf_moe_cpt.evaluation.scoring import CountedText, continue_greedily, score_
 from hf_moe_cpt.generation.sampling import Request, Response, Sampling, TransformersSampler
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
 from hf_moe_cpt.hub.publishing import plan_upload
-from hf_moe_cpt.trainers.common.metrics import ShortPrinter
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -75,7 +75,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.modules["hf_moe_cpt"] = None  # as on a machine without the package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokens = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2], return_tensors="pt")
+tokens = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)(sys.argv[2], return_tensors="pt")
 print(model(**tokens).logits[0, -1].argmax().item())
 """
 
@@ -227,7 +227,7 @@ class Acts:
 
     def train(self, trainer: Any, name: str) -> Path:
         """Train from the beginning, save the model, and return its folder."""
-        trainer.remove_callback(ShortPrinter)
+        trainer.remove_callback(PrinterCallback)  # the bar tells, and `ShortPrinter` is one
         trainer.add_callback(BarCallback(self.bar, name))
         trainer.train()
         trainer.save_model()
@@ -422,8 +422,8 @@ def publish_folder(run: Path, target: Path, tokenizer: PreTrainedTokenizerBase, 
     for name, data in upload.texts.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(data)
-    words = [sys.executable, "-c", CHECK_LOADING, str(target), title]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=target)
+    words = [sys.executable, "-c", CHECK_LOADING, str(target.resolve()), title]
+    done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False, cwd=target)
     model = AutoModelForCausalLM.from_pretrained(run, local_files_only=True).eval()
     here = model(**tokenizer(title, return_tensors="pt")).logits[0, -1].argmax().item()
     is_same = done.returncode == 0 and done.stdout.split()[-1:] == [str(here)]

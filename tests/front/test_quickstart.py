@@ -1,5 +1,6 @@
 """The quickstart: its numbers from logs written by hand, and in miniature end to end, four steps and no network."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -127,9 +128,10 @@ def start(data_dir: Path, output_dir: Path, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory) -> Path:
-    output_dir = tmp_path_factory.mktemp("quickstart") / "output"
-    start(data_dir, output_dir)
-    return output_dir
+    home = tmp_path_factory.mktemp("quickstart")
+    with contextlib.chdir(home), (home / "said").open("w") as said, contextlib.redirect_stdout(said):
+        start(data_dir, Path("output"))  # a path below the current folder, as the default is
+    return home / "output"
 
 
 def results_of(output_dir: Path) -> dict:
@@ -165,6 +167,8 @@ def test_later_acts_say_what_they_did_in_a_line_each_and_what_is_published_loads
     card = (finished / "published" / "README.md").read_text()
     assert "after LLM Surgery" in card and "objective, minimised" in card
     assert len(lines) == 4 and operated["cut"][1] in lines[2]
+    said = (finished.parent / "said").read_text().splitlines()
+    assert lines[3].split(":")[0] in "\n".join(said) and not any(line.startswith("{") for line in said)
 
 
 def test_reward_and_facts_are_what_they_are_said_to_be():
