@@ -4,10 +4,13 @@ Importing the package tells `transformers` about the model type `cpt_moe` and th
 (see `hf_moe_cpt.registration`) and loads nothing else: every public name below is imported when first asked for.
 """
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.extras import lazy_names, require
+from hf_moe_cpt.extras import require
 
 
 if TYPE_CHECKING:
@@ -46,6 +49,25 @@ _PACKAGE_OF_EXTRA = {"RainbowPOConfig": "trl", "RainbowPOTrainer": "trl"}
 _CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_CHECKOUT, "setup.cfg")) and os.path.isdir(os.path.join(_CHECKOUT, "modeling")):
     __path__.append(_CHECKOUT)
+
+def lazy_names(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` (PEP 562) of a package. names: for each module those that it is the home of.
+
+    A name that was asked for is a plain attribute afterwards; an unknown one raises AttributeError.
+    """
+    home_of_name = {name: module for module, its_names in names.items() for name in its_names}
+
+    def get(name: str) -> object:
+        if name not in home_of_name:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(home_of_name[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *home_of_name})
+
 
 _import, __dir__ = lazy_names(
     __name__,

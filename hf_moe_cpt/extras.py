@@ -1,8 +1,6 @@
-"""What is imported when it is asked for: optional packages, by the extra that brings them, and names of packages."""
+"""Optional packages, by the extra that brings them: imported when they are asked for."""
 
 import importlib
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -42,22 +40,3 @@ def require(package: str, needed_by: str) -> ModuleType:
 def _check_known(package: str) -> None:
     if package not in EXTRA_OF_PACKAGE:
         raise ValueError(f"{package!r} is not an optional package: choose from {', '.join(sorted(EXTRA_OF_PACKAGE))}.")
-
-
-def lazy_names(
-    package: str, names: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) of a package. names: for each module those that it is the home of.
-
-    A name that was asked for is a plain attribute afterwards; an unknown one raises AttributeError.
-    """
-    home_of_name = {name: module for module, its_names in names.items() for name in its_names}
-
-    def get(name: str) -> object:
-        if name not in home_of_name:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(home_of_name[name]), name)
-        setattr(sys.modules[package], name, value)
-        return value
-
-    return get, lambda: sorted({*vars(sys.modules[package]), *home_of_name})

@@ -75,6 +75,7 @@ from hf_moe_cpt.evaluation.scoring import (
     score_tokens,
     sets_of,
     values_of,
+    verdict_of,
 )
 from hf_moe_cpt.evaluation.statistics import (
     RESAMPLES,
@@ -101,9 +102,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
     surgery_score,
     update_part,
 )
-from hf_moe_cpt.evaluation.verdict import verdict_of
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.reading import read_json, read_model, read_tokenizer, reading
 from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
@@ -188,6 +187,8 @@ class BenchArguments:
             return None
         if len(given) == 1 and "=" not in given[0]:
             return Path(given[0])
+        from hf_moe_cpt.generation.pairs import load_table  # with samplers and the Hub, which files need not
+
         named = read_columns(given, f"--{option}", "unlearn=a.jsonl, or one file whose rows name their set")
         is_file = {name: Path(source).suffix == ".jsonl" for name, source in named.items()}
         return {

@@ -204,6 +204,7 @@ def conflict_score(old_logp: Column, new_logp: Column) -> np.ndarray:
 
 
 ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # by length of the n-grams
+LEAST_FLUENCY = 0.5  # `ngram_entropy` of what a model writes over that of the true texts; below it is incoherent
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 

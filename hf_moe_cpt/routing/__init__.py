@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hf_moe_cpt.extras import lazy_names
+from hf_moe_cpt import lazy_names
 
 
 if TYPE_CHECKING:

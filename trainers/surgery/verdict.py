@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_moe_cpt.evaluation.text_metrics import LEAST_FLUENCY
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS, UNSEEN, SurgeryConfig
 
 
@@ -41,7 +42,6 @@ LEFT = 0.5  # of what was known beyond unseen text: more first choices than that
 KNOWN_BEFORE = 0.1  # first choices beyond those of unseen text that a text had if it was known at all
 MOST_KL = 0.1  # nats per token from the model before, on rows that no term saw
 MOST_DRIFT = 0.1  # nats that the loss of unseen text may move
-LEAST_FLUENCY = 0.3  # entropy of what the model writes over that of the true texts
 
 Measured = Mapping[str, float]
 
