@@ -25,10 +25,12 @@ LANES = ("lowest", "pinned", "newest")
 FOLDERS_IN_WHEEL = ("hf_moe_cpt", "hub_cards", "modeling", "scripts", "trainers")
 SHOWN = ("transformers", "torch", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub", "pyarrow")
 
-# Models, the front door, one run of each trainer (with and without an adapter), and generation from a policy.
+# Models, the front door, a checkpoint without the package, one run of each trainer (with and without an adapter), and
+# generation from a policy.
 SUITE = (
     "tests/modeling",
     "tests/front",
+    "tests/hub/test_remote_code.py",
     "tests/scripts/test_cpt.py::test_a_preset_is_trained_evaluated_and_saved",
     "tests/scripts/test_cpt.py::test_a_checkpoint_is_continued_from_a_yaml_file_that_the_command_line_overrides",
     "tests/scripts/test_rainbowpo.py::test_a_model_is_trained_evaluated_and_saved",

@@ -45,6 +45,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.reading import check_weights, read_config, require_finite
+from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
@@ -757,8 +758,9 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             self.runaway_watch.start = kept.get("start", {})
             if self.dispersion_scale is None:
                 self.dispersion_scale = kept["dispersion_scale"]
-        self._calibrate()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        with repeatable_on_cpu(self.args.device):
+            self._calibrate()
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

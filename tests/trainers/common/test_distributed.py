@@ -1,7 +1,8 @@
-"""Leaving the process group, which must really end, and the precision in which FSDP2 sums and hands out."""
+"""Leaving the process group, which must really end, sums in the same order, and the precision in which FSDP2 sums."""
 
 import weakref
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_moe_cpt.machine import has_process_group, leave_process_group
 from hf_moe_cpt.trainers.common.distributed import reduce_in_float32
+from tests.helpers import cpt_runs, preference_runs, surgery_runs
 
 
 def test_the_group_ends_with_the_wrappers_around_it(tmp_path):
@@ -25,6 +27,16 @@ def test_the_group_ends_with_the_wrappers_around_it(tmp_path):
     assert has_process_group()
     leave_process_group()
     assert not has_process_group() and seen() is None
+
+
+@pytest.mark.parametrize("runs", [cpt_runs, preference_runs, surgery_runs], ids=["cpt", "rainbowpo", "surgery"])
+def test_threads_do_not_decide_a_gradient(runs, tmp_path):
+    """On a CPU torch's deterministic algorithms make it; they are on in every backward pass and off afterwards."""
+    run, seen = runs.trainer(tmp_path, max_steps=1), []
+    weight = run.model.get_output_embeddings().weight
+    weight.register_hook(lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))
+    run.train()
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
 
 
 class _Mean(nn.Module):

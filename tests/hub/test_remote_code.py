@@ -1,11 +1,9 @@
 """A saved checkpoint carries its code: it loads, with the same numbers, where the package cannot be imported."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -14,15 +12,7 @@ from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 
 
 LOAD_ELSEWHERE = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_moe_cpt":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotInstalled())
-import torch
+import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 tokens = torch.arange(24).view(2, 12)
@@ -42,12 +32,10 @@ assert "hf_moe_cpt" not in sys.modules
 """
 
 
-@pytest.mark.slow  # hub/test_publishing loads a causal model so, from what was pushed
-def test_a_checkpoint_travels_without_the_package(tmp_path: Path) -> None:
+def test_a_checkpoint_travels_without_the_package(elsewhere, tmp_path: Path) -> None:
     """With biases and norms of attention that matter; with the package the same numbers, bit for bit."""
     modeling = Path(sys.modules[CptMoeForCausalLM.__module__].__file__).parent
     files = {path.name for path in modeling.glob("*_cpt_moe.py")}
-    torch.manual_seed(0)
     fields = {"vocab_size": 64, "num_hidden_layers": 1, "pad_token_id": 63, "sliding_window": 8}
     config = CptMoeConfig.from_preset("pb-granular-tiny", **fields, qkv_bias=True, qk_norm="head")
     model, folder = CptMoeForCausalLM(config), tmp_path / "as_in_Qwen"
@@ -55,9 +43,7 @@ def test_a_checkpoint_travels_without_the_package(tmp_path: Path) -> None:
         if weight.dim() == 1 and ".self_attn." in name:
             torch.nn.init.uniform_(weight)
     model.save_pretrained(folder)
-    script = tmp_path / "load_elsewhere.py"
-    script.write_text(LOAD_ELSEWHERE)
-    subprocess.run([sys.executable, str(script), str(folder)], cwd=tmp_path, check=True)
+    elsewhere(LOAD_ELSEWHERE, folder)
     for saved in (folder, folder / "again"):
         assert {path.name for path in saved.glob("*.py")} == files
         assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
