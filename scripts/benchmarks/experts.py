@@ -6,7 +6,7 @@ python scripts/benchmarks/experts.py tune --shapes granular switch olmoe --outpu
 The first times forward and forward with backward. All peers run in one process and take turns, round after round,
 beside dense products of the same FLOPs; a peer's builder takes a `Case` and gives a layer with the case's weights, or
 raises `Unavailable` with the reason. How and what is measured: docs/benchmarks/README.md. Writes experts.csv and
-experts.png, and prints the table last.
+prints the table last.
 
 The second times every product of a layer with every candidate. Candidates are compiled by many processes at once, then
 take turns beside one dense product, because a hot GPU is slower than a cool one. Writes tiles.csv and prints the table
@@ -15,7 +15,7 @@ last: what is best for a generation and shape class belongs into hf_moe_cpt/kern
 T tokens, H hidden size, I expert width, E experts, K experts per token, n = T K rows (pairs of token and expert). An
 expert is W_down (act(W_gate x) * W_up x), W_up of all experts and W_gate kept as one (E, 2I, H) [gate; up], W_down as
 (E, H, I). Sources: ours; the shapes are those of the paper's models and of three public ones; the public interfaces of
-transformers 5, liger-kernel 0.8.5, scattermoe 0.3.0 and sonic-moe 0.1.2.
+transformers 5, liger-kernel 0.8.5 and scattermoe 0.3.0.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import hf_moe_cpt
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt, Unavailable
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grouped_product, weight_gradient
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
-from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
+from hf_moe_cpt.scripts.benchmarks.harness import Attempt, Unavailable
 from hf_moe_cpt.scripts.benchmarks.report import rows_of, text_of
 
 
@@ -210,23 +209,17 @@ class Calls:
     results: Callable[[], dict[str, Tensor]] | None
 
 
-def _as_it_is(*values: Any) -> Any:
-    return values if len(values) > 1 else values[0]
-
-
 @dataclass(frozen=True)
 class ExpertLayer:
     """A differentiable expert layer.
 
     forward: (tokens, routing, gates) -> (T, H). leaves: both weights as the library keeps them. routing: from (T, K)
-    ids to what the library wants, before the clock starts. layout: from gradients of the leaves to those of (E, 2I, H)
-    and (E, H, I).
+    ids to what the library wants, before the clock starts.
     """
 
     forward: Callable[[Tensor, Any, Tensor], Tensor]
     leaves: tuple[Tensor, Tensor]
-    routing: Callable[[Tensor], Any] = _as_it_is
-    layout: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _as_it_is
+    routing: Callable[[Tensor], Any] = Tensor.long
 
     def calls(self, case: Case) -> Calls:
         """Bind to inputs, of fewer tokens or as many as it was built for; forward keeps what a backward needs."""
@@ -241,9 +234,7 @@ class ExpertLayer:
             return output, *torch.autograd.grad(output, (tokens, *self.leaves, gates), case.output_gradient)
 
         def results() -> dict[str, Tensor]:
-            output, tokens_gradient, *weight_gradients, gates_gradient = training()
-            gradients = (tokens_gradient, *self.layout(*weight_gradients), gates_gradient)
-            return {"out": output, **dict(zip(GRADIENTS, gradients, strict=True))}
+            return dict(zip(("out", *GRADIENTS), training(), strict=True))
 
         return Calls(forward, training, results)
 
@@ -342,67 +333,6 @@ def build_scattermoe(case: Case) -> ExpertLayer:
     return ExpertLayer(forward, leaves)
 
 
-def build_sonicmoe(case: Case) -> ExpertLayer:
-    """SonicMoE after its router: the fixed-K path of `moe_TC_softmax_topk_layer`, fed with the given routing.
-
-    It wants float32 gates and weights as (2I, H, E) views, the rows of gate and up taking turns.
-    """
-    functional, activation, leaves = _sonicmoe_parts(case)
-    E, K = case.shape.E, case.shape.K
-
-    def forward(tokens: Tensor, routing: Tensor, gates: Tensor) -> Tensor:
-        count, start, token, scatter, back = (
-            torch.empty(length, dtype=torch.int32, device=tokens.device)
-            for length in (E, E + 1, routing.numel(), routing.numel(), routing.numel())
-        )
-        functional.TC_topk_router_metadata_triton(routing, E, count, start, token, scatter, back)
-        up_weight, down_weight = (leaf.permute(1, 2, 0) for leaf in leaves)
-        places = (token, scatter, back, None, False)
-        hidden, kept = functional._UpProjection.apply(
-            tokens, up_weight, None, start, routing.numel(), K, *places, activation, False, False
-        )
-        return functional._DownProjection.apply(
-            hidden, kept, down_weight, None, gates.float(), start, len(tokens), K, *places, activation
-        )
-
-    return ExpertLayer(forward, leaves, routing=Tensor.int, layout=_gate_then_up)
-
-
-def build_sonicmoe_general(case: Case) -> ExpertLayer:
-    """SonicMoE's public function for any routing, `moe_general_routing_inputs`, which transformers calls too."""
-    functional, activation, leaves = _sonicmoe_parts(case)
-    stream = torch.cuda.current_stream().cuda_stream
-
-    def routing_of(index: Tensor) -> tuple[Tensor, Tensor]:
-        token = torch.arange(len(index), dtype=torch.int32, device=index.device).repeat_interleave(index.shape[1])
-        return token, index.flatten().int()
-
-    def forward(tokens: Tensor, routing: tuple[Tensor, Tensor], gates: Tensor) -> Tensor:
-        up_weight, down_weight = (leaf.permute(1, 2, 0) for leaf in leaves)
-        scores = gates.float().flatten()
-        weights = (up_weight, None, down_weight, None)
-        return functional.moe_general_routing_inputs(
-            tokens, scores, *routing, *weights, case.shape.E, stream, activation, False
-        )[0]
-
-    return ExpertLayer(forward, leaves, routing=routing_of, layout=_gate_then_up)
-
-
-def _sonicmoe_parts(case: Case) -> tuple[ModuleType, Any, tuple[Tensor, Tensor]]:
-    _require_gpu(case)
-    names = {"silu": "SWIGLU", "gelu": "GEGLU", "gelu_pytorch_tanh": "GEGLU"}
-    if case.activation not in names:
-        raise Unavailable(f"SonicMoE has no gated {case.activation}")
-    functional = _import("sonicmoe.functional")
-    activation = getattr(_import("sonicmoe.enums").ActivationType, names[case.activation])
-    taking_turns = case.gate_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return functional, activation, _leaves(taking_turns, case.down)
-
-
-def _gate_then_up(up_gradient: Tensor, down_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    return up_gradient.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2), down_gradient
-
-
 def _leaves(*weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(weight.detach().requires_grad_() for weight in weights)
 
@@ -439,8 +369,6 @@ PEERS = {
     "eager": Peer(through_transformers("eager"), "transformers"),
     "liger": Peer(build_liger, "liger-kernel"),
     "scattermoe": Peer(build_scattermoe, "scattermoe"),
-    "sonicmoe": Peer(build_sonicmoe, "sonic-moe"),
-    "sonicmoe-general": Peer(build_sonicmoe_general, "sonic-moe"),
 }
 
 
@@ -463,7 +391,7 @@ class ExpertsArguments(tools.BenchmarkArguments):
     check: bool = HfArg(default=True, help="Compare results and gradients with float64 first.")
     check_tokens: int = HfArg(default=512, help="Tokens of that comparison.")
     seed: int = HfArg(default=0, help="Of the random inputs.")
-    output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv and experts.png.")
+    output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv.")
 
     def __post_init__(self) -> None:
         check_names("--peers", self.peers, PEERS)
@@ -592,29 +520,6 @@ def result_row(
     return row | {"peer_version": PEERS[measurement.peer].version, **facts}
 
 
-def draw(path: Path, measurements: Sequence[Measurement], device: str) -> None:
-    """TFLOP/s of every peer at every shape, forward and training; a line instead of a plot without matplotlib."""
-    plot = plotting(path)
-    if plot is None:
-        return
-    shapes = list({m.shape.name: m.shape for m in measurements}.values())
-    figure, panels = plot.subplots(2, 1, figsize=(max(8, 3 + 2.2 * len(shapes)), 8), sharex=True, layout="constrained")
-    for axes, kind in zip(panels, ("forward", "training"), strict=True):
-        bars: dict[str, dict[str, list[float]]] = {}
-        for measurement in measurements:
-            flops = getattr(measurement.shape, f"{kind}_flops")
-            rates = [flops / milliseconds / 1e9 for milliseconds in getattr(measurement, f"{kind}_ms")]
-            if rates:
-                bars.setdefault(measurement.peer, {})[measurement.shape.name] = rates
-        grouped_bars(axes, [shape.name for shape in shapes], bars)
-        axes.set_ylabel("TFLOP/s")
-        axes.set_title("forward" if kind == "forward" else "forward and backward")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
-    figure.suptitle(f"Routed experts of one layer, {device}: median over rounds, whiskers least and most")
-    figure.savefig(path, dpi=150)
-    plot.close(figure)
-
-
 def peers_main(argv: Sequence[str]) -> None:
     """Measure shape by shape; the results so far are on disk after each."""
     (args,) = parse_arguments((ExpertsArguments,), argv, program="experts.py", description=__doc__)
@@ -622,20 +527,17 @@ def peers_main(argv: Sequence[str]) -> None:
     facts, folder, shapes = machine_facts(device, args.commit), Path(args.output_dir), args.chosen_shapes()
     folder.mkdir(parents=True, exist_ok=True)
     stopwatch = tools.Stopwatch(device)
-    measurements: list[Measurement] = []
     rows: list[dict[str, Any]] = []
     total = len(shapes) * len(args.peers or PEERS) * (1 + args.rounds)
     with tqdm(total=total, unit="turn", dynamic_ncols=True) as bar:
         for shape in shapes:
             found = measure_shape(shape, args, stopwatch, bar)
             ceiling = next((m for m in found if m.peer == CEILING), None)
-            measurements += found
             rows += [result_row(measurement, ceiling, args, facts) for measurement in found]
             write_csv(folder / "experts.csv", rows)
             with Attempt():
                 release_memory(device)
         bar.set_description("done")
-    draw(folder / "experts.png", measurements, facts["device"])
     for row in rows:
         if row["status"] == "failed":
             print(f"{row['shape']} {row['peer']}: {row['reason']}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a stopwatch, peak memory, numbers of a table.
+"""What the benchmarks share: a stopwatch, peak memory, failures as lines, numbers of a table.
 
 Method: docs/benchmarks/README.md. Source: ours.
 """
@@ -6,10 +6,12 @@ Method: docs/benchmarks/README.md. Source: ours.
 from __future__ import annotations
 
 import importlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,13 +19,50 @@ from transformers import TrainerCallback
 from transformers.hf_argparser import HfArg
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_moe_cpt.attempts import Unavailable
 from hf_moe_cpt.machine import synchronize
 
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 MIN_REPEATS, MAX_REPEATS = 3, 500
+_REASON_LENGTH = 300
+
+
+class Unavailable(Exception):
+    """What was asked for cannot be done here; the message says why."""
+
+
+class Attempt:
+    """`with Attempt() as attempt:` turns an error of the block into `attempt.reason`, one line, and goes on after it.
+
+    For code that is other people's and fails in ways nobody can list: a missing package, memory, a compiler. Whoever
+    interrupts the run ends it.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.reason = one_line(error)
+        return True
+
+
+def one_line(error: Exception) -> str:
+    """The message as a short single line, led by the kind of error unless it is a plain refusal."""
+    message = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        wanted = re.search(r"allocate [\d.]+ \w+", message)
+        message = f"out of memory: tried to {wanted[0]}" if wanted else "out of memory"
+    elif not (type(error) in (Unavailable, ValueError) and message):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return message if len(message) <= _REASON_LENGTH else f"{message[:_REASON_LENGTH]} ..."
 
 
 @dataclass

@@ -1,13 +1,17 @@
 """Whole training steps of models as people own them, through stock `Trainer`, with Liger, and through `CPTTrainer`.
 
 python scripts/benchmarks/jobs.py --runs olmoe:stock olmoe:auto qwen3:liger qwen3:auto llama:liger llama:auto
+python scripts/benchmarks/jobs.py --runs pb-granular-2b:auto{,:fsdp2-1,:ddp-2,:fsdp2-2} --dtype float32 --layers 12
 
-A run is model:way. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's or a dense Llama of 0.55 B, or are
-presets of ours as pb-granular-2b and dense-570m; random bfloat16 weights, rows of one document. Ways: stock, `Trainer`
-with fused AdamW; liger, the same with all of Liger; kernels, the same with `use_kernels`, what CPTTrainer adds to;
-nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those `kernels` and an optimizer of its
-choice; bits8 and bits16, auto with moments of that size. Each runs in a process of its own. A step is timed from one
-idle device to the next; the first, which compiles, stands apart. Writes jobs.csv. Source: ours.
+A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's or a dense Llama
+of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of one document. Ways: stock,
+`Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with `use_kernels`, what CPTTrainer
+adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those `kernels` and an optimizer of
+its choice; bits8 and bits16, auto with moments of that size. Engines: ddp or fsdp2 with its ranks, on one host; the
+rows of a step are the same for any of them, so losses must agree (docs/scaling.md).
+
+Each runs in processes of its own. A step is timed from one idle device to the next; the first, which compiles, stands
+apart. Peak memory is that of the fullest rank. Writes jobs.csv. Source: ours.
 """
 
 from __future__ import annotations
@@ -20,21 +24,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
+from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.machine import check_names, choose_device, machine_facts
-from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
+from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, machine_facts
+from hf_moe_cpt.planning.models import MODELS as NAMED
+from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.reports.tables import write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, BenchmarkArguments, StepClock, middle
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, BenchmarkArguments, StepClock, Unavailable, middle
 from hf_moe_cpt.scripts.benchmarks.report import text_of
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
@@ -54,6 +59,17 @@ WAYS = ("stock", "liger", "kernels", "nearest", "plain", "auto", "bits8", "bits1
 OF_OURS: dict[str, dict[str, Any]] = {"plain": {"kernels": "plain"}, "nearest": {"optim": "adamw_torch_fused"},
                                       "bits8": {"optim": "adamw_stochastic_8bit"},
                                       "bits16": {"optim": "adamw_stochastic"}, "auto": {}}  # fmt: skip
+ENGINES = ("ddp", "fsdp2")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Run(NamedTuple):
+    """A word of --runs. engine: "" for one process without any."""
+
+    model: str
+    way: str
+    engine: str
+    ranks: int
 
 
 @dataclass
@@ -62,85 +78,118 @@ class JobArguments(BenchmarkArguments):
 
     runs: list[str] = HfArg(
         default_factory=lambda: ["olmoe:stock", "olmoe:auto"],
-        help=f"model:way. Models: {', '.join(MODELS)}, presets; ways: {', '.join(WAYS)}.",
+        help=f"model:way[:engine-ranks]. Models: {', '.join((*MODELS, *NAMED))}; ways: {', '.join(WAYS)}; engines: "
+        f"{', '.join(ENGINES)}.",
     )
-    batch_size: int = HfArg(default=8, help="Rows of a step.")
+    batch_size: int = HfArg(default=8, help="Rows of a step, of all ranks together.")
     length: int = HfArg(default=2048, help="Tokens of a row.")
+    layers: int | None = HfArg(default=None, help="Layers of the models; their own if unset.")
+    dtype: str = HfArg(default="bfloat16", help="Of the weights: bfloat16; float32, on a GPU under bfloat16 autocast.")
     steps: int = HfArg(default=12, help="Timed steps.")
     warmup: int = HfArg(default=3, help="Steps before them, the first apart.")
     tiny: bool = HfArg(default=False, help="Two layers, 32 wide: a check of this script on a CPU.")
     timeout: float = HfArg(default=400.0, help="Seconds that one run may take.")
 
+    def __post_init__(self) -> None:
+        self.check_least({"batch_size": 1, "length": 2, "steps": 1, "warmup": 1})
+        check_names("--dtype", [self.dtype], DTYPES)
+        for run in self.runs:
+            model, way, engine, ranks = self.read_run(run)
+            check_names("--runs", [model], [*MODELS, *NAMED])
+            check_names("--runs", [way], WAYS)
+            if engine and (engine not in ENGINES or ranks < 1):
+                raise ValueError(f"--runs {run!r}: write an engine with its ranks, {' or '.join(ENGINES)}: fsdp2-2.")
+            if self.batch_size % ranks:
+                raise ValueError(f"--batch_size {self.batch_size} does not fall evenly to the {ranks} ranks of {run}.")
 
-def build_model(name: str, tiny: bool, device: torch.device) -> PreTrainedModel:
-    """The model with random bfloat16 weights, on the device."""
-    if name in PRESETS:
-        config = CptMoeConfig.from_preset(name, use_cache=False)
+    @staticmethod
+    def read_run(run: str) -> Run:
+        """Its parts; 0 ranks where they are no number."""
+        model, _, rest = run.partition(":")
+        way, _, engine = rest.partition(":")
+        name, _, ranks = engine.partition("-")
+        return Run(model, way, name, (int(ranks) if ranks.isdigit() else 0) if engine else 1)
+
+
+def read_config(name: str, args: JobArguments) -> PreTrainedConfig:
+    """The configuration of a model, as large as it is asked for."""
+    if name in NAMED:
+        config = config_of(name)
     else:
         settings = dict(MODELS[name])
-        config = AutoConfig.for_model(settings.pop("model_type"), use_cache=False, **settings)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         config.output_router_logits = True
-    for field, value in TINY.items() if tiny else ():
+    config.use_cache = False
+    for field, value in TINY.items() if args.tiny else ():
         if hasattr(config, field):
             setattr(config, field, value)
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
     config.pad_token_id = config.eos_token_id = 1
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return config
 
 
-def build_trainer(model: PreTrainedModel, way: str, args: JobArguments, folder: str, clock: StepClock) -> Trainer:
-    """The trainer of a way over rows of random tokens."""
-    count, vocab_size = args.batch_size * (args.warmup + args.steps), model.config.vocab_size
-    ids = torch.randint(2, vocab_size, (count, args.length), generator=torch.Generator().manual_seed(1))
-    rows = Dataset.from_dict({"input_ids": ids.tolist()})
+def build_trainer(run: Run, args: JobArguments, folder: str) -> Trainer:
+    """The trainer of a run over rows of random tokens, with a `StepClock`."""
+    config = read_config(run.model, args)
+    with torch.device("meta"):
+        layer = type(AutoModelForCausalLM.from_config(config).model.layers[0]).__name__
     common = {
-        "output_dir": folder, "per_device_train_batch_size": args.batch_size, "max_steps": args.warmup + args.steps,
-        "learning_rate": 1e-5, "logging_steps": min(5, args.steps), "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": clock.device.type == "cpu", "bf16": True,
+        "output_dir": folder, "per_device_train_batch_size": args.batch_size // run.ranks,
+        "max_steps": args.warmup + args.steps, "learning_rate": 1e-5, "logging_steps": min(5, args.steps),
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "use_cpu": choose_device(args.device).type == "cpu", "bf16": True,
+        **(fsdp2_arguments(layer) if run.engine == "fsdp2" else {}),
     }  # fmt: skip
-    fused = {"optim": "adamw_torch_fused"}
-    if way in OF_OURS:
-        cpt = CPTConfig(**common, **OF_OURS[way], max_length=args.length, eval_on_start=False)
-        return CPTTrainer(model, cpt, rows, callbacks=[clock])
+    is_ours = run.way in OF_OURS
+    if is_ours:
+        settings = CPTConfig(**common, **OF_OURS[run.way], max_length=args.length, eval_on_start=False)
+    else:
+        settings = TrainingArguments(**common, optim="adamw_torch_fused", use_liger_kernel=run.way == "liger")
+    torch.manual_seed(0)
+    with settings.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype])
+    shape = args.batch_size * (args.warmup + args.steps), args.length
+    ids = torch.randint(2, config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    rows, clock = Dataset.from_dict({"input_ids": ids.tolist()}), StepClock(settings.device, 0)
+    if is_ours:
+        return CPTTrainer(model, settings, rows, callbacks=[clock])
+    if run.way == "kernels":
+        settings.kernels = "auto"
+        use_kernels(model, settings, fuses_head=True)
     rows = rows.map(lambda row: {"labels": row["input_ids"]})
-    stock = TrainingArguments(**common, **fused, use_liger_kernel=way == "liger")
-    if way == "kernels":
-        stock.kernels = "auto"
-        use_kernels(model, stock, fuses_head=True)
-    return Trainer(model, stock, train_dataset=rows, callbacks=[clock])
+    return Trainer(model, settings, train_dataset=rows, callbacks=[clock])
 
 
 def one_main(argv: Sequence[str]) -> None:
-    """Run one job and print what was measured as a line of JSON; `models` starts it."""
+    """A rank of one job: the first leaves what was measured in report.json of the folder; `models` starts it."""
     (args,) = parse_arguments((JobArguments,), argv, program="jobs.py one", description=__doc__)
-    name, _, way = args.runs[0].partition(":")
     logging.basicConfig(level=logging.INFO)
-    device = choose_device(args.device)
-    clock = StepClock(device, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(build_model(name, args.tiny, device), way, args, folder, clock)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-    peak = torch.cuda.max_memory_allocated() / GIBIBYTE if device.type == "cuda" else None
+    trainer = build_trainer(args.read_run(args.runs[0]), args, args.output_dir)
+    clock = next(part for part in trainer.callback_handler.callbacks if isinstance(part, StepClock))
+    device = trainer.args.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / GIBIBYTE if device.type == "cuda" else 0.0, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(json.dumps({"seconds": clock.seconds, "peak_gib": peak, "loss": losses[-1]}))
+    if trainer.is_world_process_zero():
+        found = {"seconds": clock.seconds, "peak_gib": peak.item() or None, "loss": losses[-1]}
+        (Path(args.output_dir) / "report.json").write_text(json.dumps(found), encoding="utf-8")
+    del trainer
+    leave_process_group()
 
 
 def models_main(argv: Sequence[str]) -> None:
     """Run every job in turn; write and print the rows."""
     (args,) = parse_arguments((JobArguments,), argv, program="jobs.py", description=__doc__)
-    args.check_least({"batch_size": 1, "length": 2, "steps": 1, "warmup": 1})
-    check_names("--runs", [run.partition(":")[0] for run in args.runs], [*MODELS, *PRESETS])
-    check_names("--runs", [run.partition(":")[2] for run in args.runs], WAYS)
     facts = machine_facts(choose_device(args.device), args.commit)
-    given = list(argv)
     path, rows = Path(args.output_dir) / "jobs.csv", []
     for run in tqdm(args.runs, unit="run"):
         row = {"run": run, "status": "ok"}
         with Attempt() as attempt:
-            row |= measured(run, given, args)
+            row |= measured(run, list(argv), args)
         rows.append(row | ({} if attempt.reason is None else {"status": attempt.reason}) | facts)
         write_csv(path, rows)  # what is measured stays, whatever comes
     for row in rows:
@@ -150,12 +199,21 @@ def models_main(argv: Sequence[str]) -> None:
 
 
 def measured(run: str, given: list[str], args: JobArguments) -> dict[str, Any]:
-    """The row of a run, from a process of its own. Raises RuntimeError with the last line it said if that fails."""
-    start = [sys.executable, "-m", "hf_moe_cpt.scripts.benchmarks.jobs", "one", *given, "--runs", run]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=args.timeout)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    """The row of a run, from processes of its own. Raises RuntimeError with the last error they said if they fail."""
+    _, _, engine, ranks = args.read_run(run)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if engine else []
+    with tempfile.TemporaryDirectory() as folder:
+        program = ["-m", "hf_moe_cpt.scripts.benchmarks.jobs", "one", *given, "--runs", run, "--output_dir", folder]
+        try:
+            start = [sys.executable, *launch, *program]
+            done = subprocess.run(start, capture_output=True, text=True, timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"it had not ended after {args.timeout:g} seconds: raise --timeout") from None
+        report = Path(folder) / "report.json"
+        if done.returncode or not report.exists():
+            lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or [""]
+            raise RuntimeError(f"exit code {done.returncode}: {lines[-1].strip()}")
+        found = json.loads(report.read_text(encoding="utf-8"))
     milliseconds = [1000 * second for second in found["seconds"]]
     taken = milliseconds[args.warmup :]
     return {

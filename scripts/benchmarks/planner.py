@@ -26,6 +26,7 @@ from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.planning.plan import GIBIBYTE, MeasuredStep, flops_per_token
+from hf_moe_cpt.scripts.benchmarks.report import rows_of
 
 
 STEPS = "h200/step.csv"
@@ -45,10 +46,9 @@ class MeasuredPeak:
     gib: float
 
 
-def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
+def done_rows(folder: Path, name: str) -> list[dict[str, str]]:
     """The runs of a file that went well."""
-    with (folder / name).open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["status"] == "ok"]
+    return [row for row in rows_of(folder / name) if row["status"] == "ok"]
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def kernels_of(run: str) -> str:
 def measured_steps(folder: Path) -> list[MeasuredStep]:
     """The lines of speeds.csv."""
     steps = []
-    for row in rows_of(folder, STEPS):
+    for row in done_rows(folder, STEPS):
         size, length = size_of(row["model"]), int(row["seq_length"])
         steps.append(
             MeasuredStep(
@@ -99,7 +99,7 @@ def measured_steps(folder: Path) -> list[MeasuredStep]:
 def device_ratio(folder: Path) -> float:
     """Speed of an H100 over an H200's: the median over trainers that both timed."""
     h200, h100 = (
-        {row["contender"]: float(row["total_ms"]) for row in rows_of(folder, name) if row["total_ms"]}
+        {row["contender"]: float(row["total_ms"]) for row in done_rows(folder, name) if row["total_ms"]}
         for name in PREFERENCES
     )
     return statistics.median(h200[name] / h100[name] for name in h200.keys() & h100.keys())
@@ -107,7 +107,7 @@ def device_ratio(folder: Path) -> float:
 
 def measured_peaks(folder: Path) -> Iterator[MeasuredPeak]:
     """Those of docs/benchmarks, in the order of the files."""
-    for row in rows_of(folder, STEPS):
+    for row in done_rows(folder, STEPS):
         setup = TrainingSetup(
             batch_size=int(row["batch_size"]),
             sequence_length=int(row["seq_length"]),
@@ -117,7 +117,7 @@ def measured_peaks(folder: Path) -> Iterator[MeasuredPeak]:
         if row["peak_gib"]:
             yield MeasuredPeak(STEPS, row["run"], row["model"], setup, float(row["peak_gib"]))
     for name, trainer in (*((name, "rainbowpo") for name in PREFERENCES), ("h100/surgery_safe.csv", "surgery")):
-        for row in rows_of(folder, name):
+        for row in done_rows(folder, name):
             if row["contender"] in REFERENCE_OF and row["peak_mib"]:
                 setup = TrainingSetup(
                     batch_size=int(row["batch_size"]),

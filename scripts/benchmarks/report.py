@@ -1,4 +1,4 @@
-"""Show benchmark results: the tables of their CSV files, for a terminal and, with the plots, as a folder's page.
+"""Show benchmark results: the tables of their CSV files, for a terminal and as a folder's page.
 
 python scripts/benchmarks/report.py docs/benchmarks/h200
 
@@ -8,8 +8,9 @@ Every number of a benchmark comes through here, so a page, a terminal and the fi
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -21,6 +22,7 @@ from hf_moe_cpt.reports.tables import text_table
 
 OURS = "hf_moe_cpt"
 Row = dict[str, str]
+Column = str | tuple[str | int, ...] | Callable[[Row], str]  # of a file: text, (name, digits), (three names, digits)
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -36,124 +38,122 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def experts_rows(rows: Sequence[Row]) -> list[Row]:
-    """Milliseconds, rate, memory and error of every peer, and how many times longer than ours it took."""
+    """Every peer, and how many times longer than ours it took; of one that failed what was measured is not shown."""
     ours = {row["shape"]: float(row["training_ms"]) for row in rows if row["peer"] == OURS and row["training_ms"]}
-    return [_experts_row(row, ours.get(row["shape"])) for row in rows]
-
-
-def _experts_row(row: Row, ours: float | None) -> Row:
-    if row["status"] == "failed":  # what was measured before it failed is not shown
-        row = dict.fromkeys(row, "") | {name: row[name] for name in ("shape", "peer", "reason")}
-    errors = [float(row[name]) for name in row if name.startswith("error_") and row[name]]
-    return {
-        "shape": row["shape"],
-        "peer": row["peer"],
-        "forward ms": _fixed(row["forward_ms"], 2),
-        "forward + backward ms (range)": _ranged(row, "training_ms", "training_ms_min", "training_ms_max", digits=2),
-        "TFLOP/s": _fixed(row["training_tflops"], 0),
-        "x ours": f"{float(row['training_ms']) / ours:.2f}" if ours and row["training_ms"] else "",
-        "extra MiB": _fixed(row["extra_peak_mib"], 0),
-        "first call s": _fixed(row["first_call_seconds"], 1),
-        "error": row["reason"] or (f"{max(errors):.1e}" if errors else ""),
-    }
-
-
-def _fixed(value: str, digits: int) -> str:
-    """A number of a file with so many digits after the point; nothing where there is none."""
-    return f"{float(value):.{digits}f}" if value else ""
-
-
-def _ranged(row: Row, *names: str, digits: int) -> str:
-    """ "middle (least to most)" of three columns; nothing where they are empty."""
-    values = [_fixed(row[name], digits) for name in names]
-    return "{} ({} to {})".format(*values) if all(values) else ""
-
-
-def step_rows(rows: Sequence[Row]) -> list[Row]:
-    """Milliseconds, tokens a second, memory and loss of every run."""
-    return [
-        {
-            "run": row["run"],
-            "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
-            "x first run": _fixed(row["times_first_run"], 2),
-            "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
-            "peak GiB": _fixed(row["peak_gib"], 1),
-            "loss": _fixed(row["loss"], 3),
-            "host syncs": row["host_syncs"],
-            "dense product TFLOP/s": _fixed(row["product_tflops"], 0),
-        }
-        for row in rows
-        if row["status"] == "ok"
-    ]
-
-
-def trainers_rows(rows: Sequence[Row]) -> list[Row]:
-    """Milliseconds and memory of every baseline's step, or, from a file of ratios, each ratio and its bar."""
-    return [_ratio_row(row) if "ratio" in row else _trainer_row(row) for row in rows]
-
-
-def _trainer_row(row: Row) -> Row:
-    times = _ranged(row, "total_ms", "total_ms_min", "total_ms_max", digits=1)
-    return {
-        "contender": row["contender"],
-        "step and log ms (range)": times or "not taken",
-        "peak MiB": _fixed(row["peak_mib"], 0) or "not taken",
-        "model": row["model"],
-        "rows x tokens": f"{row['batch_size']} x {row['length']}",
-        "LoRA rank": row["lora_rank"],
-    }
-
-
-def _ratio_row(row: Row) -> Row:
-    return {
-        "contender": f"{row['contender']} / {row['baseline']}",
-        "of": row["quantity"],
-        "ratio (quartiles)": _ranged(row, "ratio", "lower_quartile", "upper_quartile", digits=3),
-        "bar": row["bar"],
-        "verdict": row["verdict"],
-    }
+    shown = []
+    for row in rows:
+        if row["status"] == "failed":
+            row = dict.fromkeys(row, "") | {name: row[name] for name in ("shape", "peer", "reason")}
+        errors = [float(row[name]) for name in row if name.startswith("error_") and row[name]]
+        times = float(row["training_ms"]) / ours[row["shape"]] if row["training_ms"] and row["shape"] in ours else None
+        row |= {"times": "" if times is None else str(times)}
+        row |= {"error": row["reason"] or (f"{max(errors):.1e}" if errors else "")}
+        shown.append(row)
+    return _shown(shown, EXPERTS)
 
 
 def sharding_rows(rows: Sequence[Row]) -> list[Row]:
-    """Milliseconds, memory and losses of every engine of a model."""
+    """Every engine of a model, of jobs.py before it had engines."""
     done = [row for row in rows if row["status"] == "ok"]
-    return [
-        {
-            "engine": row["engine"],
-            "step ms (range)": _ranged(row, "step ms", "least ms", "most ms", digits=1),
-            "x first": f"{float(row['step ms']) / float(done[0]['step ms']):.3f}",
-            "peak GiB": _fixed(row["peak GiB"], 1) or "not taken",
-            "first loss": row["first loss"],
-            "last loss": row["last loss"],
-            "model, layers": f"{row['model']}, {row['layers']}",
-            "blocks of a step x tokens": f"{row['rows']} x {row['length']}",
-        }
-        for row in done
-    ]
+    first = float(done[0]["step ms"]) if done else 1.0
+    return _shown([row | {"times": str(float(row["step ms"]) / first)} for row in done], SHARDING)
 
 
-def jobs_rows(rows: Sequence[Row]) -> list[Row]:
-    """Milliseconds, tokens a second, memory and the first step of every run."""
-    return [
-        {
-            "run": row["run"],
-            "step ms (range)": _ranged(row, "step_ms", "step_ms_min", "step_ms_max", digits=1),
-            "tokens/s": f"{float(row['tokens_per_second']):,.0f}",
-            "peak GiB": _fixed(row["peak_gib"], 1) or "not taken",
-            "first step s": _fixed(row["first_step_s"], 1),
-            "loss": _fixed(row["loss"], 3),
-        }
-        for row in rows
-        if row["status"] == "ok"
-    ]
+def trainers_rows(rows: Sequence[Row]) -> list[Row]:
+    """Every baseline's step, or, from a file of ratios, each ratio and its bar."""
+    return _shown(rows, RATIOS if "ratio" in rows[0] else TRAINERS)
 
 
-TABLES = {
+def done_rows(rows: Sequence[Row], columns: dict[str, Column]) -> list[Row]:
+    """The columns of what went well."""
+    return _shown([row for row in rows if row["status"] == "ok"], columns)
+
+
+def _shown(rows: Sequence[Row], columns: dict[str, Column]) -> list[Row]:
+    return [{heading: _cell(row, column) for heading, column in columns.items()} for row in rows]
+
+
+def _cell(row: Row, column: Column) -> str:
+    """A number with so many digits, "middle (least to most)" of three, or what a function says; "" for nothing."""
+    if isinstance(column, str):
+        return row[column]
+    if callable(column):
+        return column(row)
+    *names, digits = column
+    values = [f"{float(row[name]):.{digits}f}" if row[name] else "" for name in names]
+    if not all(values):
+        return ""
+    return values[0] if len(values) == 1 else "{} ({} to {})".format(*values)
+
+
+def _or(column: Column, nothing: str = "not taken") -> Callable[[Row], str]:
+    return lambda row: _cell(row, column) or nothing
+
+
+def _tokens(row: Row) -> str:
+    return f"{float(row['tokens_per_second']):,.0f}"
+
+
+EXPERTS: dict[str, Column] = {
+    "shape": "shape",
+    "peer": "peer",
+    "forward ms": ("forward_ms", 2),
+    "forward + backward ms (range)": ("training_ms", "training_ms_min", "training_ms_max", 2),
+    "TFLOP/s": ("training_tflops", 0),
+    "x ours": ("times", 2),
+    "extra MiB": ("extra_peak_mib", 0),
+    "first call s": ("first_call_seconds", 1),
+    "error": "error",
+}
+STEPS: dict[str, Column] = {
+    "run": "run",
+    "step ms (range)": ("step_ms", "step_ms_min", "step_ms_max", 1),
+    "x first run": ("times_first_run", 2),
+    "tokens/s": _tokens,
+    "peak GiB": ("peak_gib", 1),
+    "loss": ("loss", 3),
+    "host syncs": "host_syncs",
+    "dense product TFLOP/s": ("product_tflops", 0),
+}
+JOBS: dict[str, Column] = {
+    "run": "run",
+    "step ms (range)": ("step_ms", "step_ms_min", "step_ms_max", 1),
+    "tokens/s": _tokens,
+    "peak GiB": _or(("peak_gib", 1)),
+    "first step s": ("first_step_s", 1),
+    "loss": ("loss", 3),
+}
+SHARDING: dict[str, Column] = {
+    "engine": "engine",
+    "step ms (range)": ("step ms", "least ms", "most ms", 1),
+    "x first": ("times", 3),
+    "peak GiB": _or(("peak GiB", 1)),
+    "first loss": "first loss",
+    "last loss": "last loss",
+    "model, layers": lambda row: f"{row['model']}, {row['layers']}",
+    "blocks of a step x tokens": lambda row: f"{row['rows']} x {row['length']}",
+}
+TRAINERS: dict[str, Column] = {
+    "contender": "contender",
+    "step and log ms (range)": _or(("total_ms", "total_ms_min", "total_ms_max", 1)),
+    "peak MiB": _or(("peak_mib", 0)),
+    "model": "model",
+    "rows x tokens": lambda row: f"{row['batch_size']} x {row['length']}",
+    "LoRA rank": "lora_rank",
+}
+RATIOS: dict[str, Column] = {
+    "contender": lambda row: f"{row['contender']} / {row['baseline']}",
+    "of": "quantity",
+    "ratio (quartiles)": ("ratio", "lower_quartile", "upper_quartile", 3),
+    "bar": "bar",
+    "verdict": "verdict",
+}
+TABLES: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "experts*.csv": experts_rows,
-    "jobs.csv": jobs_rows,
+    "jobs.csv": partial(done_rows, columns=JOBS),
     "preference*.csv": trainers_rows,
     "sharding.csv": sharding_rows,
-    "step.csv": step_rows,
+    "step.csv": partial(done_rows, columns=STEPS),
     "surgery*.csv": trainers_rows,
 }
 
@@ -176,9 +176,7 @@ def page_of(folder: Path) -> str:
         facts = rows[0]
         made = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, transformers "
         made += f"{facts['transformers']}, {facts['date']}, commit {facts['commit']}."
-        plot = path.with_suffix(".png")
-        drawn = f"\n![]({plot.name})\n" if plot.exists() else ""
-        sections.append(f"## {path.name}\n\n{made}\n\n{markdown_table(table(rows))}\n{drawn}")
+        sections.append(f"## {path.name}\n\n{made}\n\n{markdown_table(table(rows))}\n")
     written = f"Written by `python scripts/benchmarks/report.py {folder.as_posix()}` from the files beside it"
     head = f"# {folder.name}\n\n{written}; what is measured: [README](../README.md)."
     return f"{head}\n\n" + "\n".join(sections)

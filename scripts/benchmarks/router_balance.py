@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
+from hf_moe_cpt.scripts.benchmarks.harness import Attempt
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 

@@ -1,67 +1,45 @@
-"""Time whole training steps: forward, backward and optimizer, of one model beside others and under several engines.
+"""Time whole training steps: forward, backward and optimizer, of one model beside others.
 
 python scripts/benchmarks/step.py --runs dense-570m:fused pb-granular-2b:grouped_mm pb-granular-2b:fused:hf_moe_cpt
-python scripts/benchmarks/step.py sharding --model pb-granular-570m --engines single fsdp2-1 ddp-2 fsdp2-2
 
-The first: random tokens and AdamW; our presets and stock models of the same size, one at a time, built on the device
-and freed. A run is written `model:switch:switch`; a word that is no switch names an experts implementation. Writes
-step.csv and step.png (with --profile step_kernels.csv). How to read the numbers: docs/benchmarks/README.md.
-
-The second: what sharding costs. An engine is written `name-ranks`. Every engine starts processes of its own, trains
-the same fresh weights on the same random blocks with the same global batch, and reports time, peak memory of the
-fullest rank, and the loss, which must agree. Writes sharding.csv. How to read the numbers: docs/scaling.md.
-
-Both print the table last. Source: ours.
+Random tokens and AdamW; our presets and stock models of the same size, one at a time, built on the device and freed. A
+run is written `model:switch:switch`; a word that is no switch names an experts implementation. Writes step.csv and
+prints the table last. How to read the numbers: docs/benchmarks/README.md. Source: ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
-import re
-import statistics
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from datasets import Dataset
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
-from hf_moe_cpt.attempts import Attempt, Unavailable
-from hf_moe_cpt.cli import run_program, run_script
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import (
     check_names,
     choose_device,
-    leave_process_group,
     machine_facts,
     package_version,
     release_memory,
 )
 from hf_moe_cpt.planning.models import MODELS, STOCK, config_of
-from hf_moe_cpt.reports.plots import grouped_bars, plotting
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, StepClock
+from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, Unavailable
 from hf_moe_cpt.scripts.benchmarks.report import text_of
-from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
-from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
 SWITCHES = {
@@ -163,68 +141,6 @@ def classes_kept(model: str) -> Iterator[None]:
         vars(module).update(before)
 
 
-CLASSES = {
-    name: re.compile(pattern, re.IGNORECASE)
-    for name, pattern in {
-        "experts product": r"gated_up|gated_backward|grouped_product|weight_gradient|GroupProblemShape|grouped_?g?e?mm"
-        r"|_fused_up_proj|_fused_down_proj|_moe_bwd|scatter2scatter|groupXtY",
-        "experts order": r"permute_kernel|combine_kernel|gather_partials|block_histogram|block_offset|_scatter_kernel"
-        r"|router_tail|sinkhorn|topk|_moe_router|token_gather|radixsort|bitonic|histc|kernelHistogram",
-        "attention": r"flash|fmha|sdpa|scaled_dot_product|attention",
-        "optimizer": r"multi_tensor|adam",
-        "head and loss": r"cross_entropy|nll_loss|log_?softmax|softmax",
-        "dense product": r"gemm|nvjet|cutlass|cublas|splitk|xmma|aten::(add|ba)?(b|d)?mm|aten::linear",
-        "element-wise": r"elementwise|vectorized|reduce_kernel|norm|rope|rotary|copy|memcpy|memset|fill|index|cat"
-        r"|embedding|triton_|silu|gelu|swiglu|geglu|scan|aten::(mul|add|sub|div|sum|mean|to|pow|neg|where|zeros)",
-    }.items()
-}
-OTHER = "other"
-
-
-def class_of(kernel: str) -> str:
-    """The class of a kernel by its name."""
-    return next((name for name, pattern in CLASSES.items() if pattern.search(kernel)), OTHER)
-
-
-def profile_steps(step: Callable[[], Any], steps: int, device: torch.device) -> list[dict[str, Any]]:
-    """Kernels of some steps, longest first: class, name, milliseconds and calls of one step, share of all kernels.
-
-    On a CPU the operators of torch stand in for kernels.
-    """
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as recorded:
-        for _ in range(steps):
-            step()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    kernels = []
-    for event in recorded.key_averages():
-        if event.device_type != kind or getattr(event, "is_user_annotation", False):
-            continue
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if microseconds > 0:
-            kernels.append((event.key, microseconds / 1000 / steps, event.count / steps))
-    total = sum(milliseconds for _, milliseconds, _ in kernels)
-    return [
-        {"class": class_of(name), "kernel": name, "ms": milliseconds, "calls": calls, "share": milliseconds / total}
-        for name, milliseconds, calls in sorted(kernels, key=lambda kernel: -kernel[1])
-    ]
-
-
-def class_table(kernels_of_run: dict[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a run: milliseconds of a step in each class and in all kernels."""
-    rows = []
-    for run, kernels in kernels_of_run.items():
-        spent = {name: 0.0 for name in (*CLASSES, OTHER)}
-        for kernel in kernels:
-            spent[kernel["class"]] += kernel["ms"]
-        rows.append({"kernel ms of run": run, **{name: f"{ms:.2f}" for name, ms in spent.items()}})
-        rows[-1]["all kernels"] = f"{sum(spent.values()):.2f}"
-    return rows
-
-
 DEFAULT_RUNS = (
     "dense-570m",
     "dense-570m:fused",
@@ -243,9 +159,7 @@ DEFAULT_RUNS = (
 )
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_BATCHES = 4
-PROFILED_STEPS = 3
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 256}
-TOP_KERNELS = 8
 
 
 @dataclass
@@ -269,7 +183,6 @@ class StepArguments(tools.BenchmarkArguments):
     steps: int = HfArg(default=10, help="Timed steps of each run.")
     warmup: int = HfArg(default=3, help="Steps before them.")
     check_sync: bool = HfArg(default=False, help="Count how often the host waits for the device in one step.")
-    profile: bool = HfArg(default=False, help="Time the kernels of each run, by name and by class.")
     seed: int = HfArg(default=0, help="Of weights and tokens.")
     output_dir: str = HfArg(default="runs/step", help="Folder for the results.")
 
@@ -299,7 +212,6 @@ class StepMeasurement:
     loss: float | None = None  # after the timed steps, in nats per token, penalties included
     host_syncs: int | None = None
     product_tflops: float | None = None  # of a large dense product right after the steps: how warm the device was
-    kernels: list[dict[str, Any]] = field(default_factory=list)
 
 
 def measure(measurement: StepMeasurement, args: StepArguments, device: torch.device, bar: tqdm) -> None:
@@ -328,8 +240,6 @@ def measure(measurement: StepMeasurement, args: StepArguments, device: torch.dev
     measurement.step_ms = times
     if args.check_sync:
         measurement.host_syncs = count_host_syncs(step, device)
-    if args.profile:
-        measurement.kernels = profile_steps(step, PROFILED_STEPS, device)
 
 
 def training_step(
@@ -432,43 +342,7 @@ def result_row(
     }
 
 
-def draw(path: Path, measurements: Sequence[StepMeasurement], args: StepArguments, device: str) -> None:
-    """Tokens per second and peak memory of every run; a line instead of a plot without matplotlib."""
-    plot = plotting(path)
-    done = [measurement for measurement in measurements if measurement.step_ms]
-    if plot is None or not done:
-        return
-    tokens = args.batch_size * args.seq_length
-    names = [measurement.run.name.replace(":", "\n") for measurement in done]
-    rates = {name: [1000 * tokens / ms for ms in m.step_ms] for name, m in zip(names, done, strict=True)}
-    memory = {name: [m.peak_gib] for name, m in zip(names, done, strict=True) if m.peak_gib is not None}
-    figure, panels = plot.subplots(2, 1, figsize=(max(8, 1.4 * len(done)), 8), sharex=True, layout="constrained")
-    for axes, label, values in zip(panels, ("tokens per second", "peak GiB"), (rates, memory), strict=True):
-        grouped_bars(axes, names, {label: values})
-        axes.set_ylabel(label)
-    panels[1].tick_params(axis="x", labelsize="small")
-    figure.suptitle(
-        f"Training step, {args.batch_size} x {args.seq_length} tokens, {args.weights} weights, {device}: median, "
-        "whiskers least and most"
-    )
-    figure.savefig(path, dpi=150)
-    plot.close(figure)
-
-
-def show_profiles(measurements: Sequence[StepMeasurement], path: Path) -> None:
-    """Write all kernels as CSV; print the longest of each run and the classes of all."""
-    kernels_of_run = {m.run.name: m.kernels for m in measurements if m.kernels}
-    if not kernels_of_run:
-        return
-    write_csv(path, [{"run": run} | kernel for run, kernels in kernels_of_run.items() for kernel in kernels])
-    for run, kernels in kernels_of_run.items():
-        print(f"\nlongest kernels of {run}, ms of a step and share:")
-        for kernel in kernels[:TOP_KERNELS]:
-            print(f"  {kernel['ms']:8.3f}  {kernel['share']:6.1%}  {kernel['class']:<16}  {kernel['kernel'][:90]}")
-    print(f"\n{text_table(class_table(kernels_of_run))}")
-
-
-def models_main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure run by run; the results so far are on disk after each."""
     (args,) = parse_arguments((StepArguments,), argv, program="step.py", description=__doc__)
     device = choose_device(args.device)
@@ -489,8 +363,6 @@ def models_main(argv: Sequence[str]) -> None:
             rows.append(result_row(measurement, measurements[0], args, facts))
             write_csv(folder / "step.csv", rows)
         bar.set_description("done")
-    draw(folder / "step.png", measurements, args, facts["device"])
-    show_profiles(measurements, folder / "step_kernels.csv")
     for row in rows:
         if row["reason"]:
             print(f"{row['run']}: {row['reason']}")
@@ -498,194 +370,6 @@ def models_main(argv: Sequence[str]) -> None:
         f"\n{facts['device']}, torch {facts['torch']}, {args.batch_size} x {args.seq_length} tokens; files: {folder}\n"
     )
     print(text_of(folder / "step.csv"))
-
-
-KINDS = ("single", "ddp", "fsdp2")
-SEED = 0
-
-
-@dataclass(frozen=True)
-class ShardingJob:
-    """What every rank of an engine does. rows: blocks of a rank in a step."""
-
-    model: str
-    kind: str
-    device: str
-    layers: int | None
-    rows: int
-    length: int
-    warmup: int
-    steps: int
-
-
-def layer_class(model: str) -> str:
-    """Name of the class whose modules are sharded one by one."""
-    with torch.device("meta"):
-        return type(AutoModelForCausalLM.from_config(config_of(model)).model.layers[0]).__name__
-
-
-def fresh_model(job: ShardingJob, device: torch.device) -> PreTrainedModel:
-    """Fresh weights in float32, the same on every rank and under every engine."""
-    config = config_of(job.model)
-    if job.layers is not None:
-        config.num_hidden_layers = job.layers
-    torch.manual_seed(SEED)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def random_blocks(job: ShardingJob, ranks: int, vocab_size: int) -> Dataset:
-    """Blocks for all steps of all ranks, in the order of the steps."""
-    count = (job.warmup + job.steps) * job.rows * ranks
-    tokens = torch.randint(0, vocab_size, (count, job.length), generator=torch.Generator().manual_seed(SEED))
-    return Dataset.from_dict({"input_ids": tokens.tolist()})
-
-
-def train(job: ShardingJob, layer: str, folder: str) -> dict[str, Any]:
-    """Seconds of the steps, peak memory of the fullest rank in GiB (None on a CPU), losses of two steps."""
-    on_gpu = job.device == "cuda"
-    args = CPTConfig(
-        output_dir=folder,
-        max_steps=job.warmup + job.steps,
-        per_device_train_batch_size=job.rows,
-        max_length=job.length,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        save_strategy="no",
-        eval_on_start=False,
-        report_to="none",
-        disable_tqdm=True,
-        starting_phase="scratch",
-        **(fsdp2_arguments(layer) if job.kind == "fsdp2" else {}),
-    )
-    model = fresh_model(job, args.device)
-    clock = StepClock(args.device, job.warmup)
-    blocks = random_blocks(job, args.world_size, model.config.vocab_size)
-    trainer = CPTTrainer(model, args, blocks, callbacks=[clock])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = torch.tensor(torch.cuda.max_memory_allocated() / GIBIBYTE if on_gpu else 0.0, device=args.device)
-    if dist.is_initialized():
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return {
-        "seconds": clock.seconds,
-        "peak GiB": peak.item() if on_gpu else None,
-        "first loss": losses[0],
-        "last loss": losses[-1],
-    }
-
-
-def rank_main(argv: Sequence[str]) -> None:
-    """One rank of one engine: do what the word, JSON, asks for, and let the first rank report."""
-    asked = json.loads(argv[0])
-    layer, folder = asked.pop("layer"), asked.pop("folder")
-    report = train(ShardingJob(**asked), layer, folder)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        (Path(folder) / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    if dist.is_initialized():
-        leave_process_group()
-
-
-@dataclass
-class ShardingArguments(tools.BenchmarkArguments):
-    """What is timed and for how long."""
-
-    model: str = HfArg(default="pb-granular-tiny", help=f"Any of: {', '.join(MODELS)}.")
-    engines: list[str] = HfArg(
-        default_factory=lambda: ["single", "fsdp2-1"],
-        help=f"Engines as name-ranks; names: {', '.join(KINDS)}. single is one process without any.",
-    )
-    layers: int | None = HfArg(default=None, help="Layers of the model; its own if unset.")
-    rows: int = HfArg(default=16, help="Blocks of an optimizer step, shared out over the ranks.")
-    length: int = HfArg(default=2048, help="Tokens of a block.")
-    steps: int = HfArg(default=20, help="Timed steps.")
-    warmup: int = HfArg(default=5, help="Steps before them.")
-    timeout: float = HfArg(default=600.0, help="Seconds that one engine may take.")
-    output_dir: str = HfArg(default="runs/bench_sharding", help="Folder of sharding.csv.")
-
-
-def sharding_main(argv: Sequence[str]) -> None:
-    """Time every engine that can run here; write and print the rows."""
-    (args,) = parse_arguments((ShardingArguments,), argv, program="step.py sharding", description=__doc__)
-    jobs = make_jobs(args)
-    rows = []
-    for name, (job, ranks) in tqdm(jobs.items(), unit="engine"):
-        with Attempt() as attempt:
-            rows.append({"engine": name, "ranks": ranks, **run_engine(job, ranks, args.timeout), "status": "ok"})
-        if attempt.reason is not None:
-            rows.append({"engine": name, "ranks": ranks, "status": attempt.reason})
-    facts = machine_facts(choose_device(args.device), args.commit)
-    settings = {"model": args.model, "layers": args.layers, "rows": args.rows, "length": args.length}
-    path = Path(args.output_dir) / "sharding.csv"
-    write_csv(path, [row | settings | facts for row in rows])
-    for row in rows:
-        if row["status"] != "ok":
-            print(f"{row['engine']}: {row['status']}")
-    work = f"{args.model}, {args.rows} blocks of {args.length} tokens a step"
-    print(f"\n{facts['device']}, torch {facts['torch']}: {work}\n")
-    print(text_of(path))
-
-
-def make_jobs(args: ShardingArguments) -> dict[str, tuple[ShardingJob, int]]:
-    """A job and its number of ranks by engine. Raises ValueError for what cannot be run, before anything is."""
-    check_names("--model", [args.model], MODELS)
-    device = choose_device(args.device).type
-    jobs = {}
-    for name in args.engines:
-        kind, _, ranks = name.partition("-")
-        if (
-            kind not in KINDS
-            or not (ranks or "1").isdigit()
-            or int(ranks or 1) < 1
-            or (kind == "single") == bool(ranks)
-        ):
-            raise ValueError(
-                f"--engines {name!r}: write single, or one of {', '.join(KINDS[1:])} with its ranks: fsdp2-2."
-            )
-        count = int(ranks or 1)
-        if args.rows % count:
-            raise ValueError(f"--rows {args.rows} do not fall evenly to the {count} ranks of {name}.")
-        sizes = (args.layers, args.rows // count, args.length, args.warmup, args.steps)
-        jobs[name] = ShardingJob(args.model, kind, device, *sizes), count
-    return jobs
-
-
-def run_engine(job: ShardingJob, ranks: int, timeout: float) -> dict[str, Any]:
-    """What the first rank reports. Raises RuntimeError with the last line of what the processes said if they fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked = json.dumps(asdict(job) | {"folder": folder, "layer": layer_class(job.model)})
-        program = ["-m", "hf_moe_cpt.scripts.benchmarks.step", "rank", asked]
-        start = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            if job.kind != "single"
-            else []
-        )
-        try:
-            done = subprocess.run([sys.executable, *start, *program], capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise Unavailable(f"it had not ended after {timeout:g} seconds: raise --timeout") from None
-        report = Path(folder) / "report.json"
-        if done.returncode or not report.exists():
-            lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or [""]
-            raise RuntimeError(f"exit code {done.returncode}: {lines[-1].strip()}")
-        found = json.loads(report.read_text(encoding="utf-8"))
-    seconds = found.pop("seconds")
-    return {
-        "step ms": 1000 * statistics.median(seconds),
-        "least ms": 1000 * min(seconds),
-        "most ms": 1000 * max(seconds),
-        **found,
-    }
-
-
-PROGRAMS = {"models": models_main, "sharding": sharding_main, "rank": rank_main}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The program that the first word names, `models` without one; `rank` is what `sharding` starts."""
-    run_program(PROGRAMS, argv)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
 from hf_moe_cpt.optim.adamw import StochasticAdamW
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
+from hf_moe_cpt.scripts.benchmarks.harness import Attempt
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 

@@ -9,9 +9,11 @@ Intervals are Student's t over the seeds of the final runs. Source: ours.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -26,7 +28,6 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
-from hf_moe_cpt.attempts import Attempt
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, write_json
 from hf_moe_cpt.machine import check_names
 from hf_moe_cpt.reports.tables import write_csv
@@ -83,9 +84,10 @@ def start_worker(make: Callable[..., Any], *given: Any) -> None:
 
 def run_one(run: Any) -> tuple[Any, dict[str, Any]]:
     """The run's record from this process's worker; of a run that failed, {"error": one line}."""
-    with Attempt() as attempt:
+    try:
         return run, _worker.carry_out(run)
-    return run, {"error": attempt.reason}
+    except Exception as error:  # of a method or a library; the other runs go on
+        return run, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 class Crew:
@@ -93,10 +95,13 @@ class Crew:
 
     Runs have a `name`, also that of their file, and a `method`. make: the worker of a process, called with `given`,
     both picklable; its `carry_out(run)` gives a record. A failed run is kept nowhere: it is to be tried again.
+    until: of time.monotonic(), in seconds, when no further run begins.
     """
 
-    def __init__(self, folder: ResumableFolder, workers: int, make: Callable[..., Any], *given: Any) -> None:
-        self.folder, self.workers, self.start = folder, workers, (make, *given)
+    def __init__(
+        self, folder: ResumableFolder, workers: int, make: Callable[..., Any], *given: Any, until: float = math.inf
+    ) -> None:
+        self.folder, self.workers, self.start, self.until = folder, workers, (make, *given), until
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Crew:
@@ -107,7 +112,10 @@ class Crew:
             self.pool.shutdown(cancel_futures=True)
 
     def records(self, runs: Sequence[Any], bar: tqdm) -> Records:
-        """The record of each run by its name; what is finished in the folder is not done again."""
+        """The record of each run by its name; what is finished in the folder is not done again.
+
+        Raises TimeoutError if time was up before the last one; what was done by then is kept.
+        """
         found = {run.name: self.folder.read(f"runs/{run.name}.json") for run in runs}
         missing = [run for run in runs if found[run.name] is None]
         bar.update(len(runs) - len(missing))
@@ -117,6 +125,8 @@ class Crew:
             found[run.name] = record
             bar.set_description(run.method)
             bar.update(1)
+        if None in found.values():
+            raise TimeoutError("no time is left for all runs")
         return found
 
     def _carry_out(self, runs: Sequence[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -124,14 +134,19 @@ class Crew:
             return
         if self.workers == 1:
             start_worker(*self.start)
-            yield from map(run_one, runs)
+            yield from map(run_one, itertools.takewhile(lambda _: time.monotonic() < self.until, runs))
             return
         if self.pool is None:
             self.pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=self.start
             )
-        for future in as_completed([self.pool.submit(run_one, run) for run in runs]):
-            yield future.result()
+        futures = [self.pool.submit(run_one, run) for run in runs if time.monotonic() < self.until]
+        for future in as_completed(futures):
+            if not future.cancelled():
+                yield future.result()
+            if time.monotonic() >= self.until:
+                for waiting in futures:
+                    waiting.cancel()
 
 
 class Estimate(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_moe_cpt.scripts.benchmarks import experts, planner, routing, step, trainers
+from hf_moe_cpt.scripts.benchmarks import experts, jobs, planner, routing, step, trainers
 
 
 # program, words, message
@@ -44,12 +44,11 @@ REFUSED = (
     (experts, "tune --rounds 0", "--rounds 0 and --groups"),
     (experts, "tune --activation tanh", "--activation 'tanh'"),
     (experts, "tune --shape x=1,2", "must read name=T,H,I,E,K"),
-    (step, "sharding --engines fsdp3-2", "'fsdp3-2': write single, or one of ddp, fsdp2 with its ranks: fsdp2-2"),
-    (step, "sharding --engines ddp", "--engines 'ddp': write single"),
-    (step, "sharding --engines single-2", "--engines 'single-2': write single"),
-    (step, "sharding --engines ddp-0", "--engines 'ddp-0': write single"),
-    (step, "sharding --engines ddp-3 --rows 16", "--rows 16 do not fall evenly to the 3 ranks of ddp-3"),
-    (step, "sharding --model granular", "--model 'granular' is unknown: choose from"),
+    (jobs, "--runs olmoe:auto:fsdp3-2", "'olmoe:auto:fsdp3-2': write an engine with its ranks, ddp or fsdp2: fsdp2-2"),
+    (jobs, "--runs llama:auto:ddp", "--runs 'llama:auto:ddp': write an engine"),
+    (jobs, "--runs llama:auto:ddp-3 --batch_size 16", "--batch_size 16 does not fall evenly to the 3 ranks of llama"),
+    (jobs, "--runs granular:auto", "--runs 'granular' is unknown: choose from olmoe"),
+    (jobs, "--runs llama:fast", "--runs 'fast' is unknown: choose from stock"),
     (routing, "--top_k 9 --experts 8", r"--top_k 9 must lie in \[1, --experts 8\]"),
     (routing, "--parts speed", "--parts 'speed' is unknown: choose from analysis, collecting"),
     (routing, "--rounds 1", "--rounds 1 must be at least 2: quartiles need them"),

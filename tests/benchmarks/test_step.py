@@ -1,4 +1,4 @@
-"""The benchmarks of training steps and of sharding on tiny models: results, failures, names and what they refuse."""
+"""The benchmark of training steps on tiny models: results, failures, names and what they refuse."""
 
 import csv
 import io
@@ -11,23 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from hf_moe_cpt.attempts import Unavailable
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
 from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.scripts.benchmarks import step as bench
-
-
-@pytest.mark.slow
-def test_an_engine_reports_and_a_failure_is_a_row(tmp_path, capfd):
-    words = "--model dense-tiny --layers 1 --rows 2 --length 16 --steps 2 --warmup 1 --device cpu".split()
-    bench.main(["sharding", *words, "--engines", "single", "--output_dir", str(tmp_path)])
-    (row,) = read(tmp_path / "sharding.csv")
-    assert row["status"] == "ok" and float(row["last loss"]) < float(row["first loss"])
-    assert float(row["least ms"]) <= float(row["step ms"]) <= float(row["most ms"])
-    bench.main(["sharding", *words, "--engines", "ddp-2", "--timeout", "0.01", "--output_dir", str(tmp_path)])
-    (row,) = read(tmp_path / "sharding.csv")
-    assert row["ranks"] == "2" and "it had not ended after 0.01 seconds" in row["status"]
-    assert "raise --timeout" in capfd.readouterr().out
+from hf_moe_cpt.scripts.benchmarks.harness import Unavailable
 
 
 SMALL = {
@@ -55,9 +42,8 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         for name in ("dense-tiny", "pb-granular-tiny", "pb-switch-tiny"):
             patch.setitem(PRESETS, name, PRESETS[name] | SMALL)
-        patch.setattr(bench, "PROFILED_STEPS", 1)
         sizes = ["--batch_size", "2", "--seq_length", "16", "--steps", "3", "--warmup", "1"]
-        switches = ["--device", "cpu", "--profile", "--check_sync", "--commit", "abc1234"]
+        switches = ["--device", "cpu", "--check_sync", "--commit", "abc1234"]
         bench.main(["--runs", *RUNS, *sizes, *switches, "--output-dir", str(folder)])
     return folder, printed.getvalue()
 
@@ -97,60 +83,9 @@ def test_failures_are_rows_with_the_reason(finished):
 
 
 @pytest.mark.slow
-def test_table_comes_last_and_the_plot_is_there(finished):
-    folder, printed = finished
-    lines = printed.rstrip("\n").split("\n")
+def test_table_comes_last(finished):
+    lines = finished[1].rstrip("\n").split("\n")
     assert [line.split()[0] for line in lines[-3:]] == [RUNS[0], *RUNS[2:4]]  # those that did not fail
-    assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_profiles_name_kernels_and_sum_to_one(finished):
-    kernels = read(finished[0] / "step_kernels.csv")
-    assert {kernel["run"] for kernel in kernels} == {RUNS[0], RUNS[2], RUNS[3]}
-    for run in (RUNS[0], RUNS[2]):
-        of_run = [kernel for kernel in kernels if kernel["run"] == run]
-        assert sum(float(kernel["share"]) for kernel in of_run) == pytest.approx(1, abs=1e-3)
-        times = [float(kernel["ms"]) for kernel in of_run]
-        assert times == sorted(times, reverse=True)
-        assert {"dense product", "attention", "optimizer", "head and loss"} <= {kernel["class"] for kernel in of_run}
-    assert "longest kernels of dense-tiny" in finished[1]
-
-
-KERNELS = {
-    "_gated_up_kernel": "experts product",
-    "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<...>": (
-        "experts product"
-    ),
-    "_moe_bwd_dW1_kernel": "experts product",
-    "_permute_kernel": "experts order",
-    "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>": "experts order",
-    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>": "attention",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_f16_knob_3_64x128x128": "attention",
-    "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
-    "_cross_entropy_kernel": "head and loss",
-    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "dense product",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::BFloat16>": "element-wise",
-    "triton_poi_fused_add_mul_3": "element-wise",
-    "Memcpy DtoD (Device -> Device)": "element-wise",
-    "ncclDevKernel_AllReduce_Sum": "other",
-}
-
-
-@pytest.mark.parametrize("kernel, expected", KERNELS.items())
-def test_classes_of_kernels(kernel, expected):
-    assert bench.class_of(kernel) == expected
-
-
-def test_class_table_adds_up():
-    kernels = [{"class": "attention", "ms": 1.25}, {"class": "other", "ms": 0.5}, {"class": "attention", "ms": 1.0}]
-    (row,) = bench.class_table({"a": kernels})
-    assert (row["kernel ms of run"], row["attention"], row["other"], row["all kernels"]) == (
-        "a",
-        "2.25",
-        "0.50",
-        "2.75",
-    )
 
 
 def test_switches_of_a_run_go_before_those_of_all():
