@@ -11,8 +11,11 @@ The numbers of a preset are meant for answers of hundreds of tokens. A strength 
 (SQUARE_FACTOR for square links) / (1 with length normalisation, else tokens of a mean base answer); plain_beta is 1,
 and the presets' 10 where answers are long. Kept is what a number says in the logit: the home advantage times beta,
 also (1 - alpha) of it where it is mixed, and an SFT weight over beta. Learning rate, strength and R-DPO's penalty are
-tuned: from the middle of a grid to the best neighbour until the best lies inside, on prompts and pairs of their own; a
-cell whose best is still at the edge is marked.
+tuned: from the best place of DPO or LN-DPO, which begin in the middle of a grid, to the best neighbour until the best
+lies inside, on prompts and pairs of their own; a cell whose best is still at the edge is marked.
+
+With --minutes no run begins after that time; what is there is judged, and the same command goes on. The factorial
+comes first, then the doses of length bias and ambiguity, then the rest.
 
 The loss is `preference_terms`, the one of `RainbowPOTrainer`, on batches whose reference values were computed once; a
 test holds this loop to the trainer.
@@ -28,11 +31,13 @@ model, prompt and row alone. Source: ours.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -116,6 +121,11 @@ class PolicyPlan:
         raise ValueError(f"--architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}.")
 
 
+def half_precision(device: str) -> torch.autocast:
+    """Training forwards in bfloat16 on a GPU, float32 on a CPU; weights are float32 on both."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
 def train_policy(
     world: PreferenceWorld, plan: PolicyPlan, folder: Path, seed: int = 0, device: str = "cpu"
 ) -> list[float]:
@@ -137,17 +147,18 @@ def train_policy(
         prompts = torch.from_numpy(world.prompts(indices)).to(device)
         answers = torch.from_numpy(world.base_completions(indices)).to(device)
         labels = answers.masked_fill(~answer_mask(answers), -100)
-        logits = answer_logits(model, prompts, answers)
+        with half_precision(device):
+            logits = answer_logits(model, prompts, answers)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
     model.save_pretrained(folder)
     world.tokenizer().save_pretrained(folder)
-    return losses
+    return torch.stack(losses).tolist()
 
 
 def load_policy(folder: Path) -> PreTrainedModel:
@@ -340,9 +351,11 @@ def all_cells() -> dict[str, Cell]:
 
 
 CELLS = all_cells()
+FACTORIAL = [cell.name for cell in _factorial()]
 DPO, LN_DPO = factorial_name((False,) * 4), factorial_name((True, False, False, False))
 RAINBOW, NO_MIXING = factorial_name((True,) * 4), factorial_name((True, False, True, True))
 NO_PHI = factorial_name((True, True, True, False))
+PILOTS = {False: DPO, True: LN_DPO}  # where the tuning of the others begins, by length normalisation
 
 
 @dataclass(frozen=True)
@@ -426,7 +439,7 @@ def switches_of(cell: Cell, strength: float, penalty: float, mean_tokens: float,
 NATS = (1.0, 2.0, 4.0)
 TARGET = 2.0  # nats, at which settings are chosen and claims are tested
 AXES = {"rate": 2.0, "strength": 3.0, "penalty": 3.0}  # factor of a step of the grid
-TUNING_SEED = 0
+TUNING_SEED, PILOT_ROUNDS = 0, 6
 
 
 @dataclass(frozen=True)
@@ -450,12 +463,12 @@ class Scale:
 
 
 _LARGE_WORLD = (("num_requests", 28), ("num_words", 400), ("liked_words", 30), ("disliked_words", 30),
-                ("word_cost", 0.02), ("stop_probability", 0.01), ("max_words", 180))  # fmt: skip
+                ("word_cost", 0.02), ("stop_probability", 0.01), ("max_words", 120))  # fmt: skip
 SETTINGS = {
     "small": Scale(768, 2, 32, 3, 2, 2, 1, 6, PolicyPlan(steps=300), rate=1.5e-3),
     "normal": Scale(4096, 3, 64, 3, 6, 4, 8, 10, PolicyPlan(steps=2000)),
-    "large": Scale(4096, 2, 64, 3, 2, 2, 2, 6, PolicyPlan("llama", 512, 8, 8, 1500, 128, 1e-3), _LARGE_WORLD, 2e-5,
-                   10.0, 200, 64),
+    "large": Scale(3072, 2, 64, 3, 2, 2, 2, 6, PolicyPlan("llama", 1024, 3, 16, 1000, 128, 6e-4), _LARGE_WORLD, 2e-5,
+                   10.0, 160, 64),
 }  # fmt: skip
 
 
@@ -495,6 +508,14 @@ class Run:
         return f"{_slug(self.cell.name)}-{self.split}-w{self.world}-s{self.seed}{place}"
 
 
+@dataclass(frozen=True)
+class FrontierRun:
+    """`frontier_of` of the first world."""
+
+    name: str = "frontier"
+    method: str = "frontier"
+
+
 def _slug(name: str) -> str:
     for sign, word in (("+", "p"), ("-", "m")):
         name = name.replace(sign, word)
@@ -528,6 +549,7 @@ class Worker:
 
     def __init__(self, scale: Scale, root: Path, device: str) -> None:
         self.scale, self.root, self.device = scale, root, device
+        torch.set_float32_matmul_precision("high")  # TF32 where there is any
         self._policies: dict[tuple[int, str], PreTrainedModel] = {}
         self._batches: dict[tuple[Any, ...], Batch] = {}
 
@@ -538,10 +560,12 @@ class Worker:
         bias = changes.get("length_bias", LENGTH_BIAS)
         return PreferenceWorld(seed=number, ambiguity_levels=levels, length_bias=bias, **dict(self.scale.world))
 
-    def carry_out(self, run: PolicyRun | Run) -> dict[str, Any]:
+    def carry_out(self, run: PolicyRun | Run | FrontierRun) -> dict[str, Any]:
         """Train; the record says what came out."""
         if isinstance(run, Run):
             return self.trained(run)
+        if isinstance(run, FrontierRun):
+            return {"frontier": frontier_of(self)}
         folder, partial = self.root / run.name, self.root / f".{run.name}.partial"
         plan = self.scale.policy
         plan = replace(plan, steps=round(plan.steps * VARIANTS[run.variant].get("policy_share", 1.0)))
@@ -628,14 +652,14 @@ class Worker:
         rate = scale.rate * at.get("rate", 1.0)
         steps = (cell.epochs or scale.epochs) * (len(batch.prompts) // scale.batch_size)
         reference = self.policy(run.world, cell.variant)
-        policy = load_policy(self.root / PolicyRun(run.world, _policy_variant(cell.variant)).name).to(self.device)
+        policy = copy.deepcopy(reference)
         stops = {max(1, round(steps * ((place + 1) / scale.checkpoints) ** 1.5)) for place in range(scale.checkpoints)}
         exam = Exam(world, run.split, scale, self.device)
         curve = [exam.examined(reference, reference, run.seed)]
         for step in optimised(policy, batch, switches, rate, steps, scale.batch_size, derive_seed("order", run.seed)):
             if step in stops:
-                curve.append(exam.examined(policy.eval(), reference, run.seed))
-                if curve[-1]["kl"] > 2 * max(NATS):
+                curve.append(exam.examined(policy, reference, run.seed))
+                if curve[-1]["kl"] > (TARGET if run.split == "tune" else max(NATS)):
                     break
         return {
             "beta": switches["beta"],
@@ -672,7 +696,9 @@ def optimised(
         rows, order = order[:batch_size], order[batch_size:]
         own = batch.take(rows.to(batch.prompts.device))
         answers = torch.cat(own.answers)
-        log_probabilities = answer_logits(policy, own.prompts.repeat(2, 1), answers).log_softmax(-1)
+        with half_precision(answers.device.type):
+            logits = answer_logits(policy, own.prompts.repeat(2, 1), answers)
+        log_probabilities = logits.log_softmax(-1)
         advantage: Tensor | float = h
         if source == "score":
             advantage = score_advantage(own.scores, h, transform)
@@ -726,12 +752,15 @@ def reward_at(curve: Sequence[Mapping[str, Any]], nats: float) -> list[float] | 
 
 @dataclass
 class Search:
-    """The way of a cell through its grid."""
+    """The way of a cell through its grid. best: the best place so far, at first where the way begins."""
 
     cell: Cell
     best: tuple[int, ...] = ()
     is_inside: bool = False
     scores: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.best = (*self.best, 0, 0, 0)[: len(self.axes)]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -745,10 +774,9 @@ class Search:
 
     def wanted(self) -> list[tuple[int, ...]]:
         """The best place and its neighbours along every axis, as far as they are not known."""
-        centre = self.best or (0,) * len(self.axes)
-        places = [centre]
-        for axis in range(len(centre)):
-            places += [tuple(v + sign * (n == axis) for n, v in enumerate(centre)) for sign in (-1, 1)]
+        places = [self.best]
+        for axis in range(len(self.best)):
+            places += [tuple(v + sign * (n == axis) for n, v in enumerate(self.best)) for sign in (-1, 1)]
         return [place for place in places if place not in self.scores]
 
     def learn(self, records: Records) -> None:
@@ -759,18 +787,61 @@ class Search:
             far = record["curve"][-1]["kl"] if "curve" in record else -1.0
             self.scores[place] = float(np.mean(found)) if found else -1e6 + far  # whoever does not get there
         best = max(self.scores, key=lambda place: (self.scores[place], [-abs(step) for step in place]))
-        self.is_inside, self.best = best == self.best or (not self.best and not any(best)), best
+        self.is_inside, self.best = best == self.best, best
 
 
-def tune(searches: Sequence[Search], scale: Scale, crew: Crew, bar: tqdm) -> None:
-    """Let every grid grow until its best lies inside, at most `rounds` times."""
-    for _ in range(scale.rounds):
-        going = [search for search in searches if not search.is_inside]
-        runs = [search.run_at(place) for search in going for place in search.wanted()]
-        bar.total += len(runs)
-        records = crew.records(runs, bar)
-        for search in going:
-            search.learn(records)
+class Comparison:
+    """Carries out what the cells of a stage need and is not there yet: policies, grids, runs."""
+
+    def __init__(self, scale: Scale, cells: Mapping[str, Cell], crew: Crew, bar: tqdm) -> None:
+        self.scale, self.cells, self.crew, self.bar = scale, cells, crew, bar
+        self.searches: dict[str, Search] = {}
+        self.runs: dict[str, dict[tuple[int, int], Run]] = {}
+        self.records: Records = {}
+
+    def carry_out(self, runs: Sequence[Run | FrontierRun]) -> Records:
+        """Records of runs; before them the policies of the variants that a missing one needs, in all worlds."""
+        root = self.crew.folder.root
+        missing = [run for run in runs if not (root / f"runs/{run.name}.json").is_file()]
+        variants = sorted({_policy_variant(run.cell.variant) if isinstance(run, Run) else "main" for run in missing})
+        policies = [PolicyRun(world, variant) for variant in variants for world in range(self.scale.worlds)]
+        for policy in policies:
+            if not (root / policy.name).is_dir():  # records were carried to another machine, weights were not
+                (root / f"runs/{policy.name}.json").unlink(missing_ok=True)
+        self.bar.total += len(runs) + len(policies)
+        for name, record in self.crew.records(policies, self.bar).items():
+            if "error" in record:
+                raise RuntimeError(f"{name} failed: {record['error']}")
+        return self.crew.records(runs, self.bar)
+
+    def stage(self, names: Sequence[str]) -> None:
+        """Tune and run cells. Runs of one seed come together, so that a worker finds their pairs at hand."""
+        tuned = list(dict.fromkeys(self.cells[name].tuned_as or name for name in names))
+        self.tune([name for name in PILOTS.values() if name not in self.searches], PILOT_ROUNDS)
+        self.tune([name for name in tuned if name not in self.searches], self.scale.rounds)
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.scale.seeds)
+        for name in names:
+            search = self.searches[self.cells[name].tuned_as or name]
+            self.runs[name] = {
+                (world, seed): replace(search.run_at(search.best, "test", world, seed), cell=self.cells[name])
+                for world in range(self.scale.worlds)
+                for seed in seeds
+            }
+        every = sorted((run for name in names for run in self.runs[name].values()), key=lambda r: (r.world, r.seed))
+        self.records |= self.carry_out(every)
+
+    def tune(self, names: Sequence[str], rounds: int) -> None:
+        """Let the grid of every cell grow until its best lies inside, at most `rounds` times."""
+        searches = {}
+        for name in names:
+            pilot = self.searches.get(PILOTS[dict(CELLS[name].settings)["length_normalization"]])
+            searches[name] = Search(CELLS[name], pilot.best if pilot else ())
+        for _ in range(rounds):
+            going = [search for search in searches.values() if not search.is_inside]
+            records = self.carry_out([search.run_at(place) for search in going for place in search.wanted()])
+            for search in going:
+                search.learn(records)
+        self.searches |= searches
 
 
 # ---- statistics ----
@@ -847,52 +918,51 @@ def judged(found: Mapping[str, Any], margin: float) -> list[dict[str, Any]]:
 # ---- the whole ----
 
 
+def stages(cells: Mapping[str, Cell]) -> list[list[str]]:
+    """Names of cells in the order in which they are run: the factorial, the doses, the rest."""
+    doses = ("unbiased", "biased", "clear")
+    found: list[list[str]] = [[], [], []]
+    for name, cell in cells.items():
+        found[0 if cell.name in FACTORIAL else 1 if cell.variant in doses else 2].append(name)
+    return [names for names in found if names]
+
+
 def compare(
     scale: Scale, cells: Mapping[str, Cell], folder: ResumableFolder, args: CompareArguments
-) -> dict[str, Any]:
-    """All runs that are not finished, then everything that is printed, as JSON can hold it."""
+) -> tuple[dict[str, Any], bool]:
+    """All runs that are not finished, as far as time allows; what is printed, as JSON can hold it; if it is all."""
     given = scale, folder.root, args.device
-    tuned = {cell.tuned_as or name: CELLS[cell.tuned_as or name] for name, cell in cells.items()}
-    searches = {name: Search(cell) for name, cell in tuned.items()}
-    variants = sorted({_policy_variant(cell.variant) for cell in cells.values()} | {"main"})
-    policies = [PolicyRun(world, variant) for world in range(scale.worlds) for variant in variants]
-    seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + scale.seeds)
-    bar = tqdm(total=len(policies) + len(cells) * scale.worlds * scale.seeds, unit="run", dynamic_ncols=True)
-    with Crew(folder, args.workers, Worker, *given) as crew, bar:
-        failed = {name: record["error"] for name, record in crew.records(policies, bar).items() if "error" in record}
-        if failed:
-            raise RuntimeError(f"policies failed: {failed}")
-        tune(list(searches.values()), scale, crew, bar)
-        runs = {
-            name: {
-                (world, seed): replace(searches[cell.tuned_as or name].run_at(
-                    searches[cell.tuned_as or name].best, "test", world, seed), cell=cell)
-                for world in range(scale.worlds) for seed in seeds
-            }
-            for name, cell in cells.items()
-        }  # fmt: skip
-        # Runs of one seed together, so that a worker finds their pairs at hand
-        every = sorted((run for own in runs.values() for run in own.values()), key=lambda r: (r.world, r.seed))
-        records = crew.records(every, bar)
-    return summary(scale, searches, runs, records, Worker(*given), cells)
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    is_all = True
+    frontier = FrontierRun()
+    with (
+        tqdm(total=0, unit="run", dynamic_ncols=True, mininterval=2) as bar,
+        Crew(folder, args.workers, Worker, *given, until=until) as crew,
+    ):
+        whole = Comparison(scale, cells, crew, bar)
+        try:
+            for names in stages(cells):
+                whole.stage(names)
+                whole.records |= whole.carry_out([frontier])
+        except TimeoutError:
+            is_all = False
+    for own in whole.runs.values():  # of a stage that was not finished, too
+        for run in own.values():
+            whole.records.setdefault(run.name, folder.read(f"runs/{run.name}.json") or {})
+    found = whole.records.get(frontier.name) or folder.read(f"runs/{frontier.name}.json") or {}
+    results = summary(scale, whole, Worker(*given)) | {"frontier": found.get("frontier", [])}
+    return results, is_all
 
 
-def summary(
-    scale: Scale,
-    searches: Mapping[str, Search],
-    runs: Mapping[str, Mapping[tuple[int, int], Run]],
-    records: Records,
-    worker: Worker,
-    cells: Mapping[str, Cell],
-) -> dict[str, Any]:
-    """The table of cells, effects, claims and the frontier of the first world."""
+def summary(scale: Scale, whole: Comparison, worker: Worker) -> dict[str, Any]:
+    """The table of cells, effects and claims."""
     found: dict[str, dict[str, dict[tuple[int, int], np.ndarray]]] = {f"{nats:g}": {} for nats in NATS}
     rows = []
-    for name, own in runs.items():
-        ready = {key: records[run.name] for key, run in own.items() if "at" in records[run.name]}
+    for name, own in whole.runs.items():
+        ready = {key: record for key, run in own.items() if "at" in (record := whole.records[run.name])}
         for nats, cell_values in found.items():
             cell_values[name] = {key: np.array(r["at"][nats]) for key, r in ready.items() if r["at"][nats]}
-        search = searches[cells[name].tuned_as or name]
+        search = whole.searches[whole.cells[name].tuned_as or name]
         row = {"cell": name, "edge": not search.is_inside, "runs": len(ready)}
         row |= {axis: step for axis, step in zip(search.axes, search.best, strict=True)}
         for record in list(ready.values())[:1]:
@@ -926,10 +996,9 @@ def summary(
         "claims": judged(main, margin),
         "tuning": [
             {"cell": name, **dict(zip(search.axes, place, strict=True)), "reward": score}
-            for name, search in searches.items()
+            for name, search in whole.searches.items()
             for place, score in search.scores.items()
         ],
-        "frontier": frontier_of(worker),
     }
 
 
@@ -986,7 +1055,8 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     if pyplot is None or not rows:
         return
     figure, plane = pyplot.subplots(figsize=(10, 7), layout="constrained")
-    plane.plot(*zip(*results["frontier"], strict=True), color="black", label="best policies there are (first world)")
+    if results["frontier"]:
+        plane.plot(*zip(*results["frontier"], strict=True), color="black", label="best there are (first world)")
     colors = pyplot.get_cmap("tab20").colors
     for number, row in enumerate(rows):
         for place, curve in enumerate(row["curves"]):
@@ -1014,6 +1084,9 @@ class CompareArguments:
     output_dir: str = HfArg(default="runs/preference-methods", help="Folder; finished runs are kept.")
     workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
     device: str = HfArg(default="cpu", help="cpu or cuda.")
+    minutes: float | None = HfArg(
+        default=None, help="No run begins later than this; what is there is told, the same command goes on."
+    )
 
 
 def compare_main(argv: Sequence[str]) -> None:
@@ -1021,14 +1094,18 @@ def compare_main(argv: Sequence[str]) -> None:
     (args,) = parse_arguments((CompareArguments,), argv, program="preference_methods.py", description=__doc__)
     check_names("--device", [args.device], ("cpu", "cuda"))
     check_request(args, SETTINGS, CELLS)
+    if args.minutes is not None and args.minutes < 0:
+        raise ValueError(f"--minutes {args.minutes:g}: at least 0, at which only what is there is told.")
     scale = SETTINGS[args.setting]
     folder = open_folder(args.output_dir, {"setting": args.setting, "scale": repr(replace(scale, seeds=0))})
     if args.seeds is not None:
         scale = replace(scale, seeds=args.seeds)
     quiet_process()
     cells = {name: cell for name, cell in CELLS.items() if name in args.methods}
-    results = compare(scale, cells, folder, args)
+    results, is_all = compare(scale, cells, folder, args)
     write_results(folder.root, results, csv_rows(results), draw, comparison_table)
+    if not is_all:
+        print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
 
 
 PROGRAM, GUIDE = "preference_methods.py", "[the preference world](../../preference_world.md)"

@@ -182,7 +182,9 @@ def test_a_search_walks_until_its_best_lies_inside_and_tells_an_edge():
     far = {place: {"at": {"2": None}, "curve": [{"kl": float(place[0])}]} for place in lost.wanted()}
     lost.learn({lost.run_at(place).name: found for place, found in far.items()})
     assert lost.best == (1, 0)  # what goes furthest, where none gets there
-    assert methods.Search(methods.CELLS["r-dpo"]).axes == ("rate", "strength", "penalty")
+    penalised = methods.Search(methods.CELLS["r-dpo"], best=(1, -1))
+    assert penalised.axes == ("rate", "strength", "penalty") and penalised.best == (1, -1, 0)
+    assert [len(names) for names in methods.stages(methods.CELLS)] == [16, 6, 18]
 
 
 def test_intervals_cover_and_p_values_are_corrected(monkeypatch):
@@ -276,6 +278,8 @@ def test_a_comparison_ends_with_verdicts_and_goes_on_where_it_was(tmp_path, monk
     monkeypatch.setattr(methods, "TARGET", 2e-4)
     words = ["--output_dir", str(tmp_path / "out"), "--workers", "1"]
     words += ["--methods", methods.DPO, methods.LN_DPO, "ln-dpo, SFT", f"{methods.DPO}, rs", "r-dpo"]
+    methods.main([*words, "--minutes", "0"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == []
     printed = io.StringIO()
     with redirect_stdout(printed):
         methods.main(words)
@@ -285,5 +289,5 @@ def test_a_comparison_ends_with_verdicts_and_goes_on_where_it_was(tmp_path, monk
     assert [row["cell"] for row in results["rows"]] == [name for name in methods.CELLS if name in words]
     assert "no gain from SFT" in printed.getvalue() and (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
     monkeypatch.setattr(methods.Worker, "carry_out", None)
-    methods.main(words)
+    methods.main([*words, "--minutes", "0"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]

@@ -72,6 +72,17 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert asked(tmp_path / "out") == [1, 2, 3]
 
 
+def test_no_run_begins_when_time_is_up(tmp_path: Path) -> None:
+    folder, runs, bar = tmp_path / "out", [SquareRun(number) for number in (1, 2, 3)], tqdm(disable=True)
+    assert sweep(folder, [1]) == {"square-1": {"square": 1}}
+    given = folder.with_suffix(".log"), None
+    with Crew(open_folder(str(folder), {"power": 2}), 1, Squares, *given, until=0.0) as crew:
+        assert crew.records(runs[:1], bar) == {"square-1": {"square": 1}}
+        with pytest.raises(TimeoutError, match="no time is left"):
+            crew.records(runs, bar)
+    assert asked(folder) == [1]
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert sweep(tmp_path / "two", [1, 2, 3, 4], workers=2) == sweep(tmp_path / "one", [1, 2, 3, 4])
