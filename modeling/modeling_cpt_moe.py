@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ from .configuration_cpt_moe import PADDED_SHARD, CptMoeConfig
 logger = logging.get_logger(__name__)
 
 NEWEST_TESTED = (5, 24)  # major and minor of the newest transformers that the tests passed with
+
+HAS_WIDER_PRODUCT = hasattr(torch.ops.aten.mm, "dtype")  # of bfloat16 on a GPU, float32 out
 
 # The keyword, and the field of an output, that holds the cache: past_key_values before transformers 5.24.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
@@ -232,6 +235,46 @@ class CptMoeAttention(nn.Module):
 EPSILON = 1e-8  # added to the denominators of the Sinkhorn scalings, as in GPT-NeoX and Megatron
 
 
+class BFloat16Product(torch.autograd.Function):
+    """X W^T in float32, (T, H) and (E, H) -> (T, E), of bfloat16 on a GPU, on tensor cores: such products are exact.
+
+    A gradient in float32 is the sum of three bfloat16, so its products are theirs. No (T, H) of float32 is made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return torch.mm(tokens, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        tokens, weight = ctx.saved_tensors
+        pieces = in_three_pieces(grad)
+        grad_tokens = pieces @ weight.repeat(3, 1) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_tokens, None
+        grad_weight = torch.mm(pieces.T, tokens, out_dtype=torch.float32)
+        return grad_tokens, grad_weight.view(3, *weight.shape).sum(0).to(weight.dtype)
+
+
+def in_three_pieces(values: torch.Tensor) -> torch.Tensor:
+    """float32 (T, E) -> bfloat16 (T, 3E): three parts of E columns that add up to the values but for 2^-24 of them."""
+    pieces = []
+    for _ in range(3):
+        pieces.append(values.to(torch.bfloat16))
+        values = values - pieces[-1]
+    return torch.cat(pieces, dim=1)
+
+
+def float32_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """X W^T in at least float32 whatever the dtypes: (T, H), (E, H) -> (T, E)."""
+    is_plain = tokens.is_cuda and HAS_WIDER_PRODUCT and not hasattr(weight, "to_local")  # of DTensor
+    if is_plain and tokens.dtype == weight.dtype == torch.bfloat16:
+        return BFloat16Product.apply(tokens, weight)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    return F.linear(tokens.to(dtype), weight.to(dtype))
+
+
 class CptMoeRouter(nn.Module):
     """What all routers share: the bias-free map z = W x, and gates read from the scores of the chosen experts.
 
@@ -256,8 +299,7 @@ class CptMoeRouter(nn.Module):
         Returns logits (T, E), gates (T, K) and expert ids (T, K); logits and gates in fp32 (fp64 for fp64 input).
         """
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            logits = float32_linear(hidden_states, self.weight)
             scores = self.scores(logits)
             with torch.no_grad():
                 index = self.choose(logits, scores, token_mask)
@@ -622,8 +664,8 @@ class CptMoeSparseMoeBlock(nn.Module):
         halved the speed of the training step on an H200 (LOG.md) and waited for the device in every layer.
         """
         dtype = dtype_of_autocast(tokens.device.type)
-        if dtype is None:
-            return self.experts(tokens, index, gates)
+        if dtype is None or all(weight.dtype == dtype for weight in self.experts.parameters()):
+            return self.experts(tokens if dtype is None else tokens.to(dtype), index, gates)
         if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
             return self.experts(tokens.to(dtype), index, gates)
         weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}

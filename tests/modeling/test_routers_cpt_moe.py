@@ -23,6 +23,8 @@ from hf_moe_cpt.modeling.modeling_cpt_moe import (
     CptMoeForCausalLM,
     CptMoeRouter,
     expert_counts,
+    float32_linear,
+    in_three_pieces,
     load_balancing_loss,
     penalty_weight,
     plain_sinkhorn_plan,
@@ -326,6 +328,29 @@ def test_routing_is_computed_in_fp32_under_bf16_weights_and_under_autocast(kind:
             logits, gates, _ = module(tokens)
         assert (logits.dtype, gates.dtype) == (torch.float32, torch.float32)
         assert_matches("logits", logits, want)
+
+
+def test_three_pieces_are_the_float32_that_they_come_from() -> None:
+    values = torch.randn(50, 7) * 10.0 ** torch.randint(-20, 20, (50, 7))
+    pieces = in_three_pieces(values)
+    assert pieces.dtype == torch.bfloat16 and pieces.shape == (50, 21)
+    error = (pieces.double().view(50, 3, 7).sum(1) - values).abs()
+    assert bool((error <= 2.0**-24 * values.abs()).all())
+
+
+@pytest.mark.gpu
+def test_the_product_of_bfloat16_has_the_values_and_gradients_of_float64() -> None:
+    tokens = torch.randn(3000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(31, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(3000, 31, device="cuda")
+    logits = float32_linear(tokens, weight)
+    found = (logits, *torch.autograd.grad(logits, (tokens, weight), upstream))
+    wide = tokens.double().detach().requires_grad_(), weight.double().detach().requires_grad_()
+    want = wide[0] @ wide[1].T
+    gradients = torch.autograd.grad(want, wide, upstream.double())
+    assert logits.dtype == torch.float32 and relative_rms_error(found[0], want) < 1e-6
+    for gradient, exact in zip(found[1:], gradients, strict=True):  # bfloat16, so rounded once: 2^-9 at most
+        torch.testing.assert_close(gradient, exact.to(torch.bfloat16), rtol=2**-7, atol=1e-3)
 
 
 def test_a_registered_operator_takes_over_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

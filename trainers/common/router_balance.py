@@ -338,13 +338,17 @@ class RouterBalance:
     def _terms(self, heard: list[tuple[int, Tensor]]) -> dict[str, Tensor]:
         """The penalties of a micro-batch before their coefficients, sums over layers; only those that are wanted."""
         device, terms = heard[0][1].device, {}
+        stacks = _stacked(heard)
         if self.decision.coefficient:
-            load = self.meter.load(over_ranks=self.decision.load_scope == "global")
-            parts = (balance_loss(z, load[place, : z.shape[-1]], self._keep) for place, z in heard)
-            terms["aux_loss"] = sum(part.to(device) for part in parts)
+            rows = self.meter.load(over_ranks=self.decision.load_scope == "global").unbind()
+            counts = (torch.stack([rows[place] for place in places]) for places, _ in stacks)
+            parts = (
+                balance_loss(z, n[:, : z.shape[-1]], self._keep) for n, (_, z) in zip(counts, stacks, strict=True)
+            )
+            terms["aux_loss"] = sum(part.sum().to(device) for part in parts)
         if self.decision.z_coefficient:
-            parts = (mean_over_tokens(_wide(z).logsumexp(dim=-1).square(), self._keep) for _, z in heard)
-            terms["z_loss"] = sum(part.to(device) for part in parts)
+            parts = (mean_over_tokens(_wide(z).logsumexp(dim=-1).square(), self._keep) for _, z in stacks)
+            terms["z_loss"] = sum(part.sum().to(device) for part in parts)
         return terms
 
     def _refuse_cut_gradient(self, heard: list[tuple[int, Tensor]]) -> None:
@@ -420,14 +424,23 @@ def mean_over_tokens(values: Tensor, keep: Tensor | None) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
 
-def balance_loss(logits: Tensor, counts: Tensor, keep: Tensor | None = None) -> Tensor:
-    """E sum_i f_i P_i of one layer, a scalar in (0, E], 1 where routing is uniform; gradient through P only.
+def _stacked(heard: Sequence[tuple[int, Tensor]]) -> list[tuple[list[int], Tensor]]:
+    """Places and logits (T, L, E) of the L layers that are alike: a few launches for all of them in place of each."""
+    alike: dict[tuple, list[tuple[int, Tensor]]] = {}
+    for place, logits in heard:
+        alike.setdefault((logits.shape, logits.dtype, logits.device), []).append((place, logits))
+    return [([place for place, _ in group], torch.stack([z for _, z in group], dim=1)) for group in alike.values()]
 
-    logits: (T, E). counts: (E,) how often each expert was run, by any tokens. keep: as in `mean_over_tokens`.
+
+def balance_loss(logits: Tensor, counts: Tensor, keep: Tensor | None = None) -> Tensor:
+    """E sum_i f_i P_i, in (0, E], 1 where routing is uniform; gradient through P only.
+
+    logits: (T, E) of one layer, or (T, L, E). counts: (E,) or (L, E), how often each expert was run, by any tokens.
+    keep: as in `mean_over_tokens`. Returns a scalar or (L,).
     """
     g = mean_over_tokens(router_distribution(logits), keep)
     counts = counts.to(g)
-    return logits.shape[-1] * (counts / counts.sum().clamp(min=1) * g).sum()
+    return logits.shape[-1] * (counts / counts.sum(-1, keepdim=True).clamp(min=1) * g).sum(-1)
 
 
 def bias_update(counts: Tensor, rate: float) -> Tensor:
