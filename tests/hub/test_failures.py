@@ -52,13 +52,16 @@ def test_a_hub_that_keeps_failing_is_told_in_one_line_and_holds_nothing(folder, 
 
 
 def test_a_hub_that_says_nothing_is_given_up(folder, hub, elsewhere):
-    silent = {"drop": True, "times": 99, "meanwhile": lambda: time.sleep(1)}
+    """After half a second, so that another request that is late on a busy machine is not taken for one, twice."""
+    silent = {"drop": True, "times": 99, "meanwhile": lambda: time.sleep(2)}
     hub.fail("POST .*/commit/", **silent)
-    script = PUBLISH_AGAIN_AND_AGAIN.replace("publishing.WAITS", "publishing.SILENCE = 0.2\npublishing.WAITS")
+    script = PUBLISH_AGAIN_AND_AGAIN.replace(
+        "publishing.WAITS = (0, 0, 0)", "publishing.SILENCE, publishing.WAITS = 0.5, (0,)"
+    )
     done = elsewhere(script, folder, "someone/silent", package=True)
     kind, message = json.loads(done.stdout)["someone/silent"]
     assert kind == "ConnectionError" and message.startswith("the connection to the Hub broke while publishing to ")
-    assert "ReadTimeout" in message and done.stderr.count("trying again in 0 s") == 3
+    assert "ReadTimeout" in message and "trying again in 0 s" in done.stderr
 
 
 PUSH_AND_SAY_WHO = """
