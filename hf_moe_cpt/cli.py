@@ -47,6 +47,9 @@ COMMANDS = {
     "eval-preference": Command(
         "hf_moe_cpt.scripts.eval_preference", "win rate of a policy against a reference under a reward model"
     ),
+    "iterate": Command(
+        "hf_moe_cpt.scripts.iterate", "sample, score, pair, train and evaluate in rounds, as one resumable job", "trl"
+    ),
     "surgery": Command(
         "hf_moe_cpt.scripts.surgery", "unlearn, update and retain in one operation, on any causal language model"
     ),

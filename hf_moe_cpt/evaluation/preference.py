@@ -42,7 +42,6 @@ from hf_moe_cpt.generation.sampling import (
     PolicyArguments,
     Prompt,
     RewardArguments,
-    RewardModel,
     check_at_least,
     load_policy,
     load_tokenizer,
@@ -54,7 +53,7 @@ from hf_moe_cpt.trainers.surgery.chunked import check_head
 
 
 SIDES = ("policy", "reference")
-STAGES = tuple(f"{kind}-{side}" for kind in ("responses", "rewards", "logps") for side in SIDES)
+STAGES = tuple(f"{kind}-{side}" for kind in ("responses", "rewards", "divergence", "logps") for side in SIDES)
 VERDICT_OF_OUTCOME = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 Make = Callable[[Sequence[Any], Progress], list[Row]]  # of items, such as prompts
@@ -107,6 +106,10 @@ class OutputArguments:
     seed: int = HfArg(default=0, help="Of the responses, together with a prompt's row.")
     tie_margin: float = HfArg(default=0.0, help="Rewards no further apart than this are a tie.")
     confidence: float = HfArg(default=0.95, help="Of the intervals.")
+    divergence: bool = HfArg(
+        default=False,
+        help="Also the policy's divergence from the reference, by its responses; at temperature 1 the KL.",
+    )
     shard_size: int = HfArg(default=64, help="Prompts or pairs whose work is stored as one.")
     stop_after: str | None = HfArg(default=None, help=f"Stop there, to go on in a fresh process: {', '.join(STAGES)}.")
     device: str = HfArg(default="auto", help="auto, cpu or cuda.")
@@ -138,6 +141,10 @@ class Job:
             )
         if self.has_pairs and self.policy.model_name_or_path is None:
             raise ValueError("--dataset_name needs --model_name_or_path: whose log-probabilities are asked for?")
+        if self.output.divergence and None in (self.policy.model_name_or_path, self.policy.ref_model_name_or_path):
+            raise ValueError(
+                "--divergence compares two models: give --model_name_or_path and --ref_model_name_or_path."
+            )
         if self.has_duel:
             self._check_duel()
         else:
@@ -159,8 +166,8 @@ class Job:
 
     @property
     def has_duel(self) -> bool:
-        """Whether policy and reference answer prompts and a reward model judges."""
-        return self.reward.reward_model_name_or_path is not None
+        """Whether policy and reference answer prompts and a reward model, or a function, judges."""
+        return self.reward.is_given
 
     @property
     def has_pairs(self) -> bool:
@@ -508,6 +515,11 @@ class Evaluation:
             self.notes.append(f"{num_skipped} of {len(self.prompts)} prompts are too long and left out.")
         return responses, {name: [row["reward"] for row in rows] for name, rows in rewards.items()}
 
+    def log_ratios(self, responses: Sequence[Row]) -> list[float]:
+        """Log-probability of each of the policy's responses, minus the reference's, in nats."""
+        logps = [self._stage("divergence", side, responses, self._response_scorer) for side in self.sides.values()]
+        return [own["logp"] - other["logp"] for own, other in zip(*logps, strict=True) if own["logp"] is not None]
+
     def pair_scores(self) -> tuple[list[Row], list[Row] | None]:
         """Log-probabilities and tokens of the pairs, of the policy and, if its tokens are the same, the reference."""
         policy, reference = self.sides.values()
@@ -571,6 +583,32 @@ class Evaluation:
 
         return judge
 
+    def _response_scorer(self, side: Side) -> Make:
+        """From the policy's responses to their log-probabilities; None for none and for prompts that are too long."""
+        model = load_policy(side.model, side.options)
+        check_head(model)
+        limit = room_of(model, self.job.data)
+
+        def score(rows: Sequence[Row], progress: Progress) -> list[Row]:
+            texts = [
+                row["response"]
+                if isinstance(row["prompt"], str)
+                else [{"role": "assistant", "content": row["response"]}]
+                for row in rows
+            ]
+            tokens = {
+                row["index"]: tokenize_answers(row["prompt"], [text], side.tokenizer, limit)
+                for row, text in zip(rows, texts, strict=True)
+                if row["response"] is not None
+            }
+            tokens = {index: answers[0] for index, answers in tokens.items() if is_readable(answers)}
+            found = score_tokens(model, list(tokens.values()), self.job.policy.batch_size)
+            logps = {n: float(s.logp.sum(dtype=np.float64)) for n, s in zip(tokens, found, strict=True)}
+            progress(len(rows))
+            return [{"index": row["index"], "logp": logps.get(row["index"])} for row in rows]
+
+        return score
+
     def _pair_scorer(self, side: Side) -> Make:
         """From pairs to log-probabilities; None for pairs whose prompt leaves no room."""
         model = load_policy(side.model, side.options)
@@ -614,7 +652,7 @@ class Evaluation:
 
     def _check_duel(self) -> None:
         policy, output = self.job.policy, self.job.output
-        self.reward = RewardModel(self.job.reward, policy.trust_remote_code, self.device.type)
+        self.reward = self.job.reward.scorer(policy.trust_remote_code, self.device.type)
         for side in self.sides.values():
             if side.responses is None:
                 seed = derive_seed(output.seed, side.name)
@@ -635,6 +673,7 @@ class Evaluation:
                 settings[f"responses_checksum_{side.name}"] = side.responses and checksum_of_values(side.responses)
             settings["reward_text_format"] = self.reward.text_format
             names = ("model_name_or_path", "model_revision", "dtype", "max_length")
+            names += ("function",) if reward.reward_function is not None else ()
             chosen.append((reward, tuple(f"reward_{name}" for name in names)))
             chosen.append((policy, ("temperature", "top_p", "max_new_tokens", "use_vllm")))
             chosen.append((data, ("prompts", "responses", "ref_responses")))
@@ -658,10 +697,14 @@ def run(job: Job) -> str:
     lines: dict[str, Sequence[Row]] = {}
     try:
         if job.has_duel:
-            judged = judge(*work.duel(), output.tie_margin)
+            responses, rewards = work.duel()
+            judged = judge(responses, rewards, output.tie_margin)
             if not judged:
                 raise ValueError("no prompt is short enough for both models: give shorter ones or fewer new tokens.")
             measures |= win_measures(judged, output.confidence)
+            if output.divergence:
+                ratios = work.log_ratios(responses["policy"])
+                measures["divergence from reference (nats)"] = _mean(ratios, output.confidence)
             lines["judged"] = judged
             for side, key in zip(SIDES, ("response", "ref_response"), strict=True):
                 lines[f"responses_{side}"] = [{"prompt": row["prompt"], "response": row[key]} for row in judged]

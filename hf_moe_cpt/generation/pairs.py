@@ -43,7 +43,6 @@ from hf_moe_cpt.generation.sampling import (
     PolicyArguments,
     Prompt,
     RewardArguments,
-    RewardModel,
     check_at_least,
     require_template,
 )
@@ -165,10 +164,11 @@ class Job:
                 f"Give one of --model_name_or_path ({policy.model_name_or_path}) and --responses_column "
                 f"({data.responses_column}): the first draws responses, the second reads them."
             )
-        if (reward.reward_model_name_or_path is None) == (data.scores_column is None):
+        if reward.is_given == (data.scores_column is not None):
             raise ValueError(
-                f"Give one of --reward_model_name_or_path ({reward.reward_model_name_or_path}) and --scores_column "
-                f"({data.scores_column}): the first scores responses, the second reads their scores."
+                f"Give one of --reward_model_name_or_path ({reward.reward_model_name_or_path}), --reward_function "
+                f"({reward.reward_function}) and --scores_column ({data.scores_column}): the first two score "
+                "responses, the third reads their scores."
             )
         if data.responses_column is None and self.selection.num_accepted > policy.num_samples:
             raise ValueError(
@@ -410,8 +410,8 @@ class Work:
             )
             drawn = policy.num_samples, job.output.seed, policy.max_prompt_length
             self.policy = Policy(policy.model_name_or_path, options, policy, *drawn)
-        if job.reward.reward_model_name_or_path is not None:
-            self.reward = RewardModel(job.reward, policy.trust_remote_code, device)
+        if job.reward.is_given:
+            self.reward = job.reward.scorer(policy.trust_remote_code, device)
         columns = Columns(data.prompt_column, data.responses_column, data.scores_column, data.as_chat)
         table = load_table(data.dataset_name, data.dataset_split, data.dataset_config)
         rows = read_rows(table, columns, data.max_prompts)
@@ -522,6 +522,7 @@ def stage_settings(job: Job, data_checksum: str) -> Settings:
         score: Row = {"scores_column": data.scores_column}
     else:
         names = ("reward_model_name_or_path", "reward_model_revision", "reward_dtype", "reward_text_format")
+        score |= {"reward_function": reward.reward_function} if reward.reward_function is not None else {}
         score = {name: getattr(reward, name) for name in (*names, "reward_max_length")}
     select = {**vars(job.selection), "seed": job.output.seed}
     return {"generate": generate, "score": score, "select": select}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,6 +86,10 @@ class RewardArguments:
     reward_model_name_or_path: str | None = HfArg(
         default=None, help="A sequence classifier with one label, whose logit is the reward."
     )
+    reward_function: str | None = HfArg(
+        default=None,
+        help="A verifier in Python in its place, MODULE:NAME or FILE.py:NAME, called as TRL calls a reward function.",
+    )
     reward_model_revision: str = HfArg(default="main", help="Branch, tag or commit on the Hub.")
     reward_dtype: str = HfArg(default="auto", help=f"Type of its weights: {', '.join(DTYPES)}.")
     reward_text_format: str = HfArg(
@@ -98,9 +103,25 @@ class RewardArguments:
     reward_batch_size: int = HfArg(default=16, help="Texts scored side by side.")
 
     def __post_init__(self) -> None:
+        if self.reward_model_name_or_path is not None and self.reward_function is not None:
+            raise ValueError(
+                f"Give one of --reward_model_name_or_path ({self.reward_model_name_or_path}) and --reward_function "
+                f"({self.reward_function}): a response has one reward."
+            )
         check_names("--reward_dtype", [self.reward_dtype], DTYPES)
         check_names("--reward_text_format", [self.reward_text_format], TEXT_FORMATS)
         check_at_least(self, 1, "reward_max_length", "reward_batch_size")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anybody scores."""
+        return self.reward_model_name_or_path is not None or self.reward_function is not None
+
+    def scorer(self, trust_remote_code: bool, device: str) -> RewardModel | RewardFunction:
+        """Who scores, checked; `load` gives what is called with (prompt, response) pairs."""
+        if self.reward_function is not None:
+            return RewardFunction(self.reward_function, self.reward_batch_size)
+        return RewardModel(self, trust_remote_code, device)
 
 
 def check_at_least(arguments: Any, least: int, *names: str) -> None:
@@ -590,3 +611,47 @@ class RewardModel:
         model = load_model(AutoModelForSequenceClassification, self.name, self.options)
         sizes = self.arguments.reward_batch_size, self.arguments.reward_max_length
         return RewardScorer(model, self.tokenizer, *sizes, self.text_format)
+
+
+class RewardFunction:
+    """A reward in Python, such as trl.rewards:think_format_reward, called as `function(prompts=..., completions=...)`.
+
+    Completions of conversations are lists of one message, others texts; it returns a number for each.
+    place: MODULE:NAME or FILE.py:NAME. Raises ValueError if there is none.
+    """
+
+    text_format = "function"
+
+    def __init__(self, place: str, batch_size: int) -> None:
+        self.place, self.batch_size = place, batch_size
+        source, _, name = place.rpartition(":")
+        try:
+            with reading(f"--reward_function {place!r}"):
+                names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
+        except ImportError as error:
+            raise ValueError(f"--reward_function {place!r} cannot be imported: {error}.") from error
+        self.function = names.get(name)
+        if not callable(self.function):
+            raise ValueError(f"--reward_function {place!r}: {source!r} has no function {name!r}.")
+
+    def load(self) -> RewardFunction:
+        """Itself."""
+        return self
+
+    def __call__(self, pairs: Sequence[tuple[Prompt, str]], progress: Progress = lambda count: None) -> list[Score]:
+        """One score for each pair. Raises ValueError for what is no finite number."""
+        scores: list[Score] = []
+        for start in range(0, len(pairs), self.batch_size):
+            some = pairs[start : start + self.batch_size]
+            answers = [
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in some
+            ]
+            rewards = self.function(prompts=[prompt for prompt, _ in some], completions=answers)
+            for (_, text), reward in zip(some, rewards, strict=True):
+                if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+                    raise ValueError(
+                        f"--reward_function {self.place!r} gives {reward!r} for the response {text[:40]!r}."
+                    )
+                scores.append(Score(float(reward), False))
+            progress(len(some))
+        return scores
