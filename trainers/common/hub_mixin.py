@@ -8,6 +8,7 @@ is an upload of `hf_moe_cpt.hub.publishing`, as that of the command `push`. Sour
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
@@ -272,11 +273,12 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         "arguments": arguments | {"world_size": trainer.args.world_size},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "processes": trainer.args.world_size,
-        "versions": installed_versions(),
+        "versions": dict(installed_versions()),
         **trainer.run_details(),
     }
 
 
+@functools.cache
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that a run may depend on, as installed."""
     found = {"Python": platform.python_version()}
