@@ -1,8 +1,9 @@
-"""What an optimizer costs and whether its updates arrive: float32 weights, bfloat16 weights rounded in several ways.
+"""What an optimizer costs, whether its updates arrive, and how balanced experts stay: small models on a made language.
 
 python scripts/benchmarks/updates.py time --layers 16
 python scripts/benchmarks/updates.py learn --task cpt --rates 1e-4 2e-5
 python scripts/benchmarks/updates.py learn --task rainbowpo --rates 1e-6
+python scripts/benchmarks/updates.py balance --device cpu --coefficients 0.001 0.01
 
 time: a step of each optimizer on random weights of OLMoE-1B-7B's shapes, 6.9e9 parameters with 16 layers, with nothing
 else of a training step. Writes optimizer.csv.
@@ -10,7 +11,11 @@ else of a training step. Writes optimizer.csv.
 learn: a small twin is trained on a made language in float32 and saved as bfloat16, as public checkpoints are; each way
 continues it (cpt, on another language with OLMoE's layers; rainbowpo, on pairs with Llama's) on the same batches.
 Writes <task>.csv: held-out loss at the end, and the share of weights that are not, and that ever were not, what they
-were before. The losses of float32 are what the others are held against. Source: ours.
+were before. The losses of float32 are what the others are held against.
+
+balance: a fresh model of each family is trained with `router_balance` none and with what it takes on the same batches.
+Writes router_balance.csv: held-out loss, and of the steps after the first half the mean of MRI x E/K (1 is perfect
+balance) and the layer where it is largest. Source: ours.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     OlmoeConfig,
@@ -188,14 +194,14 @@ class LearnArguments(tools.BenchmarkArguments):
         self.check_least({"steps": 1, "first_steps": 1, "batch_size": 1})
 
 
-def sentences(number: int, seed: int, language: int) -> list[list[int]]:
+def sentences(number: int, seed: int, language: int, length: int = LENGTH) -> list[list[int]]:
     """Documents of a language in which four tokens can follow each, with chances of 1/2, 1/4, 1/8, 1/8: 1.21 nats."""
     words = torch.Generator().manual_seed(language)
     followers = torch.randint(1, VOCABULARY, (VOCABULARY, 4), generator=words)
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(1, VOCABULARY, (number,), generator=generator)]
-    chosen = torch.multinomial(torch.tensor([4.0, 2.0, 1.0, 1.0]), number * LENGTH, True, generator=generator)
-    for choices in chosen.view(LENGTH, number)[1:]:
+    chosen = torch.multinomial(torch.tensor([4.0, 2.0, 1.0, 1.0]), number * length, True, generator=generator)
+    for choices in chosen.view(length, number)[1:]:
         tokens.append(followers[tokens[-1], choices])
     return torch.stack(tokens, dim=1).tolist()
 
@@ -323,7 +329,97 @@ def learn_main(argv: Sequence[str]) -> None:
     _write([row | settings for row in rows], path, args, choose_device(args.device))
 
 
-PROGRAMS = {"time": time_main, "learn": learn_main}
+# ---- how balanced experts stay ----
+
+
+EXPERTS, CHOSEN = 16, 2
+SMALL = {
+    "vocab_size": 2 * VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
+    "max_position_embeddings": LENGTH, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
+    "num_experts_per_tok": CHOSEN,
+}  # fmt: skip
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+ONE_GROUP = {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+FAMILIES: dict[str, dict[str, Any]] = {  # what a family needs besides SMALL
+    "mixtral": {"num_local_experts": EXPERTS, "sliding_window": None},
+    "olmoe": {"num_experts": EXPERTS},
+    "qwen3_moe": {"num_experts": EXPERTS},
+    "gpt_oss": {"num_local_experts": EXPERTS, "layer_types": ["full_attention"] * 4},
+    "granitemoe": {"num_local_experts": EXPERTS},
+    "jetmoe": {"num_local_experts": EXPERTS, "kv_channels": 16},
+    "deepseek_v3": {**ONE_GROUP, **LATENT, "head_dim": 8},
+    "glm4_moe": ONE_GROUP,
+    "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": CHOSEN, "moe_layer_start_index": 0},
+    "cpt_moe": {"num_experts": EXPERTS, "router_type": "bias_topk", "moe_intermediate_size": 64},
+}
+TAKE_A_BIAS = ("deepseek_v3", "glm4_moe", "ernie4_5_moe", "cpt_moe")
+
+
+@dataclass
+class BalanceArguments(tools.BenchmarkArguments):
+    """What is trained, and how long."""
+
+    families: list[str] = HfArg(default_factory=lambda: list(FAMILIES), help=f"Any of: {', '.join(FAMILIES)}.")
+    steps: int = HfArg(default=150, help="Optimizer steps of each run.")
+    batch_size: int = HfArg(default=16, help=f"Sequences of {LENGTH} tokens of a step.")
+    learning_rate: float = HfArg(default=3e-3, help="Peak rate.")
+    coefficients: list[float] = HfArg(default_factory=lambda: [0.01], help="Of the penalty, a run with each.")
+    seeds: int = HfArg(default=1, help="Runs of each, with weights and data of their own.")
+    output_dir: str = HfArg(default="runs/router_balance", help="Folder for the results.")
+
+    def __post_init__(self) -> None:
+        check_names("--families", self.families, FAMILIES)
+        self.check_least({"steps": 2, "batch_size": 1, "seeds": 1})
+
+
+def train_one(family: str, args: BalanceArguments, seed: int, folder: str, **balance: Any) -> dict[str, Any]:
+    """Train a fresh model of a family: held-out loss and the balance that it kept."""
+    torch.manual_seed(seed)
+    fields = {name: value for name, value in SMALL.items() if family != "jetmoe" or "head" not in name}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **FAMILIES[family]}))
+    config = CPTConfig(
+        folder, max_length=LENGTH, packing="concat", per_device_train_batch_size=args.batch_size, logging_steps=1,
+        max_steps=args.steps, learning_rate=args.learning_rate, save_strategy="no", report_to="none",
+        disable_tqdm=True, eval_on_start=False, use_cpu=args.device == "cpu", seed=seed, **balance,
+    )  # fmt: skip
+    train = text_of(sentences(args.steps * args.batch_size, 2 + 10 * seed, 1, 2 * LENGTH))
+    trainer = CPTTrainer(model, config, train, eval_dataset=text_of(sentences(64, 1, 1, 2 * LENGTH)))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    late = [row for row in trainer.state.log_history if "mri_normalized" in row and 2 * row["step"] > args.steps]
+    layers = [name for name in late[0] if name.startswith("mri_normalized/")]
+    means = {name: sum(row[name] for row in late) / len(late) for name in layers}
+    return {
+        "loss": trainer.evaluate()["eval_new_loss"],
+        "mri_normalized": sum(means.values()) / len(means),
+        "worst_layer": max(means.values()),
+    }
+
+
+def balanced(args: BalanceArguments) -> Iterator[dict[str, Any]]:
+    """A row for each family, seed and way."""
+    for family in args.families:
+        penalties = [{"router_balance": "aux", "router_aux_loss_coef": value} for value in args.coefficients]
+        ways = [{"router_balance": "bias"}] if family in TAKE_A_BIAS else penalties
+        for seed in range(args.seeds):
+            for way in [{"router_balance": "none"}, *ways]:
+                row = {"family": family, "seed": seed, **way}
+                with Attempt() as attempt, tempfile.TemporaryDirectory() as folder:
+                    row |= train_one(family, args, seed, folder, **way)
+                yield row | {"status": attempt.reason or "ok"}
+
+
+def balance_main(argv: Sequence[str]) -> None:
+    """Train all; write and print the rows."""
+    (args,) = parse_arguments((BalanceArguments,), argv, program="updates.py balance", description=__doc__)
+    rows = list(tqdm(balanced(args), unit="run"))
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate")}
+    path = Path(args.output_dir) / "router_balance.csv"
+    _write([row | settings for row in rows], path, args, choose_device(args.device))
+
+
+PROGRAMS = {"time": time_main, "learn": learn_main, "balance": balance_main}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,15 +6,16 @@ import pytest
 
 from hf_moe_cpt.routing.trace import RoutingTrace
 from hf_moe_cpt.scripts.benchmarks import routing as bench_routing
-from hf_moe_cpt.scripts.benchmarks.routing import RoutingArguments, main, write_synthetic_trace
+from hf_moe_cpt.scripts.benchmarks.routing import PARTS, RoutingArguments, main, write_synthetic_trace
 
 
 @pytest.mark.slow
-def test_both_parts_in_small(tmp_path, capsys):
+def test_all_parts_in_small(tmp_path, capsys):
     sizes = "--tokens 3000 --layers 2 --vocabulary 200 --batch_size 2 --length 16 --batches 1 --rounds 2 --device cpu"
-    main([*sizes.split(), "--output_dir", str(tmp_path)])
+    main([*sizes.split(), "--parts", *PARTS, "--output_dir", str(tmp_path)])
     with (tmp_path / "routing.csv").open() as file:
-        analysis, collecting = csv.DictReader(file)
+        analysis, collecting, monitor = csv.DictReader(file)
+    assert 0 < float(monitor["inside_the_monitor"]) < 1 and float(monitor["ratio"]) > 0
     assert float(analysis["seconds"]) > 0 and 0 < float(analysis["peak_gib"]) < 8
     assert analysis["verdict"] == "within the bar"
     assert float(collecting["lower_quartile"]) <= float(collecting["ratio"]) <= float(collecting["upper_quartile"])

@@ -42,7 +42,21 @@ def test_a_twin_is_continued_in_each_way(task: str, tmp_path: Path) -> None:
     assert all(float(row["ever_changed"]) >= float(row["changed"]) for row in rows.values())
 
 
-@pytest.mark.parametrize("words", [["time", "--ways", "adam"], ["learn", "--task", "sft"], ["learn", "--steps", "0"]])
+@pytest.mark.slow
+def test_each_family_has_a_row_without_balance_and_one_with_its_way(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--families", "cpt_moe", "--steps", "2", "--batch_size", "2"]
+    updates.main(["balance", *options, "--output_dir", str(tmp_path)])
+    rows = read(tmp_path / "router_balance.csv")
+    assert [(row["family"], row["router_balance"]) for row in rows] == [("cpt_moe", "none"), ("cpt_moe", "bias")]
+    assert {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        assert 1.0 <= float(row["mri_normalized"]) <= float(row["worst_layer"]) <= updates.EXPERTS / updates.CHOSEN
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["time", "--ways", "adam"], ["learn", "--task", "sft"], ["learn", "--steps", "0"], ["balance", "--steps", "1"]],
+)
 def test_refuses_names_and_numbers_that_it_has_not(words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"--(ways|task|steps)"):
         updates.main(words)
