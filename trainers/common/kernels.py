@@ -28,9 +28,10 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
 
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
-from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
 from hf_moe_cpt.trainers.common.freezing import modes_kept
 
@@ -134,7 +135,8 @@ def _probe_logits(model: PreTrainedModel, vocab_size: int) -> Tensor:
     ids = (7 * torch.arange(FLEX_BLOCK, device=next(model.parameters()).device)[None] + 1) % vocab_size
     positions = torch.arange(FLEX_BLOCK // 2, device=ids.device).repeat(1, 2)
     with modes_kept(model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
-        return model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        options = {"use_cache": False} | own_penalty_off(model)  # asked for routers once, recorders stay on all layers
+        return model.eval()(input_ids=ids, position_ids=positions, **options).logits.float()
 
 
 def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> str:
@@ -178,10 +180,24 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
     for block in map(model.get_submodule, blocks):
         forward = uncompiled.setdefault(type(block), torch.compiler.disable(type(block).forward))
         block.forward = MethodType(forward, block)
+    if model.config.get_text_config()._attn_implementation != "eager":  # others have no weights to record
+        silence_while_compiled(kept)
     for layer in kept:
         layer.compile(backend=backend)
         layer._compiled_call_impl = _CompiledCall(layer, layer._compiled_call_impl, kept)
     return len(kept)
+
+
+def silence_while_compiled(layers: list[nn.Module]) -> None:
+    """Let transformers' recorders of attention weights, which no graph can hold, be no end of a layer's graph."""
+
+    def silenced(record: Callable) -> Callable:
+        return lambda *args: None if torch.compiler.is_compiling() else record(*args)
+
+    for part in {below for layer in layers for below in layer.modules()}.difference(layers):
+        for key, hook in part._forward_hooks.items():
+            if hook.__module__ == output_capturing.__name__:
+                part._forward_hooks[key] = silenced(hook)
 
 
 class _CompiledCall:

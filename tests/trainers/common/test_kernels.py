@@ -67,6 +67,20 @@ def test_compiled_layers_give_the_same_gradients_and_their_routing_is_heard_at_e
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("family", ["olmoe", "cpt_moe"])
+def test_recorders_of_transformers_split_no_graph_and_record_as_before(fresh, family):
+    """A layer is one graph before its block of experts and one after it, also where hidden states were asked for."""
+    model = model_of(family)
+    asked = batch() | {"output_hidden_states": True}
+    want = model(**asked).hidden_states
+    compile_layers(model, backend="eager")
+    gradients(model)
+    assert counters["stats"]["unique_graphs"] == 2
+    for hidden, expected in zip(model(**asked).hidden_states, want, strict=True):
+        torch.testing.assert_close(hidden, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.compiles
 def test_layers_share_their_graphs_and_passes_without_gradient_need_none(fresh):
