@@ -10,7 +10,9 @@ errors. The table goes to the screen; `--json` prints the same as JSON.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -40,43 +42,38 @@ def _one_of(names: Sequence[str]) -> str:
 class PlanArguments:
     """What is trained, on what, and how."""
 
-    preset: str | None = field(default=None, metadata={"help": "One of our presets, or a stock model at its size."})
-    model: str | None = field(
-        default=None, metadata={"help": "Or the folder or Hub id of any causal LM; only its config.json is read."}
+    preset: str | None = HfArg(default=None, help="One of our presets, or a stock model at its size.")
+    model: str | None = HfArg(
+        default=None, help="Or the folder or Hub id of any causal LM; only its config.json is read."
     )
-    gpus: int = field(default=1, metadata={"help": "GPUs of all nodes."})
-    gpus_per_node: int = field(default=8, metadata={"help": "GPUs that share a fast connection."})
-    gpu_memory: float = field(default=80.0, metadata={"help": "Of one GPU, in GiB; 6 %% are left to the rest."})
-    gpu: str | None = field(
-        default=None, metadata={"help": f"Whose speed: {', '.join(SPEED_OF_GPU)}; by default by --gpu_memory."}
+    gpus: int = HfArg(default=1, help="GPUs of all nodes.")
+    gpus_per_node: int = HfArg(default=8, help="GPUs that share a fast connection.")
+    gpu_memory: float = HfArg(default=80.0, help="Of one GPU, in GiB; 6 %% are left to the rest.")
+    gpu: str | None = HfArg(default=None, help=f"Whose speed: {', '.join(SPEED_OF_GPU)}; by default by --gpu_memory.")
+    tokens: float | None = HfArg(default=None, help="To train on, such as 200e9: adds days and cost.")
+    engine: str | None = HfArg(default=None, help=f"{_one_of(ENGINES)} Default: simplest that fits.")
+    trainer: str = HfArg(default="cpt", help=_one_of(TRAINERS))
+    batch_size: int = HfArg(
+        default=8, help="Of one GPU and pass: sequences, pairs (rainbowpo), rows of each term (surgery)."
     )
-    tokens: float | None = field(default=None, metadata={"help": "To train on, such as 200e9: adds days and cost."})
-    engine: str | None = field(default=None, metadata={"help": f"{_one_of(ENGINES)} Default: simplest that fits."})
-    trainer: str = field(default="cpt", metadata={"help": _one_of(TRAINERS)})
-    batch_size: int = field(
-        default=8, metadata={"help": "Of one GPU and pass: sequences, pairs (rainbowpo), rows of each term (surgery)."}
+    seq_length: int = HfArg(default=2048, help="Tokens of a sequence.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Passes of an optimizer step.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute layers in the backward pass.")
+    precision: str = HfArg(
+        default="mixed", help=f"{_one_of(list(PRECISIONS))} mixed: float32 weights, bfloat16 autocast."
     )
-    seq_length: int = field(default=2048, metadata={"help": "Tokens of a sequence."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes of an optimizer step."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
-    precision: str = field(
-        default="mixed", metadata={"help": f"{_one_of(list(PRECISIONS))} mixed: float32 weights, bfloat16 autocast."}
+    optimizer: str = HfArg(default="adamw", help=_one_of(OPTIMIZERS))
+    kernels: str = HfArg(
+        default="fused", help=f"{_one_of(KERNELS)} fused: as the trainers run any model; plain: as transformers does."
     )
-    optimizer: str = field(default="adamw", metadata={"help": _one_of(OPTIMIZERS)})
-    kernels: str = field(
-        default="fused",
-        metadata={"help": f"{_one_of(KERNELS)} fused: as the trainers run any model; plain: as transformers does."},
+    reference: str | None = HfArg(default=None, help="none, copy (rainbowpo's default) or cache (surgery's default).")
+    terms: int = HfArg(
+        default=5, metadata={"range": "[1, 1000]"}, help="Sets of text of a surgery, each with a backward pass."
     )
-    reference: str | None = field(
-        default=None, metadata={"help": "none, copy (rainbowpo's default) or cache (surgery's default)."}
-    )
-    terms: int = field(
-        default=5, metadata={"range": "[1, 1000]", "help": "Sets of text of a surgery, each with a backward pass."}
-    )
-    price_per_gpu_hour: float | None = field(default=None, metadata={"help": "In any currency: adds the cost."})
-    bandwidth: float = field(default=450.0, metadata={"help": "GB/s that a GPU sends inside its node."})
-    network_bandwidth: float = field(default=50.0, metadata={"help": "GB/s that a GPU sends to other nodes."})
-    json: bool = field(default=False, metadata={"help": "Print JSON in place of tables."})
+    price_per_gpu_hour: float | None = HfArg(default=None, help="In any currency: adds the cost.")
+    bandwidth: float = HfArg(default=450.0, help="GB/s that a GPU sends inside its node.")
+    network_bandwidth: float = HfArg(default=50.0, help="GB/s that a GPU sends to other nodes.")
+    json: bool = HfArg(default=False, help="Print JSON in place of tables.")
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.model is None):

@@ -13,10 +13,11 @@ adapter. `--preset paper` sets what the authors' code does; what the file or the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -37,32 +38,31 @@ from hf_moe_cpt.trainers.surgery.verdict import GAP_FORMULA
 class SurgeryArguments:
     """Which texts; a name is a .jsonl, .json or .parquet file, a folder, a Hub id, or ID:CONFIGURATION:SPLIT."""
 
-    preset: str | None = field(
-        default=None, metadata={"help": f"Whole settings: {', '.join(PRESETS)}. Other arguments win over it."}
+    preset: str | None = HfArg(
+        default=None, help=f"Whole settings: {', '.join(PRESETS)}. Other arguments win over it."
     )
-    bench: str | None = field(
-        default=None, metadata={"help": "Folder of a SurgeryBench, whose sets are taken where none is named below."}
+    bench: str | None = HfArg(
+        default=None, help="Folder of a SurgeryBench, whose sets are taken where none is named below."
     )
-    unlearn_dataset_name: str | None = field(default=None, metadata={"help": "What is to be forgotten."})
-    obsolete_dataset_name: str | None = field(default=None, metadata={"help": "Old versions of what is updated."})
-    update_dataset_name: str | None = field(default=None, metadata={"help": "What is to be learnt."})
-    retain_dataset_name: str | None = field(default=None, metadata={"help": "On what the model must stay as it is."})
-    neighbour_dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts like the unlearned ones about other subjects, a second anchor."}
+    unlearn_dataset_name: str | None = HfArg(default=None, help="What is to be forgotten.")
+    obsolete_dataset_name: str | None = HfArg(default=None, help="Old versions of what is updated.")
+    update_dataset_name: str | None = HfArg(default=None, help="What is to be learnt.")
+    retain_dataset_name: str | None = HfArg(default=None, help="On what the model must stay as it is.")
+    neighbour_dataset_name: str | None = HfArg(
+        default=None, help="Texts like the unlearned ones about other subjects, a second anchor."
     )
-    unseen_dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts of that kind that the model never read: how far to forget."}
+    unseen_dataset_name: str | None = HfArg(
+        default=None, help="Texts of that kind that the model never read: how far to forget."
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
-    eval_dataset_names: list[str] | None = field(
-        default=None, metadata={"help": "Held-out rows that no term sees, as retain=a.jsonl neighbour=b.jsonl."}
+    dataset_split: str = HfArg(default="train", help="Split of data sets on the Hub.")
+    eval_dataset_names: list[str] | None = HfArg(
+        default=None, help="Held-out rows that no term sees, as retain=a.jsonl neighbour=b.jsonl."
     )
-    columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "Your names of our columns, as text=article, or prompt='Question: {question}\nAnswer:'."},
+    columns: list[str] | None = HfArg(
+        default=None, help="Your names of our columns, as text=article, or prompt='Question: {question}\nAnswer:'."
     )
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+    tokenizer_name_or_path: str | None = HfArg(default=None, help="Tokenizer, if it is not the model's.")
+    trust_remote_code: bool = HfArg(default=False, help="Run model code from the Hub.")
 
 
 ARGUMENTS = (ModelArguments, SurgeryArguments, SurgeryConfig, ParallelArguments)

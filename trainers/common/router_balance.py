@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import (
@@ -71,37 +72,30 @@ REENTRANT = (
 class RouterBalanceArguments:
     """How the experts of a mixture are kept balanced. A mixin before `TrainingArguments`."""
 
-    router_balance: str = field(
+    router_balance: str = HfArg(
         default="auto",
-        metadata={
-            "help": "How the load of experts is balanced: aux, a penalty for each layer; bias, an update of the "
-            "routers' correction biases; sinkhorn, the routers of such a cpt_moe model do it; none; auto: what the "
-            "model is made for.",
-            "choices": list(WAYS),
-        },
+        metadata={"choices": list(WAYS)},
+        help="How the load of experts is balanced: aux, a penalty for each layer; bias, an update of the "
+        "routers' correction biases; sinkhorn, the routers of such a cpt_moe model do it; none; auto: what the "
+        "model is made for.",
     )
-    router_aux_loss_coef: float | None = field(
+    router_aux_loss_coef: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Coefficient of the penalty, which is 1 for each layer in balance. Unset: the configuration's if "
-            f"it is not the default of its class, at most {MAX_OF_CONFIG}, else {DEFAULT_COEFFICIENT}; of a cpt_moe "
-            "model always its own."
-        },
+        help="Coefficient of the penalty, which is 1 for each layer in balance. Unset: the configuration's if "
+        f"it is not the default of its class, at most {MAX_OF_CONFIG}, else {DEFAULT_COEFFICIENT}; of a cpt_moe "
+        "model always its own.",
     )
-    router_z_loss_coef: float | None = field(
+    router_z_loss_coef: float | None = HfArg(
+        default=None, help="Coefficient of the router z-loss of each layer. Unset: the configuration's, else 0."
+    )
+    router_bias_update_rate: float = HfArg(
+        default=1e-3, help="By how much a correction bias moves in an optimizer step."
+    )
+    load_scope: str | None = HfArg(
         default=None,
-        metadata={"help": "Coefficient of the router z-loss of each layer. Unset: the configuration's, else 0."},
-    )
-    router_bias_update_rate: float = field(
-        default=1e-3, metadata={"help": "By how much a correction bias moves in an optimizer step."}
-    )
-    load_scope: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the penalty counts the load of experts: global, over all ranks; rank. Unset: the "
-            "configuration's, else global.",
-            "choices": list(LOAD_SCOPES),
-        },
+        metadata={"choices": list(LOAD_SCOPES)},
+        help="Where the penalty counts the load of experts: global, over all ranks; rank. Unset: the "
+        "configuration's, else global.",
     )
 
     def __post_init__(self) -> None:
