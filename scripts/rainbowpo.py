@@ -6,7 +6,8 @@ accelerate launch scripts/rainbowpo.py \\
     --preset rainbowpo --per_device_train_batch_size 2 --gradient_accumulation_steps 16 --output_dir llama-rainbowpo
 
 The same job is `hf-moe-cpt rainbowpo ...`; `--config recipe:NAME` reads arguments from a file, `--use_peft` trains
-an adapter. `--preset` sets the switches of a method; what the file or the command line say wins over it.
+an adapter. `--preset` sets the switches of a method; what the file or the command line say wins over it. Several data
+sets are mixed: `--dataset_name ours.jsonl theirs --dataset_weights 3 1`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,27 @@ from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
+from hf_moe_cpt.trainers.rainbowpo.data import mixed
 from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer, completions_logged
 
 
 @dataclass
 class PreferenceArguments:
     """Which pairs, and which method's switches."""
 
-    dataset_name: str = field(
-        metadata={"help": "Preference pairs: a Hub id, a folder, or a .jsonl, .json, .parquet or .arrow file."}
+    dataset_name: list[str] = field(
+        metadata={
+            "help": "Preference pairs: a Hub id, a folder, or a .jsonl, .json, .parquet or .arrow file; or several."
+        }
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of several data sets, in proportion: pairs are drawn until one of them is used up, none "
+            "twice. Unset: all pairs of all."
+        },
     )
     preset: str | None = field(
         default=None, metadata={"help": f"Switches of a method: {', '.join(PRESETS)}. Other arguments win over it."}
@@ -44,6 +55,13 @@ class PreferenceArguments:
         default=None, metadata={"help": "Held-out pairs from elsewhere; their split is the train split if not named."}
     )
     max_train_pairs: int | None = field(default=None, metadata={"help": "Take the first pairs only."})
+    log_completions: int = field(
+        default=0,
+        metadata={
+            "help": "Answers to so many held-out prompts go to W&B or Comet as a table, at every evaluation or log.",
+            "range": "[0, inf)",
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Show the objective and the first pairs as the model sees them, and stop."}
     )
@@ -53,9 +71,11 @@ ARGUMENTS = (ModelArguments, PreferenceArguments, RainbowPOConfig, ParallelArgum
 LONGEST = 2048  # tokens that are planned for where sequences are not cut
 
 
-def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
+def load_pairs(args: PreferenceArguments, seed: int = 0) -> dict[str, Dataset | dict[str, Dataset] | None]:
     """The trainer's data sets by its argument names."""
-    train = load_table(args.dataset_name, args.dataset_train_split, args.dataset_config)
+    names, weights = args.dataset_name, args.dataset_weights
+    tables = [load_table(name, args.dataset_train_split, args.dataset_config) for name in names]
+    train = tables[0] if len(tables) == 1 and weights is None else mixed(tables, names, weights, seed)
     if args.max_train_pairs is not None:
         if args.max_train_pairs < 1:
             raise ValueError(f"--max_train_pairs {args.max_train_pairs} leaves nothing to train on: give at least 1.")
@@ -64,7 +84,8 @@ def load_pairs(args: PreferenceArguments) -> dict[str, Dataset | None]:
     if args.eval_dataset_name is not None:
         held_out = load_table(args.eval_dataset_name, args.dataset_test_split or args.dataset_train_split)
     elif args.dataset_test_split is not None:
-        held_out = load_table(args.dataset_name, args.dataset_test_split, args.dataset_config)
+        tests = {name: load_table(name, args.dataset_test_split, args.dataset_config) for name in names}
+        held_out = tests[names[0]] if len(tests) == 1 else tests
     return {"train_dataset": train, "eval_dataset": held_out}
 
 
@@ -97,13 +118,15 @@ def run(preferences: PreferenceArguments, model: ModelArguments, training: Rainb
     trainer = RainbowPOTrainer(
         model.model_name_or_path,
         args=model.given_to(training),
-        **load_pairs(preferences),
+        **load_pairs(preferences, training.seed),
         peft_config=model.peft_config(trust_remote_code=training.trust_remote_code),
     )
     if trainer.is_world_process_zero():
         print(training.components(), trainer.first_pairs(), sep="\n")
     if preferences.dry_run:
         return
+    if preferences.log_completions:
+        trainer.add_callback(completions_logged(trainer, preferences.log_completions))
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()  # also where no checkpoint was written, which brings one

@@ -43,6 +43,7 @@ from hf_moe_cpt.generation.sampling import (
     Prompt,
     RewardArguments,
     check_at_least,
+    function_of,
     load_policy,
     load_tokenizer,
     require_template,
@@ -104,6 +105,11 @@ class OutputArguments:
 
     output_dir: str = HfArg(help="A new folder, or one in which this very run was interrupted.")
     seed: int = HfArg(default=0, help="Of the responses, together with a prompt's row.")
+    judge: str | None = HfArg(
+        default=None,
+        help="A pairwise judge in Python in place of rewards, MODULE:NAME or FILE.py:NAME: judge(prompts, [[a, b]]) "
+        "gives the place of each better one, -1 for neither; asked in both orders.",
+    )
     tie_margin: float = HfArg(default=0.0, help="Rewards no further apart than this are a tie.")
     confidence: float = HfArg(default=0.95, help="Of the intervals.")
     divergence: bool = HfArg(
@@ -141,6 +147,8 @@ class Job:
             )
         if self.has_pairs and self.policy.model_name_or_path is None:
             raise ValueError("--dataset_name needs --model_name_or_path: whose log-probabilities are asked for?")
+        if self.reward.is_given and self.output.judge is not None:
+            raise ValueError(f"--judge {self.output.judge!r} takes the place of rewards: give one of them.")
         if self.output.divergence and None in (self.policy.model_name_or_path, self.policy.ref_model_name_or_path):
             raise ValueError(
                 "--divergence compares two models: give --model_name_or_path and --ref_model_name_or_path."
@@ -166,8 +174,8 @@ class Job:
 
     @property
     def has_duel(self) -> bool:
-        """Whether policy and reference answer prompts and a reward model, or a function, judges."""
-        return self.reward.is_given
+        """Whether policy and reference answer prompts and a reward model or a function judges."""
+        return self.reward.is_given or self.output.judge is not None
 
     @property
     def has_pairs(self) -> bool:
@@ -506,7 +514,13 @@ class Evaluation:
         """Responses and rewards by side, a row for each prompt; None for prompts that are too long."""
         sides = self.sides.items()
         responses = {name: self._stage("responses", side, self.prompts, self._responder) for name, side in sides}
-        rewards = {name: self._stage("rewards", side, responses[name], self._judge) for name, side in sides}
+        if self.job.output.judge is not None:
+            both = list(zip(*responses.values(), strict=True))
+            shares = [row["share"] for row in self._stage("rewards", self.sides["policy"], both, self._pairwise_judge)]
+            rewards = {name: [{"reward": share, "cut": False} for share in shares] for name in SIDES}
+            rewards["reference"] = [{"reward": s if s is None else 1.0 - s, "cut": False} for s in shares]
+        else:
+            rewards = {name: self._stage("rewards", side, responses[name], self._judge) for name, side in sides}
         for name, rows in rewards.items():
             if num_cut := sum(row["cut"] for row in rows):
                 self.notes.append(f"{num_cut} responses of the {name} lost their beginning before the reward model.")
@@ -583,6 +597,31 @@ class Evaluation:
 
         return judge
 
+    def _pairwise_judge(self, side: Side) -> Make:
+        """From both responses to the share of the policy: 1, 1/2 or 0, as both orders say."""
+        place = self.job.output.judge
+        asked = function_of("judge", place)
+
+        def judge(rows: Sequence[tuple[Row, Row]], progress: Progress) -> list[Row]:
+            answered = [row for row in rows if None not in (row[0]["response"], row[1]["response"])]
+            prompts, shares = (
+                [own["prompt"] for own, _ in answered],
+                dict.fromkeys((r[0]["index"] for r in rows), None),
+            )
+            for order in (1, -1):
+                better = asked(prompts, [[row["response"] for row in pair[::order]] for pair in answered])
+                for (own, _), choice in zip(answered, better, strict=True):
+                    if choice not in (-1, 0, 1):
+                        raise ValueError(
+                            f"--judge {place!r} gives {choice!r}: 0 or 1 for the better one, -1 for neither."
+                        )
+                    share = 0.5 if choice == -1 else float((choice == 0) == (order == 1))
+                    shares[own["index"]] = (shares[own["index"]] or 0.0) + share / 2
+            progress(len(rows))
+            return [{"index": index, "share": share} for index, share in shares.items()]
+
+        return judge
+
     def _response_scorer(self, side: Side) -> Make:
         """From the policy's responses to their log-probabilities; None for none and for prompts that are too long."""
         model = load_policy(side.model, side.options)
@@ -652,7 +691,10 @@ class Evaluation:
 
     def _check_duel(self) -> None:
         policy, output = self.job.policy, self.job.output
-        self.reward = self.job.reward.scorer(policy.trust_remote_code, self.device.type)
+        if output.judge is not None:
+            function_of("judge", output.judge)
+        else:
+            self.reward = self.job.reward.scorer(policy.trust_remote_code, self.device.type)
         for side in self.sides.values():
             if side.responses is None:
                 seed = derive_seed(output.seed, side.name)
@@ -671,7 +713,8 @@ class Evaluation:
             settings["prompts_checksum"] = checksum_of_values([row.prompt for row in self.prompts])
             for side in self.sides.values():
                 settings[f"responses_checksum_{side.name}"] = side.responses and checksum_of_values(side.responses)
-            settings["reward_text_format"] = self.reward.text_format
+            settings["reward_text_format"] = "judge" if job.output.judge else self.reward.text_format
+            settings |= {"judge": job.output.judge} if job.output.judge else {}
             names = ("model_name_or_path", "model_revision", "dtype", "max_length")
             names += ("function",) if reward.reward_function is not None else ()
             chosen.append((reward, tuple(f"reward_{name}" for name in names)))

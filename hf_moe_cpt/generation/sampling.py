@@ -613,6 +613,22 @@ class RewardModel:
         return RewardScorer(model, self.tokenizer, *sizes, self.text_format)
 
 
+def function_of(option: str, place: str) -> Callable[..., Any]:
+    """What MODULE:NAME or FILE.py:NAME names. Raises ValueError, naming the option, for what is nothing to call."""
+    source, _, name = place.rpartition(":")
+    try:
+        with reading(f"--{option} {place!r}"):
+            is_file = source.endswith(".py")
+            found = (
+                runpy.run_path(source).get(name) if is_file else getattr(importlib.import_module(source), name, None)
+            )
+    except ImportError as error:
+        raise ValueError(f"--{option} {place!r} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"--{option} {place!r}: {source!r} has no function {name!r}.")
+    return found
+
+
 class RewardFunction:
     """A reward in Python, such as trl.rewards:think_format_reward, called as `function(prompts=..., completions=...)`.
 
@@ -624,15 +640,7 @@ class RewardFunction:
 
     def __init__(self, place: str, batch_size: int) -> None:
         self.place, self.batch_size = place, batch_size
-        source, _, name = place.rpartition(":")
-        try:
-            with reading(f"--reward_function {place!r}"):
-                names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
-        except ImportError as error:
-            raise ValueError(f"--reward_function {place!r} cannot be imported: {error}.") from error
-        self.function = names.get(name)
-        if not callable(self.function):
-            raise ValueError(f"--reward_function {place!r}: {source!r} has no function {name!r}.")
+        self.function = function_of("reward_function", place)
 
     def load(self) -> RewardFunction:
         """Itself."""

@@ -1015,7 +1015,7 @@ def _interval(row: Mapping[str, Any]) -> str:
     return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
-def comparison_table(results: Mapping[str, Any]) -> str:
+def comparison_text(results: Mapping[str, Any]) -> str:
     """Claims, effects and cells as text."""
     claims = [
         {"claim": row["claim"], f"reward at {TARGET:g} nats [95 %]": _interval(row),
@@ -1103,13 +1103,13 @@ def compare_main(argv: Sequence[str]) -> None:
     quiet_process()
     cells = {name: cell for name, cell in CELLS.items() if name in args.methods}
     results, is_all = compare(scale, cells, folder, args)
-    write_results(folder.root, results, csv_rows(results), draw, comparison_table)
+    write_results(folder.root, results, csv_rows(results), draw, comparison_text)
     if not is_all:
         print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
 
 
 PROGRAM, GUIDE = "preference_methods.py", "[the preference world](../../preference_world.md)"
-PROGRAMS = {"compare": compare_main, "page": lambda argv: write_page(argv, PROGRAM, GUIDE, comparison_table)}
+PROGRAMS = {"compare": compare_main, "page": lambda argv: write_page(argv, PROGRAM, GUIDE, comparison_text)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,6 +38,9 @@ SCALE_OF_SWEEP = ("learning_rates", "strengths", "seeds")  # they say which runs
 
 Records = dict[str, dict[str, Any]]  # of runs by their names; {"error": one line} for a failed one
 Column = tuple[str, str, float, int]  # heading, name of the number, factor, digits
+# Of a method or a library; memory that a device lacks is a RuntimeError
+FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
 
 
 def open_folder(root: str, fingerprint: Mapping[str, Any]) -> ResumableFolder:
@@ -86,7 +89,7 @@ def run_one(run: Any) -> tuple[Any, dict[str, Any]]:
     """The run's record from this process's worker; of a run that failed, {"error": one line}."""
     try:
         return run, _worker.carry_out(run)
-    except Exception as error:  # of a method or a library; the other runs go on
+    except FAILURES as error:  # the other runs go on
         return run, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 

@@ -117,6 +117,50 @@ def test_rewards_are_the_reward_models_and_the_counts_are_theirs(alone, world):
     assert 0 < measures["share of unfinished responses of policy"]["value"] < 1
 
 
+JUDGES = """
+def longer(prompts, pairs):
+    return [-1 if len(a) == len(b) else int(len(b) > len(a)) for a, b in pairs]
+def first(prompts, pairs):
+    return [0] * len(pairs)
+def both(prompts, pairs):
+    return [2] * len(pairs)
+"""
+
+
+def test_a_judge_takes_the_place_of_rewards_and_is_asked_in_both_orders(alone, world, tmp_path):
+    (tmp_path / "judges.py").write_text(JUDGES)
+    ready = {"responses": alone[0] / "responses_policy.jsonl", "ref_responses": alone[0] / "responses_reference.jsonl"}
+    ready |= {f"{name}_name_or_path": None for name in ("model", "ref_model", "reward_model")}
+    ready |= {"prompts": None, "dataset_name": None}
+
+    def judged(name: str) -> list[dict]:
+        main(_arguments(world, tmp_path / name, **ready, judge=f"{tmp_path / 'judges.py'}:{name}"))
+        return read_lines(tmp_path / name / "judged.jsonl")
+
+    for row in judged("longer"):
+        difference = row["length"] - row["ref_length"]
+        assert row["verdict"] == ("tie" if difference == 0 else "win" if difference > 0 else "loss")
+    assert {row["verdict"] for row in judged("first")} == {"tie"}  # who likes a place says nothing
+    with pytest.raises(ValueError, match="gives 2: 0 or 1 for the better one, -1 for neither"):
+        judged("both")
+
+
+def test_divergence_is_the_log_ratio_of_the_policys_responses(world, tmp_path):
+    main(_arguments(world, tmp_path / "run", dataset_name=None, divergence=True))
+    models = [AutoModelForCausalLM.from_pretrained(world / name).eval() for name in ("policy", "start")]
+    tokenizer = AutoTokenizer.from_pretrained(world / "policy")
+    ratios = []
+    for row in read_lines(tmp_path / "run" / "judged.jsonl"):
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        ids = tokenizer(f"{row['prompt']}{row['response']}</s>", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logps = [model(ids).logits[0, :-1].log_softmax(-1) for model in models]
+        own, other = (logp.gather(1, ids[0, 1:, None])[start - 1 :].sum().item() for logp in logps)
+        ratios.append(own - other)
+    got = _measures(tmp_path / "run")["divergence from reference (nats)"]
+    assert (got["value"], got["count"]) == (pytest.approx(sum(ratios) / len(ratios), abs=1e-4), len(ratios))
+
+
 @pytest.mark.parametrize("source, max_length", [("pairs", None), ("chats", 6)])
 def test_log_probabilities_are_those_of_trl(world, tmp_path, source, max_length):
     trl = pytest.importorskip("trl")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_moe_cpt import rounds
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.generation.sampling import RewardFunction
-from hf_moe_cpt.scripts import iterate
+from hf_moe_cpt.scripts.iterate import main
 from tests.helpers.fresh_process import command_words
 from tests.helpers.tiny_models import tiny_model, word_tokenizer
 
@@ -52,19 +53,19 @@ def arguments(material: Path, run: Path, **changes: object) -> list[str]:
 
 @pytest.mark.slow
 def test_rounds_killed_after_every_stage_are_those_of_an_undisturbed_run(material, tmp_path, monkeypatch):
-    iterate.main(arguments(material, tmp_path / "alone"))
-    carry_out = iterate._carry_out
+    main(arguments(material, tmp_path / "alone"))
+    carry_out = rounds._carry_out
 
     def killed_after(*words: object) -> None:
         carry_out(*words)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(iterate, "_carry_out", killed_after)
+    monkeypatch.setattr(rounds, "_carry_out", killed_after)
     for _ in range(6):  # three stages of each round
         with pytest.raises(KeyboardInterrupt):
-            iterate.main(arguments(material, tmp_path / "killed"))
+            main(arguments(material, tmp_path / "killed"))
     monkeypatch.undo()
-    iterate.main(arguments(material, tmp_path / "killed"))
+    main(arguments(material, tmp_path / "killed"))
     for number in (1, 2):
         folders = [tmp_path / run / f"round-{number}/pairs/data" for run in ("alone", "killed")]
         pairs = [load_table(str(folder)).to_list() for folder in folders]
@@ -86,7 +87,7 @@ REFUSED = {
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
 def test_what_a_stage_would_refuse_is_refused_before_the_first(changes, message, material, tmp_path):
     with pytest.raises(ValueError, match=message):
-        iterate.main(arguments(material, tmp_path / "run", **changes))
+        main(arguments(material, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

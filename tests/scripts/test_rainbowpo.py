@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.scripts.rainbowpo import main
+from hf_moe_cpt.trainers.rainbowpo.data import mixed
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import completions_logged
 from tests.helpers.cpt_runs import saved_history, without_clocks
 from tests.helpers.fresh_process import TWO_RANKS, command_words, launch
-from tests.helpers.preference_runs import pairs, saved_model
+from tests.helpers.preference_runs import pairs, saved_model, trainer
 from tests.helpers.tiny_models import QUICK
 
 
@@ -71,6 +74,33 @@ def test_an_adapter_is_trained(folder):
     changes = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
     main(_arguments(folder, folder / "adapter", eval_dataset_name=None, **changes))
     assert (folder / "adapter" / "adapter_config.json").is_file()
+
+
+def test_sets_are_mixed_by_weight_and_no_pair_comes_twice():
+    ours, theirs = pairs(400).add_column("source", [1] * 400), pairs(400, seed=1).add_column("place", [*range(400)])
+    names = ["ours", "theirs"]
+    found = mixed([ours.add_column("place", [*range(400, 800)]), theirs], names, [3, 1], seed=0)
+    places = found["place"][:]
+    assert len(set(places)) == len(found) and "source" not in found.column_names
+    share = stats.binomtest(sum(place >= 400 for place in places), len(found), 0.75)
+    assert share.pvalue > 1e-3 and max(places) == 799  # the heavier one is used up
+    assert len(mixed([ours, ours], names, None, seed=0)) == 800
+    with pytest.raises(ValueError, match="must be a number above 0 for each of ours, theirs"):
+        mixed([ours, ours], names, [1.0], seed=0)
+    with pytest.raises(ValueError, match="theirs and ours have columns of other types"):
+        mixed([ours, ours.map(lambda row: {"chosen": [row["chosen"]]})], names, None, seed=0)
+
+
+def test_answers_to_held_out_prompts_fill_trls_table(tmp_path):
+    run = trainer(tmp_path, eval_dataset=pairs(6, seed=3), max_steps=2)
+    table = completions_logged(run, 3)
+    run.add_callback(table)
+    run.train()
+    assert [row[0] for row in table.table] == ["1"] * 3 + ["2"] * 3
+    assert {row[1] for row in table.table} == set(pairs(6, seed=3)["prompt"][:3])
+    run.eval_dataset = None
+    with pytest.raises(ValueError, match="--log_completions answers held-out prompts"):
+        completions_logged(run, 3)
 
 
 REFUSED = [

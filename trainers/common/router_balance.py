@@ -514,8 +514,8 @@ class RouterBalanceMixin:
         return samples, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's; a training log gets the penalties and the balance."""
-        if "loss" in logs:
+        """The parent's; a training log gets the penalties and the balance, also the last of a run without any."""
+        if "loss" in logs or "train_loss" in logs:
             logs.update(self.balance.pop())
         super().log(logs, start_time)
 

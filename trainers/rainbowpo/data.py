@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,24 @@ MASK_COLUMNS = ("chosen_mask", "rejected_mask")
 READ_OF_A_PAIR = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected", "ends_added")
 LENGTHS = "sequence_lengths"  # of a padding-free batch, (2B,)
 SCORED = "«{}»"  # how a text that is scored is shown
+
+
+def mixed(tables: Sequence[Dataset], names: Sequence[str], weights: Sequence[float] | None, seed: int) -> Dataset:
+    """One data set of the columns that all have, drawn by weight until one is used up, or all rows without weights.
+
+    Raises ValueError for weights that are none, and for columns of different types. names: of the sets, for errors.
+    """
+    if weights is not None and (len(weights) != len(names) or not all(0 < weight < math.inf for weight in weights)):
+        raise ValueError(f"--dataset_weights {weights} must be a number above 0 for each of {', '.join(names)}.")
+    shared = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
+    tables = [table.select_columns(shared) for table in tables]
+    for name, table in zip(names, tables, strict=True):
+        if table.features != tables[0].features:
+            raise ValueError(f"{name} and {names[0]} have columns of other types: bring {shared} into one form.")
+    if weights is None:
+        return concatenate_datasets(tables)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(tables, shares, seed=seed, stopping_strategy="first_exhausted")
 
 
 def first_row(dataset: AnyDataset, name: str) -> dict[str, Any]:

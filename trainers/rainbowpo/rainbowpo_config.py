@@ -48,6 +48,7 @@ RANGES = {  # field -> whether a value is in its range, and what is said of one 
         lambda value: value is None or value >= 1,
         "leaves nothing to calibrate on: give at least 1, or None for the whole training set.",
     ),
+    "router_probe_pairs": (lambda value: value >= 0, "must be at least 0, which probes nothing."),
 }
 DEFAULT_HOME_ADVANTAGE = 0.1
 # |h| in nats per token. 1 asks that the chosen completion be e times as probable as the rejected one at every token,
@@ -141,6 +142,13 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
     )
     label_smoothing: float = HfArg(default=0.0, help="Share of labels, in [0, 0.5), that is taken to be wrong (cDPO).")
     sft_weight: float = HfArg(default=0.0, help="Weight of the SFT loss of the chosen completion; 0 leaves it out.")
+
+    # --- mixtures of experts ---
+    router_probe_pairs: int = HfArg(
+        default=0,
+        help="Training pairs on which router_saturation is logged: the share of a token's experts chosen at the start "
+        "too, at one forward pass a log; 0: none.",
+    )
 
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""

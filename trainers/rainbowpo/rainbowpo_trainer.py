@@ -19,6 +19,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,11 +41,13 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from transformers.utils import ModelOutput
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import LogCompletionsCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.reading import check_weights, read_config, require_finite
+from hf_moe_cpt.trainers.common.checkpointing import step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
@@ -53,6 +56,7 @@ from hf_moe_cpt.trainers.common.isolation import isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
+from hf_moe_cpt.trainers.common.router_monitor import PROBE_FILE, RoutingProbe
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin
 from hf_moe_cpt.trainers.rainbowpo.data import (
     LENGTHS,
@@ -503,6 +507,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         self.dispersion_scale = None if scale == "auto" else scale
         self.meters = {name: PreferenceMeter() for name in ("train", "eval", "start")}
         self.runaway_watch, self.isolation = RunawayWatch(), None
+        self.router_probe = self.router_saturation = None
         self._generation_ends = generation_ends(model, args)
         super().__init__(
             model,
@@ -758,9 +763,28 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             self.runaway_watch.start = kept.get("start", {})
             if self.dispersion_scale is None:
                 self.dispersion_scale = kept["dispersion_scale"]
+        self._probe_routers(checkpoint)
         with repeatable_on_cpu(self.args.device):
             self._calibrate()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _probe_routers(self, checkpoint: Path | None) -> None:
+        """Remember which experts the start chooses for the tokens of some training pairs."""
+        if not self.args.router_probe_pairs:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "router_probe_pairs needs whole weights on every rank: leave it out where they are dealt."
+            )
+        collate = getattr(self.data_collator, "collate", self.data_collator)
+        if isinstance(collate, PreferenceCollator):
+            collate = replace(collate, padding_free=False)
+        batch = collate(list(islice(self.train_dataset, self.args.router_probe_pairs)))
+        self.router_probe = RoutingProbe([{name: batch[name] for name in ("input_ids", "attention_mask")}])
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        self.router_probe.start(
+            self.model, Path(self.args.output_dir) / PROBE_FILE, step, self.args.process_index == 0
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -802,6 +826,8 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             if start:
                 self.runaway_watch.start = self.runaway_watch.read(start)
             self.runaway_watch.look(metrics)
+            if self.router_probe is not None:
+                metrics["router_saturation"] = self.router_saturation = fmean(self.router_probe.saturation(self.model))
         if mode == "eval":
             prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "eval_")
             metrics = {f"{prefix}{name}": value for name, value in metrics.items()}
@@ -815,9 +841,21 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     def run_details(self) -> dict[str, str]:
         """The row of the table of methods that the objective is, for training_run.json and the card."""
-        return {"components": str(self.args.components())}
+        told = {"components": str(self.args.components())}
+        if self.router_saturation is not None:
+            told["router_saturation"] = f"{self.router_saturation:.3f} of a token's experts are those of the start"
+        return told
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card with the components of the objective and the scale of phi, also before a model is saved."""
         super().create_model_card(*args, **kwargs)
         add_components(self.args, self.dispersion_scale)
+
+
+def completions_logged(trainer: RainbowPOTrainer, count: int) -> LogCompletionsCallback:
+    """TRL's table of answers, 128 new tokens each. Raises ValueError without held-out pairs, or for several sets."""
+    if not isinstance(trainer.eval_dataset, Dataset):
+        raise ValueError("--log_completions answers held-out prompts: name one set by --dataset_test_split.")
+    every = int(trainer.args.eval_steps or max(1, trainer.args.logging_steps))
+    generation = GenerationConfig(max_new_tokens=128, do_sample=True)
+    return LogCompletionsCallback(trainer, generation, min(count, len(trainer.eval_dataset)), freq=every)

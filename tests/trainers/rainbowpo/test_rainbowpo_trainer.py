@@ -420,6 +420,19 @@ def test_router_penalty_enters_once_and_outside_of_the_link(tmp_path):
     assert without == pytest.approx(loss[0.0], rel=1e-5)  # never in the evaluation loss
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_routers_are_compared_with_those_of_the_start(tmp_path, padding_free):
+    saturation = {}
+    for rate in (0.0, 0.3):
+        model = tiny_model("mixtral")
+        changes = {"router_probe_pairs": 4, "max_steps": 3, "learning_rate": rate, "padding_free": padding_free}
+        run = trainer(tmp_path / f"{rate}", model, preset="cpo", **changes)
+        run.train()
+        saturation[rate] = [entry["router_saturation"] for entry in run.state.log_history if "loss" in entry]
+    assert saturation[0.0] == [1.0] * 3
+    assert saturation[0.3][-1] < 1.0 and f"{saturation[0.3][-1]:.3f} of" in run.run_details()["router_saturation"]
+
+
 def test_calibration_makes_phi_one_on_the_training_pairs_and_is_kept(tmp_path):
     run = trainer(tmp_path, saved_model(tmp_path), max_steps=4, save_strategy="steps", save_steps=2)
     run.train()
