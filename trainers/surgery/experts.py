@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, listen, moe_layers
 from hf_moe_cpt.routing.metrics import SaturationCounter
+from hf_moe_cpt.trainers.common.freezing import modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
 
@@ -154,15 +155,6 @@ def _mean_over_layers(values: Sequence[Tensor], mask: Tensor, weights: Tensor | 
     return (values_of_tokens * weights.flatten()).sum()
 
 
-@contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
-
-
 def _tokens_that_count(batch: Mapping[str, Tensor]) -> Tensor:
     """Mask (B, S) of the tokens whose routing is looked at: those that count in the losses, or all without a mask."""
     return batch["completion_mask"] if "completion_mask" in batch else batch["attention_mask"].bool()
@@ -200,8 +192,8 @@ class SelectionWatch:
         tap = RoutingTap(model, with_probabilities=False)
         for batch in self._batches(name):
             counts = _tokens_that_count(batch).flatten()
-            with _measuring(model), tap.listening():
-                run_model(model, batch)
+            with modes_kept(model), torch.no_grad(), tap.listening():
+                run_model(model.eval(), batch)
                 chosen = [layer.experts[counts].cpu() for layer in tap.take(counts.numel())]
             yield chosen
 
@@ -225,8 +217,8 @@ def expert_affinity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -
     sums = torch.zeros(shape, dtype=torch.float64, device=next(model.parameters()).device)
     num_texts = sums.new_zeros(())
     for batch in batches:
-        with _measuring(model), tap.record() as logits:
-            run_model(model, batch)
+        with modes_kept(model), torch.no_grad(), tap.record() as logits:
+            run_model(model.eval(), batch)
         mask = _tokens_that_count(batch).to(torch.float64)
         shares = mask / mask.sum(1, keepdim=True).clamp(min=1)  # (B, S), of a token in the mean of its text
         used = [torch.einsum("te,t->e", g.double(), shares.flatten()) for g in router_probs(logits)]

@@ -126,8 +126,7 @@ DEFAULT_BETA = {"npo": 0.1, "simnpo": 4.5, "wga": 1.0, "satimp": 5.0, "idk_dpo":
 class ForgetSettings:
     """Numbers of the forget losses; each loss reads its own and no others. Wrong ones raise ValueError."""
 
-    # nats per token: tau of aim, cap, seqcap and expcap, such as ln V or the loss of unseen text; d of simnpo
-    target: float | None = None
+    target: float | None = None  # nats per token: tau of aim, such as ln V or the loss of unseen text; d of simnpo
     beta: float | None = None  # None: DEFAULT_BETA of the loss
     satimp_beta2: float = 1.0  # exponent of 1 - p in satimp
     max_weight: float = 10.0  # unlikelihood: the most that p / (1 - p) may weigh; reached at p = 10 / 11
@@ -162,25 +161,6 @@ def ga(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | 
     return masked_mean(logp, mask)
 
 
-def cap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
-    """-(1/n) sum min(l, tau) (B,) in [-tau, 0], w = 1 where l < tau, else 0: ascent that stops token by token.
-
-    Source: ours.
-    """
-    loss_of_token, target = -masked(logp, mask), settings.target_of("cap")
-    return masked_mean(-loss_of_token.masked_fill(loss_of_token >= target, target), mask)
-
-
-def seqcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
-    """-min(L/n, tau) (B,) in [-tau, 0], w = 1 while L/n < tau, else 0: ascent that stops text by text.
-
-    Which tokens carry the loss is left to the other terms: with neighbours as an anchor, words that every text of the
-    kind has stay likely, and names and values bear it, as in a text that was never read. Source: ours.
-    """
-    loss_of_text, target = masked_mean(-logp, mask), settings.target_of("seqcap")
-    return -loss_of_text.masked_fill(loss_of_text >= target, target).masked_fill(~mask.any(1), 0.0)
-
-
 def aim(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
     """(L/n - tau)^2 / (2 tau) (B,), at least 0, w = max(1 - L/(n tau), -1): ascent that fades out at tau.
 
@@ -195,15 +175,6 @@ def aim(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor |
     return loss.div(target).masked_fill(~mask.any(1), 0.0)
 
 
-def expcap(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
-    """-(tau/n) sum (1 - e^(-l/tau)) (B,) in [-tau, 0], w = p^(1/tau): ascent that fades out beyond tau.
-
-    Source: ours.
-    """
-    target = settings.target_of("expcap")
-    return masked_mean(target * torch.expm1(masked(logp, mask) / target), mask)
-
-
 def npo(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
     """-(2/(b n)) log sigmoid(b (L - L_r)) (B,), at least 0; w = 2 sigmoid(-b (L - L_r)), 1 at the start.
 
@@ -212,7 +183,7 @@ def npo(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor |
     Source: Zhang et al. 2024, 2404.05868, divided by n.
     """
     if ref_logp is None:
-        raise ValueError("npo compares with a reference: give ref_logp, or choose simnpo, cap or expcap.")
+        raise ValueError("npo compares with a reference: give ref_logp, or choose simnpo or aim.")
     beta = settings.beta_of("npo")
     return preference_loss(beta * (log_likelihood(ref_logp.detach(), mask) - log_likelihood(logp, mask)), beta, mask)
 
@@ -304,10 +275,7 @@ class ForgetLoss:
 
 FORGET_LOSSES = {
     "ga": ForgetLoss("ga", ga),
-    "cap": ForgetLoss("cap", cap, needs_target=True, is_bounded=True),
-    "seqcap": ForgetLoss("seqcap", seqcap, needs_target=True, is_bounded=True),
     "aim": ForgetLoss("aim", aim, needs_target=True, is_bounded=True),
-    "expcap": ForgetLoss("expcap", expcap, needs_target=True, is_bounded=True),
     "npo": ForgetLoss("npo", npo, needs_reference=True, is_bounded=True),
     "simnpo": ForgetLoss("simnpo", simnpo, is_bounded=True),
     "wga": ForgetLoss("wga", wga, is_bounded=True),
@@ -351,6 +319,7 @@ class PairLoss:
 
 
 # the winner is a refusal ("I don't know.") to idk_dpo, the new version of the text to pair_dpo
+GONE = ("cap", "seqcap", "expcap")  # bounds at the target without a pull back
 PAIR_LOSSES = {name: PairLoss(name) for name in ("idk_dpo", "pair_dpo")}
 
 
@@ -366,6 +335,8 @@ def forget_loss_of(loss: str | ForgetLoss | PairLoss | Callable[..., Tensor]) ->
     known = FORGET_LOSSES | PAIR_LOSSES
     if isinstance(loss, str) and loss in known:
         return known[loss]
+    if loss in GONE:
+        raise ValueError(f"forget_loss={loss!r} is gone: 'aim' comes to rest at the same target, and from both sides.")
     if not isinstance(loss, str) and callable(loss):
         return ForgetLoss(getattr(loss, "__name__", type(loss).__name__), loss)
     raise ValueError(

@@ -145,7 +145,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     forget_target: float | str | None = HfArg(
         default="unseen",
         help="Nats per token that forgetting aims at: a number of at most ln(vocabulary size), or unseen: the loss of "
-        "unseen_dataset, else of update_dataset, before step 1. Aim of aim, bound of cap, seqcap, expcap and simnpo, "
+        "unseen_dataset, else of update_dataset, before step 1. Aim of aim, bound of simnpo, "
         "and a stop rule.",
     )
     forget_beta: float | None = HfArg(default=None, help="Beta of the forget loss; unset: its own.")

@@ -120,23 +120,11 @@ def _capped_unlikelihood(p: float) -> float:
 # By name: (loss of a sequence, weights of its tokens against plain ascent), both from its p_t and the reference's p_t.
 DEFINITIONS: dict[str, tuple[Callable, Callable]] = {
     "ga": (lambda p, r: sum(math.log(x) for x in p) / len(p), lambda p, r: [1.0 for _ in p]),
-    "cap": (
-        lambda p, r: -sum(min(-math.log(x), TAU) for x in p) / len(p),
-        lambda p, r: [float(-math.log(x) < TAU) for x in p],
-    ),
-    "seqcap": (
-        lambda p, r: -min(-math.log(math.prod(p)) / len(p), TAU),
-        lambda p, r: [float(-math.log(math.prod(p)) / len(p) < TAU) for _ in p],
-    ),
     "aim": (
         lambda p, r: (
             (d := abs(math.log(math.prod(p)) / len(p) + TAU)) and (d * d / (2.0 * TAU) if d < TAU else d - TAU / 2.0)
         ),
         lambda p, r: [max(1.0 + math.log(math.prod(p)) / (len(p) * TAU), -1.0) for _ in p],
-    ),
-    "expcap": (
-        lambda p, r: -TAU * sum(1.0 - math.exp(math.log(x) / TAU) for x in p) / len(p),
-        lambda p, r: [x ** (1.0 / TAU) for x in p],
     ),
     "npo": (
         lambda p, r: -2.0 / BETA * math.log(_sigmoid(-BETA * math.log(math.prod(p) / math.prod(r)))) / len(p),
@@ -300,7 +288,7 @@ def test_records_say_what_the_functions_need():
                 loss(logp, mask, SETTINGS)
         loss(logp, mask, SETTINGS, logp if loss.needs_reference else None)
     assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_reference} == {"npo"}
-    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"aim", "cap", "seqcap", "expcap"}
+    assert {loss.name for loss in FORGET_LOSSES.values() if loss.needs_target} == {"aim"}
 
 
 @pytest.mark.parametrize(("value", "found"), [(torch.tensor(0.0), r"\(\)"), (0.0, "float")])

@@ -222,7 +222,7 @@ def test_sets_that_are_compared():
     winners = UNEQUAL.rename_columns({name: f"winner_{name}" for name in UNEQUAL.column_names})
     paired = Dataset.from_dict({**UNEQUAL.to_dict(), **winners.to_dict()})
     sets = {"unlearn": UNEQUAL, "obsolete": paired, "update": UNEQUAL, "retain": EQUAL}
-    losses = {"unlearn": FORGET_LOSSES["cap"], "obsolete": PAIR_LOSSES["pair_dpo"]}
+    losses = {"unlearn": FORGET_LOSSES["aim"], "obsolete": PAIR_LOSSES["pair_dpo"]}
     assert list(compared_rows(sets, losses)) == ["obsolete", "retain", "obsolete/winner"]
     assert list(compared_rows(sets, {"unlearn": FORGET_LOSSES["npo"]})) == ["unlearn", "retain"]
     only = {"unlearn": UNEQUAL}

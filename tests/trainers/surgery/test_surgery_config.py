@@ -42,6 +42,7 @@ def test_safe_is_the_default_and_overrides_win_over_a_preset(tmp_path):
         ({"gradient_surgery": "cut"}, "choose one of none, project, pcgrad"),
         ({"reference": "memory"}, "reference='memory' is unknown"),
         ({"forget_loss": "forget"}, "forget_loss='forget' is unknown"),
+        ({"forget_loss": "seqcap"}, "forget_loss='seqcap' is gone: 'aim' comes to rest at the same target"),
         ({"forget_loss": "pair_dpo"}, "needs a new version of each text"),
         ({"forget_target": "soon"}, "must be a number of nats per token above 0, 'unseen', or None"),
         ({"forget_target": -2.0}, "forget_target=-2.0 must be a number"),

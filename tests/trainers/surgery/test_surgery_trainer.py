@@ -375,7 +375,7 @@ def test_an_anchor_is_the_divergence_from_the_model_before(kind, direction, norm
 @pytest.mark.parametrize("name", TERMS)
 def test_shares_of_micro_batches_add_up_to_the_mean(name, normalization):
     model, before, whole = _model("llama", moved=True), _model("llama"), _texts(5)
-    terms = _terms(dict.fromkeys(("unlearn", "obsolete"), FORGET_LOSSES["cap"]), before, normalization=normalization)
+    terms = _terms(dict.fromkeys(("unlearn", "obsolete"), FORGET_LOSSES["aim"]), before, normalization=normalization)
     counts = whole["completion_mask"][:, 1:]
     total = counts.any(1).sum() if normalization == "sequence" else counts.sum()
     parts = [{key: value[place] for key, value in whole.items()} for place in (slice(0, 1), slice(1, 3))]
