@@ -594,10 +594,6 @@ def _loss_columns(results: dict[str, Any]) -> list[str]:
 
 ROUTING = ("MRI before", "MRI peak", "MRI after", "recovery step")
 SPEED = ("seconds", "tokens/s")
-LAYERS = """\
-On held-out text, against the model that had read {old} only. Router saturation is the share of a token's experts \
-that it had then; vocabulary specialisation the share of the visits of a token id to the expert it visited most \
-then. Dashed: without replay. More, expert by expert, is in routing/report.html."""
 LOSSES = """\
 Losses are held-out, in nats per token. Forgetting is the rise of the loss on {old}, adaptation its fall on {new}."""
 NO_WARM_UP = " The learning rate runs into its constant phase and goes on from there, without a new warm-up."
@@ -685,7 +681,7 @@ def _taught_sections(results: dict[str, Any], line: str, table: list[dict[str, A
     mri = _chart(results, "mri", "How busy is the busiest expert?", "MRI, mean over layers", horizontal=marks)
     text = BALANCE.format(ideal=ideal, recovery=RECOVERY)
     shift = _columns(table, "run", *(name for name in ROUTING if name in table[0]))
-    return [*sections, Section("Do the routers cope?", text, shift, charts=[mri]), *_routing_by_layer(results)]
+    return [*sections, Section("Do the routers cope?", text, shift, charts=[mri])]
 
 
 def _aligned_sections(results: dict[str, Any], line: str) -> list[Section]:
@@ -796,33 +792,6 @@ def _chart(results: dict[str, Any], name: str, title: str, y_label: str, **optio
         vertical=[shift],
         **options,
     )
-
-
-def _routing_by_layer(results: dict[str, Any]) -> list[Section]:
-    """Saturation and vocabulary specialisation of the mixtures; nothing for results of before they were compared."""
-    routing = results.get("routing")
-    if routing is None:
-        return []
-    old, ideal = results["domains"]["old"], results["ideal_mri"]
-    saturation = {
-        f"{run}, {text}": routing["saturation"][run][text]
-        for run in routing["saturation"]
-        for text in results["domains"].values()
-    }
-    vocabulary = {run: values["input"] for run, values in routing["vocabulary_specialization"].items()}
-    charts = [
-        _by_layer(
-            saturation, f"Do tokens visit the experts that they visited after {old}?", "router saturation", ideal
-        ),
-        _by_layer(vocabulary, "Do token ids keep to their experts?", "vocabulary specialisation", ideal),
-    ]
-    return [Section("Routing, layer by layer", LAYERS.format(old=old), charts=charts)]
-
-
-def _by_layer(curves: dict[str, Any], title: str, y_label: str, ideal: float) -> str:
-    series = [Series(name, range(len(values)), values, dashed="no-" in name) for name, values in curves.items()]
-    marks = [Mark(1.0, "unchanged"), Mark(ideal, "chance")]
-    return line_chart(series, title=title, x_label="MoE layer", y_label=y_label, horizontal=marks)
 
 
 def _samples(results: dict[str, Any]) -> str:

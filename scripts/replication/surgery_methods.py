@@ -76,7 +76,6 @@ from hf_moe_cpt.evaluation.surgery import evaluate_model
 from hf_moe_cpt.evaluation.text_metrics import forgetting_part, mcq_correct, steps_until
 from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.reports.plots import grouped_bars, plotting
 from hf_moe_cpt.reports.tables import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
     SCALE_OF_SWEEP,
@@ -85,7 +84,9 @@ from hf_moe_cpt.scripts.replication.sweep import (
     Records,
     check_choice,
     check_request,
+    grouped_bars,
     open_folder,
+    plotting,
     t_interval,
     table_row,
     write_page,

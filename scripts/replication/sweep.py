@@ -1,4 +1,4 @@
-"""What the comparisons of methods share: runs that workers carry out and a folder keeps, means over seeds, the page.
+"""What the comparisons of methods share: runs that workers carry out and a folder keeps, seeds, plots, a page.
 
 A comparison makes runs, each with a `name` and a `method`. Its folder holds comparison.json (everything that decides
 the numbers), runs/<name>.json (a record of each finished run), results.json, results.csv and comparison.png, so that a
@@ -9,6 +9,7 @@ Intervals are Student's t over the seeds of the final runs. Source: ours.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import datasets
@@ -36,11 +38,11 @@ from hf_moe_cpt.reports.tables import write_csv
 CONFIDENCE = 0.95
 SCALE_OF_SWEEP = ("learning_rates", "strengths", "seeds")  # they say which runs there are, not what a run is
 
-Records = dict[str, dict[str, Any]]  # of runs by their names; {"error": one line} for a failed one
-Column = tuple[str, str, float, int]  # heading, name of the number, factor, digits
 # Of a method or a library; memory that a device lacks is a RuntimeError
 FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
+Records = dict[str, dict[str, Any]]  # of runs by their names; {"error": one line} for a failed one
+Column = tuple[str, str, float, int]  # heading, name of the number, factor, digits
 
 
 def open_folder(root: str, fingerprint: Mapping[str, Any]) -> ResumableFolder:
@@ -193,6 +195,34 @@ def _share_within(angle: float, degrees: int) -> float:
     if not odd:
         return math.sin(angle) * total
     return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+
+
+def plotting(path: Path) -> ModuleType | None:
+    """matplotlib.pyplot set up to write files, or None after a line that says why `path` will not be written."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        print(f"no plot {path}: it needs matplotlib (pip install matplotlib); {error}")
+        return None
+
+
+def grouped_bars(axes: Any, groups: Sequence[str], bars: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Bars of medians with whiskers from least to most, side by side in each group.
+
+    axes: of matplotlib. bars: for each label the values of each group; a group that is missing leaves a gap.
+    """
+    width = 0.8 / max(1, len(bars))
+    for number, (label, values_of_group) in enumerate(bars.items()):
+        present = [(place, values_of_group[group]) for place, group in enumerate(groups) if values_of_group.get(group)]
+        centers = [place + (number - (len(bars) - 1) / 2) * width for place, _ in present]
+        medians = [statistics.median(values) for _, values in present]
+        below = [median - min(values) for median, (_, values) in zip(medians, present, strict=True)]
+        above = [max(values) - median for median, (_, values) in zip(medians, present, strict=True)]
+        axes.bar(centers, medians, width, yerr=[below, above], label=label, error_kw={"elinewidth": 0.8})
+    axes.set_xticks(range(len(groups)), groups)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def table_row(row: Mapping[str, Any], columns: Sequence[Column], settings: Mapping[str, str]) -> dict[str, str]:

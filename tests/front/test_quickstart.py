@@ -187,7 +187,7 @@ def test_report_shows_the_numbers_of_the_results(finished):
         for value in row.values():
             assert f">{format_cell(value)}</td>" in page
     assert all(line in page for line in act_lines(results))
-    assert page.count("<svg") == 10 and "2-numbers begins" in page
+    assert page.count("<svg") == 8 and "2-numbers begins" in page
     assert page.count('<a href="#s') == page.count("<section id=")
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     for item in results["samples"]:
