@@ -49,7 +49,6 @@ WHOLE_BATCH = (
 
 # Test, or configuration::test -> why its failure is left.
 KNOWN_FAILURES = {
-    "test_bc_cache_name_forward": "wants a warning of the old name of the cache; here both names are welcome",
     "test_output_router_logits_from_config": "wants them recorded in evaluation too; here in training, or when asked",
     "test_training_gradient_checkpointing_use_reentrant_true": (
         "re-entrant checkpointing is refused while a router penalty is on; it passes where none is"
