@@ -142,9 +142,8 @@ def test_the_dense_products_do_the_flops_that_are_counted(shape):
     assert bench.SHAPES["granular"].forward_flops == pytest.approx(425e9, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in bench.OURS[1:])) for n in bench.OURS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench.OURS)
 def test_ours_is_right_through_the_interface(name):
     case = tiny_case(device=DEVICE)
     results, exact = bench.PEERS[name].build(case).calls(case).results(), bench.exact_results(case)

@@ -33,6 +33,7 @@ def test_two_layers_stand_for_all_where_layers_are_equal() -> None:
     assert few.fixed == pytest.approx(all_layers.fixed, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_speeds_are_those_of_the_committed_steps(tmp_path) -> None:
     planner.main(["speeds", "--benchmarks", str(BENCHMARKS), "--output", str(tmp_path / "speeds.csv")])
     committed = PROJECT / "hf_moe_cpt/planning/speeds.csv"

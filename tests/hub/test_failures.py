@@ -208,6 +208,7 @@ assert run.args.world_size == 2 and run.failed_pushes == []
 """
 
 
+@pytest.mark.slow
 def test_of_two_ranks_one_uploads(hub, elsewhere, tmp_path):
     elsewhere(FROM_TWO_RANKS, tmp_path / "run", package=True, ranks=2)
     assert WRITER in hub.tokens_seen and "hf_of_rank_1" not in hub.tokens_seen

@@ -173,7 +173,7 @@ def test_a_second_derivative_is_refused():
 
 def test_operator_contract():
     bias = torch.randn(5, device=DEVICE).requires_grad_()
-    for needs in ([True, True, True], [True, False, True], [False, False, False]):
+    for needs in ([True, True, True], [False, False, False]):
         how = (bias if needs[2] else None, 2.0, 3.0 * needs[0], torch.float32, 2**20, needs)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(module._linear_cross_entropy, (*case(2, 4, 5), *how), test_utils=checks)
@@ -332,7 +332,6 @@ def test_logits_are_there_where_they_are_wanted(calls):
     ids, labels = batch()
     plain, fused = pair()
     for inputs, is_training, in_evaluation, are_skipped in (
-        ({"labels": labels}, True, False, True),
         ({"labels": labels}, False, False, False),
         ({"labels": labels}, False, True, True),
         ({"labels": labels, "skip_logits": True}, False, False, True),
@@ -363,7 +362,14 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("family, changes, want", [(name, *case) for name, case in HEADS.items()], ids=HEADS)
+@pytest.mark.parametrize(
+    "family, changes, want",
+    [
+        pytest.param(name, *case, marks=[pytest.mark.slow] * (case == ({}, (1.0, 0.0)) and name == "llama"))
+        for name, case in HEADS.items()
+    ],
+    ids=HEADS,
+)
 def test_the_heads_of_other_families(calls, family, changes, want):
     """Loss and every gradient equal those of transformers' own head, whatever it does to its logits."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -403,7 +409,7 @@ def test_logits_that_are_changed_in_a_way_we_do_not_know_are_formed(calls):
     assert calls == []
 
 
-@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_losses_per_source_are_the_same(calls, is_training):
     measured = []
     for model in pair():
@@ -565,7 +571,9 @@ def assert_same_step(kind, fraction, limit, left_out=(), **changes):
 
 
 @needs_liger
-@pytest.mark.parametrize("kind, fraction", [("cpt_moe", 0.5), ("cpt_moe switch", 1.0)])
+@pytest.mark.parametrize(
+    "kind, fraction", [("cpt_moe", 0.5), pytest.param("cpt_moe switch", 1.0, marks=pytest.mark.slow)]
+)
 def test_a_step_gives_the_same_loss_and_gradients(kind, fraction):
     """With what Triton's interpreter can run of Liger."""
     assert_same_step(kind, fraction, 2e-5, left_out=("rms_norm", "swiglu", "geglu"))

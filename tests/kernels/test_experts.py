@@ -60,7 +60,7 @@ def _loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 FAMILIES = list(zip(CONFIGS, 3 * NAMES, strict=False))
-SLOW = ("mixtral", "olmoe", "qwen3_moe")  # experts as those of cpt_moe, under other names
+SLOW = ("mixtral", "olmoe", "qwen3_moe", "cpt_moe")  # experts as those of "cpt_moe switch", more of them a token
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,12 @@ def test_any_shape(num_tokens, num_experts, top_k, hidden_size, width):
     _assert_agrees(expert_layer(num_tokens, num_experts, top_k, hidden_size, width), torch.float32)
 
 
-@pytest.mark.parametrize("E, K", [(9, 1), (2, 16), (1, 1), pytest.param(256, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("E, K", [(2, 16), (1, 1), *(pytest.param(E, 1, marks=pytest.mark.slow) for E in (9, 256))])
 def test_extreme_numbers_of_experts(E, K):
     _assert_agrees(expert_layer(3, E, K, 8, 8), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_other_plans(dtype):
     """Enough rows for the plans of few rows and of float32."""
     _assert_agrees(expert_layer(30, 1, 1, 16, 8), dtype)
@@ -263,12 +263,12 @@ def test_only_asked_gradients_are_computed_and_strides_do_not_matter():
     layer = expert_layer(3, 1, 1, 8, 8).to(torch.float32)
     layer.gate_up.requires_grad_(False)
     layer.top_k_weights.requires_grad_(False)
-    wanted = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
+    wanted = _run(plain_experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
     got = _run(experts, layer, torch.ones_like(layer.tokens), activation="silu")
     assert got["gradient of gate_up"] is None and got["gradient of top_k_weights"] is None
-    assert torch.equal(got["gradient of tokens"], wanted["gradient of tokens"])
-    assert torch.equal(got["gradient of down"], wanted["gradient of down"])
-    layer = expert_layer(4, 2, 2, 8, 8).to(torch.float32)
+    for name in ("gradient of tokens", "gradient of down"):
+        assert_matches(name, got[name], wanted[name])
+    layer = expert_layer(3, 2, 2, 8, 8).to(torch.float32)
     strided = layer.tokens.detach().repeat(1, 2)[:, :8].requires_grad_()
     transposed = layer.top_k_index.T.contiguous().T
     output = experts(strided, transposed, layer.top_k_weights, layer.gate_up, layer.down, "silu")
@@ -277,7 +277,7 @@ def test_only_asked_gradients_are_computed_and_strides_do_not_matter():
     assert torch.equal(output, want["output"]) and torch.equal(strided.grad, want["gradient of tokens"])
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("low_memory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_twice_gives_the_same_bits(low_memory):
     """Two runs, and two backward passes through one graph: nothing saved may be used as scratch memory.
 

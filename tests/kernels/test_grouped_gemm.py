@@ -62,7 +62,6 @@ TILES = {
     "descriptors, persistent": (replace(PERSISTENT, tma=True), HALF),
     "wide": (Tile(16, 64, 32, num_stages=2, group=2), torch.float32),
 }
-any_tile = pytest.mark.parametrize("tile, dtype", TILES.values(), ids=TILES)
 
 
 def _problem(num_tokens=21, num_experts=3, top_k=2, hidden_size=40, width=24) -> tuple[ExpertLayer, RoutingTable]:
@@ -77,12 +76,22 @@ def _assert_rows_match(name, got, want, table):
     assert_matches(name, got[:used], want[:used])
 
 
+QUICK = ("pointers, persistent", "descriptors", None)  # every way of reading and of walking once
+
+
+def _with_tile(which, *values):
+    """Parameters of a test; slow with the other tiles."""
+    return pytest.param(*values, which, marks=[] if which in QUICK else pytest.mark.slow)
+
+
 SIDES = {"pointers": (True, False), "pointers, persistent": (True,), "descriptors": (True, False)}
 SIDES |= {"descriptors, persistent": (False,), "wide": (False,)}
 
 
-@pytest.mark.parametrize("which, contract_last", [(name, side) for name, sides in SIDES.items() for side in sides])
-def test_grouped_product(which, contract_last):
+@pytest.mark.parametrize(
+    "contract_last, which", [_with_tile(one, side) for one, sides in SIDES.items() for side in sides]
+)
+def test_grouped_product(contract_last, which):
     tile, dtype = TILES[which]
     layer, table = _problem()
     rows = plain_permute_tokens(layer.tokens.detach(), table).to(dtype)
@@ -93,7 +102,10 @@ def test_grouped_product(which, contract_last):
     _assert_rows_match("product", got, want, table)
 
 
-@pytest.mark.parametrize("activation, which", list(zip((*ACTIVATIONS, "silu", "relu"), (*TILES, None), strict=True)))
+GATED = zip((*TILES, None), (*ACTIVATIONS, "silu", "relu"), strict=True)
+
+
+@pytest.mark.parametrize("activation, which", [_with_tile(*one) for one in GATED])
 def test_gated_up(activation, which):
     """A width of 3 elements is no whole number of 16 bytes: asking for descriptors must not fail."""
     tile, dtype = TILES[which or "descriptors"]
@@ -112,7 +124,11 @@ def test_gated_up(activation, which):
 
 @pytest.mark.parametrize(
     "columns, tma, dtype, activation, width",
-    [(16, True, HALF, "silu", 24), (128, True, torch.float32, "gelu_tanh", 136), (256, False, HALF, "relu", 136)],
+    [
+        pytest.param(16, True, HALF, "silu", 24, marks=pytest.mark.slow),
+        (128, True, torch.float32, "gelu_tanh", 136),
+        pytest.param(256, False, HALF, "relu", 136, marks=pytest.mark.slow),
+    ],
 )
 def test_gated_backward(columns, tma, dtype, activation, width):
     """With one warp, 128 columns are worked on in two parts and 256 in four."""
@@ -150,8 +166,9 @@ def test_products_that_cannot_be_persistent_ignore_it():
     assert_matches("gradient", gradient, plain_weight_gradient(grad_rows, want[1], table))
 
 
-@any_tile
-def test_weight_gradient(tile, dtype):
+@pytest.mark.parametrize("which", [_with_tile(name) for name in TILES])
+def test_weight_gradient(which):
+    tile, dtype = TILES[which]
     layer, table = _problem(num_experts=5)
     left = plain_permute_tokens(torch.randn_like(layer.tokens), table).to(dtype)
     right = plain_permute_tokens(layer.tokens.detach(), table).to(dtype)[:, :24].contiguous()

@@ -224,7 +224,7 @@ def sum_in_float64(rows, table, weights, K):
 
 
 @pytest.mark.parametrize("T, K, E, H, M", ROW_SHAPES.values(), ids=ROW_SHAPES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(FLOAT_DTYPES[0], marks=pytest.mark.slow), *FLOAT_DTYPES[1:]])
 def test_permuted_tokens_and_combined_rows(T, K, E, H, M, dtype, monkeypatch):
     """Against the definition, and a sum in float64; weights are none, or of another type."""
     monkeypatch.setattr(module, "_MAX_BLOCK_H", 16)

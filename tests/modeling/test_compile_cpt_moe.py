@@ -15,10 +15,9 @@ EXPERTS = "grouped_mm" if hasattr(torch.ops.transformers, "grouped_mm_fallback_b
 ATTENTION = {"qkv_bias": True, "qk_norm": "head", "sliding_window": 6}
 
 
+@pytest.mark.slow  # trainers/common/test_kernels.py compiles the layers of a model in every run
 @pytest.mark.compiles
-@pytest.mark.parametrize(
-    ("preset", "fields"), [("pb-granular-tiny", ATTENTION), pytest.param("sb-switch-tiny", {}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("preset", "fields"), [("pb-granular-tiny", ATTENTION), ("sb-switch-tiny", {})])
 def test_one_graph(preset: str, fields: dict) -> None:
     config = CptMoeConfig.from_preset(preset, vocab_size=128, num_hidden_layers=1, **fields)
     model = CptMoeForCausalLM(config).train()

@@ -86,7 +86,7 @@ def test_kernel_equals_the_definition(dtype: torch.dtype, bits: int, monkeypatch
                 assert torch.equal(by_kernel.state[ours][name], plain.state[theirs][name])
 
 
-@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize("interpreted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_scaled_gradients_are_those_of_a_smaller_loss(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping by a power of two, which rounds nothing, for one step."""
     monkeypatch.setattr(adamw, "SPAN", 64)

@@ -263,7 +263,7 @@ def test_parameters_are_those_of_the_model(config: PreTrainedConfig) -> None:
     assert size.active == pytest.approx(size.total - unchosen - embedding)
 
 
-@pytest.mark.parametrize("gpus", [8, 64])
+@pytest.mark.parametrize("gpus", [8, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["pb-granular-tiny", "llama-tiny"])
 def test_fsdp_leaves_on_a_rank_what_is_planned(name: str, gpus: int) -> None:
     """FSDP2 itself, in a process group that only pretends; rows that do not divide are 2 % of tiny matrices."""

@@ -54,8 +54,7 @@ def words_of(command, folder, kind, run, **changes):
 @pytest.mark.parametrize(
     "command, kind",
     [
-        ("cpt", "gpt_oss"),
-        pytest.param("cpt", "cpt_moe", marks=pytest.mark.slow),
+        *(pytest.param("cpt", kind, marks=pytest.mark.slow) for kind in ("gpt_oss", "cpt_moe")),
         ("rainbowpo", "gpt_oss"),
         pytest.param("surgery", "cpt_moe", marks=pytest.mark.slow),
     ],

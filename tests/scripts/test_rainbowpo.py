@@ -58,6 +58,7 @@ def test_two_processes_give_the_same_curve_as_one(alone, folder):
         assert two == pytest.approx(one, rel=2e-5, abs=2e-5)  # rewards are small differences of large numbers
 
 
+@pytest.mark.slow
 def test_command_line_over_file_over_preset(folder, capsys):
     recipe = folder / "recipe.yaml"
     recipe.write_text("preset: simpo\nsimpo_gamma: 1.0\nlink: hinge\n")

@@ -49,6 +49,7 @@ def test_a_model_is_operated_on_measured_and_saved(folder, tmp_path, capsys):
     assert "## What was done" in card and record["objective"] in card and "trained from scratch" not in card
 
 
+@pytest.mark.slow
 def test_command_line_over_file_over_preset(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("preset: paper\nupdate_weight: 3.0\nkl_direction: reverse\n")

@@ -140,6 +140,7 @@ def test_a_leap_is_a_spike_and_a_drift_is_none():
     assert LossHistory(4.0, 20, [2.0] * 20).harm(2.001, 1.0) is None  # a loss that never moved
 
 
+@pytest.mark.slow
 def test_a_spike_of_real_losses_is_left_out(tmp_path, caplog):
     plain = tokenized(300, 1, 1, 8)
     odd = Dataset.from_dict({"input_ids": [torch.randperm(30).add(15).tolist()[:28]]})

@@ -134,7 +134,9 @@ def mixtral() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(16, 1), (4, 4), (1, 16)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation"), [(4, 4), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((16, 1), (1, 16)))]
+)
 def test_the_penalty_enters_a_step_once_however_the_batch_is_split(tmp_path, batch, accumulation):
     """With a load that counts over the micro-batches so far; and in the direction of that of the whole batch.
 

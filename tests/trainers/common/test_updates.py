@@ -145,6 +145,7 @@ def test_short_runs_warm_up_too(steps: int, warmup: int, tmp_path: Path) -> None
     assert args.phases("constant").warmup == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_bfloat16_weights_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     saved = {"save_strategy": "steps", "save_steps": 3}
     straight = cpt_runs.trainer(tmp_path / "straight", half("mixtral"), **saved)
@@ -155,6 +156,7 @@ def test_a_resumed_run_of_bfloat16_weights_equals_an_uninterrupted_one(tmp_path:
         assert torch.equal(want, got)
 
 
+@pytest.mark.slow
 def test_updates_of_bfloat16_weights_arrive(tmp_path: Path) -> None:
     """How far the weights go along the way of float32 weights, on the same batches: 1 if every update arrives."""
     start, ways = half().state_dict(), {}
