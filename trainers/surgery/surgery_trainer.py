@@ -739,7 +739,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         model = causal_lm_of(self.model)
         with modes_kept(model), self.accelerator.autocast():
             model.eval()
-            written = continue_greedily(model, halves, CONTINUED_TOKENS, self.args.eval_batch_size, stop=())
+            longest = max(map(len, rests))
+            written = continue_greedily(model, halves, longest, self.args.eval_batch_size, stop=())
         pairs = [(ids[: len(rest)], rest) for ids, rest in zip(written, rests, strict=True)]
         ours, true = (ngram_entropy([" ".join(map(str, ids)) for ids in part]) for part in zip(*pairs, strict=True))
         return float(ours.mean() / true.mean()) if true.mean() > 0 else None
