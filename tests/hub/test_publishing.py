@@ -125,7 +125,11 @@ torch.testing.assert_close(ours(input_ids=tokens).logits, plain(input_ids=tokens
 
 
 @pytest.mark.parametrize(
-    ("upload", "commit"), [({"drop": True}, {"status": 409}), ({"status": 503}, {"drop": True})], ids=["409", "503"]
+    ("upload", "commit"),
+    [
+        pytest.param({"drop": True}, {"status": 409}, id="409"),
+        pytest.param({"status": 503}, {"drop": True}, id="503", marks=pytest.mark.slow),
+    ],
 )
 def test_what_passes_is_tried_again(folder, hub, command, upload, commit):
     hub.fail("PUT /lfs/", **upload)
