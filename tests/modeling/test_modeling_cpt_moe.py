@@ -347,7 +347,9 @@ def test_a_model_runs_on_the_meta_device():
     assert logits.shape == (2, 8, 4096) and logits.is_meta
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [*PRESETS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in PRESETS[2:])]
+)
 def test_bf16_runs_and_follows_fp32(preset: str) -> None:
     model, tokens = model_of(preset), tokens_of(2, 16)
     want = model(input_ids=tokens).logits
