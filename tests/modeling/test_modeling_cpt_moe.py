@@ -367,7 +367,13 @@ def assert_same_weights(got: torch.nn.Module, want: torch.nn.Module) -> None:
     assert all(torch.equal(got_values[name], want_values[name]) for name in want_values)
 
 
-@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny", "lf-granular-tiny", "dense-tiny"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "lf-granular-tiny",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if name != "lf-granular-tiny"),
+    ],
+)
 def test_saving_and_loading_is_exact(preset: str, tmp_path) -> None:
     model, tokens = model_of(preset), tokens_of(2, 10)
     biases = {name: bias.uniform_(-0.5, 0.5) for name, bias in model.named_buffers() if "correction_bias" in name}
