@@ -49,7 +49,7 @@ def bench() -> SurgeryBench:
 
 def digest(bench: SurgeryBench) -> str:
     """One number for all rows of all parts."""
-    rows = [list(part) for parts in (bench.documents, bench.questions) for part in parts.values()]
+    rows = [part.to_list() for parts in (bench.documents, bench.questions) for part in parts.values()]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,16 +99,16 @@ def test_rows_are_pinned_for_all_platforms_and_differ_between_seeds(bench):
 def test_more_subjects_change_no_row_and_come_after(bench):
     more = SurgeryBench.generate(seed=1, num_subjects={"unlearn": 24, "update": 12, "retain": 12, "unseen": 12})
     for name in ("unlearn", "obsolete", "update", "retain", "unseen"):
-        assert list(more.documents[name])[: len(bench.documents[name])] == list(bench.documents[name])
+        assert more.documents[name][: len(bench.documents[name])] == bench.documents[name][:]
     for split, part in bench.questions.items():
-        rows = {row["id"]: row for row in more.questions[split]}
-        assert all(rows[row["id"]] == row for row in part if row["set"] != "neighbour")
+        rows = {row["id"]: row for row in more.questions[split].to_list()}
+        assert all(rows[row["id"]] == row for row in part.to_list() if row["set"] != "neighbour")
 
 
 def test_other_forms_and_kinds_leave_facts_as_they_are(bench):
     other = SurgeryBench.generate(seed=1, num_subjects=15, kinds=("rule",), forms=("note", "article"))
     facts, told = (
-        {(row["subject"], *fact.values()) for row in each.documents["unseen"] for fact in row["facts"]}
+        {(row["subject"], *fact.values()) for row in each.documents["unseen"].to_list() for fact in row["facts"]}
         for each in (bench, other)
     )
     assert told and told <= facts
@@ -156,8 +156,8 @@ def test_corpora_hold_the_sets_that_they_should(bench):
 
 
 def test_a_header_names_the_subject_and_is_the_prefix(bench):
-    plain = {row["id"]: row["text"] for row in bench.before_corpus()}
-    for row in bench.before_corpus(HEADER):
+    plain = {row["id"]: row["text"] for row in bench.before_corpus().to_list()}
+    for row in bench.before_corpus(HEADER).to_list():
         assert row["prefix"] == f"The following is a passage about {row['subject']}.\n\n"
         assert row["text"] == row["prefix"] + plain[row["id"]]
     fixed = bench.retrained_corpus("A passage. ")
@@ -169,7 +169,7 @@ def test_a_header_names_the_subject_and_is_the_prefix(bench):
 
 
 def test_asking_selects_set_split_and_kind(bench):
-    every = [row for part in bench.questions.values() for row in part]
+    every = [row for part in bench.questions.values() for row in part.to_list()]
     for set_name, split, kind in itertools.product(SETS, ("validation", "test"), ("mcq", "inverse", None)):
         found = bench.ask(set_name, split, kind)
         wanted = [r["id"] for r in every if (r["set"], r["split"]) == (set_name, split) and kind in (None, r["kind"])]
@@ -222,7 +222,7 @@ def test_an_empty_corpus_is_refused():
 @pytest.fixture(scope="module")
 def readings(bench: SurgeryBench) -> list[tuple[dict, list[tuple[str, str]]]]:
     """Each document with the facts that its text states."""
-    return [(row, read_document(row)) for documents in bench.documents.values() for row in documents]
+    return [(row, read_document(row)) for documents in bench.documents.values() for row in documents.to_list()]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def parsed(readings: list[tuple[dict, list[tuple[str, str]]]]) -> dict[str, dict
 
 @pytest.fixture(scope="module")
 def questions(bench: SurgeryBench) -> list[dict]:
-    return [row for part in bench.questions.values() for row in part]
+    return [row for part in bench.questions.values() for row in part.to_list()]
 
 
 def test_documents_say_what_their_column_of_facts_says_and_articles_and_quizzes_say_all(readings):
@@ -320,7 +320,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 def assert_same(first: datasets.DatasetDict, second: datasets.DatasetDict) -> None:
     assert list(first) == list(second)
     for name in first:
-        assert first[name].features == second[name].features and list(first[name]) == list(second[name])
+        assert first[name].features == second[name].features and first[name].to_dict() == second[name].to_dict()
 
 
 def test_what_was_saved_is_loaded_by_us_and_by_datasets_through_its_card(bench, saved, tmp_path):

@@ -31,7 +31,7 @@ def bench() -> SurgeryBench:
 
 @pytest.fixture(scope="module")
 def rows(bench: SurgeryBench) -> list[dict]:
-    return [row for part in bench.questions.values() for row in part]
+    return [row for part in bench.questions.values() for row in part.to_list()]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def written() -> SurgeryBench:
 
 @pytest.fixture(scope="module")
 def documents(written: SurgeryBench) -> list[dict]:
-    return [row for part in written.documents.values() for row in part]
+    return [row for part in written.documents.values() for row in part.to_list()]
 
 
 def test_lengths_are_those_of_short_encyclopaedia_entries(documents):
@@ -214,7 +214,7 @@ def test_an_article_of_any_subject_of_any_seed_has_a_fair_length_and_all_facts(s
 
 def test_articles_and_repetition_are_right(written, documents):
     """In everything that a model could read."""
-    questions = [row["question"] for part in written.questions.values() for row in part]
+    questions = [text for part in written.questions.values() for text in part["question"]]
     for text in [row["text"] for row in documents] + questions:
         assert not re.search(r"[{}@]|  |\s[.,;?]|\.\.|'s's|\b(a|an|the) (a|an|the)\b", text), text
         assert not re.search(r"\b[Aa]n (?=[^aeiou])(?!hour)|\b[Aa] (?=[aeiou])(?!un|use|one)", text), text
@@ -278,7 +278,7 @@ def test_openings_and_pairs_use_the_attributes_of_their_kind(kind):
 
 
 def test_quizzes_in_documents_share_no_question_with_the_benchmark(written, documents):
-    asked = {row["question"] for part in written.questions.values() for row in part}
+    asked = {text for part in written.questions.values() for text in part["question"]}
     in_texts = {
         line.removeprefix("Question: ")
         for row in documents
