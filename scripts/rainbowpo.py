@@ -13,9 +13,10 @@ sets are mixed: `--dataset_name ours.jsonl theirs --dataset_weights 3 1`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import ParallelArguments, given_values, parallel_options, parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -33,37 +34,31 @@ from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer, co
 class PreferenceArguments:
     """Which pairs, and which method's switches."""
 
-    dataset_name: list[str] = field(
-        metadata={
-            "help": "Preference pairs: a Hub id, a folder, or a .jsonl, .json, .parquet or .arrow file; or several."
-        }
+    dataset_name: list[str] = HfArg(
+        help="Preference pairs: a Hub id, a folder, or a .jsonl, .json, .parquet or .arrow file; or several."
     )
-    dataset_weights: list[float] | None = field(
+    dataset_weights: list[float] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Shares of several data sets, in proportion: pairs are drawn until one of them is used up, none "
-            "twice. Unset: all pairs of all."
-        },
+        help="Shares of several data sets, in proportion: pairs are drawn until one of them is used up, none "
+        "twice. Unset: all pairs of all.",
     )
-    preset: str | None = field(
-        default=None, metadata={"help": f"Switches of a method: {', '.join(PRESETS)}. Other arguments win over it."}
+    preset: str | None = HfArg(
+        default=None, help=f"Switches of a method: {', '.join(PRESETS)}. Other arguments win over it."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out pairs from elsewhere; their split is the train split if not named."}
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on.")
+    eval_dataset_name: str | None = HfArg(
+        default=None, help="Held-out pairs from elsewhere; their split is the train split if not named."
     )
-    max_train_pairs: int | None = field(default=None, metadata={"help": "Take the first pairs only."})
-    log_completions: int = field(
+    max_train_pairs: int | None = HfArg(default=None, help="Take the first pairs only.")
+    log_completions: int = HfArg(
         default=0,
-        metadata={
-            "help": "Answers to so many held-out prompts go to W&B or Comet as a table, at every evaluation or log.",
-            "range": "[0, inf)",
-        },
+        metadata={"range": "[0, inf)"},
+        help="Answers to so many held-out prompts go to W&B or Comet as a table, at every evaluation or log.",
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Show the objective and the first pairs as the model sees them, and stop."}
+    dry_run: bool = HfArg(
+        default=False, help="Show the objective and the first pairs as the model sees them, and stop."
     )
 
 

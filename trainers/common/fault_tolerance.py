@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import TrainOutput
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
@@ -719,63 +720,48 @@ class FaultToleranceArguments:
     """What to do when something goes bad. A mixin before `TrainingArguments`."""
 
     # --- when a machine, a disk, a rank or a batch goes bad ---
-    snapshot_dir: str | None = field(
+    snapshot_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Fast folder of each host, such as one under /dev/shm, into which a checkpoint is written; "
-            "a thread copies it to output_dir while training goes on. Unset: training waits for output_dir."
-        },
+        help="Fast folder of each host, such as one under /dev/shm, into which a checkpoint is written; "
+        "a thread copies it to output_dir while training goes on. Unset: training waits for output_dir.",
     )
-    rescue_dir: str | None = field(
+    rescue_dir: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Where the model goes at the end if output_dir takes it no more; unset: the folder of temporary "
-            "files."
-        },
+        help="Where the model goes at the end if output_dir takes it no more; unset: the folder of temporary files.",
     )
-    allow_changes: list[str] | None = field(
+    allow_changes: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Settings, a,b, that may differ from those of the checkpoint that a run is resumed from, although "
-            "its numbers depend on them."
-        },
+        help="Settings, a,b, that may differ from those of the checkpoint that a run is resumed from, although "
+        "its numbers depend on them.",
     )
-    save_on_sigterm: bool = field(
-        default=True,
-        metadata={"help": "On SIGTERM finish the step, save, and end with exit code 143; not with save_strategy no."},
+    save_on_sigterm: bool = HfArg(
+        default=True, help="On SIGTERM finish the step, save, and end with exit code 143; not with save_strategy no."
     )
-    hang_timeout: float = field(
+    hang_timeout: float = HfArg(
         default=1500.0,
-        metadata={
-            "help": "Seconds without any progress after which a run on several ranks ends and names the rank that "
-            "holds it up; more than the longest save takes. 0 leaves the watch out."
-        },
+        help="Seconds without any progress after which a run on several ranks ends and names the rank that "
+        "holds it up; more than the longest save takes. 0 leaves the watch out.",
     )
-    bad_step_policy: str = field(
+    bad_step_policy: str = HfArg(
         default="stop",
-        metadata={
-            "help": "When the loss of a step is no number or a spike: stop; skip, drop the step's gradients; rewind, "
-            "go back to the last checkpoint and leave the step out. skip reads the loss at every step.",
-            "choices": list(POLICIES),
-        },
+        metadata={"choices": list(POLICIES)},
+        help="When the loss of a step is no number or a spike: stop; skip, drop the step's gradients; rewind, "
+        "go back to the last checkpoint and leave the step out. skip reads the loss at every step.",
     )
-    spike_sigmas: float = field(
+    spike_sigmas: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Standard deviations above the mean of the last spike_window losses from which on a loss is a "
-            "spike; 0: only NaN and infinity are bad."
-        },
+        help="Standard deviations above the mean of the last spike_window losses from which on a loss is a "
+        "spike; 0: only NaN and infinity are bad.",
     )
-    spike_window: int = field(default=50, metadata={"help": "Losses that a loss is compared with, at least 8."})
-    bad_step_limit: int = field(
-        default=5, metadata={"help": "Steps in a row that are skipped, or times that the run goes back, at most."}
+    spike_window: int = HfArg(default=50, help="Losses that a loss is compared with, at least 8.")
+    bad_step_limit: int = HfArg(
+        default=5, help="Steps in a row that are skipped, or times that the run goes back, at most."
     )
-    log_step_timing: bool = field(
-        default=True, metadata={"help": "Log seconds of a step, of waiting for data, and of the slowest rank."}
+    log_step_timing: bool = HfArg(
+        default=True, help="Log seconds of a step, of waiting for data, and of the slowest rank."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Replace a loss that is no number in the log, which hides it from the policy."},
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Replace a loss that is no number in the log, which hides it from the policy."
     )
 
     def __post_init__(self) -> None:
