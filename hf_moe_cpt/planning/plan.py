@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
@@ -99,16 +100,19 @@ def forwards_of(setup: TrainingSetup) -> float:
 
 
 def nearest_step(size: ModelSize, kernels: str, steps: Sequence[MeasuredStep]) -> MeasuredStep:
-    """The measured step to go by: the same model if there is, else a mixture for a mixture; kernels count most.
+    """The measured step to go by: the same model if there is, else a mixture for a mixture, of the nearest size in
+    operations of a token; kernels count most.
 
     Of several that are equally near the slowest is taken. Raises ValueError without any.
     """
     if not steps:
         raise ValueError("No measured steps to go by: give those of hf_moe_cpt/planning/speeds.csv.")
 
-    def distance(step: MeasuredStep) -> tuple[bool, bool, bool, float]:
+    def distance(step: MeasuredStep) -> tuple[bool, bool, float, float]:
         is_mixture = size.num_experts > 0
-        return step.model != size.name, step.kernels != kernels, step.is_mixture != is_mixture, step.flops_per_second
+        ratio = flops_per_token(size, step.sequence_length) / step.flops_per_token
+        is_other = step.model != size.name, step.is_mixture != is_mixture
+        return *is_other, round(abs(math.log2(ratio)), 1), step.flops_per_second
 
     same_kernels = [step for step in steps if step.kernels == kernels] or list(steps)
     return min(same_kernels, key=distance)

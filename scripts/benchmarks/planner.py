@@ -26,10 +26,14 @@ from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.models import config_of
 from hf_moe_cpt.planning.plan import GIBIBYTE, MeasuredStep, flops_per_token
+from hf_moe_cpt.scripts.benchmarks.jobs import MODELS as OF_OTHERS
+from hf_moe_cpt.scripts.benchmarks.jobs import JobArguments, read_config
 from hf_moe_cpt.scripts.benchmarks.report import rows_of
 
 
 STEPS = "h200/step.csv"
+JOBS = "h200/jobs.csv"
+KERNELS_OF_WAY = {"stock": "plain", "auto": "fused"}
 PREFERENCES = ("h200/preference_full.csv", "h100/preference_full.csv")  # the same steps on two devices
 REFERENCE_OF = {"rainbowpo": "copy", "rainbowpo-no-reference": "none", "by-term": "cache", "by-term-copy": "copy"}
 TERMS_OF_PRESET = {"paper": 4, "safe": 5}
@@ -93,7 +97,27 @@ def measured_steps(folder: Path) -> list[MeasuredStep]:
                 commit=row["commit"],
             )
         )
-    return steps
+    return steps + [step for step in map(step_of_job, done_rows(folder, JOBS)) if step]
+
+
+def step_of_job(row: dict[str, str]) -> MeasuredStep | None:
+    """The line of a run of jobs.py on a model that others published, by stock `Trainer` or ours; None of any other."""
+    model, _, way = row["run"].partition(":")
+    if model not in OF_OTHERS or way not in KERNELS_OF_WAY:
+        return None
+    arguments = JobArguments(runs=[row["run"]])
+    size = measure_size(read_config(model, arguments), model)
+    return MeasuredStep(
+        model=model,
+        kernels=KERNELS_OF_WAY[way],
+        is_mixture=size.num_experts > 0,
+        sequence_length=arguments.length,
+        tokens_per_second=float(row["tokens_per_second"]),
+        flops_per_token=flops_per_token(size, arguments.length),
+        device=row["device"],
+        date=row["date"][:10],
+        commit=row["commit"],
+    )
 
 
 def device_ratio(folder: Path) -> float:

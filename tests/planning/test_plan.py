@@ -73,5 +73,9 @@ def test_the_nearest_step_is_taken() -> None:
     assert plan.nearest_step(GRANULAR, "plain", [STEP, mixture, plain]) is plain
     assert plan.nearest_step(DENSE, "fused", [mixture, STEP]) is STEP
     assert plan.nearest_step(DENSE, "experts", [mixture, STEP]) is STEP
+    like = replace(
+        mixture, flops_per_token=plan.flops_per_token(GRANULAR, mixture.sequence_length), model="of a friend"
+    )
+    assert plan.nearest_step(GRANULAR, "fused", [mixture, like, replace(like, tokens_per_second=1e9)]) is like
     with pytest.raises(ValueError, match="No measured steps"):
         plan.nearest_step(DENSE, "fused", [])
