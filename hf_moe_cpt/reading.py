@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_moe_cpt.settings import fits, named
 
+
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 MAX_LAYERS = 10_000  # a model on the meta device takes some ms a layer: more would look as if it hung
 # Not about what is in a file: the machine, the network, what is installed.
 _ELSEWHERE = (MemoryError, torch.OutOfMemoryError, ConnectionError, ImportError)
@@ -44,13 +49,43 @@ def reading(
         raise ValueError(f"{what} cannot be used ({': '.join(filter(None, (kind, reason)))}): {remedy}.") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError with the file's name for anything else."""
+def read_json(path: str | Path, **fields: Any) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError with the names of file and field for anything else.
+
+    fields: the type of each that it may hold, such as int, list[float] or Literal["a", "b"]; a float is finite.
+    """
     with reading(path):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}: save it again.")
-    return value
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} must hold a JSON object, got {type(found).__name__}: save it again, or fetch it again."
+        )
+    for name, kind in fields.items():
+        wants_number = float in (kind, *get_args(kind))
+        if name in found and not (fits(found[name], kind) and (not wants_number or _is_finite(found[name]))):
+            said = " ".join(repr(found[name])[:100].split())
+            raise ValueError(f"{path}: {name}={said} is no {named(kind)}: save it again, or fetch it again.")
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number, or all in a list or among the values of an object, are neither NaN nor infinite."""
+    numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return all(number is None or math.isfinite(number) for number in numbers)
+
+
+def shards_of(path: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index says. Raises ValueError for one without a map, or that leaves its folder."""
+    placed = read_json(path, weight_map=dict).get("weight_map")
+    if not placed:
+        raise ValueError(f"{path} has no weight_map: save the checkpoint again.")
+    for name, shard in placed.items():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise ValueError(
+                f"{path} places {name!r} in {shard!r}: allowed are safetensors files beside it; save the checkpoint "
+                "again, or do not trust it."
+            )
+    return placed
 
 
 def read_config(name: str | Path, **options: Any) -> PreTrainedConfig:
@@ -114,9 +149,11 @@ def require_finite(model: nn.Module) -> None:
 
 
 def _check_config(name: str | Path, options: dict[str, Any]) -> None:
-    """Refuse the numbers of a folder's configuration before a model is made of them."""
+    """Refuse the numbers of a folder's configuration, and places of its index, before a model is made of them."""
     if (Path(name) / "config.json").is_file():
         read_config(name, trust_remote_code=options.get("trust_remote_code", False))
+    if (Path(name) / INDEX).is_file():
+        shards_of(Path(name) / INDEX)
 
 
 def _check_found(found: dict[str, Any]) -> None:

@@ -80,9 +80,8 @@ def is_in_range(value: float, interval: str) -> bool:
 
 
 def _check(field: dataclasses.Field, hint: Any, value: Any, told: str) -> None:
-    if not _fits(value, hint):
-        names = [_OF_NUMBERS.get(kind, getattr(kind, "__name__", str(kind))) for kind in _alternatives(hint)]
-        raise ValueError(f"{told} is no {' or '.join(name for name in names if name != 'NoneType')}{_help(field)}")
+    if not fits(value, hint):
+        raise ValueError(f"{told} is no {named(hint)}{_help(field)}")
     if field.name.endswith("_kwargs") and isinstance(value, str) and not _is_json_object(value):
         raise ValueError(f"{told} is no JSON object{_help(field)}")
     choices = field.metadata.get("choices")
@@ -122,18 +121,32 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def named(hint: Any) -> str:
+    """A type in words: "int or str"; None, which many may be, goes without saying."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    kinds = [kind for kind in _alternatives(hint) if kind is not types.NoneType]
+    return " or ".join(
+        str(kind) if typing.get_args(kind) else _OF_NUMBERS.get(kind, getattr(kind, "__name__", str(kind)))
+        for kind in kinds
+    )
+
+
+def fits(value: Any, hint: Any) -> bool:
     """Whether the value is of a type; what types of other packages may hold is theirs to say."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
+        return any(fits(value, part) for part in typing.get_args(hint))
+    if hint is Any:
+        return True
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin is list or hint is list:
         parts = typing.get_args(hint) or (Any,)
-        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+        return isinstance(value, list | tuple) and all(fits(item, parts[0]) for item in value)
     if origin is dict or hint is dict:
-        return isinstance(value, dict)
+        parts = typing.get_args(hint) or (Any, Any)
+        return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     if hint in (int, float):
         wanted = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, wanted) and not isinstance(value, bool)

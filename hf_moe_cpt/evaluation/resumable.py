@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_moe_cpt.reading import read_json, reading
+
 
 Row = dict[str, Any]
 Progress = Callable[[int], Any]
@@ -61,8 +63,8 @@ class ResumableFolder:
         """Said after "name another folder": what can be kept though the outermost setting `changed` is another."""
         return ""
 
-    def read(self, name: str) -> Any:
-        """What a finished JSON file holds, None if it is not finished."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The object in a finished JSON file, None if it is not finished."""
         path = self.root / name
         return read_json(path) if path.is_file() else None
 
@@ -100,11 +102,6 @@ def _first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tu
     return None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all; its folder is made."""
     _write_whole(path, [json.dumps(value, indent=1)])
@@ -112,7 +109,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_lines(path: Path) -> list[Row]:
     """The rows of a file of JSON lines."""
-    with path.open(encoding="utf-8") as file:
+    with reading(path, "remove it, and it is made again"), path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

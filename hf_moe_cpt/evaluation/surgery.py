@@ -888,7 +888,8 @@ def is_adapter(name: str) -> bool:
 
 def base_of_adapter(name: str) -> str:
     """The model that the adapter in a folder belongs to."""
-    return read_json(Path(name) / "adapter_config.json").get("base_model_name_or_path") or ""
+    field = "base_model_name_or_path"
+    return read_json(Path(name) / "adapter_config.json", **{field: str | None}).get(field) or ""
 
 
 RECORD_FILE = "surgery.json"  # beside an operated model; trainers/surgery/verdict.py writes it
@@ -903,7 +904,7 @@ def without_anchored(bench: SurgeryBench, after: str | None) -> tuple[SurgeryBen
     record = None if after is None else Path(after) / RECORD_FILE
     if record is None or not record.is_file():
         return bench, []
-    anchored, notes = set(json.loads(record.read_text(encoding="utf-8")).get("anchored") or ()), []
+    anchored, notes = set(read_json(record, anchored=list[str] | None).get("anchored") or ()), []
     tables = {}
     for name in (*ANCHORED_SETS, UNSEEN) if anchored else ():
         subjects = [table["subject"] for table in (bench.documents[name], *map(bench.ask, (name,) * 2, SPLITS))]

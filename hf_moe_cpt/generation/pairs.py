@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.rejection_sampling import PAIRINGS, REWARDS, Selection, SelectionRule, select_pairs
@@ -558,7 +557,7 @@ def _selected(row: Row, texts: list[str], scores: list[float], selection: Select
 
 
 DATA_FILE = "data/train.parquet"
-PUBLISHED = ["README.md", "summary.json", DATA_FILE]
+TEXTS = ("README.md", "summary.json")  # with it all that is published
 
 
 def preference_rows(selected: Iterable[Row]) -> list[Row]:
@@ -674,21 +673,4 @@ def run(job: Job) -> str:
     work.run_stage("select", mine)
     selected = [row for number in mine for row in work.folder.rows("select", number)]
     summary = write_output(root, selected, work.folder.settings, job.output.save_to_disk)
-    lines = [f"{name:<38} {value}" for name, value in summary.items()] + [f"written to {root}"]
-    if job.output.push_to_hub is not None:
-        lines.append(f"published at {publish(root, job.output.push_to_hub, job.output.hub_private)}")
-    return "\n".join(lines)
-
-
-def publish(root: Path, repo_id: str, private: bool) -> str:
-    """Upload data, card and summary to a data set on the Hub, made if it is new; returns its address."""
-    api = huggingface_hub.HfApi()
-    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=root,
-        allow_patterns=PUBLISHED,
-        commit_message="Preference pairs by rejection sampling",
-    )
-    return str(address)
+    return "\n".join([f"{name:<38} {value}" for name, value in summary.items()] + [f"written to {root}"])

@@ -41,10 +41,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_moe_cpt.hub.contents import CONFIG, INDEX, WEIGHTS, shards_of
+from hf_moe_cpt.hub.contents import CONFIG, WEIGHTS
 from hf_moe_cpt.hub.folder import HUB_ID
 from hf_moe_cpt.hub.publishing import may_pass
-from hf_moe_cpt.reading import read_config
+from hf_moe_cpt.reading import INDEX, read_config, shards_of
 
 
 # What travels along unchanged: how text becomes tokens, how the model generates, what one may do with it.
@@ -214,14 +214,7 @@ def _read_config(folder: Path, name: str) -> PreTrainedConfig:
 def _indexed_files(folder: Path) -> dict[str, str]:
     """Tensor name -> file of a sharded checkpoint; empty for one of a single file."""
     path = folder / INDEX
-    if not path.is_file():
-        return {}
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        shards_of(index, path)  # none of them outside the folder
-        return {str(name): file for name, file in index["weight_map"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of safetensors: fetch it again.") from error
+    return shards_of(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)

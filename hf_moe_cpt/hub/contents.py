@@ -24,10 +24,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from hf_moe_cpt import reading
+from hf_moe_cpt.reading import INDEX, shards_of
+
 
 CARD, RUN_FILE = "README.md", "training_run.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Vocabularies hold any word there is: none of them is rewritten, and a word that looks like noise is a word.
 _VOCABULARIES = {*TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"}
@@ -38,7 +41,6 @@ _FACTS = (
 _TERMS = {f"{name}{end}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")}
 KINDS = {CARD, CONFIG, "generation_config.json", ADAPTER_CONFIG, *_VOCABULARIES, *_FACTS, *_TERMS}
 _PLOT = re.compile(r"plots/[\w-]+\.svg")
-_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 _SIBLING_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 MAX_HEADER_TEXT = 200  # characters of a note in the header of a safetensors file
 
@@ -105,7 +107,7 @@ def read_contents(folder: str | Path, include: Sequence[str] = ()) -> Contents:
     wanted = KINDS | code_files(root) | weight_files(root)
     extra = [_included(root, name) for name in include]
     names, left = [], {}
-    for name, kind in _walk(root):
+    for name, kind in entries_of(root):
         if kind == "file" and (name in wanted or name in extra or _PLOT.fullmatch(name)):
             names.append(name)
         else:
@@ -122,22 +124,9 @@ def weight_files(root: Path) -> set[str]:
     if (root / WEIGHTS).is_file():
         return {WEIGHTS}
     if (root / INDEX).is_file():
-        return {INDEX, *shards_of(read_json(root / INDEX), root / INDEX)}
+        require_no_link(root / INDEX)
+        return {INDEX, *shards_of(root / INDEX).values()}
     return {ADAPTER_WEIGHTS}
-
-
-def shards_of(index: dict[str, Any], path: Path) -> dict[str, str]:
-    """Shard -> one of its tensors. Raises ValueError for an index without a map, or one that leaves its folder."""
-    placed = index.get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise ValueError(f"{str(path)!r} has no weight_map: save the checkpoint again.")
-    for name, shard in placed.items():
-        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise ValueError(
-                f"{str(path)!r} places {name!r} in {shard!r}: allowed are safetensors files beside it; save the "
-                "checkpoint again, or do not trust it."
-            )
-    return {shard: name for name, shard in placed.items()}
 
 
 def code_files(root: Path) -> set[str]:
@@ -162,15 +151,9 @@ def code_files(root: Path) -> set[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a link and anything else raise ValueError with the file's name."""
+    """The object in a JSON file of what is published, which is no link."""
     require_no_link(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as JSON ({error}): save the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
-    return value
+    return reading.read_json(path)
 
 
 def require_no_link(path: Path) -> None:
@@ -203,15 +186,16 @@ def check_header(path: Path) -> set[str]:
     return names
 
 
-def refuse_secrets(path: Path, text: str, is_vocabulary: bool = False) -> None:
+def refuse_secrets(path: Path, text: str, is_vocabulary: bool = False, row: int | None = None) -> None:
     """Raise ValueError, which does not show it, for what looks like a secret in the text of a file.
 
-    is_vocabulary: whether words without a pattern are words.
+    is_vocabulary: whether words without a pattern are words. row: of a table, from 0, that the text is.
     """
     found = find_secret(text, is_vocabulary)
     if found is not None:
         kind, line = found
-        raise ValueError(f"{str(path)!r} holds what looks like {kind} (line {line}): remove it, and revoke it.")
+        place = f"line {line}" if row is None else f"row {row}"
+        raise ValueError(f"{str(path)!r} holds what looks like {kind} ({place}): remove it, and revoke it.")
 
 
 def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | None:
@@ -261,11 +245,11 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _walk(root: Path) -> Iterator[tuple[str, str]]:
+def entries_of(root: Path) -> Iterator[tuple[str, str]]:
     """Every entry but plain folders, sorted, as "file", "a link" or "no plain file"; nothing behind a link."""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
-            for name, kind in _walk(Path(entry.path)):
+            for name, kind in entries_of(Path(entry.path)):
                 yield f"{entry.name}/{name}", kind
         elif entry.is_symlink():
             yield entry.name, "a link"

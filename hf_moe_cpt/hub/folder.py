@@ -25,7 +25,6 @@ from hf_moe_cpt.hub.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
-    INDEX,
     RUN_FILE,
     TOKENIZER_FILES,
     WEIGHTS,
@@ -33,10 +32,9 @@ from hf_moe_cpt.hub.contents import (
     code_files,
     read_json,
     require_no_link,
-    shards_of,
     weight_files,
 )
-from hf_moe_cpt.reading import check_weights, reading, require_numbers
+from hf_moe_cpt.reading import INDEX, check_weights, reading, require_numbers, shards_of
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -123,16 +121,17 @@ def _check_weights(root: Path) -> None:
     if (root / WEIGHTS).is_file():
         check_header(root / WEIGHTS)
     elif (root / INDEX).is_file():
-        _check_shards(root, read_json(root / INDEX))
+        _check_shards(root)
     else:
         pickled = next(root.glob("pytorch_model*.bin"), None)
         what = f"only {pickled.name}" if pickled else "no weights"
         raise ValueError(f"{str(root)!r} holds {what}: save the model as safetensors (save_pretrained does).")
 
 
-def _check_shards(root: Path, index: dict[str, Any]) -> None:
-    placed = index.get("weight_map")
-    for shard in sorted(shards_of(index, root / INDEX)):
+def _check_shards(root: Path) -> None:
+    require_no_link(root / INDEX)
+    placed = shards_of(root / INDEX)
+    for shard in sorted(set(placed.values())):
         there = check_header(root / shard)
         missing = next((name for name, file in placed.items() if file == shard and name not in there), None)
         if missing:

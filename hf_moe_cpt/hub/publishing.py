@@ -1,7 +1,7 @@
 """Publish a finished folder: checked first, uploaded in one commit, so that a repository is never half of a model.
 
-The one way out: the command `push` and the trainers' `push_to_hub` take the same list of kinds (`contents.py`) and
-the same calls. Every call is tried again while what went wrong may pass, and a Hub that says nothing is given up.
+The one way out: the command `push` and every `push_to_hub` go through the same looks (`contents.py`) and the same
+calls. Every call is tried again while what went wrong may pass, and a Hub that says nothing is given up.
 Large files that an interrupted upload has already sent are not sent again: the Hub knows them by their hash. The
 protocol is huggingface_hub's. Nothing is written into the folder. Source: ours.
 """
@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.contents import CARD, clean, read_contents
+from hf_moe_cpt.hub.contents import CARD, clean, entries_of, read_contents
 from hf_moe_cpt.hub.folder import check_checkpoint
 
 
@@ -94,6 +94,23 @@ def plan_upload(
     return upload if card is None else upload.with_card(card)
 
 
+def plan_files(folder: str | Path, data: Sequence[str], texts: Sequence[str]) -> Upload:
+    """What of a folder that is no model is published: the files named, none of them through a link.
+
+    data: files that go as they are. texts: those that are looked through as a model's are. Raises ValueError for one
+    that is not there.
+    """
+    root = Path(folder)
+    found = dict(entries_of(root))
+    for name in (*data, *texts):
+        if found.get(name) != "file":
+            what = found.get(name, "missing, or behind a link")
+            raise ValueError(f"{str(root / name)!r} is {what}, and nothing is published through a link: make it anew.")
+    left = {name: "no kind that is published" if kind == "file" else kind for name, kind in found.items()}
+    going = {name: clean(root / name, name) for name in texts}
+    return Upload(root, tuple(data), going, {name: left[name] for name in left if name not in (*data, *texts)})
+
+
 def publish(
     upload: Upload,
     repository: str,
@@ -101,27 +118,34 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     message: str = "Upload model with hf_moe_cpt",
+    kind: str = "model",
 ) -> str:
     """Upload in one commit and return the commit's address; an interrupted upload goes on when called again.
 
-    private: of a new repository. revision: a branch, made if it is missing. The token is that of `hf auth login` or
-    HF_TOKEN. Raises ValueError or ConnectionError in one line: no token, no permission, a name that is taken by
-    another type, files that the Hub refuses, a connection that stays broken.
+    private: of a new repository. revision: a branch, made if it is missing. kind: of the repository, "model" or
+    "dataset". The token is that of `hf auth login` or HF_TOKEN. Raises ValueError or ConnectionError in one line: no
+    token, no permission, a name that is taken by another type, files that the Hub refuses, a connection that stays
+    broken.
     """
-    require_place(repository)
-    make_repository(repository, private=private or None, revision=revision)
-    return str(commit(upload.operations(), repository, message, revision).commit_url)
+    require_place(repository, kind=kind)
+    make_repository(repository, private=private or None, revision=revision, kind=kind)
+    return str(commit(upload.operations(), repository, message, revision, kind=kind).commit_url)
 
 
 def make_repository(
-    repository: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+    repository: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    kind: str = "model",
 ) -> str:
-    """Make the repository of a model, and a branch, unless they are there; its name with the owner's."""
+    """Make the repository of a model or data set, and a branch, unless they are there; its name with the owner's."""
     api = HfApi(token=token)
     try:
-        url = retried(lambda: api.create_repo(repository, private=private, exist_ok=True), repository)
+        url = retried(lambda: api.create_repo(repository, repo_type=kind, private=private, exist_ok=True), repository)
         if revision is not None:
-            retried(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True), repository)
+            branch = {"branch": revision, "repo_type": kind, "exist_ok": True}
+            retried(lambda: api.create_branch(url.repo_id, **branch), repository)
     except Exception as error:
         raise explained(error, repository) from error
     return str(url.repo_id)
@@ -133,12 +157,14 @@ def commit(
     message: str,
     revision: str | None = None,
     token: str | None = None,
+    kind: str = "model",
 ) -> CommitInfo:
     """The last step of every upload. Raises what `publish` does."""
     api = HfApi(token=token)
 
     def send() -> CommitInfo:
-        return api.create_commit(repository, list(operations), commit_message=message, revision=revision)
+        how = {"commit_message": message, "revision": revision, "repo_type": kind}
+        return api.create_commit(repository, list(operations), **how)
 
     try:
         return retried(send, repository)
@@ -194,10 +220,11 @@ def require_name(repository: str) -> None:
         raise ValueError(f"{repository!r} cannot be a repository: write it as owner/name ({error}).") from error
 
 
-def require_place(repository: str, token: str | None = None) -> None:
-    """Raise ValueError or ConnectionError, in one line, where a model cannot be published under this name.
+def require_place(repository: str, token: str | None = None, kind: str = "model") -> None:
+    """Raise ValueError or ConnectionError, in one line, where nothing can be published under this name.
 
-    repository: owner/name; a name alone is the user's own. token: by default the one of the machine.
+    repository: owner/name; a name alone is the user's own. token: by default the one of the machine. kind: "model" or
+    "dataset".
     """
     require_name(repository)
     if not (token or get_token()):
@@ -205,23 +232,24 @@ def require_place(repository: str, token: str | None = None) -> None:
     if "/" not in repository:
         return
     try:
-        kind = _taken_by(HfApi(), repository, token)
+        other = _taken_by(HfApi(), repository, token, kind)
     except Exception as error:
         raise explained(error, repository) from error
-    if kind is not None:
+    if other is not None:
         raise ValueError(
-            f"{repository!r} is the name of a {kind} on the Hub: give the model another name, so that nobody "
+            f"{repository!r} is the name of a {other} on the Hub: give the {kind} another name, so that nobody "
             "takes one for the other."
         )
 
 
-def _taken_by(api: HfApi, repository: str, token: str | None) -> str | None:
-    """The kind of repository, other than a model, that has this name and no model beside it."""
+def _taken_by(api: HfApi, repository: str, token: str | None, wanted: str) -> str | None:
+    """The kind of repository, other than the wanted one, that has this name and no wanted one beside it."""
 
     def exists(kind: str) -> bool:
         return retried(lambda: api.repo_exists(repository, repo_type=kind, token=token), repository)
 
-    return None if exists("model") else next(filter(exists, ("dataset", "space")), None)
+    others = (kind for kind in ("model", "dataset", "space") if kind != wanted)
+    return None if exists(wanted) else next(filter(exists, others), None)
 
 
 def explained(error: Exception, repository: str) -> Exception:

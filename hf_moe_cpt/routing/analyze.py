@@ -8,7 +8,6 @@ and of RouterMonitorCallback. Source: ours; what recovery means is said in `hf_m
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.data.text import first_line_of, load_text_dataset
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, release_memory
-from hf_moe_cpt.reading import read_config, read_model, read_tokenizer, reading
+from hf_moe_cpt.reading import read_config, read_json, read_model, read_tokenizer, reading
 from hf_moe_cpt.routing.compare import ALL, Shape, analyse_traces, check_alike, shape_of
 from hf_moe_cpt.routing.hooks import layers_to_watch
 from hf_moe_cpt.routing.metrics import AVERAGES, imbalance_curve
@@ -377,7 +376,7 @@ def _imbalance_of(run: str) -> tuple[list[int], list[list[float]], float]:
     """Steps, MRI of each layer at each of them, and the ideal K/E as the mean over layers."""
     path = _state_of(run)
     with reading(f"--log_history: {path}", "name the state of a trainer"):
-        return _imbalance_in(json.loads(path.read_text(encoding="utf-8"))["log_history"], path)
+        return _imbalance_in(read_json(path, log_history=list[dict])["log_history"], path)
 
 
 def _imbalance_in(history: list[dict[str, Any]], path: Path) -> tuple[list[int], list[list[float]], float]:

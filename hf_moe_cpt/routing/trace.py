@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.reading import SHARD, read_json, reading
 from hf_moe_cpt.routing.hooks import LayerRouting, RoutingTap
 
 
@@ -206,17 +207,19 @@ def read_index(folder: Path) -> tuple[TraceDescription, list[TraceShard]]:
         begun = len(list(folder.glob("shard_*.json"))) if folder.is_dir() else 0
         hint = f"call collect_routing again to complete the {begun} shards that lie there" if begun else "collect one"
         raise ValueError(f"{folder} holds no finished trace, {INDEX} is missing: {hint}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "collect this trace again"):
+        data = read_json(path)
         if data["checksum"] != checksum_of_json(data):
             raise ValueError("its checksum differs")
         if data["format"] != FORMAT:
             raise ValueError(f"it has format {data['format']}, and this version reads {FORMAT}")
         description = data["description"]
         layers = tuple(TraceLayer(**layer) for layer in description["layers"])
-        return TraceDescription(**description | {"layers": layers}), [TraceShard(**shard) for shard in data["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no index of a trace ({error}): collect this trace again.") from error
+        shards = [TraceShard(**shard) for shard in data["shards"]]
+        outside = next((shard.file for shard in shards if not SHARD.fullmatch(shard.file)), None)
+        if outside is not None:
+            raise ValueError(f"it names {outside!r}, which is no safetensors file beside it")
+        return TraceDescription(**description | {"layers": layers}), shards
 
 
 BEGUN = "unfinished.json"  # description of the trace that the shards in the folder belong to
@@ -236,7 +239,7 @@ class TraceWriter:
         mine = json.loads(json.dumps(asdict(self.description)))
         for name in (INDEX, BEGUN):
             if (self.folder / name).is_file():
-                theirs = self._read_json(name)
+                theirs = read_json(self.folder / name, description=dict)
                 theirs = theirs.get("description") if name == INDEX else theirs
                 if theirs != mine:
                     raise ValueError(
@@ -251,10 +254,7 @@ class TraceWriter:
         if (self.folder / INDEX).is_file():
             found = dict(enumerate(read_index(self.folder)[1]))
         else:
-            found = {
-                int(path.stem.removeprefix("shard_")): TraceShard(**self._read_json(path.name))
-                for path in sorted(self.folder.glob("shard_*.json"))
-            }
+            found = dict(map(_read_record, sorted(self.folder.glob("shard_*.json"))))
         self.records = {
             number: shard
             for number, shard in found.items()
@@ -301,19 +301,16 @@ class TraceWriter:
             leftover.unlink(missing_ok=True)
         return RoutingTrace.open(self.folder, verify=False)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            data = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / name} is damaged ({error}): remove it and start again.") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{self.folder / name} is damaged (no object): remove it and start again.")
-        return data
-
     def _write_json(self, name: str, data: dict[str, Any]) -> None:
         unfinished = self.folder / f".{name}.{os.getpid()}.tmp"
         unfinished.write_text(json.dumps(data, indent=1), encoding="utf-8")
         os.replace(unfinished, self.folder / name)
+
+
+def _read_record(path: Path) -> tuple[int, TraceShard]:
+    """Number and record of a shard that a run wrote to its end."""
+    with reading(path, "remove it and start again"):
+        return int(path.stem.removeprefix("shard_")), TraceShard(**read_json(path, **get_type_hints(TraceShard)))
 
 
 def checksum_of_tokens(token_ids: np.ndarray) -> str:

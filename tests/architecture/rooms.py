@@ -34,7 +34,7 @@ _ROOMS = {
         f"{_FRONT} data generation reports trainers.surgery.chunked", f"{_NUMBERS} accelerate datasets peft yaml"
     ),
     # arguments: what a command is told is checked where its settings live
-    "generation": _room(f"{_FRONT} arguments data evaluation", f"{_NUMBERS} datasets huggingface_hub"),
+    "generation": _room(f"{_FRONT} arguments data evaluation", f"{_NUMBERS} datasets"),
     "hub": _room(
         f"{_FRONT} hub_cards modeling reports routing", "huggingface_hub safetensors torch tqdm transformers yaml"
     ),

@@ -160,11 +160,18 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def build(
-    folder: Path, world_size: int, max_steps: int, dropout: float = 0.1, kind: str = "cpt", **changes: Any
+    folder: Path,
+    world_size: int,
+    max_steps: int,
+    dropout: float = 0.1,
+    kind: str = "cpt",
+    width: int = 16,
+    **changes: Any,
 ) -> Trainer:
     """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps.
 
-    kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model; of one rank.
+    kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model; of one rank. width:
+    of the mixture.
     """
     if kind != "cpt":
         helper = importlib.import_module(HELPERS[kind])
@@ -174,7 +181,7 @@ def build(
             return helper.trainer(folder / "run", model, reference="cache", **changes)
         return helper.trainer(folder, str(folder.parent / "model llama"), helper.pairs(4 * max_steps), **changes)
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "attention_dropout": dropout}
     model = AutoModelForCausalLM.from_config(CptMoeConfig(**sizes, **tokens, num_experts=7, num_experts_per_tok=3))
@@ -551,6 +558,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run, with gloo")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of the run")
+    parser.add_argument(
+        "--width", type=int, default=16, help="hidden size: a wide model's checkpoint fills more disks"
+    )
     parser.add_argument("--save-steps", type=int, default=4, help="steps from checkpoint to checkpoint")
     parser.add_argument("--sharded", action="store_true", help="FSDP2 with sharded checkpoints; needs several ranks")
     parser.add_argument("--snapshots", action="store_true", help="save in the background (snapshot_dir)")
@@ -573,6 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
     settings = {"max_steps": args.steps, "save_steps": args.save_steps, "is_sharded": args.sharded}
+    settings["width"] = args.width
     settings["snapshot_dir"] = str(folder / "snapshots") if args.snapshots else None
     if args.trainer != "cpt":
         settings = {

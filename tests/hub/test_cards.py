@@ -133,7 +133,7 @@ def test_folders_that_tell_too_little_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not say which method made it .* choose one of cpt, rainbowpo"):
         build_card(tmp_path)
     (tmp_path / "trainer_state.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"trainer_state.json' must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"trainer_state.json must hold a JSON object, got list"):
         build_card(tmp_path, method="cpt")
     with pytest.raises(ValueError, match=r"lacks library_name and pipeline_tag in its head"):
         check_metadata("# Mine\n")

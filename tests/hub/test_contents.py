@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_moe_cpt.hub.contents import find_secret, read_contents, without_paths
-from hf_moe_cpt.hub.publishing import plan_upload
+from hf_moe_cpt.hub.publishing import plan_files, plan_upload
 from hf_moe_cpt.scripts.push import main as push
 from tests.hub.test_hub_mixin import TRAIN_OTHERS
 
@@ -203,6 +203,55 @@ def test_include_takes_by_name_and_no_pickle_link_archive_or_stranger(folder):
     }.items():
         with pytest.raises(ValueError, match=message):
             read_contents(folder, [name])
+
+
+PAIRS = ("--responses_column", "answers", "--scores_column", "stars", "--num_accepted", "2", "--tau", "inf")
+
+
+def test_of_a_data_set_go_the_files_named_and_none_through_a_link(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train.parquet", "README.md", "token", "outside"):
+        (tmp_path / name).write_text("at /home/alice/texts/a.jsonl")
+    upload = plan_files(tmp_path, ["data/train.parquet"], ["README.md"])
+    assert set(upload.sizes()) == {"data/train.parquet", "README.md"} and set(upload.left) == {"token", "outside"}
+    assert upload.texts["README.md"] == b"at a.jsonl"
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="README.md' is a link, and nothing is published through a link"):
+        plan_files(tmp_path, ["data/train.parquet"], ["README.md"])
+
+
+@pytest.mark.slow
+def test_pairs_leave_by_the_same_way_out(hub, command, tmp_path):
+    """Three files and nothing of what lies around; no path, no secret of a text, nothing through a link, a retry."""
+    rows = [{"prompt": "Say it.", "answers": ["a word", "two words"], "stars": [1.0, 2.0]}]
+
+    def made(name, planted=()):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, [*rows, *planted])))
+        return command(
+            *("rejection-sample", "--dataset_name", data, "--output_dir", tmp_path / name, *PAIRS),
+            *("--push_to_hub", f"someone/{name}"),
+            check=False,
+        )
+
+    hub.fail("POST .*someone/pairs/commit/", status=503)
+    done = made("pairs")
+    assert done.returncode == 0 and "trying again in 1 s" in done.stderr, done.stderr
+    published = hub.files("someone/pairs", "dataset")
+    assert set(published) == {".gitattributes", "README.md", "summary.json", "data/train.parquet"}
+    _nothing_of_it(published)
+    _plant(tmp_path / "pairs")
+    (tmp_path / "pairs" / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "pairs" / "data").symlink_to(tmp_path / "elsewhere")
+    for name, planted, said in (
+        ("pairs", (), "train.parquet' is missing, or behind a link, and nothing is published through a link"),
+        ("secret", [{"prompt": "Which?", "answers": [HF, "none"], "stars": [2.0, 1.0]}], "a Hub token (row 1)"),
+        ("no name", (), "'someone/no name' cannot be a repository"),
+    ):
+        done = made(name, planted)
+        assert done.returncode == 2 and said in done.stderr and HF not in done.stderr, done.stderr
+    assert hub.files("someone/pairs", "dataset") == published
 
 
 def test_a_card_behind_a_link_is_not_read(folder):

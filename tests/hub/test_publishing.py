@@ -198,7 +198,7 @@ def _link_the_weights(folder: Path) -> None:
         (_hide_in_checkpoint, "is no checkpoint: it holds no config.json (but 'checkpoint-6' inside does"),
         (lambda f: [path.unlink() for path in f.glob("token*")], "holds no tokenizer"),
         (lambda f: (f / "configuration_cpt_moe.py").unlink(), "lacks configuration_cpt_moe.py"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be used (JSONDecodeError"),
         (
             lambda f: (f / "LICENSE").write_text("hf_" + "x" * 34),
             "LICENSE' holds what looks like a Hub token (line 1)",

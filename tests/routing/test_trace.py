@@ -276,10 +276,11 @@ def cut_shard(folder: Path) -> None:
         (cut_shard, "shard_00002.safetensors is damaged"),
         (lambda folder: (folder / "shard_00000.safetensors").unlink(), "shard_00000.safetensors cannot be read"),
         (lambda folder: (folder / "trace.json").unlink(), "no finished trace, trace.json is missing: collect one"),
-        (lambda folder: cut_off(folder / "trace.json"), "trace.json is damaged or no index of a trace"),
-        (lambda folder: (folder / "trace.json").write_text("[]"), "trace.json is damaged or no index of a trace"),
+        (lambda folder: cut_off(folder / "trace.json"), "trace.json cannot be used .JSONDecodeError"),
+        (lambda folder: (folder / "trace.json").write_text("[]"), "trace.json must hold a JSON object, got list"),
         (lambda folder: change_index(folder, lambda index: index.update(shards=[])), "its checksum differs"),
         (lambda folder: change_index(folder, lambda index: index.update(format=2), True), "it has format 2"),
+        (lambda folder: change_index(folder, leave_the_folder, True), "it names '../a.safetensors', which is no"),
         (lambda folder: change_index(folder, forget_a_layer, True), "does not hold what the index says, layer_001"),
     ],
 )
@@ -300,6 +301,10 @@ def change_index(folder: Path, change, sign: bool = False) -> None:
     path.write_text(json.dumps(index))
 
 
+def leave_the_folder(index: dict) -> None:
+    index["shards"][0]["file"] = "../a.safetensors"
+
+
 def forget_a_layer(index: dict) -> None:
     index["description"]["layers"].pop()
 
@@ -315,5 +320,5 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="lacks shard 1 of 2: call collect_routing again"):
         writer.finish(2)
     (tmp_path / "part" / "unfinished.json").write_text("{")
-    with pytest.raises(ValueError, match="unfinished.json is damaged"):
+    with pytest.raises(ValueError, match="unfinished.json cannot be used .JSONDecodeError"):
         TraceWriter(tmp_path / "part", trace.description).begin()

@@ -46,6 +46,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_moe_cpt.reading import read_json, reading
+
 
 logger = logging.getLogger(__name__)
 
@@ -182,13 +184,22 @@ def _opens(weights: Path) -> bool:
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint folder, or else in its state."""
     match = CHECKPOINT_FOLDER.match(checkpoint.name)
-    return int(match[1] if match else json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
+    return int(match[1]) if match else read_trainer_state(checkpoint).global_step
 
 
-def read_beside(checkpoint: Path | None, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; empty without a checkpoint or that file."""
+def read_beside(checkpoint: Path | None, name: str, **fields: Any) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint, as `read_json`; empty without a checkpoint or that file."""
     path = None if checkpoint is None else checkpoint / name
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    return read_json(path, **fields) if path is not None and path.is_file() else {}
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """The state of transformers' Trainer in a checkpoint. Raises ValueError for one that no run could go on from."""
+    path, counts = checkpoint / TRAINER_STATE_NAME, ("global_step", "max_steps", "logging_steps", "eval_steps")
+    with reading(path):
+        told = {"epoch": float | None, "log_history": list[dict], "best_metric": float | None}
+        read_json(path, **dict.fromkeys(counts, int | float | None), **told)
+        return TrainerState.load_from_json(str(path))
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -527,6 +538,18 @@ class AtomicCheckpointMixin:
         self.accelerator.wait_for_everyone()
         if self._is_sharded() or not load_translated(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(f"the optimizer's or schedule's state in {checkpoint}", keeps=(FloatingPointError,)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"the state of random numbers (rng_state*.pth) in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(f"the state of the loss scale (scaler.pt) in {checkpoint}"):
+            super()._load_scaler(checkpoint)
 
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled

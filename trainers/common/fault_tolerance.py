@@ -43,6 +43,7 @@ from hf_moe_cpt.trainers.common.checkpointing import (
     checkpoints_in,
     private_folder,
     read_beside,
+    read_trainer_state,
     require_free_space,
     require_unused,
     resolve_resume,
@@ -152,7 +153,8 @@ class BadStepCallback(TrainerCallback):
 
     def load(self, checkpoint: Path | None) -> None:
         """Read what `save` wrote; nothing is known where there is no file. `left_out` is kept and added to."""
-        state = read_beside(checkpoint, FILE)
+        counted = {"left_out": list[int], "in_a_row": int, "count": int}
+        state = read_beside(checkpoint, FILE, losses=list[float], sum=float, **counted)
         window = self._history.losses.maxlen
         self._history = LossHistory(self._history.spike_sigmas, window, state.get("losses", ()))
         self._history.sum, self._history.count = state.get("sum", 0.0), state.get("count", 0)
@@ -561,6 +563,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
             require_unused(output_dir, self.may_be_there, asked)
         self._settings = settings_of(self.args, self._facts())
         if checkpoint is not None:
+            read_trainer_state(checkpoint)
             changed = compare_settings(checkpoint, self._settings, self.args.allow_changes or ())
         self._require_disk(is_new=checkpoint is None)
         self._lock.sign()
@@ -712,7 +715,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         """Take up what `save_beside_state` kept."""
         super().read_beside_state(checkpoint)
         self.bad_steps.load(checkpoint)
-        self.token_count.begin(read_beside(checkpoint, STATE_FILE).get("tokens_seen", 0))
+        self.token_count.begin(read_beside(checkpoint, STATE_FILE, tokens_seen=int).get("tokens_seen", 0))
 
 
 @dataclass

@@ -166,7 +166,7 @@ def compare_settings(checkpoint: Path, now: Mapping[str, Any], allowed: Collecti
             near = difflib.get_close_matches(name, known)
             hint = f"did you mean {near[0]}?" if near else "name settings as the command line does."
             raise ValueError(f"allow_changes: {name!r} is no setting that is compared: {hint}")
-    saved = read_beside(checkpoint, STATE_FILE).get("settings")
+    saved = read_beside(checkpoint, STATE_FILE, settings=dict | None).get("settings")
     if saved is None:
         logger.warning("%s does not say with which settings it was made: nothing is compared.", checkpoint)
         saved = {}

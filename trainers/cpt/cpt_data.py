@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 from hf_moe_cpt.data.packing import PackedDataset, ReplayMixture, StreamingReplayMixture
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
+from hf_moe_cpt.reading import read_json
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
 
@@ -194,7 +195,7 @@ def read_state(name_or_path: str) -> dict[str, Any] | None:
         )
     except OSError:  # a folder that is gone since the model was loaded
         return None
-    return None if path is None else json.loads(Path(path).read_text())
+    return None if path is None else read_json(path, phase=Literal[*CONTINUES_AS])
 
 
 def detect_starting_phase(name_or_path: str | None) -> str:
@@ -205,7 +206,7 @@ def detect_starting_phase(name_or_path: str | None) -> str:
     if state is None:
         logger.info("%s does not say where its schedule stood: it counts as decayed and warms up again.", name_or_path)
         return "decayed"
-    return CONTINUES_AS[state["phase"]]
+    return CONTINUES_AS[state.get("phase", "anneal")]
 
 
 def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:

@@ -46,8 +46,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
-from hf_moe_cpt.reading import check_weights, read_config, require_finite
-from hf_moe_cpt.trainers.common.checkpointing import step_of
+from hf_moe_cpt.reading import check_weights, read_config, reading, require_finite
+from hf_moe_cpt.trainers.common.checkpointing import read_beside, step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept
@@ -758,11 +758,12 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: a folder, or True / "last" for the newest whole one in `output_dir`."""
         checkpoint = self.open_run(resume_from_checkpoint)
-        if checkpoint is not None and (checkpoint / SCALE_FILE).exists():
-            kept = json.loads((checkpoint / SCALE_FILE).read_text())
-            self.runaway_watch.start = kept.get("start", {})
-            if self.dispersion_scale is None:
-                self.dispersion_scale = kept["dispersion_scale"]
+        kept = read_beside(checkpoint, SCALE_FILE, start=dict[str, float], dispersion_scale=float | None)
+        with reading(f"{checkpoint}/{SCALE_FILE}: start"):
+            start = kept.get("start")
+            self.runaway_watch.start = {name: start[name] for name in ("chosen", "length")} if start else {}
+        if self.dispersion_scale is None:
+            self.dispersion_scale = kept.get("dispersion_scale")
         self._probe_routers(checkpoint)
         with repeatable_on_cpu(self.args.device):
             self._calibrate()

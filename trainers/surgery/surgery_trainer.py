@@ -640,7 +640,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
     def _require_same_start(self, checkpoint: Path | None) -> None:
         """Refuse to go on with anchors and targets of another model than the one that the run started from."""
-        record = read_beside(checkpoint, RECORD_FILE)
+        record = read_beside(checkpoint, RECORD_FILE, starts_from=str | None)
         if not record:
             return
         wanted = record.get("starts_from")
@@ -655,7 +655,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """The parent's, and why the run was over at a checkpoint, unless it goes on by other rules."""
         super().read_beside_state(checkpoint)
-        record = read_beside(None if self._changed else checkpoint, RECORD_FILE)
+        record = read_beside(None if self._changed else checkpoint, RECORD_FILE, stopped_by=str | None)
         reason = record.get("stopped_by") or "max_steps="
         self.stop_reason = None if reason.startswith("max_steps=") else reason
 
