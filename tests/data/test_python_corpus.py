@@ -234,6 +234,7 @@ def test_edges_of_stripping(source: str, expected: str):
     assert strip(source) == expected
 
 
+@pytest.mark.slow
 def test_standard_library_keeps_its_syntax_tree_loses_its_comments_and_gives_the_docstrings_of_ast():
     folder = Path(sysconfig.get_path("stdlib"))
     checked = found = expected = common = 0

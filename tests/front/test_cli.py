@@ -1,6 +1,5 @@
 """The command: what it lists, what it forwards, and how it reports."""
 
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -36,11 +35,6 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"hf-moe-cpt {hf_moe_cpt.__version__}\n"
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_its_script(name: str) -> None:
-    assert importlib.util.find_spec(cli.COMMANDS[name].module) is not None
 
 
 def test_words_after_the_command_reach_the_script(script: ModuleType) -> None:

@@ -75,6 +75,7 @@ def test_loss_and_gradients_equal_eager(name, implementation, monkeypatch):
         assert_matches(key, value, want[key], limit=2e-5)
 
 
+@pytest.mark.slow
 def test_generation_equals_eager():
     """Token by token: the plan of few rows, with a cache."""
     ids = torch.arange(5, device=DEVICE)[None]

@@ -146,6 +146,7 @@ def test_bytes_are_unbiased_within_their_reach(top: int, reach: float, monkeypat
     assert kept[1] > 0  # a second moment never becomes 0
 
 
+@pytest.mark.slow
 def test_moments_of_bytes_learn_what_those_of_bfloat16_learn(by_definition: None) -> None:
     """A least-squares problem with gradients of many sizes, 300 steps: losses after it, from 1, beside torch's."""
     generator = torch.Generator().manual_seed(0)

@@ -108,7 +108,7 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_next", "varlen"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt_oss", marks=pytest.mark.slow), "qwen3_next", "varlen"])
 def test_runs_train_evaluate_and_say_how(tmp_path, kind):
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
     run = CPTTrainer(

@@ -197,7 +197,9 @@ def _biased(kind: str) -> nn.Module:
     return tiny_model("cpt_moe", router_type="bias_topk") if kind == "cpt_moe" else moe_model(kind)
 
 
-@pytest.mark.parametrize("kind", BIASED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "glm4_moe")) for kind in BIASED]
+)
 def test_biases_move_once_a_step_by_the_load_of_all_micro_batches(tmp_path, kind):
     model, loads = _biased(kind), []
     experts = model.get_submodule(BIASED[kind].replace("gate.e_score_correction_bias", "experts"))

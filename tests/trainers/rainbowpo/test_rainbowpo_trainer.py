@@ -254,6 +254,7 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(tmp_path, confi
         trainer(tmp_path, str(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_saved_trains_where_no_copy_is_needed(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for changes in ({"preset": "simpo"}, {"precompute_ref_log_probs": True}, {"peft_config": lora}):
@@ -290,7 +291,13 @@ PARITY = {  # preset -> TRL's loss, its beta, factor of the loss
 }
 
 
-@pytest.mark.parametrize("preset, kind", [("ln-dpo", "llama"), ("dpo", "mixtral"), ("ipo", "mixtral")])
+@pytest.mark.parametrize(
+    "preset, kind",
+    [
+        ("dpo", "mixtral"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("ln-dpo", "llama"), ("ipo", "mixtral"))),
+    ],
+)
 def test_the_presets_that_trl_has_are_trls(tmp_path, preset, kind):
     loss_type, beta, factor = PARITY[preset]
     args = DPOConfig(**settings(tmp_path / "trl"), loss_type=[loss_type], beta=beta)
@@ -500,7 +507,7 @@ def test_a_uniform_reference_is_refused_before_training(tmp_path):
         trainer(tmp_path, str(tmp_path / "uniform"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
 def test_an_update_is_the_mean_over_its_pairs_however_they_are_dealt(tmp_path, kind):
     """Five pairs at once, and as micro-batches of two, two and one: TRL's mean of means moves 31 % away."""
     weights, logs = [], []
