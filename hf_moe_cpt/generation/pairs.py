@@ -521,8 +521,8 @@ def stage_settings(job: Job, data_checksum: str) -> Settings:
         score: Row = {"scores_column": data.scores_column}
     else:
         names = ("reward_model_name_or_path", "reward_model_revision", "reward_dtype", "reward_text_format")
-        score |= {"reward_function": reward.reward_function} if reward.reward_function is not None else {}
         score = {name: getattr(reward, name) for name in (*names, "reward_max_length")}
+        score |= {"reward_function": reward.reward_function} if reward.reward_function is not None else {}
     select = {**vars(job.selection), "seed": job.output.seed}
     return {"generate": generate, "score": score, "select": select}
 
