@@ -135,7 +135,7 @@ def test_t_quantiles_are_scipys() -> None:
         t_interval([])
 
 
-PROGRAMS = {"surgery_small": surgery_methods, "surgery_h100": surgery_methods}
+PROGRAMS = {"surgery_small": surgery_methods, "surgery_h100": surgery_methods, "preference_world": preference_methods}
 
 
 @pytest.mark.parametrize("folder", PROGRAMS)
