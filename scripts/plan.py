@@ -26,8 +26,7 @@ from hf_moe_cpt.planning.memory import (
     measure_kept,
     measure_size,
 )
-from hf_moe_cpt.planning.models import read_config
-from hf_moe_cpt.planning.plan import SPEED_OF_GPU, as_json, as_text, make_plan
+from hf_moe_cpt.planning.plan import SPEED_OF_GPU, as_json, as_text, make_plan, read_config
 from hf_moe_cpt.reading import reading
 
 

@@ -281,14 +281,6 @@ _MAX_NEWTON_STEPS = 100
 _GRADIENT_LIMIT = 1e-10  # of one pair
 
 
-class Share(NamedTuple):
-    """A share of wins in [0, 1] and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class LengthControlledShare(NamedTuple):
     """The share of wins at equal lengths, its interval, and `length_effect`: the fitted gamma, in log-odds.
 
@@ -305,8 +297,8 @@ class LengthControlledShare(NamedTuple):
 class PreferenceAccuracy:
     """Three accuracies of one policy on N pairs."""
 
-    plain: Share
-    length_normalized: Share
+    plain: Interval
+    length_normalized: Interval
     length_controlled: LengthControlledShare
     num_pairs: int
     num_ties: int  # of the plain comparison
@@ -397,11 +389,11 @@ def wilson_interval(share: float, num: float, confidence: float = 0.95) -> tuple
     return low, 1.0 if share == 1 else min(1.0, center + half_width)
 
 
-def share_of_wins(outcomes: Values, confidence: float = 0.95) -> Share:
+def share_of_wins(outcomes: Values, confidence: float = 0.95) -> Interval:
     """Mean of the outcomes (N,) in [0, 1], ties as halves, with Wilson's interval."""
     read = _outcomes(outcomes)
     value = float(read.mean())
-    return Share(value, *wilson_interval(value, len(read), confidence))
+    return Interval(value, *wilson_interval(value, len(read), confidence))
 
 
 def length_controlled_share(

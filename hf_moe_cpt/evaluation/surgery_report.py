@@ -18,7 +18,7 @@ from hf_moe_cpt.evaluation.resumable import write_json
 from hf_moe_cpt.evaluation.scoring import ALL_SETS
 from hf_moe_cpt.evaluation.surgery import METRICS
 from hf_moe_cpt.reports.charts import Mark, Range, Series, interval_chart, line_chart
-from hf_moe_cpt.reports.tables import Section, write_csv, write_report
+from hf_moe_cpt.reports.tables import Section, aligned, write_csv, write_report
 
 
 NOTHING = "–"
@@ -267,16 +267,15 @@ def text_report(summary: Summary) -> str:
     """The table of the models side by side, at most 120 columns wide, how the score was made, and what is missing."""
     blocks = table_blocks(summary)
     sides = list(summary["sides"])
-    widths = [max(len(row[column]) for _, rows in blocks for row in rows) for column in ("measure", "set")]
-    widths += [max(len(side), *(len(row[side]) for _, rows in blocks for row in rows)) for side in sides]
+    cells = [[row["measure"], row["set"], *(row[side] for side in sides)] for _, rows in blocks for row in rows]
+    head, *table = aligned([["", "", *sides], *cells], num_left=2)
+    width = max(map(len, [head, *table]))
     lines = wrapped([f"verdict: {summary['verdict']}", *(f"measured of {line}" for line in summary["notes"])])
     lines += [f"{100 * summary['confidence']:.4g} % intervals of a bootstrap over subjects, Wilson's of shares", ""]
-    lines += [_line(["", "", *sides], widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+    lines += [head, "-" * width]
     for heading, rows in blocks:
-        lines += [
-            heading,
-            *(_line([row["measure"], row["set"], *(row[side] for side in sides)], widths) for row in rows),
-        ]
+        lines += [heading, *table[: len(rows)]]
+        table = table[len(rows) :]
     lines += ["", *wrapped(score_lines(summary))]
     lines += wrapped([f"! {line}" for line in summary["warnings"]])
     if summary["missing"]:
@@ -308,11 +307,3 @@ def long_rows(summary: Summary) -> list[dict[str, Any]]:
         row = {"side": point["side"], "set": "unlearn", "metric": metric, "value": point["accuracy"]}
         rows.append(row | {name: point[name] for name in ("low", "high", "n")})
     return rows
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    placed = [
-        cell.ljust(width) if place < 2 else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(placed)

@@ -1,4 +1,5 @@
-"""How long training takes, which engine a plan takes and what would make a run fit; the answer as text or JSON.
+"""How long training takes, which engine a plan takes and what would make a run fit; the answer as text or JSON. The
+models that plans and benchmarks call by name: our presets, and transformers' at the same sizes.
 
 Operations of a token, forward: 2 for each active parameter, and 2 x width x S in the causal attention of each layer;
 a backward pass costs two forwards, recomputing one more, a reference model one more. A measured step (speeds.csv, from
@@ -15,11 +16,15 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
+
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.planning.memory import (
     COMPUTED,
     PRECISIONS,
@@ -29,6 +34,8 @@ from hf_moe_cpt.planning.memory import (
     TrainingSetup,
     training_memory,
 )
+from hf_moe_cpt.reading import read_config as config_at
+from hf_moe_cpt.reports.tables import aligned
 
 
 SECONDS_OF_DAY = 86_400
@@ -369,11 +376,7 @@ def _memory_table(plan: Plan) -> list[str]:
         sizes = [_gib(getattr(memory, part)) for part in (*parts, "total")]
         when = {"begin": "begins", "end": "ends"}[memory.moment]
         rows.append([name, *sizes, "yes" if memory.total <= plan.usable else "no", when])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def _time_lines(plan: Plan, tokens: float | None, price_per_gpu_hour: float | None) -> list[str]:
@@ -410,3 +413,75 @@ def _range(least: float, most: float, unit: str) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIBIBYTE:.2f}"
+
+
+def _sizes(preset: str) -> dict[str, int]:
+    """What every decoder of the preset's size shares."""
+    config = CptMoeConfig.from_preset(preset)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
+
+
+def _llama(preset: str) -> LlamaConfig:
+    return LlamaConfig(**_sizes(preset), intermediate_size=CptMoeConfig.from_preset(preset).intermediate_size)
+
+
+def _qwen2_moe(preset: str) -> Qwen2MoeConfig:
+    """Routed and one shared expert in every layer, as in our granular models, whose gates it has besides."""
+    ours = CptMoeConfig.from_preset(preset)
+    return Qwen2MoeConfig(
+        **_sizes(preset),
+        num_experts=ours.num_experts,
+        num_experts_per_tok=ours.num_experts_per_tok,
+        moe_intermediate_size=ours.moe_intermediate_size,
+        shared_expert_intermediate_size=ours.num_shared_experts * ours.moe_intermediate_size,
+        output_router_logits=True,
+        router_aux_loss_coef=ours.router_aux_loss_coef,
+    )
+
+
+def _mixtral(preset: str) -> MixtralConfig:
+    ours = CptMoeConfig.from_preset(preset)
+    return MixtralConfig(
+        **_sizes(preset),
+        num_local_experts=ours.num_experts,
+        num_experts_per_tok=ours.num_experts_per_tok,
+        intermediate_size=ours.moe_intermediate_size,
+        output_router_logits=True,
+        router_aux_loss_coef=ours.router_aux_loss_coef,
+    )
+
+
+STOCK: dict[str, tuple[Callable[[str], PreTrainedConfig], str]] = {
+    "llama-570m": (_llama, "dense-570m"),
+    "qwen2-moe-granular-2b": (_qwen2_moe, "pb-granular-2b"),
+    "mixtral-switch-2b": (_mixtral, "pb-switch-2b"),
+    "llama-tiny": (_llama, "dense-tiny"),
+    "qwen2-moe-granular-tiny": (_qwen2_moe, "pb-granular-tiny"),
+    "mixtral-switch-tiny": (_mixtral, "pb-switch-tiny"),
+}
+MODELS = (*PRESETS, *STOCK)
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """A fresh configuration of a model named in `MODELS`."""
+    if model not in STOCK:
+        return CptMoeConfig.from_preset(model)
+    build, preset = STOCK[model]
+    return build(preset)
+
+
+def read_config(preset: str | None, model: str | None) -> PreTrainedConfig:
+    """The configuration of a name in `MODELS`, or of a folder or name on the Hub. Raises ValueError for neither."""
+    if preset is not None:
+        if preset not in MODELS:
+            raise ValueError(f"--preset {preset!r} is unknown: choose from {', '.join(MODELS)}.")
+        return config_of(preset)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"--model {model!r} is a folder without config.json: give one that a model was saved in.")
+    try:
+        return config_at(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {model!r} has no configuration that can be read: {reason}") from error

@@ -118,18 +118,19 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [[_text(row[column]) for column in columns] for row in rows]
     headings = [column.rpartition(" ") for column in columns]
     upper, lower = [first for first, _, _ in headings], [last for _, _, last in headings]
-    lines = [upper, lower, *cells]
-    widths = [max(len(line[position]) for line in lines) for position in range(len(columns))]
+    lines = aligned([upper, lower, *cells])
+    return "\n".join([*lines[:2], "-" * max(map(len, lines)), *lines[2:]])
 
-    def aligned(line: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if position == 0 else cell.rjust(width)
-            for position, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
 
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([aligned(upper), aligned(lower), rule, *map(aligned, cells)])
+def aligned(rows: Sequence[Sequence[str]], num_left: int = 1) -> list[str]:
+    """A line for each row, columns two spaces apart: the first so many begin where theirs do, the others end there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    placed = [
+        [cell.ljust(width) for cell, width in zip(row[:num_left], widths, strict=False)]
+        + [cell.rjust(width) for cell, width in zip(row[num_left:], widths[num_left:], strict=True)]
+        for row in rows
+    ]
+    return ["  ".join(cells).rstrip() for cells in placed]
 
 
 def _text(value: Any) -> str:

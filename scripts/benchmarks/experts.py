@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -109,13 +109,6 @@ def parse_shape(text: str) -> Shape:
     if shape.K > shape.E:
         raise ValueError(f"--shape {text!r}: a token cannot choose K={shape.K} of E={shape.E} experts.")
     return shape
-
-
-def chosen_shapes(names: list[str] | None, own: list[str] | None, default: Sequence[str]) -> list[Shape]:
-    """The named shapes (`default` where nothing is given), then a user's own, each as "name=T,H,I,E,K"."""
-    parsed = [parse_shape(text) for text in own or ()]
-    names = names if names is not None or parsed else default
-    return [SHAPES[name] for name in names or ()] + parsed
 
 
 @dataclass(frozen=True)
@@ -373,37 +366,49 @@ PEERS = {
 
 
 @dataclass
-class ExpertsArguments(tools.BenchmarkArguments):
-    """What is measured, on what, and for how long."""
+class LayerArguments(tools.BenchmarkArguments):
+    """Which layers, on what, and how often."""
 
-    shapes: list[str] | None = HfArg(
-        default=None, help=f"Named shapes: {', '.join(SHAPES)}; all without this and --shape."
-    )
+    shapes: list[str] | None = HfArg(default=None, help=f"Named shapes: {', '.join(SHAPES)}.")
     shape: list[str] | None = HfArg(
         default=None, help="Shapes of your own as name=T,H,I,E,K: tokens, hidden, width, experts, top-k."
     )
-    peers: list[str] | None = HfArg(default=None, help=f"What is compared: {', '.join(PEERS)}; all if not given.")
     dtype: str = HfArg(default="bfloat16", help=f"Of weights and tokens: {', '.join(DTYPES)}.")
-    activation: str = HfArg(default="silu", help="Of the gate, as transformers names it.")
+    activation: str = HfArg(default="silu", help="Of the gate.")
+    rounds: int = HfArg(default=5, help="How often each has its turn.")
+    seed: int = HfArg(default=0, help="Of the random inputs.")
+
+    usual: ClassVar[tuple[str, ...]] = tuple(SHAPES)  # without shapes of either kind
+
+    def __post_init__(self) -> None:
+        check_names("--shapes", self.shapes, SHAPES)
+        check_names("--dtype", [self.dtype], DTYPES)
+        self.check_least({"rounds": 1})
+        self.chosen_shapes()
+
+    def chosen_shapes(self) -> list[Shape]:
+        """The named shapes, then the user's own; the usual ones without either."""
+        parsed = [parse_shape(text) for text in self.shape or ()]
+        names = self.shapes if self.shapes is not None or parsed else self.usual
+        return [SHAPES[name] for name in names or ()] + parsed
+
+
+@dataclass
+class ExpertsArguments(LayerArguments):
+    """What is measured, and for how long."""
+
+    peers: list[str] | None = HfArg(default=None, help=f"What is compared: {', '.join(PEERS)}; all if not given.")
     skew: float = HfArg(default=0.2, help="Power of the load's tilt: expert number r is drawn with weight r^-skew.")
-    rounds: int = HfArg(default=5, help="How often each peer has its turn.")
     seconds: float = HfArg(default=0.2, help="Time for one measurement of a turn; there are two.")
     check: bool = HfArg(default=True, help="Compare results and gradients with float64 first.")
     check_tokens: int = HfArg(default=512, help="Tokens of that comparison.")
-    seed: int = HfArg(default=0, help="Of the random inputs.")
     output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv.")
 
     def __post_init__(self) -> None:
         check_names("--peers", self.peers, PEERS)
-        check_names("--shapes", self.shapes, SHAPES)
-        check_names("--dtype", [self.dtype], DTYPES)
         check_names("--activation", [self.activation], ACT2FN)
-        self.check_least({"rounds": 1, "check_tokens": 1, "seconds": 0, "skew": 0})
-        self.chosen_shapes()
-
-    def chosen_shapes(self) -> list[Shape]:
-        """The named shapes, then the user's own; all named ones without either."""
-        return chosen_shapes(self.shapes, self.shape, default=list(SHAPES))
+        self.check_least({"check_tokens": 1, "seconds": 0, "skew": 0})
+        super().__post_init__()
 
 
 @dataclass
@@ -566,37 +571,25 @@ CANDIDATES = read_candidates(Path(__file__).with_name("tiles.csv"))
 
 
 @dataclass
-class TuneArguments(tools.BenchmarkArguments):
+class TuneArguments(LayerArguments):
     """What is tuned, and for how long."""
 
-    shapes: list[str] | None = HfArg(
-        default=None, help=f"Named shapes: {', '.join(SHAPES)}; granular, switch, olmoe if not given."
-    )
-    shape: list[str] | None = HfArg(default=None, help="Shapes of your own as name=T,H,I,E,K.")
     pieces: list[str] | None = HfArg(default=None, help=f"Products, all by default: {', '.join(PIECES)}.")
     groups: list[int] = HfArg(
         default_factory=lambda: [8], help="Row tiles walked together; each is tried with each candidate."
     )
-    dtype: str = HfArg(default="bfloat16", help=f"Of weights and tokens: {', '.join(DTYPES)}.")
-    activation: str = HfArg(default="silu", help="silu, gelu, gelu_tanh or relu.")
-    rounds: int = HfArg(default=5, help="How often each candidate has its turn.")
     seconds: float = HfArg(default=0.02, help="Time for one turn.")
     workers: int = HfArg(default=0, help="Processes that compile; 0 takes one for each core.")
-    seed: int = HfArg(default=0, help="Of the random inputs.")
     output_dir: str = HfArg(default="runs/tiles", help="Folder for tiles.csv.")
 
-    def __post_init__(self) -> None:
-        check_names("--shapes", self.shapes, SHAPES)
-        check_names("--pieces", self.pieces, PIECES)
-        check_names("--dtype", [self.dtype], DTYPES)
-        check_names("--activation", [self.activation], ACTIVATION_NAMES)
-        if self.rounds < 1 or any(group < 1 for group in self.groups):
-            raise ValueError(f"--rounds {self.rounds} and --groups {self.groups} must be at least 1.")
-        self.chosen_shapes()
+    usual: ClassVar[tuple[str, ...]] = ("granular", "switch", "olmoe")
 
-    def chosen_shapes(self) -> list[Shape]:
-        """The named shapes, then the user's own; three of the named without either."""
-        return chosen_shapes(self.shapes, self.shape, default=["granular", "switch", "olmoe"])
+    def __post_init__(self) -> None:
+        check_names("--pieces", self.pieces, PIECES)
+        check_names("--activation", [self.activation], ACTIVATION_NAMES)
+        if any(group < 1 for group in self.groups):
+            raise ValueError(f"--groups {self.groups} must be at least 1.")
+        super().__post_init__()
 
     def candidates(self, piece: str) -> list[Tile]:
         """Every tile of the piece with every group size."""

@@ -36,8 +36,8 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, machine_facts
-from hf_moe_cpt.planning.models import MODELS as NAMED
-from hf_moe_cpt.planning.models import config_of
+from hf_moe_cpt.planning.plan import MODELS as NAMED
+from hf_moe_cpt.planning.plan import config_of
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, BenchmarkArguments, StepClock, Unavailable, middle
 from hf_moe_cpt.scripts.benchmarks.report import text_of

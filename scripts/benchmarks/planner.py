@@ -24,8 +24,7 @@ import hf_moe_cpt.planning
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
-from hf_moe_cpt.planning.models import config_of
-from hf_moe_cpt.planning.plan import GIBIBYTE, MeasuredStep, flops_per_token
+from hf_moe_cpt.planning.plan import GIBIBYTE, MeasuredStep, config_of, flops_per_token
 from hf_moe_cpt.scripts.benchmarks.jobs import MODELS as OF_OTHERS
 from hf_moe_cpt.scripts.benchmarks.jobs import JobArguments, read_config
 from hf_moe_cpt.scripts.benchmarks.report import rows_of

@@ -35,7 +35,7 @@ from hf_moe_cpt.machine import (
     package_version,
     release_memory,
 )
-from hf_moe_cpt.planning.models import MODELS, STOCK, config_of
+from hf_moe_cpt.planning.plan import MODELS, STOCK, config_of
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, Unavailable

@@ -54,7 +54,7 @@ from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version
-from hf_moe_cpt.planning.models import MODELS, config_of
+from hf_moe_cpt.planning.plan import MODELS, config_of
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.scripts.benchmarks import harness as tools
 from hf_moe_cpt.scripts.benchmarks.harness import Attempt

@@ -3,8 +3,7 @@
 import pytest
 
 from hf_moe_cpt.planning.memory import measure_kept
-from hf_moe_cpt.planning.models import config_of
-from hf_moe_cpt.planning.plan import SPEED_OF_GPU
+from hf_moe_cpt.planning.plan import SPEED_OF_GPU, config_of
 from hf_moe_cpt.scripts.benchmarks import planner
 from tests.helpers.source_tree import PROJECT
 

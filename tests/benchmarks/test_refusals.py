@@ -41,7 +41,7 @@ REFUSED = (
     (trainers, "--device tpu", "--device 'tpu' is unknown"),
     (experts, "tune --shapes nonsense", "--shapes 'nonsense' is unknown: choose from granular, switch"),
     (experts, "tune --pieces sideways", "--pieces 'sideways' is unknown: choose from gated_up, down"),
-    (experts, "tune --rounds 0", "--rounds 0 and --groups"),
+    (experts, "tune --groups 0", r"--groups \[0\] must be at least 1"),
     (experts, "tune --activation tanh", "--activation 'tanh'"),
     (experts, "tune --shape x=1,2", "must read name=T,H,I,E,K"),
     (jobs, "--runs olmoe:auto:fsdp3-2", "'olmoe:auto:fsdp3-2': write an engine with its ranks, ddp or fsdp2: fsdp2-2"),

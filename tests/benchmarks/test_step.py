@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
-from hf_moe_cpt.planning.models import config_of
+from hf_moe_cpt.planning.plan import config_of
 from hf_moe_cpt.scripts.benchmarks import step as bench
 from hf_moe_cpt.scripts.benchmarks.harness import Unavailable
 

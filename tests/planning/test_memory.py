@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig
 
 from hf_moe_cpt.planning import memory as planning
-from hf_moe_cpt.planning.models import config_of, read_config
+from hf_moe_cpt.planning.plan import config_of, read_config
 
 
 S, H, W = 6, 8, 20

@@ -15,7 +15,6 @@ import platform
 import shutil
 from collections.abc import Sequence
 from copy import copy
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers.utils.hub import PushInProgress
 from hf_moe_cpt.hub.cards import CardOverrides, is_generated, write_card
 from hf_moe_cpt.hub.contents import ADAPTER_CONFIG, CARD, CONFIG, RUN_FILE, code_files, weight_files
 from hf_moe_cpt.hub.publishing import brief, commit, in_background, make_repository, plan_upload, require_place
+from hf_moe_cpt.machine import package_version
 from hf_moe_cpt.trainers.common.checkpointing import WriteFailures
 
 
@@ -281,10 +281,5 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 @functools.cache
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that a run may depend on, as installed."""
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: package_version(name) for name in PACKAGES}
+    return {"Python": platform.python_version()} | {name: version for name, version in found.items() if version}

@@ -29,6 +29,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_moe_cpt.reports.tables import aligned
 from hf_moe_cpt.trainers.common.checkpointing import LOCK, read_beside, require_unused, resolve_resume
 
 
@@ -55,7 +56,7 @@ _TOLD = """
 logging_ log_ include_ eval_strategy eval_steps eval_delay eval_accumulation_steps eval_batch_size save_ bf16 fp16 tf32
 per_device_eval_batch_size prediction_loss_only batch_eval_metrics dtype activation_ gradient_checkpointing
 torch_compile use_liger liger_ kernels use_cache load_best_model_at_end hang_timeout bad_step_ spike_ chunk_tokens
-full_determinism precompute_ref_ pad_to_multiple_of
+max_forgetting full_determinism precompute_ref_ pad_to_multiple_of
 """.split()
 
 
@@ -193,6 +194,4 @@ def _table(checkpoint: Path, differ: Mapping[str, Any], matter: list[str], refus
     for name, (before, now) in differ.items():
         verdict = "refused" if name in refused else "allowed" if name in matter else ""
         rows.append((name, str(before), str(now), verdict))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
-    return "What differs from the settings of the checkpoint:\n" + "\n".join(line.rstrip() for line in lines)
+    return "What differs from the settings of the checkpoint:\n" + "\n".join(aligned(rows, num_left=4))
