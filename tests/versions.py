@@ -73,14 +73,18 @@ def build(folder: Path) -> tuple[Path, Path]:
         if (PROJECT / name).is_file():  # not one that was removed a moment ago
             (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, folder / "copy" / name)
-    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(folder)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=folder / "copy", check=True, stdout=subprocess.DEVNULL)
+    _run_build_hook("build_sdist", folder / "copy", folder)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder / "source", filter="data")
     source = next((folder / "source").iterdir())
-    words = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
-    subprocess.run([sys.executable, *words], check=True)
+    _run_build_hook("build_wheel", source, folder)
     return source, next(folder.glob("*.whl"))
+
+
+def _run_build_hook(name: str, source: Path, folder: Path) -> None:
+    """What pip and build call, in the folder of the sources; they start four processes for it."""
+    code = f"from setuptools import build_meta; build_meta.{name}({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, stdout=subprocess.DEVNULL)
 
 
 def constraints(lane: str) -> dict[str, str]:

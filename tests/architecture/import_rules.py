@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 
-from tests.architecture.rooms import ROOMS, room_of
+from tests.architecture.rooms import NAMED, room_of
 from tests.helpers.source_tree import PACKAGE_OF_FOLDER, Import, SourceFile
 
 
@@ -96,7 +96,7 @@ def modules_meant(file: SourceFile, found: Import) -> list[str]:
     package = file.package.split(".")
     start = ".".join(package[: len(package) - found.level + 1]) if found.level else ""
     module = ".".join(part for part in (start, found.module) if part)
-    return [f"{module}.{name}" for name in found.names if f"{module}.{name}" in ROOMS] or [module]
+    return [f"{module}.{name}" for name in found.names if f"{module}.{name}" in NAMED] or [module]
 
 
 def _allowed(file: SourceFile, module: str) -> bool:

@@ -45,7 +45,7 @@ _ROOMS = {
     "optim": _room("", "torch triton"),
     "planning": _room(f"{_FRONT} modeling reports routing", f"{_NUMBERS} accelerate huggingface_hub"),
     "reports": _room(_FRONT),
-    "routing": _room(f"{_FRONT} data reports", f"{_NUMBERS} accelerate datasets"),
+    "routing": _room(f"{_FRONT} data lazy_names reports", f"{_NUMBERS} accelerate datasets"),
     "scripts": _room(".", f"{_TRAINING} huggingface_hub tokenizers tqdm trl yaml"),
     "trainers": Room(),
     "trainers.common": _room(_COMMON, _TRAINING),
@@ -54,6 +54,7 @@ _ROOMS = {
     "trainers.surgery": _room(_COMMON, _TRAINING),
 }
 ROOMS = {f"hf_moe_cpt.{name}".rstrip("."): room for name, room in _ROOMS.items()}
+NAMED = {*ROOMS, *(ours for room in ROOMS.values() for ours in room.ours)}
 
 
 def room_of(package: str) -> tuple[str, Room]:
