@@ -129,14 +129,19 @@ def read_model(kind: type, name: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def check_weights(kind: type, name: str | Path, **options: Any) -> None:
-    """What `read_model` refuses, without reading a value: for those who read the model themselves."""
+def check_weights(kind: type, name: str | Path, may_hold_more: bool = True, **options: Any) -> None:
+    """What `read_model` refuses, without reading a value: for those who read the model themselves.
+
+    may_hold_more: whether tensors pass that the model does not use.
+    """
     _check_config(name, options)
     with reading(f"the model {str(name)!r}"):
         _, found = kind.from_pretrained(
             name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
         )
         _check_found(found)
+        if not may_hold_more and (unused := sorted(found["unexpected_keys"])):
+            raise ValueError(f"{unused[0]!r} is in its weights, and the model has no such tensor")
 
 
 def require_finite(model: nn.Module) -> None:

@@ -42,6 +42,7 @@ _TERMS = {f"{name}{end}" for name in ("LICENSE", "NOTICE", "USE_POLICY") for end
 KINDS = {CARD, CONFIG, "generation_config.json", ADAPTER_CONFIG, *_VOCABULARIES, *_FACTS, *_TERMS}
 _PLOT = re.compile(r"plots/[\w-]+\.svg")
 _SIBLING_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+MAX_FACT = 300  # characters of a name or a sentence among the facts of a run
 MAX_HEADER_TEXT = 200  # characters of a note in the header of a safetensors file
 
 _SECRETS = {
@@ -82,6 +83,7 @@ _PATH = re.compile(
     r"(?:/[^\s/\"'`<>|:,;()\[\]{}]+)+|[A-Za-z]:\\{1,2}[^\s\\\"'`<>|:,;()]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)*"
     r"|\\\\[\w.-]+(?:\\{1,2}[^\s\\\"'`<>|:,;()]+)+)/?"
 )
+_HOME = re.compile(r"(?:file://)?(?:/(?:home|Users)/[^/]+|[A-Za-z]:[\\/]+Users[\\/]+[^\\/]+)[\\/]*")
 _WHOLE_PATH = re.compile(r"(?:file://)?(?:(?:~\w*)?/[^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*)")
 
 
@@ -231,6 +233,8 @@ def without_paths(text: str) -> str:
 
 
 def _last(path: str) -> str:
+    if _HOME.fullmatch(path):
+        return "home"  # its last name is a person's
     return re.split(r"[\\/]+", path.rstrip("\\/"))[-1] or "folder"
 
 
@@ -243,6 +247,19 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
         return {without_paths(name): _without_paths(part) for name, part in value.items()}
     return value
+
+
+def _require_facts(path: Path, value: Any, field: str = "") -> None:
+    """Raise ValueError for a text among the facts of a run: a string of a log, or one longer than names are."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_facts(path, str(name))
+            _require_facts(path, part, f"{field}.{name}".lstrip("."))
+    elif isinstance(value, str) and (len(value) > MAX_FACT or field.startswith("log_history")):
+        raise ValueError(
+            f"{str(path)!r}: {field[:80] or 'a name'} is a text ({len(value)} characters), and numbers and names "
+            "are published: take it out of the file."
+        )
 
 
 def entries_of(root: Path) -> Iterator[tuple[str, str]]:
@@ -287,6 +304,7 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
             words = ("added_tokens_decoder", "chat_template")
             reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in value.items()}
         else:
+            _require_facts(path, value if name in _FACTS and not is_included else {})
             reduced = value if is_vocabulary or is_included else _without_paths(value)
         return data if reduced == value else (json.dumps(reduced, indent=2) + "\n").encode()
     if is_vocabulary or is_included or path.suffix == ".py":

@@ -72,7 +72,8 @@ def check_checkpoint(folder: str | Path, needs_tokenizer: bool = True, needs_bas
         )
     if config.get("model_type") in CONFIG_MAPPING and not is_adapter:  # others need code that is not run here
         with _no_progress_bar():  # nothing is read
-            check_weights(AutoModelForCausalLM, root, local_files_only=True, experts_implementation="eager")
+            how = {"local_files_only": True, "experts_implementation": "eager"}
+            check_weights(AutoModelForCausalLM, root, may_hold_more=False, **how)
     for name in sorted(weight_files(root) - {INDEX}):
         require_finite_file(root / name)
 

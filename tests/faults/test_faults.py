@@ -198,6 +198,22 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(soaks, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_in_use_is_refused_by_all_ranks_and_the_run_in_it_goes_on(soaks, tmp_path):
+    for holder, late in (soaks, soaks[::-1]):
+        folder = tmp_path / f"held-by-{len(holder.ranks)}"
+        holder.start(folder, max_steps=2 * MANY_STEPS)
+        assert "began" in holder.ranks[0].wait_for("began", PATIENCE)
+        late.start(folder, attempt=1)
+        assert [rank.end() for rank in late.ranks] == [1] * len(late.ranks)
+        for number in range(len(late.ranks)):
+            last = (folder / f"log-00001-{number}").read_text().strip().splitlines()[-1]
+            assert "is in use by process" in last and "name another folder" in last
+        assert not list(folder.glob("rows-00001-*")), "the second run made a step"
+        holder.wait_for_end(folder)
+        assert len([entry for entry in _result(folder)["history"] if "loss" in entry]) == 2 * MANY_STEPS
+
+
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named(soaks, tmp_path):
     soak, folder, ranks = soaks[1], tmp_path / "run", soaks[1].ranks
     soak.start(folder, hang_timeout=8.0, max_steps=2000)
@@ -285,7 +301,7 @@ def test_a_cut_network_ends_both_ranks_and_costs_the_steps_since_the_last_checkp
 
         _plug(hosts, "up")
         for rank in ranks:
-            rank.start({**order, "attempt": 1})
+            rank.start({**order, "attempt": 1, "hang_timeout": PATIENCE})  # a machine that is busy hangs for seconds
         assert ranks[0].wait_for("began", PATIENCE)["began"] == step_of(last)
         assert [rank.end() for rank in ranks] == [0, 0]
     finally:

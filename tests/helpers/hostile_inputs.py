@@ -6,6 +6,7 @@ child of a warm process, so that nothing of one case is left for the next. Sourc
 
 import dataclasses
 import importlib
+import io
 import json
 import random
 import re
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_moe_cpt.cli import COMMANDS
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from hf_moe_cpt.routing.trace import checksum_of_json
 from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs
+from tests.helpers.routings import random_trace
 from tests.helpers.tiny_models import QUICK, SIZES, tiny_model, word_tokenizer
 from tests.helpers.warm_process import WarmProcess
 
@@ -36,7 +40,8 @@ sys.exit(main())
 """
 TRAINED = {**QUICK, "max_steps": 1, "max_length": 16, "per_device_train_batch_size": 2, "output_dir": "out"}
 JUDGED = {"output_dir": "out", "device": "cpu", "commit": "abc"}
-# Words and options of a run of each command that works, in the folder that `make_material` fills.
+# Words and options of a run of each command that works, in the folder that `make_material` fills; after a slash, what
+# it is given instead: a run to go on with, an adapter, weights in shards, a trace.
 WORKING: dict[str, tuple[list[str], dict[str, Any]]] = {
     "schedule": ([], {"max_steps": 100}),
     "plan": ([], {"model": "moe", "seq_length": 32, "tokens": 1e9, "price_per_gpu_hour": 2.0}),
@@ -81,6 +86,32 @@ WORKING: dict[str, tuple[list[str], dict[str, Any]]] = {
         | {"reward_model_name_or_path": "reward", "dataset_name": "pairs.jsonl", "max_new_tokens": 4},
     ),
 }
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "output_dir": "begun"}
+WORKING["analyze/trace"] = (["trace"], {"output_dir": "out", "min_occurrences": 1})
+WORKING["convert/shards"] = (["shards"], WORKING["convert"][1])
+WORKING["cpt/shards"] = ([], {**WORKING["cpt"][1], "model_name_or_path": "shards"})
+WORKING["push/shards"] = (["shards", "me/model"], {"dry_run": True, "method": "cpt"})
+WORKING["surgery-eval/adapter"] = ([], {**WORKING["surgery-eval"][1], "after": "adapter"})
+RESUMED = ("cpt", "rainbowpo", "surgery")
+for _name in RESUMED:
+    _options = {**WORKING[_name][1], **SAVING, "output_dir": f"begun-{_name}", "resume_from_checkpoint": "last"}
+    WORKING[f"{_name}/resume"] = ([], _options)
+_OF_A_CHECKPOINT = (
+    "trainer_state.json run_state.json bad_steps.json optimizer.pt scheduler.pt rng_state.pth config.json "
+    "model.safetensors training_args.bin"
+).split()
+_ITS_OWN = {"cpt": ["cpt_state.json"], "rainbowpo": ["rainbowpo.json"], "surgery": ["surgery.json"]}
+FILES_OF = {
+    **dict.fromkeys(("moe", "dense", "reward", "run"), ["config.json", "model.safetensors", "tokenizer.json"]),
+    "adapter": ["adapter_config.json", "adapter_model.safetensors"],
+    "shards": ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"],
+    "trace": ["trace.json", "shard_00000.safetensors"],
+    **{
+        f"begun-{name}": [f"checkpoint-1/{file}" for file in (*_OF_A_CHECKPOINT, *own)]
+        for name, own in _ITS_OWN.items()
+    },
+}
+FILES_OF["run"] = [*FILES_OF["run"], "trainer_state.json"]
 
 
 def make_material(folder: Path) -> Path:
@@ -111,6 +142,13 @@ def make_material(folder: Path) -> Path:
     state = {"global_step": 1, "log_history": [entry]}
     for name, facts in {"trainer_state": state, "cpt_state": {"phase": "anneal"}, "training_run": {}}.items():
         (folder / "run" / f"{name}.json").write_text(json.dumps(facts))
+    models["moe"].save_pretrained(folder / "shards", max_shard_size="30KB")
+    word_tokenizer().save_pretrained(folder / "shards")
+    adapted = get_peft_model(models["dense"], LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = "dense"
+    adapted.save_pretrained(folder / "adapter")
+    word_tokenizer().save_pretrained(folder / "adapter")
+    random_trace(folder / "trace")
     return folder
 
 
@@ -154,15 +192,22 @@ ROWS = {name: _with(f"{json.dumps(row)}\n" * 8) for name, row in _ROWS.items()}
 
 def _setting(key: str, value: Any) -> Callable[[Path], object]:
     def change(path: Path) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        data = json.loads(path.read_text()) | {key: value}
+        signed = {"checksum": checksum_of_json(data)} if "checksum" in data and key != "checksum" else {}
+        path.write_text(json.dumps(data | signed))
 
     return change
 
 
 _KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads rope_parameters model_type dtype num_experts"
+_OF_STATE = (
+    "num_experts_per_tok architectures log_history global_step phase epoch max_steps settings tokens_seen losses sum "
+    "left_out in_a_row count start dispersion_scale starts_from stopped_by weight_map base_model_name_or_path "
+    "peft_type r lora_alpha target_modules description shards checksum format stateful_callbacks"
+)
 VALUES = {
     (key, str(value) if isinstance(value, list | dict) else value): _setting(key, value)
-    for key in (*_KEYS.split(), "num_experts_per_tok", "architectures", "log_history", "global_step", "phase")
+    for key in (*_KEYS.split(), *_OF_STATE.split())
     for value in (None, -1, 0, 1.5, "words", float("nan"), [1], {"a": 1}, True)
 }
 VALUES["num_hidden_layers", 10**9] = _setting("num_hidden_layers", 10**9)
@@ -188,21 +233,39 @@ WEIGHTS = {
 }
 
 
+def _torch_file(value: Any) -> Callable[[Path], object]:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return _with(buffer.getvalue())
+
+
+TORCH_FILES = {
+    "no object": _torch_file([1]),
+    "nothing in it": _torch_file({}),
+    "of another": _torch_file({"state": {}, "param_groups": [{"params": [0], "lr": 1.0}], "python": 1}),
+    "words": _torch_file({"state": "words", "param_groups": None, "last_epoch": "words", "cpu": "words"}),
+}
+
+
 def files_read(command: str) -> list[str]:
     """Files below the material that the working run of a command reads."""
     files, (words, options) = [], WORKING[command]
     for word in (*words, *map(str, options.values())):
         name = word.rpartition("=")[2]
-        if name in ("moe", "dense", "reward", "run"):
-            files += [f"{name}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")]
-        files += ["run/trainer_state.json"] if name == "run" else []
+        files += [f"{name}/{file}" for file in FILES_OF.get(name, ())]
         files += [name] if name.endswith((".json", ".jsonl")) else []
     return files or ["text.jsonl"]
 
 
+def damages_of(file: str) -> dict[Any, Callable[[Path], object]]:
+    """What can be done to a file of its kind, by name."""
+    kinds = {".safetensors": WEIGHTS, ".jsonl": ROWS, ".pt": TORCH_FILES, ".pth": TORCH_FILES, ".bin": TORCH_FILES}
+    return {**DAMAGE, **kinds.get(Path(file).suffix, VALUES)}
+
+
 def options_of(command: str) -> list[str]:
     """Names of all options of a command but those that reach out of this machine or say where it writes."""
-    kinds = importlib.import_module(COMMANDS[command].module).ARGUMENTS
+    kinds = importlib.import_module(COMMANDS[command.partition("/")[0]].module).ARGUMENTS
     names = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
     return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})
 
@@ -251,6 +314,22 @@ class Trials:
         self.material, self.folder, self.environment, self.count = material, folder, environment, 0
         modules = ("trl", *(command.module for command in COMMANDS.values() if "quickstart" not in command.module))
         self.process = WarmProcess(environment, ("hf_moe_cpt.cli", *modules))
+        for name in RESUMED:
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        """Leave the first checkpoint of a run in the material, without the list that says what was written."""
+        words, options = WORKING[f"{name}/resume"]
+        (self.material / "case.py").write_text(RUN)
+        words = [name, *words, *command_words({**options, "resume_from_checkpoint": None})]
+        done = self.process.run(self.material / "case.py", words, self.environment, seconds=120)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+        run = self.material / options["output_dir"]
+        for path in run.iterdir():
+            if path.name not in ("checkpoint-1", "_run.lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (run / "checkpoint-1" / "checkpoint_files.json").unlink()
 
     def run(self, case: Case, keep: bool = False) -> Outcome:
         """What became of it; keep: leave the folder."""
@@ -265,7 +344,8 @@ class Trials:
         if case.damage is not None:
             case.damage(place / case.file)
         (place / "case.py").write_text(RUN)
-        done = self.process.run(place / "case.py", [case.command, *words], self.environment, seconds=SECONDS)
+        words = [case.command.partition("/")[0], *words]
+        done = self.process.run(place / "case.py", words, self.environment, seconds=SECONDS)
         if not keep:
             shutil.rmtree(place)
         return Outcome(done.returncode, done.stderr[-3000:], done.stdout)

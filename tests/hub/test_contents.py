@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from hf_moe_cpt.hub.contents import find_secret, read_contents, without_paths
 from hf_moe_cpt.hub.publishing import plan_files, plan_upload
@@ -173,6 +175,7 @@ def test_ordinary_files_of_a_model_hold_no_secret(finished):
     [
         ("at /home/alice/run/checkpoint-2, then", "at checkpoint-2, then"),
         ("~/models/x and C:\\Users\\al\\m", "x and m"),
+        ("/home/alice and C:\\Users\\al", "home and home"),
         ("see https://huggingface.co/home/x/y or a/b/c", "see https://huggingface.co/home/x/y or a/b/c"),
         ("1/2 of /tokens/ and </div>", "1/2 of /tokens/ and </div>"),
     ],
@@ -252,6 +255,37 @@ def test_pairs_leave_by_the_same_way_out(hub, command, tmp_path):
         done = made(name, planted)
         assert done.returncode == 2 and said in done.stderr and HF not in done.stderr, done.stderr
     assert hub.files("someone/pairs", "dataset") == published
+
+
+NO_FACTS = {
+    "a log": (
+        "trainer_state.json",
+        {"log_history": [{"step": 1, "sample": "dear diary"}]},
+        "log_history.0.sample is a",
+    ),
+    "trials": (
+        "trainer_state.json",
+        {"trial_params": {"prompt": "dear diary " * 40}},
+        "trial_params.prompt is a text",
+    ),
+    "a name": ("cpt_state.json", {"dear diary " * 40: 1}, "a name is a text"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "said"), NO_FACTS.values(), ids=NO_FACTS)
+def test_a_text_among_facts_is_refused(folder, name, value, said):
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | value))
+    with pytest.raises(ValueError, match=f"{name}': {said}.* take it out of the file") as refused:
+        read_contents(folder)
+    assert "diary" not in str(refused.value).partition("is a text")[2]
+
+
+def test_a_tensor_that_the_model_does_not_use_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.notes"] = torch.tensor(list(MARK), dtype=torch.uint8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="'model.notes' is in its weights, and the model has no such tensor"):
+        plan_upload(folder)
 
 
 def test_a_card_behind_a_link_is_not_read(folder):

@@ -86,11 +86,10 @@ def write_manifest(folder: Path, step: int) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `write_manifest` wrote; None where it wrote nothing. Raises ValueError if the list itself is damaged."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+    if not (folder / MANIFEST).is_file():
         return None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(folder / MANIFEST, files=dict[str, dict[str, int]])
+    if not all({"bytes", "crc32"} <= described.keys() for described in manifest.get("files", {"": {}}).values()):
         raise ValueError(f"{folder / MANIFEST} is no list of files.")
     return manifest
 
@@ -155,7 +154,7 @@ def harm_of(checkpoint: Path, read_back: bool = False) -> str | None:
         incomplete = None if manifest is None else incomplete_file(checkpoint, manifest)
         if incomplete is not None:
             return f"its file {incomplete} is missing or cut"
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        state = read_json(checkpoint / TRAINER_STATE_NAME)
         for weights in checkpoint.glob("*.safetensors") if manifest is None else ():
             if not _opens(weights):
                 return f"its file {weights.name} is cut"
@@ -168,7 +167,7 @@ def harm_of(checkpoint: Path, read_back: bool = False) -> str | None:
         return "its list of files or its state is cut"
     if damaged is not None:
         return f"its file {damaged} is damaged (not what was written)"
-    step = state.get("global_step") if isinstance(state, dict) else None
+    step = state.get("global_step")
     return None if match is None or step == int(match[1]) else f"its state is of step {step}"
 
 

@@ -38,6 +38,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
+from hf_moe_cpt.reading import reading
 from hf_moe_cpt.routing.hooks import (
     MoeLayer,
     checkpoints_reentrantly,
@@ -455,7 +456,7 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
     if not path.is_file():
         return
     inner = inner_model(model)
-    with torch.no_grad():
+    with reading(path), torch.no_grad():
         for name, saved in load_file(path).items():
             module, _, attribute = name.rpartition(".")
             bias = getattr(inner.get_submodule(module), attribute)
