@@ -15,7 +15,13 @@ from hf_moe_cpt.extras import require
 
 if TYPE_CHECKING:
     from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-    from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM, CptMoeForSequenceClassification, CptMoeModel
+    from hf_moe_cpt.modeling.modeling_cpt_moe import (
+        CptMoeForCausalLM,
+        CptMoeForQuestionAnswering,
+        CptMoeForSequenceClassification,
+        CptMoeForTokenClassification,
+        CptMoeModel,
+    )
     from hf_moe_cpt.optim.adamw import StochasticAdamW
     from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
     from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
@@ -32,7 +38,9 @@ __all__ = [
     "CPTTrainer",
     "CptMoeConfig",
     "CptMoeForCausalLM",
+    "CptMoeForQuestionAnswering",
     "CptMoeForSequenceClassification",
+    "CptMoeForTokenClassification",
     "CptMoeModel",
     "RainbowPOConfig",
     "RainbowPOTrainer",
@@ -78,7 +86,9 @@ _import, __dir__ = lazy_names(
         "hf_moe_cpt.modeling.configuration_cpt_moe": ("CptMoeConfig",),
         "hf_moe_cpt.modeling.modeling_cpt_moe": (
             "CptMoeForCausalLM",
+            "CptMoeForQuestionAnswering",
             "CptMoeForSequenceClassification",
+            "CptMoeForTokenClassification",
             "CptMoeModel",
         ),
         "hf_moe_cpt.optim.adamw": ("StochasticAdamW",),

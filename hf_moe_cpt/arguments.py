@@ -55,7 +55,10 @@ class SettingsParser(HfArgumentParser):
             HfArgumentParser._parse_dataclass_field(parser, field)
 
     def set_values(self, values: Mapping[str, Any]) -> None:
-        """Take other defaults; what has one need not be given, and one value stands for a list of it."""
+        """Take other defaults; what has one need not be given, and one value stands for a list of it.
+
+        Mappings in a list become JSON, which is how the command line writes them.
+        """
         lists = {
             field.name
             for kind in self.dataclass_types
@@ -65,6 +68,8 @@ class SettingsParser(HfArgumentParser):
         values = {
             name: [value] if name in lists and isinstance(value, str) else value for name, value in values.items()
         }
+        for name in lists & {name for name, value in values.items() if isinstance(value, list)}:
+            values[name] = [json.dumps(item) if isinstance(item, dict) else item for item in values[name]]
         self.set_defaults(**values)
         for action in self._actions:
             if action.dest in values:

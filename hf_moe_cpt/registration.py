@@ -37,6 +37,8 @@ AUTO_CLASS_OF_MODEL = {
     "CptMoeModel": "AutoModel",
     "CptMoeForCausalLM": "AutoModelForCausalLM",
     "CptMoeForSequenceClassification": "AutoModelForSequenceClassification",
+    "CptMoeForTokenClassification": "AutoModelForTokenClassification",
+    "CptMoeForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
 _CONFIGURATION_FILE = "hf_moe_cpt.modeling.configuration_cpt_moe"
 _MODEL_FILE = "hf_moe_cpt.modeling.modeling_cpt_moe"

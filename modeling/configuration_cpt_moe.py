@@ -29,6 +29,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_cpt_moe.CptMoeModel",
     "AutoModelForCausalLM": "modeling_cpt_moe.CptMoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_cpt_moe.CptMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_cpt_moe.CptMoeForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_cpt_moe.CptMoeForQuestionAnswering",
 }
 
 # A norm over one head holds on every shard; one over the whole projection needs all heads, so they are gathered.
@@ -81,7 +83,7 @@ _PENALTY_BALANCED = {"router_type": "softmax_topk", "router_aux_loss_coef": 0.01
 _SINKHORN_BALANCED = {"router_type": "sinkhorn", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 _BIAS_BALANCED = {"router_type": "bias_topk", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
-PRESETS: dict[str, dict[str, int | float | str]] = {
+_OF_THE_PAPER: dict[str, dict[str, int | float | str]] = {
     "dense-570m": _PAPER_SIZE | _DENSE,
     "pb-granular-2b": _PAPER_SIZE | _GRANULAR | _PENALTY_BALANCED,
     "sb-granular-2b": _PAPER_SIZE | _GRANULAR | _SINKHORN_BALANCED,
@@ -95,6 +97,9 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
     "pb-switch-tiny": _TINY_SIZE | _SWITCH | _PENALTY_BALANCED,
     "sb-switch-tiny": _TINY_SIZE | _SWITCH | _SINKHORN_BALANCED,
 }
+# The same sizes with what servers other than transformers run right (docs/serving.md): SiLU, and whole heads rotated.
+_SERVED = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+PRESETS = _OF_THE_PAPER | {f"{name}-silu": fields | _SERVED for name, fields in _OF_THE_PAPER.items()}
 
 
 @strict
@@ -163,6 +168,7 @@ class CptMoeConfig(PreTrainedConfig):
     num_shared_experts: int | None = None  # experts that see every token; None: 1, or 0 in a dense model
     router_type: str = "softmax_topk"  # or "sinkhorn", or "bias_topk" (sigmoid scores and a bias, DeepSeek-V3's)
     norm_topk_prob: bool | None = None  # divide the K gates by their sum; only for K > 1; None: for bias_topk
+    routed_scaling_factor: float | int = 1.0  # on all gates, after they were normalised
     sinkhorn_iterations: int = 3  # passes over rows and columns when the Sinkhorn router trains
     router_aux_loss_coef: float | None = None  # load balance; None: 0.01 for softmax_topk, else 0
     router_z_loss_coef: float | None = None  # squared logsumexp; None: 0.001 for softmax_topk, else 0
@@ -319,6 +325,8 @@ class CptMoeConfig(PreTrainedConfig):
             raise ValueError(f"num_experts_per_tok={K} must lie in 1..{E}: num_experts={E} are there to choose from.")
         if self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1.")
+        if not 0 < self.routed_scaling_factor < float("inf"):
+            raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor} must be above 0; 1.0 is none.")
         if self.norm_topk_prob and K == 1:
             raise ValueError(
                 "norm_topk_prob=True with num_experts_per_tok=1 makes every gate 1, so the router gets no gradient: "
@@ -337,6 +345,8 @@ class CptMoeConfig(PreTrainedConfig):
         set_fields = [f"{name}={getattr(self, name)}" for name in must_be_off if getattr(self, name)]
         if self.router_type != "softmax_topk":
             set_fields.append(f"router_type={self.router_type!r}")
+        if self.routed_scaling_factor != 1:
+            set_fields.append(f"routed_scaling_factor={self.routed_scaling_factor}")
         if set_fields:
             raise ValueError(
                 f"{', '.join(set_fields)}: a dense model (num_experts=0) has no router; leave this unset, "

@@ -30,7 +30,12 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -288,6 +293,7 @@ class CptMoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.num_experts
         self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
 
     def forward(
@@ -306,6 +312,8 @@ class CptMoeRouter(nn.Module):
             gates = scores.gather(1, index)
             if self.norm_topk_prob:
                 gates = gates / gates.sum(dim=-1, keepdim=True)
+            if self.routed_scaling_factor != 1:
+                gates = gates * self.routed_scaling_factor
         return logits, gates, index
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
@@ -668,7 +676,8 @@ class CptMoeSparseMoeBlock(nn.Module):
             return self.experts(tokens if dtype is None else tokens.to(dtype), index, gates)
         if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
             return self.experts(tokens.to(dtype), index, gates)
-        weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
+        weights = {name: weight for name, weight in self.experts.named_parameters() if weight.is_floating_point()}
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}  # quantised ones stay as they are
         return torch.func.functional_call(self.experts, weights, (tokens.to(dtype), index, gates))
 
 
@@ -1023,4 +1032,37 @@ class CptMoeForSequenceClassification(GenericForSequenceClassification, CptMoePr
         self.post_init()
 
 
-__all__ = ["CptMoeForCausalLM", "CptMoeForSequenceClassification", "CptMoeModel", "CptMoePreTrainedModel"]
+class CptMoeForTokenClassification(GenericForTokenClassification, CptMoePreTrainedModel):
+    """Decoder with a linear classifier on each token; its loss holds no router penalty."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: CptMoeConfig) -> None:
+        CptMoePreTrainedModel.__init__(self, config)  # not the mixin's, as above
+        self.num_labels = config.num_labels
+        self.model = CptMoeModel(config)
+        self.dropout = nn.Dropout(0.1)  # the mixin's default
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class CptMoeForQuestionAnswering(GenericForQuestionAnswering, CptMoePreTrainedModel):
+    """Decoder that scores each token as the start and as the end of an answer; its loss holds no router penalty."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: CptMoeConfig) -> None:
+        CptMoePreTrainedModel.__init__(self, config)  # not the mixin's, as above
+        self.model = CptMoeModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "CptMoeForCausalLM",
+    "CptMoeForQuestionAnswering",
+    "CptMoeForSequenceClassification",
+    "CptMoeForTokenClassification",
+    "CptMoeModel",
+    "CptMoePreTrainedModel",
+]

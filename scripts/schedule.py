@@ -1,6 +1,7 @@
 """Print a learning-rate schedule, and plot it into an SVG file, before a run is started.
 
 hf-moe-cpt schedule --max_steps 1000 --starting_phase decayed --plot schedule.svg
+hf-moe-cpt schedule --max_steps 2000 --checkpoint run/checkpoint-1000
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class ScheduleArguments:
     min_learning_rate: float | None = HfArg(default=None, help="At the end; unset: a tenth of the peak.")
     steepness: float = HfArg(default=10.0, help="Of inv_sqrt_inf's cooldown.")
     tokens_per_step: int | None = HfArg(default=None, help="Adds a column of tokens.")
+    checkpoint: str | None = HfArg(
+        default=None, help="What a run resumed from this checkpoint will do, with its own settings up to --max_steps."
+    )
+    rewarm: bool = HfArg(default=False, help="With --checkpoint: it climbs to the longer schedule.")
     plot: str | None = HfArg(default=None, help="Also draw the curve into this SVG file.")
 
     def __post_init__(self) -> None:
@@ -68,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "min_lr": min_lr,
         "steepness": args.steepness,
     }
+    if args.checkpoint is not None:
+        from hf_moe_cpt.trainers.cpt.cpt_data import resumed_settings  # a trainer takes seconds to import
+
+        settings = resumed_settings(args.checkpoint, args.max_steps, args.rewarm)
     print(describe_schedule(**settings, tokens_per_step=args.tokens_per_step))
     if args.plot:
         print(f"plot written to {plot_schedule(args.plot, **vars(schedule_curve(**settings)))}")

@@ -1,22 +1,27 @@
-"""Blocks of training: a corpus cut into blocks, blocks of two sources mixed by an exact law, a batch of blocks.
+"""Blocks of training: a corpus cut into blocks, blocks of any number of sources mixed by an exact law, batches.
 
 Packing: documents are laid end to end and block k covers flat tokens [k * L, (k + 1) * L). With packing="document"
 attention and loss stop at document boundaries (position_ids restart, the first label of a document is -100); with
 "concat" both run across; with "padded" a row is one document, cut where it is longer and filled up where it is
-shorter, for models whose layers read on. Mixing: an exact share of replay in every batch, in a stateless order; data
-that can only be read forwards obeys the same law with a buffered shuffle.
+shorter, for models whose layers read on. What is left behind the last full block begins the next epoch. Mixing: an
+exact share of every source in every batch, in a stateless order; data that can only be read forwards obeys the same
+law with a buffered shuffle.
 
 Letters: L = max_length, tokens per block; B = global optimizer batch in blocks (all ranks, all accumulation steps),
-r = replay ratio, i = position in [0, B * num_batches), q = ordinal of an item within its source. Replay items before
-position i: floor(i * r + 1/2).
-Source: ratio of new to old data per batch, Thérien et al. 2025 (arXiv 2503.05029), section on replay; the rest ours.
+S = sources, w = their weights, which add up to one, r = replay ratio, i = position in [0, B * num_batches), q =
+ordinal of an item within its source, T = what a source should have had before a batch: B times the sum of its weights.
+Source: ratio of new to old data per batch, Thérien et al. 2025 (arXiv 2503.05029), section on replay; counts of a
+batch, R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): no law comes nearer to all T than
+1 - 1 / (2S - 2) blocks; the rest ours.
 """
 
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import count
+from math import lcm
 from typing import Any
 
 import datasets
@@ -102,9 +107,9 @@ class PackedDataset(torch.utils.data.Dataset):
     """Blocks of a tokenised `datasets.Dataset`, read straight from its memory-mapped arrow table.
 
     documents: column input_ids, a list of integers per row, each document already ending in EOS; `select` and
-    `shuffle` are honoured. Holds 16 bytes of index per document (24 if padded) and no tokens. The last partial block
-    is dropped; padded rows are all kept but those of a single token.
-    Workers receive the file names, not the data.
+    `shuffle` are honoured. Holds 16 bytes of index per document (24 if padded) and no tokens. Blocks run on: behind
+    the last document comes the first again, so that block `len` holds the remainder (`blocks_per_epoch`). Padded rows
+    are all kept but those of a single token. Workers receive the file names, not the data.
     """
 
     def __init__(self, documents: datasets.Dataset, max_length: int, packing: str = "document"):
@@ -123,8 +128,20 @@ class PackedDataset(torch.utils.data.Dataset):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all documents, the dropped remainder after the last full block included."""
+        """Tokens in all documents, the remainder after the last full block included."""
         return int(self._document_ends[-1]) if len(self._document_ends) else 0
+
+    @property
+    def blocks_per_epoch(self) -> Fraction:
+        """Blocks until every token was read once, a whole number only if none remains."""
+        return Fraction(len(self)) if self.packing == "padded" else Fraction(self.num_tokens, self.max_length)
+
+    def block(self, number: int) -> dict[str, torch.Tensor]:
+        """Block `number` of the endless row of epochs; below `len` those of this data set."""
+        if self.packing == "padded":
+            return self[number % len(self)]
+        tokens, boundaries = self._read(number * self.max_length % self.num_tokens)
+        return frame_block(tokens, boundaries, self.packing)
 
     def __len__(self) -> int:
         if self.packing == "padded":
@@ -154,7 +171,7 @@ class PackedDataset(torch.utils.data.Dataset):
             if filled and len(ids):
                 boundaries.append(filled)
             tokens[filled : filled + len(ids)] = ids
-            filled, document, skip = filled + len(ids), document + 1, 0
+            filled, document, skip = filled + len(ids), (document + 1) % len(self._document_ends), 0
         return tokens, boundaries
 
     def _ids_of(self, document: int, skip: int, limit: int) -> np.ndarray:
@@ -205,7 +222,6 @@ class PackedDataset(torch.utils.data.Dataset):
         self._build_index()
 
 
-SOURCES = ("new", "replay")
 _MAX_DENOMINATOR = 10**9
 
 
@@ -224,124 +240,235 @@ def exact_ratio(replay_ratio: float | Fraction) -> Fraction:
     return ratio
 
 
-@dataclass(frozen=True)
-class ReplayLaw:
-    """Assigns positions to sources; pure arithmetic, shared by the map-style and the streaming mixture."""
+def exact_shares(weights: Sequence[float | Fraction]) -> tuple[list[int], int]:
+    """Weights as whole numbers and their sum, D: [0.5, 0.3, 0.2] is [5, 3, 2] of 10.
 
-    ratio: Fraction  # r, from exact_ratio
-    batch_size: int  # B, blocks per optimizer step over all ranks and accumulation steps
-    num_batches: int  # optimizer steps
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-
-    @property
-    def num_positions(self) -> int:
-        """Blocks that the whole budget reads, from both sources together."""
-        return self.batch_size * self.num_batches
-
-    def replay_before(self, position: int) -> int:
-        """Replay items among positions [0, position): floor(position * r + 1/2), in exact arithmetic."""
-        share, whole = self.ratio.numerator, self.ratio.denominator
-        return (2 * position * share + whole) // (2 * whole)
-
-    def assign(self, position: int) -> tuple[str, int]:
-        """The source that serves a position, and how many items of that source came before it."""
-        before = self.replay_before(position)
-        if self.replay_before(position + 1) > before:
-            return "replay", before
-        return "new", position - before
-
-    def composition(self, batch: int) -> tuple[int, int]:
-        """(new blocks, replay blocks) of optimizer batch `batch`; they add up to batch_size."""
-        first = batch * self.batch_size
-        num_replay = self.replay_before(first + self.batch_size) - self.replay_before(first)
-        return self.batch_size - num_replay, num_replay
-
-    def count(self, source: str) -> int:
-        """Blocks that the whole budget reads from a source."""
-        num_replay = self.replay_before(self.num_positions)
-        return num_replay if source == "replay" else self.num_positions - num_replay
+    Raises ValueError for a weight below 0 or not finite, and where none is above 0. Of weights whose common
+    denominator is beyond 1e9 the millionths are kept.
+    """
+    if not all(isinstance(weight, (int, float, Fraction)) and 0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"weights {list(weights)}: each must be a finite number of at least 0.")
+    exact = [Fraction(str(weight)) for weight in weights]
+    if not sum(exact) > 0:
+        raise ValueError(f"weights {list(weights)}: at least one must be above 0.")
+    exact = [weight / sum(exact) for weight in exact]
+    whole = lcm(*(weight.denominator for weight in exact))
+    if whole > _MAX_DENOMINATOR:
+        return _millionths(exact), 10**6
+    return [int(weight * whole) for weight in exact], whole
 
 
-def check_replay(replay: object | None, ratio: Fraction) -> None:
-    """Replay data and a replay ratio above zero go together; one without the other is a mistake worth stopping for."""
-    if ratio > 0 and replay is None:
-        raise ValueError(f"replay_ratio is {float(ratio):g} but there is no replay data: give some or set 0.")
-    if ratio == 0 and replay is not None:
-        raise ValueError("replay data was given but replay_ratio is 0: set a ratio above 0 or leave the data out.")
+def _millionths(shares: Sequence[Fraction]) -> list[int]:
+    ends = [round(10**6 * sum(shares[:place])) for place in range(len(shares) + 1)]
+    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
 
 
-class ReplayMixture(torch.utils.data.Dataset):
-    """Map-style mixture of new and replay blocks; position i belongs to optimizer batch i // batch_size.
+def changing_shares(
+    weights: Sequence[float | Fraction],
+    end_weights: Sequence[float | Fraction],
+    num_batches: int,
+    changes_at: int | None = None,
+) -> np.ndarray:
+    """Weights of every batch in millionths, (num_batches, S): linear from the first to the last batch, or a change.
 
-    Read it in sequence: order, epochs and ratio are functions of (seed, position), so a resumed run needs no saved
-    state and skips in O(1). Replay slots are spread evenly, hence micro-batches and ranks are even too. Item q of a
-    source is element permute(q % N, N, seed of the epoch) of epoch q // N, with N blocks in the source.
+    changes_at: the batch from which end_weights hold, all at once; None is linear.
+    """
+    begin, end = (
+        np.array(_millionths([Fraction(share, whole) for share in shares]))
+        for shares, whole in map(exact_shares, (weights, end_weights))
+    )
+    batch = np.arange(num_batches)[:, None]
+    if changes_at is not None:
+        return np.where(batch < changes_at, begin, end)
+    last = max(1, num_batches - 1)
+    ends = np.cumsum(begin * (last - batch) + end * batch, axis=1)
+    return np.diff((2 * ends + last) // (2 * last), axis=1, prepend=0)
 
-    new, replay: map-style datasets of dictionaries with the same keys; replay is None exactly when replay_ratio is 0.
-    An item is the source's dictionary plus "source": 0 for new, 1 for replay (see SOURCES).
+
+class MixtureLaw:
+    """Assigns the positions of a run to sources by their weights; pure arithmetic, the same on every rank and worker.
+
+    After every batch the blocks of a source differ from T, what its weights say, by at most 1 - 1 / (2S - 2): half a
+    block for two sources. Within a batch the blocks of a source are spread evenly. Two sources of constant weight
+    give the law of replay: replay items before position i number floor(i * r + 1/2).
+
+    weights: by name of the source, in any unit. shares: instead of them for every batch, of `changing_shares`.
     """
 
     def __init__(
         self,
-        new: torch.utils.data.Dataset,
-        replay: torch.utils.data.Dataset | None,
-        replay_ratio: float | Fraction,
+        weights: Mapping[str, float | Fraction],
         batch_size: int,
         num_batches: int,
-        seed: int,
+        shares: np.ndarray | None = None,
     ):
-        self.law = ReplayLaw(exact_ratio(replay_ratio), batch_size, num_batches)
-        check_replay(replay, self.law.ratio)
-        self.blocks = {"new": new} if replay is None else {"new": new, "replay": replay}
-        for source, blocks in self.blocks.items():
-            if len(blocks) == 0:
+        for name, value in (("batch_size", batch_size), ("num_batches", num_batches)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1.")
+        self.names, self.batch_size, self.num_batches = tuple(weights), batch_size, num_batches
+        if shares is None:
+            constant, self._whole = exact_shares(list(weights.values()))
+            shares = [constant]
+        else:
+            self._whole = 10**6
+        is_large = self.num_positions * self._whole * 4 * len(weights) >= 2**62
+        self._shares = np.array(shares, dtype=object if is_large else np.int64)
+        blocks = self._shares * batch_size  # of a batch, in units of 1 / D, as T is
+        if len(blocks) == 1:
+            self._targets = np.arange(num_batches + 1, dtype=blocks.dtype)[:, None] * blocks
+        else:
+            self._targets = np.concatenate([np.zeros_like(blocks[:1]), np.cumsum(blocks, axis=0)])
+        self._counts = self._count()
+        self._order = lru_cache(maxsize=4)(self._order_of)
+
+    def _count(self) -> np.ndarray:
+        """Blocks of every source before every batch, (num_batches + 1, S): Tijdeman's rule with batches for steps.
+
+        Item j of a source may come once T - (j - 1) is at least 1 / (2S - 2) and must have come before T - (j - 1)
+        exceeds 1 - 1 / (2S - 2); the earliest deadline first, the last source where two are the same.
+        """
+        units = max(2, 2 * len(self.names) - 2)
+        scaled, whole = self._targets * units, self._whole * units
+        may = (scaled + (whole - self._whole)) // whole
+        must = -((whole - self._whole - scaled) // whole)
+        totals = self.batch_size * np.arange(self.num_batches + 1)
+        if len(self.names) <= 2:
+            counts = may.astype(np.int64)
+            counts[:, 0] = totals - counts[:, 1:].sum(axis=1)
+            return counts
+        counts, now = [[0] * len(self.names)], [0] * len(self.names)
+        due = [[int(value) for value in column] for column in scaled.T]
+        rates = [max(1, step) for step in (scaled[-1] - scaled[-2]).tolist()]
+
+        def deadline(source: int) -> float:
+            needed = whole * (now[source] + 1) - self._whole + 1
+            batch = bisect_left(due[source], needed)
+            return batch if batch < len(due[source]) else batch + -(-(needed - due[source][-1]) // rates[source])
+
+        for total, allowed, least in zip(totals[1:].tolist(), may[1:].tolist(), must[1:].tolist(), strict=True):
+            now = [max(before, needed) for before, needed in zip(now, least, strict=True)]
+            for _ in range(total - sum(now)):
+                open_sources = [source for source in range(len(now)) if now[source] < allowed[source]]
+                now[min(open_sources, key=lambda source: (deadline(source), -source))] += 1
+            counts.append(list(now))
+        return np.array(counts, dtype=np.int64)
+
+    def _order_of(self, batch: int) -> tuple[list[int], list[int]]:
+        """Source of each position of a batch, and how many items of the source came before it in the run.
+
+        An item is due where its source should have had half of it; what is due first comes first.
+        """
+        shares = self._shares[batch if len(self._shares) > 1 else 0].tolist()
+        targets, begins, ends = (table.tolist() for table in (
+            self._targets[batch], self._counts[batch], self._counts[batch + 1]
+        ))  # fmt: skip
+        items = []
+        for source, (share, target) in enumerate(zip(shares, targets, strict=True)):
+            for item in range(begins[source], ends[source]):
+                late = (2 * item + 1) * self._whole - 2 * target
+                items.append((-(-late // (2 * share)) if share else 0, -source, item))
+        items.sort()
+        return [-source for _, source, _ in items], [item for _, _, item in items]
+
+    @property
+    def num_positions(self) -> int:
+        """Blocks that the whole budget reads, from all sources together."""
+        return self.batch_size * self.num_batches
+
+    def assign(self, position: int) -> tuple[str, int]:
+        """The source that serves a position, and how many items of that source came before it."""
+        batch, place = divmod(position, self.batch_size)
+        sources, ordinals = self._order(batch)
+        return self.names[sources[place]], ordinals[place]
+
+    def composition(self, batch: int) -> tuple[int, ...]:
+        """Blocks of each source in optimizer batch `batch`; they add up to batch_size."""
+        return tuple((self._counts[batch + 1] - self._counts[batch]).tolist())
+
+    def count(self, source: str) -> int:
+        """Blocks that the whole budget reads from a source."""
+        return int(self._counts[-1][self.names.index(source)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=4)(self._order_of)
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Map-style mixture of blocks of several sources; position i belongs to optimizer batch i // batch_size.
+
+    Read it in sequence: order, epochs and shares are functions of (seed, position), so a resumed run needs no saved
+    state and skips in O(1). Blocks of a source are spread evenly, hence micro-batches and ranks are even too. Each
+    epoch of each source is a permutation of its own, under a seed of its name; what remains behind the last full block
+    of an epoch begins the next one.
+
+    blocks: map-style datasets of dictionaries with the same keys, by the names of the law. An item is the source's
+    dictionary plus "source", the place of its name.
+    """
+
+    def __init__(self, blocks: Mapping[str, torch.utils.data.Dataset], law: MixtureLaw, seed: int):
+        for source in law.names:
+            if len(blocks[source]) == 0:
                 raise ValueError(f"the {source} source is empty: it needs at least one block of tokens.")
-        self.seed = seed
+        self.law, self.blocks, self.seed = law, dict(blocks), seed
 
     def __len__(self) -> int:
         return self.law.num_positions
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        source, _, index = self.locate(position)
-        return {**self.blocks[source][index], "source": SOURCES.index(source)}
+        source, first, place, _ = self._find(position)
+        blocks = self.blocks[source]
+        block = blocks.block(first + place) if isinstance(blocks, PackedDataset) else blocks[place]
+        return {**block, "source": self.law.names.index(source)}
 
     def locate(self, position: int) -> tuple[str, int, int]:
-        """(source, epoch of that source, index in that source) of a position, without reading any data."""
+        """(source, epoch of that source, place in that epoch) of a position, without reading any data."""
+        source, _, place, epoch = self._find(position)
+        return source, epoch, place
+
+    def _find(self, position: int) -> tuple[str, int, int, int]:
+        """Source, blocks of its earlier epochs, place in its epoch, epoch."""
         position = operator.index(position)
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
         source, ordinal = self.law.assign(position)
-        length = len(self.blocks[source])
-        epoch, offset = divmod(ordinal, length)
-        return source, epoch, permute(offset, length, derive_seed(self.seed, source, epoch))
+        length = blocks_per_epoch(self.blocks[source])
+        epoch = -(-(ordinal + 1) // length) - 1
+        first, end = epoch * length // 1, (epoch + 1) * length // 1
+        place = permute(ordinal - first, end - first, derive_seed(self.seed, source, epoch))
+        return source, first, place, epoch
 
-    def composition(self, batch: int) -> tuple[int, int]:
-        """(new blocks, replay blocks) of optimizer batch `batch`."""
+    def composition(self, batch: int) -> tuple[int, ...]:
+        """Blocks of each source in optimizer batch `batch`."""
         return self.law.composition(batch)
 
     def summary(self) -> dict[str, float]:
         """What the budget reads: <source>_blocks, and <source>_epochs = blocks read / blocks in the source."""
         figures: dict[str, float] = {}
-        for source, blocks in self.blocks.items():
+        for source in self.law.names:
             figures[f"{source}_blocks"] = self.law.count(source)
-            figures[f"{source}_epochs"] = self.law.count(source) / len(blocks)
+            figures[f"{source}_epochs"] = float(self.law.count(source) / blocks_per_epoch(self.blocks[source]))
         return figures
+
+
+def blocks_per_epoch(blocks: torch.utils.data.Dataset) -> Fraction:
+    """Blocks of a source in one epoch, a fraction where its last one is not full."""
+    return blocks.blocks_per_epoch if isinstance(blocks, PackedDataset) else Fraction(len(blocks))
 
 
 _ROWS_PER_READ = 64
 _SHARDS_OF_A_MAP_STYLE_SOURCE = 64  # shards are visited in a new order each epoch; only the buffer mixes within one
 
 
-class StreamingReplayMixture(torch.utils.data.IterableDataset):
-    """Epochs of two document streams, packed and mixed by the law of ReplayMixture; batch_size * num_batches blocks.
+class StreamingMixture(torch.utils.data.IterableDataset):
+    """Epochs of document streams, packed and mixed by the law of Mixture; batch_size * num_batches blocks.
 
-    new, replay: tokenised (column input_ids). An IterableDataset is shuffled by shard and by a buffer of
-    `shuffle_buffer` documents under a seed of its own per epoch; a map-style Dataset is streamed likewise, so that a
-    small replay set on disk can accompany a streamed corpus. Blocks run on from one epoch into the next.
+    documents: tokenised (column input_ids), by the names of the law. An IterableDataset is shuffled by shard and by a
+    buffer of `shuffle_buffer` documents under a seed of its own per epoch; a map-style Dataset is streamed likewise,
+    so that a small replay set on disk can accompany a streamed corpus. Blocks run on from one epoch into the next.
 
     What comes out depends on (seed, position) only. DataLoader takes batch k from worker k % W, so worker w yields the
     micro-batches k % W == w: micro_batch_size must equal the DataLoader's batch_size (per device when accelerate
@@ -351,11 +478,8 @@ class StreamingReplayMixture(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        new: datasets.IterableDataset | datasets.Dataset,
-        replay: datasets.IterableDataset | datasets.Dataset | None,
-        replay_ratio: float | Fraction,
-        batch_size: int,
-        num_batches: int,
+        documents: Mapping[str, datasets.IterableDataset | datasets.Dataset],
+        law: MixtureLaw,
         seed: int,
         *,
         max_length: int,
@@ -367,11 +491,8 @@ class StreamingReplayMixture(torch.utils.data.IterableDataset):
         for name, value in (("micro_batch_size", micro_batch_size), ("shuffle_buffer", shuffle_buffer)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1.")
-        self.law = ReplayLaw(exact_ratio(replay_ratio), batch_size, num_batches)
-        check_replay(replay, self.law.ratio)
-        self.documents = {"new": _as_stream(new, "new")}
-        if replay is not None:
-            self.documents["replay"] = _as_stream(replay, "replay")
+        self.law = law
+        self.documents = {name: _as_stream(documents[name], name) for name in law.names}
         self.seed, self.max_length, self.packing = seed, max_length, packing
         self.micro_batch_size, self.shuffle_buffer = micro_batch_size, shuffle_buffer
 
@@ -386,7 +507,7 @@ class StreamingReplayMixture(torch.utils.data.IterableDataset):
             source, _ = self.law.assign(position)
             block = next(blocks[source])
             if (position // self.micro_batch_size) % num_workers == worker:
-                yield {**block, "source": SOURCES.index(source)}
+                yield {**block, "source": self.law.names.index(source)}
 
     def _read(self, source: str) -> Iterator[list[int]]:
         """Documents of one source, epoch after epoch, without end."""
@@ -434,7 +555,7 @@ def stack_blocks(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     for item in items:
         if item.keys() != items[0].keys():
             odd = ", ".join(map(repr, sorted(item.keys() ^ items[0].keys())))
-            raise ValueError(f"only some blocks of the batch have {odd}: pack new and replay data in the same way.")
+            raise ValueError(f"only some blocks of the batch have {odd}: pack all sources in the same way.")
     for key in items[0]:
         values = [item[key] for item in items]
         if isinstance(values[0], int):

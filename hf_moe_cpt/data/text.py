@@ -1,22 +1,23 @@
-"""From text wherever it lies to token ids: load documents, tokenise them, say what is wrong with a file and where.
+"""From text wherever it lies to token ids: read documents of files, tokenise them, say what is wrong and where.
 
-Loading itself is done by `datasets` and cached by it; `load_text_dataset` decides what a name means (a Hub id, a
-folder from save_to_disk, folders and files of text, JSON, parquet or arrow) and, when something is wrong, says so in
-one line. Local names never touch the network. `tokenize_documents` gives one row per document, each ending in EOS;
-nothing else survives. `check_file` looks at the head of a file (for text, at all bytes); `find_damage` reads a whole
-file, after `datasets` refused it or before it is streamed, and raises for the first damaged place. Source: ours.
+`load_text_dataset` decides what a name means (a Hub id, a folder from save_to_disk, folders and files of text, source
+code, JSON, CSV, parquet or arrow, compressed or not). Of a file only the useful column is read, so that files whose
+other columns differ go together, streamed or not. What a folder holds and is not read is listed with reasons. Local
+names never touch the network. `tokenize_documents` gives one row per document, each ending in EOS; nothing else
+survives. `check_file` looks at the head of a file (for text, at all bytes). Source: ours.
 """
 
 import codecs
+import csv
+import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -30,15 +31,24 @@ logger = logging.getLogger(__name__)
 Source = str | PathLike[str]
 AnyDataset = datasets.Dataset | datasets.IterableDataset
 
+_CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .js .jsx .ts .tsx .go .rs .rb .php .pl .lua .swift .r"
+_CODE += " .jl .hs .ml .clj .sql .sh .tex"
 KIND_OF_EXTENSION = {
-    ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
+    ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(_CODE.split(), "text"),
 }  # fmt: skip
-_EXTENSIONS = ", ".join(KIND_OF_EXTENSION)
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+_EXTENSIONS = (
+    f"{', '.join(dict.fromkeys(name for name in KIND_OF_EXTENSION if name not in _CODE.split()))}, source code, and "
+    f"with {', '.join(_COMPRESSIONS)} behind it all but the tables of arrow"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SPLIT_OF_NAME = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                   "val": "validation", "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
 _READ_BYTES = 1 << 20
+_BYTES_IN_MEMORY = 1 << 28  # of documents that are held at once while they are written to the cache
 _INT32_LIMIT = 1 << 31
+_CHARACTERS_AT_ONCE = 1 << 20  # encodings take some 150 bytes a token until their ids are read
 
 
 def load_text_dataset(
@@ -53,7 +63,7 @@ def load_text_dataset(
 
     name_or_path: what exists here is read from here, anything else must look like a Hub id; or a list of them, which
     are read one after the other and must all be text or all be tokenised. Folders are searched recursively, hidden
-    files left out; each .txt and .md file is one document.
+    files left out; each file of text or source code is one document.
     split: for the Hub and save_to_disk as usual, slices ("train[:1%]") included. In a folder, files called train,
     validation or test (train.jsonl, test-00000-of-00003.parquet, or below a folder of that name) belong to that split
     and all others to train; a file given by its own path is read whatever its name. config_name: for the Hub.
@@ -64,19 +74,20 @@ def load_text_dataset(
     split_name, _, has_slice = split.partition("[")
     if has_slice and streaming:
         raise ValueError(f"split is {split!r}: a stream cannot be sliced, use {split_name!r} or streaming=False.")
-    files, parts = [], []
+    files: dict[Path, str | None] = {}  # with their column where it is known
+    parts = []
     for name in map(str, names):
         path = Path(name).expanduser()
         if path.is_dir() and _is_saved_dataset(path):
             parts.append(_load_saved(path, split_name, streaming))
         elif path.is_dir():
-            files += _files_of_folder(path, split_name)
+            files |= _files_of_folder(path, split_name, text_column)
         elif path.exists():
-            files.append(path)
+            files.setdefault(path, None)
         else:
             parts.append(_load_from_hub(name, config_name, split_name, streaming))
-    for kind, paths in _group_by_kind(files, text_column).items():
-        parts.append(_load_files(kind, paths, text_column, streaming))
+    if files:
+        parts.append(_load_files(files, text_column, streaming))
     return _slice(_join(parts, names, text_column), split)
 
 
@@ -98,25 +109,59 @@ def _load_saved(folder: Path, split: str, streaming: bool) -> AnyDataset:
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    """Readable files below a folder that belong to a split, in a fixed order."""
+class UnreadFileError(ValueError):
+    """A file without anything to read: refused where it is named itself, listed where its folder is.
+
+    reason: in a word or two, for the list.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def kind_of(path: Path) -> str | None:
+    """How a file is read, by its name: text, json, csv, parquet or arrow; None for a name that says nothing."""
+    if path.suffix.lower() not in _COMPRESSIONS:
+        return KIND_OF_EXTENSION.get(path.suffix.lower())
+    kind = KIND_OF_EXTENSION.get(path.with_suffix("").suffix.lower())
+    return None if kind in ("parquet", "arrow") else kind
+
+
+def _files_of_folder(folder: Path, split: str, text_column: str) -> dict[Path, str]:
+    """Readable files below a folder that belong to a split, in a fixed order, with their column; says what is not."""
     found = sorted(
         path for path in folder.rglob("*")
-        if path.suffix.lower() in KIND_OF_EXTENSION and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )  # fmt: skip
-    if not found:
-        raise ValueError(f"the folder {folder} holds no data: looked for {_EXTENSIONS} files, also in its subfolders.")
-    split_of_file = {path: _split_of(path.relative_to(folder)) for path in found}
+    if not any(map(kind_of, found)):
+        raise ValueError(f"the folder {folder} holds no data: looked for {_EXTENSIONS}, also in its subfolders.")
+    split_of_file = {path: _split_of(path.relative_to(folder)) for path in found if kind_of(path)}
     wanted = _SPLIT_OF_NAME.get(split, split)
-    chosen = [path for path in found if split_of_file[path] == wanted]
-    if not chosen:
+    if wanted not in split_of_file.values():
         raise ValueError(f"the folder {folder} has the splits {sorted(set(split_of_file.values()))}, not {split!r}.")
-    if len(chosen) < len(found):
-        others = sorted(set(split_of_file.values()) - {wanted})
-        logger.info(
-            "%s: %d of %d files belong to %s and are left out", folder, len(found) - len(chosen), len(found), others
-        )
+    chosen, left_out = {}, {}
+    for path in found:
+        reason = None
+        if path not in split_of_file:
+            reason = "of a kind that is not read"
+        elif split_of_file[path] != wanted:
+            reason = f"of the split {split_of_file[path]}"
+        else:
+            try:
+                chosen[path] = check_file(path, kind_of(path), text_column)
+            except UnreadFileError as error:
+                reason = error.reason
+        if reason is not None:
+            left_out.setdefault(reason, []).append(str(path.relative_to(folder)))
+    listed = "; ".join(
+        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in left_out.items()
+    )
+    if not chosen:
+        raise ValueError(f"the folder {folder} holds no text that can be read: {listed}.")
+    if left_out:
+        logger.warning("%s: %d of %d files are read. Left out: %s.", folder, len(chosen), len(found), listed)
     return chosen
 
 
@@ -129,47 +174,136 @@ def _split_of(relative: Path) -> str:
     return "train"
 
 
-def _group_by_kind(files: list[Path], text_column: str) -> dict[str, list[Path]]:
-    """Check every file without reading it whole, then group by the loader that reads it."""
-    groups: dict[str, list[Path]] = {}
-    for path in dict.fromkeys(files):
-        kind = KIND_OF_EXTENSION.get(path.suffix.lower())
+def _load_files(files: dict[Path, str | None], text_column: str, streaming: bool) -> AnyDataset:
+    columns, paths = set(), list(files)
+    for path, column in files.items():
+        kind = kind_of(path)
         if kind is None:
             raise ValueError(f"{path} has the extension {path.suffix!r}: known are {_EXTENSIONS}.")
-        check_file(path, kind, text_column)
-        groups.setdefault(kind, []).append(path)
-    return groups
-
-
-def _load_files(kind: str, paths: list[Path], text_column: str, streaming: bool) -> AnyDataset:
-    options = {}
-    if kind == "text":  # one document per file, under the column name that the caller works with
-        features = datasets.Features({text_column: datasets.Value("string")})
-        options = {"sample_by": "document", "features": features}
-    if kind == "json" and streaming:  # a bad line would stop a stream hours into training
+        columns.add(column or check_file(path, kind, text_column))
+    if len(columns) > 1:
+        raise ValueError(_two_kinds(_listed(paths), text_column))
+    column = columns.pop()
+    if streaming:  # a bad row would stop a stream hours into training
         for path in paths:
-            find_damage(path, kind)
-    data_files = {"train": [str(path.resolve()) for path in paths]}
+            if kind_of(path) in ("json", "csv"):
+                for _ in read_documents(path, column):
+                    pass
+    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    value = datasets.Value("string") if column != "input_ids" else datasets.List(datasets.Value("int64"))
+    options: dict[str, Any] = {"features": datasets.Features({column: value})}
+    options["gen_kwargs"] = {"files": stamps, "column": column}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows_of_files, **options)
+    largest = max(size for _, size, _ in stamps) if kind_of(paths[0]) == "text" else 0
+    options["writer_batch_size"] = max(1, min(1000, _BYTES_IN_MEMORY // max(1, largest)))
     try:
-        with _quiet_loader(kind):
-            return datasets.load_dataset(kind, data_files=data_files, split="train", streaming=streaming, **options)
-    except Exception as error:
-        for path in paths:
-            find_damage(path, kind)
-        where = paths[0] if len(paths) == 1 else f"{len(paths)} files from {paths[0]} to {paths[-1]}"
-        raise ValueError(f"datasets cannot read {where} as {kind}: {first_line_of(error)}") from error
+        return datasets.Dataset.from_generator(_rows_of_files, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(first_line_of(error)) from error
 
 
-@contextmanager
-def _quiet_loader(kind: str) -> Iterator[None]:
-    """Keep a loader from printing the error that we are about to raise with its file and line."""
-    loader = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
-    level = loader.level
-    loader.setLevel(logging.CRITICAL)
+def _rows_of_files(files: Iterable[tuple[str, int, int]], column: str) -> Iterator[dict[str, Any]]:
+    """Rows for `datasets`, which keeps them by name, size and time of the files."""
+    for name, _, _ in files:
+        for document in read_documents(Path(name), column):
+            yield {column: document}
+
+
+def read_documents(path: Path, column: str) -> Iterator[Any]:
+    """What a file holds in one column, row by row; for text, the whole file.
+
+    Raises ValueError that names file and place for a damaged file, and for a row whose value is no text or, if the
+    column is input_ids, no list of integers.
+    """
+    kind = kind_of(path)
+    if kind == "text":
+        yield _decompressed(path).decode().removeprefix("\ufeff")
+        return
+    rows = {"json": _json_rows, "csv": _csv_rows, "parquet": _arrow_rows, "arrow": _arrow_rows}[kind](path, column)
+    for place, value in rows:
+        if not (_is_list_of_ids(value) if column == "input_ids" else isinstance(value, str)):
+            raise ValueError(
+                f"{path}, {place}: column {column!r} holds {_shorten(value)}, a {type(value).__name__} and not "
+                f"{'a list of integers' if column == 'input_ids' else 'a string'}: remove or repair that row."
+            )
+        yield value
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and abs(token) < _INT32_LIMIT for token in value)
+
+
+def _json_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    if _is_one_document(path):
+        rows = enumerate(_parse_document(path))
+        word = "element"
+    else:
+        rows, word = json_lines(path), "line"
+    for number, row in rows:
+        if not isinstance(row, dict) or column not in row:
+            has = list(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}, {word} {number} has no {column!r} but {has}: remove or repair it.")
+        yield f"{word} {number}", row[column]
+
+
+def _csv_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    rows, names = _csv_of(path)
+    place = names.index(column)
     try:
-        yield
-    finally:
-        loader.setLevel(level)
+        for row in rows:
+            if row and len(row) <= place:
+                raise ValueError(f"{path}, line {rows.line_num} has {len(row)} of {len(names)} columns: repair it.")
+            if row:
+                yield f"line {rows.line_num}", row[place] if column != "input_ids" else json.loads(row[place])
+    except UnicodeDecodeError:
+        check_utf8(path)
+        raise
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}, line {rows.line_num} is no valid row ({error}): repair or remove it.") from None
+
+
+def _csv_of(path: Path) -> tuple[Any, list[str]]:
+    """A reader of the rows below the head, and the names in the head."""
+    csv.field_size_limit(_INT32_LIMIT - 1)
+    lines = io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="")
+    plain = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+    rows = csv.reader(lines, delimiter="\t" if plain.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        return rows, next(rows, [])
+    except UnicodeDecodeError:
+        check_utf8(path)
+        raise
+    except (csv.Error, OSError) as error:
+        raise ValueError(f"{path}, line 1 is no head of a table ({error}): name the columns there.") from None
+
+
+def _arrow_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    row = 0
+    try:
+        if kind_of(path) == "parquet":
+            batches = pq.ParquetFile(path, memory_map=True).iter_batches(columns=[column], batch_size=100)
+        else:
+            batches = _arrow_batches(path)
+        for batch in batches:
+            for value in batch.column(column).to_pylist():
+                yield f"row {row} (counted from 0)", value
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is a damaged {kind_of(path)} file: {str(error).splitlines()[0]}") from error
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file to read from, decompressed if its name ends in .gz, .zst, .bz2 or .lz4."""
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression), _READ_BYTES)
+
+
+def _decompressed(path: Path) -> bytes:
+    with open_bytes(path) as file:
+        return file.read()
 
 
 def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bool) -> AnyDataset:
@@ -190,15 +324,19 @@ def _join(parts: list[AnyDataset], names: list[Source], text_column: str) -> Any
     """Reduce every part to its one useful column and put them behind one another."""
     columns = [_text_column_of(_listed(names), column_names(part), text_column) for part in parts]
     if len(set(columns)) > 1:
-        raise ValueError(
-            f"{_listed(names)} holds both text ({text_column!r}) and tokenised data ('input_ids'): load them apart, "
-            "tokenise the text, then join."
-        )
+        raise ValueError(_two_kinds(_listed(names), text_column))
     parts = [part.select_columns([columns[0]]) for part in parts]
     joined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if isinstance(joined, datasets.Dataset) and len(joined) == 0:
         raise ValueError(f"{_listed(names)} holds no rows: a data set needs at least one document.")
     return joined
+
+
+def _two_kinds(what: str, text_column: str) -> str:
+    return (
+        f"{what} holds both text ({text_column!r}) and tokenised data ('input_ids'): load them apart, "
+        "tokenise the text, then join."
+    )
 
 
 def _slice(dataset: AnyDataset, split: str) -> AnyDataset:
@@ -230,30 +368,30 @@ def tokenize_documents(
     tokenizer: PreTrainedTokenizerBase | None,
     text_column: str = "text",
     num_proc: int | None = None,
-    add_eos: bool = True,
+    document_start: str = "auto",
+    document_end: str = "auto",
     vocab_size: int | None = None,
 ) -> AnyDataset:
-    """Return `dataset` with the single column input_ids (int32), one row per non-empty document.
+    """Return `dataset` with the single column input_ids (int32), one row per document that is more than white space.
 
     A Dataset is written to the datasets cache, memory-mapped, and found there again by the next run with the same
     data and tokenizer; an IterableDataset is tokenised as it is read. A dataset that has input_ids passes through,
-    whatever else it holds, with EOS appended where it is absent; only then may tokenizer be None (with add_eos=False).
-    The tokenizer adds no special tokens; EOS comes from us. vocab_size: ids must lie in [0, vocab_size); None checks
-    only for negative ids. num_proc: processes for a Dataset, ignored for an IterableDataset.
+    whatever else it holds; only then may tokenizer be None (with document_end="none").
+    document_start: "auto" is what the tokenizer puts before a text by itself (BOS, or nothing; nothing before ids),
+    "none", or text that becomes tokens, "<s>" for example. document_end: the same; "auto" is EOS. Both are added
+    where they are absent. vocab_size: ids must lie in [0, vocab_size); None checks only for negative ids. num_proc:
+    processes for a Dataset, ignored for an IterableDataset.
     """
     columns = column_names(dataset)
     source_column = _text_column_of("the dataset", columns, text_column)
     is_tokenised = source_column == "input_ids"
-    if tokenizer is None and (add_eos or not is_tokenised):
+    if tokenizer is None and (document_end != "none" or not is_tokenised):
         raise ValueError(
-            "tokenizer is None: it may be left out only for data that has input_ids, together with add_eos=False."
+            "tokenizer is None: it may be left out only for data that has input_ids, together with "
+            "document_end='none'."
         )
-    eos_id = tokenizer.eos_token_id if add_eos else None
-    if add_eos and eos_id is None:
-        raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} has no EOS token to end documents: set tokenizer.eos_token."
-        )
-    arguments: dict[str, Any] = {"eos_id": eos_id, "vocab_size": vocab_size}
+    start, end = _edges(tokenizer, document_start, document_end, is_tokenised)
+    arguments: dict[str, Any] = {"start": start, "end": end, "vocab_size": vocab_size}
     if not is_tokenised:
         arguments |= {"tokenizer": tokenizer, "text_column": text_column}
     options: dict[str, Any] = {
@@ -264,12 +402,45 @@ def tokenize_documents(
         "features": datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
     }
     if isinstance(dataset, datasets.Dataset):
-        options |= {"num_proc": num_proc, "desc": "Checking token ids" if is_tokenised else "Tokenizing documents"}
-    return (
+        bytes_of_document = dataset.data.nbytes // max(1, dataset.data.num_rows)
+        size = max(1, min(1000, _BYTES_IN_MEMORY // 16 // max(1, bytes_of_document)))
+        options |= {"num_proc": num_proc, "batch_size": size, "writer_batch_size": size}
+        options["desc"] = "Checking token ids" if is_tokenised else "Tokenizing documents"
+    finished = (
         dataset.select_columns([source_column])
         .with_format(None)
         .map(_finish_ids if is_tokenised else _tokenize_texts, **options)
     )
+    if isinstance(dataset, datasets.Dataset) and len(finished) < len(dataset):
+        empty = len(dataset) - len(finished)
+        logger.warning("%d of %d documents hold no text and are left out.", empty, len(dataset))
+    return finished
+
+
+def _edges(
+    tokenizer: PreTrainedTokenizerBase | None, document_start: str, document_end: str, is_tokenised: bool
+) -> tuple[list[int], list[int]]:
+    """Ids that begin and end every document."""
+    edges = []
+    for name, text in (("document_start", document_start), ("document_end", document_end)):
+        if text == "none" or tokenizer is None or (name == "document_start" and text == "auto" and is_tokenised):
+            edges.append([])
+        elif text != "auto":
+            edges.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if not edges[-1]:
+                raise ValueError(f"{name}={text!r} is no token: give auto, none, or text that has tokens.")
+        elif name == "document_start":
+            plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+            starts = range(len(whole) - len(plain) + 1)
+            edges.append(whole[: next((at for at in starts if whole[at : at + len(plain)] == plain), 0)])
+        elif tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer {type(tokenizer).__name__} has no EOS token to end documents: set "
+                "tokenizer.eos_token, or document_end to its token or none."
+            )
+        else:
+            edges.append([tokenizer.eos_token_id])
+    return edges[0], edges[1]
 
 
 def check_context(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> None:
@@ -278,7 +449,7 @@ def check_context(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase |
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: use the tokenizer that "
-            "belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
+            "belongs to the model, --vocabulary extend, or model.resize_token_embeddings(len(tokenizer))."
         )
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
@@ -312,7 +483,8 @@ def _tokenize_texts(
     *,
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
-    eos_id: int | None,
+    start: list[int],
+    end: list[int],
     vocab_size: int | None,
 ) -> dict[str, list]:
     texts = batch[text_column]
@@ -322,40 +494,95 @@ def _tokenize_texts(
                 f"row {row} (counted from 0) of column {text_column!r} is {_shorten(text)}, a {type(text).__name__} "
                 "and not a string: remove or repair that row."
             )
-    # verbose=False: a document longer than the model's context is cut into blocks later, so its length is no warning.
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return _finish_ids({"input_ids": encoded["input_ids"]}, rows, eos_id=eos_id, vocab_size=vocab_size)
+    joined, size = [[] for _ in texts], 0
+    group: list[tuple[int, str]] = []
+    keeps_space = _keeps_space(tokenizer)
+    for row, text in enumerate(texts):
+        for piece in () if text.isspace() else _pieces(text, keeps_space):
+            group.append((row, piece))
+            size += len(piece)
+            if size >= _CHARACTERS_AT_ONCE:
+                _encode_group(tokenizer, group, joined)
+                size = 0
+    _encode_group(tokenizer, group, joined)
+    none = np.empty(0, dtype=np.int64)
+    documents = [np.concatenate(parts) if parts else none for parts in joined]
+    return _finish_ids({"input_ids": documents}, rows, start=start, end=end, vocab_size=vocab_size)
+
+
+def _encode_group(
+    tokenizer: PreTrainedTokenizerBase, group: list[tuple[int, str]], joined: list[list[np.ndarray]]
+) -> None:
+    """Put the ids of each piece behind those of its row, and empty the group: ids take less room than encodings."""
+    for (row, _), ids in zip(group, _encode(tokenizer, [piece for _, piece in group]), strict=True):
+        joined[row].append(ids)
+    group.clear()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "encode_batch_fast"):  # a tokenizer in Python
+        found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in found]
+    backend.no_truncation()  # as the tokenizer itself does at every call; and the lists it makes cost more than ids
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encoded]
+
+
+def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a word's space is its own; a tokenizer that puts one before every text gets a later piece without."""
+    once, twice = _encode(tokenizer, ["a", "a a"])
+    return twice.tolist() != [*once.tolist(), *once.tolist()]
+
+
+def _pieces(text: str, keeps_space: bool, length: int = 1 << 14) -> Iterator[str]:
+    """The text in pieces of at most `length` characters, cut between two words where there are any.
+
+    The time of a tokenizer grows faster than its text; cut so, the tokens stay those of the whole.
+    """
+    start = 0
+    while len(text) - start > length:
+        first, cut = start + length // 2, start + length
+        cut = text.rfind(" ", first, cut)
+        while cut > 0 and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
+            cut = text.rfind(" ", first, cut)
+        is_between = cut > 0
+        cut = cut if is_between else start + length
+        yield text[start:cut]
+        start = cut + 1 if is_between and not keeps_space else cut
+    if start < len(text):
+        yield text[start:]
 
 
 def _finish_ids(
-    batch: dict[str, list], rows: list[int], *, eos_id: int | None, vocab_size: int | None
+    batch: dict[str, list], rows: list[int], *, start: list[int], end: list[int], vocab_size: int | None
 ) -> dict[str, list]:
-    """Check ids, drop documents without content, end the others in EOS exactly once."""
+    """Check ids, drop documents without content, give the others their start and end exactly once."""
     documents = batch["input_ids"]
-    _check_ids(documents, rows, _INT32_LIMIT if vocab_size is None else vocab_size)
-    if eos_id is None:
-        return {"input_ids": [ids for ids in documents if len(ids)]}
-    filled = [ids for ids in documents if len(ids) > 1 or (len(ids) == 1 and ids[0] != eos_id)]
-    if filled and vocab_size is not None and not 0 <= eos_id < vocab_size:
-        raise ValueError(
-            f"the tokenizer's EOS is id {eos_id}, outside [0, {vocab_size}): tokenizer and model disagree, "
-            "use the model's tokenizer or resize its embeddings."
-        )
-    return {"input_ids": [ids if ids[-1] == eos_id else [*ids, eos_id] for ids in filled]}
+    limit = _INT32_LIMIT if vocab_size is None else vocab_size
+    _check_ids(documents, rows, limit)
+    for name, edge in (("start", start), ("end", end)):
+        if edge and not 0 <= min(edge) <= max(edge) < limit:
+            raise ValueError(
+                f"the {name} of documents is {edge}, outside [0, {limit}): tokenizer and model disagree, use the "
+                "model's tokenizer or resize its embeddings."
+            )
+    finished = []
+    for document in documents:
+        ids = np.asarray(document, dtype=np.int32)
+        begins, ends = (ids[: len(start)].tolist() == start, ids[len(ids) - len(end) :].tolist() == end)
+        if len(ids) > len(start) * begins + len(end) * ends:
+            finished.append(np.concatenate([[] if begins else start, ids, [] if ends else end]).astype(np.int32))
+    return {"input_ids": finished}
 
 
 def _check_ids(documents: list, rows: list[int], limit: int) -> None:
-    for row, ids in zip(rows, documents, strict=True):
-        if not isinstance(ids, list) or any(not isinstance(token, int) for token in ids[:1]):
-            raise ValueError(f"row {row} (counted from 0) of input_ids is {_shorten(ids)}, not a list of integers.")
-    try:
-        ids_of_batch = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
-    except TypeError as error:
-        raise ValueError(
-            f"rows {rows[0]} to {rows[-1]} of input_ids hold something that is no integer: {error}."
-        ) from None
+    if documents and isinstance(documents[0], np.ndarray):
+        ids_of_batch = np.concatenate(documents)
+    else:
+        ids_of_batch = _flat_ids(documents, rows)
     if ids_of_batch.size and (ids_of_batch.min() < 0 or ids_of_batch.max() >= limit):
         place = int(np.flatnonzero((ids_of_batch < 0) | (ids_of_batch >= limit))[0])
         ends = np.cumsum([len(ids) for ids in documents])
@@ -366,62 +593,69 @@ def _check_ids(documents: list, rows: list[int], limit: int) -> None:
         )
 
 
+def _flat_ids(documents: list, rows: list[int]) -> np.ndarray:
+    for row, ids in zip(rows, documents, strict=True):
+        if not isinstance(ids, list) or any(not isinstance(token, int) for token in ids[:1]):
+            raise ValueError(f"row {row} (counted from 0) of input_ids is {_shorten(ids)}, not a list of integers.")
+    try:
+        return np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+    except TypeError as error:
+        raise ValueError(
+            f"rows {rows[0]} to {rows[-1]} of input_ids hold something that is no integer: {error}."
+        ) from None
+
+
 def _shorten(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-def check_file(path: Path, kind: str, text_column: str) -> None:
-    """Refuse a file that is unreadable, empty, damaged at its head or lacks both text_column and input_ids.
+def check_file(path: Path, kind: str, text_column: str) -> str:
+    """The useful column of a file: input_ids where it has it, else text_column.
 
-    kind: text, json, parquet or arrow. Time does not grow with the size of the file, except for text.
+    kind: text, json, csv, parquet or arrow. Raises UnreadFileError for a file that cannot be opened, is empty or not
+    UTF-8, or has no rows, and ValueError for one that is damaged at its head or has neither column. Time does not grow
+    with the size of the file, except for text.
     """
     try:
         with path.open("rb") as file:
             is_empty = not file.read(1)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; check its permissions.") from error
+        message = f"cannot read {path}: {error.strerror or error}; check its permissions."
+        raise UnreadFileError(message, "that cannot be opened") from error
     if is_empty:
-        raise ValueError(f"{path} is empty: remove it or put text into it.")
-    if kind == "text":
-        check_utf8(path)
-        return
-    columns = json_columns(path) if kind == "json" else _arrow_schema(path, kind).names
-    if columns is not None:
-        _text_column_of(str(path), sorted(columns), text_column)
-    if kind == "parquet" and pq.read_metadata(path).num_rows == 0:  # the loader fails on such a file
-        raise ValueError(f"{path} holds no rows: remove it or put text into it.")
+        raise UnreadFileError(f"{path} is empty: remove it or put text into it.", "empty")
+    try:
+        if kind == "text":
+            check_utf8(path)
+            return text_column
+        if kind in ("json", "csv"):
+            columns = json_columns(path) if kind == "json" else _csv_of(path)[1]
+        else:
+            columns = _arrow_schema(path, kind).names
+            if kind == "parquet" and pq.read_metadata(path).num_rows == 0:
+                raise UnreadFileError(f"{path} holds no rows: remove it or put text into it.", "without rows")
+    except OSError as error:  # of what decompresses
+        raise ValueError(f"{path} is a damaged {path.suffix} file: {error}.") from error
+    return _text_column_of(str(path), sorted(columns), text_column)
 
 
 def check_utf8(path: Path) -> None:
     """Refuse a file with bytes that are not UTF-8, naming the first one's offset."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         while True:
             piece = file.read(_READ_BYTES)
             pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text (byte {offset - pending + error.start}): convert or remove it."
-                ) from None
+                place = offset - pending + error.start
+                message = f"{path} is not UTF-8 text (byte {place}): convert or remove it."
+                raise UnreadFileError(message, "not UTF-8") from None
             if not piece:
                 return
             offset += len(piece)
-
-
-def find_damage(path: Path, kind: str) -> None:
-    """Raise for the first damaged place of a file, with its line (counted from 1) in JSON; return if there is none."""
-    if kind == "text":
-        check_utf8(path)
-    elif kind != "json":
-        _read_arrow(path, kind)
-    elif _is_one_document(path):
-        _parse_document(path)
-    else:
-        for _ in json_lines(path):
-            pass
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -430,7 +664,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises ValueError that names file and line for what is no object or no UTF-8, and for a file that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             for number, line in enumerate(file, start=1):
                 row = _parse_line(path, number, line)
                 if row is not None:
@@ -439,18 +673,23 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"cannot read {path}: {error.strerror or error}; check the path.") from error
 
 
-def json_columns(path: Path) -> list[str] | None:
-    """Keys of the first object; None for one document over many lines, whose head cannot be parsed alone."""
+def json_columns(path: Path) -> list[str]:
+    """Keys of the first object. Raises UnreadFileError for a file without one."""
     if _is_one_document(path):
-        return None
-    for _, row in json_lines(path):
-        return list(row)
-    raise ValueError(f"{path} holds only blank lines: remove it or put text into it.")
+        rows = _parse_document(path)
+        first = rows[0] if rows else None
+    else:
+        first = next((row for _, row in json_lines(path)), None)
+    if first is None:
+        raise UnreadFileError(f"{path} holds only blank lines: remove it or put text into it.", "without rows")
+    if not isinstance(first, dict):
+        raise ValueError(f'{path} holds a JSON {type(first).__name__}, not objects such as {{"text": "..."}}.')
+    return list(first)
 
 
 def _is_one_document(path: Path) -> bool:
     """Whether a JSON file is an array or one object spread over lines, not an object per line."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         head = file.read(_READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     return head[:1] == b"[" or head.split(b"\n", 1)[0].strip() == b"{"
 
@@ -478,35 +717,38 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict | None:
     return row
 
 
-def _parse_document(path: Path) -> None:
+def _parse_document(path: Path) -> list[Any]:
+    """The elements of a JSON array, or the one object."""
     try:
-        json.loads(path.read_bytes())
+        content = json.loads(_decompressed(path))
     except UnicodeDecodeError:
         check_utf8(path)
+        raise
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply: put text and plain values into it.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): repair it.") from None
+    return content if isinstance(content, list) else [content]
 
 
 def _arrow_schema(path: Path, kind: str) -> pa.Schema:
     try:
-        if kind == "parquet":
-            return pq.read_schema(path)
-        with pa.memory_map(str(path)) as source:
-            try:
-                return pa.ipc.open_stream(source).schema
-            except pa.ArrowInvalid:
-                return pa.ipc.open_file(source).schema
+        return pq.read_schema(path) if kind == "parquet" else _arrow_reader(path).schema
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no readable {kind} file: {str(error).splitlines()[0]}") from error
 
 
-def _read_arrow(path: Path, kind: str) -> None:
-    schema = _arrow_schema(path, kind)
-    if kind == "parquet":
-        try:
-            for _ in pq.ParquetFile(path).iter_batches(columns=schema.names[:1]):
-                pass
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is a damaged parquet file: {str(error).splitlines()[0]}") from error
+def _arrow_reader(path: Path) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source)
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    reader = _arrow_reader(path)
+    if isinstance(reader, pa.ipc.RecordBatchStreamReader):
+        yield from reader
+    else:
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))

@@ -1,17 +1,22 @@
-"""Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE: other names, the same numbers and logits.
+"""Convert between `cpt_moe` and Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE, and to GLM-4-MoE and dense families.
+
+Other names, the same numbers and logits.
 
 Read and written shard by shard; what one side cannot express is refused before anything is written. The skeleton of a
 decoder (embeddings, attention, norms, head, sizes, rotary positions) is what upcycling leaves alone as well. Names are
 those of files (one matrix per expert), which other tools read too; a test compares them with what transformers writes.
 
-E experts, K per token, S shared ones, L layers, H hidden size, m width of an expert. Source: transformers'
+E experts, K per token, S shared ones, L layers, H hidden size, m width of an expert, D size of a head, of which R
+dimensions are rotated. Source: transformers'
 configurations, modelling code and conversion mappings; docs/convert.md lists what fits.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,8 @@ from hf_moe_cpt.hub.checkpoint_io import (
     copy_companions,
     leftovers,
     refuse_unused,
+    scaled,
+    shapes_of,
     skeleton,
     write_weights,
 )
@@ -40,13 +47,20 @@ from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 from hf_moe_cpt.reading import reading
 
 
-MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")
+MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "cpt_moe")  # both ways
+DENSE = ("llama", "mistral", "qwen2", "qwen3")  # what a dense model can become; all names are ours
+TARGETS = (*MODEL_TYPES, "glm4_moe", *DENSE)
 SHARED_FIELDS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings rms_norm_eps attention_dropout tie_word_embeddings initializer_range use_cache "
     "pad_token_id bos_token_id eos_token_id dtype"
 ).split()
+STILL = 1e30  # a factor of "longrope" that leaves a dimension unrotated: no angle is above 1e-24
+# Of the gate on Qwen2-MoE's shared expert. Its sigmoid is 1/2 to the last bit of float32; llama.cpp's, silu(x) / x,
+# has no value at 0. float16 knows no smaller ones.
+FAINT_GATE, FAINT_GATE_FLOAT16 = 1e-9, 1e-6
 DEAD_SHARED_WIDTH = 64  # at most; Qwen2-MoE always has a shared expert, and zeros of this width stand for none
+_IS_ROTATED = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")
 _SHARED_OUTPUT = ".shared_expert.down_proj.weight"  # zero in all layers: the shared experts add nothing
 BIASES = ("attention_bias", "qkv_bias")  # of all four projections; of queries, keys and values
 ATTENTION_FIELDS = (*BIASES, "qk_norm", "sliding_window")
@@ -75,7 +89,10 @@ ATTENTION = {
     "qwen3": Attention("attention_bias", "head"),
     "qwen3_moe": Attention("attention_bias", "head", has_window=True),
     "olmoe": Attention("attention_bias", "projection"),
+    "glm4_moe": Attention(),  # it could have biases and norms of heads; no model of ours with sigmoid gates has them
 }
+LLAMA_CPP_NORMALISES = {"qwen2_moe": False, "olmoe": False, "qwen3_moe": True}  # whatever norm_topk_prob says
+HAS_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")  # others: hidden_size / num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ FAMILIES = {
     "olmoe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen2_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen3_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
+    "glm4_moe": Family("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -118,6 +136,8 @@ def attention_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def foreign_attention_fields(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
     """Fields of another family that give the attention of a model of ours. Raises ValueError for what it lacks."""
     family = ATTENTION[model_type]
+    if model_type == "qwen2" and not config.qkv_bias:
+        raise ValueError("qkv_bias=False: qwen2 always has these biases; try llama.")
     for name in BIASES:
         if getattr(config, name) and name != family.bias:
             has = f"those of {family.bias} alone" if family.bias else "none"
@@ -176,21 +196,60 @@ def skeleton_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def foreign_fields(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
     """Fields of a Llama-like family's configuration that give the skeleton of one of ours.
 
-    Raises ValueError for LayerNorm, for rotation of a part of each head and for attention that the family lacks.
+    Raises ValueError for LayerNorm, for sizes of heads and for attention that the family lacks.
     """
     if config.norm_type != "rmsnorm":
         raise ValueError(f"norm_type={config.norm_type!r}: {model_type} has RMSNorm and no biases.")
-    rope = dict(config.rope_parameters)
-    if (factor := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+    if model_type not in HAS_HEAD_DIM and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise ValueError(
-            f"partial_rotary_factor={factor}: {model_type} rotates whole heads; only models that were trained with "
-            "1.0 can become one."
+            f"head_dim={config.head_dim}: {model_type} has heads of hidden_size / num_attention_heads = "
+            f"{config.hidden_size / config.num_attention_heads:g}."
         )
+    rope = dict(config.rope_parameters) if model_type == "glm4_moe" else whole_head_rope(config, model_type)
     fields = {name: getattr(config, name) for name in SHARED_FIELDS} | {"rope_parameters": rope}
+    fields |= {"head_dim": config.head_dim} if model_type in HAS_HEAD_DIM else {}
     fields |= foreign_attention_fields(config, model_type)
     if fields["initializer_range"] is None:  # our own initialisation, which no number stands for
         del fields["initializer_range"]
     return fields
+
+
+def rotated_dimensions(config: CptMoeConfig) -> int:
+    """R of the D dimensions of a head, the first ones."""
+    return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def whole_head_rope(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
+    """Rotary positions of a family that rotates whole heads, which stand still where ours rotate nothing.
+
+    A part of each head is written as "longrope": D / 2 factors on the frequencies, `STILL` for what is not rotated.
+    `head_order` puts the dimensions in the place that it means. Raises ValueError for a part under another rope_type.
+    """
+    rope, D, R = dict(config.rope_parameters), config.head_dim, rotated_dimensions(config)
+    part = rope.pop("partial_rotary_factor", 1.0)
+    if R == D:
+        return rope
+    if rope["rope_type"] != "default":
+        raise ValueError(
+            f"partial_rotary_factor={part} with rope_type={rope['rope_type']!r}: {model_type} rotates whole heads, "
+            "and its longrope can stand for a part only of rope_type='default'; train with partial_rotary_factor 1.0."
+        )
+    theta, context = rope["rope_theta"], config.max_position_embeddings
+    factors = [theta ** (2 * i / R - 2 * i / D) for i in range(R // 2)] + [STILL] * ((D - R) // 2)
+    rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    return rope | {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": context}
+
+
+def head_order(config: CptMoeConfig, model_type: str) -> torch.Tensor | None:
+    """(D,) which of our dimensions of a head stands where under `whole_head_rope`; None if all stay.
+
+    Partners of a rotation lie R / 2 apart in ours and D / 2 apart there.
+    """
+    D, R = config.head_dim, rotated_dimensions(config)
+    if R == D or model_type == "glm4_moe":
+        return None
+    first, second, kept = torch.arange(D).split((R // 2, R // 2, D - R))
+    return torch.cat((first, kept[: (D - R) // 2], second, kept[(D - R) // 2 :]))
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -243,14 +302,22 @@ def config_from(config: PreTrainedConfig) -> CptMoeConfig:
 
 def config_to(config: CptMoeConfig, model_type: str) -> PreTrainedConfig:
     """Another family's configuration of a model of ours. Raises ValueError for what it cannot express."""
-    if not config.is_moe:
-        raise ValueError(f"num_experts=0: a dense model has no place in {model_type}; upcycle it first.")
-    if config.has_sigmoid_gates:
+    if config.is_moe and model_type in DENSE:
+        raise ValueError(f"num_experts={config.num_experts}: {model_type} is dense; choose another family.")
+    if not config.is_moe and model_type not in DENSE:
+        raise ValueError(
+            f"num_experts=0: a dense model has no place in {model_type}; choose one of {', '.join(DENSE)}, or upcycle "
+            "it first."
+        )
+    if config.is_moe and config.has_sigmoid_gates != (model_type == "glm4_moe"):
+        gates, other = ("sigmoid", "glm4_moe") if config.has_sigmoid_gates else ("softmax", "qwen2_moe")
         raise ValueError(
             f"router_type={config.router_type!r} with num_experts_per_tok={config.num_experts_per_tok}: {model_type} "
-            "has no sigmoid gates."
+            f"has no {gates} gates; try {other}."
         )
     fields = foreign_fields(config, model_type)
+    if not config.is_moe:
+        return AutoConfig.for_model(model_type, **fields, intermediate_size=config.intermediate_size)
     fields |= {"num_experts_per_tok": config.num_experts_per_tok, "output_router_logits": config.output_router_logits}
     fields["router_aux_loss_coef"] = (
         config.router_aux_loss_coef * config.num_hidden_layers / config.num_experts_per_tok
@@ -267,6 +334,40 @@ def lost_in_training(config: CptMoeConfig) -> list[str]:
     if config.router_z_loss_coef > 0:
         lost.append(f"router_z_loss_coef={config.router_z_loss_coef} has no counterpart")
     return lost
+
+
+def serving_obstacles(config: CptMoeConfig, model_type: str) -> list[str]:
+    """What keeps servers other than transformers from running a converted model right; docs/serving.md.
+
+    Raises ValueError for a model that does not convert.
+    """
+    config_to(config, model_type)
+    obstacles = []
+    if config.hidden_act not in ("silu", "swish"):
+        obstacles.append(
+            f"hidden_act={config.hidden_act!r}: llama.cpp and vLLM's models run SiLU without a word; train with "
+            "hidden_act='silu', as the presets that end in -silu do"
+        )
+    if head_order(config, model_type) is not None:
+        part = config.rope_parameters["partial_rotary_factor"]
+        obstacles.append(
+            f"partial_rotary_factor={part}: llama.cpp does not read the longrope factors that stand for it in "
+            f"{model_type}; train with 1.0, as the presets that end in -silu do"
+        )
+    if config.norm_topk_prob != LLAMA_CPP_NORMALISES.get(model_type, config.norm_topk_prob):
+        obstacles.append(
+            f"norm_topk_prob={config.norm_topk_prob}: llama.cpp runs every {model_type} as if it were "
+            f"{not config.norm_topk_prob}; train with that, or for another family"
+        )
+    return obstacles
+
+
+def check_servable(config: PreTrainedConfig, model_type: str) -> None:
+    """Raise ValueError, in one line, for a setting that would keep a model of ours from being served as a family."""
+    if not isinstance(config, CptMoeConfig):
+        raise ValueError(f"--serve_as is for cpt_moe, and this is {config.model_type!r}: leave it out.")
+    if obstacles := serving_obstacles(config, model_type):
+        raise ValueError(f"--serve_as {model_type}: {'; '.join(obstacles)}.")
 
 
 def _mixture_from(config: PreTrainedConfig) -> dict[str, Any]:
@@ -293,22 +394,21 @@ def _mixture_from(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _mixture_to(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
     """Another family's fields of our mixture. Raises ValueError for what it cannot express."""
+    if model_type == "glm4_moe":
+        names = ("intermediate_size", "moe_intermediate_size", "norm_topk_prob")
+        fields = {name: getattr(config, name) for name in names}
+        fields |= {"n_routed_experts": config.num_experts, "n_shared_experts": config.num_shared_experts or 1}
+        fields["routed_scaling_factor"] = config.routed_scaling_factor
+        return fields | {"first_k_dense_replace": 0, "num_mtp_layers": 0, "use_qk_norm": False}
     if config.num_shared_experts and model_type != "qwen2_moe":
         raise ValueError(f"num_shared_experts={config.num_shared_experts}: {model_type} has none; try qwen2_moe.")
     if model_type == "mixtral" and not config.norm_topk_prob:
         raise ValueError("norm_topk_prob=False: mixtral divides gates by their sum; try qwen2_moe.")
-    has_head_dim, has_one_width = model_type in ("mixtral", "qwen3_moe"), model_type in ("mixtral", "olmoe")
-    if not has_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
-        raise ValueError(
-            f"head_dim={config.head_dim}: {model_type} has heads of hidden_size / num_attention_heads = "
-            f"{config.hidden_size / config.num_attention_heads:g}."
-        )
-    width = config.moe_intermediate_size
+    has_one_width, width = model_type in ("mixtral", "olmoe"), config.moe_intermediate_size
     fields = {"num_local_experts" if model_type == "mixtral" else "num_experts": config.num_experts}
     fields |= {"intermediate_size": width if has_one_width else config.intermediate_size}
     fields |= {} if has_one_width else {"moe_intermediate_size": width}
     fields |= {} if model_type == "mixtral" else {"norm_topk_prob": config.norm_topk_prob}
-    fields |= {"head_dim": config.head_dim} if has_head_dim else {}
     if model_type == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = config.num_shared_experts * width or min(DEAD_SHARED_WIDTH, width)
     return fields
@@ -316,11 +416,12 @@ def _mixture_to(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made. notes: what training further will do otherwise than before."""
+    """What was made. notes: what training further will do otherwise than before. obstacles: `serving_obstacles`."""
 
     folder: Path
     config: PreTrainedConfig
     notes: tuple[str, ...]
+    obstacles: tuple[str, ...]
     leftovers: tuple[Path, ...]
 
 
@@ -333,11 +434,11 @@ def convert(
 ) -> Converted:
     """Write a checkpoint as one of another family, into a new folder.
 
-    source: a folder or a Hub id, revision: of the latter. to: one of `MODEL_TYPES`; one side must be cpt_moe. Raises
+    source: a folder or a Hub id, revision: of the latter. to: one of `TARGETS`; one side must be cpt_moe. Raises
     ValueError, in one line and before anything is written, for what the other family cannot compute.
     """
-    if to not in MODEL_TYPES:
-        raise ValueError(f"--to {to!r} is unknown: choose one of {', '.join(MODEL_TYPES)}.")
+    if to not in TARGETS:
+        raise ValueError(f"--to {to!r} is unknown: choose one of {', '.join(TARGETS)}.")
     reader = CheckpointReader(source, revision)
     output = check_output(output_dir, reader.folder)
     of = reader.config.model_type
@@ -349,14 +450,17 @@ def convert(
         if to == "cpt_moe":
             config, plan, used = _plan_from(reader)
             jitter = getattr(reader.config, "router_jitter_noise", 0.0)
-            notes = [f"router_jitter_noise={jitter} has no counterpart"] if jitter else []
+            notes, obstacles = [f"router_jitter_noise={jitter} has no counterpart"] if jitter else [], []
         else:
             config, plan, used = _plan_to(reader, to)
-            notes = lost_in_training(reader.config)
+            notes, obstacles = lost_in_training(reader.config), serving_obstacles(reader.config, to)
+            factor = reader.config.routed_scaling_factor
+            if to != "glm4_moe" and math.frexp(factor)[0] != 0.5:  # a power of two rounds nothing
+                obstacles.append(f"routed_scaling_factor={factor} is written into weights, which rounds them once")
         refuse_unused(reader, plan, used)
         model = empty_model(config)
     write_checkpoint(reader, plan, model, output, max_shard_size)
-    return Converted(output, config, tuple(notes), tuple(leftovers(output)))
+    return Converted(output, config, tuple(notes), tuple(obstacles), tuple(leftovers(output)))
 
 
 def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTensor], list[str]]:
@@ -389,17 +493,34 @@ def _plan_from(reader: CheckpointReader) -> tuple[CptMoeConfig, list[PlannedTens
 
 def _plan_to(reader: CheckpointReader, to: str) -> tuple[PreTrainedConfig, list[PlannedTensor], list[str]]:
     """The other family's configuration and tensors."""
-    family, ours = FAMILIES[to], reader.config
-    config = config_to(ours, to)
-    plan = skeleton(reader, empty_model(ours))
+    ours = reader.config
+    config, model, order = config_to(ours, to), empty_model(ours), head_order(ours, to)
+    plan = skeleton(reader, model)
+    if order is not None:
+        plan = [_reordered(tensor, order) if _IS_ROTATED.search(tensor.name) else tensor for tensor in plan]
+    if to in DENSE:
+        return config, plan + [copied(reader, *item) for item in shapes_of(model).items() if ".mlp." in item[0]], []
+    family = FAMILIES[to]
     for layer in range(ours.num_hidden_layers):
         block, mlp = f"model.layers.{layer}.{family.block}.", f"model.layers.{layer}.mlp."
         router = copied(reader, f"{mlp}gate.weight", (ours.num_experts, ours.hidden_size), f"{block}gate.weight")
         plan.append(router)
-        plan += _single_experts(reader, ours, family, layer)
+        factor = 1.0 if to == "glm4_moe" else ours.routed_scaling_factor
+        plan += _single_experts(reader, ours, family, layer, factor)
         if to == "qwen2_moe":
             plan += _qwen2_shared_expert(reader, ours, config.shared_expert_intermediate_size, mlp, router.dtype)
+        elif to == "glm4_moe":
+            plan += _glm4_router_and_shared_experts(reader, ours, mlp, router.dtype)
     return config, plan, []
+
+
+def _reordered(planned: PlannedTensor, order: torch.Tensor) -> PlannedTensor:
+    """A tensor whose first dimension is heads x D, with the dimensions of each head in another order."""
+
+    def pieces() -> Iterator[torch.Tensor]:
+        return (piece.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1) for piece in planned.pieces())
+
+    return replace(planned, pieces=pieces)
 
 
 def _fused_experts(reader: CheckpointReader, config: CptMoeConfig, family: Family, layer: int) -> list[PlannedTensor]:
@@ -427,8 +548,10 @@ def _fused_experts(reader: CheckpointReader, config: CptMoeConfig, family: Famil
     ]
 
 
-def _single_experts(reader: CheckpointReader, config: CptMoeConfig, family: Family, layer: int) -> list[PlannedTensor]:
-    """(E, 2m, H) and (E, H, m) -> (m, H), (m, H) and (H, m) of each expert."""
+def _single_experts(
+    reader: CheckpointReader, config: CptMoeConfig, family: Family, layer: int, factor: float
+) -> list[PlannedTensor]:
+    """(E, 2m, H) and (E, H, m) -> (m, H), (m, H) and, times the factor, (H, m) of each expert."""
     E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
     gate_up, down = (f"model.layers.{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
     dtype = reader.require(gate_up, (E, 2 * width, H))
@@ -438,7 +561,7 @@ def _single_experts(reader: CheckpointReader, config: CptMoeConfig, family: Fami
         yield reader.row(gate_up, expert).chunk(2)[which]
 
     def out(expert: int) -> Iterator[torch.Tensor]:
-        yield reader.row(down, expert)
+        yield scaled(reader.row(down, expert), factor)
 
     plan = []
     for expert in range(E):
@@ -459,12 +582,13 @@ def _shared_matrices(width: int, hidden_size: int, factor: float) -> Iterator[tu
 def _qwen2_shared_expert(
     reader: CheckpointReader, config: CptMoeConfig, width: int, mlp: str, dtype: torch.dtype
 ) -> list[PlannedTensor]:
-    """Qwen2-MoE's shared expert under its sigmoid gate: a gate of zeros is the constant 1/2, undone by a factor of 2.
+    """Qwen2-MoE's shared expert under its sigmoid gate: a faint gate is the constant 1/2, undone by a factor of 2.
 
     Without shared experts it is zeros, which stay zero in training too.
     """
     H = config.hidden_size
-    plan = [constant(f"{mlp}shared_expert_gate.weight", (1, H), dtype)]
+    faint = FAINT_GATE_FLOAT16 if dtype == torch.float16 else FAINT_GATE
+    plan = [constant(f"{mlp}shared_expert_gate.weight", (1, H), dtype, faint)]
     for matrix, shape, factor in _shared_matrices(width, H, 2.0):
         name = f"{mlp}shared_expert.{matrix}.weight"
         if config.num_shared_experts:
@@ -474,11 +598,25 @@ def _qwen2_shared_expert(
     return plan
 
 
+def _glm4_router_and_shared_experts(
+    reader: CheckpointReader, config: CptMoeConfig, mlp: str, dtype: torch.dtype
+) -> list[PlannedTensor]:
+    """The bias on the choice of experts, zeros where ours has none, and the shared experts; none are one of zeros."""
+    bias, shape = f"{mlp}gate.e_score_correction_bias", (config.num_experts,)
+    has_bias, has_shared = config.router_type == "bias_topk", config.num_shared_experts > 0
+    plan = [copied(reader, bias, shape) if has_bias else constant(bias, shape, torch.float32)]
+    width = max(config.num_shared_experts, 1) * config.moe_intermediate_size
+    for matrix, shape, _ in _shared_matrices(width, config.hidden_size, 1.0):
+        name = f"{mlp}shared_experts.{matrix}.weight"
+        plan.append(copied(reader, name, shape) if has_shared else constant(name, shape, dtype))
+    return plan
+
+
 def _shared_gates(reader: CheckpointReader, must_be_zero: bool) -> list[str]:
     """Names of the gates on Qwen2-MoE's shared experts; raises ValueError if one is not zero and must be."""
     names = [name for name in reader.shapes if name.endswith("shared_expert_gate.weight")]
     for name in names:
-        if must_be_zero and reader.tensor(name).any():
+        if must_be_zero and reader.tensor(name).abs().max() > 1.1 * FAINT_GATE_FLOAT16:
             raise ValueError(
                 f"{reader.name}: {name} weighs the shared expert by the token, and cpt_moe adds it with weight 1: "
                 "only models whose gate is 0 can be converted."

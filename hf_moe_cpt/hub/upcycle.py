@@ -1,4 +1,4 @@
-"""Sparse upcycling: a dense Llama-like checkpoint becomes a mixture of experts of the family `cpt_moe`.
+"""Sparse upcycling: a dense Llama-like checkpoint becomes a mixture of experts, and a `cpt_moe` mixture a larger one.
 
 Attention, norms, embeddings and head are carried over; every feed-forward block becomes a router and experts that are
 copies or parts of it, scaled so that the model computes at step 0 what it computed before (docs/upcycle.md says when
@@ -12,12 +12,13 @@ are equal, so its members are chosen together. Every random number follows from 
 matrix alone, so an upcycling can be repeated anywhere.
 
 Sources: sparse upcycling, arXiv 2212.05055; groups and scales ("virtual groups"), arXiv 2410.07524; partial
-re-initialisation (drop-upcycling), arXiv 2502.19261; the cover by shared experts, groups that do not divide E, and the
-scales for our routers: ours.
+re-initialisation (drop-upcycling), arXiv 2502.19261; experts of a mixture copied or split, arXiv 2604.19835; the cover
+by shared experts, groups that do not divide E, and the scales for our routers: ours.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from hf_moe_cpt.hub.checkpoint_io import (
     CheckpointReader,
     PlannedTensor,
     check_output,
+    copied,
     leftovers,
     refuse_unused,
     scaled,
@@ -40,6 +42,7 @@ from hf_moe_cpt.hub.checkpoint_io import (
 )
 from hf_moe_cpt.hub.convert import ATTENTION_FIELDS, empty_model, skeleton_fields, write_checkpoint
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
+from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeMLP, CptMoeSparseMoeBlock
 from hf_moe_cpt.reading import read_json, reading
 
 
@@ -64,8 +67,10 @@ _SIZES += ["head_dim", "hidden_act", "norm_type", "tie_word_embeddings", *ATTENT
 class ExpertLayout:
     """num_parts: G. part_of_expert (E), shared_parts (S): numbers in 0..G-1. group_size: experts chosen together.
 
-    routed_scale, shared_scale: factors on the output matrices. gates_are_exact: whether the routed weights that the
-    scales count on hold for every router, not only for one whose logits are 0.
+    routed_scale: factor on the gates, `routed_scaling_factor` of the configuration: weights of bfloat16 stay what they
+    are. shared_scale: factor on the shared experts' output matrices, 1 where all slots together show each part once.
+    gates_are_exact: whether the routed weights that the scales count on hold for every router, not only for one whose
+    logits are 0.
     """
 
     num_parts: int
@@ -211,10 +216,10 @@ def gate_up_pieces(
 def down_pieces(
     down: torch.Tensor, layout: ExpertLayout, options: UpcycleOptions, layer: int
 ) -> Iterator[torch.Tensor]:
-    """Dense down (H, I) -> for each expert (1, H, m), scaled."""
+    """Dense down (H, I) -> for each expert (1, H, m)."""
     for expert, part in enumerate(layout.part_of_expert):
         columns = rows_of(down.T, part, layout).T
-        yield scaled(changed(columns, 1, "down", options, layer, expert), layout.routed_scale)[None]
+        yield changed(columns, 1, "down", options, layer, expert)[None]
 
 
 def rows_of(weight: torch.Tensor, part: int, layout: ExpertLayout) -> torch.Tensor:
@@ -279,6 +284,7 @@ def upcycle(
     with reading(f"a mixture of {str(dense)!r} and --to {to}", "mend the one that is wrong", keeps=(ValueError,)):
         config = target_config(reader, to, overrides)
         layout = plan_layout(config, config.intermediate_size)
+        config.routed_scaling_factor = layout.routed_scale
         model = empty_model(config)
         plan = skeleton(reader, model)
         for layer in range(config.num_hidden_layers):
@@ -291,12 +297,133 @@ def upcycle(
     return Upcycled(output, config, layout, model.num_parameters(), function, tuple(leftovers(output)))
 
 
+def grow(
+    source: str | Path,
+    output_dir: str | Path,
+    split: int = 1,
+    copies: int = 1,
+    options: UpcycleOptions | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    revision: str | None = None,
+) -> Upcycled:
+    """Make a mixture with more experts out of a `cpt_moe` mixture, which computes the same at step 0.
+
+    Each expert becomes `copies` times its `split` parts of width m / split, with equal router rows, so that a token
+    that chose it chooses all of them: E and K grow by copies x split, the active width by copies. Copies differ by
+    the noise of the options alone; router_init and router_std mean nothing here. Raises ValueError, before anything
+    is written, for what does not divide, is no mixture of ours, or has another gate once K grows.
+    """
+    options = options or UpcycleOptions()
+    reader = CheckpointReader(source, revision)
+    output = check_output(output_dir, reader.folder)
+    with reading(f"the mixture {str(source)!r}", keeps=(ValueError,)):
+        config, layout = _grown(reader, split, copies)
+        model = empty_model(config)
+        plan = skeleton(reader, model)
+        for layer in range(config.num_hidden_layers):
+            plan += _grown_experts(reader, config, layout, options, layer)
+        refuse_unused(reader, plan)
+    function = "changed: experts were given noise or drawn anew in part"
+    function = function if options.changes_experts else "the mixture's, up to rounding"
+    record = {"source": reader.short_name, "source_revision": reader.commit, "split": split, "copies": copies}
+    record |= {"options": asdict(options), "function_at_step_0": function}
+    write_checkpoint(reader, plan, model, output, max_shard_size, {RECORD_FILE: json.dumps(record, indent=1) + "\n"})
+    return Upcycled(output, config, layout, model.num_parameters(), function, tuple(leftovers(output)))
+
+
+def _grown(reader: CheckpointReader, split: int, copies: int) -> tuple[CptMoeConfig, ExpertLayout]:
+    """Configuration and layout of the larger mixture; part_of_expert: of the expert that it was made of."""
+    old = reader.config
+    if not (isinstance(old, CptMoeConfig) and old.is_moe):
+        raise ValueError(f"{reader.name} is no mixture of cpt_moe: upcycle it, or convert it to cpt_moe first.")
+    if split < 1 or copies < 1 or old.moe_intermediate_size % split:
+        raise ValueError(
+            f"split={split}, copies={copies}: both must be at least 1, and split must divide "
+            f"moe_intermediate_size={old.moe_intermediate_size}."
+        )
+    if old.router_type == "sinkhorn" and old.num_experts_per_tok == 1:
+        raise ValueError("router_type='sinkhorn' with num_experts_per_tok=1 has sigmoid gates, and with more none.")
+    times, fields = split * copies, old.to_dict()
+    fields |= {name: fields[name] * times for name in ("num_experts", "num_experts_per_tok")}
+    fields["moe_intermediate_size"] //= split
+    fields["num_shared_experts"] *= split
+    # Gates that are divided among all chosen are 1 / times of what they were, plain sigmoids are as they were.
+    factor = split if old.norm_topk_prob or not old.has_sigmoid_gates else 1 / copies
+    fields["routed_scaling_factor"] *= factor
+    config = CptMoeConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+    parts = tuple(expert % split for expert in range(config.num_experts))
+    return config, ExpertLayout(split, parts, (), times, config.routed_scaling_factor, 1.0, gates_are_exact=True)
+
+
+def _grown_experts(
+    reader: CheckpointReader, config: CptMoeConfig, layout: ExpertLayout, options: UpcycleOptions, layer: int
+) -> list[PlannedTensor]:
+    """Router, routed and shared experts of a layer, made of those of a smaller mixture."""
+    name, times, num_parts = f"model.layers.{layer}.mlp.", layout.group_size, layout.num_parts
+    E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    into, down = f"{name}experts.gate_up_proj", f"{name}experts.down_proj"
+    dtype = reader.require(into, (E // times, 2 * width * num_parts, H))
+    reader.require(down, (E // times, H, width * num_parts))
+
+    def repeated(matrix: str) -> Iterator[torch.Tensor]:
+        yield reader.tensor(matrix).repeat_interleave(times, dim=0)
+
+    def pieces(matrix: str) -> Iterator[torch.Tensor]:
+        for expert, part in enumerate(layout.part_of_expert):
+            old = reader.row(matrix, expert // times)
+            halves = {"gate": old.chunk(2)[0], "up": old.chunk(2)[1]} if matrix == into else {"down": old.T}
+            new = [
+                changed(rows_of(half, part, layout), 0, which, options, layer, expert)
+                for which, half in halves.items()
+            ]
+            yield (torch.cat(new) if matrix == into else new[0].T)[None]
+
+    plan = [
+        PlannedTensor(into, (E, 2 * width, H), dtype, partial(pieces, into), (into,)),
+        PlannedTensor(down, (E, H, width), dtype, partial(pieces, down), (down,)),
+    ]
+    routers = {f"{name}gate.weight": (H,)}
+    routers |= {f"{name}gate.e_score_correction_bias": ()} if config.router_type == "bias_topk" else {}
+    for matrix, rest in routers.items():
+        kind = reader.require(matrix, (E // times, *rest))
+        plan.append(PlannedTensor(matrix, (E, *rest), kind, partial(repeated, matrix), (matrix,)))
+    shared = config.num_shared_experts * width
+    for which, shape in (("gate", (shared, H)), ("up", (shared, H)), ("down", (H, shared))) if shared else ():
+        plan.append(copied(reader, f"{name}shared_experts.{which}_proj.weight", shape))
+    return plan
+
+
+@torch.no_grad()
+def first_block_error(dense: str | Path, made: Upcycled, revision: str | None = None) -> float:
+    """Relative RMS difference of the first layer's feed-forward blocks, new and old, on 64 random tokens.
+
+    As the weights were written, computed in float32 at least; holds one layer.
+    """
+    prefix = "model.layers.0.mlp."
+    before, after = CheckpointReader(dense, revision), CheckpointReader(made.folder)
+    was, config = copy.deepcopy(before.config), copy.deepcopy(made.config)
+    was._experts_implementation = config._experts_implementation = "eager"  # others ask for widths of some multiple
+    was_moe = isinstance(was, CptMoeConfig) and was.is_moe
+    old = CptMoeSparseMoeBlock(was) if was_moe else CptMoeMLP(config, config.intermediate_size)
+    blocks = (old.eval(), CptMoeSparseMoeBlock(config).eval())
+    for reader, block in zip((before, after), blocks, strict=True):
+        weights = {name.removeprefix(prefix): reader.tensor(name) for name in reader.shapes if name.startswith(prefix)}
+        dtype = torch.promote_types(weights[next(iter(weights))].dtype, torch.float32)
+        block.to(dtype).load_state_dict(weights, strict=False)  # without biases that are zero
+    tokens = torch.randn(1, 64, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want, got = (block(tokens) for block in blocks)
+    return float((got - want).norm() / want.norm())
+
+
 def target_config(reader: CheckpointReader, to: str, overrides: dict[str, Any]) -> CptMoeConfig:
     """The skeleton of the dense model with the mixture that `to` and the overrides name."""
     dense = reader.config
     if dense.model_type not in DENSE_FAMILIES or getattr(dense, "num_experts", 0):
         kind = "a mixture already" if dense.model_type == "cpt_moe" else f"of type {dense.model_type!r}"
-        raise ValueError(f"{reader.name} is {kind}: dense models of {', '.join(DENSE_FAMILIES)} can be upcycled.")
+        raise ValueError(
+            f"{reader.name} is {kind}: dense models of {', '.join(DENSE_FAMILIES)} can be upcycled, and mixtures of "
+            "cpt_moe grow by --split and --copies."
+        )
     fields = skeleton_fields(dense) | {"intermediate_size": dense.intermediate_size}
     named = mixture_named(to)
     for name in _SIZES:

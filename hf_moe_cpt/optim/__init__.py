@@ -3,10 +3,12 @@
 from hf_moe_cpt.optim.schedules import (
     DEFAULT_COSINE_PHASES,
     DEFAULT_PHASES,
+    DEFAULT_WSD_PHASES,
     PHASE_NAMES,
     SCHEDULES,
     STARTING_PHASES,
     Boundaries,
+    Extension,
     Phases,
     ScheduleCurve,
     build_lr_scheduler,
@@ -17,18 +19,22 @@ from hf_moe_cpt.optim.schedules import (
     describe_schedule,
     inv_sqrt_inf,
     learning_rate_at,
+    linear,
     phase_at,
     schedule_curve,
+    wsd,
 )
 
 
 __all__ = [
     "DEFAULT_COSINE_PHASES",
     "DEFAULT_PHASES",
+    "DEFAULT_WSD_PHASES",
     "PHASE_NAMES",
     "SCHEDULES",
     "STARTING_PHASES",
     "Boundaries",
+    "Extension",
     "Phases",
     "ScheduleCurve",
     "build_lr_scheduler",
@@ -39,6 +45,8 @@ __all__ = [
     "describe_schedule",
     "inv_sqrt_inf",
     "learning_rate_at",
+    "linear",
     "phase_at",
     "schedule_curve",
+    "wsd",
 ]

@@ -5,8 +5,10 @@ update uses the value at 0 (which is 0 while warming up) and the last one the va
 num_steps, and at every step after it, is min_lr (constant_lr if the phases have no anneal).
 
 Letters: t step, T num_steps, u steps since a phase began, s = u / length of that phase, in [0, 1].
-Source: Thérien et al. 2025 (arXiv 2503.05029), CosineInf; Ibrahim et al. 2024 (arXiv 2403.08763), InvSqrtInf.
-Ours: their table and plot in text, and a LambdaLR whose saved state is the step alone.
+Source: Thérien et al. 2025 (arXiv 2503.05029), CosineInf; Ibrahim et al. 2024 (arXiv 2403.08763), InvSqrtInf; Hägele
+et al. 2024 (arXiv 2405.18392), WSD with a decay of 1 - sqrt; Wen et al. 2024 (arXiv 2410.05192), WSD-S; Bergsma et al.
+2025 (arXiv 2502.15938), linear decay to zero. Ours: their table and plot in text, a LambdaLR whose saved state is the
+step alone, and a run that goes on longer than it was meant to.
 """
 
 from __future__ import annotations
@@ -76,6 +78,14 @@ DEFAULT_COSINE_PHASES: dict[str, Phases] = {
     "constant": Phases(0.0, 0.0, 0.0, 1.0),
     "decayed": Phases(0.01, 0.0, 0.0, 0.99),
 }
+# WSD has no cooldown. WSD-S goes on from a decayed checkpoint at the full rate at once.
+DEFAULT_WSD_PHASES: dict[str, Phases] = {
+    "scratch": Phases(0.01, 0.0, 0.89, 0.10),
+    "constant": Phases(0.0, 0.0, 0.90, 0.10),
+    "decayed": Phases(0.01, 0.0, 0.89, 0.10),
+}
+_TO_THE_END = ("cosine", "linear")  # of these there is a warm-up and an anneal only
+TO_ZERO = ("wsd", "wsd_s", "linear")  # unless told otherwise
 
 
 def default_phases(schedule: str, starting_phase: str, num_steps: int | None = None) -> Phases:
@@ -87,11 +97,16 @@ def default_phases(schedule: str, starting_phase: str, num_steps: int | None = N
     _check_name(schedule)
     if starting_phase not in DEFAULT_PHASES:
         raise ValueError(f"starting phase {starting_phase!r} is unknown: choose one of {', '.join(STARTING_PHASES)}.")
-    phases = (DEFAULT_COSINE_PHASES if schedule == "cosine" else DEFAULT_PHASES)[starting_phase]
+    if schedule == "wsd_s" and starting_phase == "decayed":
+        starting_phase = "constant"
+    kinds = {"wsd": DEFAULT_WSD_PHASES, "wsd_s": DEFAULT_WSD_PHASES} | dict.fromkeys(
+        _TO_THE_END, DEFAULT_COSINE_PHASES
+    )
+    phases = kinds.get(schedule, DEFAULT_PHASES)[starting_phase]
     more = 0.0 if num_steps is None else min(LEAST_WARMUP / num_steps, 0.1) - phases.warmup
     if more <= 0 or not phases.warmup:
         return phases
-    giving = "anneal" if schedule == "cosine" else "cooldown"
+    giving = "anneal" if schedule in _TO_THE_END else "constant" if schedule in kinds else "cooldown"
     return replace(phases, warmup=phases.warmup + more, **{giving: getattr(phases, giving) - more})
 
 
@@ -123,6 +138,42 @@ def inv_sqrt_inf(
     return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, partial(_inv_sqrt, steepness=steepness))
 
 
+def linear(step: int, num_steps: int, warmup: float, max_lr: float, min_lr: float = 0.0) -> float:
+    """`cosine` with a straight line for the half cosine."""
+    ends = Phases(warmup, 0.0, 0.0, 1.0 - warmup).boundaries(num_steps)
+    if step < ends.warmup or ends.anneal == ends.warmup:
+        return max_lr * min(1.0, step / ends.warmup)
+    if step >= num_steps:
+        return min_lr
+    return max_lr + (min_lr - max_lr) * (step - ends.warmup) / (num_steps - ends.warmup)
+
+
+def wsd(step: int, num_steps: int, phases: Phases, max_lr: float, constant_lr: float, min_lr: float = 0.0) -> float:
+    """Warm-up to constant_lr, constant, down to min_lr at T by 1 - sqrt(s); max_lr is read with a cooldown only."""
+    return _infinite(step, num_steps, phases, max_lr, constant_lr, min_lr, _half_cosine, _one_minus_sqrt)
+
+
+class Extension(NamedTuple):
+    """A run that goes on longer than its schedule was made for: from step `step`, at which its rate was `rate`.
+
+    Unless it warms up again the rate stays there until the longer schedule falls below it; if it does, it climbs from
+    there to the longer schedule in `LEAST_WARMUP` steps, or a tenth of those that are left.
+    """
+
+    step: int
+    rate: float
+    rewarm: bool = False
+
+    def limit(self, step: int, num_steps: int, rate: float) -> float:
+        """The rate at a step, of which the longer schedule says `rate`."""
+        if step < self.step:
+            return rate
+        if not self.rewarm:
+            return min(rate, self.rate)
+        steps = max(1, min(LEAST_WARMUP, (num_steps - self.step) // 10))
+        return self.rate + (rate - self.rate) * min(1.0, (step - self.step) / steps)
+
+
 class ScheduleSettings(TypedDict):
     """A schedule by name with what it needs: the keyword arguments of `check_schedule` and `learning_rate_at`."""
 
@@ -133,9 +184,13 @@ class ScheduleSettings(TypedDict):
     constant_lr: float
     min_lr: float
     steepness: NotRequired[float]
+    extension: NotRequired[Extension | None]
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {"cosine_inf": cosine_inf, "inv_sqrt_inf": inv_sqrt_inf, "cosine": cosine}
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "cosine_inf": cosine_inf, "inv_sqrt_inf": inv_sqrt_inf, "cosine": cosine,
+    "wsd": wsd, "wsd_s": wsd, "linear": linear,
+}  # fmt: skip
 
 
 def learning_rate_at(
@@ -148,14 +203,20 @@ def learning_rate_at(
     constant_lr: float,
     min_lr: float,
     steepness: float = 10.0,
+    extension: Extension | None = None,
 ) -> float:
     """Learning rate of update step + 1 under a schedule by name; arguments are taken as checked by `check_schedule`.
 
-    "cosine" reads phases.warmup only. Without a warm-up it starts at constant_lr: a run that does not warm up
-    continues a checkpoint, and none of the schedules lets it jump to max_lr (set constant_lr=max_lr if it should).
+    "cosine" and "linear" read phases.warmup only. Without a warm-up they start at constant_lr: a run that does not
+    warm up continues a checkpoint, and no schedule lets it jump to max_lr (set constant_lr=max_lr if it should).
     """
-    if schedule == "cosine":
-        return cosine(step, num_steps, phases.warmup, max_lr if phases.warmup > 0 else constant_lr, min_lr)
+    if extension is not None:
+        given = {"num_steps": num_steps, "phases": phases, "max_lr": max_lr, "constant_lr": constant_lr}
+        rate = learning_rate_at(step, schedule=schedule, **given, min_lr=min_lr, steepness=steepness)
+        return extension.limit(step, num_steps, rate)
+    if schedule in _TO_THE_END:
+        top = max_lr if phases.warmup > 0 else constant_lr
+        return SCHEDULES[schedule](step, num_steps, phases.warmup, top, min_lr)
     if schedule == "inv_sqrt_inf":
         return inv_sqrt_inf(step, num_steps, phases, max_lr, constant_lr, min_lr, steepness)
     return SCHEDULES[schedule](step, num_steps, phases, max_lr, constant_lr, min_lr)
@@ -180,6 +241,7 @@ def check_schedule(
     constant_lr: float,
     min_lr: float,
     steepness: float = 10.0,
+    extension: Extension | None = None,
 ) -> None:
     """Refuse, with one line that names field, value and remedy, what the schedules cannot mean."""
     _check_name(schedule)
@@ -195,13 +257,18 @@ def check_schedule(
             f"learning rates must satisfy 0 <= min_lr <= constant_lr <= max_lr > 0, got min_lr={min_lr}, "
             f"constant_lr={constant_lr}, max_lr={max_lr}: reorder them."
         )
-    if schedule == "cosine":
+    if extension is not None and extension.rate == 0 and not extension.rewarm:
+        raise ValueError(
+            f"the run ended at step {extension.step} with a rate of 0, at which nothing is learnt: extend it with "
+            "rewarm, or from a checkpoint of before its decay."
+        )
+    if schedule in _TO_THE_END:
         if phases.cooldown > 0 or phases.constant > 0:
             raise ValueError(
-                f"cosine has no cooldown and no constant phase, got cooldown={phases.cooldown}, "
+                f"{schedule} has no cooldown and no constant phase, got cooldown={phases.cooldown}, "
                 f"constant={phases.constant}: give both to anneal, or choose cosine_inf."
             )
-    elif phases.anneal > 0 and min_lr == 0:
+    elif phases.anneal > 0 and min_lr == 0 and schedule not in TO_ZERO:
         raise ValueError(f"{schedule} anneals exponentially and cannot reach min_lr=0: set min_lr > 0 (max_lr / 10).")
     if schedule == "inv_sqrt_inf" and not (math.isfinite(steepness) and steepness > 0):
         raise ValueError(f"steepness={steepness} gives inv_sqrt_inf no slope: set it > 0 (10 is the usual value).")
@@ -231,6 +298,14 @@ def _half_cosine(s: float, begin: float, end: float) -> float:
     return end + (begin - end) / 2 * (1 + math.cos(math.pi * s))
 
 
+def _one_minus_sqrt(s: float, begin: float, end: float) -> float:
+    return end + (begin - end) * (1 - math.sqrt(s))
+
+
+def _exponential(s: float, begin: float, end: float) -> float:
+    return begin * (end / begin) ** s
+
+
 def _inv_sqrt(s: float, begin: float, end: float, steepness: float) -> float:
     fall = 1 / math.sqrt(1 + steepness * s) - 1
     return begin + (end - begin) * fall / (1 / math.sqrt(1 + steepness) - 1)
@@ -244,6 +319,7 @@ def _infinite(
     constant_lr: float,
     min_lr: float,
     cooldown: Callable[[float, float, float], float],
+    anneal: Callable[[float, float, float], float] = _exponential,
 ) -> float:
     """The four phases; without a cooldown nothing could come down from max_lr, so warm-up then ends at constant_lr."""
     ends = phases.boundaries(num_steps)
@@ -256,7 +332,7 @@ def _infinite(
         return constant_lr
     if step >= num_steps:
         return min_lr
-    return constant_lr * (min_lr / constant_lr) ** ((step - ends.constant) / (ends.anneal - ends.constant))
+    return anneal((step - ends.constant) / (ends.anneal - ends.constant), constant_lr, min_lr)
 
 
 @dataclass(frozen=True)
@@ -274,6 +350,9 @@ def schedule_curve(*, num_points: int = 400, **settings: Unpack[ScheduleSettings
     num_steps = settings["num_steps"]
     ends = settings["phases"].boundaries(num_steps)
     starts = {name: begin for name, begin, end in zip(PHASE_NAMES, (0, *ends), ends, strict=False) if end > begin}
+    if (extension := settings.get("extension")) is not None:
+        starts["extension"] = extension.step
+        starts = dict(sorted(starts.items(), key=lambda start: start[1]))
     even = {round(i * num_steps / max(1, num_points - 1)) for i in range(num_points)}
     steps = sorted(even | {0, num_steps} | set(starts.values()))
     return ScheduleCurve(steps, [learning_rate_at(step, **settings) for step in steps], starts)

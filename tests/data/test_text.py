@@ -4,6 +4,9 @@ Damage is found where it is, and nothing sound is called damaged. Documents beco
 again by another process; every bad row is named.
 """
 
+import bz2
+import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -13,10 +16,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_moe_cpt.data.text import check_file, check_utf8, find_damage, load_text_dataset, tokenize_documents
+from hf_moe_cpt.data.text import check_file, check_utf8, load_text_dataset, read_documents, tokenize_documents
 
 
 @pytest.mark.parametrize("offset", [0, 7, 2**20 - 1, 2**20, 2**20 + 5])
@@ -42,7 +45,7 @@ def test_sound_json(tmp_path):
     for content in (*lines, b' \n[{"text": "a"},\n{"text": "b"}]', b'{\n"text": "a"}'):
         path.write_bytes(content)
         check_file(path, "json", "text")
-        find_damage(path, "json")
+        assert list(read_documents(path, "text")) == ["a", "b"][: content.count(b"text")]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_damaged_json(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         check_file(path, "json", "text")
-        find_damage(path, "json")
+        assert list(read_documents(path, "text")) == ["a", "b"][: content.count(b"text")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -76,7 +79,7 @@ def test_tables(tmp_path, kind):
         with pa.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table)
     check_file(path, kind, "body")
-    find_damage(path, kind)
+    assert list(read_documents(path, "body")) == ["a", "b"] * 500
     with pytest.raises(ValueError, match=r"neither 'text' nor 'input_ids' but \['body'\]"):
         check_file(path, kind, "text")
     path.write_bytes(b"nonsense" * 9)
@@ -92,7 +95,7 @@ def test_a_file_damaged_inside_or_gone(tmp_path):
     path.write_bytes(content)
     check_file(path, "parquet", "text")
     with pytest.raises(ValueError, match="a.parquet is a damaged parquet file"):
-        find_damage(path, "parquet")
+        list(read_documents(path, "text"))
     with pytest.raises(ValueError, match="cannot read .*: No such file or directory; check its permissions"):
         check_file(tmp_path / "gone.txt", "text", "text")
 
@@ -153,6 +156,101 @@ def test_a_saved_dataset(tmp_path, streaming):
         load_text_dataset(tmp_path / "two", split="dev")
 
 
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.ndjson", "note.rst", "code.py", "main.CPP"])
+def test_more_kinds_of_files(tmp_path, name, streaming):
+    path = tmp_path / name
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if name == "a.tsv" else ",")
+            writer.writerows([["n", "body"], *enumerate([*TEXTS, 'with "quotes", commas\tand\nlines'])])
+        want = [*TEXTS, 'with "quotes", commas\tand\nlines']
+    elif path.suffix == ".ndjson":
+        write(tmp_path / "a.jsonl", column="body").rename(path)
+        want = TEXTS
+    else:
+        path.write_text(TEXTS[0])
+        want = TEXTS[:1]
+    assert read(tmp_path, streaming=streaming, text_column="body") == want
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_lie_beside_plain_ones(tmp_path, ending, streaming):
+    """open_lm #285: 1,000 of 1,006 documents were gone."""
+    packed = write(tmp_path / "packed.jsonl", [f"text {i}" for i in range(1000)])
+    content = packed.read_bytes()
+    packed.unlink()
+    half = len(content.splitlines(keepends=True)[0]) * 3
+    members = [COMPRESS[ending](content[:half]), COMPRESS[ending](content[half:])]  # gzip and zstd files have many
+    (tmp_path / f"deep.jsonl.{ending}").write_bytes(b"".join(members))
+    (tmp_path / f"note.txt.{ending}").write_bytes(COMPRESS[ending](b"one more"))
+    write(tmp_path / "plain.jsonl", [f"plain {i}" for i in range(6)])
+    found = read(tmp_path, streaming=streaming)
+    assert len(found) == 1007 and {"text 999", "plain 5", "one more"} <= set(found)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_columns_may_differ_from_file_to_file(tmp_path, kind, streaming):
+    """OLMoE #21 and datasets #5596: OLMoE's own mix has files with one more column, and of another type."""
+    for number, more in enumerate(({}, {"meta": "x"}, {"meta": {"a": 1}, "id": "y"})):
+        rows = [{"text": f"text {number}", "id": number, **more}]
+        path = tmp_path / f"{number}.{kind}"
+        path.write_text(json.dumps(rows[0])) if kind == "jsonl" else pq.write_table(pa.Table.from_pylist(rows), path)
+    assert read(tmp_path, streaming=streaming) == ["text 0", "text 1", "text 2"]
+
+
+def test_what_a_folder_holds_and_is_not_read_is_listed_with_reasons(tmp_path, caplog):
+    for name, content in {"a.txt": b"a", "b.txt": b"", "c.png": b"x", "d.pdf": b"y", "e.md": b"ab\xff"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "f.jsonl").write_bytes(b"\n\n")
+    assert read(tmp_path) == ["a"]
+    assert caplog.messages == [
+        f"{tmp_path}: 1 of 6 files are read. Left out: 1 empty (b.txt); 2 of a kind that is not read (c.png, d.pdf); "
+        "1 not UTF-8 (e.md); 1 without rows (f.jsonl)."
+    ]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match="holds no text that can be read: 1 empty"):
+        load_text_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a.jsonl, line 2 has no 'text' but \['body'\]"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 5}\n', "a.jsonl, line 3: column 'text' holds 5, a int and not a str"),
+        ("a.jsonl", b'{"input_ids": [1]}\n{"input_ids": [0.5]}\n', r"line 2: column 'input_ids' holds \[0.5\]"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "a.jsonl, line 2 is not UTF-8 text"),
+        ("a.csv", b"n,text\n1,a\n2\n", "a.csv, line 3 has 1 of 2 columns"),
+        ("a.csv", b"n,text\n1,a\n2,\xe9\n", r"a.csv is not UTF-8 text \(byte 13\)"),
+        ("a.csv", b"n,body\n1,a\n", "a.csv has neither 'text' nor 'input_ids'"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is a damaged .gz file"),
+    ],
+)
+def test_a_bad_row_is_told_with_file_and_place_before_anything_is_read(tmp_path, name, content, message, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_text_dataset(tmp_path / name, streaming=streaming)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["old"])
+    assert read(path) == ["old"]
+    write(path, ["new, and longer"])
+    assert read(path) == ["new, and longer"]
+
+
+def test_documents_of_white_space_are_counted(caplog):
+    tokenize_documents(make_texts("a b", " \n ", "", "c"), make_tokenizer())
+    assert caplog.messages == ["2 of 4 documents hold no text and are left out."]
+
+
 def test_several_paths_become_one(tmp_path):
     paths = [write(tmp_path / "a.jsonl"), str(write(tmp_path / "b.txt", ["b"]))]
     assert sorted(read([*paths, write(tmp_path / "f/c.jsonl", ["c"]).parent])) == sorted([*TEXTS, "b", "c"])
@@ -210,17 +308,17 @@ def test_files_that_are_refused(tmp_path):
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()
-    (tmp_path / "none/readme.rst").write_text("text")
+    (tmp_path / "none/readme.odt").write_text("text")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/state.json").write_text("{}")
     neither = r" has neither 'text' nor 'input_ids' but \['body', 'number'\]"
     refused = {
-        write(tmp_path / "a.csv"): r"a.csv has the extension '.csv': known are .txt, .md, .jsonl",
+        write(tmp_path / "a.odt"): r"a.odt has the extension '.odt': known are .txt, .md, .rst, .jsonl",
         write(tmp_path / "a.jsonl", column="body"): "a.jsonl" + neither,
         write(tmp_path / "b.json", column="body"): "b.json" + neither,
         tmp_path / "c.parquet": "c.parquet holds no rows",
         tmp_path / "empty.txt": "empty.txt is empty",
-        tmp_path / "none": "holds no data: looked for .txt, .md, .jsonl, .json, .parquet, .arrow files",
+        tmp_path / "none": "holds no data: looked for .txt, .md, .rst, .jsonl, .ndjson, .json, .csv, .tsv, ",
         tmp_path / "broken": "cannot read the saved dataset",
         (): "the list of data sets is empty",
     }
@@ -256,13 +354,86 @@ def make_ids(*documents) -> datasets.Dataset:
 )
 def test_documents_of_text_or_ids_end_in_eos_and_empty_ones_go(source, is_stream):
     got = tokenize_documents(source.to_iterable_dataset() if is_stream else source, make_tokenizer(), vocab_size=6)
-    assert list(got) == [{"input_ids": ids} for ids in ([3, 4, EOS], [5, EOS], [3, EOS])]
+    start = [] if "input_ids" in source.column_names else [1]  # what the tokenizer puts there by itself
+    want = [[*start, *ids] for ids in ([3, 4, EOS], [5, EOS], [3, EOS])]
+    assert [list(row["input_ids"]) for row in got] == want
     assert got.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def test_without_eos_nothing_is_appended():
-    assert tokenize_documents(make_ids([3, 4], []), None, add_eos=False)["input_ids"][:] == [[3, 4]]
-    assert tokenize_documents(make_texts("a b"), make_tokenizer(), add_eos=False)["input_ids"][:] == [[3, 4]]
+    assert tokenize_documents(make_ids([3, 4], []), None, document_end="none")["input_ids"][:] == [[3, 4]]
+    assert tokenize_documents(make_texts("a b"), make_tokenizer(), document_end="none")["input_ids"][:] == [[1, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    "start, end, want",
+    [
+        ("auto", "auto", [1, 3, 4, 2]),
+        ("none", "auto", [3, 4, 2]),
+        ("<eos>", "none", [2, 3, 4]),
+        ("none", "c c", [3, 4, 5, 5]),
+    ],
+)
+def test_a_document_begins_and_ends_as_chosen(start, end, want):
+    edges = {"document_start": start, "document_end": end}
+    assert tokenize_documents(make_texts("a b"), make_tokenizer(), **edges)["input_ids"][:] == [want]
+    both = make_ids(want, [5])  # what is there is not put there again
+    added = tokenize_documents(both, make_tokenizer(), **(edges if start != "auto" else {}))["input_ids"][:]
+    assert added[0] == want and len(added[1]) > 1
+    with pytest.raises(ValueError, match="document_end='  ' is no token"):
+        tokenize_documents(make_texts("a b"), make_tokenizer(), document_end="  ")
+
+
+def trained_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Tokenizers of the kinds that models have, with vocabularies learnt from the test's own words."""
+    llama = kind in ("llama", "gemma")
+    special = ["<s>", "</s>", "<unk>", "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=llama, unk_token="<unk>" if llama else None))
+    if kind == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif kind == "qwen":
+        words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Without the pieces that a pre-tokenizer makes, training would learn across words: it is given words.
+    words = [*(f"▁{word}" for word in WORDS_OF_ALL), *WORDS_OF_ALL] if llama else [" ".join(WORDS_OF_ALL)] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, show_progress=False, initial_alphabet=[*"▁ .,\n0123456789"] if llama
+        else pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    normalizer, tokenizer.normalizer = tokenizer.normalizer, normalizers.Sequence([])
+    tokenizer.train_from_iterator(words * 5, trainer)
+    tokenizer.normalizer = normalizer
+    if llama:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    names = {"bos_token": "<s>", "eos_token": "</s>"} if llama else {"eos_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+WORDS_OF_ALL = (
+    "the quick brown fox jumps over a lazy dog while nobody looks at all these words of an old river".split()
+)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen", "gpt_neox"])
+def test_a_long_document_has_the_tokens_of_the_whole_and_the_start_of_its_tokenizer(kind):
+    """Against the tokenizer itself, given the whole text."""
+    tokenizer = trained_tokenizer(kind)
+    text = "\n".join(
+        " ".join(WORDS_OF_ALL[(i * 7 + j * j) % len(WORDS_OF_ALL)] for j in range(9 + i % 5)) + f", {i}. And  so"
+        for i in range(900)
+    )
+    got = tokenize_documents(make_texts(text, "the fox"), tokenizer)["input_ids"]
+    assert len(text) > 3 * 2**14
+    for ids, whole in zip(got, (text, "the fox"), strict=True):
+        assert ids == [*tokenizer(whole)["input_ids"], tokenizer.eos_token_id]
+        assert (ids[0] == tokenizer.bos_token_id) == (kind in ("llama", "gemma"))
 
 
 def test_processes_give_the_same_rows_in_the_same_order():
@@ -314,7 +485,7 @@ def test_the_cache_is_found_by_another_process(tmp_path):
         (make_texts("a"), {"vocab_size": 3}, r"token id 3 in row 0 .* outside \[0, 3\): tokenizer and model disagree"),
         (make_ids([3], [4, 7, 8]), {"vocab_size": 6}, r"token id 7 in row 1 .* outside \[0, 6\)"),
         (make_ids([3], [-1]), {}, r"token id -1 in row 1 .* outside \[0, 2147483648\)"),
-        (make_ids([1]), {"vocab_size": 2}, r"EOS is id 2, outside \[0, 2\)"),
+        (make_ids([1]), {"vocab_size": 2}, r"the end of documents is \[2\], outside \[0, 2\)"),
         (make_ids([3.5]), {}, r"row 0 .* is \[3.5\], not a list of integers"),
         (make_ids("3 4"), {}, "row 0 .* is '3 4', not a list of integers"),
         (make_ids([3], None), {}, "row 1 .* is None, not a list of integers"),
@@ -332,6 +503,6 @@ def test_tokenizers_that_cannot_serve():
     with pytest.raises(ValueError, match="PreTrainedTokenizerFast|TokenizersBackend") as refused:
         tokenize_documents(make_texts("a"), make_tokenizer(eos_token=None))
     assert "has no EOS token to end documents: set tokenizer.eos_token" in str(refused.value)
-    for dataset, add_eos in ((make_texts("a"), False), (make_ids([3]), True)):
+    for dataset, end in ((make_texts("a"), "none"), (make_ids([3]), "auto")):
         with pytest.raises(ValueError, match="tokenizer is None"):
-            tokenize_documents(dataset, None, add_eos=add_eos)
+            tokenize_documents(dataset, None, document_end=end)

@@ -7,14 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_cpt
 from hf_moe_cpt.registration import _ModelClassOnUse, _run_after_import
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+CLASSIFYING = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, *CLASSIFYING])
 def test_auto_classes_build_our_classes(auto_class: type) -> None:
     name = auto_class.__name__.replace("AutoModelFor", "CptMoeFor").replace("AutoModel", "CptMoeModel")
     config = AutoConfig.for_model("cpt_moe", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)

@@ -15,6 +15,7 @@ MIXTURES = {
     "qwen2_moe": SIX | {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 16, "qkv_bias": False},
     "qwen3_moe": SIX | {"moe_intermediate_size": 8, "head_dim": 12},
     "olmoe": FOUR,
+    "glm4_moe": {"num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_moe_cpt.hub.convert import FAMILIES, convert
+from hf_moe_cpt.hub.convert import FAMILIES, check_servable, config_to, convert
+from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.scripts.convert import main
 from tests.helpers.hub_checkpoints import LLAMA3_ROPE, biased, fingerprint, logits_of, model_of, saved
 from tests.helpers.tolerances import assert_matches
@@ -59,6 +60,7 @@ def test_what_came_from_transformers_keeps_its_logits(case: str, tmp_path: Path)
     assert fingerprint(source) == before
 
 
+HALF = {**FULL_ROTATION, "partial_rotary_factor": 0.5}
 SINKHORN, SHARED_HEADS = {"router_type": "sinkhorn"}, {"num_key_value_heads": 1, "tie_word_embeddings": True}
 FROM_OURS = {
     "mixtral, trained by a Sinkhorn plan, grouped, tied": ("mixtral", SINKHORN | SHARED_HEADS),
@@ -89,12 +91,86 @@ def test_ours_keeps_its_logits_there_and_every_bit_when_it_comes_back(case: str,
     assert_matches(f"{case}, back", logits_of(tmp_path / "back"), logits_of(model))
 
 
+PARTLY = {"rope_parameters": HALF}
+NO_EXPERTS = dict.fromkeys(("num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"))
+NO_EXPERTS |= {"num_experts": 0, "norm_topk_prob": False}
+RAW_SWITCH = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+ONE_WAY = {
+    "qwen2_moe, a part of each head rotated": ("qwen2_moe", PARTLY | {"qkv_bias": True, "num_shared_experts": 1}),
+    "olmoe, a part of each head rotated": ("olmoe", PARTLY | {"qk_norm": "projection", "num_key_value_heads": 1}),
+    "qwen3_moe, a part of each head rotated": ("qwen3_moe", PARTLY | {"qk_norm": "head", "head_dim": 12}),
+    "glm4_moe, balanced by a bias": ("glm4_moe", PARTLY | {"router_type": "bias_topk", "num_shared_experts": 1}),
+    "glm4_moe, sigmoid switch": ("glm4_moe", RAW_SWITCH | SINKHORN),
+    "llama, a part of each head rotated": ("llama", NO_EXPERTS | PARTLY | SHARED_HEADS | {"attention_bias": True}),
+    "mistral": ("mistral", NO_EXPERTS | {"sliding_window": 5, "hidden_act": "silu"}),
+    "qwen2": ("qwen2", NO_EXPERTS | {"qkv_bias": True}),
+    "qwen3": ("qwen3", NO_EXPERTS | {"qk_norm": "head", "head_dim": 12}),
+}
+
+
+@pytest.mark.parametrize("case", ONE_WAY)
+def test_ours_keeps_its_logits_in_families_that_rotate_whole_heads_have_sigmoid_gates_or_are_dense(
+    case: str, tmp_path: Path
+) -> None:
+    to, changes = ONE_WAY[case]
+    model = biased(model_of("cpt_moe", **{**OURS, **changes}))
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.uniform_(bias, -0.5, 0.5)
+    saved(model, tmp_path / "ours")
+    made = convert(tmp_path / "ours", tmp_path / "theirs", to, max_shard_size=10_000)
+    # Frequencies of longrope are products of two roundings, and an angle is up to 20 of them.
+    limit = 2e-5 if "rotated" in case else None
+    assert_matches(case, logits_of(tmp_path / "theirs"), logits_of(model), limit)
+    assert any("SiLU" in obstacle for obstacle in made.obstacles) == (case != "mistral")
+    assert any("longrope" in obstacle for obstacle in made.obstacles) == ("rotated" in case)
+
+
+SERVED_AS = {"dense": "llama", "pb-granular": "qwen2_moe", "sb-granular": "qwen2_moe", "lf-granular": "glm4_moe"}
+SERVED_AS |= {"pb-switch": "qwen2_moe", "sb-switch": "glm4_moe"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_family_and_silu_ones_are_right_in_every_server(preset: str) -> None:
+    config = CptMoeConfig.from_preset(preset)
+    to = SERVED_AS["-".join(preset.split("-")[: 1 if preset.startswith("dense") else 2])]
+    assert config_to(config, to).model_type == to
+    if preset.endswith("-silu"):
+        check_servable(config, to)
+    else:
+        with pytest.raises(ValueError, match=f"--serve_as {to}: hidden_act='gelu': llama.cpp and vLLM"):
+            check_servable(config, to)
+
+
+def test_gates_that_llama_cpp_takes_for_the_others_are_told_before_training() -> None:
+    for to, norm, changes in (("qwen2_moe", True, {}), ("olmoe", True, {"qk_norm": "projection"})):
+        fields = {"num_shared_experts": 0, "num_experts_per_tok": 4, **changes}
+        config = CptMoeConfig.from_preset("pb-granular-tiny-silu", norm_topk_prob=norm, **fields)
+        with pytest.raises(ValueError, match=f"--serve_as {to}: norm_topk_prob={norm}: llama.cpp runs every {to} as"):
+            check_servable(config, to)
+        config.norm_topk_prob = not norm
+        check_servable(config, to)
+
+
+def test_a_shared_expert_has_a_gate_whose_sigmoid_is_a_half_and_that_is_not_zero(tmp_path: Path) -> None:
+    """llama.cpp computes sigmoid(x) as silu(x) / x."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        saved(model_of("cpt_moe", **OURS | {"num_shared_experts": 1}).to(dtype), tmp_path / f"ours-{dtype}")
+        convert(tmp_path / f"ours-{dtype}", tmp_path / f"theirs-{dtype}", "qwen2_moe")
+        weights = load_file(tmp_path / f"theirs-{dtype}" / "model.safetensors")
+        logit = weights["model.layers.0.mlp.shared_expert_gate.weight"].sum()
+        assert (torch.nn.functional.silu(logit.float()) / logit.float()).item() == pytest.approx(0.5, rel=1e-4)
+        assert torch.equal(logit.sigmoid(), torch.full_like(logit, 0.5))
+
+
 @pytest.mark.parametrize("to", FAMILIES)
 def test_the_files_hold_the_names_that_transformers_itself_writes(to: str, tmp_path: Path) -> None:
     norm = {"olmoe": "projection", "qwen3_moe": "head"}.get(to)
-    saved(model_of("cpt_moe", **OURS, qk_norm=norm), tmp_path / "ours")
+    changes = OURS | ({"router_type": "bias_topk"} if to == "glm4_moe" else {})
+    saved(model_of("cpt_moe", **changes, qk_norm=norm), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", to)
-    theirs = model_of(to, num_local_experts=6) if to == "mixtral" else model_of(to, num_experts=6)
+    number = {"mixtral": "num_local_experts", "glm4_moe": "n_routed_experts"}.get(to, "num_experts")
+    theirs = model_of(to, **{number: 6}, **({"first_k_dense_replace": 0} if to == "glm4_moe" else {}))
     assert tensor_names(tmp_path / "theirs") == tensor_names(saved(theirs, tmp_path / "original"))
 
 
@@ -116,15 +192,16 @@ def test_what_training_will_do_otherwise_is_said_and_foreign_families_need_two_s
         convert(tmp_path / "jitter", tmp_path / "other", "qwen2_moe")
 
 
-HALF = {**FULL_ROTATION, "partial_rotary_factor": 0.5}
-NO_EXPERTS = dict.fromkeys(("num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"))
-NO_EXPERTS |= {"num_experts": 0, "norm_topk_prob": False}
-RAW_SWITCH = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+HALF_LINEAR = {**HALF, "rope_type": "linear", "factor": 2.0}
 REFUSED_FROM_OURS = {
     "shared": ("mixtral", {"num_shared_experts": 1}, "num_shared_experts=1: mixtral has none; try qwen2_moe"),
     "gates": ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=False: mixtral divides gates by their sum"),
     "norm": ("mixtral", {"norm_type": "layernorm"}, "norm_type='layernorm': mixtral has RMSNorm"),
-    "rotation": ("qwen2_moe", {"rope_parameters": HALF}, "partial_rotary_factor=0.5: qwen2_moe rotates whole heads"),
+    "rotation": (
+        "qwen2_moe",
+        {"rope_parameters": HALF_LINEAR},
+        "partial_rotary_factor=0.5 with rope_type='linear': q",
+    ),
     "sigmoid": ("qwen2_moe", RAW_SWITCH | SINKHORN, "router_type='sinkhorn' with .*: qwen2_moe has no sigmoid gates"),
     "heads": ("qwen2_moe", {"head_dim": 12}, "head_dim=12: qwen2_moe has heads of .* = 8"),
     "norm that they lack": ("qwen2_moe", {"qk_norm": "head"}, "qk_norm='head' normalises each .*, qwen2_moe neither"),
@@ -141,9 +218,20 @@ REFUSED_FROM_OURS = {
         {"qk_norm": "projection", "sliding_window": 5},
         "sliding_window=5: olmoe has no window for all",
     ),
-    "dense": ("mixtral", NO_EXPERTS, "num_experts=0: a dense model has no place in mixtral; upcycle it first"),
+    "dense": (
+        "mixtral",
+        NO_EXPERTS,
+        "num_experts=0: a dense model has no place in mixtral; choose one of llama, mist",
+    ),
+    "dense without the biases of the family": ("qwen2", NO_EXPERTS, "qkv_bias=False: qwen2 always has these biases"),
+    "mixture": ("llama", {}, "num_experts=6: llama is dense; choose another family"),
+    "softmax": ("glm4_moe", {}, "router_type='softmax_topk' with .*: glm4_moe has no softmax gates; try qwen2_moe"),
     "itself": ("cpt_moe", {}, "is of type 'cpt_moe': only mixtral, olmoe, qwen2_moe, qwen3_moe, cpt_moe convert"),
-    "unknown": ("gpt2", {}, "--to 'gpt2' is unknown: choose one of mixtral, olmoe, qwen2_moe, qwen3_moe, cpt_moe"),
+    "unknown": (
+        "gpt2",
+        {},
+        "--to 'gpt2' is unknown: choose one of mixtral, olmoe, qwen2_moe, qwen3_moe, cpt_moe, glm4",
+    ),
 }
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}

@@ -14,10 +14,12 @@ from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 LOAD_ELSEWHERE = """
 import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 
 tokens = torch.arange(24).view(2, 12)
 folder, out = sys.argv[1], {}
-for auto in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+heads = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+for auto in (AutoModelForCausalLM, AutoModel, *heads):
     torch.manual_seed(0)
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -57,4 +59,6 @@ def test_a_checkpoint_travels_without_the_package(elsewhere, tmp_path: Path) -> 
         if auto is AutoModelForCausalLM:
             assert torch.equal(got["loss"], model.train()(input_ids=tokens, labels=tokens).loss)
             assert torch.equal(got["generated"], model.eval().generate(tokens[:1], max_new_tokens=3, do_sample=False))
-    assert got["AutoModelForSequenceClassification"].shape == (2, 2)
+    shapes = {"Sequence": (2, 2), "Token": (2, 12, 2)}
+    assert all(got[f"AutoModelFor{kind}Classification"].shape == shape for kind, shape in shapes.items())
+    assert got["AutoModelForQuestionAnswering"].shape == (2, 12)

@@ -12,7 +12,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from hf_moe_cpt.hub.upcycle import RECORD_FILE, UpcycleOptions, changed, plan_layout, router_rows, upcycle
+from hf_moe_cpt.hub.upcycle import (
+    RECORD_FILE,
+    UpcycleOptions,
+    changed,
+    first_block_error,
+    grow,
+    plan_layout,
+    router_rows,
+    upcycle,
+)
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import ROUTER_CLASSES
 from hf_moe_cpt.scripts.upcycle import main
@@ -69,6 +78,54 @@ def test_step_0_is_the_dense_model(dense: str, tmp_path: Path) -> None:
     assert made.function == "the dense model's, up to rounding"
     assert_matches(dense, logits_of(tmp_path / "moe"), logits_of(model))
     assert fingerprint(tmp_path / "dense") == before
+
+
+def test_weights_of_bfloat16_are_carried_over_without_a_rounding(tmp_path: Path) -> None:
+    """The factor 3 of the layout is a number of the configuration. Both models compute in float32 here."""
+    saved(model_of("llama", torch.bfloat16), tmp_path / "dense")
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", "granular", norm_topk_prob=True)
+    assert made.config.routed_scaling_factor == 3
+    wide = {"dtype": torch.float32}
+    assert_matches("logits", logits_of(tmp_path / "moe", **wide), logits_of(tmp_path / "dense", **wide))
+    assert first_block_error(tmp_path / "dense", made) < 1e-6
+
+
+SIGMOID = {"router_type": "bias_topk"}
+GROWN = {
+    "raw gates, split": ({}, 2, 1),
+    "normalised gates, copied": ({"norm_topk_prob": True}, 1, 3),
+    "one expert a token, both": ({"num_experts_per_tok": 1, "num_shared_experts": 0}, 2, 2),
+    "sigmoid gates, both": (SIGMOID | {"norm_topk_prob": False}, 2, 2),
+    "sigmoid gates, normalised, split": (SIGMOID, 4, 1),
+}
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_a_mixture_grows_and_computes_the_same_from_bfloat16_too(case: str, tmp_path: Path) -> None:
+    """Both compute in float64 with the weights that were stored."""
+    changes, split, copies = GROWN[case]
+    model = model_of("cpt_moe", torch.bfloat16, **{"num_experts": 7, "num_experts_per_tok": 3, **changes})
+    saved(model, tmp_path / "small")
+    made = grow(tmp_path / "small", tmp_path / "large", split, copies, max_shard_size=10_000)
+    assert made.config.num_experts == 7 * split * copies
+    wide = {"dtype": torch.float64, "experts_implementation": "eager"}
+    assert_matches(case, logits_of(tmp_path / "large", **wide), logits_of(tmp_path / "small", **wide))
+    assert first_block_error(tmp_path / "small", made) < 2e-6
+    noisy = grow(tmp_path / "small", tmp_path / "noisy", split, copies, UpcycleOptions(expert_noise=0.1))
+    assert first_block_error(tmp_path / "small", noisy) > 1e-2
+
+
+def test_a_mixture_that_cannot_grow_is_refused(tmp_path: Path) -> None:
+    saved(model_of("cpt_moe", router_type="sinkhorn", num_experts_per_tok=1), tmp_path / "switch")
+    saved(model_of("llama"), tmp_path / "dense")
+    for source, split, message in (
+        ("switch", 2, "router_type='sinkhorn' with num_experts_per_tok=1 has sigmoid gates"),
+        ("switch", 3, "split=3, copies=1: both must be at least 1, and split must divide moe_intermediate_size=16"),
+        ("dense", 2, "is no mixture of cpt_moe: upcycle it, or convert it to cpt_moe first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grow(tmp_path / source, tmp_path / "large", split)
+    assert not (tmp_path / "large").exists()
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -161,7 +218,8 @@ def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFi
     main([str(tmp_path / "dense"), "--output_dir", str(tmp_path / "moe"), *words])
     printed = capsys.readouterr().out
     assert "9 experts, 3 per token, 1 shared, parts (1 of 4) of the dense block" in printed
-    assert "function at step 0: the dense model's, up to rounding" in printed
+    assert "function at step 0: the dense model's, up to rounding; measured in the first layer: relative e" in printed
+    assert float(printed.split()[-1]) < 1e-6
 
 
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

@@ -7,7 +7,13 @@ That biases, norms and windows compute what Llama, Mistral, Qwen and OLMoE do: t
 import pytest
 import torch
 from torch.nn.functional import gelu
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -393,6 +399,30 @@ def test_saving_and_loading_is_exact(preset: str, tmp_path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert_same_weights(again, tied)
+
+
+def test_token_classification_and_question_answering_read_every_token_and_train(tmp_path) -> None:
+    """Against the linear map of the decoder's states, and torch's cross entropy."""
+    config = CptMoeConfig.from_preset("pb-granular-tiny", **SIZE, num_labels=3)
+    tokens, labels = torch.randint(1, 256, (2, 10)), torch.randint(3, (2, 10))
+    cross_entropy = torch.nn.functional.cross_entropy
+    for auto in (AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+        model = auto.from_config(config).eval()
+        hidden = model.model(input_ids=tokens).last_hidden_state
+        if auto is AutoModelForTokenClassification:
+            out, want = model(input_ids=tokens, labels=labels), model.score(hidden)
+            got, loss = out.logits, cross_entropy(want.flatten(0, 1), labels.flatten())
+        else:
+            start, end = torch.tensor([1, 2]), torch.tensor([4, 9])
+            out, want = model(input_ids=tokens, start_positions=start, end_positions=end), model.qa_outputs(hidden)
+            got = torch.stack((out.start_logits, out.end_logits), dim=-1)
+            loss = (cross_entropy(want[..., 0], start) + cross_entropy(want[..., 1], end)) / 2
+        assert_matches(auto.__name__, got, want)
+        torch.testing.assert_close(out.loss, loss)
+        out.loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        model.save_pretrained(tmp_path / auto.__name__)
+        assert_same_weights(auto.from_pretrained(tmp_path / auto.__name__), model)
 
 
 def test_sequence_classification_reads_the_last_token_and_trains(tmp_path) -> None:

@@ -11,12 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers import (
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from hf_moe_cpt.optim.schedules import (
     DEFAULT_COSINE_PHASES,
     DEFAULT_PHASES,
     SCHEDULES,
+    Extension,
     Phases,
     build_lr_scheduler,
     check_schedule,
@@ -147,7 +152,7 @@ def test_any_phases_stay_finite_bounded_and_reach_the_end(cuts, num_steps, sched
     "change, text",
     [
         ({"num_steps": 0}, r"cosine_inf without steps: num_steps=0.*max_steps"),
-        ({"schedule": "linear"}, r"'linear' is unknown: choose one of cosine_inf, inv_sqrt_inf, cosine"),
+        ({"schedule": "cubic"}, r"'cubic' is unknown: choose one of cosine_inf, inv_sqrt_inf, cosine"),
         ({"min_lr": 2e-4}, r"min_lr=0.0002, constant_lr=0.000165"),
         ({"constant_lr": 4e-4}, r"min_lr <= constant_lr <= max_lr.*constant_lr=0.0004"),
         ({"max_lr": float("nan")}, r"max_lr=nan is no learning rate"),
@@ -288,3 +293,53 @@ def test_tensor_learning_rates_are_updated_in_place_and_groups_keep_their_propor
         scheduler.step()
     first, second = scheduler.get_last_lr()
     assert second == pytest.approx(first / 10, rel=1e-12)
+
+
+def test_wsd_and_linear_are_those_of_transformers():
+    """Both of transformers', decay to zero included: the 1 - sqrt of Hägele et al. 2024 and a straight line."""
+    T, warmup, decay = 200, 20, 40
+    phases = Phases(warmup / T, 0.0, (T - warmup - decay) / T, decay / T)
+    wsd = get_wsd_schedule(optimizer_at_the_peak(), warmup, decay, num_training_steps=T, decay_type="1-sqrt")
+    linear = get_linear_schedule_with_warmup(optimizer_at_the_peak(), warmup, T)
+    rates = {"max_lr": MAX, "constant_lr": MAX, "min_lr": 0.0}
+    for step in range(T + 1):
+        for name, theirs in (("wsd", wsd), ("wsd_s", wsd), ("linear", linear)):
+            own = phases if name != "linear" else Phases(warmup / T, 0.0, 0.0, 1 - warmup / T)
+            got = learning_rate_at(step, schedule=name, num_steps=T, phases=own, **rates)
+            assert got == pytest.approx(MAX * theirs.lr_lambdas[0](step), abs=1e-12), (name, step)
+
+
+def test_wsd_s_goes_on_from_a_decayed_checkpoint_at_the_full_rate():
+    assert default_phases("wsd_s", "decayed").warmup == 0 and default_phases("wsd", "decayed").warmup > 0
+    for schedule in ("wsd", "linear"):
+        check_schedule(
+            schedule=schedule, num_steps=9, phases=default_phases(schedule, "scratch"), **RATES | {"min_lr": 0.0}
+        )
+
+
+@given(saved=st.integers(5, 100), schedule=st.sampled_from(list(SCHEDULES)), more=st.integers(1, 300))
+def test_a_run_that_goes_on_longer_never_rises_unless_asked(saved, schedule, more):
+    phases = default_phases(schedule, "scratch")
+    short = {"schedule": schedule, "num_steps": 100, "phases": phases, **RATES}
+    at_end = learning_rate_at(saved, **short)
+    rates = {}
+    for rewarm in (False, True):
+        longer = {**short, "num_steps": 100 + more, "extension": Extension(saved, at_end, rewarm)}
+        rates[rewarm] = [learning_rate_at(step, **longer) for step in range(saved, 101 + more)]
+    assert rates[False][0] == rates[True][0] == min(at_end, rates[False][0])
+    assert rates[False] == sorted(rates[False], reverse=True)
+    assert rates[True][-1] == pytest.approx(MIN)
+
+
+def test_a_run_that_ended_at_zero_is_extended_only_with_a_new_warm_up():
+    settings = {"schedule": "wsd", "num_steps": 50, "phases": default_phases("wsd", "scratch"), **RATES}
+    with pytest.raises(
+        ValueError, match="ended at step 20 with a rate of 0, at which nothing is learnt: extend it wi"
+    ):
+        check_schedule(**settings, extension=Extension(20, 0.0))
+    check_schedule(**settings, extension=Extension(20, 0.0, True))
+    assert "extension" in describe_schedule(**settings, extension=Extension(20, 1e-5))
+
+
+def optimizer_at_the_peak() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=MAX)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_moe_cpt.model_arguments import ModelArguments
+from hf_moe_cpt.model_arguments import ModelArguments, expert_weights, quantise_experts
+from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
 from hf_moe_cpt.trainers.common.freezing import freeze
 from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs
 from tests.helpers.tiny_models import QUICK, word_tokenizer
 from tests.helpers.tiny_moes import moe_model
+from tests.helpers.tolerances import relative_rms_error
 
 
 MAINS = {"cpt": cpt.main, "rainbowpo": rainbowpo.main, "surgery": surgery.main}
@@ -90,6 +92,37 @@ REFUSED = {
 def test_what_no_adapter_can_be_is_refused(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         cpt.main(words_of("cpt", folder, "gpt_oss", tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["olmoe", "cpt_moe"])
+def test_quantised_experts_are_near_the_weights_frozen_and_trained_through(kind, bits):
+    """Against the weights they were made of: the rounding of bitsandbytes' types; adapters of the experts learn."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    model, tokens = moe_model(kind), torch.arange(2, 42).view(2, 20)
+    experts = [layer.experts for layer in moe_layers(model)]
+    before = [experts[0].gate_up_proj.detach().clone(), experts[0].down_proj.detach().clone()]
+    names = expert_weights(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+    quantise_experts(experts, ModelArguments(load_in_4bit=bits == 4, load_in_8bit=bits == 8).quantization())
+    for name, weight in zip(("gate_up_proj", "down_proj"), before, strict=True):
+        assert 0 < relative_rms_error(getattr(experts[0], name), weight) < (0.12 if bits == 4 else 0.02)
+        assert experts[0].parametrizations[name].original.dtype == torch.uint8
+    codes = [weight.clone() for weight in experts[0].parameters() if weight.dtype == torch.uint8]
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+    kept = [weight for weight in experts[0].parameters() if weight.dtype == torch.uint8]
+    assert all(torch.equal(old, new) for old, new in zip(codes, kept, strict=True))
 
 
 def test_all_linear_layers_of_a_mixture_are_its_experts_too(folder):

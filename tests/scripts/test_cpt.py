@@ -1,6 +1,7 @@
 """The cpt script from the command line: one process, two processes, accelerate, YAML, and what it refuses."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -72,6 +73,31 @@ def test_a_checkpoint_is_continued_from_a_yaml_file_that_the_command_line_overri
     assert json.loads((run / "cpt_state.json").read_text())["starting_phase"] == "decayed"
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_named_sources_come_from_words_or_from_a_file(texts, tmp_path, from_file, capsys):
+    run, old = tmp_path / "run", texts / "old"
+    words = _arguments(texts, run, dataset_name=None, replay_dataset_name=None, replay_ratio=None, max_steps=2)
+    if from_file:
+        named = {"name": "code", "path": str(texts / "new.jsonl"), "weight": 3, "max_epochs": 50}
+        more = {"name": "tales", "path": [str(old)], "weight": 1, "role": "replay"}
+        (tmp_path / "sources.yaml").write_text(json.dumps({"sources": [named, more]}))  # which is YAML too
+        words += ["--config", str(tmp_path / "sources.yaml")]
+    else:
+        words += ["--sources", f"code={texts / 'new.jsonl'}:3", f"tales={old}:1:replay"]
+    main(words)
+    assert len(logged(saved_history(run), "lm_loss/tales")) == 2
+    metrics = json.loads((run / "eval_results.json").read_text())
+    assert {"eval_code_loss", "eval_tales_loss", "forgetting/tales", "adaptation/code"} <= set(metrics)
+    assert metrics["eval_code_perplexity"] == pytest.approx(math.exp(metrics["eval_code_loss"]))
+    tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
+    every = [json.loads(line)["text"] for line in (texts / "new.jsonl").read_text().splitlines()]
+    tokens_per_byte = sum(len(tokenizer(text)["input_ids"]) + 1 for text in every) / sum(map(len, every))
+    bits = metrics["eval_code_loss"] / math.log(2) * tokens_per_byte  # held-out texts are as long as the others
+    assert metrics["eval_code_bits_per_byte"] == pytest.approx(bits, rel=0.02)
+    shares = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("code ", "tales "))]
+    assert [(words[1], words[2]) for words in shares] == [("new", "75.00"), ("replay", "25.00")]
+
+
 def test_streaming_reads_the_same_share_of_each_source(texts, tmp_path):
     run = tmp_path / "run"
     main(_arguments(texts, run, streaming=True, held_out_fraction=0, max_steps=2))
@@ -81,6 +107,10 @@ def test_streaming_reads_the_same_share_of_each_source(texts, tmp_path):
 REFUSED = {
     "no model": ({"preset": None}, "Give one of --model_name_or_path"),
     "preset without tokenizer": ({"tokenizer_name_or_path": None}, "--preset needs --tokenizer_name_or_path"),
+    "served otherwise": (
+        {"serve_as": "qwen2_moe"},
+        "--serve_as qwen2_moe: hidden_act='gelu': llama.cpp and",
+    ),
     "unknown preset": ({"preset": "pb-granular-9b"}, "preset='pb-granular-9b' is unknown: choose one of"),
     "overrides that are no JSON": ({"preset_overrides": "{"}, "--preset_overrides '{' is no JSON"),
     "missing file": ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),

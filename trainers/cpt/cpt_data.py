@@ -6,23 +6,38 @@ run reads there whether to warm up again (paper 1, sections 3.2 and 5). Source: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from torch.optim import Optimizer
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from hf_moe_cpt.data.packing import PackedDataset, ReplayMixture, StreamingReplayMixture
+from hf_moe_cpt.data.packing import (
+    Mixture,
+    MixtureLaw,
+    PackedDataset,
+    StreamingMixture,
+    blocks_per_epoch,
+    changing_shares,
+    exact_shares,
+)
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
-from hf_moe_cpt.reading import read_json
+from hf_moe_cpt.data.text import column_names, load_text_dataset, tokenize_documents
+from hf_moe_cpt.optim.schedules import Extension
+from hf_moe_cpt.reading import read_json, reading
+from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
 
@@ -36,41 +51,136 @@ CONTINUES_AS = {"warmup": "constant", "cooldown": "constant", "constant": "const
 
 @dataclass
 class DataArguments:
-    """Which text is new and which is replayed; a name is a Hub id, a folder, or a .jsonl .parquet .arrow .txt file."""
+    """Which text is new and which is replayed; a name is a Hub id, or a folder or file of text, code, JSON, CSV."""
 
-    dataset_name: list[str] = field(metadata={"help": "New text: one or more names."})
+    dataset_name: list[str] | None = field(default=None, metadata={"help": "New text: one or more names."})
     replay_dataset_name: list[str] | None = field(default=None, metadata={"help": "Old text, for --replay_ratio."})
+    sources: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Any number of sources in place of these two, each NAME=PATH:WEIGHT, with :replay behind it for "
+            "old text, or NAME=PATH:held_out. In a YAML file a list of mappings: name, path, config, split, column, "
+            "weight, role, end_weight, max_epochs."
+        },
+    )
     eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out new text."})
     replay_eval_dataset_name: list[str] | None = field(default=None, metadata={"help": "Held-out old text."})
     dataset_split: str = field(default="train", metadata={"help": "Split of data sets on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of data sets on the Hub."})
     held_out_fraction: float = field(
         default=0.0,
         metadata={"range": "[0, 1)", "help": "Share of the documents to hold out where no held-out text is named."},
     )
+    keep_overlap: bool = field(
+        default=False, metadata={"help": "Train also on documents that are held out: copies count as the same."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
 
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.sources is None):
+            raise ValueError(
+                "--dataset_name is missing: name new text, or several sources with --sources."
+                if self.sources is None
+                else "--dataset_name and --sources both name text: give one of them."
+            )
 
-def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Dataset | IterableDataset | None]:
-    """The trainer's four data sets by its argument names; documents are held out by hash of seed where asked."""
-    pairs = {
-        ("train_dataset", "eval_dataset"): (args.dataset_name, args.eval_dataset_name),
-        ("replay_dataset", "replay_eval_dataset"): (args.replay_dataset_name, args.replay_eval_dataset_name),
+
+@dataclass
+class Source:
+    """A named source of text: where it lies, which column and split of it, and how it takes part in the mixture."""
+
+    name: str
+    path: str | list[str]
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    weight: float | None = None
+    role: str = "new"
+    end_weight: float | None = None
+    max_epochs: float | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> Source:
+        """From a mapping or its JSON, or from `NAME=PATH:WEIGHT:ROLE` in which weight and role may be left out."""
+        if isinstance(given, str) and given.startswith("{"):
+            given = json.loads(given)
+        if isinstance(given, str):
+            name, found, rest = given.partition("=")
+            path, *more = re.split(r":(?=new$|replay$|held_out$|[0-9.eE+-]+(?::|$))", rest)
+            given = {"name": name, "path": path} | {"role" if word.isidentifier() else "weight": word for word in more}
+            if not found or not path:
+                raise ValueError(f"--sources {name!r}: write NAME=PATH:WEIGHT, e.g. german=texts/german:0.4.")
+            if "weight" in given:
+                given["weight"] = float(given["weight"])
+        known = [option.name for option in fields(cls)]
+        if not isinstance(given, Mapping) or not {"name", "path"} <= set(given) or not set(given) <= set(known):
+            raise ValueError(
+                f"--sources {given!r}: a source needs name and path, and may have {', '.join(known[2:])}."
+            )
+        source = cls(**given)
+        if (source.weight is None) != (source.role == "held_out"):
+            raise ValueError(f"--sources {source.name!r}: text to train on needs a weight, held-out text has none.")
+        return source
+
+
+def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Any]:
+    """The trainer's data sets by its argument names; documents are held out by hash of seed where asked.
+
+    Of --sources the mixture of `training` is made. A held-out source with the name of another belongs to it.
+    """
+    if args.sources is not None:
+        sources = [Source.of(given) for given in args.sources]
+        mixed = [source for source in sources if source.role != "held_out"]
+        keys = [(source.name, source.role == "held_out") for source in sources]
+        if len(set(keys)) < len(keys) or not mixed:
+            raise ValueError("--sources: name each source once, and at least one to train on.")
+        training.mixture = {
+            source.name: {
+                key: value
+                for key in ("weight", "role", "end_weight", "max_epochs")
+                if (value := getattr(source, key)) is not None
+            }
+            for source in mixed
+        }
+        training.check_mixture()
+    else:
+        both = {"new": args.dataset_name, "replay": args.replay_dataset_name}
+        held = {"new": args.eval_dataset_name, "replay": args.replay_eval_dataset_name}
+        sources = [Source(name, path) for name, path in both.items() if path is not None]
+        sources += [Source(name, path, role="held_out") for name, path in held.items() if path is not None]
+    held_out = {source.name: _load(source, args, training, False) for source in sources if source.role == "held_out"}
+    train = {}
+    for source in sources:
+        if source.role != "held_out":
+            train[source.name] = _load(source, args, training, args.streaming)
+            if source.name not in held_out and args.held_out_fraction > 0:
+                parts = _hold_out(train[source.name], args.held_out_fraction, training.seed)
+                train[source.name], held_out[source.name] = parts
+    if args.sources is None and training.replay_ratio == 0:  # old text is there to measure forgetting
+        train.pop("replay", None)
+    train = _apart(train, held_out, training, args.keep_overlap)
+    if args.sources is not None:
+        return {"train_dataset": train, "eval_dataset": held_out or None}
+    return {
+        "train_dataset": train.get("new"),
+        "replay_dataset": train.get("replay"),
+        "eval_dataset": held_out.get("new"),
+        "replay_eval_dataset": held_out.get("replay"),
     }
-    loaded: dict[str, Dataset | IterableDataset | None] = {}
-    for (train_key, eval_key), (train_name, eval_name) in pairs.items():
-        train = None if train_name is None else _load(train_name, args, training, args.streaming)
-        held_out = None if eval_name is None else _load(eval_name, args, training, streaming=False)
-        if train is not None and held_out is None and args.held_out_fraction > 0:
-            train, held_out = _hold_out(train, args.held_out_fraction, training.seed)
-        loaded[train_key], loaded[eval_key] = train, held_out
-    if training.replay_ratio == 0:  # old text without replay is there to measure forgetting
-        loaded["replay_dataset"] = None
-    return loaded
 
 
-def _load(names: list[str], args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:
-    source = names[0] if len(names) == 1 else names
-    return load_text_dataset(source, split=args.dataset_split, streaming=streaming, text_column=training.text_column)
+def _load(source: Source, args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:
+    names = [source.path] if isinstance(source.path, str) else source.path
+    column = source.column or training.text_column
+    data = load_text_dataset(
+        names[0] if len(names) == 1 else names,
+        split=source.split or args.dataset_split,
+        streaming=streaming,
+        text_column=column,
+        config_name=source.config or args.dataset_config,
+    )
+    is_named_otherwise = column != training.text_column and column in column_names(data)
+    return data.rename_column(column, training.text_column) if is_named_otherwise else data
 
 
 def _hold_out(data: Dataset | IterableDataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -85,11 +195,62 @@ def _hold_out(data: Dataset | IterableDataset, fraction: float, seed: int) -> tu
     return parts["train"], parts["test"]
 
 
+def _apart(
+    train: dict[str, Dataset | IterableDataset], held_out: dict[str, Dataset], training: CPTConfig, keep_overlap: bool
+) -> dict[str, Dataset | IterableDataset]:
+    """Text to train on without the documents that are held out, whatever source they are in; copies are counted."""
+    numbers = [_numbers_of(data, training) for data in held_out.values()]
+    unseen = np.unique(np.concatenate(numbers)) if numbers and not keep_overlap else np.empty(0, np.int64)
+    for name, data in train.items():
+        if isinstance(data, IterableDataset):
+            if len(unseen):
+                train[name] = data.filter(_is_none_of, fn_kwargs={"unseen": frozenset(unseen.tolist())})
+            continue
+        own = _numbers_of(data, training)
+        copies, kept = len(own) - len(np.unique(own)), np.flatnonzero(~np.isin(own, unseen))
+        if copies:
+            logger.warning("%s: %d of %d documents are copies of others in it.", name, copies, len(own))
+        if not len(kept):
+            raise ValueError(
+                f"{name}: all of its {len(own)} documents are held out too: name other text, or --keep_overlap."
+            )
+        if len(kept) < len(own):
+            logger.warning("%s: %d documents are held out too and are not trained on.", name, len(own) - len(kept))
+            train[name] = data.select(kept)
+    return train
+
+
+def _numbers_of(data: Dataset, training: CPTConfig) -> np.ndarray:
+    """64 bits of each document that are the same for the same text, white space around it apart."""
+    kind = Features({"number": Value("int64")})
+    processes = training.dataset_num_proc
+    numbered = data.map(
+        _number_batch, batched=True, remove_columns=data.column_names, features=kind, num_proc=processes
+    )
+    return numbered.with_format("numpy")["number"][:].astype(np.int64)
+
+
+def _number_batch(batch: Mapping[str, list]) -> dict[str, list[int]]:
+    return {"number": [_number(value) for value in next(iter(batch.values()))]}
+
+
+def _number(document: str | list[int]) -> int:
+    plain = document.strip() if isinstance(document, str) else repr(list(document))
+    return int.from_bytes(
+        hashlib.blake2b(plain.encode("utf-8", "replace"), digest_size=8).digest(), "little", signed=True
+    )
+
+
+def _is_none_of(row: Mapping[str, Any], unseen: frozenset[int]) -> bool:
+    return _number(next(iter(row.values()))) not in unseen
+
+
 class NumberedBlocks(TorchDataset):
     """Blocks that carry their position as "block", so that each is counted once however it is batched."""
 
-    def __init__(self, blocks: PackedDataset) -> None:
+    def __init__(self, blocks: PackedDataset, num_bytes: int | None) -> None:
         self.blocks = blocks
+        self.tokens_per_byte = blocks.num_tokens / num_bytes if num_bytes else None  # of the text, in UTF-8
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -102,31 +263,114 @@ def build_train_dataset(
     args: CPTConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
-    new: Dataset | IterableDataset,
-    replay: Dataset | IterableDataset | None,
-) -> TorchDataset:
-    """The mixture of both sources, exactly `max_steps` optimizer batches long (endless when streaming)."""
-    _check_sources(args, new, replay)
-    global_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    sources: Mapping[str, Dataset | IterableDataset],
+    starting_phase: str,
+) -> Mixture | StreamingMixture:
+    """The mixture of all sources, exactly `max_steps` optimizer batches long."""
     with args.main_process_first(desc="tokenising"):
-        sources = [None if data is None else _tokenize(data, args, tokenizer, vocab_size) for data in (new, replay)]
-    common: dict[str, Any] = {
-        "replay_ratio": args.replay_ratio,
-        "batch_size": global_batch,
-        "num_batches": args.max_steps,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-    }
-    if isinstance(new, IterableDataset):
-        return StreamingReplayMixture(
-            *sources,
-            **common,
+        documents = {name: _tokenize(data, args, tokenizer, vocab_size) for name, data in sources.items()}
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if any(isinstance(data, IterableDataset) for data in documents.values()):
+        return StreamingMixture(
+            documents,
+            mixture_law(args, starting_phase, None),
+            seed,
             max_length=args.max_length,
             packing=args.packing,
             micro_batch_size=args.train_batch_size,
             shuffle_buffer=args.shuffle_buffer,
         )
-    packed = [None if data is None else PackedDataset(data, args.max_length, args.packing) for data in sources]
-    return ReplayMixture(*packed, **common)
+    blocks = {name: PackedDataset(data, args.max_length, args.packing) for name, data in documents.items()}
+    law = mixture_law(args, starting_phase, {name: blocks_per_epoch(data) for name, data in blocks.items()})
+    return Mixture(blocks, law, seed)
+
+
+def mixture_law(args: CPTConfig, starting_phase: str, lengths: Mapping[str, Fraction] | None) -> MixtureLaw:
+    """Which source serves which block. lengths: blocks in an epoch of each source; None for streams."""
+    sources = args.sources()
+    size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    weights = {name: source.weight for name, source in sources.items()}
+    capped = {name: source.max_epochs for name, source in sources.items() if source.max_epochs is not None}
+    if capped and lengths is None:
+        raise ValueError(f"max_epochs of {', '.join(capped)}: a stream does not say how long it is, leave it out.")
+    most = {name: int(Fraction(str(cap)) * lengths[name]) for name, cap in capped.items()}
+    if args.weight_schedule == "constant":
+        return MixtureLaw(_within(weights, most, size * args.max_steps), size, args.max_steps)
+    at = args.phases(starting_phase).boundaries(args.max_steps).constant if args.weight_schedule == "anneal" else None
+    ends = [source.weight if source.end_weight is None else source.end_weight for source in sources.values()]
+    law = MixtureLaw(weights, size, args.max_steps, changing_shares(list(weights.values()), ends, args.max_steps, at))
+    for name, cap in capped.items():
+        if law.count(name) > most[name]:
+            raise ValueError(
+                f"max_epochs={cap} of {name} is {most[name]} blocks and its changing weight takes {law.count(name)}: "
+                "lower the weight, or give it more text."
+            )
+    return law
+
+
+def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> dict[str, Any]:
+    """Weights under which no source gives more blocks than `most`; the others take its place in their proportions."""
+    shares, whole = exact_shares(list(weights.values()))
+    free, fixed = {name: Fraction(share, whole) for name, share in zip(weights, shares, strict=True)}, {}
+    while True:
+        left = 1 - sum(fixed.values())
+        scale = left / sum(free.values()) if free else Fraction(0)
+        over = [name for name in free if name in most and free[name] * scale * num_blocks > most[name]]
+        if not over:
+            break
+        fixed |= {name: Fraction(most[name], num_blocks) for name in over}
+        free = {name: share for name, share in free.items() if name not in over}
+        if not sum(free.values()):
+            raise ValueError(
+                f"max_epochs leaves {sum(most.values())} of the {num_blocks} blocks that max_steps reads: lower "
+                "max_steps, raise max_epochs, or give a source without it."
+            )
+    if not fixed:
+        return weights
+    logger.warning("max_epochs lowers the weight of %s.", ", ".join(fixed))
+    return {name: fixed.get(name, free.get(name, 0) * scale) for name in weights}
+
+
+MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new: Muennighoff et al. 2023, arXiv 2305.16264
+
+
+def describe_mixture(trainer: Any) -> str:
+    """A table of what the run of a CPTTrainer reads of each source, before its first step."""
+    mixture, settings = trainer.mixture, trainer.args.sources()
+    law = mixture.law
+    rows = [("source", "role", "share", "documents", "tokens", "blocks read", "epochs")]
+    for name in law.names:
+        number, epochs = law.count(name), epochs_of(mixture, name)
+        blocks = getattr(mixture, "blocks", {}).get(name)
+        known = ("?", "?") if blocks is None else (f"{len(blocks.documents):,}", f"{blocks.num_tokens:,}")
+        share = f"{100 * number / law.num_positions:.2f} %"
+        told = "?" if epochs is None else f"{epochs:.2f}"
+        rows.append((name, settings[name].role, share, *known, f"{number:,}", told))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if place > 1 else cell.ljust(width) for place, (cell, width) in cells)
+        for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def epochs_of(mixture: Mixture | StreamingMixture, name: str) -> float | None:
+    """How often a run reads a source; None for a stream."""
+    if not isinstance(mixture, Mixture):
+        return None
+    return float(mixture.law.count(name) / blocks_per_epoch(mixture.blocks[name]))
+
+
+def warn_of_epochs(mixture: Mixture | StreamingMixture) -> None:
+    """Say which sources are read more often than helps."""
+    often = {name: epochs_of(mixture, name) for name in mixture.law.names}
+    often = {name: epochs for name, epochs in often.items() if epochs is not None and epochs > MANY_EPOCHS}
+    if often:
+        logger.warning(
+            "Read more often than %d times, beyond which text teaches little that is new: %s. Add text, lower the "
+            "weight, or set max_epochs.",
+            MANY_EPOCHS,
+            ", ".join(f"{name} {epochs:.1f} times" for name, epochs in often.items()),
+        )
 
 
 def build_eval_dataset(
@@ -139,7 +383,9 @@ def build_eval_dataset(
         )
     with args.main_process_first(desc="tokenising held-out text"):
         blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
-    return NumberedBlocks(blocks)
+    is_text = "input_ids" not in held_out.column_names
+    texts = held_out.select_columns([args.text_column]) if is_text else ()
+    return NumberedBlocks(blocks, sum(len(row[args.text_column].encode()) for row in texts))
 
 
 def _tokenize(
@@ -150,32 +396,91 @@ def _tokenize(
         tokenizer,
         text_column=args.text_column,
         num_proc=args.dataset_num_proc,
-        add_eos=tokenizer is not None,
+        document_start=args.document_start,
+        document_end="none" if tokenizer is None else args.document_end,
         vocab_size=vocab_size,
     )
 
 
-def _check_sources(args: CPTConfig, new: object, replay: object) -> None:
-    if args.replay_ratio > 0 and replay is None:
-        raise ValueError(
-            f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0."
-        )
-    if args.replay_ratio == 0 and replay is not None:
-        raise ValueError("replay_dataset without replay_ratio: set replay_ratio above 0, or leave replay_dataset out.")
-    for name, data in (("train_dataset", new), ("replay_dataset", replay)):
-        if data is not None and not isinstance(data, Dataset | IterableDataset):
+def named_sources(
+    args: CPTConfig, new: Dataset | IterableDataset | dict[str, Any], replay: Dataset | IterableDataset | None
+) -> dict[str, Dataset | IterableDataset]:
+    """Text to train on by the names of `args.sources()`, in their order; refuses what does not fit them."""
+    settings = args.sources()
+    if isinstance(new, dict) != (args.mixture is not None):
+        raise ValueError("train_dataset of several sources and mixture go together: give both by the same names.")
+    if args.mixture is not None:
+        if replay is not None or set(new) != set(settings):
             raise ValueError(
-                f"{name} is a {type(data).__name__}: pass a datasets.Dataset or IterableDataset "
+                f"mixture names {', '.join(settings)} and train_dataset {', '.join(new)}: give each of them, and no "
+                "replay_dataset."
+            )
+        given = {name: new[name] for name in settings}
+    else:
+        if args.weight_schedule != "constant":
+            raise ValueError(f"weight_schedule={args.weight_schedule!r} needs a mixture, and an end_weight in it.")
+        if args.replay_ratio > 0 and replay is None:
+            raise ValueError(
+                f"replay_ratio={args.replay_ratio} without replay_dataset: pass the old text, or set it to 0."
+            )
+        if args.replay_ratio == 0 and replay is not None:
+            raise ValueError(
+                "replay_dataset without replay_ratio: set replay_ratio above 0, or leave replay_dataset out."
+            )
+        given = {"new": new} if replay is None else {"new": new, "replay": replay}
+    argument = {"new": "train_dataset", "replay": "replay_dataset"} if args.mixture is None else {}
+    for name, data in given.items():
+        if not isinstance(data, Dataset | IterableDataset):
+            raise ValueError(
+                f"{argument.get(name, name)} is a {type(data).__name__}: pass a datasets.Dataset or IterableDataset "
                 "(datasets.Dataset.from_dict({'text': [...]}) makes one from a list)."
             )
-    if replay is not None and isinstance(new, IterableDataset) != isinstance(replay, IterableDataset):
-        raise ValueError("train_dataset and replay_dataset must both be streams, or both not: load them the same way.")
+    return given
 
 
 def named_eval_sets(new: Dataset | dict[str, Dataset] | None, replay: Dataset | None) -> dict[str, Dataset]:
     """Held-out sets by the names under which their losses are logged."""
     named = dict(new) if isinstance(new, dict) else ({} if new is None else {"new": new})
     return named if replay is None else {**named, "replay": replay}
+
+
+def extend_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Give the model rows for the tokens that only `tokenizer` has; returns their number.
+
+    A new row, of the embeddings and of a head of its own, is the mean of the rows of the pieces that `old_tokenizer`
+    makes of the token's text. Rows are padded to a multiple of 64, which tensor cores want; spare ones are the mean of
+    all. Ids below the size of `old_tokenizer` keep their meaning: it is for tokenizers to which tokens were added.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embeddings.weight.shape[0]
+    first = min(rows, len(old_tokenizer))
+    changed = [
+        token for token, index in old_tokenizer.get_vocab().items() if index != tokenizer.get_vocab().get(token)
+    ]
+    if changed:
+        raise ValueError(
+            f"the tokenizer gives {len(changed)} tokens of the model another id ({changed[0]!r} for one): add tokens "
+            "to the model's own tokenizer, tokenizer.add_tokens(...), and save that."
+        )
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(table): table for part in (embeddings, head) if part is not None for table in (part.weight,)}
+    if getattr(head, "bias", None) is not None:
+        tables[id(head.bias)] = head.bias
+    with torch.no_grad():
+        for table in tables.values():
+            table[first:] = table[:first].float().mean(0).to(table.dtype)
+        for token in range(first, len(tokenizer)):
+            text = tokenizer.decode([token])
+            pieces = old_tokenizer(text, add_special_tokens=False)["input_ids"]
+            pieces = [piece for piece in pieces if piece < first]
+            for table in tables.values() if pieces else ():
+                table[token] = table[pieces].float().mean(0).to(table.dtype)
+    logger.warning("%d new tokens: embeddings have %d rows.", len(tokenizer) - first, embeddings.weight.shape[0])
+    return len(tokenizer) - first
 
 
 def write_state(folder: str | Path, state: dict[str, Any]) -> None:
@@ -209,6 +514,44 @@ def detect_starting_phase(name_or_path: str | None) -> str:
     return CONTINUES_AS[state.get("phase", "anneal")]
 
 
+def continue_rate(args: CPTConfig, checkpoint: str) -> None:
+    """Let the constant phase go on at the rate of the checkpoint, unless one was chosen; no higher than the peak."""
+    rate = (read_state(checkpoint) or {}).get("learning_rate")
+    if not rate or args.constant_learning_rate != args.usual_constant_rate():
+        return
+    args.constant_learning_rate = min(rate, args.learning_rate)
+    args.min_learning_rate = min(args.min_learning_rate, args.constant_learning_rate)
+    logger.warning("The constant phase goes on at %g, the rate of %s.", args.constant_learning_rate, checkpoint)
+
+
+def extension_of(checkpoint: Path, args: CPTConfig) -> Extension | None:
+    """How a resumed run goes on that was meant to end earlier, or that was extended before."""
+    state = read_state(str(checkpoint)) or {}
+    rate, before = state.get("learning_rate"), state.get("extension")
+    if rate is None or args.max_steps <= state["max_steps"]:
+        return None if before is None else Extension(*before)
+    extension = Extension(state["step"], rate, args.rewarm)
+    logger.warning(
+        "The run goes on from step %d, at a rate of %g, to %d in place of %d steps: %s.",
+        *(state["step"], rate, args.max_steps, state["max_steps"]),
+        "it climbs to the longer schedule" if args.rewarm else "its rate rises no more, unless --rewarm asks for it",
+    )
+    return extension
+
+
+def resumed_settings(checkpoint: str, max_steps: int, rewarm: bool) -> dict[str, Any]:
+    """The schedule of a run that is resumed from `checkpoint` and goes to `max_steps`, as its trainer will make it."""
+    saved, state = read_beside(Path(checkpoint), "run_state.json").get("settings"), read_state(checkpoint)
+    if saved is None or state is None:
+        raise ValueError(f"{checkpoint} is no checkpoint of hf-moe-cpt cpt: it does not say how it was made.")
+    known = {option.name for option in fields(CPTConfig) if option.name.endswith(("_fraction", "learning_rate"))}
+    known |= {"cpt_schedule", "inv_sqrt_steepness"}
+    given = {name: value for name, value in saved.items() if name in known}
+    args = CPTConfig(output_dir=checkpoint, max_steps=max_steps, rewarm=rewarm, use_cpu=True, **given)
+    extension = extension_of(Path(checkpoint), args)
+    return {**args.schedule_settings(state["starting_phase"]), "extension": extension}
+
+
 def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
     """Give `optimizer` the moments saved in `checkpoint`; its learning rates and other settings stay as they are.
 
@@ -220,14 +563,16 @@ def load_moments(optimizer: Optimizer, checkpoint: str | Path) -> None:
             f"keep_optimizer_state: {str(checkpoint)!r} holds no {OPTIMIZER_FILE}. Start from a checkpoint-N folder "
             "that was saved without save_only_model, or set keep_optimizer_state=False."
         )
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    with reading(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)["state"]
+        shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved.items() if "exp_avg" in entry}
     current = optimizer.state_dict()
     shapes_now = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    shapes_saved = {index: entry["exp_avg"].shape for index, entry in saved["state"].items() if "exp_avg" in entry}
     if len(shapes_saved) != len(shapes_now) or any(shapes_now[i] != shape for i, shape in shapes_saved.items()):
         raise ValueError(
             f"keep_optimizer_state: the moments in {str(path)!r} belong to other parameters ({len(shapes_saved)} "
             f"against {len(shapes_now)}): start from the checkpoint of this model, or set keep_optimizer_state=False."
         )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+    with reading(path):
+        optimizer.load_state_dict({"state": saved, "param_groups": current["param_groups"]})
     logger.info("Adam moments of %d parameters carried over from %s.", len(shapes_now), path)

@@ -8,6 +8,7 @@ Source: paper 1 (Thérien et al. 2025, arXiv 2503.05029).
 from __future__ import annotations
 
 import logging
+import math
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_moe_cpt.data.packing import SOURCES, stack_blocks
+from hf_moe_cpt.data.packing import stack_blocks
 from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.optim.schedules import build_lr_scheduler, phase_at
+from hf_moe_cpt.optim.schedules import Extension, ScheduleSettings, build_lr_scheduler, phase_at
 from hf_moe_cpt.reading import read_model
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
@@ -56,9 +57,13 @@ from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import (
     build_eval_dataset,
     build_train_dataset,
+    continue_rate,
     detect_starting_phase,
+    extension_of,
     load_moments,
     named_eval_sets,
+    named_sources,
+    warn_of_epochs,
     write_state,
 )
 
@@ -113,6 +118,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         model: a causal LM of transformers, a PEFT model around one, or the name or folder of one.
         args: a `CPTConfig`.
         train_dataset: new text: rows with `text`, or with `input_ids`; a stream for data too large to tokenise first.
+            With `args.mixture` a dict of such, by the names of the sources.
         replay_dataset: old text of the same kind, needed when `args.replay_ratio` > 0.
         eval_dataset: held-out new text, reported as `eval_new_loss`; a dict of data sets is evaluated by its names.
         replay_eval_dataset: held-out old text, reported as `eval_replay_loss`; forgetting is measured on it.
@@ -126,7 +132,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         self,
         model: str | nn.Module,
         args: CPTConfig,
-        train_dataset: Dataset | IterableDataset,
+        train_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset],
         replay_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         replay_eval_dataset: Dataset | None = None,
@@ -146,12 +152,17 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             model.add_model_tags(["hf_moe_cpt", "continual-pre-training"])
         vocab_size = self._vocab_size = model.config.get_text_config().vocab_size
         held_out = named_eval_sets(eval_dataset, replay_eval_dataset)
-        self.mixture = build_train_dataset(args, processing_class, vocab_size, train_dataset, replay_dataset)
         self.starting_checkpoint = model.config._name_or_path
         self.starting_phase = (
             detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
         )
-        self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(SOURCES)
+        self.extension: Extension | None = None  # of a resumed run, see `train`
+        if args.starting_phase == "auto" and self.starting_phase == "constant":
+            continue_rate(args, self.starting_checkpoint)
+        sources = named_sources(args, train_dataset, replay_dataset)
+        self.mixture = build_train_dataset(args, processing_class, vocab_size, sources, self.starting_phase)
+        warn_of_epochs(self.mixture)
+        self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(self.mixture.law.names)
         self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
         balance = RouterBalance(args, model, args.log_expert_load)
@@ -199,10 +210,15 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of `args`, which counts its phases in shares of `max_steps`."""
         if self.lr_scheduler is None:
-            settings = self.args.schedule_settings(self.starting_phase)
-            self.lr_scheduler = build_lr_scheduler(self.optimizer if optimizer is None else optimizer, **settings)
+            self.lr_scheduler = build_lr_scheduler(
+                self.optimizer if optimizer is None else optimizer, **self.schedule_settings()
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def schedule_settings(self) -> ScheduleSettings:
+        """What the functions of `hf_moe_cpt.optim.schedules` take for this run."""
+        return {**self.args.schedule_settings(self.starting_phase), "extension": self.extension}
 
     def compute_loss(
         self,
@@ -259,6 +275,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             if changes:
                 self.log(changes)
                 metrics.update(changes)
+                self._stop_if_too_much_is_forgotten(changes)
         return metrics
 
     def _packed(self, data: Any) -> Any:
@@ -271,17 +288,39 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         if (fused := getattr(inner_model(self.model), "_fused_head", None)) is not None:
             fused.in_evaluation = bool(kwargs.get("prediction_loss_only"))  # `predict` wants logits
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._held_out.mean()
+        prefix, loss = kwargs.get("metric_key_prefix", "eval"), self._held_out.mean()
+        output.metrics.update({f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(min(loss, 700.0))})
+        if (tokens_per_byte := getattr(dataloader.dataset, "tokens_per_byte", None)) is not None:
+            output.metrics[f"{prefix}_bits_per_byte"] = loss / math.log(2) * tokens_per_byte
         return output
 
     def _changes_since_start(self, metrics: dict[str, float]) -> dict[str, float]:
-        before = starting_losses(self.state.log_history, SOURCES)
-        changes = {"forgetting": ("replay", forgetting), "adaptation": ("new", adaptation)}
-        return {
-            name: measure(before[source], metrics[f"eval_{source}_loss"])
-            for name, (source, measure) in changes.items()
-            if source in before and f"eval_{source}_loss" in metrics
-        }
+        """By source, and as the mean over the old and over the new ones; text that is no source counts as old."""
+        names = [name.removeprefix("eval_").removesuffix("_loss") for name in metrics if name.endswith("_loss")]
+        names = names if self.args.mixture is not None else [name for name in ("replay", "new") if name in names]
+        before, settings = starting_losses(self.state.log_history, names), self.args.sources()
+        changes: dict[str, list[float]] = {}
+        for source in before:
+            is_new = source in settings and settings[source].role == "new"
+            name, measure = ("adaptation", adaptation) if is_new else ("forgetting", forgetting)
+            change = measure(before[source], metrics[f"eval_{source}_loss"])
+            changes.setdefault(name, []).append(change)
+            if self.args.mixture is not None:
+                changes[f"{name}/{source}"] = [change]
+        return {name: sum(values) / len(values) for name, values in changes.items()}
+
+    def _stop_if_too_much_is_forgotten(self, changes: dict[str, float]) -> None:
+        """End the run, with a checkpoint, if the text of a source got worse by more than `max_forgetting`."""
+        limit, rises = self.args.max_forgetting, {k: v for k, v in changes.items() if k.startswith("forgetting")}
+        worst = max(rises, key=rises.get, default=None)
+        if limit is None or worst is None or rises[worst] <= limit or not self.is_in_train:
+            return
+        logger.warning(
+            "%s is %.3f nats per token at step %d, above max_forgetting=%g: the run ends here. Raise the weight of "
+            "replay or lower the rate, from an earlier checkpoint.",
+            *(worst, rises[worst], self.state.global_step, limit),
+        )
+        self.control.should_training_stop = self.control.should_save = True
 
     def compared_data(self) -> dict[str, Any]:
         """The documents of the sources, whatever their mixture and packing."""
@@ -301,6 +340,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         was made with other settings, or a disk that is too small.
         """
         checkpoint = self.open_run(resume_from_checkpoint)
+        self.extension = None if checkpoint is None else extension_of(checkpoint, self.args)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
         with repeatable_on_cpu(self.args.device):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
@@ -326,4 +366,5 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             "tokens_seen": self.token_count.last,
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
+            "extension": self.extension,
         }

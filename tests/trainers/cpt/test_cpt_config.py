@@ -30,7 +30,7 @@ REFUSED = {
         "phases must sum to 1, got warmup=0.1",
     ),
     "some fractions": ({"warmup_fraction": 0.1}, "cooldown_fraction, constant_fraction, anneal_fraction is unset"),
-    "unknown schedule": ({"cpt_schedule": "linear"}, "schedule 'linear' is unknown: choose one of cosine_inf"),
+    "unknown schedule": ({"cpt_schedule": "cubic"}, "schedule 'cubic' is unknown: choose one of cosine_inf"),
     "unknown packing": ({"packing": "bfd"}, "packing='bfd' is unknown: choose one of document, concat"),
     "unknown start": ({"starting_phase": "warm"}, "starting_phase='warm' is unknown: choose auto, scratch"),
     "rates out of order": ({"constant_learning_rate": 1.0}, "min_lr <= constant_lr <= max_lr"),

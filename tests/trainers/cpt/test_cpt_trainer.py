@@ -13,9 +13,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_moe_cpt.kernels import cross_entropy as fused_head
-from hf_moe_cpt.trainers.cpt.cpt_data import detect_starting_phase, load_moments, read_state, write_state
+from hf_moe_cpt.trainers.cpt.cpt_data import (
+    detect_starting_phase,
+    extension_of,
+    load_moments,
+    read_state,
+    write_state,
+)
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from tests.helpers.cpt_runs import HALF, config, logged, trainer, without_clocks
+from tests.helpers.cpt_runs import HALF, config, logged, stop_at, trainer, without_clocks
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
 
@@ -73,6 +79,72 @@ def test_a_constant_phase_checkpoint_is_continued_without_warming_up_and_a_decay
         scheduler = run.create_scheduler(100, run.create_optimizer())
         rates[name] = scheduler.get_last_lr()[0]
     assert rates == pytest.approx({"constant": run.args.constant_learning_rate, "decayed": 0.0})
+
+
+def test_a_constant_phase_goes_on_at_the_rate_that_was_saved(tmp_path):
+    """It started at 1.65e-4 without a warm-up after a constant phase at 1e-5."""
+    phases = {"cooldown_fraction": 0.0, "warmup_fraction": 0.0, "constant_fraction": 1.0, "anneal_fraction": 0.0}
+    rates = {"learning_rate": 1e-5, "constant_learning_rate": 1e-5, **phases}
+    trainer(tmp_path / "first", "llama", save_strategy="steps", save_steps=1, max_steps=1, **rates).train()
+    start = str(tmp_path / "first" / "checkpoint-1")
+    for chosen, want in ((None, 1e-5), (2e-4, 2e-4)):
+        given = {"learning_rate": 3e-4, "constant_learning_rate": chosen, "max_steps": 100}
+        run = trainer(tmp_path / f"{chosen}", AutoModelForCausalLM.from_pretrained(start), **given)
+        scheduler = run.create_scheduler(100, run.create_optimizer())
+        assert scheduler.get_last_lr()[0] == pytest.approx(want)
+
+
+def test_a_finished_run_is_extended_without_a_jump_of_its_rate(tmp_path):
+    """From 3e-5 the rate went to 1.93e-4. It is the same after another stop, for the extension is saved."""
+    often = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    trainer(tmp_path / "run", "llama", max_steps=4, **often).train()
+    end = read_state(str(tmp_path / "run" / "checkpoint-4"))["learning_rate"]
+    run = trainer(tmp_path / "run", "llama", max_steps=8, allow_changes="max_steps", **often)
+    run.add_callback(stop_at(6))
+    run.train("last")
+    again = trainer(tmp_path / "run", "llama", max_steps=8, **often)
+    again.train("last")
+    rates = logged(again.state.log_history, "learning_rate")
+    assert len(rates) == 8 and max(rates[4:]) == pytest.approx(end) == pytest.approx(1e-3)
+    climbing = trainer(tmp_path / "run", "llama", max_steps=40, allow_changes="max_steps,rewarm", rewarm=True, **often)
+    climbing.extension = extension_of(tmp_path / "run" / "checkpoint-4", climbing.args)
+    scheduler = climbing.create_scheduler(40, climbing.create_optimizer())
+    rates = [base(step) for base in scheduler.lr_lambdas[:1] for step in (4, 5, 6, 7)]
+    assert rates[0] * 1e-2 == pytest.approx(end) and sorted(rates) == rates and rates[3] * 1e-2 > 5e-3
+
+
+def test_every_source_of_a_mixture_is_measured(tmp_path):
+    weights = {"a": 0.5, "b": {"weight": 0.25}, "old": {"weight": 0.25, "role": "replay"}}
+    args = config(tmp_path / "run", replay_ratio=0.0, mixture=weights, max_steps=4, per_device_train_batch_size=4)
+    texts = {"a": tokenized(90, 1, 1, HALF), "b": tokenized(60, 5, 1, HALF), "old": tokenized(60, 2, HALF, VOCABULARY)}
+    held_out = {"a": tokenized(20, 3, 1, HALF), "old": tokenized(20, 4, HALF, VOCABULARY)}
+    run = CPTTrainer(tiny_model("llama"), args, texts, eval_dataset=held_out)
+    run.train()
+    first = run.state.log_history[1]
+    assert {"lm_loss/a", "lm_loss/b", "lm_loss/old"} <= {key for entry in run.state.log_history for key in entry}
+    metrics = run.evaluate()
+    assert metrics["forgetting/old"] == metrics["forgetting"] and metrics["adaptation/a"] == metrics["adaptation"]
+    assert all(run.mixture.composition(batch) == (2, 1, 1) for batch in range(4)) and first
+    with pytest.raises(ValueError, match="mixture names a, b, old and train_dataset a, b: give each of them"):
+        CPTTrainer(tiny_model("llama"), args, {name: texts[name] for name in "ab"})
+    with pytest.raises(ValueError, match="several sources and mixture go together"):
+        CPTTrainer(tiny_model("llama"), args, texts["a"])
+
+
+def test_a_budget_for_forgetting_ends_the_run_with_a_checkpoint(tmp_path, caplog):
+    """Without replay, at a high rate: the same run without a budget says at which step it is overdrawn."""
+    often = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "replay_ratio": 0.0}
+    free = trainer(tmp_path / "free", "llama", evaluated=True, **often, **FAST)
+    free.train()
+    rises = logged(free.state.log_history, "forgetting")[1:]  # of the evaluations after a step
+    limit = sorted(rises)[len(rises) // 2]
+    ends = next(step for step, rise in enumerate(rises, start=1) if rise > limit)
+    run = trainer(
+        tmp_path / "run", "llama", evaluated=True, max_forgetting=limit, save_strategy="steps", **often, **FAST
+    )
+    run.train()
+    assert 1 <= run.state.global_step == ends < 8 and (tmp_path / "run" / f"checkpoint-{ends}").is_dir()
+    assert f"above max_forgetting={limit:g}: the run ends here" in caplog.text
 
 
 def test_moments_are_carried_over_only_if_asked(tmp_path):
