@@ -340,7 +340,7 @@ def _tokenizer(corpus: Corpus, plan: Plan, folder: QuickstartFolder) -> PreTrain
         shutil.rmtree(unfinished, ignore_errors=True)
         trained.save_pretrained(unfinished)
         unfinished.rename(folder.tokenizer)
-    return AutoTokenizer.from_pretrained(folder.tokenizer, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder.tokenizer)
 
 
 def _beginnings(documents: Dataset, num_tokens: int) -> Dataset:

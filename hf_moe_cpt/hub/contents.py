@@ -34,6 +34,8 @@ WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Vocabularies hold any word there is: none of them is rewritten, and a word that looks like noise is a word.
 _VOCABULARIES = {*TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"}
+# How the tokenizer's last reader reached it, which transformers writes down with what the tokenizer is.
+_READING = ("is_local", "local_files_only")
 _FACTS = (
     "training_run.json trainer_state.json all_results.json eval_results.json train_results.json cpt_state.json "
     "rainbowpo.json surgery.json upcycling.json"
@@ -302,7 +304,8 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
         refuse_secrets(path, json.dumps(value, ensure_ascii=False), is_vocabulary)  # letters may stand as \\u0068
         if name == "tokenizer_config.json":
             words = ("added_tokens_decoder", "chat_template")
-            reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in value.items()}
+            kept = {k: v for k, v in value.items() if k not in _READING}
+            reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in kept.items()}
         else:
             _require_facts(path, value if name in _FACTS and not is_included else {})
             reduced = value if is_vocabulary or is_included else _without_paths(value)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from hf_moe_cpt.hub.contents import find_secret, read_contents, without_paths
 from hf_moe_cpt.hub.publishing import plan_files, plan_upload
 from hf_moe_cpt.scripts.push import main as push
+from tests.helpers.tiny_models import word_tokenizer
 from tests.hub.test_hub_mixin import TRAIN_OTHERS
 
 
@@ -300,3 +302,13 @@ def test_a_card_behind_a_link_is_not_read(folder):
 def test_names_are_checked_before_anything_is_read(name):
     with pytest.raises(ValueError, match=r"cannot be a repository: write it as owner/name"):
         push(["/nowhere", name, "--dry_run"])
+
+
+def test_how_a_tokenizer_was_read_is_not_published_with_it(tmp_path):
+    """transformers saves the options of `from_pretrained`: whoever loads what is published would be offline too."""
+    word_tokenizer().save_pretrained(tmp_path / "first")
+    AutoTokenizer.from_pretrained(tmp_path / "first", local_files_only=True).save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    published = json.loads(read_contents(tmp_path / "again").texts["tokenizer_config.json"])
+    assert saved["local_files_only"] and {*saved} - {*published} == {"is_local", "local_files_only"}
+    assert published == {name: value for name, value in saved.items() if name in published}
