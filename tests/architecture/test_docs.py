@@ -21,12 +21,16 @@ def public_names(files: list[SourceFile]) -> set[str]:
     return {name for package in packages for name in getattr(importlib.import_module(package), "__all__", ())}
 
 
+def relative_targets(document: Path) -> list[str]:
+    """Targets of markdown links that have no scheme."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
 def broken_links(document: Path) -> list[str]:
     """Relative targets of markdown links that are neither a file nor a heading of one."""
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
-        if re.match(r"[a-z]+:", target):
-            continue
+    for target in relative_targets(document):
         path, _, anchor = target.partition("#")
         file = document.parent / path if path else document
         if not file.exists() or (anchor and anchor not in _anchors(file)):
@@ -56,6 +60,21 @@ def test_docs_name_every_command() -> None:
 def test_links_lead_somewhere() -> None:
     broken = [link for document in DOCUMENTS for link in broken_links(document)]
     assert not broken, "\n".join(broken)
+
+
+def test_the_site_has_every_page_once_and_its_links_stay_inside() -> None:
+    """What `make docs` builds: a page that no menu names is not found, and a link out of docs/ leads nowhere there."""
+    menu = re.findall(r"^ +- (\S+\.md)$", (PROJECT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path for path in DOCUMENTS if PROJECT / "docs" in path.parents]
+    assert sorted(menu) == sorted(path.relative_to(PROJECT / "docs").as_posix() for path in pages)
+    targets = [(page, target) for page in pages for target in relative_targets(page)]
+    assert len(targets) > 100
+    outside = [
+        f"{page.name}: {target}"
+        for page, target in targets
+        if not (page.parent / target.partition("#")[0]).resolve().is_relative_to(PROJECT / "docs")
+    ]
+    assert not outside, "\n".join(outside)
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
