@@ -103,13 +103,17 @@ def pack_stream(
                 tokens, filled, boundaries = np.empty(max_length, dtype=np.int64), 0, []
 
 
+_ROWS_OF_PIECE = 4096
+
+
 class PackedDataset(torch.utils.data.Dataset):
     """Blocks of a tokenised `datasets.Dataset`, read straight from its memory-mapped arrow table.
 
     documents: column input_ids, a list of integers per row, each document already ending in EOS; `select` and
-    `shuffle` are honoured. Holds 16 bytes of index per document (24 if padded) and no tokens. Blocks run on: behind
-    the last document comes the first again, so that block `len` holds the remainder (`blocks_per_epoch`). Padded rows
-    are all kept but those of a single token. Workers receive the file names, not the data.
+    `shuffle` are honoured, once written out. The index is arrow's own offsets, memory-mapped like the tokens: what is
+    held is a few numbers for every `_ROWS_OF_PIECE` documents. Blocks run on: behind the last document comes the first
+    again, so that block `len` holds the remainder (`blocks_per_epoch`). Padded rows are all kept but those of a single
+    token. Workers receive the file names, not the data.
     """
 
     def __init__(self, documents: datasets.Dataset, max_length: int, packing: str = "document"):
@@ -118,6 +122,8 @@ class PackedDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"documents has the columns {documents.column_names} and no input_ids: run tokenize_documents on it."
             )
+        if documents._indices is not None:  # a selection or another order
+            documents = documents.flatten_indices()
         self.documents, self.max_length, self.packing = documents, max_length, packing
         self._build_index()
         if len(self) == 0:
@@ -129,7 +135,7 @@ class PackedDataset(torch.utils.data.Dataset):
     @property
     def num_tokens(self) -> int:
         """Tokens in all documents, the remainder after the last full block included."""
-        return int(self._document_ends[-1]) if len(self._document_ends) else 0
+        return int(self._first_token[-1])
 
     @property
     def blocks_per_epoch(self) -> Fraction:
@@ -145,7 +151,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         if self.packing == "padded":
-            return int(self._row_ends[-1]) if len(self._row_ends) else 0
+            return int(self._first_block[-1])
         return self.num_tokens // self.max_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -155,56 +161,50 @@ class PackedDataset(torch.utils.data.Dataset):
         if not 0 <= block < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         if self.packing == "padded":
-            document = int(np.searchsorted(self._row_ends, block, side="right"))
-            row = block - (int(self._row_ends[document - 1]) if document else 0)
-            return frame_row(self._ids_of(document, row * self.max_length, self.max_length), self.max_length)
+            number = int(np.searchsorted(self._first_block, block, side="right")) - 1
+            offsets, values = self._piece(number)
+            ends, place = np.cumsum(rows_of(np.diff(offsets), self.max_length)), block - self._first_block[number]
+            document = int(np.searchsorted(ends, place, side="right"))
+            row = place - (ends[document - 1] if document else 0)
+            begin, end = offsets[document] + row * self.max_length, offsets[document + 1]
+            return frame_row(values[begin:end][: self.max_length], self.max_length)
         tokens, boundaries = self._read(block * self.max_length)
         return frame_block(tokens, boundaries, self.packing)
 
     def _read(self, start: int) -> tuple[np.ndarray, list[int]]:
         """Copy max_length flat tokens from `start` on, and say where documents begin among them."""
-        document = int(np.searchsorted(self._document_ends, start, side="right"))
-        skip = start - (int(self._document_ends[document - 1]) if document else 0)
         tokens, filled, boundaries = np.empty(self.max_length, dtype=np.int64), 0, []
         while filled < self.max_length:
-            ids = self._ids_of(document, skip, self.max_length - filled)
-            if filled and len(ids):
-                boundaries.append(filled)
-            tokens[filled : filled + len(ids)] = ids
-            filled, document, skip = filled + len(ids), (document + 1) % len(self._document_ends), 0
+            number = int(np.searchsorted(self._first_token, start, side="right")) - 1
+            offsets, values = self._piece(number)
+            first = int(offsets[0]) + start - int(self._first_token[number])
+            taken = min(self.max_length - filled, int(offsets[-1]) - first)
+            tokens[filled : filled + taken] = values[first : first + taken]
+            begins = offsets[np.searchsorted(offsets, first) : np.searchsorted(offsets, first + taken)]
+            boundaries += [filled + begin - first for begin in np.unique(begins).tolist() if filled + begin > first]
+            filled, start = filled + taken, (start + taken) % self.num_tokens
         return tokens, boundaries
 
-    def _ids_of(self, document: int, skip: int, limit: int) -> np.ndarray:
-        """View at most `limit` ids of a document after its first `skip`."""
-        end = int(self._document_ends[document])
-        length = end - (int(self._document_ends[document - 1]) if document else 0)
-        row = document if self._row_of_document is None else int(self._row_of_document[document])
-        chunk = int(np.searchsorted(self._first_row_of_chunk, row, side="right")) - 1
-        begin = int(self._start_of_row[row]) + skip
-        return self._values_of_chunk[chunk][begin : begin + min(limit, length - skip)]
+    def _piece(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of a piece begin among the values of its chunk, and where the last one ends."""
+        chunk, row = self._place_of_piece[number]
+        offsets, values = self._chunks[chunk]
+        return offsets[row : row + _ROWS_OF_PIECE + 1], values
 
     def _build_index(self) -> None:
-        """Lengths and places of all documents from arrow's own offsets, without touching the tokens."""
-        column = self.documents.data.column("input_ids")
-        values, starts, lengths, rows = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
-        for chunk in column.chunks:
-            if len(chunk) == 0:
-                continue
+        """How many tokens (and padded rows) come before every piece; arrow knows the rest."""
+        self._chunks, self._place_of_piece, tokens, blocks = [], [], [0], [0]
+        for chunk in self.documents.data.column("input_ids").chunks:
             self._check_chunk(chunk)
-            offsets = chunk.offsets.to_numpy()
-            values.append(chunk.values.to_numpy(zero_copy_only=True))
-            starts.append(offsets[:-1].astype(np.int64))
-            lengths.append(np.diff(offsets).astype(np.int64))
-            rows.append(len(chunk))
-        self._values_of_chunk = values
-        self._start_of_row = np.concatenate(starts)
-        self._first_row_of_chunk = np.cumsum([0, *rows[:-1]], dtype=np.int64)
-        length_of_row, mapping = np.concatenate(lengths), self.documents._indices
-        self._row_of_document = None if mapping is None else mapping.column(0).to_numpy().astype(np.int64)
-        ordered = length_of_row if mapping is None else length_of_row[self._row_of_document]
-        self._document_ends = np.cumsum(ordered, dtype=np.int64)
-        if self.packing == "padded":
-            self._row_ends = np.cumsum(rows_of(ordered, self.max_length), dtype=np.int64)
+            offsets = chunk.offsets.to_numpy(zero_copy_only=True)
+            for row in range(0, len(chunk), _ROWS_OF_PIECE):
+                piece = offsets[row : row + _ROWS_OF_PIECE + 1]
+                self._place_of_piece.append((len(self._chunks), row))
+                tokens.append(int(piece[-1]) - int(piece[0]))
+                if self.packing == "padded":
+                    blocks.append(int(rows_of(np.diff(piece), self.max_length).sum()))
+            self._chunks.append((offsets, chunk.values.to_numpy(zero_copy_only=True)))
+        self._first_token, self._first_block = np.cumsum(tokens), np.cumsum(blocks)
 
     @staticmethod
     def _check_chunk(chunk: pa.Array) -> None:

@@ -16,6 +16,7 @@ from accelerate.data_loader import prepare_data_loader
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hf_moe_cpt.data import packing
 from hf_moe_cpt.data.packing import (
     PACKINGS,
     Mixture,
@@ -124,10 +125,27 @@ def test_a_memory_mapped_corpus_stays_on_disk(tmp_path):
     make_corpus([50_000, 3, 20_000])[0].save_to_disk(tmp_path / "corpus")
     packed = PackedDataset(datasets.load_from_disk(str(tmp_path / "corpus")), 1000)
     assert packed[50]["input_ids"].tolist() == list(range(50_000, 51_000))
-    assert all(not values.flags.owndata and not values.flags.writeable for values in packed._values_of_chunk)
+    assert all(not part.flags.owndata and not part.flags.writeable for chunk in packed._chunks for part in chunk)
     assert len(pickle.dumps(packed)) < 20_000
     copy = pickle.loads(pickle.dumps(packed))
     assert torch.equal(copy[69]["input_ids"], packed[69]["input_ids"])
+
+
+def test_the_index_holds_nothing_for_each_document_and_pieces_join(tmp_path, monkeypatch):
+    """It held 16 bytes of each in every process; against the reference with pieces of two documents."""
+    make_corpus([1] * 50_000)[0].save_to_disk(tmp_path / "corpus")
+    packed = PackedDataset(datasets.load_from_disk(str(tmp_path / "corpus")), 100)
+    held = (packed._first_token, packed._first_block)
+    assert sum(part.nbytes for part in held) < 5_000 and len(packed._place_of_piece) < 100
+    monkeypatch.setattr(packing, "_ROWS_OF_PIECE", 2)
+    corpus, _ = make_corpus([3, 0, 0, 0, 7, 1, 12, 0, 4, 5, 0, 0])
+    for kind in ("document", "padded"):
+        want = list(pack_stream(corpus["input_ids"][:], 4, kind))
+        got = PackedDataset(corpus, 4, kind)
+        assert len(got) == len(want) == {"document": 8, "padded": 8}[kind]
+        for block, expected in zip(got, want, strict=True):
+            assert block.keys() == expected.keys()
+            assert all(torch.equal(block[name], expected[name]) for name in block)
 
 
 def of_columns(**columns) -> datasets.Dataset:
