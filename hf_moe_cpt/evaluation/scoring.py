@@ -508,8 +508,8 @@ METRICS_OF_PART: dict[str, dict[str, Callable[[Columns], Any]]] = {
     "texts": {
         "loss": lambda columns: -loss_score(columns["logp"]),
         "probability": lambda columns: probability(columns["logp"]),
-        "exact_memorisation": lambda columns: exact_memorisation(without_end(columns, "hit")),
-        "extraction_strength": lambda columns: extraction_strength(without_end(columns, "hit")),
+        "exact_memorisation": lambda columns: exact_memorisation(without_last(columns, "hit")),
+        "extraction_strength": lambda columns: extraction_strength(without_last(columns, "hit")),
     },
     "continuations": {
         "rouge_l": lambda columns: rouge_l(columns["text"], columns["true_text"]).f1,
@@ -539,14 +539,12 @@ class Curve(NamedTuple):
     answers: list[Rows]
 
 
-def without_end(columns: Columns, name: str) -> list[Sequence[Any]]:
-    """A column of texts without the entry of the end of text, which says nothing about whether a text is known.
+def without_last(columns: Columns, name: str) -> list[Sequence[Any]]:
+    """A column of texts without the last entry, which is the end of text where there is one.
 
-    OpenUnlearning counts the end in loss and probability and drops the last label elsewhere, and so do we; a text that
-    was cut has no end and keeps its last token.
+    OpenUnlearning counts the last label in loss and probability and drops it elsewhere, be it an end or not.
     """
-    ends = columns.get("ends") or [False] * len(columns[name])
-    return [row[: len(row) - 1] if end and len(row) > 1 else row for row, end in zip(columns[name], ends, strict=True)]
+    return [row[:-1] if len(row) > 1 else row for row in columns[name]]
 
 
 def values_of(raw: Mapping[str, Any]) -> tuple[dict[Key, Rows], dict[Key, str]]:
@@ -566,19 +564,15 @@ def values_of(raw: Mapping[str, Any]) -> tuple[dict[Key, Rows], dict[Key, str]]:
 
 
 def membership_scores(raw: Mapping[str, Any], set_name: str) -> dict[str, Rows]:
-    """Of each text of a set the four scores, by the metric that they lead to; {} without texts.
-
-    zlib takes the text as it is, also where the model read only its beginning.
-    """
+    """Of each text of a set the four scores, by the metric that they lead to; {} without texts."""
     columns = raw.get("texts", {}).get(set_name)
     if not columns:
         return {}
-    nll = [-float(np.sum(logp, dtype=np.float64)) for logp in columns["logp"]]
     scores = {
         "auc_loss": loss_score(columns["logp"]),
-        "auc_zlib": zlib_score(nll, columns["text"]),
-        "auc_min_k": min_k(without_end(columns, "logp")),
-        "auc_min_k_plus_plus": min_k_plus_plus(*(without_end(columns, name) for name in ("logp", "mean", "std"))),
+        "auc_zlib": zlib_score(-loss_score(columns["logp"]), columns["text"]),
+        "auc_min_k": min_k(without_last(columns, "logp")),
+        "auc_min_k_plus_plus": min_k_plus_plus(*(without_last(columns, name) for name in ("logp", "mean", "std"))),
     }
     return {name: Rows(values, list(columns["subject"])) for name, values in scores.items()}
 

@@ -267,9 +267,10 @@ def measure_questions(subject: Subject) -> Raw:
 
 
 def measure_texts(subject: Subject) -> Raw:
-    """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, the text, ends and guess.
+    """Of each set: logp, hit, mean and std, lists with an entry for each token that counts, text, ends and guess.
 
-    ends: whether the last token is the end of text. guess: ln of the vocabulary's size, what knowing nothing costs.
+    text: what these tokens make. ends: whether the last one is the end of text. guess: ln of the vocabulary's size,
+    what knowing nothing costs.
     """
     model, tokenizer, bench, s, *_ = subject
     found: Raw = {}
@@ -279,7 +280,8 @@ def measure_texts(subject: Subject) -> Raw:
         bar = subject.label(f"texts of {name}")
         scores = score_tokens(model, tokens, s.batch_size, with_moments=True, bar=bar)
         for document, score in zip(documents, scores, strict=True):
-            row = {**_who(document), "text": document.row["text"][len(document.row["prefix"]) :]}
+            counted = document.tokens.ids[document.tokens.start :]
+            row = {**_who(document), "text": tokenizer.decode(counted, skip_special_tokens=True)}
             row |= {key: column.tolist() for key, column in score._asdict().items()}
             row |= {"ends": document.tokens.ends, "guess": math.log(head_of(model).weight.shape[0])}
             _append(found.setdefault(name, {}), row)

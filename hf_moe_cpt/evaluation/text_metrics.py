@@ -6,16 +6,15 @@ vocabulary in nats, and `agrees`, whether both models have the same first choice
 
 Sources. Membership, whose scores are higher for likelier members: loss Yeom et al. 2018 (arXiv 1709.01604), zlib
 Carlini et al. 2021 (2012.07805), min-k Shi et al. 2023 (2310.16789), min-k++ Zhang et al. 2024 (2404.02936), privacy
-leakage MUSE (2407.06460), all with the settings of OpenUnlearning (2506.12618), whose zlib divides the mean instead of
-the sum. Memorisation: exact, Tirumala et al. 2022 (2205.10770); extraction strength, Carlini et al. 2021 as in
-OpenUnlearning, whose code gives a text that ends on a miss 1/n, the formula 0. Multiple choice by perplexity: LLM
-Surgery (2409.13054), options one by one without letters; that ties share the point is ours. Token accuracy (called
-reliability, generalisation or portability by the question that is asked) and locality: EasyEdit (2308.07269);
-neighbours: RWKU (2406.10890). ROUGE-L: Lin 2004 with the words of the package rouge_score without stemming, the
-bit-parallel LCS Hyyrö 2004; n-gram entropy, low where a text repeats itself: Zhang et al. 2018 (1809.05972) with the
-weights of ROME (2202.05262) and EasyEdit, whose two terms are averaged. R and Q: OpenUnlearning's, Q in the symmetric
-form of the Unlearning Depth Score (2605.24614), which punishes a value that falls as one that rises. Conflict score,
-steps of relearning and the score of a surgery: ours.
+leakage MUSE (2407.06460), all with the settings of OpenUnlearning (2506.12618). Memorisation: exact, Tirumala et al.
+2022 (2205.10770); extraction strength, Carlini et al. 2021 as OpenUnlearning's code has it. Multiple choice by
+perplexity: LLM Surgery (2409.13054), options one by one without letters; that ties share the point is ours. Token
+accuracy (called reliability, generalisation or portability by the question that is asked) and locality: EasyEdit
+(2308.07269); neighbours: RWKU (2406.10890). ROUGE-L: Lin 2004 with the words of the package rouge_score without
+stemming, the bit-parallel LCS Hyyrö 2004; n-gram entropy, low where a text repeats itself: Zhang et al. 2018
+(1809.05972) with the weights of ROME (2202.05262) and EasyEdit, whose two terms are averaged. R and Q:
+OpenUnlearning's, Q in the symmetric form of the Unlearning Depth Score (2605.24614), which punishes a value that falls
+as one that rises. Conflict score, steps of relearning and the score of a surgery: ours.
 """
 
 import math
@@ -47,14 +46,14 @@ def loss_score(logps: TokenRows) -> np.ndarray:
     return np.array([row.mean() for row in read_token_rows("logps", logps, infinite=True)])
 
 
-def zlib_score(sum_nll: Column, texts: Sequence[str]) -> np.ndarray:
-    """(texts,): - sum_nll / bytes of the text after zlib: nats that the model needs for a byte that zlib needs.
+def zlib_score(mean_nll: Column, texts: Sequence[str]) -> np.ndarray:
+    """(texts,): - mean_nll / bytes of the text after zlib: Carlini et al.'s log-perplexity over zlib's entropy.
 
-    sum_nll: (texts,) negative log-probability of the whole text, in nats, at least 0. texts: what was scored.
+    mean_nll: (texts,) negative log-probability of the text in nats per token, at least 0. texts: what was scored.
     """
-    losses = read_column("sum_nll", sum_nll, infinite=True)
+    losses = read_column("mean_nll", mean_nll, infinite=True)
     if losses.min() < -1e-3:
-        raise ValueError(f"sum_nll holds {losses.min():g}: a negative log-probability is at least 0.")
+        raise ValueError(f"mean_nll holds {losses.min():g}: a negative log-probability is at least 0.")
     read = read_strings("texts", texts, num_rows=len(losses))
     return -losses / np.array([len(zlib.compress(text.encode("utf-8"))) for text in read])
 
@@ -134,11 +133,12 @@ def exact_memorisation(hits: TokenRows) -> np.ndarray:
 def extraction_strength(hits: TokenRows) -> np.ndarray:
     """(texts,): 1 - k / n, n the tokens and k the shortest beginning after which every first choice is right.
 
-    1: all of it comes out; 0: not even the last token.
+    1: all of it comes out. k is at most n - 1, as in OpenUnlearning's code: 1 / n where not even the last token does.
     """
     rows = read_token_rows("hits", hits, binary=True)
     lost = [np.flatnonzero(row == 0) for row in rows]  # the last of these ends the shortest beginning
-    return np.array([1 - (miss[-1] + 1 if len(miss) else 0) / len(row) for row, miss in zip(rows, lost, strict=True)])
+    begins = [min(miss[-1] + 1, len(row) - 1) if len(miss) else 0 for row, miss in zip(rows, lost, strict=True)]
+    return np.array([1 - begin / len(row) for row, begin in zip(rows, begins, strict=True)])
 
 
 def probability(logps: TokenRows) -> np.ndarray:

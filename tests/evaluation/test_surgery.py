@@ -151,7 +151,7 @@ def test_measures_of_texts_are_means_of_the_functions(summary, raws):
     for side, raw in raws.items():
         want = {}
         for name, columns in raw["texts"].items():
-            logp, hit = columns["logp"], columns["hit"]
+            logp, hit = columns["logp"], [row[:-1] for row in columns["hit"]]
             want |= {
                 ("loss", name): -text_metrics.loss_score(logp),
                 ("probability", name): text_metrics.probability(logp),
@@ -171,11 +171,12 @@ def test_measures_of_texts_are_means_of_the_functions(summary, raws):
 
 def _scores(columns: dict) -> dict[str, np.ndarray]:
     logp = columns["logp"]
+    inner = {name: [row[:-1] for row in columns[name]] for name in ("logp", "mean", "std")}
     return {
         "auc_loss": text_metrics.loss_score(logp),
-        "auc_zlib": text_metrics.zlib_score([-sum(row) for row in logp], columns["text"]),
-        "auc_min_k": text_metrics.min_k(logp),
-        "auc_min_k_plus_plus": text_metrics.min_k_plus_plus(logp, columns["mean"], columns["std"]),
+        "auc_zlib": text_metrics.zlib_score([-fmean(row) for row in logp], columns["text"]),
+        "auc_min_k": text_metrics.min_k(inner["logp"]),
+        "auc_min_k_plus_plus": text_metrics.min_k_plus_plus(*inner.values()),
     }
 
 
@@ -252,20 +253,18 @@ def test_every_number_lies_in_its_interval_and_is_json(summary):
             assert row["low"] <= row["value"] <= row["high"]  # a statistic that is a mean, or nearly so
 
 
-def test_the_end_of_a_text_counts_where_openunlearning_counts_it(raws):
-    """Its evaluate_probability counts every label; its token-wise log-probabilities drop the last, the end."""
-    raw = copy.deepcopy(raws["after"])
-    ended = copy.deepcopy(raws["after"])
-    for columns in ended["texts"].values():
-        columns["ends"] = [True] * len(columns["id"])
+def test_the_last_label_counts_where_openunlearning_counts_it(raws):
+    """Its evaluate_probability counts every label; its tokenwise_logprobs drop the last, an end or a word."""
+    longer = copy.deepcopy(raws["after"])
+    for columns in longer["texts"].values():
         for name, value in {"logp": -20.0, "hit": False, "mean": -2.0, "std": 1.0}.items():
-            columns[name] = [[*row, value] for row in columns[name]]
-    without, with_end = (summarise(after=one, resamples=FEW) for one in (raw, ended))
+            columns[name] = [[*row[:-1], value] for row in columns[name]]
+    same, other = (summarise(after=one, resamples=FEW) for one in (raws["after"], longer))
     for metric in ("exact_memorisation", "extraction_strength", "auc_min_k", "auc_min_k_plus_plus"):
-        assert _value(with_end, "after", metric) == _value(without, "after", metric)
-    logp = ended["texts"]["unlearn"]["logp"]
-    assert _value(with_end, "after", "loss") == pytest.approx(-fmean(fmean(row) for row in logp))
-    assert _value(with_end, "after", "probability") == pytest.approx(fmean(math.exp(fmean(row)) for row in logp))
+        assert _value(other, "after", metric) == _value(same, "after", metric)
+    logp = longer["texts"]["unlearn"]["logp"]
+    assert _value(other, "after", "loss") == pytest.approx(-fmean(fmean(row) for row in logp))
+    assert _value(other, "after", "probability") == pytest.approx(fmean(math.exp(fmean(row)) for row in logp))
 
 
 def test_the_options_share_their_probability(summary, raws):

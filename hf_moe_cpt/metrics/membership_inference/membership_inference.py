@@ -56,7 +56,7 @@ class MembershipInference(base.Metric):
         groups_of_sides = [base.groups_of(groups, rows, len(inside)) for rows in sides]
         scores = (
             loss_score(logps),
-            zlib_score([-sum(row) for row in logps], texts),
+            zlib_score(-loss_score(logps), texts),
             min_k(logps),
             min_k_plus_plus(logps, means, stds),
         )
