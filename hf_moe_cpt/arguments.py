@@ -1,7 +1,7 @@
 """The command line of every command and script: dataclasses of settings, and a YAML file given with `--config`.
 
 The command line wins over the file, the file over the defaults of the dataclasses. `--help` is of
-`hf_moe_cpt.command_help`. Source: ours, on transformers' HfArgumentParser.
+`hf_moe_cpt.cli`. Source: ours, on transformers' HfArgumentParser.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR
+from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR, format_help
 from hf_moe_cpt.reading import reading
 from hf_moe_cpt.settings import check_values, wants_list
 
@@ -136,8 +136,6 @@ def parse_arguments(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if asked := next((word for word in words if word in (*HELP_WORDS, *HELP_ALL_WORDS)), None):
-        from hf_moe_cpt.command_help import format_help
-
         print(format_help(program, description, dataclass_types, everything=asked in HELP_ALL_WORDS))
         sys.exit(0)
     parser = SettingsParser(dataclass_types, program)

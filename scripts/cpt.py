@@ -26,7 +26,7 @@ from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.optim.schedules import describe_schedule
-from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
+from hf_moe_cpt.planning.plan import ASKED, fit_to_gpu
 from hf_moe_cpt.reading import read_config, read_model, read_tokenizer
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig

@@ -26,7 +26,7 @@ from hf_moe_cpt.data.surgery_bench.rows import read_columns, with_columns
 from hf_moe_cpt.generation.pairs import load_table
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
-from hf_moe_cpt.planning.fit import ASKED, fit_to_gpu
+from hf_moe_cpt.planning.plan import ASKED, fit_to_gpu
 from hf_moe_cpt.reading import read_tokenizer
 from hf_moe_cpt.trainers.surgery.data import read_rows
 from hf_moe_cpt.trainers.surgery.surgery_config import PRESETS, SurgeryConfig, preset_settings

@@ -47,9 +47,8 @@ from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grou
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
 from hf_moe_cpt.reports.tables import text_table, write_csv
-from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import Attempt, Unavailable
-from hf_moe_cpt.scripts.benchmarks.report import rows_of, text_of
+from hf_moe_cpt.scripts.benchmarks import report as tools
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, rows_of, text_of
 
 
 GRADIENTS = ("dx", "dw1", "dw2", "dgate")

@@ -42,7 +42,7 @@ from hf_moe_cpt.planning.plan import MODELS, config_of
 from hf_moe_cpt.reports.tables import write_csv
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter, collect_routing
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, BenchmarkArguments, StepClock
+from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, BenchmarkArguments, StepClock
 from hf_moe_cpt.trainers.common.router_monitor import RouterMonitorCallback
 
 

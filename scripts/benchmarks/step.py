@@ -37,9 +37,8 @@ from hf_moe_cpt.machine import (
 )
 from hf_moe_cpt.planning.plan import MODELS, STOCK, config_of
 from hf_moe_cpt.reports.tables import write_csv
-from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, Unavailable
-from hf_moe_cpt.scripts.benchmarks.report import text_of
+from hf_moe_cpt.scripts.benchmarks import report as tools
+from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, Attempt, Unavailable, text_of
 
 
 SWITCHES = {

@@ -56,9 +56,8 @@ from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version
 from hf_moe_cpt.planning.plan import MODELS, config_of
 from hf_moe_cpt.reports.tables import write_csv
-from hf_moe_cpt.scripts.benchmarks import harness as tools
-from hf_moe_cpt.scripts.benchmarks.harness import Attempt
-from hf_moe_cpt.scripts.benchmarks.report import text_of
+from hf_moe_cpt.scripts.benchmarks import report as tools
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, text_of
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.gradients import TermGradients
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe_cpt.kernels.grouped_gemm import Tile
 from hf_moe_cpt.scripts.benchmarks import experts as bench
-from hf_moe_cpt.scripts.benchmarks.harness import Attempt, Unavailable, one_line
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, one_line
 from tests.helpers.expert_layers import DEVICE
 
 

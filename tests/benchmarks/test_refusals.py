@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_moe_cpt.scripts.benchmarks import experts, jobs, planner, routing, step, trainers
+from hf_moe_cpt.scripts.benchmarks import experts, jobs, routing, step, trainers
 
 
 # program, words, message
@@ -53,7 +53,7 @@ REFUSED = (
     (routing, "--parts speed", "--parts 'speed' is unknown: choose from analysis, collecting"),
     (routing, "--rounds 1", "--rounds 1 must be at least 2: quartiles need them"),
     (routing, "--tokens 0", "--tokens 0 must be at least 1"),
-    (planner, "prices", "^'prices' is unknown: choose from speeds, errors"),
+    (jobs, "prices", "^'prices' is unknown: choose from models, one, speeds, errors"),
 )
 
 

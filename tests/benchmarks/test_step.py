@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS
 from hf_moe_cpt.planning.plan import config_of
 from hf_moe_cpt.scripts.benchmarks import step as bench
-from hf_moe_cpt.scripts.benchmarks.harness import Unavailable
+from hf_moe_cpt.scripts.benchmarks.report import Unavailable
 
 
 SMALL = {

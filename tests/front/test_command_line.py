@@ -9,7 +9,7 @@ import pytest
 
 from hf_moe_cpt import cli
 from hf_moe_cpt.arguments import SettingsParser, given_values, parse_arguments
-from hf_moe_cpt.command_help import SourceModule, command_help, format_help
+from hf_moe_cpt.cli import SourceModule, command_help, format_help
 from tests.helpers.fresh_process import run_python
 
 

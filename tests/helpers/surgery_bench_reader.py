@@ -8,7 +8,7 @@ an error: then a person could misread it too.
 import re
 from functools import lru_cache
 
-from hf_moe_cpt.data.surgery_bench.grammar import Attribute, Kind, kind_of
+from hf_moe_cpt.data.surgery_bench.world import Attribute, Kind, kind_of
 
 
 _PRONOUNS = {"person": ("he", "she", "his", "her", "him")}

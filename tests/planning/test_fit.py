@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import OlmoeConfig, TrainingArguments
 
-from hf_moe_cpt.planning import fit
-from hf_moe_cpt.planning.fit import ASKED, choose_fit, fit_to_gpu
+from hf_moe_cpt.planning import plan
 from hf_moe_cpt.planning.memory import (
     KeptBytes,
     ModelSize,
@@ -19,6 +18,7 @@ from hf_moe_cpt.planning.memory import (
     measure_size,
     training_memory,
 )
+from hf_moe_cpt.planning.plan import ASKED, choose_fit, fit_to_gpu
 from tests.helpers.tiny_moes import moe_model
 
 
@@ -48,15 +48,15 @@ def tiny_kept(length: int, precision: str, kernels: str) -> KeptBytes:
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting a model takes a second."""
     for name, once in (("measure_size", tiny_size), ("measure_kept", tiny_kept)):
-        real = getattr(fit, name)
+        real = getattr(plan, name)
         monkeypatch.setattr(
-            fit, name, lambda config, *words, r=real, o=once: o(*words) if config is TINY else r(config, *words)
+            plan, name, lambda config, *words, r=real, o=once: o(*words) if config is TINY else r(config, *words)
         )
 
 
 def needed(dtype: str, checkpointing: bool, optimizer: str = "adamw", setup: TrainingSetup = SETUP) -> float:
     """GiB by the planner's own arithmetic."""
-    way = replace(setup, precision=fit.PRECISION_OF[dtype], checkpointing=checkpointing, optimizer=optimizer)
+    way = replace(setup, precision=plan.PRECISION_OF[dtype], checkpointing=checkpointing, optimizer=optimizer)
     kept = tiny_kept(way.sequence_length, way.precision, way.kernels)
     return training_memory(tiny_size("tiny"), kept, way).total / GIBIBYTE
 
@@ -130,8 +130,8 @@ def on_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> TrainingArguments:
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(fit, "gpu_gib", lambda device: 80.0)
-    monkeypatch.setattr(fit, "_with_autocast", lambda training, asked: training)
+    monkeypatch.setattr(plan, "gpu_gib", lambda device: 80.0)
+    monkeypatch.setattr(plan, "_with_autocast", lambda training, asked: training)
     return training
 
 
@@ -141,7 +141,9 @@ def test_a_command_takes_what_fits_and_on_a_cpu_float32(on_gpu, tmp_path, monkey
     fit_to_gpu(model, on_gpu, asked, setup, {}, config=TINY)
     assert model.dtype == "float32" and not on_gpu.gradient_checkpointing
     assert capsys.readouterr().out.startswith("tiny: float32 weights under bfloat16 autocast; about 0.")
-    monkeypatch.setattr(fit, "gpu_gib", lambda device: needed("bfloat16", True, setup=replace(SETUP, kernels="fused")))
+    monkeypatch.setattr(
+        plan, "gpu_gib", lambda device: needed("bfloat16", True, setup=replace(SETUP, kernels="fused"))
+    )
     model = arguments()
     fit_to_gpu(model, on_gpu, asked, setup, {}, config=TINY)
     assert model.dtype == "bfloat16" and on_gpu.gradient_checkpointing

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hf_moe_cpt.model_arguments import ModelArguments, expert_weights, quantise_experts
 from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
-from hf_moe_cpt.trainers.common.freezing import freeze
+from hf_moe_cpt.trainers.common.updates import freeze
 from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs
 from tests.helpers.tiny_models import QUICK, word_tokenizer

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultToleranceArguments
-from hf_moe_cpt.trainers.common.freezing import FreezeArguments
 from hf_moe_cpt.trainers.common.kernels import KernelArguments
 from hf_moe_cpt.trainers.common.router_balance import RouterBalanceArguments
-from hf_moe_cpt.trainers.common.updates import UpdateArguments
+from hf_moe_cpt.trainers.common.updates import FreezeArguments, UpdateArguments
 
 
 # Of TrainingArguments, for every trainer here: flags for scripts that choose what to do.

@@ -31,8 +31,8 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.distributed import reshard
-from hf_moe_cpt.trainers.common.freezing import modes_kept
 from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK, choose_attention
+from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from transformers.utils import output_capturing
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
-from hf_moe_cpt.trainers.common.freezing import modes_kept
+from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 logger = logging.getLogger(__name__)

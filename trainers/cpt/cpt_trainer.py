@@ -38,7 +38,6 @@ from hf_moe_cpt.reading import read_model
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
-from hf_moe_cpt.trainers.common.freezing import freeze
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.isolation import isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
@@ -52,7 +51,7 @@ from hf_moe_cpt.trainers.common.metrics import (
     starting_losses,
 )
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
-from hf_moe_cpt.trainers.common.updates import UpdatesMixin
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import (
     build_eval_dataset,

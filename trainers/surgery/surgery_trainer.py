@@ -52,12 +52,11 @@ from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
-from hf_moe_cpt.trainers.common.freezing import freeze, modes_kept
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
-from hf_moe_cpt.trainers.common.updates import UpdatesMixin
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import (
     LanguageHead,
     causal_lm_of,

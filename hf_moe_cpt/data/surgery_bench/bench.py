@@ -387,7 +387,7 @@ def _subjects_of_set(world: World, settings: BenchSettings, set_name: str) -> It
 
 
 def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iterator[dict[str, Any]]:
-    from hf_moe_cpt.data.surgery_bench.text import write_document
+    from hf_moe_cpt.data.surgery_bench.world import write_document
 
     edition = "before" if set_name == "obsolete" else "after"
     for subject in _subjects_of_set(world, settings, set_name):
@@ -407,7 +407,7 @@ def _document_rows(world: World, settings: BenchSettings, set_name: str) -> Iter
 
 
 def _question_rows(world: World, settings: BenchSettings, split: str) -> Iterator[dict[str, Any]]:
-    from hf_moe_cpt.data.surgery_bench.text import write_questions
+    from hf_moe_cpt.data.surgery_bench.world import write_questions
 
     for set_name in SETS:
         for subject in _subjects_of_set(world, settings, set_name):

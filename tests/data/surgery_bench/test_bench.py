@@ -33,8 +33,7 @@ from hf_moe_cpt.data.surgery_bench.bench import (
     as_parts,
     group_of_set,
 )
-from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES
-from hf_moe_cpt.data.surgery_bench.world import World
+from hf_moe_cpt.data.surgery_bench.world import BRIDGES, World
 from tests.helpers.source_tree import PROJECT
 from tests.helpers.surgery_bench_reader import read_document, read_question
 

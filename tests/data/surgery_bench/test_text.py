@@ -14,9 +14,16 @@ from scipy.stats import binomtest, chisquare
 from hf_moe_cpt.data.surgery_bench import QUESTION_KINDS, QUIZ_TEMPLATE, SETS, SurgeryBench, as_completions
 from hf_moe_cpt.data.surgery_bench import world as names
 from hf_moe_cpt.data.surgery_bench.bench import FACTS_PER_SUBJECT, KINDS, MAX_NUMBER
-from hf_moe_cpt.data.surgery_bench.grammar import BRIDGES, VOICES, attributes_of, kind_of, of_split, subject_slots_of
-from hf_moe_cpt.data.surgery_bench.text import write_document
-from hf_moe_cpt.data.surgery_bench.world import World
+from hf_moe_cpt.data.surgery_bench.world import (
+    BRIDGES,
+    VOICES,
+    World,
+    attributes_of,
+    kind_of,
+    of_split,
+    subject_slots_of,
+    write_document,
+)
 from tests.helpers.surgery_bench_reader import sentences, wordings_of
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.routing.hooks import moe_layers
-from hf_moe_cpt.trainers.common.freezing import freeze
+from hf_moe_cpt.trainers.common.updates import freeze
 from hf_moe_cpt.trainers.surgery import experts
 from hf_moe_cpt.trainers.surgery.losses import token_weights
 from tests.helpers.tiny_models import tiny_model
