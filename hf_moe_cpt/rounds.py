@@ -27,7 +27,7 @@ from hf_moe_cpt.cli import main as run_command
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, read_json, write_json
 from hf_moe_cpt.reports.tables import text_table, write_csv
 from hf_moe_cpt.trainers.common.checkpointing import last_whole_checkpoint
-from hf_moe_cpt.trainers.rainbowpo.presets import preset_settings
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import preset_settings
 
 
 OF_THE_LOOP = {  # what each command is told here

@@ -25,8 +25,7 @@ from hf_moe_cpt.machine import leave_process_group
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.plan import ASKED, fit_to_gpu
 from hf_moe_cpt.trainers.rainbowpo.data import mixed
-from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, preset_settings
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import PRESETS, RainbowPOConfig, preset_settings
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer, completions_logged
 
 

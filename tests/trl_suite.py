@@ -157,8 +157,7 @@ class Suite:
         """Ours under the names of TRL's."""
         if not self.is_ours:
             return
-        from hf_moe_cpt.trainers.rainbowpo.presets import preset_settings
-        from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
+        from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig, preset_settings
         from hf_moe_cpt.trainers.rainbowpo.rainbowpo_trainer import RainbowPOTrainer
 
         def config(*args: Any, loss_type: Any = "sigmoid", **changes: Any) -> RainbowPOConfig:

@@ -21,8 +21,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.hub.contents import ADAPTER_WEIGHTS, CARD, INDEX, require_no_link, weight_files
-from hf_moe_cpt.hub.folder import HUB_ID, METHODS, RunFacts, read_facts
+from hf_moe_cpt.hub.contents import (
+    ADAPTER_WEIGHTS,
+    CARD,
+    HUB_ID,
+    INDEX,
+    METHODS,
+    RunFacts,
+    read_facts,
+    require_no_link,
+    weight_files,
+)
 from hf_moe_cpt.reading import reading
 from hf_moe_cpt.reports.charts import Series, line_chart
 

@@ -41,8 +41,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_moe_cpt.hub.contents import CONFIG, WEIGHTS
-from hf_moe_cpt.hub.folder import HUB_ID
+from hf_moe_cpt.hub.contents import CONFIG, HUB_ID, WEIGHTS
 from hf_moe_cpt.hub.publishing import may_pass
 from hf_moe_cpt.reading import INDEX, read_config, shards_of
 

@@ -27,8 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_cpt.hub.cards import Card
-from hf_moe_cpt.hub.contents import CARD, clean, entries_of, read_contents
-from hf_moe_cpt.hub.folder import check_checkpoint
+from hf_moe_cpt.hub.contents import CARD, check_checkpoint, clean, entries_of, read_contents
 
 
 GOES_ON = "run the same command again, what has arrived is not sent twice."

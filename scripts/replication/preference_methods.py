@@ -80,7 +80,7 @@ from hf_moe_cpt.trainers.rainbowpo.losses import (
     preference_terms,
     score_advantage,
 )
-from hf_moe_cpt.trainers.rainbowpo.presets import preset_settings
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import preset_settings
 
 
 ARCHITECTURES = ("llama", "cpt_moe")

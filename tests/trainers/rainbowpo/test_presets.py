@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
 from hf_moe_cpt.trainers.rainbowpo.losses import Pair, length_advantage, mallows_phi, preference_terms, score_advantage
-from hf_moe_cpt.trainers.rainbowpo.presets import (
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import (
     ALIASES,
     PRESETS,
     REFUSED,
     SWITCHES,
+    RainbowPOConfig,
     components_of,
     components_table,
     preset_settings,
 )
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from tests.helpers.tolerances import assert_matches
 
 

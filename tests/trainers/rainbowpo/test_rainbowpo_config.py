@@ -7,8 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 from trl import DPOConfig, TrlParser
 
-from hf_moe_cpt.trainers.rainbowpo.presets import PRESETS, SWITCHES
-from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import OPTIONS_OF_DPO, RainbowPOConfig
+from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import OPTIONS_OF_DPO, PRESETS, SWITCHES, RainbowPOConfig
 
 
 ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
