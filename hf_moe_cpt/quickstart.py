@@ -60,8 +60,7 @@ from hf_moe_cpt.machine import DEVICES, choose_device
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.quickstart_acts import Acts, ActScale, BarCallback, align, operate, publish_folder
 from hf_moe_cpt.reading import read_model, read_tokenizer
-from hf_moe_cpt.reports.charts import Mark, Series, line_chart
-from hf_moe_cpt.reports.tables import Section, text_table, write_report
+from hf_moe_cpt.reports import Mark, Section, Series, line_chart, text_table, write_report
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token, find_experts, num_experts_of
 from hf_moe_cpt.routing.metrics import ContinualOutcome, imbalance_around_shift, imbalance_curve

@@ -25,7 +25,7 @@ from hf_moe_cpt.arguments import json_object, parse_arguments
 from hf_moe_cpt.cli import COMMANDS
 from hf_moe_cpt.cli import main as run_command
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, read_json, write_json
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports import text_table, write_csv
 from hf_moe_cpt.trainers.common.checkpointing import last_whole_checkpoint
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import preset_settings
 

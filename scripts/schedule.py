@@ -22,7 +22,7 @@ from hf_moe_cpt.optim.schedules import (
     describe_schedule,
     schedule_curve,
 )
-from hf_moe_cpt.reports.charts import plot_schedule
+from hf_moe_cpt.reports import plot_schedule
 
 
 @dataclass

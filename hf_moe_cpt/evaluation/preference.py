@@ -49,7 +49,7 @@ from hf_moe_cpt.generation.sampling import (
     require_template,
 )
 from hf_moe_cpt.machine import DEVICES, check_names, choose_device, machine_facts, release_memory
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports import text_table, write_csv
 from hf_moe_cpt.trainers.surgery.chunked import check_head
 
 

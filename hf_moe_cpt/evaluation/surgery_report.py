@@ -17,8 +17,17 @@ from hf_moe_cpt.data.surgery_bench import SETS
 from hf_moe_cpt.evaluation.resumable import write_json
 from hf_moe_cpt.evaluation.scoring import ALL_SETS
 from hf_moe_cpt.evaluation.surgery import METRICS
-from hf_moe_cpt.reports.charts import Mark, Range, Series, interval_chart, line_chart
-from hf_moe_cpt.reports.tables import Section, aligned, write_csv, write_report
+from hf_moe_cpt.reports import (
+    Mark,
+    Range,
+    Section,
+    Series,
+    aligned,
+    interval_chart,
+    line_chart,
+    write_csv,
+    write_report,
+)
 
 
 NOTHING = "–"

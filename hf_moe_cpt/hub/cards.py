@@ -33,7 +33,7 @@ from hf_moe_cpt.hub.contents import (
     weight_files,
 )
 from hf_moe_cpt.reading import reading
-from hf_moe_cpt.reports.charts import Series, line_chart
+from hf_moe_cpt.reports import Series, line_chart
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from hf_moe_cpt.planning.memory import (
     training_memory,
 )
 from hf_moe_cpt.reading import read_config as config_at
-from hf_moe_cpt.reports.tables import aligned
+from hf_moe_cpt.reports import aligned
 
 
 SECONDS_OF_DAY = 86_400

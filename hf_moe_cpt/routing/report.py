@@ -32,8 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_cpt.reports.charts import NUM_COLORS, Mark, Series, line_chart, thin
-from hf_moe_cpt.reports.tables import csv_cell, html_page, text_table, write_whole
+from hf_moe_cpt.reports import NUM_COLORS, Mark, Series, csv_cell, html_page, line_chart, text_table, thin, write_whole
 
 
 DIGITS = 5

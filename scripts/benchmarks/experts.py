@@ -46,7 +46,7 @@ from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grouped_product, weight_gradient
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import report as tools
 from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, rows_of, text_of
 

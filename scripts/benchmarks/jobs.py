@@ -50,7 +50,7 @@ from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, 
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.plan import MODELS as NAMED
 from hf_moe_cpt.planning.plan import MeasuredStep, config_of, flops_per_token
-from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.scripts.benchmarks.report import (
     GIBIBYTE,
     Attempt,

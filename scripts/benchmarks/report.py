@@ -28,7 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.machine import synchronize
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.reports import text_table
 
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU

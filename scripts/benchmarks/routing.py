@@ -39,7 +39,7 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, synchronize
 from hf_moe_cpt.planning.plan import MODELS, config_of
-from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.trace import RoutingTrace, TraceDescription, TraceLayer, TraceWriter, collect_routing
 from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, BenchmarkArguments, StepClock

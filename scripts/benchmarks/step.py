@@ -36,7 +36,7 @@ from hf_moe_cpt.machine import (
     release_memory,
 )
 from hf_moe_cpt.planning.plan import MODELS, STOCK, config_of
-from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.scripts.benchmarks import report as tools
 from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, Attempt, Unavailable, text_of
 

@@ -55,7 +55,7 @@ from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version
 from hf_moe_cpt.planning.plan import MODELS, config_of
-from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.scripts.benchmarks import report as tools
 from hf_moe_cpt.scripts.benchmarks.report import Attempt, text_of
 from hf_moe_cpt.trainers.surgery.data import collate_sets

@@ -49,7 +49,7 @@ from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
 from hf_moe_cpt.optim.adamw import StochasticAdamW
-from hf_moe_cpt.reports.tables import text_table, write_csv
+from hf_moe_cpt.reports import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import report as tools
 from hf_moe_cpt.scripts.benchmarks.report import Attempt
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig

@@ -59,7 +59,7 @@ from hf_moe_cpt.data.rejection_sampling import SelectionRule, select_pairs
 from hf_moe_cpt.evaluation.resumable import ResumableFolder
 from hf_moe_cpt.machine import check_names, machine_facts
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.reports import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
     Crew,
     Records,

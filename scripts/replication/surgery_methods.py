@@ -76,7 +76,7 @@ from hf_moe_cpt.evaluation.surgery import evaluate_model
 from hf_moe_cpt.evaluation.text_metrics import forgetting_part, mcq_correct, steps_until
 from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
-from hf_moe_cpt.reports.tables import text_table
+from hf_moe_cpt.reports import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
     SCALE_OF_SWEEP,
     Column,

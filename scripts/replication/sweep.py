@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, write_json
 from hf_moe_cpt.machine import check_names
-from hf_moe_cpt.reports.tables import write_csv
+from hf_moe_cpt.reports import write_csv
 
 
 CONFIDENCE = 0.95

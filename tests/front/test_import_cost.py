@@ -62,7 +62,7 @@ def test_before_transformers_and_without_triton_one_name_loads_what_it_needs_and
     )
     done = run_python("-W", "default::DeprecationWarning", "-c", program, checkpoint)
     homes, routing, kind = done.stdout.splitlines()
-    assert homes == "hf_moe_cpt.routing.metrics hf_moe_cpt.reports.charts False"
+    assert homes == "hf_moe_cpt.routing.metrics hf_moe_cpt.reports False"
     assert (routing, kind) == ("['hf_moe_cpt.routing.metrics']", OURS)
     assert "hf_moe_cpt.analysis is gone in the next release: import Mark from hf_moe_cpt.reports." in done.stderr
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe_cpt import quickstart, quickstart_acts
 from hf_moe_cpt.quickstart import QuickstartArguments, Scale, act_lines, make_plan, summarise, table_rows
 from hf_moe_cpt.quickstart_acts import ActScale, BarCallback, make_world, reward_of
-from hf_moe_cpt.reports.tables import format_cell, text_table
+from hf_moe_cpt.reports import format_cell, text_table
 from hf_moe_cpt.scripts import analyze
 from hf_moe_cpt.scripts.quickstart import main
 from tests.helpers.tiny_models import two_domains

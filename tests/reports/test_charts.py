@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_moe_cpt import reports as charts
 from hf_moe_cpt.optim import DEFAULT_PHASES, schedule_curve
-from hf_moe_cpt.reports import charts
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

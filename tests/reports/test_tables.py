@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_moe_cpt.reports.charts import Series, line_chart
-from hf_moe_cpt.reports.tables import Section, format_cell, write_report
+from hf_moe_cpt.reports import Section, Series, format_cell, line_chart, write_report
 from tests.helpers.source_tree import PROJECT
 
 

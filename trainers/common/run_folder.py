@@ -29,7 +29,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_moe_cpt.reports.tables import aligned
+from hf_moe_cpt.reports import aligned
 from hf_moe_cpt.trainers.common.checkpointing import LOCK, read_beside, require_unused, resolve_resume
 
 

@@ -1,7 +1,7 @@
 """Arguments of RainbowPO: a field for each component of the objective, and what is refused before anything is loaded.
 
 Published methods are presets of it: they set every switch, and beta and the learning rate to a value for models of
-about 8B; any of them can be overridden. Methods that the objective cannot express are refused by name, with the reason.
+about 8B; any of them can be overridden. Methods that the objective cannot express are refused by name, with reason.
 
 Defaults: Zhao et al. 2025 (RainbowPO). Presets: derived from each method's loss; docs/rainbowpo.md says where each
 number comes from. Limits: ours, from runs that the authors recorded (the same page, "Units of the home advantage").
