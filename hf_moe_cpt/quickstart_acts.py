@@ -88,10 +88,10 @@ class ActScale:
     asked: int = 96  # held-out ones, for the reward before and after
     align_steps: int = 40  # of 8 pairs
     align_rate: float = 6e-4
-    teach_steps: int = 80
+    teach_steps: int = 96
     teach_rate: float = 3e-3
-    surgery_steps: int = 32
-    surgery_rate: float = 3e-4
+    surgery_steps: int = 48
+    surgery_rate: float = 2e-4
 
     @property
     def steps(self) -> int:
@@ -328,7 +328,10 @@ def operate(acts: Acts, start: Path, replayed: Dataset) -> dict[str, Any]:
         eval_steps=max(1, scale.surgery_steps // 4),
         max_length=FACT_TOKENS,
         retain_batch_size=16,
-        retain_weight=2.0,
+        obsolete_weight=0.5,  # with the default of 0.1 the old answer ends below its target in so few steps
+        retain_weight=4.0,  # with 2 and weights of 1 some of the other facts are lost
+        unseen_weight=4.0,
+        neighbour_weight=2.0,
         logging_steps=1,
         dataset_num_proc=None,
     )

@@ -476,6 +476,18 @@ def format_cell(value: Cell) -> str:
     return str(value)
 
 
+def _column_cells(values: Sequence[Cell]) -> list[str]:
+    """Text of the cells of a column, as `format_cell` has it; decimals of small numbers stand under each other."""
+    cells = [format_cell(value) for value in values]
+    decimals = max((len(cell.partition(".")[2]) for cell in cells), default=0)
+    if decimals > 4 or any(not isinstance(value, str) and "e" in format_cell(value) for value in values):
+        return cells
+    return [
+        f"{value:.{decimals}f}" if isinstance(value, float) and abs(value) < 1000 else cell
+        for value, cell in zip(values, cells, strict=True)
+    ]
+
+
 def _section(section: Section, number: int) -> str:
     paragraphs = [part.strip() for part in section.text.split("\n\n") if part.strip()]
     parts = [f"<p>{escape(part)}</p>" for part in paragraphs]
@@ -491,8 +503,9 @@ def _table(rows: Sequence[Mapping[str, Cell]]) -> str:
     numeric = {name for name in columns if all(_is_number(row.get(name)) for row in rows)}
     tags = {name: ' class="number"' if name in numeric else "" for name in columns}
     head = "".join(f"<th{tags[name]}>{escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td{tags[name]}>{escape(format_cell(row.get(name)))}</td>" for name in columns) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    cells = {name: _column_cells([row.get(name) for row in rows]) for name in columns}
+    lines = zip(*([f"<td{tags[name]}>{escape(cell)}</td>" for cell in cells[name]] for name in columns), strict=True)
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 from html import unescape
@@ -185,7 +186,9 @@ def test_report_shows_the_numbers_of_the_results(finished):
     results, page = results_of(finished), unescape((finished / "report.html").read_text())
     for row in table_rows(results):
         for value in row.values():
-            assert f">{format_cell(value)}</td>" in page
+            assert re.search(
+                rf">{re.escape(format_cell(value))}0*</td>", page
+            )  # a column has as many decimals all over
     assert all(line in page for line in act_lines(results))
     assert page.count("<svg") == 8 and "2-numbers begins" in page
     assert page.count('<a href="#s') == page.count("<section id=")

@@ -59,7 +59,7 @@ def test_page_is_balanced_loads_nothing_and_holds_the_numbers_in_order(page):
     assert Page(page).cells == [
         *("run", "forgetting", "recovery step", "tokens/s", "note"),
         *("granular <30 %>", "0.1366", "200", "12,346", "–"),
-        *("none", "-0.7", "–", "9999", "only here"),
+        *("none", "-0.7000", "–", "9999", "only here"),
     ]
     assert '<td class="number">0.1366</td>' in page and '<td class="number">200</td>' in page
     assert "<p>First.</p><p>Second &amp; &lt;last&gt;.</p>" in page
