@@ -480,7 +480,7 @@ def _column_cells(values: Sequence[Cell]) -> list[str]:
     """Text of the cells of a column, as `format_cell` has it; decimals of small numbers stand under each other."""
     cells = [format_cell(value) for value in values]
     decimals = max((len(cell.partition(".")[2]) for cell in cells), default=0)
-    if decimals > 4 or any(not isinstance(value, str) and "e" in format_cell(value) for value in values):
+    if decimals > 4 or any("e" in cell for cell in cells) or not all(map(_is_number, values)):
         return cells
     return [
         f"{value:.{decimals}f}" if isinstance(value, float) and abs(value) < 1000 else cell
