@@ -3,16 +3,18 @@
 import re
 from pathlib import Path
 
-from setuptools import find_namespace_packages, find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 
 MAPPED = ("hub_cards", "modeling", "scripts", "trainers")  # `package_dir` in setup.cfg says to where
 
 README = Path("README.md").read_text(encoding="utf-8")
 
-inside = find_packages(include=["hf_moe_cpt", "hf_moe_cpt.*"])
-inside += find_namespace_packages(include=["hf_moe_cpt.metrics.*"])  # evaluate's folders, without __init__.py
-mapped = find_packages(include=[name for folder in MAPPED for name in (folder, f"{folder}.*")])
+
+def packages_of(*folders: str) -> list[str]:
+    """Every folder in them: those without __init__.py hold recipes, templates, pages and evaluate's metrics."""
+    patterns = [pattern for folder in folders for pattern in (folder, f"{folder}.*")]
+    return find_namespace_packages(include=patterns, exclude=["*__pycache__"])
 
 
 def write_out(link: re.Match) -> str:
@@ -22,7 +24,7 @@ def write_out(link: re.Match) -> str:
 
 
 setup(
-    packages=inside + [f"hf_moe_cpt.{package}" for package in mapped],
+    packages=packages_of("hf_moe_cpt") + [f"hf_moe_cpt.{package}" for package in packages_of(*MAPPED)],
     long_description=re.sub(r"\[([^\]]+)\]\((?![a-z]+:)([^)#]+)(?:#[^)]*)?\)", write_out, README),
     long_description_content_type="text/markdown",
 )
