@@ -53,6 +53,17 @@ COMMANDS = {
         "teach, align, operate and publish one small model in minutes, and read what happened on a page",
     ),
     "cpt": Command("hf_moe_cpt.scripts.cpt", "continue pre-training any causal language model, with replay"),
+    "tokenize": Command(
+        "hf_moe_cpt.scripts.continual.tokenize_text",
+        "tokenise the text of a run once, for all ranks and nodes",
+    ),
+    "rewarm": Command(
+        "hf_moe_cpt.scripts.continual.rewarm",
+        "try a few learning rates: adaptation against forgetting",
+    ),
+    "merge": Command(
+        "hf_moe_cpt.scripts.continual.merge", "average the weights of several checkpoints or adapters of one model"
+    ),
     "rainbowpo": Command(
         "hf_moe_cpt.scripts.rainbowpo", "train on preference pairs, with RainbowPO or any method it contains", "trl"
     ),

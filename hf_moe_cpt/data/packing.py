@@ -381,13 +381,18 @@ class MixtureLaw:
         sources, ordinals = self._order(batch)
         return self.names[sources[place]], ordinals[place]
 
+    def weights(self, batch: int) -> tuple[Fraction, ...]:
+        """Shares of the sources in optimizer batch `batch`."""
+        shares = self._shares[batch if len(self._shares) > 1 else 0].tolist()
+        return tuple(Fraction(share, self._whole) for share in shares)
+
     def composition(self, batch: int) -> tuple[int, ...]:
         """Blocks of each source in optimizer batch `batch`; they add up to batch_size."""
         return tuple((self._counts[batch + 1] - self._counts[batch]).tolist())
 
-    def count(self, source: str) -> int:
-        """Blocks that the whole budget reads from a source."""
-        return int(self._counts[-1][self.names.index(source)])
+    def count(self, source: str, before: int | None = None) -> int:
+        """Blocks that the whole budget reads from a source, or all batches before one."""
+        return int(self._counts[-1 if before is None else before][self.names.index(source)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
@@ -395,6 +400,46 @@ class MixtureLaw:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._order = lru_cache(maxsize=4)(self._order_of)
+
+
+class LawInParts:
+    """A law up to a batch, and one of other weights from it on, under which items of a source are counted on.
+
+    Read as a `MixtureLaw` is. Each part keeps the bounds of its own law, counted from where it begins.
+    """
+
+    def __init__(self, first: "MixtureLaw | LawInParts", at: int, weights: Mapping[str, float | Fraction]):
+        self.names, self.batch_size, self.num_batches = first.names, first.batch_size, first.num_batches
+        self._first, self._at = first, at
+        self._then = MixtureLaw({name: weights[name] for name in first.names}, first.batch_size, self.num_batches - at)
+
+    @property
+    def num_positions(self) -> int:
+        """Blocks of the whole budget."""
+        return self.batch_size * self.num_batches
+
+    def assign(self, position: int) -> tuple[str, int]:
+        """The source that serves a position, and how many items of that source came before it."""
+        later = position - self._at * self.batch_size
+        if later < 0:
+            return self._first.assign(position)
+        source, item = self._then.assign(later)
+        return source, item + self._first.count(source, self._at)
+
+    def weights(self, batch: int) -> tuple[Fraction, ...]:
+        """Shares of the sources in optimizer batch `batch`."""
+        return self._first.weights(batch) if batch < self._at else self._then.weights(batch - self._at)
+
+    def composition(self, batch: int) -> tuple[int, ...]:
+        """Blocks of each source in optimizer batch `batch`."""
+        return self._first.composition(batch) if batch < self._at else self._then.composition(batch - self._at)
+
+    def count(self, source: str, before: int | None = None) -> int:
+        """Blocks that the whole budget reads from a source, or all batches before one."""
+        before = self.num_batches if before is None else before
+        if before <= self._at:
+            return self._first.count(source, before)
+        return self._first.count(source, self._at) + self._then.count(source, before - self._at)
 
 
 class Mixture(torch.utils.data.Dataset):

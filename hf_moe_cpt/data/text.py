@@ -9,6 +9,7 @@ survives. `check_file` looks at the head of a file (for text, at all bytes). Sou
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -325,7 +327,7 @@ def _join(parts: list[AnyDataset], names: list[Source], text_column: str) -> Any
     columns = [_text_column_of(_listed(names), column_names(part), text_column) for part in parts]
     if len(set(columns)) > 1:
         raise ValueError(_two_kinds(_listed(names), text_column))
-    parts = [part.select_columns([columns[0]]) for part in parts]
+    parts = [part if part.column_names == columns[:1] else part.select_columns(columns[:1]) for part in parts]
     joined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if isinstance(joined, datasets.Dataset) and len(joined) == 0:
         raise ValueError(f"{_listed(names)} holds no rows: a data set needs at least one document.")
@@ -376,7 +378,8 @@ def tokenize_documents(
 
     A Dataset is written to the datasets cache, memory-mapped, and found there again by the next run with the same
     data and tokenizer; an IterableDataset is tokenised as it is read. A dataset that has input_ids passes through,
-    whatever else it holds; only then may tokenizer be None (with document_end="none").
+    whatever else it holds; only then may tokenizer be None (with document_end="none"). What this function returned,
+    saved and loaded again, passes as it is, without a copy, and is refused with another tokenizer.
     document_start: "auto" is what the tokenizer puts before a text by itself (BOS, or nothing; nothing before ids),
     "none", or text that becomes tokens, "<s>" for example. document_end: the same; "auto" is EOS. Both are added
     where they are absent. vocab_size: ids must lie in [0, vocab_size); None checks only for negative ids. num_proc:
@@ -390,7 +393,22 @@ def tokenize_documents(
             "tokenizer is None: it may be left out only for data that has input_ids, together with "
             "document_end='none'."
         )
-    start, end = _edges(tokenizer, document_start, document_end, is_tokenised)
+    record = record_of(dataset) if is_tokenised else {}
+    ids_of_tokenizer = None if tokenizer is None else _fingerprint(tokenizer)
+    if record and ids_of_tokenizer not in (None, record["tokenizer"]):
+        raise ValueError("the ids were made by another tokenizer than the one given: tokenise the text again.")
+    start, end = _edges(tokenizer, document_start, document_end, is_tokenised and not record)
+    made = {"tokenizer": ids_of_tokenizer, "start": start, "end": end}
+    if record and tokenizer is not None:
+        for edge in ("start", "end"):
+            if record[edge] and record[edge] != made[edge]:
+                raise ValueError(
+                    f"the ids were made with {record[edge]} at the {edge} of documents, and document_{edge} now means "
+                    f"{made[edge]}: set it back, or tokenise the text again."
+                )
+        is_whole = record["of"] == _extent(dataset) and (record["start"], record["end"]) == (start, end)
+        if is_whole and record["vocab_size"] and record["vocab_size"] <= (vocab_size or _INT32_LIMIT):
+            return dataset
     arguments: dict[str, Any] = {"start": start, "end": end, "vocab_size": vocab_size}
     if not is_tokenised:
         arguments |= {"tokenizer": tokenizer, "text_column": text_column}
@@ -414,7 +432,57 @@ def tokenize_documents(
     if isinstance(dataset, datasets.Dataset) and len(finished) < len(dataset):
         empty = len(dataset) - len(finished)
         logger.warning("%d of %d documents hold no text and are left out.", empty, len(dataset))
+    if isinstance(finished, datasets.Dataset) and (record or not is_tokenised):
+        known = (record if tokenizer is None else made) | {"vocab_size": vocab_size, "of": _extent(finished)}
+        finished.info.description = json.dumps({_RECORD: known})
     return finished
+
+
+_RECORD = "hf_moe_cpt.tokenized"  # in the description of a data set: how its ids were made
+
+
+def record_of(dataset: AnyDataset) -> dict[str, Any]:
+    """How `tokenize_documents` made a data set, nothing for one that it did not make.
+
+    tokenizer: its fingerprint; start, end: ids around every document; vocab_size; of: its rows and tokens then;
+    num_bytes: of the text in UTF-8, where `count_bytes` was told of it and rows and tokens are the same.
+    """
+    try:
+        record = json.loads(dataset.info.description or "{}").get(_RECORD, {})
+    except (json.JSONDecodeError, AttributeError):  # a description by somebody else
+        return {}
+    if record and record["of"] != _extent(dataset):
+        record.pop("num_bytes", None)
+    return record
+
+
+def _extent(dataset: AnyDataset) -> list[int] | None:
+    """Rows and tokens; loading gives a data set another fingerprint. None for a stream, and for a selection."""
+    if not isinstance(dataset, datasets.Dataset) or dataset._indices is not None:
+        return None
+    chunks = [chunk for chunk in dataset.data.column("input_ids").chunks if len(chunk)]
+    return [len(dataset), sum(chunk.offsets[-1].as_py() - chunk.offsets[0].as_py() for chunk in chunks)]
+
+
+def count_bytes(text: datasets.Dataset, text_column: str, tokenised: datasets.Dataset | None = None) -> int:
+    """Bytes of a column of text in UTF-8, also written down with what was made of it."""
+    pieces = text.select_columns([text_column]).with_format("arrow").iter(1000)
+    num_bytes = sum(pc.sum(pc.binary_length(piece.column(text_column))).as_py() or 0 for piece in pieces)
+    if tokenised is not None:
+        tokenised.info.description = json.dumps({_RECORD: record_of(tokenised) | {"num_bytes": num_bytes}})
+    return num_bytes
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for tokenizers that give the same ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        known = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        backend.no_truncation()
+        backend.no_padding()
+        known = backend.to_str()
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def _edges(

@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -288,12 +288,130 @@ def refuse_unused(reader: CheckpointReader, plan: Iterable[PlannedTensor], also_
             )
 
 
-def check_output(output_dir: str | Path, source: Path) -> Path:
+def decay_weights(count: int, decay: str = "linear") -> list[float]:
+    """Weights of checkpoints, oldest first, whose mean stands for having decayed the rate from the first to the last.
+
+    A step is in the mean with the weights of all later checkpoints, so that a decay d(s) of the rate is the weight
+    d((j - 1) / n) - d(j / n) of checkpoint j of n. linear: all the same; one_minus_sqrt: as WSD decays. Source: WSM,
+    arXiv 2507.17634.
+    """
+    known = {"linear": lambda s: 1 - s, "one_minus_sqrt": lambda s: 1 - s**0.5}
+    if decay not in known:
+        raise ValueError(f"decay={decay!r} is unknown: choose {', '.join(known)}.")
+    ends = [known[decay](place / count) for place in range(count + 1)]
+    return [begin - end for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def merge(sources: Sequence[str | Path], output_dir: str | Path, weights: Sequence[float]) -> Path:
+    """Write the weighted mean of checkpoints of one model, or of adapters of one kind, and return the folder.
+
+    weights: one each, of any sum above 0. Sums are taken in float32, of float32 weights in float64, and rounded once.
+    Adapters (peft's LoRA) are joined by rank, which makes the update exactly the mean of theirs. Tokenizer and
+    configuration are those of the last. Raises ValueError, in one line, for what does not belong together.
+    """
+    if len(sources) < 2 or len(weights) != len(sources) or not sum(weights) > 0 or min(weights) < 0:
+        raise ValueError(
+            f"{len(sources)} checkpoints and the weights {list(weights)}: name at least two, and for each a weight of "
+            "at least 0."
+        )
+    shares, folders = [weight / sum(weights) for weight in weights], [Path(source) for source in sources]
+    if any((folder / ADAPTER_CONFIG).is_file() for folder in folders):
+        output = check_output(output_dir, folders[-1])
+        with appearing_whole(output) as folder:
+            _merge_adapters(folders, shares, folder)
+            copy_companions(folders[-1], folder)
+        return output
+    readers = [CheckpointReader(source) for source in sources]
+    last = readers[-1]
+    output = check_output(output_dir, last.folder)
+    for reader in readers:
+        if reader.shapes.keys() != last.shapes.keys():
+            odd = min(reader.shapes.keys() ^ last.shapes.keys())
+            raise ValueError(f"{reader.name} and {last.name} are not of one model: only one of them has {odd}.")
+        for name, shape in last.shapes.items():
+            reader.require(name, shape)
+    plan = [_mean_of(readers, shares, name) for name in last.shapes]
+    check_disk_space(output, sum(tensor.num_bytes for tensor in plan))
+    with appearing_whole(output) as folder:
+        write_weights(folder, plan)
+        shutil.copyfile(last.folder / CONFIG, folder / CONFIG)
+        copy_companions(last.folder, folder)
+    return output
+
+
+def _mean_of(readers: Sequence[CheckpointReader], shares: Sequence[float], name: str) -> PlannedTensor:
+    dtype = readers[-1].require(name, readers[-1].shapes[name])
+    exact = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+    def pieces() -> Iterator[torch.Tensor]:
+        total = torch.zeros(readers[-1].shapes[name], dtype=exact)
+        for reader, share in zip(readers, shares, strict=True):
+            total.add_(reader.tensor(name).to(exact), alpha=share)
+        yield total.to(dtype).reshape(readers[-1].shapes[name])
+
+    return PlannedTensor(name, readers[-1].shapes[name], dtype, pieces)
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROUTER_BIAS = "router_bias.safetensors"  # beside an adapter of a mixture that a bias balances
+_OF_ONE_ADAPTER = ("r", "lora_alpha", "use_rslora")  # may differ; all else that shapes an adapter must be the same
+_NOT_MERGED = {
+    "use_dora": "DoRA's magnitudes have no mean",
+    "rank_pattern": "ranks by layer are not read",
+    "alpha_pattern": "scales by layer are not read",
+}
+
+
+def _merge_adapters(folders: Sequence[Path], shares: Sequence[float], output: Path) -> None:
+    """B A of the result is the mean of s B A of the parts: A below one another, B, times share and s, side by side."""
+    configs = []
+    for folder in folders:
+        if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(f"{folder} is no adapter in safetensors, and others are: name checkpoints of one kind.")
+        configs.append(json.loads((folder / ADAPTER_CONFIG).read_text()))
+    for folder, config in zip(folders, configs, strict=True):
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{folder} is an adapter of the kind {config.get('peft_type')}: only LORA is merged.")
+        for name, reason in _NOT_MERGED.items():
+            if config.get(name):
+                raise ValueError(f"{folder} has {name}: {reason}; merge the whole models instead.")
+        for name in ("base_model_name_or_path", "target_modules", "target_parameters", "modules_to_save", "bias"):
+            both = (config.get(name), configs[-1].get(name))
+            one, other = (sorted(value) if isinstance(value, list) else value for value in both)
+            if one != other:
+                raise ValueError(f"{folder} has {name}={one} and {folders[-1]} {other}: merge adapters of one kind.")
+    rank = sum(config["r"] for config in configs)
+    scales = [config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1) for config in configs]
+    parts = [load_file(folder / ADAPTER_WEIGHTS) for folder in folders]
+    merged = {}
+    for name, last in parts[-1].items():
+        values = [part[name].float() for part in parts]
+        if "lora_A" in name or "lora_embedding_A" in name:  # of experts: (E * r, in), an expert's rows together
+            rows = [v.reshape(-1, c["r"], v.shape[1]) for v, c in zip(values, configs, strict=True)]
+            value = torch.cat(rows, dim=1).flatten(0, 1)
+        elif "lora_B" in name or "lora_embedding_B" in name:  # (out, r * E), a rank's columns together
+            value = torch.cat([v * w * s for v, w, s in zip(values, shares, scales, strict=True)], dim=1)
+        else:
+            value = sum(v * w for v, w in zip(values, shares, strict=True))
+        merged[name] = value.to(last.dtype).contiguous()
+    save_file(merged, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    biases = [folder / ROUTER_BIAS for folder in folders if (folder / ROUTER_BIAS).is_file()]
+    if biases:
+        if len(biases) < len(folders):
+            raise ValueError(f"{ROUTER_BIAS} lies beside some of the adapters only: merge checkpoints of one run.")
+        parts = [load_file(path) for path in biases]
+        mean = {name: sum(p[name] * w for p, w in zip(parts, shares, strict=True)) for name in parts[-1]}
+        save_file(mean, output / ROUTER_BIAS)
+    config = configs[-1] | {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    (output / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_output(output_dir: str | Path, source: Path | None, option: str = "--output_dir") -> Path:
     """The output folder; raises ValueError if it is in use or lies inside the checkpoint that is read."""
     output = Path(output_dir).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output_dir {str(output_dir)!r} is in use: name a new or an empty folder.")
-    if source.resolve() in output.resolve().parents:
+        raise ValueError(f"{option} {str(output_dir)!r} is in use: name a new or an empty folder.")
+    if source is not None and source.resolve() in output.resolve().parents:
         raise ValueError(f"--output_dir {str(output_dir)!r} lies inside the checkpoint {str(source)!r}: name another.")
     return output
 

@@ -14,7 +14,7 @@ step alone, and a run that goes on longer than it was meant to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
@@ -272,6 +272,52 @@ def check_schedule(
         raise ValueError(f"{schedule} anneals exponentially and cannot reach min_lr=0: set min_lr > 0 (max_lr / 10).")
     if schedule == "inv_sqrt_inf" and not (math.isfinite(steepness) and steepness > 0):
         raise ValueError(f"steepness={steepness} gives inv_sqrt_inf no slope: set it > 0 (10 is the usual value).")
+
+
+class RateTrial(NamedTuple):
+    """What some steps at a rate did: nats per token learnt of the new text, and forgotten of the old if measured."""
+
+    rate: float
+    adaptation: float
+    forgetting: float | None = None
+
+
+NO_DIFFERENCE = 0.005  # nats per token, below which two trials count as equal
+
+
+def recommended_rate(trials: Sequence[RateTrial], max_forgetting: float | None = None) -> tuple[RateTrial | None, str]:
+    """The trial to go on with, and the reason in a sentence; no trial where none taught anything.
+
+    The one that learnt most of those within `max_forgetting`; without such a budget, the one that learnt most beyond
+    what it forgot. Of trials that differ by less than `NO_DIFFERENCE` the lowest rate is taken.
+    """
+    trials = sorted(trials)
+    good = [trial for trial in trials if math.isfinite(trial.adaptation) and trial.adaptation > 0]
+    if not good:
+        return None, "no rate taught the model anything: try lower ones, and look at the new text."
+    gain = {trial: trial.adaptation for trial in good}
+    why = "it learnt most"
+    if max_forgetting is not None:
+        within = [trial for trial in good if (trial.forgetting or 0.0) <= max_forgetting]
+        if not within:
+            least = min(good, key=lambda trial: trial.forgetting)
+            return least, f"it forgets least, and still more than {max_forgetting:g} nats: replay more."
+        gain, why = (
+            {trial: gain[trial] for trial in within},
+            f"it learnt most within {max_forgetting:g} nats forgotten",
+        )
+    elif any(trial.forgetting is not None for trial in good):
+        gain = {trial: trial.adaptation - max(0.0, trial.forgetting or 0.0) for trial in good}
+        why = "it learnt most beyond what it forgot"
+    best = max(gain.values())
+    chosen = next(trial for trial in gain if gain[trial] >= best - NO_DIFFERENCE)
+    if gain[chosen] < best:
+        why += f", as good as higher ones within {NO_DIFFERENCE:g} nats"
+    if chosen == trials[-1]:
+        why += "; it is the highest that was tried, so try higher ones too"
+    elif chosen == trials[0] and len(trials) > 1:
+        why += "; it is the lowest that was tried, so try lower ones too"
+    return chosen, f"{why}."
 
 
 def build_lr_scheduler(optimizer: Optimizer, **settings: Unpack[ScheduleSettings]) -> LambdaLR:

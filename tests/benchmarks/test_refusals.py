@@ -2,11 +2,14 @@
 
 import pytest
 
-from hf_moe_cpt.scripts.benchmarks import experts, jobs, routing, step, trainers
+from hf_moe_cpt.scripts.benchmarks import data, experts, jobs, routing, step, trainers
 
 
 # program, words, message
 REFUSED = (
+    (data, "--parts magic", "--parts 'magic' is unknown: choose from document, tokens, step"),
+    (data, "--parts step --rounds 0", "--rounds 0 must be at least 1"),
+    (data, "--parts tokens", "--text and --tokenizer are missing: name both, or --parts step"),
     (experts, "--peers magic", "--peers 'magic' is unknown: choose from dense, hf_moe_cpt"),
     (experts, "--shapes giant", "--shapes 'giant' is unknown: choose from granular, switch"),
     (experts, "--dtype int8", "--dtype 'int8' is unknown: choose from bfloat16"),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hf_moe_cpt.data import packing
 from hf_moe_cpt.data.packing import (
     PACKINGS,
+    LawInParts,
     Mixture,
     MixtureLaw,
     PackedDataset,
@@ -487,3 +488,25 @@ SOME = make_documents(3, 0)
 def test_bad_streams_are_refused_before_reading(new, options, message):
     with pytest.raises(ValueError, match=message):
         StreamingMixture({"new": new}, MixtureLaw({"new": 1}, 1, 1), 0, **{"max_length": LENGTH, **options})
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_law_in_parts_reads_every_item_once_and_in_order(count):
+    """Against the counts of its two laws; a part within a part too."""
+    names = "abcde"[:count]
+    first = MixtureLaw({name: place + 1 for place, name in enumerate(names)}, 7, 30)
+    second = dict.fromkeys(names, Fraction(1, count))
+    law = LawInParts(LawInParts(first, 11, second), 20, {name: count - place for place, name in enumerate(names)})
+    seen = dict.fromkeys(names, 0)
+    for position in range(law.num_positions):
+        if position % 7 == 0:
+            assert all(law.count(name, position // 7) == seen[name] for name in names)
+            before = dict(seen)
+        name, item = law.assign(position)
+        assert item == seen[name]
+        seen[name] += 1
+        if position % 7 == 6:
+            assert law.composition(position // 7) == tuple(seen[name] - before[name] for name in names)
+    assert all(law.count(name) == seen[name] for name in names) and law.count("a", 11) == first.count("a", 11)
+    assert [law.assign(p) for p in range(77)] == [first.assign(p) for p in range(77)]
+    assert law.weights(10) == first.weights(10) and law.weights(15) == tuple(second.values())

@@ -23,6 +23,7 @@ from hf_moe_cpt.optim.schedules import (
     SCHEDULES,
     Extension,
     Phases,
+    RateTrial,
     build_lr_scheduler,
     check_schedule,
     cosine,
@@ -32,6 +33,7 @@ from hf_moe_cpt.optim.schedules import (
     inv_sqrt_inf,
     learning_rate_at,
     phase_at,
+    recommended_rate,
     schedule_curve,
 )
 
@@ -343,3 +345,30 @@ def test_a_run_that_ended_at_zero_is_extended_only_with_a_new_warm_up():
 
 def optimizer_at_the_peak() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=MAX)
+
+
+@pytest.mark.parametrize(
+    "trials, budget, rate, why",
+    [
+        ([(1e-5, 0.1, 0.0), (1e-4, 0.4, 0.1), (1e-3, 0.5, 0.4)], None, 1e-4, "it learnt most beyond what it forgot."),
+        (
+            [(1e-5, 0.1, 0.0), (1e-4, 0.4, 0.1), (1e-3, 0.5, 0.4)],
+            0.05,
+            1e-5,
+            "within 0.05 nats forgotten; it is the low",
+        ),
+        ([(1e-5, 0.1, 0.2), (1e-4, 0.4, 0.3)], 0.05, 1e-5, "it forgets least, and still more than 0.05 nats: replay"),
+        ([(1e-5, 0.1, None), (1e-4, 0.4, None)], None, 1e-4, "it learnt most; it is the highest that was tried"),
+        (
+            [(1e-5, 0.1, None), (1e-4, 0.4, None), (2e-4, 0.403, None)],
+            None,
+            1e-4,
+            "as good as higher ones within 0.005",
+        ),
+        ([(1e-4, 0.4, 0.1), (1e-3, float("nan"), None)], None, 1e-4, "it learnt most beyond what it forgot"),
+        ([(1e-4, -0.4, 0.1), (1e-3, float("nan"), None)], None, None, "no rate taught the model anything"),
+    ],
+)
+def test_a_rate_is_recommended_with_its_reason(trials, budget, rate, why):
+    chosen, told = recommended_rate([RateTrial(*trial) for trial in trials], budget)
+    assert (chosen and chosen.rate) == rate and why in told

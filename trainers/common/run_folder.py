@@ -56,7 +56,7 @@ _TOLD = """
 logging_ log_ include_ eval_strategy eval_steps eval_delay eval_accumulation_steps eval_batch_size save_ bf16 fp16 tf32
 per_device_eval_batch_size prediction_loss_only batch_eval_metrics dtype activation_ gradient_checkpointing
 torch_compile use_liger liger_ kernels use_cache load_best_model_at_end hang_timeout bad_step_ spike_ chunk_tokens
-max_forgetting full_determinism precompute_ref_ pad_to_multiple_of
+max_forgetting on_forgetting full_determinism precompute_ref_ pad_to_multiple_of
 """.split()
 
 

@@ -97,7 +97,15 @@ class CPTConfig(SharedArguments, TrainingArguments):
         metadata={
             "range": "(0, inf)",
             "help": "Nats per token by which held-out text of any replayed source may get worse: the evaluation that "
-            "finds more saves and ends the run.",
+            "finds more saves, and does what on_forgetting says.",
+        },
+    )
+    on_forgetting: str = field(
+        default="stop",
+        metadata={
+            "choices": ["stop", "replay"],
+            "help": "Above max_forgetting: stop ends the run; replay doubles the share of what is forgotten, up to "
+            "half of a batch for all old text, and ends the run when that does not help.",
         },
     )
     keep_optimizer_state: bool = field(
@@ -188,6 +196,8 @@ class CPTConfig(SharedArguments, TrainingArguments):
                 "e.g. 0.3 for 30 %."
             )
         self.check_mixture()
+        if self.on_forgetting == "replay" and self.max_forgetting is None:
+            raise ValueError("on_forgetting='replay' without max_forgetting: set the nats that may be forgotten.")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing={self.packing!r} is unknown: choose one of {', '.join(PACKINGS)}.")
         if self.max_length < 2:
@@ -207,6 +217,8 @@ class CPTConfig(SharedArguments, TrainingArguments):
             return
         if self.replay_ratio:
             raise ValueError(f"mixture has weights for all sources: leave replay_ratio={self.replay_ratio} out.")
+        if self.on_forgetting == "replay" and self.weight_schedule != "constant":
+            raise ValueError("on_forgetting='replay' changes weights itself: leave weight_schedule at constant.")
         changing = [name for name, source in self.sources().items() if source.end_weight is not None]
         if bool(changing) != (self.weight_schedule != "constant"):
             raise ValueError(

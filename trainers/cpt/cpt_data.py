@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, load_from_disk
 from torch.optim import Optimizer
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hf_moe_cpt.data.packing import (
+    LawInParts,
     Mixture,
     MixtureLaw,
     PackedDataset,
@@ -34,9 +35,11 @@ from hf_moe_cpt.data.packing import (
     exact_shares,
 )
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.data.text import column_names, load_text_dataset, tokenize_documents
+from hf_moe_cpt.data.text import column_names, count_bytes, load_text_dataset, record_of, tokenize_documents
+from hf_moe_cpt.hub.checkpoint_io import appearing_whole, check_output
 from hf_moe_cpt.optim.schedules import Extension
 from hf_moe_cpt.reading import read_json, reading
+from hf_moe_cpt.reports import aligned
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
@@ -75,6 +78,10 @@ class DataArguments:
         default=False, metadata={"help": "Train also on documents that are held out: copies count as the same."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
+    tokenized_data: str | None = field(
+        default=None,
+        metadata={"help": "Folder that hf-moe-cpt tokenize writes of these sources, and cpt reads in their place."},
+    )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.sources is None):
@@ -128,37 +135,13 @@ def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Any]:
 
     Of --sources the mixture of `training` is made. A held-out source with the name of another belongs to it.
     """
-    if args.sources is not None:
-        sources = [Source.of(given) for given in args.sources]
-        mixed = [source for source in sources if source.role != "held_out"]
-        keys = [(source.name, source.role == "held_out") for source in sources]
-        if len(set(keys)) < len(keys) or not mixed:
-            raise ValueError("--sources: name each source once, and at least one to train on.")
-        training.mixture = {
-            source.name: {
-                key: value
-                for key in ("weight", "role", "end_weight", "max_epochs")
-                if (value := getattr(source, key)) is not None
-            }
-            for source in mixed
-        }
-        training.check_mixture()
+    sources = _sources_of(args, training)
+    if args.tokenized_data is None:
+        train, held_out = _read_sources(sources, args, training)
     else:
-        both = {"new": args.dataset_name, "replay": args.replay_dataset_name}
-        held = {"new": args.eval_dataset_name, "replay": args.replay_eval_dataset_name}
-        sources = [Source(name, path) for name, path in both.items() if path is not None]
-        sources += [Source(name, path, role="held_out") for name, path in held.items() if path is not None]
-    held_out = {source.name: _load(source, args, training, False) for source in sources if source.role == "held_out"}
-    train = {}
-    for source in sources:
-        if source.role != "held_out":
-            train[source.name] = _load(source, args, training, args.streaming)
-            if source.name not in held_out and args.held_out_fraction > 0:
-                parts = _hold_out(train[source.name], args.held_out_fraction, training.seed)
-                train[source.name], held_out[source.name] = parts
+        train, held_out = _read_tokenized(sources, args, training)
     if args.sources is None and training.replay_ratio == 0:  # old text is there to measure forgetting
         train.pop("replay", None)
-    train = _apart(train, held_out, training, args.keep_overlap)
     if args.sources is not None:
         return {"train_dataset": train, "eval_dataset": held_out or None}
     return {
@@ -167,6 +150,119 @@ def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Any]:
         "eval_dataset": held_out.get("new"),
         "replay_eval_dataset": held_out.get("replay"),
     }
+
+
+def _sources_of(args: DataArguments, training: CPTConfig) -> list[Source]:
+    if args.sources is None:
+        both = {"new": args.dataset_name, "replay": args.replay_dataset_name}
+        held = {"new": args.eval_dataset_name, "replay": args.replay_eval_dataset_name}
+        sources = [Source(name, path) for name, path in both.items() if path is not None]
+        return sources + [Source(name, path, role="held_out") for name, path in held.items() if path is not None]
+    sources = [Source.of(given) for given in args.sources]
+    mixed = [source for source in sources if source.role != "held_out"]
+    keys = [(source.name, source.role == "held_out") for source in sources]
+    if len(set(keys)) < len(keys) or not mixed:
+        raise ValueError("--sources: name each source once, and at least one to train on.")
+    training.mixture = {
+        source.name: {
+            key: value
+            for key in ("weight", "role", "end_weight", "max_epochs")
+            if (value := getattr(source, key)) is not None
+        }
+        for source in mixed
+    }
+    training.check_mixture()
+    return sources
+
+
+def _read_sources(
+    sources: list[Source], args: DataArguments, training: CPTConfig
+) -> tuple[dict[str, Dataset | IterableDataset], dict[str, Dataset]]:
+    """Documents to train on and held out, by the names of the sources."""
+    held_out = {source.name: _load(source, args, training, False) for source in sources if source.role == "held_out"}
+    train = {}
+    for source in sources:
+        if source.role != "held_out":
+            train[source.name] = _load(source, args, training, args.streaming)
+            if source.name not in held_out and args.held_out_fraction > 0:
+                parts = _hold_out(train[source.name], args.held_out_fraction, training.seed)
+                train[source.name], held_out[source.name] = parts
+    return _apart(train, held_out, training, args.keep_overlap), held_out
+
+
+TOKENIZED_FILE = "tokenized.json"
+
+
+def _what_tokens_depend_on(sources: list[Source], args: DataArguments, training: CPTConfig) -> dict[str, Any]:
+    described = {
+        f"{source.name}{', held out' if source.role == 'held_out' else ''}": [
+            [source.path] if isinstance(source.path, str) else list(source.path),
+            source.config or args.dataset_config,
+            source.split or args.dataset_split,
+            source.column or training.text_column,
+        ]
+        for source in sources
+    }
+    facts = {name: getattr(args, name) for name in ("held_out_fraction", "keep_overlap")}
+    facts |= {"seed": training.seed} if args.held_out_fraction else {}
+    return {**facts, **{f"source {name}": value for name, value in described.items()}}
+
+
+def write_tokenized(
+    args: DataArguments, training: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> str:
+    """Write every source, tokenised, into `args.tokenized_data`, and return a table of what was written.
+
+    The folder appears whole or not at all. Raises ValueError if it holds something, and for streams.
+    """
+    if args.tokenized_data is None or args.streaming:
+        raise ValueError(
+            "--tokenized_data must name the folder to write, and --streaming be off: it reads, and writes none."
+        )
+    output = check_output(args.tokenized_data, None, "--tokenized_data")
+    sources = _sources_of(args, training)
+    train, held_out = _read_sources(sources, args, training)
+    rows = [("source", "documents", "tokens")]
+    with appearing_whole(output) as folder:
+        for part, named in (("train", train), ("held_out", held_out)):
+            for name, data in named.items():
+                tokenised = _tokenize(data, training, tokenizer, vocab_size)
+                if training.text_column in data.column_names:
+                    count_bytes(data, training.text_column, tokenised)
+                tokenised.save_to_disk(str(_place(folder, part, name)), num_proc=training.dataset_num_proc)
+                tokens = PackedDataset(tokenised, 2, "concat").num_tokens
+                rows.append((f"{part}/{name}", f"{len(tokenised):,}", f"{tokens:,}"))
+        facts = _what_tokens_depend_on(sources, args, training)
+        (folder / TOKENIZED_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    return "\n".join(aligned(rows, num_left=1))
+
+
+def _place(folder: Path, part: str, name: str) -> Path:
+    if Path(name).name != name:
+        raise ValueError(f"source {name!r} cannot name a folder: leave slashes and dots out of its name.")
+    return folder / part / name
+
+
+def _read_tokenized(
+    sources: list[Source], args: DataArguments, training: CPTConfig
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """What `write_tokenized` wrote, memory-mapped; refuses what was made of other text or cut otherwise."""
+    folder = Path(args.tokenized_data)
+    if not (folder / TOKENIZED_FILE).is_file():
+        raise ValueError(f"--tokenized_data {str(folder)!r} was not written by hf-moe-cpt tokenize: run that first.")
+    written, now = read_json(folder / TOKENIZED_FILE), _what_tokens_depend_on(sources, args, training)
+    now = json.loads(json.dumps(now))
+    for name in [*written, *now]:
+        if written.get(name) != now.get(name):
+            raise ValueError(
+                f"--tokenized_data {str(folder)!r} has {name} = {written.get(name)} and this run {now.get(name)}: "
+                "take it back, or run hf-moe-cpt tokenize into another folder."
+            )
+    parts = [
+        {path.name: load_from_disk(str(path)) for path in sorted((folder / part).glob("*"))}
+        for part in ("train", "held_out")
+    ]
+    return parts[0], parts[1]
 
 
 def _load(source: Source, args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:
@@ -331,6 +427,49 @@ def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> d
     return {name: fixed.get(name, free.get(name, 0) * scale) for name in weights}
 
 
+MOST_REPLAY = Fraction(1, 2)  # of a batch, to which a budget for forgetting raises it
+
+
+def with_more_replay(args: CPTConfig, law: MixtureLaw | LawInParts, at: int, forgotten: list[str]) -> dict[str, Any]:
+    """Weights from batch `at` on, in which what is forgotten has twice its share; empty where no more can be given.
+
+    forgotten: names of held-out text; where none of them is a source, all replayed sources are meant. Old text gets at
+    most `MOST_REPLAY` together, a source with max_epochs no more than it has; new sources keep their proportions.
+    """
+    sources = args.sources()
+    before = dict(zip(law.names, law.weights(at - 1), strict=True))
+    old = [name for name in law.names if sources[name].role == "replay"]
+    meant = [name for name in old if name in forgotten] or old
+    meant = [name for name in meant if sources[name].max_epochs is None]
+    now, asked = sum(before[name] for name in old), sum(before[name] for name in meant)
+    if not asked or now >= MOST_REPLAY:
+        return {}
+    factor = 1 + min(asked, MOST_REPLAY - now) / asked
+    weights = {name: share * factor if name in meant else share for name, share in before.items()}
+    left = (1 - sum(weights[name] for name in old)) / (1 - now)
+    return {name: share if name in old else share * left for name, share in weights.items()}
+
+
+def in_parts(law: MixtureLaw | LawInParts, parts: list[tuple[int, dict[str, str]]]) -> MixtureLaw | LawInParts:
+    """A law with other weights, as fractions in words, from some batches on."""
+    for at, weights in parts:
+        law = LawInParts(law, at, {name: Fraction(weight) for name, weight in weights.items()})
+    return law
+
+
+def refuse_another_order(checkpoint: Path, args: CPTConfig, mixture: Mixture | StreamingMixture) -> None:
+    """Raise ValueError for a checkpoint of before epochs ran on into one another, if the run reads past the first."""
+    saved = read_beside(checkpoint, "run_state.json").get("settings") or {}
+    if not saved or "mixture" in saved or args.packing == "padded":
+        return
+    again = [name for name in mixture.law.names if (epochs := epochs_of(mixture, name)) is None or epochs > 1]
+    if again and "mixture" not in (args.allow_changes or ()):
+        raise ValueError(
+            f"{checkpoint.name} is of an earlier version, which read {', '.join(again)} in another order from the "
+            "second epoch on: start a new run from its weights, or go on with --allow_changes mixture."
+        )
+
+
 MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new: Muennighoff et al. 2023, arXiv 2305.16264
 
 
@@ -346,11 +485,7 @@ def describe_mixture(trainer: Any) -> str:
         share = f"{100 * number / law.num_positions:.2f} %"
         told = "?" if epochs is None else f"{epochs:.2f}"
         rows.append((name, settings[name].role, share, *known, f"{number:,}", told))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if place > 1 else cell.ljust(width) for place, (cell, width) in cells)
-        for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    )
+    return "\n".join(aligned(rows, num_left=2))
 
 
 def epochs_of(mixture: Mixture | StreamingMixture, name: str) -> float | None:
@@ -384,8 +519,8 @@ def build_eval_dataset(
     with args.main_process_first(desc="tokenising held-out text"):
         blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
     is_text = "input_ids" not in held_out.column_names
-    texts = held_out.select_columns([args.text_column]) if is_text else ()
-    return NumberedBlocks(blocks, sum(len(row[args.text_column].encode()) for row in texts))
+    known = record_of(held_out).get("num_bytes")
+    return NumberedBlocks(blocks, count_bytes(held_out, args.text_column) if is_text else known)
 
 
 def _tokenize(

@@ -59,10 +59,14 @@ from hf_moe_cpt.trainers.cpt.cpt_data import (
     continue_rate,
     detect_starting_phase,
     extension_of,
+    in_parts,
     load_moments,
     named_eval_sets,
     named_sources,
+    read_state,
+    refuse_another_order,
     warn_of_epochs,
+    with_more_replay,
     write_state,
 )
 
@@ -156,6 +160,8 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
         )
         self.extension: Extension | None = None  # of a resumed run, see `train`
+        self._replay_raised: list[tuple[int, dict[str, str]]] = []  # from which step on, to which weights
+        self._goes_on = False  # with these weights, once it has stopped
         if args.starting_phase == "auto" and self.starting_phase == "constant":
             continue_rate(args, self.starting_checkpoint)
         sources = named_sources(args, train_dataset, replay_dataset)
@@ -274,7 +280,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             if changes:
                 self.log(changes)
                 metrics.update(changes)
-                self._stop_if_too_much_is_forgotten(changes)
+                self._keep_within_budget(changes)
         return metrics
 
     def _packed(self, data: Any) -> Any:
@@ -308,16 +314,33 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
                 changes[f"{name}/{source}"] = [change]
         return {name: sum(values) / len(values) for name, values in changes.items()}
 
-    def _stop_if_too_much_is_forgotten(self, changes: dict[str, float]) -> None:
-        """End the run, with a checkpoint, if the text of a source got worse by more than `max_forgetting`."""
+    def _keep_within_budget(self, changes: dict[str, float]) -> None:
+        """Replay more, or end the run, with a checkpoint, if text of a source got worse by more than `max_forgetting`.
+
+        With more replay nothing is done while the loss falls again.
+        """
         limit, rises = self.args.max_forgetting, {k: v for k, v in changes.items() if k.startswith("forgetting")}
         worst = max(rises, key=rises.get, default=None)
         if limit is None or worst is None or rises[worst] <= limit or not self.is_in_train:
             return
+        step = self.state.global_step
+        if self.args.on_forgetting == "replay" and step < self.args.max_steps:
+            seen = [entry[worst] for entry in self.state.log_history if worst in entry]
+            if self._replay_raised and rises[worst] < seen[-2]:
+                return
+            over = [name.partition("/")[2] for name, rise in rises.items() if rise > limit]
+            weights = with_more_replay(self.args, self.mixture.law, step, over)
+            if weights:
+                self._replay_raised.append((step, {name: str(weight) for name, weight in weights.items()}))
+                self._goes_on = self.control.should_training_stop = self.control.should_save = True
+                shown = ", ".join(f"{name} {float(weight):.1%}" for name, weight in weights.items())
+                message = "%s is %.3f nats per token at step %d, above max_forgetting=%g: from here on %s."
+                logger.warning(message, worst, rises[worst], step, limit, shown)
+                return
         logger.warning(
             "%s is %.3f nats per token at step %d, above max_forgetting=%g: the run ends here. Raise the weight of "
             "replay or lower the rate, from an earlier checkpoint.",
-            *(worst, rises[worst], self.state.global_step, limit),
+            *(worst, rises[worst], step, limit),
         )
         self.control.should_training_stop = self.control.should_save = True
 
@@ -341,8 +364,29 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         checkpoint = self.open_run(resume_from_checkpoint)
         self.extension = None if checkpoint is None else extension_of(checkpoint, self.args)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
+        state = {} if checkpoint is None else read_state(str(checkpoint)) or {}
+        self._replay_raised = [tuple(part) for part in state.get("replay_raised", ())]
+        law = self.mixture.law
         with repeatable_on_cpu(self.args.device):
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            while True:
+                self._goes_on, self.mixture.law = False, in_parts(law, self._replay_raised)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                if not self._goes_on:
+                    return output
+                checkpoint = self.whole_checkpoint_before(self.state.global_step + 1)
+                self.args.eval_on_start = False
+
+    def _opened(self, asked: str | bool | None) -> tuple[Path | None, list[str]]:
+        checkpoint, changed = super()._opened(asked)
+        if checkpoint is not None:
+            refuse_another_order(checkpoint, self.args, self.mixture)
+        return checkpoint, changed
+
+    def _facts(self) -> dict[str, Any]:
+        """The parent's, the order of the sources and their numbers of tokens."""
+        blocks = getattr(self.mixture, "blocks", {})
+        tokens = {f"tokens_{name}": part.num_tokens for name, part in blocks.items()}
+        return {**super()._facts(), **tokens, "source_order": list(self.mixture.law.names)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.throughput.pause():
@@ -366,4 +410,5 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
             "extension": self.extension,
+            "replay_raised": self._replay_raised,
         }

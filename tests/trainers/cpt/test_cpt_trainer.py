@@ -4,6 +4,8 @@ Penalties count once per optimizer batch, in any split of it and never in evalua
 runs without them; checkpoints say whether to warm up again, and Adam's moments travel to the next run.
 """
 
+import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,18 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hf_moe_cpt.data.packing import LawInParts, MixtureLaw
 from hf_moe_cpt.kernels import cross_entropy as fused_head
 from hf_moe_cpt.trainers.cpt.cpt_data import (
     detect_starting_phase,
     extension_of,
     load_moments,
     read_state,
+    with_more_replay,
     write_state,
 )
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
-from tests.helpers.cpt_runs import HALF, config, logged, stop_at, trainer, without_clocks
+from tests.helpers.cpt_runs import HALF, AtStep, config, logged, stop_at, trainer, without_clocks
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, tokenized
 
 
@@ -145,6 +149,119 @@ def test_a_budget_for_forgetting_ends_the_run_with_a_checkpoint(tmp_path, caplog
     run.train()
     assert 1 <= run.state.global_step == ends < 8 and (tmp_path / "run" / f"checkpoint-{ends}").is_dir()
     assert f"above max_forgetting={limit:g}: the run ends here" in caplog.text
+
+
+REPLAYED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 10, "replay_ratio": 0.1, "save_strategy": "steps"}
+
+
+def _forgetful(folder, knows: dict, **changes) -> CPTTrainer:
+    """A run of a model that has weights which know the old text."""
+    model = tiny_model("llama")
+    model.load_state_dict(knows)
+    pace = {"per_device_train_batch_size": 10, "save_steps": 2, "learning_rate": 1e-2}
+    return trainer(folder, model, evaluated=True, **{**REPLAYED, **pace, **changes})
+
+
+def test_a_budget_for_forgetting_raises_replay_and_a_resumed_run_reads_the_same(tmp_path, caplog):
+    """Replayed text costs 0.1 of a batch, then 0.2 from the step at which the budget was overdrawn."""
+    pace = {"max_steps": 30, "per_device_train_batch_size": 8, "replay_ratio": 0.0}
+    old = CPTTrainer(tiny_model("llama"), config(tmp_path / "old", **pace), tokenized(60, 2, HALF, VOCABULARY))
+    old.train()
+    knows = {name: weight.clone() for name, weight in old.model.state_dict().items()}
+    run = _forgetful(tmp_path / "run", knows, max_forgetting=0.01, on_forgetting="replay")
+    run.train()
+    assert run.state.global_step == 10 and "above max_forgetting" in caplog.text and "replay 20.0%" in caplog.text
+    first = run._replay_raised[0][0]
+    replayed = [run.mixture.composition(batch)[1] for batch in range(10)]
+    assert replayed[:first] == [1] * first and set(replayed[first : first + 2]) == {2}
+    assert read_state(str(tmp_path / "run" / f"checkpoint-{first}"))["replay_raised"] == [
+        [first, {"new": "4/5", "replay": "1/5"}]
+    ]
+    history = without_clocks(run.state.log_history)
+    for later in range(first + 2, 12, 2):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{later}")
+    again = _forgetful(tmp_path / "run", knows, max_forgetting=0.01, on_forgetting="replay")
+    again.train(str(tmp_path / "run" / f"checkpoint-{first}"))
+    assert without_clocks(again.state.log_history) == history
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+
+
+def test_more_replay_has_a_limit_and_leaves_the_proportions_of_the_new(tmp_path):
+    weights = {"a": 0.4, "b": 0.2, "old": {"weight": 0.3, "role": "replay"}, "code": {"weight": 0.1, "role": "replay"}}
+    args = config(tmp_path, replay_ratio=0.0, mixture=weights, max_forgetting=0.1, on_forgetting="replay")
+    law = MixtureLaw({name: source.weight for name, source in args.sources().items()}, 10, 10)
+    more = with_more_replay(args, law, 4, ["code"])
+    assert more == {"a": Fraction(1, 3), "b": Fraction(1, 6), "old": Fraction(3, 10), "code": Fraction(1, 5)}
+    more = with_more_replay(args, law, 4, ["elsewhere"])  # both, up to half
+    assert (
+        more["old"] + more["code"] == Fraction(1, 2) and more["old"] == 3 * more["code"] and more["a"] == 2 * more["b"]
+    )
+    assert with_more_replay(args, LawInParts(law, 4, more), 5, ["code"]) == {}
+    for change, message in (
+        ({"max_forgetting": None}, "without max_forgetting"),
+        ({"weight_schedule": "linear"}, "changes weights itself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(
+                tmp_path,
+                **{"replay_ratio": 0.0, "mixture": weights, "max_forgetting": 0.1, **change},
+                on_forgetting="replay",
+            )
+
+
+SINCE = ("mixture", "weight_schedule", "source_order", "tokens_new", "tokens_replay", "on_forgetting")
+
+
+def test_a_checkpoint_of_before_epochs_ran_on_is_refused_where_the_order_differs(tmp_path):
+    """Its settings name no mixture. Read once, the order is the same and it goes on."""
+    often = {"save_strategy": "steps", "save_steps": 2}
+    for steps, is_refused in ((4, False), (400, True)):
+        folder = tmp_path / str(steps)
+        first = trainer(folder, "llama", max_steps=steps, **often)
+        forget = lambda control, run=first: [run._settings.pop(name) for name in SINCE]  # noqa: E731
+        first.add_callback(AtStep(1, forget))
+        first.add_callback(stop_at(2))
+        first.train()
+        again = trainer(folder, "llama", max_steps=steps, **often)
+        if not is_refused:
+            again.train("last")
+            continue
+        with pytest.raises(
+            ValueError, match="of an earlier version, which read new, replay in another order from the"
+        ):
+            again.train("last")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"a": 0.6, "b": 0.2, "old": {"weight": 0.2, "role": "replay"}}, "mixture was"),
+        (
+            {"b": 0.25, "a": 0.5, "old": {"weight": 0.25, "role": "replay"}},
+            "source_order was .'a', 'b', 'old'. and is .'b'",
+        ),
+        ({"a": 0.5, "b": 0.25, "old": {"weight": 0.25, "role": "new"}}, "mixture was"),
+        ({"a": 0.5, "b": 0.25, "old": {"weight": 0.25, "role": "replay", "max_epochs": 1}}, "mixture was"),
+        ("text", "data_b was"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_sources_only(tmp_path, change, message):
+    weights = {"a": 0.5, "b": 0.25, "old": {"weight": 0.25, "role": "replay"}}
+    texts = {"a": tokenized(90, 1, 1, HALF), "b": tokenized(60, 5, 1, HALF), "old": tokenized(60, 2, HALF, VOCABULARY)}
+
+    def run(mixture, texts):
+        pace = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+        args = config(tmp_path / "run", replay_ratio=0.0, mixture=mixture, **pace)
+        return CPTTrainer(tiny_model("llama"), args, texts)
+
+    first = run(weights, texts)
+    first.add_callback(stop_at(2))
+    first.train()
+    if change == "text":
+        change, texts = weights, texts | {"b": tokenized(60, 6, 1, HALF)}
+    with pytest.raises(ValueError, match=message):
+        run(change, texts).train("last")
 
 
 def test_moments_are_carried_over_only_if_asked(tmp_path):

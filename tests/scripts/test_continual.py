@@ -1,0 +1,165 @@
+"""Commands around a run: text tokenised once and read by it, rates tried before it, checkpoints merged after it."""
+
+import json
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_moe_cpt.hub.checkpoint_io import decay_weights, merge
+from hf_moe_cpt.scripts.continual.merge import main as merge_main
+from hf_moe_cpt.scripts.continual.rewarm import main as rewarm_main
+from hf_moe_cpt.scripts.continual.tokenize_text import main as tokenize_main
+from hf_moe_cpt.scripts.cpt import main as cpt_main
+from tests.helpers.tiny_models import tiny_model
+from tests.trainers.cpt.test_cpt_data import word_tokenizer, write_lines
+
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A model with a tokenizer of 32 words, and the words of a run on text of two sources."""
+    folder = tmp_path / "start"
+    tiny_model("llama", vocab_size=32).save_pretrained(folder)
+    word_tokenizer("<unk>", "<eos>", *WORDS).save_pretrained(folder)
+    draw = random.Random(0)
+    new = write_lines(tmp_path / "new.jsonl", [" ".join(draw.choices(WORDS[:15], k=9)) for _ in range(90)])
+    old = write_lines(tmp_path / "old.jsonl", [" ".join(draw.choices(WORDS[15:], k=9)) for _ in range(30)])
+    words = ["--model_name_or_path", folder, "--sources", f"new={new}:3", f"old={old}:1:replay", "--max_length", 16]
+    words += ["--held_out_fraction", 0.2, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+    words += ["--per_device_train_batch_size", 2, "--logging_steps", 1]
+    return [str(word) for word in words]
+
+
+def _history(folder):
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{k: v for k, v in entry.items() if "loss" in k or k.startswith("eval_new_bits")} for entry in log]
+
+
+def test_text_is_tokenised_once_and_read_in_place_with_the_same_numbers(tmp_path, start, capsys):
+    cache, more = str(tmp_path / "cache"), ["--max_steps", "3", "--eval_steps", "2"]
+    cpt_main([*start, *more, "--output_dir", str(tmp_path / "plain")])
+    tokenize_main([*start, "--tokenized_data", cache])
+    assert "train/new" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    (tmp_path / "new.jsonl").write_text("")  # the text itself is not needed any more
+    cpt_main([*start, *more, "--tokenized_data", cache, "--output_dir", str(tmp_path / "run")])
+    assert _history(tmp_path / "run") == _history(tmp_path / "plain")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before  # nor copied
+    run = [*more, "--tokenized_data", cache, "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="has seed = 42 and this run 7: take it back, or run hf-moe-cpt tokenize"):
+        cpt_main([*start, *run, "--seed", "7"])
+    with pytest.raises(ValueError, match="the end of documents, and document_end now means"):
+        cpt_main([*start, *run, "--document_end", "w3"])
+    word_tokenizer("<unk>", "<eos>", *reversed(WORDS)).save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="made by another tokenizer"):
+        cpt_main([*start, *run])
+    with pytest.raises(ValueError, match="--tokenized_data .* is in use: name a new or an empty folder"):
+        tokenize_main([*start, "--tokenized_data", cache])
+    with pytest.raises(ValueError, match="was not written by hf-moe-cpt tokenize"):
+        cpt_main([*start, *more, "--tokenized_data", str(tmp_path), "--output_dir", str(tmp_path / "other")])
+
+
+def test_rates_are_tried_before_a_run_and_one_is_recommended(tmp_path, start, capsys):
+    words = [*start, "--max_steps", "100", "--trial_steps", "5", "--rates", "1e-5", "1e-2"]
+    rewarm_main([*words, "--output_dir", str(tmp_path / "none")])
+    out = capsys.readouterr().out
+    assert "--learning_rate 0.01: it learnt most beyond what it forgot; it is the highest that was tried" in out
+    assert not (tmp_path / "none").exists()
+    rewarm_main([*words, "--max_forgetting", "1e-9"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-4].split() == ["rate", "adaptation", "forgetting"] and told[-3].split()[0] == "1e-05"
+    assert "--learning_rate" in told[-1]
+
+
+def _checkpoints(tmp_path, dtype, count=3):
+    folders = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = tiny_model("mixtral")
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight)
+        model.to(dtype).save_pretrained(tmp_path / f"{dtype}-{seed}", max_shard_size="40KB")
+        folders.append(tmp_path / f"{dtype}-{seed}")
+    return folders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_the_mean_in_float64(tmp_path, dtype):
+    folders, weights = _checkpoints(tmp_path, dtype), [1, 2, 5]
+    merge(folders, tmp_path / "merged", weights)
+    parts = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders]
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().items():
+        want = sum(part[name].double() * weight for part, weight in zip(parts, weights, strict=True)) / 8
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_weights_stand_for_a_decay():
+    """A step is in the mean with the sum of all later weights, which is what the decay has left of its rate."""
+    assert decay_weights(4) == pytest.approx([0.25] * 4)
+    weights = decay_weights(4, "one_minus_sqrt")
+    left = [sum(weights[place:]) for place in range(4)]
+    assert left == pytest.approx([1 - (place / 4) ** 0.5 for place in range(4)])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_adapters_update_by_the_mean_of_the_updates(tmp_path, rslora):
+    """Against the mean of `get_delta_weight`; experts and layers, of two ranks."""
+    base, weights, deltas = tmp_path / "base", [1, 3], []
+    tiny_model("mixtral").save_pretrained(base)
+    targets = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    for seed, rank in enumerate((2, 3)):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        config = LoraConfig(r=rank, lora_alpha=7, use_rslora=rslora, init_lora_weights=False, **targets)
+        get_peft_model(model, config).save_pretrained(tmp_path / f"{seed}")
+    merge([tmp_path / "0", tmp_path / "1"], tmp_path / "merged", weights)
+    for folder in ("0", "1", "merged"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / folder)
+        layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight")]
+        deltas.append([layer.get_delta_weight("default") for layer in layers])
+    assert len(deltas[2]) > 4 and any(delta.ndim == 3 for delta in deltas[2])
+    for one, other, mean in zip(*deltas, strict=True):
+        torch.testing.assert_close(mean, (one + 3 * other) / 4, rtol=1e-4, atol=1e-5)
+    saved = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert saved["r"] == saved["lora_alpha"] == 5 and not saved["use_rslora"]
+
+
+def test_what_does_not_belong_together_is_not_merged(tmp_path):
+    one, other = _checkpoints(tmp_path, torch.float32, 2)
+    with pytest.raises(ValueError, match="1 checkpoints and the weights .*: name at least two"):
+        merge([one], tmp_path / "m", [1])
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="are not of one model: only one of them has"):
+        merge([one, tmp_path / "llama"], tmp_path / "m", [1, 1])
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="is no adapter in safetensors, and others are"):
+        merge([tmp_path / "a", one], tmp_path / "m", [1, 1])
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj"])).save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="target_modules=.'q_proj'. and .* .'v_proj'.: merge adapters of one kind"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m", [1, 1])
+    assert not (tmp_path / "m").exists() and load_file(tmp_path / "b" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is in use"):
+        merge([one, other], other, [1, 1])
+
+
+def test_the_whole_is_judged_beside_its_parts(tmp_path, start, capsys):
+    run = tmp_path / "run"
+    more = ["--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--output_dir", str(run)]
+    cpt_main([*start, *more])
+    capsys.readouterr()
+    parts, text = [str(run / f"checkpoint-{step}") for step in (2, 4)], f"old={tmp_path / 'old.jsonl'}"
+    how = ["--held_out", text, "--max_length", "16", "--use_cpu"]
+    merge_main(["--checkpoints", *parts, "--output_dir", str(tmp_path / "merged"), *how])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == [*parts, str(tmp_path / "merged")]
+    losses = [float(row[1]) for row in rows]
+    assert len(set(losses)) == 3 and losses[2] < max(losses)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert sum(p.numel() for p in again.parameters()) > 0
