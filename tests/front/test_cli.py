@@ -45,7 +45,7 @@ def test_words_after_the_command_reach_the_script(script: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "word, advice", [("quickstrat", "did you mean quickstart?"), ("zzz", "choose from quickstart, cpt, rainbowpo,")]
+    "word, advice", [("quickstrat", "did you mean quickstart?"), ("zzz", "choose from quickstart, cpt, tokenize,")]
 )
 def test_unknown_command_suggests_near_ones(word: str, advice: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main([word]) == 2
