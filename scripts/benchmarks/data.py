@@ -37,7 +37,7 @@ from hf_moe_cpt.data.packing import Mixture, MixtureLaw, PackedDataset, stack_bl
 from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
 from hf_moe_cpt.machine import check_names, machine_facts
 from hf_moe_cpt.reports import write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import BenchmarkArguments
+from hf_moe_cpt.scripts.benchmarks.report import BenchmarkArguments
 
 
 PARTS = ("document", "tokens", "step")
