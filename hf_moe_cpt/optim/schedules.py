@@ -24,6 +24,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+__all__ = [
+    "DEFAULT_COSINE_PHASES", "DEFAULT_PHASES", "DEFAULT_WSD_PHASES", "PHASE_NAMES", "SCHEDULES",
+    "STARTING_PHASES", "Boundaries", "Extension", "Phases", "ScheduleCurve", "build_lr_scheduler",
+    "check_schedule", "cosine", "cosine_inf", "default_phases", "describe_schedule", "inv_sqrt_inf",
+    "learning_rate_at", "linear", "phase_at", "schedule_curve", "wsd",
+]  # fmt: skip
+
 BARS = " ▁▂▃▄▅▆▇█"
 STARTING_PHASES = ("scratch", "constant", "decayed")
 PHASE_NAMES = ("warmup", "cooldown", "constant", "anneal")
