@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import mean_intervals
 from hf_moe_cpt.evaluation.text_metrics import rouge_l
-from hf_moe_cpt.metrics import base
 
 
-class ContinuationOverlap(base.Metric):
+class ContinuationOverlap(metrics.Metric):
     """ROUGE-L of what a language model writes after the beginning of a text, against the true continuation."""
 
     COLUMNS = {"default": {"predictions": "string", "references": "string"}}

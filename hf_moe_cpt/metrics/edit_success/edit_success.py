@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import mean_intervals
 from hf_moe_cpt.evaluation.text_metrics import conflict_score, token_accuracy
-from hf_moe_cpt.metrics import base
 
 
 _KINDS = ("reliability", "generalisation", "portability")
 _HITS = {"kinds": "string", "hits": "int64", "tokens": "int64"}
 
 
-class EditSuccess(base.Metric):
+class EditSuccess(metrics.Metric):
     """Whether edited knowledge arrived in a language model, also in other words and in what follows from it."""
 
     COLUMNS = {"default": _HITS, "conflict": _HITS | {"old_logps": "float64", "new_logps": "float64"}}
@@ -43,7 +43,7 @@ class EditSuccess(base.Metric):
             columns["conflict_score"] = conflict_score(old[rows], new[rows]) if len(rows) else rows
         found: dict[str, float | int] = {}
         for name, column in columns.items():
-            their_groups = base.groups_of(groups, rows_of[name], len(kinds))
+            their_groups = metrics.groups_of(groups, rows_of[name], len(kinds))
             if len(column):
                 found |= mean_intervals({name: column}, their_groups, **bootstrap)
                 found[f"num_{name}"] = len(column)

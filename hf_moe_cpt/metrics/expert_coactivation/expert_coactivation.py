@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hf_moe_cpt.metrics import base
+from hf_moe_cpt import metrics
 from hf_moe_cpt.routing.metrics import expert_coactivation
 
 
-class ExpertCoactivation(base.Metric):
+class ExpertCoactivation(metrics.Metric):
     """Which experts of a layer work on the same tokens."""
 
     COLUMNS = {"default": {"top_k_index": ["int64"]}}
@@ -15,7 +15,7 @@ class ExpertCoactivation(base.Metric):
 
     def score(self, *, top_k_index: Sequence[Sequence[int]], num_experts: int | None = None) -> dict[str, Any]:
         """Rows are tokens, in one layer."""
-        index, num_experts = base.experts_of_rows(top_k_index, num_experts)
+        index, num_experts = metrics.experts_of_rows(top_k_index, num_experts)
         matrix = expert_coactivation(index, num_experts)
         return {
             "expert_coactivation": matrix.tolist(),

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import mean_intervals
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
-from hf_moe_cpt.metrics import base
 
 
-class Fluency(base.Metric):
+class Fluency(metrics.Metric):
     """Whether a language model still writes language, by the entropy of the word pairs and triples that it writes."""
 
     COLUMNS = {"default": {"predictions": "string"}}

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import mean_intervals
 from hf_moe_cpt.evaluation.text_metrics import mcq_correct
-from hf_moe_cpt.metrics import base
 
 
-class McqAccuracy(base.Metric):
+class McqAccuracy(metrics.Metric):
     """Share of multiple-choice questions whose true option a language model finds likeliest, by perplexity."""
 
     COLUMNS = {"default": {"option_losses": ["float64"], "answers": "int64"}}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import bootstrap_two_samples
 from hf_moe_cpt.evaluation.text_metrics import (
     auc,
@@ -15,13 +16,12 @@ from hf_moe_cpt.evaluation.text_metrics import (
     privacy_leakage,
     zlib_score,
 )
-from hf_moe_cpt.metrics import base
 
 
 _AUCS = ("loss_auc", "zlib_auc", "min_k_auc", "min_k_plus_plus_auc")
 
 
-class MembershipInference(base.Metric):
+class MembershipInference(metrics.Metric):
     """Whether texts that a language model should have forgotten can be told from texts that it never saw."""
 
     COLUMNS = {
@@ -33,7 +33,7 @@ class MembershipInference(base.Metric):
             "is_member": "bool",
         }
     }
-    OPTIONS = ("retrained_aucs", *base.Metric.OPTIONS)
+    OPTIONS = ("retrained_aucs", *metrics.Metric.OPTIONS)
 
     def score(
         self,
@@ -48,12 +48,12 @@ class MembershipInference(base.Metric):
         **bootstrap: Any,
     ) -> dict[str, float | int | bool]:
         """bootstrap: as in `bootstrap_two_samples`."""
-        base.refuse_unknown_inputs(retrained_aucs or {}, _AUCS)
+        metrics.refuse_unknown_inputs(retrained_aucs or {}, _AUCS)
         inside = np.asarray(is_member, dtype=bool)
         if inside.all() or not inside.any():
             raise ValueError(f"is_member is {bool(inside[0])} for all {len(inside)} texts: give members and others.")
         sides = np.flatnonzero(inside), np.flatnonzero(~inside)
-        groups_of_sides = [base.groups_of(groups, rows, len(inside)) for rows in sides]
+        groups_of_sides = [metrics.groups_of(groups, rows, len(inside)) for rows in sides]
         scores = (
             loss_score(logps),
             zlib_score(-loss_score(logps), texts),

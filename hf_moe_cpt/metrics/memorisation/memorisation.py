@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import mean_intervals
 from hf_moe_cpt.evaluation.text_metrics import exact_memorisation, extraction_strength, probability
-from hf_moe_cpt.metrics import base
 
 
-class Memorisation(base.Metric):
+class Memorisation(metrics.Metric):
     """How much of its texts a language model knows by heart: probability, exact memorisation, extraction strength."""
 
     COLUMNS = {"default": {"logps": ["float64"], "hits": ["int8"]}}

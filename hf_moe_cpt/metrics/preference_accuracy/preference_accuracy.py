@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from hf_moe_cpt import metrics
 from hf_moe_cpt.evaluation.statistics import preference_accuracy
-from hf_moe_cpt.metrics import base
 
 
 _PAIRS = {
@@ -14,7 +14,7 @@ _PAIRS = {
 }
 
 
-class PreferenceAccuracy(base.Metric):
+class PreferenceAccuracy(metrics.Metric):
     """How often a language model prefers the answer that people chose, plain, per token and at equal lengths."""
 
     COLUMNS = {

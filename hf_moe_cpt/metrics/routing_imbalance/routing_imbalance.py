@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_moe_cpt.metrics import base
+from hf_moe_cpt import metrics
 from hf_moe_cpt.routing.metrics import (
     dead_experts,
     expert_load,
@@ -13,7 +13,7 @@ from hf_moe_cpt.routing.metrics import (
 )
 
 
-class RoutingImbalance(base.Metric):
+class RoutingImbalance(metrics.Metric):
     """How evenly a router spreads tokens over the experts of a layer."""
 
     COLUMNS = {"default": {"top_k_index": ["int64"]}}
@@ -21,7 +21,7 @@ class RoutingImbalance(base.Metric):
 
     def score(self, *, top_k_index: Sequence[Sequence[int]], num_experts: int | None = None) -> dict[str, float | int]:
         """Rows are tokens, in one layer."""
-        index, num_experts = base.experts_of_rows(top_k_index, num_experts)
+        index, num_experts = metrics.experts_of_rows(top_k_index, num_experts)
         load = expert_load(index, num_experts)
         mri = float(max_routing_imbalance(index, num_experts))
         return {

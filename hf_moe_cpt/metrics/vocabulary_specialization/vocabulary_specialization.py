@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from hf_moe_cpt.metrics import base
+from hf_moe_cpt import metrics
 from hf_moe_cpt.routing.metrics import VocabularyCounter, favourite_experts, vocabulary_specialization_from_counts
 
 
-class VocabularySpecialization(base.Metric):
+class VocabularySpecialization(metrics.Metric):
     """How far the token alone says which expert it goes to."""
 
     COLUMNS = {"default": {"token_ids": "int64", "top_k_index": ["int64"]}}
@@ -25,7 +25,7 @@ class VocabularySpecialization(base.Metric):
         **choices: Any,
     ) -> dict[str, Any]:
         """Rows are tokens, in one layer. choices: as in `vocabulary_specialization_from_counts`."""
-        index, num_experts = base.experts_of_rows(top_k_index, num_experts)
+        index, num_experts = metrics.experts_of_rows(top_k_index, num_experts)
         ids = torch.tensor(list(token_ids), dtype=torch.int64)
         given = None if favourite is None else torch.tensor(list(favourite))
         counter = VocabularyCounter(int(ids.max()) + 1 if given is None else len(given), num_experts)
