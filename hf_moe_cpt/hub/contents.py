@@ -16,18 +16,22 @@ its configuration says and finite numbers in them. Source: ours.
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import math
 import os
 import pickletools
 import re
 import struct
+import tokenize
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -81,9 +85,14 @@ _NAMED = re.compile(
     r"access[_-]?key|private[_-]?key|credentials?|(?:auth|access|api|hub|hf|refresh|bot|wandb)[_-]?token)|"
     r"(?:^|[\"'])token)[\"']?\s*[:=]\s*[\"']?(?P<value>[^\s\"',;}{\[\]()<>]{8,})"
 )
-_NOISE = re.compile(r"[A-Za-z0-9+=]{24,}")
+# Forty letters with "/" and "+" are how AWS writes its secrets; longer ones are paths.
+_NOISE = re.compile(r"[A-Za-z0-9+=]{24,}|(?<![A-Za-z0-9+/=._-])[A-Za-z0-9+/]{40}(?![A-Za-z0-9+/=._-])")
+_NO_LETTERS = "0123456789+/"
 _RUN, _NOISE_LETTERS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+|[+/=]+"), 2.9  # letters of one kind in a row, on average
 _NOISE_BITS = 3.9  # of entropy a character: 24 random letters and digits have 4.3 on average, names of any kind less
+
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]|\\\\+(?=[_*`~-])")  # what a page does not show
+_JINJA_NOTE = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 _ROOTS = (
     "home root Users tmp var mnt data work opt scratch srv media workspace content private export gpfs lustre fsx nfs "
@@ -212,10 +221,12 @@ def refuse_secrets(path: Path, text: str, is_vocabulary: bool = False, row: int 
 
 
 def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | None:
-    """The kind of the first secret in a text and its line, from 1; None if there is none."""
-    match = _FORMS.search(text)
-    if match:
-        return list(_SECRETS)[int(match.lastgroup[1:])], text.count("\n", 0, match.start()) + 1
+    """The kind of the first secret in a text, as it is written or as a page shows it, and its line, from 1; None if
+    there is none."""
+    for reading_of_it in (text, _UNSEEN.sub("", html.unescape(unquote(text)))):
+        match = _FORMS.search(reading_of_it)
+        if match:
+            return list(_SECRETS)[int(match.lastgroup[1:])], reading_of_it.count("\n", 0, match.start()) + 1
     if is_vocabulary:
         return None
     for match in _NAMED.finditer(text):
@@ -224,7 +235,7 @@ def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | Non
             return "a secret after its name", text.count("\n", 0, match.start()) + 1
     for match in _NOISE.finditer(text):
         word = match[0].strip("=")
-        kinds = [sum(map(test, word)) for test in (str.isdigit, str.islower, str.isupper)]
+        kinds = [sum(map(test, word)) for test in (lambda c: c in _NO_LETTERS, str.islower, str.isupper)]
         of_words = len(word) > _NOISE_LETTERS * len(_RUN.findall(word))  # NamesInCamelCase are
         if min(kinds) >= 2 and entropy(word) > _NOISE_BITS and not of_words:
             return "a key (letters without a pattern)", text.count("\n", 0, match.start()) + 1
@@ -241,6 +252,22 @@ def without_paths(text: str) -> str:
     here = {str(Path.home()), os.getcwd()} - {"/"}
     own = re.compile("|".join(re.escape(path) + r"(?:/[^\s\"'`<>|:,;()\[\]{}]+)*/?" for path in sorted(here)))
     return own.sub(lambda match: _last(match[0]), _PATH.sub(lambda match: _last(match[0]), text))
+
+
+def _without_paths_in_notes(code: str, kind: str) -> str:
+    """The same of the comments of Python's or a template's code, which does as before. kind: "py" or "jinja"."""
+    if kind == "jinja":
+        return _JINJA_NOTE.sub(lambda note: without_paths(note[0]), code)
+    lines = io.StringIO(code).readlines()
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                line = lines[row - 1]
+                lines[row - 1] = line[:column] + without_paths(token.string) + line[column + len(token.string) :]
+    except (tokenize.TokenError, SyntaxError):
+        return code  # no Python
+    return "".join(lines)
 
 
 def _last(path: str) -> str:
@@ -261,12 +288,15 @@ def _without_paths(value: Any) -> Any:
 
 
 def _require_facts(path: Path, value: Any, field: str = "") -> None:
-    """Raise ValueError for a text among the facts of a run: a string of a log, or one longer than names are."""
+    """Raise ValueError for a text among facts or settings: a string of a log, or one longer than names are."""
     if isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             _require_facts(path, str(name))
             _require_facts(path, part, f"{field}.{name}".lstrip("."))
-    elif isinstance(value, str) and (len(value) > MAX_FACT or field.startswith("log_history")):
+    elif isinstance(value, str) and (
+        (len(value) > MAX_FACT and not field.endswith("_modules"))  # where an adapter goes may be a long pattern
+        or field.startswith("log_history")
+    ):
         raise ValueError(
             f"{str(path)!r}: {field[:80] or 'a name'} is a text ({len(value)} characters), and numbers and names "
             "are published: take it out of the file."
@@ -315,13 +345,16 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
             words = ("added_tokens_decoder", "chat_template")
             kept = {k: v for k, v in value.items() if k not in _READING}
             reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in kept.items()}
+            if isinstance(value.get("chat_template"), str):
+                reduced["chat_template"] = _without_paths_in_notes(value["chat_template"], "jinja")
         else:
-            _require_facts(path, value if name in _FACTS and not is_included else {})
+            _require_facts(path, {} if is_vocabulary or is_included else value)
             reduced = value if is_vocabulary or is_included else _without_paths(value)
         return data if reduced == value else (json.dumps(reduced, indent=2) + "\n").encode()
-    if is_vocabulary or is_included or path.suffix == ".py":
+    is_code = path.suffix in (".py", ".jinja")
+    if is_included or (is_vocabulary and not is_code):
         return data
-    reduced_text = without_paths(text)
+    reduced_text = _without_paths_in_notes(text, path.suffix[1:]) if is_code else without_paths(text)
     return data if reduced_text == text else reduced_text.encode()
 
 

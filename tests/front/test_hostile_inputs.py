@@ -6,11 +6,13 @@ What went wrong once is a table; the fuzzer draws from every option and every fi
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -28,6 +30,7 @@ from tests.helpers.hostile_inputs import (
     Trials,
     damages_of,
     files_read,
+    is_no_value,
     make_material,
     options_of,
 )
@@ -184,9 +187,12 @@ def cases(draw: st.DrawFn) -> Case:
         option = draw(st.sampled_from(options_of(command)))
         if kind == "flag":
             word = draw(st.sampled_from(("nan", "inf", "-1", "0", "1e400", "", "9" * 20, "[1]", "\u2603")) | st.text())
-            return Case(command, {option: word.replace("\0", "")})
+            word = word.replace("\0", "")
+            return Case(command, {option: word}, option=option, value=word)
         value = draw(st.sampled_from(("true", "null", ".nan", "-.inf", "-1", "1.5", "[1, 2]", "{a: 1}", "2001-01-01")))
-        return Case(command, {option: None}, settings=f"{option}: {value}\n")
+        return Case(
+            command, {option: None}, settings=f"{option}: {value}\n", option=option, value=yaml.safe_load(value)
+        )
     file = draw(st.sampled_from(files_read(command)))
     known = damages_of(file)
     name = draw(st.sampled_from(sorted(known, key=str)))
@@ -196,10 +202,15 @@ def cases(draw: st.DrawFn) -> Case:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_input_ends_in_a_traceback_a_hang_or_a_wrong_number(trials: Trials) -> None:
-    found = []
+    found, clean = [], {}
 
     @seed(int(os.environ.get("FUZZ_SEED", 0)))  # another one holds out what was mended with this
-    @settings(max_examples=1000, database=None, derandomize=False, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=int(os.environ.get("FUZZ_CASES", 1000)),
+        database=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=cases())
     def every(case: Case) -> None:
         outcome = trials.run(case)
@@ -209,6 +220,18 @@ def test_no_input_ends_in_a_traceback_a_hang_or_a_wrong_number(trials: Trials) -
         )  # their options are all text
         if outcome.fault is not None and not (quotes and case.options):
             found.append((outcome.fault, outcome.code, case, outcome.said[-300:]))
+            print("FOUND", *found[-1], sep=" | ", flush=True)
+        if outcome.code == 0 and case.name in DAMAGE and case.name != "flipped":
+            if case.command not in clean:
+                clean[case.command] = trials.run(Case(case.command)).numbers
+            if outcome.numbers != clean[case.command]:
+                found.append(("other numbers", case))
+                print("FOUND", *found[-1], outcome.shown[-1500:], sep=" | ", flush=True)
+        if outcome.code == 0 and case.option and is_no_value(case.command, case.option, case.value):
+            found.append(("taken", case))
+            print("FOUND", *found[-1], sep=" | ", flush=True)
+        if trials.count % 20 == 0:
+            print(trials.count, time.strftime("%H:%M:%S"), flush=True)
 
     every()
     assert not found, f"{len(found)} of {trials.count}:\n" + "\n".join(map(str, found))

@@ -47,8 +47,13 @@ def ask_page(path: Path, questions: Mapping[str, tuple[str, str]]) -> dict[str, 
 
 def _asked(name: str, address: str, script: str) -> str:
     """The page reads its address when it changes, but only after the running script: so it is told to."""
-    go = f"history.replaceState(null, '', {json.dumps('#' + address)}); readAddress(); drawAll();"
-    return f"{go} answer[{json.dumps(name)}] = (() => {{{script}}})();"
+    go = f"history.replaceState(null, '', {_literal('#' + address)}); readAddress(); drawAll();"
+    return f"{go} answer[{_literal(name)}] = (() => {{{script}}})();"
+
+
+def _literal(text: str) -> str:
+    """A text in a script; a name such as "<!--" would change how the page is read."""
+    return json.dumps(text).replace("<", "\\u003c")
 
 
 def _decoded(text: str) -> Any:

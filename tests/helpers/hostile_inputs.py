@@ -8,9 +8,14 @@ import dataclasses
 import importlib
 import io
 import json
+import math
+import os
 import random
 import re
 import shutil
+import signal
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +37,10 @@ from tests.helpers.warm_process import WarmProcess
 
 
 SECONDS = 20
-RUN = """
+RUN = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS} + 5))
 from hf_moe_cpt.cli import main
 sys.exit(main())
 """
@@ -94,7 +100,8 @@ WORKING["push/shards"] = (["shards", "me/model"], {"dry_run": True, "method": "c
 WORKING["surgery-eval/adapter"] = ([], {**WORKING["surgery-eval"][1], "after": "adapter"})
 RESUMED = ("cpt", "rainbowpo", "surgery")
 for _name in RESUMED:
-    _options = {**WORKING[_name][1], **SAVING, "output_dir": f"begun-{_name}", "resume_from_checkpoint": "last"}
+    _options = {**WORKING[_name][1], **SAVING, "eval_steps": 1, "output_dir": f"begun-{_name}"}
+    _options["resume_from_checkpoint"] = "last"
     WORKING[f"{_name}/resume"] = ([], _options)
 _OF_A_CHECKPOINT = (
     "trainer_state.json run_state.json bad_steps.json optimizer.pt scheduler.pt rng_state.pth config.json "
@@ -214,11 +221,11 @@ VALUES["num_hidden_layers", 10**9] = _setting("num_hidden_layers", 10**9)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor], str], object], part: str) -> Callable[[Path], object]:
-    """Damage to the first tensor whose name has the part."""
+    """Damage to the first tensor whose name has the part, to the first of all if none has."""
 
     def damage(path: Path) -> None:
         tensors = load_file(path)
-        change(tensors, next(name for name in sorted(tensors) if part in name))
+        change(tensors, min(tensors, key=lambda name: (part not in name, name)))
         save_file(tensors, path, metadata={"format": "pt"})
 
     return damage
@@ -226,8 +233,10 @@ def _tensors(change: Callable[[dict[str, torch.Tensor], str], object], part: str
 
 WEIGHTS = {
     "lost": _tensors(lambda tensors, name: tensors.pop(name), "layers.1"),
-    "NaN": _tensors(lambda tensors, name: tensors[name].fill_(torch.nan), "mlp."),
-    "infinite": _tensors(lambda tensors, name: tensors[name].fill_(torch.inf), "embed"),
+    "NaN": _tensors(lambda tensors, name: tensors.update({name: torch.full(tensors[name].shape, torch.nan)}), "mlp."),
+    "infinite": _tensors(
+        lambda tensors, name: tensors.update({name: torch.full(tensors[name].shape, torch.inf)}), "embed"
+    ),
     "narrow": _tensors(lambda tensors, name: tensors.update({name: tensors[name][..., :-1].contiguous()}), "layers.0"),
     "renamed": _tensors(lambda tensors, name: tensors.update({f"{name}_x": tensors.pop(name)}), "layers.0"),
 }
@@ -270,6 +279,25 @@ def options_of(command: str) -> list[str]:
     return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})
 
 
+def is_no_value(command: str, option: str, value: Any) -> bool:
+    """Whether no run can mean it: the option is a number or a switch, and the value, a word or of YAML, is neither.
+
+    True is no number; 1.5 is no count; NaN is nothing.
+    """
+    kinds = importlib.import_module(COMMANDS[command.partition("/")[0]].module).ARGUMENTS
+    hint = next(typing.get_type_hints(kind)[option] for kind in kinds if option in typing.get_type_hints(kind))
+    hints = set(typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,))
+    if not hints <= {int, float, bool, types.NoneType} or hints <= {bool, types.NoneType}:
+        return False
+    if isinstance(value, bool) or value is None:
+        return value is not None and bool not in hints
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return bool not in hints
+    return math.isnan(number) or (float not in hints and number != round(number) if math.isfinite(number) else False)
+
+
 @dataclass(frozen=True)
 class Case:
     """options: changes of those that work, None leaves one out. settings: text of a --config file, if there is one.
@@ -283,12 +311,15 @@ class Case:
     file: str | None = None
     name: object = None
     damage: Callable[[Path], object] | None = None
+    option: str | None = None
+    value: Any = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """code: of the process; said: the end of its errors; shown: what it printed."""
 
+    command: str
     code: int
     said: str
     shown: str
@@ -296,7 +327,7 @@ class Outcome:
     @property
     def fault(self) -> str | None:
         """What no input may bring about, None if it did not."""
-        if self.code == -14:
+        if self.code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL):
             return "hang"
         if self.code not in (0, 2) or "Traceback (most recent call last)" in self.said:
             return "traceback"
@@ -304,7 +335,16 @@ class Outcome:
             return "silent"
         if self.code == 0 and re.search(r"(?<![\w./'-])(nan|-?inf)(?![\w/])", self.shown):
             return "no number"
+        if self.code == 0 and self.command in ("plan", "schedule") and re.search(r"(?<![\w.-])-\d", self.shown):
+            return "below zero"
         return None
+
+    @property
+    def numbers(self) -> list[str]:
+        """All that was printed but how long it took."""
+        return re.findall(
+            r"[\d.]+", re.sub(r"'\w*(runtime|per_second)\w*': '?[\d.e-]+|[\d.]+ (ms|s|min|tokens/s)\b", "", self.shown)
+        )
 
 
 class Trials:
@@ -345,10 +385,11 @@ class Trials:
             case.damage(place / case.file)
         (place / "case.py").write_text(RUN)
         words = [case.command.partition("/")[0], *words]
-        done = self.process.run(place / "case.py", words, self.environment, seconds=SECONDS)
+        crowd = max(1.0, os.getloadavg()[0] / os.cpu_count())  # others on this machine take their share of the time
+        done = self.process.run(place / "case.py", words, self.environment, seconds=int(SECONDS * crowd))
         if not keep:
             shutil.rmtree(place)
-        return Outcome(done.returncode, done.stderr[-3000:], done.stdout)
+        return Outcome(case.command, done.returncode, done.stderr[-3000:], done.stdout)
 
     def close(self) -> None:
         """End the warm process."""

@@ -158,6 +158,77 @@ def test_a_secret_in_what_goes_is_refused_and_not_shown(folder, name, secret):
     assert secret not in str(refused.value) and "\n" not in str(refused.value)
 
 
+KEY_OF_AWS, HEX = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "9f8e7d6c5b4a39281706f5e4d3c2b1a098765432"
+DIARY = "dear diary, " * 40
+# Made before the looks were read, and held out: file -> what is added to its text or its object, and what must not go.
+HELD_OUT = {
+    "Markdown": ("README.md", HF.replace("_", "\\_"), "Ab3Ab3"),
+    "HTML": ("README.md", HF.replace("_", "&#95;"), "Ab3Ab3"),
+    "percent": ("README.md", f"https://x.org/?q={HF.replace('_', '%5F')}", "Ab3Ab3"),
+    "unseen letter": ("README.md", HF.replace("_", "_\u200b"), "Ab3Ab3"),
+    "Google": ("README.md", "AIza" + "SyD4x9Kq2mZ7Lw0Bv8Nc6Rt5Yh3Jg1Fp-Qe", "SyD4x9"),
+    "Slack": ("README.md", "https://hooks.slack.com/services/T01234567/B01234567/abcdefghijklmnopqrst", "B01234567"),
+    "header": ("README.md", f'curl -H "Authorization: Bearer {HEX}"', HEX),
+    "PGP": ("README.md", "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQOYBF", "lQOYBF"),
+    "exported": ("README.md", f"export WANDB_API_KEY={HEX}", HEX),
+    "SendGrid": ("README.md", "SG." + "aB3dE6gH9jK2mN5pQ8sT1v." + "wX4yZ7aB0cD3eF6gH9iJ2k", "aB3dE6"),
+    "Stripe": ("generation_config.json", "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "4eC39"),
+    "Telegram": ("special_tokens_map.json", "123456789:AA" + "Hk3jL9mNpQ2rStUvWxYz01aBcDeFgHiJk", "Hk3jL9"),
+    "Azure": ("config.json", f"AccountName=a;AccountKey={'Ab3+/' * 17}==", "Ab3+/Ab3"),
+    "GitLab": ("config.json", "glpat-" + "x9Yz-Kq2mZ7Lw0Bv8Nc6", "x9Yz-"),
+    "secret key of AWS": ("config.json", [KEY_OF_AWS], KEY_OF_AWS),
+    "npm": ("chat_template.jinja", "{# npm_" + "aB3" * 12 + " #}", "aB3aB3"),
+    "PyPI": ("tokenizer_config.json", "pypi-AgEIcHlwaS5vcmc" + "CJDk3NzQ0" * 6, "CJDk3"),
+    "data base": ("training_run.json", "postgresql://alice:s3cretpw@db.intern/x", "s3cretpw"),
+    "Google Cloud": ("cpt_state.json", {"private_key": "-----BEGIN PRIVATE KEY-----\nMIIEv"}, "MIIEv"),
+    "key of a model": ("modeling_cpt_moe.py", "# sk-ant-api03-" + "aB3-dE6_" * 10, "aB3-dE6"),
+    "added word": ("tokenizer.json", [{"content": HF}], "Ab3Ab3"),
+    "drawing": ("plots/loss.svg", f"<svg><!-- {HF} --></svg>", "Ab3Ab3"),
+    "picture": ("plots/loss.png", HF, "Ab3Ab3"),
+    "more templates": ("additional_chat_templates/x.jinja", HF, "Ab3Ab3"),
+    "words": ("tokenizer.model", f"\n\x05<unk>\x18{HF}\x15", "Ab3Ab3"),
+    "network drive": ("tokenizer_config.json", "/mnt/nfs/alice/private/model", "alice"),
+    "address of a file": ("config.json", "file:///home/alice/secret/x", "alice"),
+    "Windows": ("cpt_state.json", "\\\\nas01\\alice\\texts", "alice"),
+    "path in a template": ("chat_template.jinja", "{# from /home/alice/t.jinja #}", "alice"),
+    "path in code": ("modeling_cpt_moe.py", "x = 1  # from /home/alice/m.py", "alice"),
+    "code of nobody": ("modeling_old.py", "# dear diary", "diary"),
+    "text in a configuration": ("config.json", [DIARY], "diary"),
+    "text in results": ("all_results.json", [DIARY], "diary"),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_what_was_held_out_does_not_go(folder, name):
+    file, planted, mark = HELD_OUT[name]
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    before = path.read_text() if path.exists() else ""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(before or "{}") | {"planted": planted}))
+    else:
+        path.write_text(f"{before}\n{planted}\n")
+    try:
+        gone = read_contents(folder)
+    except ValueError as refused:
+        assert mark not in str(refused) and "\n" not in str(refused)
+    else:
+        assert not [file for file, data in gone.texts.items() if mark.encode() in data]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder):
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "generation_config.json")
+    assert "generation_config.json" in read_contents(folder).left
+
+
+def test_code_without_its_paths_does_the_same(folder):
+    code = "# /home/alice/x\ntext = '# /home/alice/y'  # ~/z/w\r\nmore = 1\x0c\n"
+    (folder / "modeling_cpt_moe.py").write_bytes(code.encode())
+    told = "# x\ntext = '# /home/alice/y'  # w\r\nmore = 1\x0c\n"
+    assert read_contents(folder).texts["modeling_cpt_moe.py"] == told.encode()
+
+
 def test_ordinary_files_of_a_model_hold_no_secret(finished):
     """Every file that tiny runs of three methods publish; names that a careless pattern takes for secrets."""
     for run in finished.values():
@@ -252,6 +323,11 @@ def test_pairs_leave_by_the_same_way_out(hub, command, tmp_path):
     for name, planted, said in (
         ("pairs", (), "train.parquet' is missing, or behind a link, and nothing is published through a link"),
         ("secret", [{"prompt": "Which?", "answers": [HF, "none"], "stars": [2.0, 1.0]}], "a Hub token (row 1)"),
+        (
+            "escaped",
+            [{"prompt": HF.replace("_", "\\_"), "answers": ["a", "b"], "stars": [2.0, 1.0]}],
+            "a Hub token (r",
+        ),
         ("no name", (), "'someone/no name' cannot be a repository"),
     ):
         done = made(name, planted)
