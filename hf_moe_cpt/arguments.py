@@ -20,17 +20,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR, format_help
+from hf_moe_cpt.modeling.configuration_cpt_moe import PADDED_SHARD
 from hf_moe_cpt.reading import reading
 from hf_moe_cpt.settings import check_values, wants_list
 
 
 RECIPE_PREFIX = "recipe:"
+NEEDED_FOR_EP = "5.23"  # the first with `EPImplementationInterface`
 EXPONENT_WITHOUT_DOT = re.compile(r"^[+-]?\d+[eE][+-]?\d+$")
 
 
@@ -274,22 +277,35 @@ def parallel_options(
         raise ValueError(f"{asked} does not fit {num_ranks} rank(s): their product must divide the number of ranks.")
     if training.fsdp or training.deepspeed or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(f"{asked} and FSDP or DeepSpeed both shard the model: start with scripts/accelerate/ep.yaml.")
-    is_saved = str(getattr(training.save_strategy, "value", training.save_strategy)) != "no"
-    if is_saved and not training.save_only_model:
-        raise ValueError(
-            f"{asked}: transformers does not save the optimizer of such a model: set --save_only_model or "
-            "--save_strategy no, or train with FSDP2 (scripts/accelerate/fsdp2_8gpu.yaml), which resumes."
-        )
-    return {"distributed_config": _distributed_config(sizes, num_ranks // taken, asked)}
+    return {"distributed_config": _distributed_config(sizes, num_ranks // taken, asked, training.bf16)}
 
 
-def _distributed_config(sizes: dict[str, int], fsdp_size: int, asked: str) -> Any:
+def _distributed_config(sizes: dict[str, int], fsdp_size: int, asked: str, bf16: bool) -> Any:
+    """Weights are gathered in bfloat16 where products run in it, and experts reached by our exchange."""
     from transformers.distributed import DistributedConfig
 
-    unknown = [name for name in sizes if name not in inspect.signature(DistributedConfig).parameters]
-    if unknown:
-        raise ValueError(f"--{unknown[0]} needs transformers 5.23 or newer.")
+    known = inspect.signature(DistributedConfig).parameters
+    needed = [*sizes, *(["ep_implementation"] if "ep_size" in sizes else [])]
+    if not all(name in known for name in needed):
+        raise ValueError(
+            f"{asked} needs transformers {NEEDED_FOR_EP} or newer and this is {transformers.__version__}: "
+            f"pip install 'transformers>={NEEDED_FOR_EP}'."
+        )
+    precision = {"fsdp_mixed_precision": bf16} if "fsdp_mixed_precision" in known else {}
+    if "ep_size" in sizes:
+        sizes = {**sizes, "ep_implementation": "hf_moe_cpt"}
+        _pad_experts_of_any_model()
     try:
-        return DistributedConfig(fsdp_size=fsdp_size, **sizes)
+        return DistributedConfig(fsdp_size=fsdp_size, **precision, **sizes)
     except ValueError as error:
         raise ValueError(f"{asked} on {fsdp_size} data parallel rank(s): {error}") from error
+
+
+def _pad_experts_of_any_model() -> None:
+    """Deal experts whose number ep_size does not divide, also of models whose plan has transformers' own style."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    from hf_moe_cpt.modeling.modeling_cpt_moe import register_padded_shard
+
+    register_padded_shard()
+    ALL_PARALLEL_STYLES.register("grouped_gemm", ALL_PARALLEL_STYLES[PADDED_SHARD])

@@ -47,12 +47,15 @@ _MODEL_FILE = "hf_moe_cpt.modeling.modeling_cpt_moe"
 def register_kernels() -> None:
     """Offer our kernels under the names that others look up; importing the package has done so already.
 
-    transformers' experts interface gets "hf_moe_cpt" and "hf_moe_cpt_low_memory". Liger-Kernel's table gets the model
+    transformers' experts interface gets "hf_moe_cpt" and "hf_moe_cpt_low_memory", its interface of expert parallelism
+    (5.23 or newer) "hf_moe_cpt". Liger-Kernel's table gets the model
     type `cpt_moe`. The routers of `cpt_moe` get the operator `torch.ops.hf_moe_cpt.sinkhorn_plan`, if Triton is
     installed and torch is built for a GPU.
     """
     interface = "hf_moe_cpt.kernels.experts_interface"  # registers itself
     _run_after_import("transformers.integrations.moe", partial(importlib.import_module, interface))
+    exchange = "hf_moe_cpt.kernels.expert_parallel"  # and this
+    _run_after_import("transformers.distributed.expert_parallel", partial(importlib.import_module, exchange))
     _run_after_import("liger_kernel.transformers.monkey_patch", _register_with_liger)
     _run_after_import(_MODEL_FILE, _register_router_operator)
 

@@ -173,7 +173,7 @@ class CptMoeConfig(PreTrainedConfig):
     router_aux_loss_coef: float | None = None  # load balance; None: 0.01 for softmax_topk, else 0
     router_z_loss_coef: float | None = None  # squared logsumexp; None: 0.001 for softmax_topk, else 0
     output_router_logits: bool | None = None  # record routers and train on the penalties; None: if any is on
-    load_scope: str = "global"  # where the load balance loss counts: over all ranks, or "rank"
+    load_scope: str = "global"  # whose tokens balance loss and Sinkhorn plan count: of all ranks, or "rank"
 
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -342,6 +342,7 @@ class CptMoeSinkhornRouter(CptMoeRouter):
     def __init__(self, config: CptMoeConfig) -> None:
         super().__init__(config)
         self.num_iterations = config.sinkhorn_iterations
+        self.over_all_ranks = config.load_scope == "global"
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid() if self.top_k == 1 else logits.softmax(dim=-1)
@@ -349,7 +350,7 @@ class CptMoeSinkhornRouter(CptMoeRouter):
     def choose(self, logits: torch.Tensor, scores: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         if not self.training:
             return super().choose(logits, scores, token_mask)
-        plan = sinkhorn_plan(logits, self.num_iterations, token_mask)
+        plan = sinkhorn_plan(logits, self.num_iterations, token_mask, self.over_all_ranks)
         if token_mask is not None:
             plan = torch.where(token_mask[:, None], plan, scores)
         return plan.topk(self.top_k, dim=-1).indices
@@ -380,37 +381,54 @@ ROUTER_CLASSES: dict[str, type[CptMoeRouter]] = {
 }
 
 
-def sinkhorn_plan(logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+def sinkhorn_plan(
+    logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None, over_all_ranks: bool = False
+) -> torch.Tensor:
     """Scale exp(z) until tokens and experts carry (nearly) equal mass: (T, E), rows sum to about 1/T, columns to 1/E.
 
     T counts the tokens that take part; rows of the others are 0. Computed without gradient. Uses the operator
     `torch.ops.hf_moe_cpt.sinkhorn_plan(logits, num_iterations, token_mask)` where one is registered: whoever registers
-    it must serve every device and agree with `plain_sinkhorn_plan`.
+    it must serve every device and agree with `plain_sinkhorn_plan`. With `over_all_ranks` these are the rank's rows of
+    the plan of all ranks' tokens (a collective), which has no operator.
     """
+    if over_all_ranks and _has_ranks():
+        with torch.no_grad():
+            return plain_sinkhorn_plan(logits.detach(), num_iterations, token_mask, over_all_ranks)
     fused: Callable | None = getattr(torch.ops.hf_moe_cpt, "sinkhorn_plan", None)
     with torch.no_grad():
         return (fused or plain_sinkhorn_plan)(logits.detach(), num_iterations, token_mask)
 
 
 def plain_sinkhorn_plan(
-    logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None
+    logits: torch.Tensor, num_iterations: int, token_mask: torch.Tensor | None = None, over_all_ranks: bool = False
 ) -> torch.Tensor:
     """The definition of `sinkhorn_plan`: a fixed number of passes, each over rows and then columns.
 
     Each row's largest logit is subtracted first, or exp would overflow at z = 88. The column scaling starts from the
-    column sums, so one pass already balances well ("favourable initial condition", Anthony et al. 2024).
+    column sums, so one pass already balances well ("favourable initial condition", Anthony et al. 2024). Over all
+    ranks the sums of columns are added up, E numbers a pass, and T is the number of their tokens.
     """
     num_tokens, num_experts = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     mass = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     if token_mask is not None:
         mass = mass.masked_fill(~token_mask[:, None], 0.0)
-        num_tokens = token_mask.sum().clamp(min=1)
-    per_expert = 1.0 / (num_experts * (mass.sum(dim=0) + EPSILON))  # (E,)
+        num_tokens = token_mask.sum()
+    columns = mass.sum(dim=0)  # (E,)
+    if over_all_ranks:
+        both = torch.cat([columns, columns.new_zeros(1) + num_tokens])
+        dist.all_reduce(both)
+        columns, num_tokens = both[:-1], both[-1]
+    if isinstance(num_tokens, torch.Tensor):
+        num_tokens = num_tokens.clamp(min=1)
+    per_expert = 1.0 / (num_experts * (columns + EPSILON))
     per_token = torch.ones_like(mass[:, 0])  # (T,)
     for _ in range(num_iterations):
         per_token = 1.0 / (num_tokens * ((mass * per_expert).sum(dim=1) + EPSILON))
-        per_expert = 1.0 / (num_experts * ((mass * per_token[:, None]).sum(dim=0) + EPSILON))
+        columns = (mass * per_token[:, None]).sum(dim=0)
+        if over_all_ranks:
+            dist.all_reduce(columns)
+        per_expert = 1.0 / (num_experts * (columns + EPSILON))
     return per_token[:, None] * mass * per_expert
 
 

@@ -51,17 +51,19 @@ def experts(
     down: Tensor,
     activation: str,
     low_memory: bool = False,
+    num_pairs: int | None = None,
 ) -> Tensor:
     """Sum over a token's K experts of weight x down(act(gate) * up): (T, H), dtype of the tokens.
 
     tokens (T, H), top_k_index (T, K) integers, top_k_weights (T, K) of any float type, gate_up (E, 2I, H) =
     [gate; up], down (E, H, I). Tokens and both matrices share one of float32, float16, bfloat16. Ids outside [0, E)
     add nothing, as expert parallelism needs. activation: a key of `ACTIVATIONS`. low_memory: the backward pass
-    computes the pre-activations (R, 2I) again instead of keeping them.
+    computes the pre-activations (R, 2I) again instead of keeping them. num_pairs: at least how many ids lie in [0, E),
+    where the host knows it; else memory is taken for all T x K.
     """
     tensors = (tokens, top_k_weights, gate_up, down)
     save = not low_memory and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _experts_forward(tokens, top_k_index, top_k_weights, gate_up, down, activation, save)[0]
+    return _experts_forward(tokens, top_k_index, top_k_weights, gate_up, down, activation, save, num_pairs)[0]
 
 
 @torch.library.custom_op("hf_moe_cpt::experts_forward", mutates_args=())
@@ -73,12 +75,13 @@ def _experts_forward(
     down: Tensor,
     activation: str,
     save: bool,
+    num_pairs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output (T, H), the pre-activations (R, 2I) or an empty tensor, and the routing table."""
     tokens, gate_up, down = tokens.contiguous(), gate_up.contiguous(), down.contiguous()
     plan = _plan_of(tokens, top_k_index, gate_up)
     with torch.cuda.device_of(tokens):  # the current device may be another one; in the backward autograd sets it
-        table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile)
+        table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile, num_pairs)
         if tokens.shape[0] == 0:
             return torch.empty_like(tokens), tokens.new_empty(0), *table
         rows = permute_tokens(tokens, table)
@@ -91,10 +94,11 @@ def _experts_forward(
 
 
 @_experts_forward.register_fake
-def _(tokens, top_k_index, top_k_weights, gate_up, down, activation, save):
+def _(tokens, top_k_index, top_k_weights, gate_up, down, activation, save, num_pairs=None):
     num_experts, double_width, _ = gate_up.shape
     plan = _plan_of(tokens, top_k_index, gate_up)
-    num_tiles = num_tiles_bound(top_k_index.numel(), num_experts, plan.rows_per_tile)
+    num_slots = top_k_index.numel() if num_pairs is None else num_pairs
+    num_tiles = num_tiles_bound(num_slots, num_experts, plan.rows_per_tile)
     num_rows = num_tiles * plan.rows_per_tile
     table = RoutingTable(
         row_of_slot=tokens.new_empty(top_k_index.numel(), dtype=torch.int32),
@@ -162,7 +166,7 @@ def _(grad_output, tokens, top_k_weights, gate_up, down, preactivation, table, a
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    tokens, _, top_k_weights, gate_up, down, ctx.activation, _ = inputs
+    tokens, _, top_k_weights, gate_up, down, ctx.activation, *_ = inputs
     _, preactivation, *table = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(tokens, top_k_weights, gate_up, down, preactivation, *table)
@@ -170,7 +174,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor | None, *_: None) -> tuple:
     if grad_output is None:
-        return (None,) * 7
+        return (None,) * 8
     tokens, top_k_weights, gate_up, down, preactivation, *table = ctx.saved_tensors
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 3, 4)]
     gradients = _experts_backward(
@@ -179,7 +183,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor | No
     of_tokens, of_weights, of_gate_up, of_down = (
         gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
     )
-    return of_tokens, None, of_weights, of_gate_up, of_down, None, None
+    return of_tokens, None, of_weights, of_gate_up, of_down, None, None, None
 
 
 _experts_forward.register_autograd(_backward, setup_context=_setup_context)

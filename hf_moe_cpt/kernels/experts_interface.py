@@ -64,7 +64,10 @@ def _experts_forward(
     if self.is_transposed:
         gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
     activation = ACTIVATION_OF_NAME[_activation_name(self.act_fn)]
-    output = experts(hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, activation, low_memory)
+    num_pairs = getattr(self, "_num_pairs", None)  # set by our expert parallelism
+    output = experts(
+        hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, activation, low_memory, num_pairs
+    )
     return output.to(hidden_states.dtype)
 
 

@@ -150,14 +150,17 @@ def _scatter_kernel(
         tl.store(weight_of_row_ptr + row, weight.to(tl.float32), mask=expert >= 0)
 
 
-def routing_table(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, block_m: int) -> RoutingTable:
+def routing_table(
+    top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, block_m: int, num_pairs: int | None = None
+) -> RoutingTable:
     """Sort slots by expert into padded groups of rows; stable, deterministic, no wait for the device.
 
     top_k_index: (T, K) int32 or int64; ids outside [0, E) are dropped, an id may repeat within a token.
     top_k_weights: (T, K) of any float dtype. num_experts: 1 to 1024. block_m: rows per tile M, 16, 32, 64 or 128.
+    num_pairs: a bound on the ids in [0, E) that the caller vouches for; fewer rows are allocated then.
     Nothing of it is differentiable. Raises ValueError for anything else.
     """
-    num_tiles = _checked_num_tiles(top_k_index, top_k_weights, num_experts, block_m)
+    num_tiles = _checked_num_tiles(top_k_index, top_k_weights, num_experts, block_m, num_pairs)
     top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
     num_slots = top_k_index.numel()
     num_columns = triton.next_power_of_2(num_experts)
@@ -184,7 +187,9 @@ def routing_table(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, 
     return table
 
 
-def _checked_num_tiles(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, block_m: int) -> int:
+def _checked_num_tiles(
+    top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, block_m: int, num_pairs: int | None = None
+) -> int:
     """Refuse what the table cannot hold, and return how many tiles it allocates."""
     if top_k_index.ndim != 2:
         raise ValueError(f"top_k_index must be (T, K), got {tuple(top_k_index.shape)}: flatten batch and time first.")
@@ -201,11 +206,11 @@ def _checked_num_tiles(top_k_index: Tensor, top_k_weights: Tensor, num_experts: 
         )
     if block_m not in ROWS_PER_TILE:
         raise ValueError(f"block_m={block_m} is not one of {ROWS_PER_TILE}: choose one of them.")
-    num_tiles = num_tiles_bound(top_k_index.numel(), num_experts, block_m)
+    num_slots = top_k_index.numel() if num_pairs is None else min(num_pairs, top_k_index.numel())
+    num_tiles = num_tiles_bound(num_slots, num_experts, block_m)
     if num_tiles * block_m >= 2**31:
         raise ValueError(
-            f"{top_k_index.numel()} slots need {num_tiles * block_m} rows, but rows are numbered in int32: "
-            "split the batch."
+            f"{num_slots} slots need {num_tiles * block_m} rows, but rows are numbered in int32: split the batch."
         )
     return num_tiles
 

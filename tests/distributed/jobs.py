@@ -11,42 +11,66 @@ HAS_EP = "ep_size" in inspect.signature(DistributedConfig).parameters  # from tr
 # torch 2.11 cannot gather every kind of shard
 HAS_EP = HAS_EP and Version(torch.__version__) >= Version("2.13")
 
-ACCUMULATED = {"accumulation": 2, "balance": False}
+OURS = {"ep_implementation": "hf_moe_cpt"}
+ACCUMULATED = {"accumulation": 4, "balance": False}
 BIASED = {"model": "biased"}  # its balance is that of the whole batch, whatever the micro-batches
-ONE_RANK = {
-    "whole": {},
-    "without balance": {"balance": False},
-    "accumulated": {"accumulation": 4, "balance": False},
-    "biased": BIASED,
-}
+ONE_RANK = {"whole": {}, "without balance": {"balance": False}, "accumulated": ACCUMULATED, "biased": BIASED}
+FSDP2 = {"fsdp": True}
 TWO_RANKS = {
     "DDP": {},
     "DDP accumulated": ACCUMULATED,
     "DDP with biases, accumulated": {"accumulation": 2, **BIASED},
-    "FSDP2": {"fsdp": True},
-    "FSDP2 with biases": {"fsdp": True, **BIASED},
+    "FSDP2": FSDP2,
+    "FSDP2 with biases": {**FSDP2, **BIASED},
+    "FSDP2 recomputed": {**FSDP2, "recomputed": True},
     "FSDP2 of accelerate accumulated": {"accelerate": "fsdp2_8gpu.yaml", **ACCUMULATED},
 }
-FOUR_RANKS = {"DDP on 4": {}}
+FOUR_RANKS = {
+    "DDP on 4": {},
+    "DDP on 4 accumulated": ACCUMULATED,
+    "FSDP2 on 4": FSDP2,
+    "FSDP2 on 4 accumulated": {**FSDP2, **ACCUMULATED},
+}
+
+
+def _dealt(fsdp: int, ep: int = 1, copies: int = 1, **more: object) -> dict[str, object]:
+    """Sizes of a `DistributedConfig`; experts reached by our exchange."""
+    sizes = {"fsdp_size": fsdp, **({"dp_replicate_size": copies} if copies > 1 else {})}
+    return {"sharded": {**sizes, **({"ep_size": ep, **OURS} if ep > 1 else {})}, **more}
+
+
+EP_OF_TRANSFORMERS = {"sharded": {"fsdp_size": 2, "ep_size": 2}}
 SHARDED_TRAINING = {
     2: {
-        "EP": {"sharded": {"fsdp_size": 2, "ep_size": 2}},
-        "EP with biases": {"sharded": {"fsdp_size": 2, "ep_size": 2}, **BIASED},
+        "EP": _dealt(2, 2),
+        "EP accumulated": _dealt(2, 2, **ACCUMULATED),
+        "EP recomputed": _dealt(2, 2, recomputed=True),
+        "EP with biases": _dealt(2, 2, **BIASED),
+        "EP of transformers": EP_OF_TRANSFORMERS,
     },
-    4: {"EP on 4": {"sharded": {"fsdp_size": 4, "ep_size": 4}}},
+    4: {
+        "HSDP": _dealt(2, copies=2),
+        "HSDP accumulated": _dealt(2, copies=2, **ACCUMULATED),
+        "EP on 4": _dealt(4, 4),
+        "EP on 4 accumulated": _dealt(4, 4, **ACCUMULATED),
+        "EP and FSDP2": _dealt(4, 2),
+        "EP and FSDP2 accumulated": _dealt(4, 2, **ACCUMULATED),
+        "EP and HSDP": _dealt(2, 2, copies=2),
+    },
 }
 STEPS = {
     2: {
         "all to all": {"sizes": {"fsdp_size": 2, "ep_size": 2}},
-        "eager": {"sizes": {"fsdp_size": 2, "ep_size": 2}, "experts": "eager"},
-        "tensors too": {"sizes": {"tp_size": 2, "ep_size": 2}},
+        "once": {"sizes": {"fsdp_size": 2, "ep_size": 2, **OURS}},
+        "once, eager": {"sizes": {"fsdp_size": 2, "ep_size": 2, **OURS}, "experts": "eager"},
+        "tensors too": {"sizes": {"tp_size": 2, "ep_size": 2, **OURS}},
         "all reduce": {"sizes": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"}, "experts": "eager"},
-        "autocast": {"sizes": {"fsdp_size": 2, "ep_size": 2}, "bf16": True},
+        "autocast": {"sizes": {"fsdp_size": 2, "ep_size": 2, **OURS}, "bf16": True},
     },
     4: {
-        "four parts": {"sizes": {"fsdp_size": 4, "ep_size": 4}},
-        "two copies of two parts": {"sizes": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}},
-        "parts that are sharded": {"sizes": {"fsdp_size": 4, "ep_size": 2}},
+        "four parts": {"sizes": {"fsdp_size": 4, "ep_size": 4, **OURS}},
+        "two copies of two parts": {"sizes": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2, **OURS}},
+        "parts that are sharded": {"sizes": {"fsdp_size": 4, "ep_size": 2, **OURS}},
     },
 }
 if HAS_EP:

@@ -40,7 +40,6 @@ def test_processes_are_told_what_the_files_say():
 REFUSED = {
     "ranks": ({"tp_size": 3}, {}, "--tp_size 3 does not fit 4 rank"),
     "two engines": ({"ep_size": 2}, {"deepspeed": "x"}, "--ep_size 2 and FSDP or DeepSpeed both shard the model"),
-    "optimizer": ({"ep_size": 2}, {"save_strategy": "steps"}, "set --save_only_model or --save_strategy no"),
     "experts": ({"ep_size": 3}, {}, "--ep_size 3 on 4 data parallel rank"),
 }
 
@@ -65,6 +64,17 @@ def test_sizes_become_what_transformers_takes(training):
     asked = ParallelArguments(ep_size=4, dp_replicate_size=2)
     found = parallel_options(asked, training, num_ranks=8)["distributed_config"]
     assert (found.fsdp_size, found.ep_size, found.dp_replicate_size, found.tp_size) == (4, 4, 2, 1)
+    assert (found.ep_implementation, found.fsdp_mixed_precision) == ("hf_moe_cpt", training.bf16)
+
+
+def test_older_transformers_is_told_what_to_install(training, monkeypatch):
+    class Older:
+        def __init__(self, tp_size=None, fsdp_size=None, dp_replicate_size=None, ep_size=None) -> None:
+            """As transformers 5.22's: experts are dealt, and nobody chooses how tokens reach them."""
+
+    monkeypatch.setattr("transformers.distributed.DistributedConfig", Older)
+    with pytest.raises(ValueError, match=r"--ep_size 2 needs transformers 5.23 .* pip install 'transformers>=5.23'"):
+        parallel_options(ParallelArguments(ep_size=2), training, num_ranks=2)
 
 
 @pytest.mark.slow

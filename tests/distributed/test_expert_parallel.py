@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from hf_moe_cpt.arguments import ParallelArguments, parallel_options
+from hf_moe_cpt.kernels.expert_parallel import overlap_shared_experts
 from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
 from tests.distributed.jobs import HAS_EP, STEPS
+from tests.helpers.forked_ranks import on_ranks
+from tests.helpers.tiny_models import VOCABULARY
+from tests.helpers.tiny_moes import CONFIGS
 from tests.helpers.tolerances import relative_rms_error
 
 
@@ -60,3 +67,39 @@ def test_the_style_is_known_to_transformers():
 
     assert PADDED_SHARD in CptMoeConfig.base_model_ep_plan.values()
     assert PADDED_SHARD in ALL_PARALLEL_STYLES
+
+
+def dealt_and_whole(folder, kind, parallel):
+    """A model of a family whose experts are dealt to the ranks by our exchange, and the same on each rank."""
+    path = folder / f"model {dist.get_rank()}"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[kind]()).save_pretrained(path)
+    training = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    asked = parallel_options(ParallelArguments(**parallel), training)
+    return AutoModelForCausalLM.from_pretrained(path, **asked), AutoModelForCausalLM.from_pretrained(path)
+
+
+def step_and_answers(folder, kind):
+    """Errors of a step with shared experts beside the transfer, whether answers agree, blocks that overlap."""
+    dealt, whole = dealt_and_whole(folder, kind, {"ep_size": dist.get_world_size()})
+    blocks, rank = overlap_shared_experts(dealt), dist.get_rank()
+    rows = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
+    for model, mine in ((dealt, rows.chunk(dist.get_world_size())[rank]), (whole, rows)):
+        model.train()(input_ids=mine, labels=mine).loss.backward()
+    pairs = zip(dealt.named_parameters(), whole.parameters(), strict=True)
+    errors = {name: relative_rms_error(mine.grad.full_tensor(), other.grad) for (name, mine), other in pairs}
+    prompt = rows[rank : rank + 1, : 4 + 3 * rank]  # of another length on each rank
+    told = [
+        model.eval().generate(prompt, max_new_tokens=6 - 2 * rank, do_sample=False, synced_gpus=model is dealt)
+        for model in (dealt, whole)
+    ]
+    return errors, told[0].equal(told[1]), blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, overlaps", [("qwen2_moe", 2), ("deepseek_v3", 1)])
+def test_models_of_others_train_and_answer(kind, overlaps, tmp_path):
+    """Five experts of one family on two ranks are padded; a family that calls shared experts last has them beside."""
+    for errors, agrees, blocks in on_ranks(2, tmp_path / "ranks", step_and_answers, tmp_path, kind):
+        assert max(errors.values()) < 4e-6, errors
+        assert agrees and blocks == overlaps

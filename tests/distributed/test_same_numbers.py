@@ -57,6 +57,12 @@ def test_the_engine_is_the_one_that_was_asked_for(cell):
     assert engines == {"FSDPCptMoeForCausalLM" if is_sharded else "DistributedDataParallel"}
 
 
+def test_gradients_are_sharded_between_micro_batches(cell):
+    job, got, _ = cell
+    if "accumulation" in job and any(name in job for name in ("fsdp", "accelerate", "sharded")):
+        assert {kind for found in got.values() for kind in found["gradients_between"]} == {"DTensor"}
+
+
 NAMES = {
     "cpt": {"loss", "lm_loss/new", "lm_loss/replay", "aux_loss", "z_loss", "mri", "eval_new_loss", "forgetting"},
     "rainbowpo": {"loss", "aux_loss", "phi/mean", "phi/min", "ref_entropy", "rewards/margins", "num_tokens"},

@@ -1,6 +1,7 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare it with one never killed.
 
     python -m tests.faults.soak --kills 100 --ranks 2
+    python -m tests.faults.soak --kills 60 --ranks 2 --experts
     python -m tests.faults.soak --trainer surgery --disks 100
 
 A run of a tiny model in float32 on the CPU, of continual pre-training a mixture of experts with dropout and replay,
@@ -50,6 +51,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from hf_moe_cpt.arguments import fsdp2_arguments
 from hf_moe_cpt.data.random import derive_seed
@@ -62,6 +64,7 @@ from hf_moe_cpt.trainers.common.checkpointing import (
     last_whole_checkpoint,
     step_of,
 )
+from hf_moe_cpt.trainers.common.distributed import is_sharded
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.cpt_runs import without_clocks
@@ -106,14 +109,15 @@ class Tells(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         tell(self._output, began=state.global_step)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint is complete, unless it is being copied in the background."""
-        if args.snapshot_dir is None:
+        if args.snapshot_dir is None and not is_sharded(model):
             tell(self._output, saved=state.global_step)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A checkpoint that was copied may have come to its place."""
-        found = checkpoints_in(args.output_dir) if args.snapshot_dir is not None else []
+        is_late = args.snapshot_dir is not None or is_sharded(model)
+        found = checkpoints_in(args.output_dir) if is_late else []
         if found:
             tell(self._output, saved=step_of(found[-1]))
 
@@ -166,12 +170,13 @@ def build(
     dropout: float = 0.1,
     kind: str = "cpt",
     width: int = 16,
+    is_dealt: bool = False,
     **changes: Any,
 ) -> Trainer:
     """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps.
 
     kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model; of one rank. width:
-    of the mixture.
+    of the mixture. is_dealt: its experts are dealt to the ranks.
     """
     if kind != "cpt":
         helper = importlib.import_module(HELPERS[kind])
@@ -185,6 +190,11 @@ def build(
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "attention_dropout": dropout}
     model = AutoModelForCausalLM.from_config(CptMoeConfig(**sizes, **tokens, num_experts=7, num_experts_per_tok=3))
+    if is_dealt:
+        path = folder.parent / f"model of {dist.get_rank()}"
+        model.save_pretrained(path)
+        sizes = DistributedConfig(fsdp_size=world_size, ep_size=world_size, ep_implementation="hf_moe_cpt")
+        model = AutoModelForCausalLM.from_pretrained(path, distributed_config=sizes)
     settings = {"replay_ratio": 0.25, "learning_rate": 1e-3, "logging_steps": 1, "eval_on_start": False}
     settings |= {"max_length": LENGTH, "save_strategy": "steps", "save_total_limit": 2, **changes}
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": max_steps}
@@ -563,6 +573,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save-steps", type=int, default=4, help="steps from checkpoint to checkpoint")
     parser.add_argument("--sharded", action="store_true", help="FSDP2 with sharded checkpoints; needs several ranks")
+    parser.add_argument("--experts", action="store_true", help="expert parallelism; needs several ranks")
     parser.add_argument("--snapshots", action="store_true", help="save in the background (snapshot_dir)")
     parser.add_argument("--folder", help="where to work, on the disk that is to be tried; default: a temporary one")
     return parser
@@ -579,11 +590,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("kills", "ranks", "steps", "save_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if args.sharded and args.ranks < 2:
-        raise ValueError("--sharded cuts weights over ranks: give --ranks 2 or more.")
+    if (args.sharded or args.experts) and args.ranks < 2:
+        raise ValueError("--sharded and --experts cut weights over ranks: give --ranks 2 or more.")
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
     settings = {"max_steps": args.steps, "save_steps": args.save_steps, "is_sharded": args.sharded}
-    settings["width"] = args.width
+    settings |= {"width": args.width, "is_dealt": args.experts}
     settings["snapshot_dir"] = str(folder / "snapshots") if args.snapshots else None
     if args.trainer != "cpt":
         settings = {

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
 import hf_moe_cpt.modeling.modeling_cpt_moe  # noqa: F401  registers the model type with the Auto classes
 from hf_moe_cpt.arguments import fsdp2_arguments
@@ -32,7 +32,7 @@ from tests.helpers.tiny_models import VOCABULARY, tiny_model
 from tests.helpers.tolerances import relative_rms_error
 
 
-ROWS = 4  # of each optimizer step: pairs, blocks, rows of a set
+ROWS = 16  # of each optimizer step: pairs, blocks, rows of a set
 STEPS = 3
 TRAINERS = ("cpt", "rainbowpo", "surgery")
 ACCELERATE = PROJECT / "scripts" / "accelerate"
@@ -63,6 +63,8 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     shared = {"max_steps": STEPS, "gradient_accumulation_steps": job.get("accumulation", 1), "learning_rate": 1e-2}
     # Adam's first steps are the signs of the gradients, which rounding decides where one is nearly 0: not with this.
     shared |= {"adam_epsilon": 1e-3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    if job.get("recomputed"):
+        shared["gradient_checkpointing"] = True
     if _has_fsdp(job):
         shared |= {"accelerator_config": {"use_configured_state": True}, **(FSDP2 if job.get("fsdp") else {})}
     model = open_model(folder / job.get("model", "model"), job.get("sharded"))
@@ -71,7 +73,8 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     if kind == "cpt":
         return cpt_runs.trainer(out, model, True, per_device_train_batch_size=rows, **shared)
     if kind == "rainbowpo":
-        own = {"preset": "rainbowpo", "dispersion_scale": "auto", "eval_dataset": preference_runs.pairs(8, seed=1)}
+        own = {"preset": "rainbowpo", "dispersion_scale": "auto", "data": preference_runs.pairs(STEPS * ROWS)}
+        own |= {"eval_dataset": preference_runs.pairs(8, seed=1)}
         own |= {"output_dir": str(out), "per_device_train_batch_size": rows}
         return preference_runs.trainer(folder, model, **own, **shared)
     sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS}
@@ -128,6 +131,18 @@ def checksum(model: PreTrainedModel) -> float:
     return (total / count) ** 0.5
 
 
+class BetweenMicroBatches(TrainerCallback):
+    """What gradients are while others of the same step are still to come: kinds of tensors, "none" for deferred."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+
+    def on_substep_end(self, *_: Any, model: PreTrainedModel, **__: Any) -> None:
+        """Between two micro-batches."""
+        grads = [weight.grad for weight in model.parameters() if weight.requires_grad]
+        self.kinds |= {"none" if grad is None else type(grad).__name__ for grad in grads}
+
+
 def run(kind: str, folder: Path, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Train and report: the log without clocks, the engine, the checksum, the scale of phi."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -135,9 +150,12 @@ def run(kind: str, folder: Path, out: Path, job: dict[str, Any]) -> dict[str, An
     if rest:
         raise ValueError(f"{ROWS} rows do not go into the micro-batches of {ranks} ranks evenly.")
     trainer = build(kind, folder, out, rows, job)
+    between = BetweenMicroBatches()
+    trainer.add_callback(between)
     trainer.train()
     found = {"log": cpt_runs.without_clocks(trainer.state.log_history), "weights": checksum(trainer.model)}
     found["engine"] = type(trainer.model_wrapped).__name__
+    found["gradients_between"] = sorted(between.kinds)
     if kind == "rainbowpo":
         found["dispersion_scale"] = trainer.dispersion_scale
     return found

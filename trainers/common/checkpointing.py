@@ -38,20 +38,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed import broadcast_object_list
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.reading import read_json, reading
+from hf_moe_cpt.trainers.common.distributed import begin_to_save, is_sharded, load_shards, load_whole
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint_files.json"
+SHARDS = "sharded_state"  # folder in a checkpoint: what each rank holds of weights and optimizer, by names of weights
 CHECKPOINT_FOLDER = re.compile(r"^checkpoint-(\d+)$")
 UNFINISHED = "_unfinished"  # folder in the output folder with what is being written or removed
 HEARTBEATS = "_heartbeats"  # folder in the output folder where ranks tell that they live
@@ -504,6 +508,39 @@ def stored_names(checkpoint: str | Path) -> set[str]:
     return names
 
 
+def by_names(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The state of an optimizer of one process, whose weights are numbered, by their names, flat as torch flattens it.
+
+    names: of the trained weights, in the optimizer's order. Raises ValueError if the optimizer had others.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(names):
+        raise ValueError(f"it is of {len(numbers)} weights, and {len(names)} are trained.")
+    name_of = dict(zip(numbers, names, strict=True))
+    flat = {f"state.{name_of[n]}.{key}": value for n, kept in saved["state"].items() for key, value in kept.items()}
+    for group in saved["param_groups"]:
+        options = {key: value for key, value in group.items() if key != "params"}
+        flat |= {f"param_groups.{name_of[n]}.{key}": value for n in group["params"] for key, value in options.items()}
+    return flat
+
+
+def _is_arguments(value: Any) -> bool:
+    return isinstance(value, TrainingArguments)
+
+
+@contextmanager
+def _resumable(args: TrainingArguments | None) -> Iterator[None]:
+    """Let `Trainer.__init__` take a model that `DistributedConfig` shards: its optimizer is saved, by us."""
+    asked = None if args is None else args.save_only_model
+    if args is not None and not (args.fsdp or args.deepspeed or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        args.save_only_model = True
+    try:
+        yield
+    finally:
+        if args is not None:
+            args.save_only_model = asked
+
+
 class AtomicCheckpointMixin:
     """Mixin in front of `Trainer` and of every mixin that saves.
 
@@ -518,7 +555,11 @@ class AtomicCheckpointMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._copy = BackgroundCopy()
-        super().__init__(*args, **kwargs)
+        self._writing: Callable[[], Any] | None = None  # writes the shards of the save in progress
+        with _resumable(next((value for value in (*args, *kwargs.values()) if _is_arguments(value)), None)):
+            super().__init__(*args, **kwargs)
+        shards = self._saves_together() and not self.is_deepspeed_enabled
+        self._shard_group = torch.distributed.new_group(backend="gloo") if shards else None  # of the writing threads
         self.add_callback(_WaitsAtEpochEnd(self))
 
     # ---- resuming ----
@@ -529,18 +570,47 @@ class AtomicCheckpointMixin:
         return self._of_first_rank(lambda: last_whole_checkpoint(self.args.output_dir, before=step))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
+        folder, into = Path(resume_from_checkpoint), self.model if model is None else model
+        if (folder / SHARDS).is_dir():
+            load_shards(into, None, folder / SHARDS)
+        elif is_sharded(into) and stored_names(folder):  # of an engine that does not shard
+            whole = type(inner_model(into)).__bases__[-1].from_pretrained(folder, dtype=torch.float32)
+            load_whole(into, whole.state_dict(), None, None)
+        elif self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self.wait_for_checkpoint()
         self.accelerator.wait_for_everyone()
-        if self._is_sharded() or not load_translated(self.model, self.state.best_model_checkpoint):
+        best = Path(self.state.best_model_checkpoint)
+        if (best / SHARDS).is_dir():
+            load_shards(self.model, None, best / SHARDS)
+        elif self._is_sharded() or not load_translated(self.model, best):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(f"the optimizer's or schedule's state in {checkpoint}", keeps=(FloatingPointError,)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not self._load_optimizer_by_names(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_optimizer_by_names(self, checkpoint: Path) -> bool:
+        """Take up optimizer and schedule where this engine or the one that saved shards weights; else False."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # of accelerate's wrapper
+        if (checkpoint / SHARDS).is_dir():
+            load_shards(self.model, optimizer, checkpoint / SHARDS)
+        elif is_sharded(self.model) and (checkpoint / OPTIMIZER_NAME).is_file():
+            saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            load_whole(self.model, {}, optimizer, by_names(saved, self._names_as_stepped()))
+        else:
+            return False
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        return True
+
+    def _names_as_stepped(self) -> list[str]:
+        """Names of the trained weights in the order in which Trainer hands them to an optimizer."""
+        decays = set(self.get_decay_parameter_names(self.model))
+        trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        return sorted(trained, key=lambda name: name not in decays)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(f"the state of random numbers (rng_state*.pth) in {checkpoint}"):
@@ -580,6 +650,7 @@ class AtomicCheckpointMixin:
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         best_before, self._failures, self._push_waits = self.state.best_model_checkpoint, WriteFailures(), False
+        self._writing = None
         written_to = self._folder_to_write_into(run_dir)
         self._written_to = written_to
         try:
@@ -588,8 +659,11 @@ class AtomicCheckpointMixin:
         finally:
             self._written_to = None
         self._failures.call(self._finish_state, written_to / final.name, final)
+        if self._writing is not None and not self.args.save_in_background:
+            self._failures.call(self._writing)
+            self._writing = None
         failure, self._failures = self._failures.of_any_rank(self.args.world_size), None
-        if failure is None and self.args.snapshot_dir is not None:
+        if failure is None and (self.args.snapshot_dir is not None or self._writing is not None):
             self._publish_in_background(written_to / final.name, run_dir)
             return
         if failure is None:
@@ -649,15 +723,20 @@ class AtomicCheckpointMixin:
 
     def _publish_in_background(self, written: Path, run_dir: Path) -> None:
         firsts = gather_object([self.args.local_process_index == 0]) if self.args.world_size > 1 else [True]
-        if self.args.local_process_index != 0:
+        is_copied, write = self.args.snapshot_dir is not None and self.args.local_process_index == 0, self._writing
+        if write is None and not is_copied:
             return
         host, is_main, patience = sum(firsts[: self.args.process_index]), self.args.should_save, self.args.ddp_timeout
         limit, best, unfinished = self.args.save_total_limit, self.state.best_model_checkpoint, run_dir / UNFINISHED
 
         def job() -> None:
-            bring_host_part(written, unfinished, host)
-            if is_main:
+            if write is not None:
+                write()  # returns when all ranks are through
+            if is_copied:
+                bring_host_part(written, unfinished, host)
+            if is_main and is_copied:
                 wait_for_hosts(unfinished, sum(firsts), patience)
+            if is_main:
                 _publish(unfinished / written.name, run_dir, limit, best)
 
         self._copied = run_dir / written.name
@@ -686,7 +765,9 @@ class AtomicCheckpointMixin:
         Elsewhere the model goes to `rescue_dir` instead, and an OSError says where it is.
         """
         if self._failures is not None:
-            self._failures.call(super().save_model, output_dir, True)
+            is_apart = is_sharded(self.model) and not self._wants_whole_weights()
+            write = self._save_without_weights if is_apart else self._save_whole
+            self._failures.call(write, output_dir, super().save_model)
             return
         failure = self._failure_to_save(output_dir)
         if failure is not None:
@@ -694,9 +775,36 @@ class AtomicCheckpointMixin:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _wants_whole_weights(self) -> bool:
+        """Whether a checkpoint of a sharded model holds whole weights too, as `from_pretrained` reads them."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        is_whole = "FULL_STATE_DICT" in str(getattr(plugin, "state_dict_type", ""))
+        is_adapter = hasattr(self.model, "peft_config")
+        return self.args.save_only_model or self.args.save_whole_weights or is_whole or is_adapter
+
+    def _save_whole(self, output_dir: str | None, save: Callable[..., None]) -> None:
+        """Gather what is sharded, whatever type of checkpoint FSDP2 has: the parent leaves the weights out then."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or not is_sharded(self.model):
+            save(output_dir, True)
+            return
+        asked, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            save(output_dir, True)
+        finally:
+            plugin.state_dict_type = asked
+
+    def _save_without_weights(self, output_dir: str, _: Callable[..., None]) -> None:
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            for part in (self.model.config, getattr(self.model, "generation_config", None), self.processing_class):
+                if part is not None:
+                    part.save_pretrained(output_dir)
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
     def _failure_to_save(self, output_dir: str | None) -> str | None:
         failures = WriteFailures()
-        failures.call(super().save_model, output_dir, True)
+        failures.call(self._save_whole, output_dir, super().save_model)
         return failures.of_any_rank(self.args.world_size if self._saves_together() else 1)
 
     def _rescue(self, folder: Path, failure: str) -> None:
@@ -722,7 +830,14 @@ class AtomicCheckpointMixin:
     # ---- single files of a checkpoint ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self._noting(super()._save_optimizer_and_scheduler, output_dir)
+        write = self._begin_to_save_shards if is_sharded(self.model) else super()._save_optimizer_and_scheduler
+        self._noting(write, output_dir)
+
+    def _begin_to_save_shards(self, output_dir: str) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._writing = begin_to_save(self.model, optimizer, Path(output_dir) / SHARDS, self._shard_group)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save_scaler(self, output_dir: str) -> None:
         self._noting(super()._save_scaler, output_dir)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_moe_cpt.kernels.expert_parallel import keep_exchanges, overlap_shared_experts
 from hf_moe_cpt.machine import has_process_group
 
 
@@ -49,6 +65,116 @@ def reduce_at_once(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
         model.set_requires_all_reduce(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards a model, by accelerate or by transformers' `DistributedConfig`."""
+    return isinstance(model, FSDPModule)
+
+
+# ---- the state of a run, by the names of weights alone: any engine on any number of ranks reads it ----
+
+
+def shards_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Weights, and an optimizer's state, as `torch.distributed.checkpoint` takes them. A collective."""
+    state: dict[str, Any] = {"model": _weights_of(model)}
+    if optimizer is not None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+    return tree_map(_in_one_piece, state)
+
+
+def _weights_of(model: nn.Module) -> dict[str, Any]:
+    """All weights; under an adapter those that are trained."""
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=hasattr(model, "peft_config")))
+
+
+def _in_one_piece(value: Any) -> Any:
+    """A tensor of which ranks hold rows that follow one another: others, experts cut twice, are stored wrongly."""
+    if not isinstance(value, DTensor) or not any(isinstance(place, _StridedShard) for place in value.placements):
+        return value
+    plain = [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in value.placements]
+    return value.redistribute(placements=plain)
+
+
+def begin_to_save(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, group: dist.ProcessGroup
+) -> Callable[[], Any]:
+    """Copy every rank's part to the host's memory; what is returned writes it, in a thread if one likes.
+
+    group: of gloo, used by nothing else meanwhile. Both are collectives.
+    """
+    state = tree_map(_copied_to_host, shards_of(model, optimizer))
+    return partial(dcp.save, state, checkpoint_id=folder, process_group=group)
+
+
+def _copied_to_host(value: Any) -> Any:
+    # torch's own stager takes two tensors for one where a rank holds nothing of them ("invalid python storage", 2.13)
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+    """Load weights, or with an optimizer its state alone, from what any number of ranks wrote. A collective."""
+    state = shards_of(model, optimizer)
+    state = {"model": state["model"]} if optimizer is None else {"optimizer": state["optimizer"]}
+    dcp.load(state, checkpoint_id=folder)
+    if optimizer is None:
+        loaded, is_adapter = _dealt_like(state["model"], _weights_of(model)), hasattr(model, "peft_config")
+        set_model_state_dict(model, loaded, options=StateDictOptions(strict=not is_adapter))
+    else:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        own = get_optimizer_state_dict(model, optimizer, options=options)
+        loaded = _dealt_like(state["optimizer"], own)
+        set_optimizer_state_dict(model, optimizer, loaded, options=options)
+
+
+def _dealt_like(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of `state` with the placements of those of the same name in `own`."""
+
+    def dealt(value: Any, like: Any) -> Any:
+        differs = isinstance(value, DTensor) and value.placements != like.placements
+        return value.redistribute(placements=like.placements) if differs else value
+
+    return {name: dealt(value, own[name]) for name, value in state.items()}
+
+
+def load_whole(
+    model: nn.Module, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer | None, saved: dict[str, Any] | None
+) -> None:
+    """Deal whole weights, and the state that an optimizer of one process saved, to the ranks of a sharded model.
+
+    saved: `state_dict()` of an optimizer whose state goes by the names of weights.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    if weights:
+        set_model_state_dict(model, weights, options=options)
+    if optimizer is not None and saved is not None:
+        set_optimizer_state_dict(model, optimizer, saved, options=options)
+
+
+class ShardedModelCallback(TrainerCallback):
+    """What a sharded model needs before its first step: parts gathered ahead, nothing exchanged twice.
+
+    Parts are gathered while the one before runs. FSDP2 does that by itself in the backward pass; in the forward pass
+    the host must be ahead of the device for it, which it is not where it waits for numbers of rows in every layer.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        """After the model was sharded and checkpointing switched on."""
+        if model is None or not is_sharded(model):
+            return
+        layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        for layer, following in zip(layers, layers[1:], strict=False):
+            ahead = [part for part in following.modules() if isinstance(part, FSDPModule)]
+            if isinstance(layer, FSDPModule) and ahead:
+                layer.set_modules_to_forward_prefetch(ahead)
+        overlap_shared_experts(model)
+        exchanging = [layer for layer in layers if any(hasattr(part, "_exchange") for part in layer.modules())]
+        for layer in exchanging:
+            run = getattr(layer, "_gradient_checkpointing_func", None)
+            is_reentrant = getattr(run, "keywords", {}).get("use_reentrant", True)
+            if run is not None and layer.gradient_checkpointing and not is_reentrant:
+                layer._gradient_checkpointing_func = partial(run, context_fn=keep_exchanges)
 
 
 class RankAgreement:

@@ -50,7 +50,12 @@ from hf_moe_cpt.trainers.common.checkpointing import (
     snapshot_folder,
     tidy_up,
 )
-from hf_moe_cpt.trainers.common.distributed import RankAgreement, reduce_in_float32, reshard
+from hf_moe_cpt.trainers.common.distributed import (
+    RankAgreement,
+    ShardedModelCallback,
+    reduce_in_float32,
+    reshard,
+)
 from hf_moe_cpt.trainers.common.metrics import StepTiming, TokenCount
 from hf_moe_cpt.trainers.common.run_folder import (
     STATE_FILE,
@@ -521,6 +526,8 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         super().__init__(*args, **kwargs)
         settings = self.args
         reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+        self._reduce_every_pass()
+        self._refuse_cut_sequences()
         policy = settings.bad_step_policy
         if policy != "stop" and self.is_deepspeed_enabled:
             raise ValueError(
@@ -535,9 +542,29 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
             self.watchdog = Watchdog(settings.output_dir, settings.hang_timeout, *place)
         listens = settings.save_on_sigterm and settings.save_strategy != "no"
         self.preemption = PreemptionCallback() if listens else None
-        for callback in (self.bad_steps, self.step_timing, self.watchdog, self.preemption):
+        for callback in (ShardedModelCallback(), self.bad_steps, self.step_timing, self.watchdog, self.preemption):
             if callback is not None:
                 self.add_callback(callback)
+
+    def _reduce_every_pass(self) -> None:
+        """Under FSDP2 let gradients be reduced to shards in each backward pass, unless somebody chose otherwise.
+
+        Put off to the last micro-batch, as accelerate does by default, they lie whole and in float32 on every GPU.
+        """
+        asked = self.args.accelerator_config.gradient_accumulation_kwargs or {}
+        shards = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
+        if "sync_each_batch" not in asked:
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = shards
+
+    def _refuse_cut_sequences(self) -> None:
+        """torch's context parallelism knows one causal mask; accelerate drops the one of packed documents for it."""
+        sizes = self.accelerator.parallelism_config
+        for name in ("cp_size", "sp_size"):
+            if (size := getattr(sizes, name, 1) or 1) > 1:
+                raise ValueError(
+                    f"{name}={size} in parallelism_config cuts sequences over ranks, which would let packed documents "
+                    "see one another: set it to 1, and shorten max_length or recompute for long documents."
+                )
 
     def open_run(self, asked: str | bool | None) -> Path | None:
         """The checkpoint to go on from, None for a new run, after all that could be refused. A collective.
@@ -727,6 +754,15 @@ class FaultToleranceArguments:
         default=None,
         help="Fast folder of each host, such as one under /dev/shm, into which a checkpoint is written; "
         "a thread copies it to output_dir while training goes on. Unset: training waits for output_dir.",
+    )
+    save_in_background: bool = HfArg(
+        default=True,
+        help="Write checkpoints of a sharded model while training goes on; takes room for a rank's part in the "
+        "host's memory.",
+    )
+    save_whole_weights: bool = HfArg(
+        default=False,
+        help="Write whole weights into each checkpoint of a sharded model too, not only at the end.",
     )
     rescue_dir: str | None = HfArg(
         default=None,

@@ -50,7 +50,7 @@ from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
-from hf_moe_cpt.trainers.common.distributed import reduce_at_once, repeatable_on_cpu
+from hf_moe_cpt.trainers.common.distributed import is_sharded, reduce_at_once, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
@@ -471,7 +471,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One backward pass for each term; gradients meet once, or once for each term where they are wanted apart."""
+        """A backward pass for each term; gradients meet once, or once a term where sharded or wanted apart."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -485,7 +485,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         for place, name in enumerate(self.sets):
             is_last = place == len(self.sets) - 1
             held = self.term_gradients.collect(name) if apart else nullcontext()
-            synchronised = nullcontext() if apart or is_last else self.accelerator.no_sync(model)
+            together = not (apart or is_last or is_sharded(model))  # shards are reduced in every pass: memory
+            synchronised = self.accelerator.no_sync(model) if together else nullcontext()
             with held, synchronised:
                 with self.accelerator.autocast():
                     loss, found = self._weighted_term(name, model, inputs[name])

@@ -1,0 +1,276 @@
+"""Expert parallelism in which a token travels once to each rank that holds one of its experts, not once per expert.
+
+    AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(
+        fsdp_size=8, ep_size=8, ep_implementation="hf_moe_cpt"))
+
+transformers deals the experts, makes the meshes and shards the rest (FSDP2); this is what happens between router and
+experts. Rows travel in the type of the products; with a row go the K local ids of its experts, a sentinel for those of
+other ranks, and its K gates, which the experts' own kernel applies. Sums over copies are taken in float32, in an order
+that does not change. Gathering copies and adding them up are each other's backward, so nothing is kept but places.
+
+T tokens of this rank, K experts per token, N ranks that share the experts, C experts on each, S copies this rank
+sends, R rows that come, H hidden size. Importing the file registers "hf_moe_cpt" in `EPImplementationInterface`, where
+transformers (5.23 or newer) has it. Source: ours; that a token goes to a rank once is usual in DeepEP and its like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers.distributed import expert_parallel
+
+
+NAME = "hf_moe_cpt"
+SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")  # as transformers' models call them
+_INTEGER_OF = {4: torch.int32, 8: torch.int64}  # an integer that a float of so many bytes carries
+
+
+def plain_expert_parallel(
+    tokens: Sequence[Tensor],
+    index: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    run_experts: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    num_local: int,
+) -> list[Tensor]:
+    """The definition of the exchange, all N ranks in one process: (T_n, H) for each rank n.
+
+    tokens, index, gates: of each rank (T_n, H), (T_n, K), (T_n, K). run_experts(rank, rows, ids, gates): the experts
+    rank x C to rank x C + C - 1 on rows (R, H), local ids (R, K) with C for none, and gates (R, K).
+    """
+    outputs = [torch.zeros_like(mine) for mine in tokens]
+    for rank in range(len(tokens)):
+        for output, mine, chosen, gate in zip(outputs, tokens, index, gates, strict=True):
+            is_here = chosen // num_local == rank
+            travels = is_here.any(1).nonzero()[:, 0]
+            ids = torch.where(is_here, chosen % num_local, num_local)[travels]
+            if travels.numel():
+                done = run_experts(rank, mine[travels], ids, gate.where(is_here, 0.0)[travels])
+                output.index_add_(0, travels, done)
+    return outputs
+
+
+class _Transfer:
+    """Rows to other ranks, (sum of `send`, ...) -> (sum of `receive`, ...), in two halves; gradients go back alike.
+
+    What is called between `begin` and `end` runs beside the transfer, and so does its backward pass.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group_name: str) -> None:
+        self.send, self.receive, self.group_name = send, receive, group_name
+        self.gradient: Tensor | None = None  # on its way
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Rows of other ranks, which are not there before `end`."""
+        return _Begin.apply(rows, self)
+
+    def end(self, rows: Tensor) -> Tensor:
+        """The rows that `begin` returned, when they are there."""
+        return _End.apply(rows, self)
+
+
+class _Begin(torch.autograd.Function):
+    """Sends rows; backward: gradients are there."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return _all_to_all(rows.contiguous(), transfer.receive, transfer.send, transfer.group_name)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.transfer.gradient = ctx.transfer.gradient, None
+        return _wait(gradient), None
+
+
+class _End(torch.autograd.Function):
+    """Rows are there; backward: sends gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return _wait(rows).view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        transfer.gradient = _all_to_all(grad.contiguous(), transfer.send, transfer.receive, transfer.group_name)
+        return grad, None  # of the shape that is asked for; `_Begin` hands out the one that travels
+
+
+class _Copies(torch.autograd.Function):
+    """Copies of tokens (T, ...) -> (S, ...), or, with `adds`, copies added up (S, ...) -> (T, ...): adjoints.
+
+    Places are no saved tensors on purpose: recomputation of a layer ends at the last of these, before the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, places: Tensor, adds: bool) -> Tensor:
+        ctx.places = token, places, adds
+        return _add_up(rows, places) if adds else rows[token]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        token, places, adds = ctx.places
+        return (grad[token] if adds else _add_up(grad, places)), None, None, None
+
+
+def _add_up(rows: Tensor, places: Tensor) -> Tensor:
+    """The copies of each token added in at least float32; places (N, T): row of a copy, S for none."""
+    rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    total = rows[places[0]].to(torch.promote_types(rows.dtype, torch.float32))
+    for place in places[1:]:
+        total += rows[place]
+    return total.to(rows.dtype)
+
+
+def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
+    return torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name)
+
+
+def _wait(rows: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(rows)
+
+
+class DeduplicatedEP(getattr(expert_parallel, "AutoEP", object)):
+    """transformers' `AutoEP` whose exchange between ranks with different tokens sends no token twice to a rank.
+
+    Overrides `__call__`. Ranks that hold the same tokens, as under tensor parallelism, go the parent's way.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.is_ours = self.megamoe is None and tp_mesh.size() == 1
+        self.group_name, self.num_ranks = ep_mesh.get_group().group_name, ep_mesh.size()
+        self.beside: Callable[[], None] | None = None  # what can run while rows travel
+        object.__setattr__(experts, "_exchange", self)  # where `overlap_shared_experts` finds it
+        self.experts = experts
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts' output for this rank's tokens: (T, H), (T, K), (T, K) -> (T, H), in the type of the products.
+
+        A collective of the expert group, also without a token; the one wait of the host is for the numbers of rows.
+        """
+        if not self.is_ours:
+            return super().__call__(hidden_states, top_k_index, top_k_weights)
+        num_tokens, num_chosen = top_k_index.shape
+        owner = top_k_index // self.num_local_experts
+        ranks = torch.arange(self.num_ranks, device=owner.device)
+        is_there = owner[None] == ranks[:, None, None]  # (N, T, K)
+        needed = is_there.any(2)
+        counts = torch.stack([needed.sum(1), is_there.sum((1, 2))], 1)  # (N, 2): rows, and pairs in them
+        each = [1] * self.num_ranks
+        coming = _wait(_all_to_all(counts, each, each, self.group_name))
+        (send, _), (receive, pairs) = torch.stack([counts, coming]).transpose(1, 2).tolist()
+        there, also_there, back = (
+            _Transfer(*sizes, self.group_name) for sizes in ((send, receive), (send, receive), (receive, send))
+        )
+
+        nowhere = sum(send)
+        places = needed.flatten().cumsum(0).sub_(1).masked_fill_(~needed.flatten(), nowhere)  # (N T,)
+        copy = torch.empty(nowhere + 1, dtype=places.dtype, device=places.device)
+        copy = copy.scatter_(0, places, torch.arange(places.numel(), device=places.device))[:nowhere]
+        token, rank = copy % max(num_tokens, 1), copy // max(num_tokens, 1)
+        places = places.view(self.num_ranks, num_tokens)
+        is_here = owner[token] == rank[:, None]
+        ids = torch.where(is_here, top_k_index[token] % self.num_local_experts, self.num_local_experts)
+        gates = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
+        gates = _Copies.apply(gates, token, places, False).where(is_here, 0.0)
+        labels = torch.cat([gates, ids.to(_INTEGER_OF[gates.element_size()]).view(gates.dtype)], 1)  # bits of ids
+        tokens = hidden_states.to(self._wire_dtype(hidden_states))
+        labels, rows = also_there.begin(labels), there.begin(_Copies.apply(tokens, token, places, False))
+        if self.beside is not None:
+            self.beside()
+        labels, rows = also_there.end(labels), there.end(rows)
+        ids = labels[:, num_chosen:].detach().view(_INTEGER_OF[labels.element_size()]).long()
+        done = self._run(rows, ids, labels[:, :num_chosen], sum(pairs))
+        done = back.end(back.begin(done.to(tokens.dtype)))
+        return _Copies.apply(done, token, places, True)
+
+    def _run(self, rows: Tensor, ids: Tensor, gates: Tensor, num_pairs: int) -> Tensor:
+        """The rank's own experts; without a row they run on one of zeros, so that their weights take part."""
+        if rows.shape[0]:
+            self.experts._num_pairs = num_pairs  # of R x K, how many an expert of this rank serves
+            try:
+                return self.experts_forward(rows, ids, gates)
+            finally:
+                self.experts._num_pairs = None
+        row, gate = rows.sum(0, keepdim=True), gates[:, :1].sum(0, keepdim=True)
+        return self.experts_forward(row, ids.new_zeros(1, 1), gate)[:0]
+
+    def _wire_dtype(self, hidden_states: Tensor) -> torch.dtype:
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        weight = next(self.experts.parameters(recurse=False), hidden_states)
+        return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else hidden_states.dtype
+
+
+def overlap_shared_experts(model: nn.Module) -> int:
+    """Let shared experts run while tokens travel, in blocks that would call them afterwards; returns how many.
+
+    For models whose experts are dealt by `DeduplicatedEP`. A block that calls its shared experts first loses nothing.
+    """
+    blocks = 0
+    for block in model.modules():
+        exchange = getattr(getattr(block, "experts", None), "_exchange", None)
+        shared = next(
+            (getattr(block, name) for name in SHARED_EXPERTS if getattr(block, name, None) is not None), None
+        )
+        if exchange is not None and shared is not None and exchange.beside is None:
+            _SharedExperts(block, shared, exchange)
+            blocks += 1
+    return blocks
+
+
+class _SharedExperts:
+    """Runs a block's shared experts on the block's input when its exchange says so, and hands the result out later."""
+
+    def __init__(self, block: nn.Module, shared: nn.Module, exchange: DeduplicatedEP) -> None:
+        self.forward, self.given, self.found = shared.forward, None, None
+        block.register_forward_pre_hook(self._take)
+        block.register_forward_hook(self._forget, always_call=True)
+        shared.forward = self._hand_out
+        exchange.beside = self._run
+
+    def _take(self, block: nn.Module, args: tuple) -> None:
+        self.given, self.found = args[0] if args else None, None
+
+    def _forget(self, *_: Any) -> None:
+        self.given = self.found = None
+
+    def _run(self) -> None:
+        if self.given is not None:
+            self.found = self.forward(self.given)
+
+    def _hand_out(self, hidden_states: Tensor) -> Tensor:
+        given, found, self.given = self.given, self.found, None  # called before the experts: no second time
+        is_it = found is not None and hidden_states.numel() == given.numel()
+        if is_it and hidden_states.data_ptr() == given.data_ptr():
+            return found.view(*hidden_states.shape[:-1], found.shape[-1])
+        return self.forward(hidden_states)
+
+
+def keep_exchanges() -> tuple[Any, Any]:
+    """`context_fn` of torch's checkpointing: a layer that is computed again does not send its tokens again.
+
+    What came from other ranks is kept, R x H; numbers of rows and labels too. The way back is not, since nothing after
+    it is needed for gradients in most layers; where something is, it is sent again.
+    """
+    sent = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        if operation is not torch.ops._c10d_functional.all_to_all_single.default:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        sent[context.is_recompute] += 1
+        is_way_back = sent[context.is_recompute] % 4 == 0  # after counts, labels and rows
+        return CheckpointPolicy.PREFER_RECOMPUTE if is_way_back else CheckpointPolicy.MUST_SAVE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+if hasattr(expert_parallel, "EPImplementationInterface"):
+    expert_parallel.EPImplementationInterface.register(NAME, DeduplicatedEP)

@@ -1,0 +1,144 @@
+"""The deduplicated exchange against experts that nobody dealt, in float64: outputs, every gradient, 1 to 4 ranks.
+
+Among the ranks is one without a token, and among the choices of another case some that leave ranks without work.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
+
+from hf_moe_cpt.kernels import expert_parallel
+from hf_moe_cpt.kernels.experts import plain_experts
+from hf_moe_cpt.modeling.modeling_cpt_moe import plain_sinkhorn_plan, sinkhorn_plan
+from tests.helpers.forked_ranks import on_ranks
+from tests.helpers.tolerances import relative_rms_error
+
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(expert_parallel.expert_parallel, "EPImplementationInterface"), reason="transformers before 5.23"
+)
+E, K, H, WIDTH = 8, 3, 16, 8
+TOKENS = (13, 0, 7, 5)  # of each rank
+EXACT = 1e-13  # float64
+
+
+class Experts(nn.Module):
+    """Experts first to last of E, as the definition runs them; others' ids add nothing."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.num_experts = last - first
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in (("up", (E, 2 * WIDTH, H)), ("down", (E, H, WIDTH))):
+            weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(weight[first:last].clone()))
+
+    def forward(self, tokens: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return plain_experts(tokens, index, gates, self.up, self.down, "silu")
+
+
+def batch(rank: int, lonely: bool) -> list[torch.Tensor]:
+    """Tokens, choices, gates, and what outputs are multiplied by. lonely: one token that all ranks send to rank 0."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    rows = 1 if lonely else TOKENS[rank]
+    x, pull = torch.randn(2, rows, H, generator=generator, dtype=torch.float64)
+    index = torch.rand(rows, E, generator=generator).topk(K).indices
+    index = torch.arange(2).expand(rows, 2) if lonely else index
+    return [x, index, torch.rand(index.shape, generator=generator, dtype=torch.float64), pull]
+
+
+def gradients(run, experts: nn.Module, given: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output and the gradients of tokens, gates and weights."""
+    x, index, gates, pull = given
+    x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
+    y = run(x, index, gates)
+    (y * pull).sum().backward()
+    weights = {name: weight.grad.clone() for name, weight in experts.named_parameters()}
+    return {"y": y.detach(), "tokens": x.grad, "gates": gates.grad, **weights}
+
+
+def dealt() -> tuple[Experts, expert_parallel.DeduplicatedEP]:
+    """This rank's experts and their exchange."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mesh = dist.init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    experts = Experts(rank * E // ranks, (rank + 1) * E // ranks)
+    return experts, expert_parallel.DeduplicatedEP(experts, mesh["ep"], mesh["tp"])
+
+
+def step_of_rank(lonely: bool, recomputed: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """What a rank gets, and how many exchanges its step took."""
+    experts, exchange = dealt()
+
+    def again(*args: torch.Tensor) -> torch.Tensor:
+        options = {"use_reentrant": False, "context_fn": expert_parallel.keep_exchanges}
+        return checkpoint(exchange, *args, **options)
+
+    with CommDebugMode() as counted:
+        found = gradients(again if recomputed else exchange, experts, batch(dist.get_rank(), lonely))
+    return found, sum(counted.get_comm_counts().values())
+
+
+CASES = {
+    "alone": (1, False, False),
+    "two": (2, False, False),
+    "four, recomputed": (4, False, True),
+    "all to one": (4, True, False),
+}
+
+
+@pytest.mark.parametrize("ranks, lonely, recomputed", CASES.values(), ids=CASES)
+def test_exchange_matches_undistributed_experts(ranks, lonely, recomputed, tmp_path):
+    found = on_ranks(ranks, tmp_path / "ranks", step_of_rank, lonely, recomputed)
+    whole = Experts(0, E)
+    summed = {}
+    for rank, (got, exchanges) in enumerate(found):
+        whole.zero_grad()
+        want = gradients(whole, whole, batch(rank, lonely))
+        for name in ("y", "tokens", "gates"):
+            assert got[name].shape == want[name].shape
+            assert not want[name].numel() or relative_rms_error(got[name], want[name]) < EXACT, name
+        summed = {name: summed.get(name, 0) + want[name] for name in ("up", "down")}
+        assert exchanges == 7  # counts, labels, rows and back; then back, rows and gates: recomputation adds none
+    for name, want in summed.items():
+        assert relative_rms_error(torch.cat([got[name] for got, _ in found]), want) < EXACT
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_definition_matches_undistributed_experts(ranks):
+    whole, parts = Experts(0, E), [Experts(rank * E // ranks, (rank + 1) * E // ranks) for rank in range(ranks)]
+    x, index, gates, _ = zip(*(batch(rank, False) for rank in range(ranks)), strict=True)
+    rows = []
+
+    def run(rank, tokens, *labels):
+        rows.append(len(tokens))
+        return parts[rank](tokens, *labels)
+
+    got = expert_parallel.plain_expert_parallel(x, index, gates, run, E // ranks)
+    for mine, tokens, chosen, gate in zip(got, x, index, gates, strict=True):
+        assert not len(tokens) or relative_rms_error(mine, whole(tokens, chosen, gate)) < EXACT
+    owners = [{rank for rank in (row // (E // ranks)).tolist()} for chosen in index for row in chosen]
+    assert sum(rows) == sum(map(len, owners))  # once to each rank, however many of its experts were chosen
+
+
+def test_sums_of_copies_and_copies_are_adjoint():
+    places = torch.tensor([[0, 3, 1], [2, 3, 3]])  # of three tokens on two ranks; the second travels nowhere
+    token = torch.tensor([0, 2, 0])
+    x, copies = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    there = expert_parallel._Copies.apply(x, token, places, False)
+    back = expert_parallel._Copies.apply(copies, token, places, True)
+    assert torch.allclose((there * copies).sum(), (x * back).sum())
+
+
+def test_sinkhorn_plan_of_ranks_is_that_of_all_tokens(tmp_path):
+    logits = 3 * torch.randn(7, 4, dtype=torch.float64)
+    mask = torch.tensor([True, False, True, True, True, False, True])
+
+    def rows_of_rank() -> torch.Tensor:
+        mine = slice(0, 2) if dist.get_rank() == 0 else slice(2, 7)
+        return sinkhorn_plan(logits[mine], 3, mask[mine], over_all_ranks=True)
+
+    got = torch.cat(on_ranks(2, tmp_path / "ranks", rows_of_rank))
+    assert relative_rms_error(got, plain_sinkhorn_plan(logits, 3, mask)) < EXACT
