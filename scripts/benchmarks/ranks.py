@@ -282,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found = measures[part](args, way, device, truth)
             release_memory(device)
             sizes = f"{args.layers} x {args.tokens}" if part == "layers" else f"{args.batch_size} x {args.length}"
-            of = {"part": part, "what": sizes if part == "layers" else f"{args.model}, {sizes}", "way": way}
+            name = "tiny" if args.tiny else args.model
+            of = {"part": part, "what": sizes if part == "layers" else f"{name}, {sizes}", "way": way}
             rows.append(of | found | {"note": attempt.reason or ""} | facts)
             if dist.get_rank() == 0:
                 write_csv(Path(args.output_dir) / "ranks.csv", rows)

@@ -71,9 +71,10 @@ def test_the_style_is_known_to_transformers():
 
 def dealt_and_whole(folder, kind, parallel):
     """A model of a family whose experts are dealt to the ranks by our exchange, and the same on each rank."""
-    path = folder / f"model {dist.get_rank()}"
+    path = folder / "model"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[kind]()).save_pretrained(path)
+    AutoModelForCausalLM.from_config(CONFIGS[kind]()).save_pretrained(path)  # of the first rank
+    dist.barrier()
     training = TrainingArguments(str(folder), use_cpu=True, report_to="none")
     asked = parallel_options(ParallelArguments(**parallel), training)
     return AutoModelForCausalLM.from_pretrained(path, **asked), AutoModelForCausalLM.from_pretrained(path)

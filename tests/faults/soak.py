@@ -191,8 +191,9 @@ def build(
     tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "attention_dropout": dropout}
     model = AutoModelForCausalLM.from_config(CptMoeConfig(**sizes, **tokens, num_experts=7, num_experts_per_tok=3))
     if is_dealt:
-        path = folder.parent / f"model of {dist.get_rank()}"
-        model.save_pretrained(path)
+        path = folder.parent / "model"
+        model.save_pretrained(path)  # of the first rank
+        dist.barrier()
         sizes = DistributedConfig(fsdp_size=world_size, ep_size=world_size, ep_implementation="hf_moe_cpt")
         model = AutoModelForCausalLM.from_pretrained(path, distributed_config=sizes)
     settings = {"replay_ratio": 0.25, "learning_rate": 1e-3, "logging_steps": 1, "eval_on_start": False}
