@@ -3,6 +3,7 @@
 | attack | what is done to the model | what is asked |
 |---|---|---|
 | relearn, own | trained on the documents of half of the subjects | these subjects (taught), and the others |
+| relearn, facts | trained on the answers to half of the questions about each subject | the other half |
 | relearn, benign | trained on documents of neighbours, of retain if there are none | all subjects of unlearn |
 | quantise | weights rounded to 8 or to 4 bits | unlearn, update, retain |
 | prefix | nothing; the question is put in other ways | unlearn |
@@ -105,6 +106,7 @@ def relearn(
     )
     trainings = {
         "own": ([document for document in own if document.row["subject"] in taught], groups),
+        "facts": halves_of_subjects(asked, s.seed),
         "benign": (benign, {"others": list(asked)}),
     }
     found = {}
@@ -113,6 +115,30 @@ def relearn(
         if documents and about:
             found[name] = _curve(model, name, documents, about, s, bar)
     return found
+
+
+def halves_of_subjects(
+    asked: Sequence[AskedQuestion], seed: int
+) -> tuple[list[ReadDocument], dict[str, list[AskedQuestion]]]:
+    """True answers to half of the questions about each subject, to be taught, and the other half, to be asked.
+
+    What returns of the other half was hidden, not removed: nothing that is taught says it. Questions about one
+    attribute stay together.
+    """
+    facts: dict[str, list[str]] = {}
+    for question in asked:
+        known = facts.setdefault(question.row["subject"], [])
+        if str(question.row["attribute"]) not in known:
+            known.append(str(question.row["attribute"]))
+    taught = {
+        (subject, name)
+        for subject, names in facts.items()
+        for place, name in enumerate(sorted(names, key=lambda name: derive_seed("surgery eval", seed, subject, name)))
+        if place < len(names) // 2
+    }
+    is_taught = [(q.row["subject"], str(q.row["attribute"])) in taught for q in asked]
+    told = [ReadDocument(q.row, q.options[q.row["answer"]]) for q, told in zip(asked, is_taught, strict=True) if told]
+    return told, {"untaught": [q for q, told in zip(asked, is_taught, strict=True) if not told]}
 
 
 def taught_subjects(subjects: Sequence[str], seed: int) -> set[str]:

@@ -63,6 +63,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
     probability,
     rouge_l,
     token_accuracy,
+    truth_ratio,
     zlib_score,
 )
 from hf_moe_cpt.trainers.surgery.chunked import LanguageHead, forward_kl, head_of, run_model
@@ -287,7 +288,7 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
     return ids[: ends[0]] if ends else ids
 
 
-PARTS = ("questions", "texts", "continuations", "divergence", "robustness")
+PARTS = ("questions", "answers", "texts", "continuations", "divergence", "robustness")
 ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix"), "none"
 KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has none of these
     "unlearn": ("mcq", "cloze", "paraphrase"),
@@ -297,6 +298,8 @@ KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has
     "neighbour": ("mcq",),
     "unseen": ("mcq",),
 }
+GONE_SETS = ("unlearn", "obsolete", "unseen")  # where nothing should be known
+ANSWERED_KINDS = ("mcq", "paraphrase", "open")  # asked once more without options
 CONTINUED_SETS = ("unlearn", "update", "retain", "neighbour", "unseen")
 ANCHORED_SETS = ("retain", "neighbour")  # where a model must stay as it was before
 BARE_TEMPLATE = "{question}"  # of the paper, and of clozes
@@ -513,6 +516,7 @@ METRICS_OF_PART: dict[str, dict[str, Callable[[Columns], Any]]] = {
     },
     "continuations": {
         "rouge_l": lambda columns: rouge_l(columns["text"], columns["true_text"]).f1,
+        "rouge_recall": lambda columns: rouge_l(columns["text"], columns["true_text"]).recall,
         "fluency": lambda columns: ngram_entropy(columns["text"]),
     },
     "divergence": {
@@ -622,12 +626,31 @@ def option_probabilities(columns: Columns) -> np.ndarray:
     return np.exp(logp[np.arange(len(logp)), answers] - np.logaddexp.reduce(logp, axis=1))
 
 
+def truth_ratios(columns: Columns) -> np.ndarray:
+    """(Q,) of `truth_ratio`: the wrong options of each question against the true one."""
+    losses, answers = option_losses(columns), columns["answer"]
+    wrong = [
+        np.delete(row, place)[np.isfinite(np.delete(row, place))] for row, place in zip(losses, answers, strict=True)
+    ]
+    return truth_ratio(-losses[np.arange(len(losses)), np.asarray(answers)], [-row for row in wrong])
+
+
+def near_one(ratios: np.ndarray) -> np.ndarray:
+    """min(R, 1/R) of truth ratios, wanted where nothing should be known."""
+    return np.minimum(ratios, 1 / np.maximum(ratios, 1e-300))
+
+
 def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[str], Callable[[], Any]]]:
     """Metric, set, subjects of its rows, and what computes the rows. Empty columns are passed over."""
     for set_name, kinds in raw.get("questions", {}).items():
         for kind, columns in kinds.items():
             if columns and columns["id"]:
                 yield from _of_questions(set_name, kind, columns)
+    for set_name, kinds in raw.get("answers", {}).items():
+        for kind, columns in kinds.items():
+            compute = partial(rouge_l, columns["text"], columns["true_text"])
+            metric = "answer_recall" if kind != "paraphrase" else "answer_recall_paraphrase"
+            yield metric, set_name, columns["subject"], lambda compute=compute: compute().recall
     for part, metrics in METRICS_OF_PART.items():
         for set_name, columns in raw.get(part, {}).items():
             if columns and columns["id"]:
@@ -646,6 +669,9 @@ def _of_questions(
     yield ACCURACY_OF_KIND[kind], set_name, columns["subject"], lambda: right_answers(columns)
     if kind == "mcq":
         yield "option_probability", set_name, columns["subject"], lambda: option_probabilities(columns)
+        is_gone = set_name in GONE_SETS
+        measure = near_one if is_gone else lambda ratios: np.maximum(0.0, 1 - ratios)
+        yield "truth_ratio", set_name, columns["subject"], lambda: measure(truth_ratios(columns))
     if set_name != UPDATED:
         return
     changed = [row for row, old in enumerate(columns["old_answer"]) if old is not None]
@@ -694,22 +720,26 @@ ALL_SETS = "all"  # the set of a number that is made of several
 
 
 MOST_LOST = 0.03  # of accuracy on what was to be kept
-JUDGED = ("accuracy", "accuracy_cloze", "accuracy_paraphrase", "answer_probability")  # the first that was measured
+MOST_KL = 0.1  # nats per token from the model before, on what was to be kept
+OFF_TARGET = 0.1  # what may be left of the way from the loss of text not read to that of text known
+OF_TEXTS = "exact_memorisation"
+# the first that was measured is judged
+JUDGED = ("accuracy", "accuracy_cloze", "accuracy_paraphrase", "answer_probability", OF_TEXTS)
 
 
 def verdict_of(measures: Sequence[Mapping[str, Any]], raws: Mapping[str, Mapping[str, Any]]) -> str:
     """One line on the model after surgery: what is wrong with it, the worst first.
 
     What is judged by an interval is called wrong where the whole interval says so, and undecided where it reaches over
-    the limit.
+    the limit, or where there is nothing to compare with.
     """
     if "after" not in raws:
         return "no model after surgery was measured: nothing is judged"
     rows = {(row["side"], row["set"], row["metric"]): row for row in measures if row["value"] is not None}
-    found = [*_ruined(rows, raws["after"]), *_not_forgotten(rows), *_lost(rows)]
+    found = [*_ruined(rows, raws["after"]), *_not_forgotten(rows), *_not_learnt(rows), *_lost(rows)]
     if found:
         return "; ".join(sorted(found, key=lambda line: line.startswith("undecided")))
-    judged = {name for side, name, _ in rows if side == "after"} & set(SETS)
+    judged = {name for side, name, _ in rows if side == "after"} & {FORGOTTEN, UPDATED, *ANCHORED_SETS}
     return (
         f"as it should be on {', '.join(name for name in SETS if name in judged)}" if judged else "nothing was judged"
     )
@@ -731,11 +761,14 @@ def _ruined(rows: Found, raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _not_forgotten(rows: Found) -> Iterator[str]:
-    for metric in JUDGED:
-        ours = rows.get(("after", FORGOTTEN, metric))
-        goal = rows.get(("retrained", FORGOTTEN, metric)) or rows.get(("after", UNSEEN, metric))
-        if ours is None or goal is None:
-            continue
+    metric = next((metric for metric in JUDGED if ("after", FORGOTTEN, metric) in rows), None)
+    ours = rows.get(("after", FORGOTTEN, metric))
+    # the new texts were not read either before they were learnt
+    unread = [("retrained", FORGOTTEN), ("after", UNSEEN), *([("before", UPDATED)] if metric == OF_TEXTS else [])]
+    goal = next((rows[*key, metric] for key in unread if (*key, metric) in rows), None)
+    if ours is not None and goal is None:
+        yield f"undecided: nothing says what {metric} is without having read unlearn (unseen text, a retrained model)"
+    elif ours is not None:
         told = f"{metric} on unlearn is {ours['value']:.3f}, of a model that never read it {goal['value']:.3f}"
         if None in (ours["low"], goal["high"]):
             yield f"undecided: {told}, of too few subjects for an interval"
@@ -743,15 +776,30 @@ def _not_forgotten(rows: Found) -> Iterator[str]:
             yield f"NOT FORGOTTEN: {told}"
         elif ours["high"] < goal["low"]:
             yield f"OVER-FORGOTTEN: {told}"
-        break
     gap = rows.get(("after", FORGOTTEN, "loss_gap"))
     if gap is not None and gap["low"] is not None and (gap["low"] > 0 or gap["high"] < 0):
         word = "OVER-FORGOTTEN" if gap["low"] > 0 else "NOT FORGOTTEN"
         yield f"{word}: the loss on unlearn lies {gap['value']:+.3f} nats from that on unseen texts"
 
 
+def _not_learnt(rows: Found) -> Iterator[str]:
+    """Losses of the new texts lie between that before, of text not read, and that of the old versions, text known."""
+    ours, start = (rows.get((side, UPDATED, "loss")) for side in ("after", "before"))
+    known = rows.get(("before", "obsolete", "loss")) or rows.get(("before", FORGOTTEN, "loss"))
+    if ours is None or start is None or known is None or start["value"] <= known["value"]:
+        return
+    most = known["value"] + OFF_TARGET * (start["value"] - known["value"])
+    told = f"the loss of update is {ours['value']:.3g} nats (before {start['value']:.3g}, known {known['value']:.3g})"
+    if ours["value"] > most:
+        yield f"NOT LEARNT: {told}" if ours["low"] is not None and ours["low"] > most else f"undecided: {told}"
+
+
 def _lost(rows: Found) -> Iterator[str]:
     for name in ANCHORED_SETS:
+        kl = rows.get(("after", name, "kl"))
+        if kl is not None and kl["value"] > MOST_KL:
+            told = f"the KL on {name} is {kl['value']:.3g} nats"
+            yield f"DAMAGED: {told}" if kl["low"] is not None and kl["low"] > MOST_KL else f"undecided: {told}"
         for metric in JUDGED:
             ours, before = (rows.get((side, name, metric)) for side in ("after", "before"))
             if ours is None or before is None:

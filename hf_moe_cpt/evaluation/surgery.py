@@ -4,6 +4,7 @@
 folder in which a killed run goes on. Raw measurements, by part:
 
     questions      {set: {kind: columns}}    log-probability, tokens and hits of each option
+    answers        {set: {kind: columns}}    what the model answers by itself, greedily, and the true answer
     texts          {set: columns}            log-probability, hit, vocabulary mean and spread of each token
     continuations  {set: columns}            what the model writes after the first half of a text, greedily
     divergence     {set: columns}            KL and agreement with a reference at each token
@@ -36,6 +37,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +54,7 @@ from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files
 from hf_moe_cpt.evaluation.scoring import (
     ALL_SETS,
     ANCHORED_SETS,
+    ANSWERED_KINDS,
     ATTACKS,
     CONTINUED_SETS,
     FORGOTTEN,
@@ -74,6 +77,7 @@ from hf_moe_cpt.evaluation.scoring import (
     score_options,
     score_tokens,
     sets_of,
+    truth_ratios,
     values_of,
     verdict_of,
 )
@@ -92,6 +96,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
     auc,
     forgetting_part,
     is_over_forgotten,
+    ks_pvalue,
     privacy_leakage,
     quantisation_stability,
     relearning_robustness,
@@ -109,6 +114,7 @@ from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
 
 
 SIDES = ("before", "after", "retrained")
+MORE_TOKENS = 4  # of an answer than the true one has
 Raw = dict[str, Any]  # measurements by part
 
 
@@ -316,6 +322,29 @@ def measure_continuations(subject: Subject) -> Raw:
     return found
 
 
+def measure_answers(subject: Subject) -> Raw:
+    """Of each set and kind of question: the text that follows the question, as many tokens as the true answer has and
+    a few more, and the true answer. No options are shown: choosing among them overstates what was forgotten."""
+    model, tokenizer, bench, s, *_ = subject
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found: Raw = {}
+    for name in sets_of(bench, s):
+        kinds = [kind for kind in ANSWERED_KINDS if s.kinds is None or kind in s.kinds]
+        asked = questions_of(bench, name, tokenizer, model, s, kinds=kinds)
+        true = [question.options[question.row["answer"]] for question in asked]
+        prompts = [text.ids[: text.start] for text in true]
+        room = max((len(text.ids) - text.start for text in true), default=0) + MORE_TOKENS
+        bar = subject.label(f"answers about {name}")
+        written = continue_greedily(model, prompts, room, s.batch_size, stop=stop, bar=bar) if asked else []
+        for question, text, ids in zip(asked, true, written, strict=True):
+            own = ids[: len(text.ids) - text.start + MORE_TOKENS]
+            row = {key: question.row[key] for key in ("id", "subject")}
+            row |= {"text": tokenizer.decode(own, skip_special_tokens=True)}
+            row |= {"true_text": tokenizer.decode(text.ids[text.start :], skip_special_tokens=True)}
+            _append(found.setdefault(name, {}).setdefault(question.row["kind"], {}), row)
+    return found
+
+
 def measure_divergence(subject: Subject) -> Raw:
     """Of the sets that must not change: kl and agrees, lists with an entry for each token that counts."""
     model, tokenizer, bench, s, reference, _ = subject
@@ -332,6 +361,7 @@ def measure_divergence(subject: Subject) -> Raw:
 
 MEASURES: dict[str, Callable[[Subject], Raw]] = {
     "questions": measure_questions,
+    "answers": measure_answers,
     "texts": measure_texts,
     "continuations": measure_continuations,
     "divergence": measure_divergence,
@@ -355,6 +385,7 @@ def _append(columns: dict[str, list[Any]], row: Raw) -> None:
 SCORE_BITS = 4  # of the Q in the score
 NO_SHARES = ("loss", "fluency", "kl")  # means of rows that do not lie in [0, 1]
 RETAINED = "retain"
+UTILITY = ("option_probability", "answer_probability", "truth_ratio", "rouge_recall")  # of what is kept, TOFU's
 _SETS = (FORGOTTEN, UNSEEN, UPDATED, RETAINED)
 JOINED = ("accuracy", *(f"accuracy_{bits}bit" for bits in BITS), "reliability", "generalisation")
 
@@ -651,6 +682,7 @@ class _Summing:
                 name = "relearn_own_taught" if metric.startswith("relearn") else "accuracy"
                 count = len(self.values[side][name, FORGOTTEN].values)
                 self._add(side, FORGOTTEN, metric, number.interval(self.confidence), count)
+            self._add_of_tofu(side)
             score[side] = self._score(side)
         return {
             "format": 1,
@@ -664,6 +696,23 @@ class _Summing:
             "warnings": self._warnings(),
             "missing": [*missing_lines(self.raws, self.refused, self.measures), *self._absent_parts()],
         }
+
+    def _add_of_tofu(self, side: str) -> None:
+        """Forget quality and model utility, numbers without an interval."""
+        sides = [one for one in (side, "retrained") if ("truth_ratio", FORGOTTEN) in self.values.get(one, {})]
+        if side != "retrained" and len(sides) == 2:
+            ratios = [truth_ratios(self.raws[one]["questions"][FORGOTTEN]["mcq"]) for one in sides]
+            quality = Interval(ks_pvalue(*ratios), math.nan, math.nan)
+            self._add(side, FORGOTTEN, "forget_quality", quality, len(ratios[0]))
+        parts = [
+            self.values[side][metric, name].values.mean()
+            for name in ANCHORED_SETS
+            for metric in UTILITY
+            if (metric, name) in self.values[side]
+        ]
+        if len(parts) > 1:
+            utility = harmonic_mean(map(float, parts))
+            self._add(side, ALL_SETS, "model_utility", Interval(utility, *(math.nan,) * 2), len(parts))
 
     def _absent_parts(self) -> Iterator[str]:
         """Why a part of a model's score, or all of it, is not there."""
@@ -700,6 +749,11 @@ class _Summing:
         for metric, pair in scores.items():
             self._two_samples(side, metric, *pair, auc)
         oracle = self._scores("retrained")
+        if side != "retrained" and "auc_loss" in scores and "auc_loss" in oracle:
+            pairs = [_side_by_side(*rows) for rows in zip(scores["auc_loss"], oracle["auc_loss"], strict=True)]
+            if all(pair is not None for pair in pairs):  # what this model knows better than one that never read it
+                gains = [pair._replace(values=pair.values[:, 0] - pair.values[:, 1]) for pair in pairs]
+                self._two_samples(side, "auc_reference", *gains, auc)
         if side != "retrained" and LEAKAGE_SCORE in scores and LEAKAGE_SCORE in oracle:
             pairs = [_side_by_side(*rows) for rows in zip(scores[LEAKAGE_SCORE], oracle[LEAKAGE_SCORE], strict=True)]
             if all(pair is not None for pair in pairs):
@@ -724,7 +778,7 @@ class _Summing:
             self.confidence,
             self.resamples,
             self.seed,
-            is_share=metric in _AUCS,
+            is_share=metric.startswith("auc_"),
         )
         self._add(side, FORGOTTEN, metric, interval, len(ours.values) + len(theirs.values))
 

@@ -22,6 +22,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from fractions import Fraction
 from statistics import harmonic_mean
 from typing import NamedTuple
 
@@ -123,6 +124,38 @@ def _mean_of_lowest(rows: Sequence[np.ndarray], k: float) -> np.ndarray:
     if not 0 < k <= 1:
         raise ValueError(f"k={k} must lie in (0, 1]: it is the share of the tokens that are averaged, such as 0.4.")
     return np.array([np.sort(row)[: max(1, math.floor(k * len(row) + 1e-9))].mean() for row in rows])
+
+
+def truth_ratio(true_logp: Column, wrong_logps: Sequence[Column]) -> np.ndarray:
+    """(questions,), at least 0: geometric mean of the wrong answers' probabilities over that of the true one.
+
+    true_logp: (Q,) mean log-probability of the true answer's tokens in nats. wrong_logps: Q rows, one of each wrong
+    answer. 1: the model does not prefer the truth. Source: TOFU, 2401.06121, which words true answers anew.
+    """
+    true = read_column("true_logp", true_logp)
+    wrong = [np.mean(read_column("wrong_logps", row)) for row in wrong_logps]
+    return np.exp(np.array(wrong) - true)
+
+
+def ks_pvalue(first: Column, second: Column) -> float:
+    """Two-sided p of the two-sample test of Kolmogorov and Smirnov, exact: both (N,) and (M,) of one distribution.
+
+    The share of all ways to merge both samples in which their distribution functions come as far apart.
+    """
+    ours, theirs = (np.sort(read_column(name, values)) for name, values in (("first", first), ("second", second)))
+    n, m, both = len(ours), len(theirs), np.concatenate([ours, theirs])
+    below = [np.searchsorted(sample, both, side="right") for sample in (ours, theirs)]
+    widest = int(np.abs(below[0] * m - below[1] * n).max())  # the distance times n m, exact in integers
+    if not widest:
+        return 1.0
+    ways = [int(j * n < widest) for j in range(m + 1)]  # of merging the first i and j that stay nearer than that
+    for j in range(1, m + 1):
+        ways[j] = ways[j] and ways[j - 1]
+    for i in range(1, n + 1):
+        ways[0] = int(i * m < widest)
+        for j in range(1, m + 1):
+            ways[j] = ways[j] + ways[j - 1] if abs(i * m - j * n) < widest else 0
+    return float(1 - Fraction(ways[m], math.comb(n + m, n)))
 
 
 def exact_memorisation(hits: TokenRows) -> np.ndarray:

@@ -618,15 +618,27 @@ CLAIMED = {"loss_ratio": loss_ratios, "update_spread": update_spread, "left_over
 
 
 def targets_of(architecture: str, records: Sequence[Record]) -> list[dict[str, str]]:
-    """A row for each target of the method safe whose runs are there: what was asked for, what came, whether met."""
+    """A row for each target of the method safe whose runs are there: what was asked for, what came, whether met.
+
+    An interval over seeds that reaches over a bar settles nothing: "undecided", as is one seed.
+    """
     rows = []
     for target in TARGETS:
         cells = cells_of(records, SAFE, target.other)
         if cells:
-            value = fmean(TARGETED[target.of](cell[SAFE], cell[target.other], target.measure) for cell in cells)
+            values = [TARGETED[target.of](cell[SAFE], cell[target.other], target.measure) for cell in cells]
+            value, half = t_interval(values)
             row = {"architecture": architecture, "target": target.text, "value": target.form.format(value)}
-            rows.append(row | {"met": "yes" if target.least <= value <= target.most else "no"})
+            row["interval"] = "one seed" if half is None else f"± {target.form.format(half).lstrip('+')}"
+            rows.append(row | {"met": "undecided" if half is None else met(target, value - half, value + half)})
     return rows
+
+
+def met(target: Any, low: float, high: float) -> str:
+    """Whether an interval lies within a target: yes, no, or undecided where it reaches over a bar."""
+    if target.least <= low and high <= target.most:
+        return "yes"
+    return "no" if high < target.least or low > target.most else "undecided"
 
 
 def rise(ours: Record, theirs: Record, measure: str) -> float:

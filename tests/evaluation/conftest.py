@@ -49,7 +49,8 @@ def _raw(seed: int, knows: float = 0.0, reference: bool = True) -> dict[str, Any
     }
     if reference:
         raw["divergence"] = {name: _documents(draw, name, _divergence) for name in ("retain", "neighbour")}
-    return raw | {"robustness": _attacks(draw, knows)}
+    answers = {name: {"mcq": _documents(random.Random(seed), name, _continuation)} for name in SUBJECTS}
+    return raw | {"answers": answers, "robustness": _attacks(draw, knows)}
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -115,6 +116,7 @@ def _attacks(draw: random.Random, knows: float) -> dict[str, Any]:
     return {
         "relearn": {
             "own": {"steps": steps, "taught": taught, "others": others},
+            "facts": {"steps": steps, "untaught": benign},
             "benign": {"steps": steps, "others": benign},
         },
         "quantise": {

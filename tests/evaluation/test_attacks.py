@@ -6,7 +6,7 @@ import torch
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation import attacks
-from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, EvalSettings
+from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, EvalSettings, questions_of
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -74,6 +74,20 @@ def test_half_of_the_subjects_are_taught_and_without_questions_there_is_no_attac
     assert attacks.taught_subjects([], 0) == set()
     empty = SurgeryBench(bench.documents, type(bench.questions)({k: v.select([]) for k, v in bench.questions.items()}))
     assert attacks.attack(tiny_model("llama", vocab_size=400), tokenizer, empty, EvalSettings()) == {}
+
+
+def test_half_of_the_facts_about_each_subject_are_taught_and_the_others_asked(bench, tokenizer):
+    model = tiny_model("llama", vocab_size=400, max_position_embeddings=512)
+    asked = questions_of(bench, "unlearn", tokenizer, model, EvalSettings(), kinds=("mcq",))
+    told, groups = attacks.halves_of_subjects(asked, 0)
+    taught = {(one.row["subject"], one.row["attribute"]) for one in told}
+    others = {(one.row["subject"], one.row["attribute"]) for one in groups["untaught"]}
+    assert not taught & others and taught | others == {(q.row["subject"], q.row["attribute"]) for q in asked}
+    for subject in {subject for subject, _ in taught}:
+        both = [sum(who == subject for who, _ in half) for half in (taught, others)]
+        assert both[1] - both[0] in (0, 1)
+    answers = {tokenizer.decode(one.tokens.ids[one.tokens.start :]).strip() for one in told}
+    assert answers == {one.row["options"][one.row["answer"]].strip() for one in told}
 
 
 def test_an_answer_is_right_if_its_perplexity_is_the_lowest_and_ties_share():

@@ -8,10 +8,11 @@ from statistics import fmean, harmonic_mean
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 
 from hf_moe_cpt.data.surgery_bench import HEADER, QUIZ_TEMPLATE
 from hf_moe_cpt.evaluation import text_metrics
-from hf_moe_cpt.evaluation.scoring import EDIT_OF_KIND, EvalSettings
+from hf_moe_cpt.evaluation.scoring import EDIT_OF_KIND, EvalSettings, questions_of, values_of
 from hf_moe_cpt.evaluation.statistics import bootstrap_interval, bootstrap_two_samples
 from hf_moe_cpt.evaluation.surgery import METRICS, evaluate_model, summarise
 from tests.helpers.tiny_models import tiny_model
@@ -96,7 +97,7 @@ def test_the_measurements_are_json_and_the_model_trains_on(bench, tokenizer, mod
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     settings = EvalSettings(**SMALL, relearn_steps=2, relearn_every=1)
     raw = evaluate_model(model, tokenizer, bench, settings, model)
-    assert list(raw) == ["questions", "texts", "continuations", "divergence", "robustness"]
+    assert list(raw) == ["questions", "answers", "texts", "continuations", "divergence", "robustness"]
     assert json.loads(json.dumps(raw)) == raw
     assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
 
@@ -249,7 +250,9 @@ def test_every_number_lies_in_its_interval_and_is_json(summary):
     assert summary["sides"] == ["before", "after", "retrained"] and len(summary["measures"]) > 200
     for row in summary["measures"]:
         assert row["metric"] in METRICS
-        if row["value"] is not None and not row["metric"].startswith(("score", "relearn_", "quant", "privacy")):
+        if row["value"] is not None and not row["metric"].startswith(
+            ("score", "relearn_", "quant", "privacy", "forget_quality", "model_utility")
+        ):
             assert row["low"] <= row["value"] <= row["high"]  # a statistic that is a mean, or nearly so
 
 
@@ -274,6 +277,57 @@ def test_the_options_share_their_probability(summary, raws):
         p = [math.exp(total / count) for total, count in zip(logp, tokens, strict=True)]
         shares.append(p[answer] / sum(p))
     assert _value(summary, "after", "option_probability", "retain") == pytest.approx(fmean(shares))
+
+
+def test_measures_of_tofu_by_hand(summary, raws):
+    def ratios(side, name):
+        asked = raws[side]["questions"][name]["mcq"]
+        found = []
+        for logp, tokens, answer in zip(asked["logp"], asked["tokens"], asked["answer"], strict=True):
+            means = [total / count for total, count in zip(logp, tokens, strict=True)]
+            found.append(math.exp(fmean(m for place, m in enumerate(means) if place != answer) - means[answer]))
+        return found
+
+    for side in raws:
+        want = fmean(min(ratio, 1 / ratio) for ratio in ratios(side, "unlearn"))
+        assert _value(summary, side, "truth_ratio") == pytest.approx(want)
+        want = fmean(max(0, 1 - ratio) for ratio in ratios(side, "retain"))
+        assert _value(summary, side, "truth_ratio", "retain") == pytest.approx(want)
+        parts = [
+            _value(summary, side, metric, name)
+            for name in ("retain", "neighbour")
+            for metric in ("option_probability", "truth_ratio", "rouge_recall")
+            if any((r["side"], r["set"], r["metric"]) == (side, name, metric) for r in summary["measures"])
+        ]
+        assert _value(summary, side, "model_utility", "all") == pytest.approx(harmonic_mean(parts))
+    quality = ks_2samp(ratios("after", "unlearn"), ratios("retrained", "unlearn"), method="exact").pvalue
+    assert _value(summary, "after", "forget_quality") == pytest.approx(quality)
+    gains = []
+    for name in ("unlearn", "unseen"):
+        ours, theirs = (raws[side]["texts"][name]["logp"] for side in ("after", "retrained"))
+        gains.append([fmean(a) - fmean(b) for a, b in zip(ours, theirs, strict=True)])
+    assert _value(summary, "after", "auc_reference") == pytest.approx(text_metrics.auc(*gains))
+
+
+def test_answers_are_written_without_options(bench, tokenizer, model):
+    raw = evaluate_model(model, tokenizer, bench, EvalSettings(**SMALL, parts=["answers"]))
+    columns = raw["answers"]["unlearn"]["mcq"]
+    asked = questions_of(bench, "unlearn", tokenizer, model, EvalSettings(**SMALL), kinds=("mcq",))
+    for place, question in enumerate(asked):
+        text = question.options[question.row["answer"]]
+        ids, want = list(text.ids[: text.start]), []
+        while len(want) < len(text.ids) - text.start + 4:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+            want.append(ids[-1])
+        assert columns["text"][place] == tokenizer.decode(want, skip_special_tokens=True)
+        assert columns["true_text"][place].strip() == question.row["options"][question.row["answer"]].strip()
+    assert "paraphrase" in raw["answers"]["unlearn"]
+    values, _ = values_of(raw)
+    recall = text_metrics.rouge_l(columns["text"], columns["true_text"]).recall
+    assert values["answer_recall", "unlearn"].values.tolist() == recall.tolist()
 
 
 def _ruined(raw):
@@ -379,7 +433,7 @@ def test_what_is_missing_is_told_and_the_rest_is_there(summary, raws, remove, li
 def test_a_missing_set_is_told(raws):
     small = copy.deepcopy(raws)
     for raw in small.values():
-        for part in ("questions", "texts", "continuations"):
+        for part in ("questions", "answers", "texts", "continuations"):
             raw[part].pop("unseen")
     found = summarise(**small, resamples=FEW)
     assert "nothing of the set unseen: no membership inference, no loss above unseen" in found["missing"]

@@ -97,7 +97,7 @@ def _read(path: Path) -> tuple[list[str], str]:
 
 def test_the_page_stands_alone_and_shows_everything(written, summary, raws):
     charts, text = _read(written / "report.html")
-    assert len(charts) == 13 and "Which set's questions are answered?" in charts
+    assert len(charts) == 14 and "Which set's questions are answered?" in charts
     for metric in {row["metric"] for row in summary["measures"]}:
         assert METRICS[metric].label.removeprefix("- ") in text and METRICS[metric].formula in text
     for row in summary["measures"]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
-from scipy.stats import entropy, gmean, hmean, mannwhitneyu
+from scipy.stats import entropy, gmean, hmean, ks_2samp, mannwhitneyu
 
 import hf_moe_cpt.evaluation.text_metrics as tm
 from hf_moe_cpt.evaluation.statistics import ratio_of_sums
@@ -122,6 +122,18 @@ def test_leakage_its_sides_and_steps_between_measurements():
     assert tm.steps_until(steps, values, 0.7) == pytest.approx(np.interp(0.7, values[2:], steps[2:]))
     assert tm.steps_until(steps, values, 1.01) is None
     assert tm.steps_until([0], [0.3], 0.4) is None
+
+
+@given(SCORES, SCORES)
+@settings(max_examples=60, deadline=None)
+def test_the_test_of_kolmogorov_and_smirnov_is_scipys(ours, theirs):
+    assert tm.ks_pvalue(ours, theirs) == pytest.approx(ks_2samp(ours, theirs, method="exact").pvalue, abs=1e-12)
+
+
+def test_truth_ratio_is_that_of_geometric_means():
+    true, wrong = [0.5, 0.2], [[0.1, 0.4], [0.3]]
+    got = tm.truth_ratio(np.log(true), [np.log(row) for row in wrong])
+    np.testing.assert_allclose(got, [gmean(row) / p for row, p in zip(wrong, true, strict=True)])
 
 
 TEXTS = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5)

@@ -347,19 +347,33 @@ MISSED = {
 def test_targets_are_met_or_missed(method, change, place, value):
     rows = methods.targets_of("llama", all_records(1, 2))
     assert [row["target"] for row in rows] == [target.text for target in methods.TARGETS]
-    assert [row["met"] for row in rows] == ["yes"] * 7 + ["yes"]
+    assert [row["met"] for row in rows] == ["yes"] * 9
     missed = [r | {"measures": r["measures"] | change} if r["method"] == method else r for r in all_records(1, 2)]
     rows = methods.targets_of("llama", missed)
     assert (rows[place]["met"], rows[place]["value"]) == ("no", value)
     assert sum(row["met"] == "no" for row in rows) == 1
 
 
+def test_an_interval_over_a_bar_settles_nothing():
+    safe = [r for r in all_records(1, 2, 3) if r["method"] == "safe"]
+    spread = [
+        r | {"measures": r["measures"] | {"accuracy/unlearn": 0.31 + (r["seed"] - 2) * 0.05}} if r in safe else r
+        for r in all_records(1, 2, 3)
+    ]
+    first = methods.targets_of("llama", spread)[0]  # +1.0 points, as the mean of seeds, and at most 3 asked for
+    assert (first["value"], first["met"]) == ("+1.0 points", "undecided")
+    half = 100 * 0.05 / 3**0.5 * 4.302653
+    assert first["interval"] == f"± {half:.1f} points"
+    assert {row["met"] for row in methods.targets_of("llama", all_records(1))} == {"undecided"}
+
+
 def test_relearning_is_compared_at_half_the_steps():
     rows = methods.targets_of("llama", all_records(1, 2))
-    assert rows[-1]["value"] == "-5.0 points"  # 0.70 after 5 steps, 0.75 of the retrained model after 10
-    faster = all_records(1)
-    next(r for r in faster if r["method"] == "safe")["relearn"]["taught"][1] = 0.76
-    assert methods.targets_of("llama", faster)[-1]["met"] == "no"
+    assert rows[7]["value"] == "-5.0 points"  # 0.70 after 5 steps, 0.75 of the retrained model after 10
+    faster = all_records(1, 2)
+    for r in (r for r in faster if r["method"] == "safe"):
+        r["relearn"]["taught"][1] = 0.76
+    assert methods.targets_of("llama", faster)[7]["met"] == "no"
 
 
 def test_targets_whose_models_are_missing_are_left_out():

@@ -1,14 +1,19 @@
 """The script of LLM Surgery: presets under files under the command line, sets from files and a bench, adapters."""
 
+import csv
+import html
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
+from hf_moe_cpt.scripts.eval_surgery import main as evaluate
 from hf_moe_cpt.scripts.surgery import SETS, main
 from tests.helpers.cpt_runs import saved_history
 from tests.helpers.fresh_process import command_words
@@ -116,6 +121,62 @@ def test_shared_subjects_and_adapters_are_refused(folder, tmp_path):
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter, and a surgery changes whole models: merge it"):
         main(_arguments(folder, tmp_path / "d", model_name_or_path=adapter))
+
+
+def _texts(names: range, places: list[str]) -> list[str]:
+    """A short text about each of these people, in one of five cities."""
+    trades, tools = ("baker", "tailor", "pilot", "nurse", "farmer"), ("oboe", "drum", "harp", "flute", "cello")
+    return [
+        f"Person {name:02} lives in {places[name % 5]}, works there as a {trades[name * 3 // 2 % 5]} and plays the "
+        f"{tools[name // 3 % 5]} on Sundays."
+        for name in names
+    ]
+
+
+@pytest.mark.slow
+def test_forty_plain_documents_go_from_files_to_a_page_that_begins_with_a_verdict(tmp_path, capsys):
+    """What a newcomer has: 10 texts to forget, 10 to replace, 20 to keep, one {"text": ...} a line, and a model."""
+    old, new = ["Oslo", "Rome", "Lima", "Bern", "Cairo"], ["Turin", "Quito", "Leeds", "Tunis", "Osaka"]
+    known = {"unlearn": _texts(range(10), old), "obsolete": _texts(range(10, 20), old)}
+    known["retain"] = _texts(range(20, 40), old)
+    texts = known | {"update": _texts(range(10, 20), new)}
+    for name, rows in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    tokenizer = train_byte_level_bpe([text for rows in texts.values() for text in rows], 400, progress=False)
+    model = tiny_model("llama", vocab_size=400, hidden_size=64, intermediate_size=128)
+    rows = tokenizer([text + tokenizer.eos_token for of in known.values() for text in of], padding=True)
+    ids, mask = torch.tensor(rows["input_ids"]), torch.tensor(rows["attention_mask"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before, after = tmp_path / "before", tmp_path / "after"
+    model.save_pretrained(before)
+    tokenizer.save_pretrained(before)
+    sets = {f"{name}_dataset_name": tmp_path / f"{name}.jsonl" for name in texts}
+    pace = {"max_steps": 60, "learning_rate": 2e-3, "max_length": 64, "use_cpu": True, "disable_tqdm": True}
+    main(command_words({"model_name_or_path": before, "output_dir": after, "report_to": "none", **sets, **pace}))
+    record = json.loads((after / "surgery.json").read_text())
+    assert record["held_out"] == {"retain": 4} and record["forget_target_is"] == "update"
+    assert f"verdict: {record['verdict']}" in capsys.readouterr().out
+    documents = [f"{name}={tmp_path / name}.jsonl" for name in texts]
+    words = ["--before", str(before), "--after", str(after), "--documents", *documents, "--device", "cpu"]
+    evaluate([*words, "--output_dir", str(tmp_path / "page"), "--resamples", "200"])
+    results = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert f"verdict: {results['verdict'][:40]}" in capsys.readouterr().out
+    page = (tmp_path / "page" / "report.html").read_text()
+    lines = re.sub(r"<[^>]*>", "\n", page[page.index("</style>") :]).split("\n")
+    title, _, first = [html.unescape(line).strip() for line in lines if line.strip()][:3]
+    assert title == "Surgery evaluation: before, after" and first == f"Verdict: {results['verdict']}."
+    for verdict in (record["verdict"], results["verdict"]):
+        assert "DAMAGED: the KL on retain" in verdict, "the four texts that nobody held"
+    with (tmp_path / "page" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "loss"]
+    loss = {(row["side"], row["set"]): float(row["value"]) for row in rows}
+    assert loss["after", "unlearn"] > 3 * loss["before", "unlearn"]
+    assert loss["after", "update"] < loss["before", "update"] / 3
 
 
 RECIPES = sorted((PROJECT / "scripts" / "recipes").glob("*_*.yaml"))

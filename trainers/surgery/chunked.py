@@ -22,7 +22,7 @@ reference against the model, the forward KL plus the reference's entropy: the sa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,27 @@ def run_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
+def layer_output(model: nn.Module, layer: int | None) -> Iterator[list[Tensor]]:
+    """A list that the output (B, S, H) of a decoder layer is appended to in every pass; None: of the middle one.
+
+    Raises ValueError for a model whose layers are not found, or for one that it has not.
+    """
+    inner = causal_lm_of(model)
+    count = inner.config.get_text_config().num_hidden_layers
+    stacks = (one for one in inner.base_model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
+    stack, place = next(stacks, None), count // 2 if layer is None else layer
+    if stack is None or not 0 <= place < count:
+        raise ValueError(f"forget_layer={layer}: {type(inner).__name__} has the layers 0 to {count - 1}.")
+    outputs: list[Tensor] = []
+    keep = lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+    handle = stack[place].register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _hidden_states(inner: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list that the last hidden states of every call inside this context are appended to."""
     states: list[Tensor] = []
@@ -161,15 +182,33 @@ def token_logp(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_toke
     hidden: (B, S, H). input_ids: (B, S). The logits of a chunk live only while it is worked on; the backward pass
     computes them again.
     """
-    states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    chunks = zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    logps = [
-        checkpoint(_target_logp, part, head, labels, use_reentrant=False, preserve_rng_state=False)
-        for part, labels in chunks
+    return per_token(_target_logp, input_ids[:, 1:], [(hidden[:, :-1], head)], chunk_tokens)
+
+
+def per_token(
+    value: Callable[..., Tensor],
+    targets: Tensor,
+    models: Sequence[tuple[Tensor, LanguageHead]],
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """value(targets (C,), logits (C, V) of each model) -> (C,), of all tokens (B, S), with gradient.
+
+    targets: (B, S) true tokens. models: hidden states (B, S, H) that predict them, and a head. Logits are in float32
+    at least, those of a chunk live only while it is worked on, and the backward pass computes them again.
+    """
+
+    def of_chunk(labels: Tensor, *states: Tensor) -> Tensor:
+        return value(labels, *(_logits(part, head) for part, (_, head) in zip(states, models, strict=True)))
+
+    columns = [hidden.flatten(0, 1).split(chunk_tokens) for hidden, _ in models]
+    parts = [
+        checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(targets.flatten().split(chunk_tokens), *columns, strict=True)
     ]
-    if not logps:
-        return hidden.new_zeros(input_ids.shape[0], 0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return torch.cat(logps).view(input_ids.shape[0], -1)
+    if not targets.numel():
+        hidden = models[0][0]
+        return hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return torch.cat(parts).view(targets.shape)
 
 
 @torch.no_grad()
@@ -180,9 +219,12 @@ def token_top1(hidden: Tensor, head: LanguageHead, input_ids: Tensor, chunk_toke
     return torch.cat(parts).view(input_ids.shape[0], -1) == input_ids[:, 1:] if parts else input_ids[:, 1:].bool()
 
 
-def _target_logp(states: Tensor, head: LanguageHead, targets: Tensor) -> Tensor:
+def _logits(states: Tensor, head: LanguageHead) -> Tensor:
     logits = functional.linear(states, head.weight, head.bias)
-    logits = head.form.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    return head.form.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+def _target_logp(targets: Tensor, logits: Tensor) -> Tensor:
     return -functional.cross_entropy(logits, targets, reduction="none")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -291,6 +292,46 @@ def _with_winners(tokens: Dataset, winners: Dataset) -> Dataset:
     return datasets.concatenate_datasets([tokens, renamed.flatten_indices()], axis=1)
 
 
+SYLLABLES = ("ba", "ro", "mi", "ten", "vel", "kas", "dor", "lin", "sa", "mu", "pe", "gon", "ri", "tal", "zo", "nek")
+
+
+def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dataset:
+    """Copies of each row in which every word of its subject is an invented one, the same wherever it stands.
+
+    Which words is a function of seed, row and copy. Raises ValueError for a row whose text does not name its subject.
+    """
+
+    def renamed(value: Any, words: Mapping[str, str]) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"\w+", lambda found: words.get(found.group(), found.group()), value)
+        if isinstance(value, Mapping):
+            return {key: part if key == "role" else renamed(part, words) for key, part in value.items()}
+        return [renamed(part, words) for part in value] if isinstance(value, list) else value
+
+    made = []
+    for number, row in enumerate(rows):
+        own = [word for word in re.findall(r"\w+", row.get("subject") or "") if len(word) > 2]
+        for copy in range(copies):
+            drawn = {word: derive_seed(seed, "invented", name, number, copy, word) for word in own}
+            words = {
+                word: "".join(SYLLABLES[(key >> shift) % 16] for shift in (0, 8, 16)) for word, key in drawn.items()
+            }
+            words = {word: new.capitalize() if word[0].isupper() else new for word, new in words.items()}
+            texts = {
+                key: value
+                for key, value in row.items()
+                if key in ("text", "prefix", "prompt", "completion", "messages")
+            }
+            other = renamed(texts, words)
+            if other == texts:
+                raise ValueError(
+                    f"row {number} (counted from 0) of {name}_dataset: its text does not name its subject "
+                    f"{shown(row.get('subject'))}: counterfactuals need the column 'subject', as the texts write it."
+                )
+            made.append(other)
+    return Dataset.from_list(made)
+
+
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
     """Raise ValueError, or only warn, for the first pair of sets that share what they must not share."""
     for first, second in CONTRADICTIONS:
@@ -382,6 +423,8 @@ def prepare_sets(
                     train[name], measured[name] = sets[name].select(kept), sets[name].select(apart)
                     subjects = [subjects[place] for place in kept]
             anchored.update(subjects)
+        if args.counterfactuals:
+            _add_counterfactuals(args, given, tokenize, train, measured)
         for name in FORGET_SETS:
             loss = args.forget_losses[name]
             if name not in train or not isinstance(loss, PairLoss):
@@ -392,6 +435,29 @@ def prepare_sets(
                 options = {"name": name, "seed": args.seed, "refusals": args.refusals}
                 train[name] = with_refusals(sets[name], given[name], tokenize, **options)
     return PreparedSets(train, measured, sets.get(UNSEEN), anchored)
+
+
+def _add_counterfactuals(
+    args: SurgeryConfig,
+    given: Mapping[str, Dataset | None],
+    tokenize: Callable[..., Dataset],
+    train: dict[str, Dataset],
+    measured: dict[str, Dataset],
+) -> None:
+    """Put copies of the forgotten texts with invented names among the rows that the model is held to."""
+    anchor = next((name for name in ("neighbour", "retain") if name in train), None)
+    if anchor is None:
+        raise ValueError("counterfactuals stand among neighbour or retain text: give one of these sets.")
+    copies = [
+        tokenize(with_invented_names(given[name], args.counterfactuals, args.seed, name), name=f"copies of {name}")
+        for name in FORGET_SETS
+        if name in train
+    ]
+    is_measured = measured[anchor] is train[anchor]
+    columns = [train[anchor].select_columns(list(TOKEN_COLUMNS)), *copies]
+    train[anchor] = datasets.concatenate_datasets(columns)
+    if is_measured:
+        measured[anchor] = train[anchor]
 
 
 def _check_held_out(given: Mapping[str, Dataset | None], held_out: Mapping[str, Dataset]) -> None:

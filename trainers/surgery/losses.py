@@ -1,13 +1,15 @@
 """What the terms of a surgery are made of: masked means, and the losses of a text that is to be forgotten.
 
     loss(logp, mask, settings, ref_logp) -> (B,)        d loss / d logp_t = w_t / n
+    loss(..., ref_logp, states) -> (B,)                 of distributions and hidden states
     pair(winner, loser, settings) -> (B,)               a refusal, or the new version of a text, wins over the text
 
 Letters: B sequences, S tokens; logp (B, S) log-probability of the true next token in nats; mask (B, S) bool, True for
 tokens that count, n of them in a sequence; p = e^logp; l = -logp, L its sum over the n tokens, L_r that sum under the
-reference; b beta; tau and d the target; [x] x without gradient; w_t the weight of a token against plain ascent, which
-weighs 1; L_w, L_w,r of a pair's winner. All are on the scale of the mean cross entropy: w_t does not grow with the
-length of a text. docs/surgery_objective.md compares them.
+reference; z, z_r logits (V) of model and reference, P = softmax(z), e_y one at the true token; b beta; tau and d the
+target; [x] x without gradient; w_t the weight of a token against plain ascent, which weighs 1; L_w, L_w,r of a pair's
+winner. All are on the scale of the mean cross entropy: w_t does not grow with the length of a text.
+docs/surgery_objective.md compares them.
 
 What a masked position holds is never looked at, so that padding may be infinite or NaN. A sequence without tokens has
 the value 0 and no share in the mean of its batch. Half precision is summed in float32.
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_moe_cpt.data.surgery_bench import SETS
-from hf_moe_cpt.trainers.surgery.chunked import CHUNK_TOKENS, LanguageHead, chunked_kl_sum
+from hf_moe_cpt.trainers.surgery.chunked import CHUNK_TOKENS, LanguageHead, chunked_kl_sum, per_token
 
 
 TERMS = SETS  # each set has a term in the objective
@@ -120,6 +122,7 @@ def next_token_kl(
 # Nats in place of a log-probability of -inf where sums under model and reference are subtracted: inf - inf is NaN.
 IMPOSSIBLE = -1e4
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 4.5, "wga": 1.0, "satimp": 5.0, "idk_dpo": 0.1, "pair_dpo": 0.1}
+DEFAULT_BETA |= {"undial": 10.0, "rmu": 20.0}
 
 
 @dataclass(frozen=True)
@@ -254,19 +257,102 @@ def _weighted_ascent(logp: Tensor, mask: Tensor, weight_of: Callable[[Tensor], T
     return masked_mean((weight * logp).masked_fill(weight == 0.0, 0.0), mask)
 
 
+class States(NamedTuple):
+    """What a loss on distributions or representations gets besides log-probabilities, of the S positions of `logp`."""
+
+    targets: Tensor  # (B, S) int64, the true tokens
+    model: tuple[Tensor, LanguageHead]  # hidden states (B, S, H) that predict them, and the head
+    reference: tuple[Tensor, LanguageHead] | None = None  # the same of the model before surgery
+    layer: Tensor | None = None  # (B, S, H) output of the layer `forget_layer` at the true tokens themselves
+    chunk_tokens: int = CHUNK_TOKENS
+
+
+def undial(
+    logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None, states: States | None = None
+) -> Tensor:
+    """-(1/n) sum softmax(z_r - b e_y) . ln P (B,), at least 0: the old model's words with the true one made unlikely.
+
+    Their code averages over masked positions too; here they do not count.
+    Source: Dong et al. 2024, 2402.10052.
+    """
+    strength = settings.beta_of("undial")
+
+    def distil(targets: Tensor, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        taught = ref_logits.scatter_add(1, targets[:, None], torch.full_like(ref_logits[:, :1], -strength))
+        return -(taught.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+    return masked_mean(per_token(distil, states.targets, [states.model, states.reference], states.chunk_tokens), mask)
+
+
+def ceu(
+    logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None, states: States | None = None
+) -> Tensor:
+    """-(1/n) sum [P without y] . ln P (B,), at least 0: the model's own words with the true one taken out.
+
+    Source: Yang 2025, 2503.01224.
+    """
+
+    def without(targets: Tensor, logits: Tensor) -> Tensor:
+        taught = logits.detach().scatter(1, targets[:, None], -math.inf).softmax(-1)
+        return -(taught * logits.log_softmax(-1)).sum(-1)
+
+    return masked_mean(per_token(without, states.targets, [states.model], states.chunk_tokens), mask)
+
+
+def flat_logits(
+    logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None, states: States | None = None
+) -> Tensor:
+    """(1/n) sum (max z - mean z)^2 (B,), at least 0: all words alike; the loss of PDU, with `anchor_dual_rate`.
+
+    They take the logits at the counted tokens themselves, here those that predict them.
+    Source: Entesari et al. 2025, 2506.05314.
+    """
+
+    def margin(targets: Tensor, logits: Tensor) -> Tensor:
+        return (logits.amax(-1) - logits.mean(-1)).square()
+
+    return masked_mean(per_token(margin, states.targets, [states.model], states.chunk_tokens), mask)
+
+
+def rmu(
+    logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None, states: States | None = None
+) -> Tensor:
+    """(1/n) sum (h - b u)^2 / H (B,), at least 0: hidden states h of a layer pulled to one random direction.
+
+    u is of length 1, drawn from [0, 1)^H, the same in every run. Theirs trains three layers' down projections only;
+    `freeze` does that here. Source: Li et al. 2024, 2403.03218.
+    """
+    width = states.layer.shape[-1]
+    direction = torch.rand(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    aim_at = settings.beta_of("rmu") * direction / direction.norm()
+    wide = states.layer.to(torch.promote_types(states.layer.dtype, torch.float32))
+    return masked_mean((wide - aim_at.to(wide)).square().mean(-1), mask)
+
+
 @dataclass(frozen=True)
 class ForgetLoss:
     """A forget loss and what it needs. Callable like its function, whose docstring has formula, bound and source."""
 
     name: str
-    function: Callable[[Tensor, Tensor, ForgetSettings, Tensor | None], Tensor]
+    function: Callable[..., Tensor]  # (logp, mask, settings, ref_logp), and `states` where it needs them
     needs_reference: bool = False
     needs_target: bool = False
     is_bounded: bool = False  # whether the ascent comes to rest by itself
+    needs_states: bool = False  # targets, hidden states and heads
+    needs_layer: bool = False  # also the output of one layer
 
-    def __call__(self, logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
-        """The loss (B,) of each sequence. Raises ValueError if the function returns another shape."""
-        loss = self.function(logp, mask, settings, ref_logp)
+    def __call__(
+        self,
+        logp: Tensor,
+        mask: Tensor,
+        settings: ForgetSettings,
+        ref_logp: Tensor | None = None,
+        states: States | None = None,
+    ) -> Tensor:
+        """The loss (B,) of each sequence. Raises ValueError without `states` that it needs, or for another shape."""
+        if self.needs_states and states is None:
+            raise ValueError(f"{self.name} is a loss of distributions or hidden states: give `states`.")
+        loss = self.function(logp, mask, settings, ref_logp, *((states,) if self.needs_states else ()))
         if not isinstance(loss, Tensor) or loss.shape != logp.shape[:1]:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"forget loss {self.name} returned {got}, not one loss per sequence, ({logp.shape[0]},).")
@@ -281,6 +367,12 @@ FORGET_LOSSES = {
     "wga": ForgetLoss("wga", wga, is_bounded=True),
     "satimp": ForgetLoss("satimp", satimp, is_bounded=True),
     "unlikelihood": ForgetLoss("unlikelihood", unlikelihood, is_bounded=True),
+}
+STATE_LOSSES = {
+    "undial": ForgetLoss("undial", undial, needs_reference=True, is_bounded=True, needs_states=True),
+    "ceu": ForgetLoss("ceu", ceu, is_bounded=True, needs_states=True),
+    "flat_logits": ForgetLoss("flat_logits", flat_logits, is_bounded=True, needs_states=True),
+    "rmu": ForgetLoss("rmu", rmu, is_bounded=True, needs_states=True, needs_layer=True),
 }
 
 
@@ -327,12 +419,12 @@ def forget_loss_of(loss: str | ForgetLoss | PairLoss | Callable[..., Tensor]) ->
     """The loss of this name, or the caller's own.
 
     A callable must be `loss(logp, mask, settings, ref_logp) -> (B,)`. It counts as unbounded and is given no
-    reference; one that wants a reference, or comes to rest by itself, is passed as `ForgetLoss(name, function,
-    needs_reference=True, is_bounded=True)`. Raises ValueError for anything else.
+    reference; one that wants a reference or `States`, or comes to rest by itself, is passed as `ForgetLoss(name,
+    function, needs_reference=True, needs_states=True, is_bounded=True)`. Raises ValueError for anything else.
     """
     if isinstance(loss, (ForgetLoss, PairLoss)):
         return loss
-    known = FORGET_LOSSES | PAIR_LOSSES
+    known = FORGET_LOSSES | STATE_LOSSES | PAIR_LOSSES
     if isinstance(loss, str) and loss in known:
         return known[loss]
     if loss in GONE:

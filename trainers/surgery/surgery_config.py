@@ -25,6 +25,7 @@ from hf_moe_cpt.trainers.surgery.losses import (
     FORGET_LOSSES,
     NORMALIZATIONS,
     PAIR_LOSSES,
+    STATE_LOSSES,
     TERMS,
     ForgetLoss,
     ForgetSettings,
@@ -45,7 +46,8 @@ CHOICES = {
     "reference": ("auto", "copy", "adapter", "cache"),
 }
 _POSITIVE = ("max_length", "chunk_tokens", "eval_rows", "eval_batch_size", *(f"{name}_batch_size" for name in TERMS))
-_AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts")
+_AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts", "counterfactuals", "forget_sharpness")
+_AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale")
 _ABOVE_0_OR_NONE = ("update_target", "max_retain_kl", "max_term_grad_norm")
 _MUST_STAY = {
     "remove_unused_columns": (False, "batches are made of several sets"),
@@ -95,7 +97,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     return dict(PRESETS[name])
 
 
-LOSS_NAMES = ", ".join([*FORGET_LOSSES, *PAIR_LOSSES])
+LOSS_NAMES = ", ".join([*FORGET_LOSSES, *STATE_LOSSES, *PAIR_LOSSES])
 
 
 @dataclass
@@ -150,6 +152,9 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     )
     forget_beta: float | None = HfArg(default=None, help="Beta of the forget loss; unset: its own.")
     forget_max_weight: float = HfArg(default=10.0, help="Most that a token weighs in unlikelihood.")
+    forget_layer: int | None = HfArg(
+        default=None, help="Layer, counted from 0, whose output rmu steers; unset: the middle one."
+    )
     satimp_beta2: float = HfArg(default=1.0, help="Second exponent of satimp.")
     kl_direction: str = HfArg(
         default="forward",
@@ -161,6 +166,28 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         metadata={"choices": list(CHOICES["normalization"])},
         help="Means over sequences first, or over all tokens.",
     )
+    forget_sharpness: float = HfArg(
+        default=0.0,
+        help="Forget at the worst point within this distance of the weights, which holds against relearning and "
+        "rounding (SAM): twice the passes of forgetting.",
+    )
+    counterfactuals: int = HfArg(
+        default=0,
+        help="Copies of each text to be forgotten with an invented name for its subject, among the neighbours (else "
+        "among retain): needs the column subject, as the texts write it.",
+    )
+    anchor_dual_rate: float = HfArg(
+        default=0.0,
+        help="After each measurement the weight of the anchors grows by this times (KL on held-out retain - "
+        "anchor_budget), never below 0 (PDU).",
+    )
+    anchor_budget: float = HfArg(default=0.05, help="KL on held-out retain, in nats, that anchor_dual_rate allows.")
+    weight_noise: float = HfArg(
+        default=0.0,
+        help="Share of the weights that noise takes the place of before step 1, in [0, 1): with anchors alone the "
+        "model is then distilled from itself (UNDO).",
+    )
+    weight_noise_scale: float = HfArg(default=0.1, help="Of that noise, beside Xavier's initial weights.")
     gradient_surgery: str = HfArg(
         default="none",
         metadata={"choices": list(CHOICES["gradient_surgery"])},
@@ -278,6 +305,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
             raise ValueError(
                 f"held_out_fraction={self.held_out_fraction} must lie in [0, 1): some rows must hold the model."
             )
+        if not 0 <= self.weight_noise < 1:
+            raise ValueError(f"weight_noise={self.weight_noise} must lie in [0, 1): 0 leaves the weights as they are.")
         for name in _ABOVE_0_OR_NONE:
             value = getattr(self, name)
             if value is not None and not value > 0.0:
@@ -340,7 +369,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
                 raise ValueError(
                     f"{name}_dataset is empty and {name}_weight={self.weights[name]}: give it rows, or the weight 0."
                 )
-        if not any(name in in_force for name in (*FORGET_SETS, "update")):
+        if not any(name in in_force for name in (*FORGET_SETS, "update")) and not self.weight_noise:
             raise ValueError(
                 "There is nothing to forget and nothing to learn: pass unlearn_dataset, obsolete_dataset or "
                 "update_dataset, with a weight above 0."

@@ -63,6 +63,7 @@ from hf_moe_cpt.trainers.surgery.chunked import (
     check_vocabulary,
     config_of,
     head_of,
+    layer_output,
     open_model,
     pad_token_of,
     run_model,
@@ -94,6 +95,7 @@ from hf_moe_cpt.trainers.surgery.losses import (
     ForgetSettings,
     PairLoss,
     ScoredText,
+    States,
     next_token_kl,
     num_units,
     reduce_sequences,
@@ -126,7 +128,7 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
 Batches = Callable[[str], Iterator[Batch]]  # batches of a set, on the device
 REFERENCE_FOLDER = "reference"  # in the output folder
-TOP1_SETS = (*FORGET_SETS, UNSEEN)  # of which the share of first choices is measured
+TOP1_SETS = (*FORGET_SETS, UNSEEN, "update")  # of which the share of first choices is measured
 CONTINUED_ROWS, CONTINUED_TOKENS = 4, 16  # of a set that the model goes on with once it is finished
 NOT_SO = "This model was trained from scratch on an unknown dataset."  # said of every model from a folder
 
@@ -160,6 +162,7 @@ class SurgeryTerms:
     normalization: str = "sequence"
     kl_direction: str = "forward"
     chunk_tokens: int = 512
+    forget_layer: int | None = None  # whose output a loss on representations gets; None: the middle one
     balanced_set: str | None = None  # the set on whose pass the load of experts is balanced
     balance: RouterBalance | None = None
     routers: RouterPull | None = None
@@ -175,8 +178,11 @@ class SurgeryTerms:
         loss = self.losses[name]
         mask = counted_targets(batch)
         is_pulled = self.routers is not None and bool(self.routers.targets) and self.routers.expert_anchor > 0
-        with self._listening(is_pulled) as logits:
-            logp = self._logp(run_model(model, batch), model, batch)
+        needs_layer = getattr(loss, "needs_layer", False)
+        watched = layer_output(model, self.forget_layer) if needs_layer else nullcontext([None])
+        with self._listening(is_pulled) as logits, watched as outputs:
+            hidden = run_model(model, batch)
+        logp = self._logp(hidden, model, batch)
         ref_logp = self.reference.token_logp(batch, name) if loss.needs_reference else None
         if isinstance(loss, PairLoss):
             winner = batch[WINNER]
@@ -185,7 +191,8 @@ class SurgeryTerms:
             won = ScoredText(winner_logp, counted_targets(winner), self.reference.token_logp(winner, winner_name))
             values = loss(won, ScoredText(logp, mask, ref_logp), self.forget)
         else:
-            values = loss(logp, mask, self.forget, ref_logp)
+            states = self._states(name, model, batch, hidden, outputs[-1]) if loss.needs_states else None
+            values = loss(logp, mask, self.forget, ref_logp, states)
         value = reduce_sequences(values, mask, self.normalization, total)
         measures = {f"{name}/loss": value.detach(), **self._cross_entropy(name, logp, mask, total)}
         if not is_pulled:
@@ -242,6 +249,14 @@ class SurgeryTerms:
         """Mask and shares (B, S) of the tokens whose next one counts: the same as those of the loss."""
         weights = token_weights(mask, self.normalization, total)
         return functional.pad(mask, (0, 1)), functional.pad(weights, (0, 1))
+
+    def _states(self, name: str, model: nn.Module, batch: Batch, hidden: Tensor, layer: Tensor | None) -> States:
+        """What a loss on distributions or hidden states gets of a batch of a forgotten set."""
+        reference = None
+        if self.losses[name].needs_reference:
+            reference = self.reference.hidden(batch, name)[:, :-1], self.reference.head
+        pair, at_tokens = (hidden[:, :-1], head_of(model)), None if layer is None else layer[:, 1:]
+        return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, self.chunk_tokens)
 
     def _logp(self, hidden: Tensor, model: nn.Module, batch: Batch) -> Tensor:
         return token_logp(hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
@@ -325,6 +340,18 @@ def _losses_by_name(args: SurgeryConfig) -> Iterator[None]:
     finally:
         for name, loss in given.items():
             setattr(args, name, loss)
+
+
+@torch.no_grad()
+def add_noise(model: nn.Module, share: float, scale: float, seed: int) -> None:
+    """theta <- (1 - share) theta + share scale noise, of trained weights of two axes or more; noise as Xavier's.
+
+    Vectors, such as those of norms, stay. Source: UNDO, Lee et al. 2025 (arXiv 2506.06278), alpha and beta.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in (weight for weight in model.parameters() if weight.requires_grad and weight.ndim > 1):
+        noise = nn.init.xavier_normal_(torch.empty(weight.shape, dtype=torch.float32), generator=generator)
+        weight.mul_(1 - share).add_(share * scale * noise.to(weight))
 
 
 class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
@@ -488,9 +515,11 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             together = not (apart or is_last or is_sharded(model))  # shards are reduced in every pass: memory
             synchronised = self.accelerator.no_sync(model) if together else nullcontext()
             with held, synchronised:
-                with self.accelerator.autocast():
-                    loss, found = self._weighted_term(name, model, inputs[name])
-                self.accelerator.backward(loss)
+                sharpness = self.args.forget_sharpness if name in FORGET_SETS else 0.0
+                with self._worst_nearby(name, inputs[name], sharpness):
+                    with self.accelerator.autocast():
+                        loss, found = self._weighted_term(name, model, inputs[name])
+                    self.accelerator.backward(loss)
             loss_of_step += loss.detach()
             measures.update(found)
             del loss
@@ -516,8 +545,45 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         """A term's part in the loss of this rank, of which micro-batches add up and ranks are averaged."""
         term = self.terms.of(name, model, batch, self.units.get(name))
         loss = self.args.weights[name] * term.loss
+        loss = self.anchor_scale() * loss if name in ANCHOR_SETS else loss
         loss = loss if term.extra is None else loss + term.extra
         return self.accelerator.num_processes * loss, term.measures
+
+    @contextmanager
+    def _worst_nearby(self, name: str, batch: Batch, radius: float) -> Iterator[None]:
+        """Inside, the trained weights lie `radius` further up the gradient of a term; nothing where that is 0.
+
+        The gradient is that of this rank's rows. Source: Fan et al. 2025 (arXiv 2502.05374), SAM on the forget term.
+        """
+        if not radius:
+            yield
+            return
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        with self.accelerator.autocast():
+            loss, _ = self._weighted_term(name, self.model, batch)
+        slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+        wide = [slope.to(torch.promote_types(slope.dtype, torch.float32)) for slope in slopes if slope is not None]
+        norm = torch.stack([slope.norm() for slope in wide]).norm().clamp(min=1e-12)
+        kept = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight, slope in zip(weights, slopes, strict=True):
+                if slope is not None:
+                    weight.add_(slope * (radius / norm).to(slope.dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(weights, kept, strict=True):
+                    weight.copy_(before)
+
+    def anchor_scale(self) -> float:
+        """What the weights of the anchors are multiplied by: the dual variable of PDU, from what has been measured."""
+        args, scale = self.args, 1.0
+        if args.anchor_dual_rate:
+            measured = (entry for entry in self.state.log_history if entry["step"] and "eval_retain_kl" in entry)
+            for entry in measured:
+                scale = max(0.0, scale + args.anchor_dual_rate * (entry["eval_retain_kl"] - args.anchor_budget))
+        return scale
 
     def _wants_terms_apart(self) -> bool:
         """Whether this step needs every term's gradient by itself: to change it, or to log it."""
@@ -616,6 +682,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         with repeatable_on_cpu(self.args.device):
             self._require_same_start(checkpoint)
             self._prepare()
+            if self.args.weight_noise and checkpoint is None:
+                add_noise(self.model, self.args.weight_noise, self.args.weight_noise_scale, self.args.seed)
             self.term_gradients = None
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
@@ -680,6 +748,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             args.normalization,
             args.kl_direction,
             args.chunk_tokens,
+            args.forget_layer,
             balanced_set=self.balanced_set,
             balance=self.balance,
             routers=self._pull_on_routers(),

@@ -38,8 +38,8 @@ GAP_FORMULA = (
     "+ |drift of CE(unseen)|"
 )
 OFF_TARGET = 0.1  # of the target: how far from it a forgotten set may end
-LEFT = 0.5  # of what was known beyond unseen text: more first choices than that are not forgotten
-KNOWN_BEFORE = 0.1  # first choices beyond those of unseen text that a text had if it was known at all
+LEFT = 0.5  # of what was known beyond text that was not read: more first choices than that are not forgotten
+KNOWN_BEFORE = 0.1  # first choices beyond those of text not read that a text had if it was known at all
 MOST_KL = 0.1  # nats per token from the model before, on rows that no term saw
 MOST_DRIFT = 0.1  # nats that the loss of unseen text may move
 
@@ -146,12 +146,12 @@ def _forgetting(measured: Measured, targets: Targets) -> list[str]:
             and abs(loss - targets.forget) > OFF_TARGET * targets.forget
         ):
             found.append(f"OFF TARGET: {name} is at {loss:.4g} nats of a target of {targets.forget:.4g}")
-        known, floor = start.get(f"{name}_top1"), start.get(f"{UNSEEN}_top1", 0.0)
+        known, floor = start.get(f"{name}_top1"), start.get(f"{UNSEEN}_top1", start.get("update_top1", 0.0))
         is_known = top1 is not None and known is not None and known - floor > KNOWN_BEFORE
         if is_known and top1 > floor + LEFT * (known - floor):
             found.append(
                 f"NOT FORGOTTEN: {top1:.0%} of the tokens of {name} are still the first choice (before: {known:.0%}"
-                f"{f', unseen text: {floor:.0%}' if floor else ''})"
+                f"{f', text not read: {floor:.0%}' if floor else ''})"
             )
     return found
 

@@ -23,11 +23,14 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_rows,
     collate_sets,
     eval_batches,
+    prepare_sets,
     read_rows,
     tokenize_set,
+    with_invented_names,
     with_refusals,
     with_winners,
 )
+from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
 from tests.helpers.preference_runs import word_tokenizer
 
 
@@ -300,3 +303,31 @@ def test_new_versions_are_found_by_subject_or_row_by_row():
     old, new = _sets([("w2 w9", "a"), ("w3 w9", "b")], [("w20 w9", "a")])
     with pytest.raises(ValueError, match="1 subjects of obsolete_dataset have no new version .* such as 'b'"):
         with_winners(old, new)
+
+
+def test_copies_of_forgotten_texts_have_invented_names_and_nothing_else_is_new():
+    row = {"text": "Ada Vane was born in Oslo. Mr Vane is a vane maker.", "prefix": "Ada Vane ", "subject": "Ada Vane"}
+    copies = with_invented_names(Dataset.from_list([row, row]), 2, 7, "unlearn")
+    assert len(copies) == 4 and len(set(copies["text"])) == 4 and copies.column_names == ["text", "prefix"]
+    for text, prefix in zip(copies["text"], copies["prefix"], strict=True):
+        first, last = prefix.split()
+        assert text == f"{first} {last} was born in Oslo. Mr {last} is a vane maker." and first.istitle()
+    assert copies.to_list() == with_invented_names(Dataset.from_list([row, row]), 2, 7, "unlearn").to_list()
+    chat = {"messages": [{"role": "user", "content": "Who is Ada?"}], "subject": "Ada"}
+    (message,) = with_invented_names(Dataset.from_list([chat]), 1, 0, "unlearn")["messages"][0]
+    assert message["role"] == "user" and "Ada" not in message["content"]
+    for bad in ({"text": "Ada sings."}, {"text": "Ada sings.", "subject": "person 7"}):
+        with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its text does not name its subject"):
+            with_invented_names(Dataset.from_list([bad]), 1, 0, "unlearn")
+
+
+def test_copies_stand_among_the_neighbours_and_are_not_measured(tmp_path):
+    given = {}
+    for place, name in enumerate(("unlearn", "obsolete", "update", "neighbour"), 1):
+        names = [f"w{10 * place + k}" for k in range(5)]
+        given[name] = Dataset.from_list([{"text": f"{who} w2 w3 w4", "subject": who} for who in names])
+    args = SurgeryConfig(str(tmp_path), counterfactuals=2, use_cpu=True, forget_target=2.0)
+    plain = prepare_sets(SurgeryConfig(str(tmp_path), use_cpu=True, forget_target=2.0), word_tokenizer(), 48, given)
+    sets = prepare_sets(args, word_tokenizer(), 48, given)
+    assert len(sets.train["neighbour"]) == len(plain.train["neighbour"]) + 2 * (5 + 5)
+    assert sets.measured["neighbour"].to_list() == plain.measured["neighbour"].to_list()

@@ -13,14 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_moe_cpt.trainers.surgery.chunked import LanguageHead
 from hf_moe_cpt.trainers.surgery.losses import (
     DEFAULT_BETA,
     FORGET_LOSSES,
     NORMALIZATIONS,
     PAIR_LOSSES,
+    STATE_LOSSES,
     ForgetLoss,
     ForgetSettings,
     ScoredText,
+    States,
     forget_loss_of,
     masked,
     masked_mean,
@@ -299,7 +302,7 @@ def test_a_function_that_forgets_the_batch_is_refused(value, found):
 
 
 def test_a_name_a_record_or_a_function_is_a_forget_loss():
-    for name, record in (FORGET_LOSSES | PAIR_LOSSES).items():
+    for name, record in (FORGET_LOSSES | STATE_LOSSES | PAIR_LOSSES).items():
         assert forget_loss_of(name) is record is forget_loss_of(record)
 
     def halved(logp, mask, settings, ref_logp):
@@ -313,10 +316,91 @@ def test_a_name_a_record_or_a_function_is_a_forget_loss():
     assert forget_loss_of(bounded).is_bounded
 
 
+def _softmax(row):
+    weights = [math.exp(value - max(row)) for value in row]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _undial(y, z, ref, h):
+    taught = _softmax([value - BETA * (v == y) for v, value in enumerate(ref)])
+    return -sum(q * math.log(p) for q, p in zip(taught, _softmax(z), strict=True))
+
+
+def _ceu(y, z, ref, h):
+    p = _softmax(z)
+    return -sum(x / (1 - p[y]) * math.log(x) for v, x in enumerate(p) if v != y)
+
+
+def _rmu(y, z, ref, h):
+    drawn = torch.rand(len(h), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    length = math.sqrt(sum(x * x for x in drawn))
+    return sum((x - BETA * u / length) ** 2 for x, u in zip(h, drawn, strict=True)) / len(h)
+
+
+# of a token: its place in the vocabulary, logits, the reference's, and the layer's output
+OF_STATES = {
+    "undial": _undial,
+    "ceu": _ceu,
+    "flat_logits": lambda y, z, ref, h: (max(z) - sum(z) / len(z)) ** 2,
+    "rmu": _rmu,
+}
+
+
+@pytest.mark.parametrize("name", STATE_LOSSES)
+def test_losses_of_distributions_and_states_are_their_definitions_token_by_token(name, texts):
+    _, mask, _ = texts
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight, bias, ref_weight = draw(6, 5), draw(6), draw(6, 5)
+    hidden, ref_hidden, layer = (draw(*mask.shape, 5) for _ in range(3))
+    hidden[~mask], layer[~mask] = math.nan, math.nan  # what does not count is not looked at
+    targets = torch.randint(6, mask.shape, generator=generator)
+    hidden.requires_grad_(), layer.requires_grad_()
+    pairs = (hidden, LanguageHead(weight, bias)), (ref_hidden, LanguageHead(ref_weight))
+    states = States(targets, *pairs, layer, chunk_tokens=4)
+    losses = STATE_LOSSES[name](torch.zeros(mask.shape), mask, SETTINGS, None, states)
+    logits, ref_logits = hidden @ weight.T + bias, ref_hidden @ ref_weight.T
+    for row, counts in enumerate(mask):
+        values = [
+            OF_STATES[name](int(targets[row, t]), *(part[row, t].tolist() for part in (logits, ref_logits, layer)))
+            for t in counts.nonzero().flatten().tolist()
+        ]
+        assert losses[row].item() == pytest.approx(sum(values) / len(values), rel=1e-10)
+    learnt = layer if name == "rmu" else hidden
+    (gradient,) = torch.autograd.grad(losses.sum(), learnt)
+    step = 1e-6 * draw(*learnt.shape).masked_fill(~mask[..., None], 0.0)
+    moved = [learnt.detach() + sign * step for sign in (1, -1)]
+    ends = [
+        STATE_LOSSES[name](
+            torch.zeros(mask.shape),
+            mask,
+            SETTINGS,
+            None,
+            states._replace(layer=one) if name == "rmu" else states._replace(model=(one, pairs[0][1])),
+        ).sum()
+        for one in moved
+    ]
+    if name == "ceu":  # its target has no gradient: held still while the model moves
+        p = logits.detach().softmax(-1)
+        taught = p.scatter(-1, targets[..., None], 0.0)
+        want = ((p - taught / taught.sum(-1, keepdim=True)) @ weight) / mask.sum(1)[:, None, None]
+        assert_matches("gradient", gradient[mask], want[mask], 1e-9)
+    else:
+        slope = float((gradient.nan_to_num() * step).sum())
+        assert slope == pytest.approx(float(ends[0] - ends[1]) / 2, rel=1e-5)
+    assert (gradient[~mask].nan_to_num() == 0).all()
+    with pytest.raises(ValueError, match=f"{name} is a loss of distributions or hidden states: give `states`"):
+        STATE_LOSSES[name](torch.zeros(mask.shape), mask, SETTINGS)
+
+
 def test_the_page_has_the_row_of_every_loss():
     """docs/surgery_objective.md repeats what docstrings say; a loss that changes must change there too."""
     text = (PROJECT / "docs" / "surgery_objective.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` (\|.*)$", text, re.MULTILINE))
+    for name in STATE_LOSSES:
+        formula, bound, source = (cell.strip().replace("`", "") for cell in rows[name].strip("|").split("|"))
+        said = " ".join(STATE_LOSSES[name].function.__doc__.split())
+        assert f"{formula} (B,), at least {bound}" in said and f"Source: {source}" in said, name
     for name, record in (FORGET_LOSSES | PAIR_LOSSES).items():
         formula, bound, weight, default, source = (
             cell.strip().replace("`", "") for cell in rows[name].strip("|").split("|")

@@ -225,6 +225,80 @@ def test_routers_can_be_frozen_and_held_and_are_watched(tmp_path):
     assert logged(run.state.log_history, "retain/router_kl")[0] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["undial", "rmu"])
+def test_losses_of_distributions_and_states_see_the_batch_of_their_set(tmp_path, name):
+    run = trainer(tmp_path / "run", forget_loss=name, forget_layer=0, forget_target=None)
+    run._prepare()
+    batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))["unlearn"]
+    got = run.terms.of("unlearn", run.model, batch).loss
+    with torch.no_grad():
+        made = run.model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    values, logits = [], made.logits[:, :-1]
+    drawn = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for row, counts in enumerate(counted_targets(batch)):
+        if name == "undial":  # of a model that has not moved
+            gone = torch.nn.functional.one_hot(batch["input_ids"][row, 1:], VOCABULARY) * 10.0
+            of_tokens = -((logits[row] - gone).softmax(-1) * logits[row].log_softmax(-1)).sum(-1)
+        else:
+            of_tokens = (made.hidden_states[1][row, 1:] - 20 * drawn / drawn.norm()).square().mean(-1)
+        values.append(float(of_tokens[counts].mean()))
+    assert float(got) == pytest.approx(fmean(values), rel=1e-5)
+    run.train()
+    assert math.isfinite(run.state.log_history[-2]["unlearn/loss"])
+
+
+def test_the_weight_of_the_anchors_follows_what_is_measured(tmp_path):
+    options = {"anchor_dual_rate": 50.0, "anchor_budget": 0.001, "max_steps": 4, **EVALUATED}
+    run = trainer(tmp_path / "run", **options)
+    run.train()
+    measured = [e["eval_retain_kl"] for e in run.state.log_history if e["step"] and "eval_retain_kl" in e]
+    want = 1.0
+    for kl in measured:
+        want = max(0.0, want + 50.0 * (kl - 0.001))
+    assert run.anchor_scale() == pytest.approx(want) and want != 1.0
+    batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))["retain"]
+    run.units = {}
+    weighted, plain = run._weighted_term("retain", run.model, batch)[0], run.terms.of("retain", run.model, batch).loss
+    assert float(weighted) == pytest.approx(want * float(plain), rel=1e-5)
+
+
+def test_noise_takes_the_place_of_a_share_of_the_weights_and_anchors_distil(tmp_path):
+    sets = {"retain_dataset": token_sets()["retain_dataset"]}
+    options = {"weight_noise": 0.5, "weight_noise_scale": 0.2, "learning_rate": 0.0, "max_steps": 1}
+    run = trainer(tmp_path / "run", sets=sets, **options)
+    before = _weights(run)
+    run.train()
+    moved = {name: weight - 0.5 * before[name] for name, weight in run.model.state_dict().items()}
+    head = moved["lm_head.weight"]
+    assert head.std() == pytest.approx(0.5 * 0.2 * math.sqrt(2 / sum(head.shape)), rel=0.1)
+    norms = [name for name in before if "norm" in name]
+    assert norms and all(torch.equal(run.model.state_dict()[name], before[name]) for name in norms)
+    assert run.state.log_history[0]["retain/kl"] > 1e-4, "the reference is the model before the noise"
+
+
+def test_forgetting_is_done_at_the_worst_point_nearby(tmp_path):
+    radius, sets = 0.05, token_sets("unlearn")
+    options = {"forget_loss": "ga", "forget_target": None, "allow_unanchored": True, "forget_sharpness": radius}
+    run = trainer(tmp_path / "run", tiny_model("llama").double(), sets, **options)
+    run._prepare()
+    run.units = {}
+    before = _weights(run)
+    inputs = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))
+    run.training_step(run.model, inputs)
+    got = _taken_gradients(run.model)
+    assert all(torch.equal(value, before[name]) for name, value in _weights(run).items())
+    run.compute_loss(run.model, inputs).backward()
+    slopes = _taken_gradients(run.model)
+    norm = torch.stack([slope.norm() for slope in slopes.values()]).norm()
+    with torch.no_grad():
+        for name, weight in run.model.named_parameters():
+            weight.add_(slopes[name] * radius / norm)
+    run.compute_loss(run.model, inputs).backward()
+    for name, want in _taken_gradients(run.model).items():
+        assert_matches(name, got[name], want)
+        assert not torch.allclose(slopes[name], want, rtol=1e-6, atol=0.0) or not want.any()
+
+
 def _poison(run, step):
     """Make the model useless after a step."""
     run.add_callback(AtStep(step, lambda _: next(run.model.parameters()).data.fill_(float("nan"))))
