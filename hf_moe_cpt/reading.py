@@ -124,7 +124,7 @@ def read_model(kind: type, name: str | Path, **options: Any) -> PreTrainedModel:
     _check_config(name, options)
     with reading(f"the model {str(name)!r}"):
         model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-        _check_found(found)
+        check_found(found)
         require_finite(model)
     return model
 
@@ -139,7 +139,7 @@ def check_weights(kind: type, name: str | Path, may_hold_more: bool = True, **op
         _, found = kind.from_pretrained(
             name, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
         )
-        _check_found(found)
+        check_found(found)
         if not may_hold_more and (unused := sorted(found["unexpected_keys"])):
             raise ValueError(f"{unused[0]!r} is in its weights, and the model has no such tensor")
 
@@ -161,7 +161,8 @@ def _check_config(name: str | Path, options: dict[str, Any]) -> None:
         shards_of(Path(name) / INDEX)
 
 
-def _check_found(found: dict[str, Any]) -> None:
+def check_found(found: dict[str, Any]) -> None:
+    """Raise ValueError for a weight of another shape, or that would be random, in what `from_pretrained` tells."""
     for name, saved, wanted in sorted(found["mismatched_keys"]):
         raise ValueError(f"{name} has the shape {tuple(saved)}, its configuration says {tuple(wanted)}")
     if missing := sorted(found["missing_keys"]):

@@ -131,6 +131,18 @@ def test_the_state_of_a_run_is_read_by_file_and_field(begun: Path, tmp_path: Pat
     assert "\n" not in str(refused.value) and str(folder / "checkpoint-1") in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"), [("lost", "not in them"), ("renamed", "would be random"), ("narrow", "size mismatch")]
+)
+def test_the_weights_of_a_checkpoint_are_checked_when_a_run_goes_on(begun, tmp_path, damage, said):
+    folder = Path(shutil.copytree(begun, tmp_path / "run"))
+    WEIGHTS[damage](folder / "checkpoint-1" / "model.safetensors")
+    run = cpt_runs.trainer(folder, "llama", save_strategy="steps", save_steps=1, max_steps=1)
+    with pytest.raises(ValueError, match=f"^the weights in .*checkpoint-1 cannot be used .*{said}") as refused:
+        run.train(resume_from_checkpoint="last")
+    assert "\n" not in str(refused.value)
+
+
 FACTS = {
     "cpt_state.json": (
         lambda path: read_state(str(path.parent)),
@@ -227,7 +239,9 @@ def test_no_input_ends_in_a_traceback_a_hang_or_a_wrong_number(trials: Trials) -
             if outcome.numbers != clean[case.command]:
                 found.append(("other numbers", case))
                 print("FOUND", *found[-1], outcome.shown[-1500:], sep=" | ", flush=True)
-        if outcome.code == 0 and case.option and is_no_value(case.command, case.option, case.value):
+        if outcome.code == 0 and (
+            case.name in WEIGHTS or (case.option and is_no_value(case.command, case.option, case.value))
+        ):
             found.append(("taken", case))
             print("FOUND", *found[-1], sep=" | ", flush=True)
         if trials.count % 20 == 0:

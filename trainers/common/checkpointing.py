@@ -48,7 +48,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.reading import read_json, reading
+from hf_moe_cpt.reading import check_found, read_json, reading
 from hf_moe_cpt.trainers.common.distributed import begin_to_save, is_sharded, load_shards, load_whole
 
 
@@ -488,15 +488,29 @@ def load_translated(model: nn.Module, checkpoint: str | Path) -> bool:
     Mixtral, OLMoE, Qwen's mixtures and others keep the experts of a layer in one tensor and save each by itself, as
     they were published. `from_pretrained` translates between the two; `Trainer` (transformers 5.24), when it resumes
     or goes back to the best model, does not: it warns of missing keys and leaves every expert and router as it is.
-    A copy of the weights is in the host's memory meanwhile. Raises RuntimeError if a weight is missing.
+    A copy of the weights is in the host's memory meanwhile. Raises ValueError if a weight is missing.
     """
     if not isinstance(model, PreTrainedModel) or stored_names(checkpoint) <= model.state_dict().keys():
         return False
     dtypes = {parameter.dtype for parameter in model.parameters()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # holds every shorter type exactly
-    stored = type(model).from_pretrained(checkpoint, dtype=dtype)
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    stored, found = type(model).from_pretrained(checkpoint, **how)
+    check_found(found)
     model.load_state_dict(stored.state_dict())
     return True
+
+
+def require_all_stored(model: nn.Module, checkpoint: str | Path) -> None:
+    """Raise ValueError for a weight that a checkpoint of the whole model lacks, which `Trainer` only warns of."""
+    stored = stored_names(checkpoint)
+    if not stored or not isinstance(model, PreTrainedModel):
+        return
+    weights = model.state_dict()
+    there = {value.data_ptr() for name, value in weights.items() if name in stored}  # a tied one is stored once
+    missing = sorted(n for n, value in weights.items() if n not in stored and value.data_ptr() not in there)
+    if missing:
+        raise ValueError(f"{missing[0]} and {len(missing) - 1} more are not in them")
 
 
 def stored_names(checkpoint: str | Path) -> set[str]:
@@ -576,8 +590,13 @@ class AtomicCheckpointMixin:
         elif is_sharded(into) and stored_names(folder):  # of an engine that does not shard
             whole = type(inner_model(into)).__bases__[-1].from_pretrained(folder, dtype=torch.float32)
             load_whole(into, whole.state_dict(), None, None)
-        elif self._is_sharded() or not load_translated(self.model if model is None else model, resume_from_checkpoint):
+        elif self._saves_together():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with reading(f"the weights in {folder}"):
+                if not load_translated(into, folder):
+                    super()._load_from_checkpoint(resume_from_checkpoint, model)
+                    require_all_stored(into, folder)
 
     def _load_best_model(self) -> None:
         self.wait_for_checkpoint()
