@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart demo docs test test-slow test-versions lint format clean
+.PHONY: help quickstart demo docs release-check test test-slow test-versions lint format clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -21,6 +21,9 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
 WHAT_TO_INSTALL := setup.cfg setup.py pyproject.toml constraints.txt
+
+ASK_FOR_A_MODEL := from hf_moe_cpt import CptMoeConfig as C; from transformers import AutoModelForCausalLM as A; \
+	print(f'{A.from_config(C.from_preset(\"pb-granular-tiny\", vocab_size=512)).num_parameters():,} parameters')
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +42,14 @@ docs: $(VENV)/installed  ## build the documentation as a site into site/, where 
 	@$(PIP_INSTALL) --quiet --editable ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
 	@echo "== site/index.html"
+
+release-check: $(VENV)/installed  ## build wheel and sdist, install each in an empty environment, and ask both for a model
+	@rm -rf dist .release && $(PIP_INSTALL) --quiet build && $(VENV_PYTHON) -m build --quiet
+	@for made in dist/*.whl dist/*.tar.gz; do \
+		echo "== $$made in an empty environment"; rm -rf .release && "$(PYTHON)" -m venv .release || exit 1; \
+		.release/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $$made || exit 1; \
+		(cd .release && bin/hf-moe-cpt --version && bin/python -c "$(ASK_FOR_A_MODEL)") || exit 1; \
+	done; rm -rf .release
 
 test: lint  ## install if needed, lint, then run the tests that are not marked slow
 	@echo "== pytest $(TESTS), $(WORKERS) processes of one thread each"
@@ -65,7 +76,7 @@ format: $(VENV)/installed-test  ## let ruff repair style and formatting
 clean:  ## remove the virtual environment and caches, never a run's output
 	@echo "== removing $(VENV) and caches"
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	@rm -rf $(VENV) build dist site *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist site .release *.egg-info .lanes .pytest_cache .ruff_cache .hypothesis
 
 $(VENV_PYTHON):
 	@echo "== creating the virtual environment $(VENV) with $(PYTHON)"

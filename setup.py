@@ -25,6 +25,6 @@ def write_out(link: re.Match) -> str:
 
 setup(
     packages=packages_of("hf_moe_cpt") + [f"hf_moe_cpt.{package}" for package in packages_of(*MAPPED)],
-    long_description=re.sub(r"\[([^\]]+)\]\((?![a-z]+:)([^)#]+)(?:#[^)]*)?\)", write_out, README),
+    long_description=re.sub(r"!?\[([^\]]+)\]\((?![a-z]+:)([^)#]+)(?:#[^)]*)?\)", write_out, README),
     long_description_content_type="text/markdown",
 )

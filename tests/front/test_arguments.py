@@ -2,7 +2,9 @@
 
 import math
 import re
+import shlex
 from dataclasses import dataclass, field, make_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from tests.helpers.source_tree import PROJECT
 
 
 @dataclass
@@ -152,3 +155,17 @@ def test_flags_of_every_command_are_held_to_ranges(command, capsys):
 def test_python_is_held_to_the_same_ranges(config, value, tmp_path):
     with pytest.raises(ValueError, match="^weight_decay="):
         config(str(tmp_path), max_steps=1, weight_decay=value)
+
+
+def test_readme_shows_each_operation_in_five_lines_of_shell_that_parse_and_ten_of_python():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```bash\nhf-moe-cpt (.*?)```\n\n```python\n(.*?)```", readme, re.DOTALL)
+    for shell, python in shown:
+        name, *words = shlex.split(shell.replace("\\\n", " "))
+        arguments = import_module(f"hf_moe_cpt.scripts.{name}").ARGUMENTS
+        here = ("--use_cpu", "True", "--bf16", "False")
+        start, *_ = parse_arguments(arguments, [*words, *here], program=name, description="")
+        assert f'"{start.model_name_or_path}"' in python  # the same on both ways
+        assert shell.count("\n") <= 5 and len(list(filter(None, python.splitlines()))) <= 10
+        compile(python, "README.md", "exec")
+    assert [shell.split()[0] for shell, _ in shown] == ["cpt", "rainbowpo", "surgery"]
