@@ -6,6 +6,7 @@ from types import ModuleType
 
 
 EXTRA_OF_PACKAGE = {
+    "bitsandbytes": "quantised",
     "evaluate": "evaluate",
     "liger_kernel": "liger",
     "peft": "peft",

@@ -5,7 +5,6 @@ The names are those of TRL's `ModelConfig`; neither TRL nor peft is needed to re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.reading import read_config
 from hf_moe_cpt.routing.hooks import layers_to_watch, moe_layers
+from hf_moe_cpt.trainers.common.freezing import quantise_experts
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 
 
@@ -159,11 +159,10 @@ class ModelArguments:
 
     def adapted(self, model: nn.Module) -> nn.Module:
         """The model with its adapter, experts quantised beneath it where that was asked for; itself without."""
-        adapter, quantization = self.peft_config(model), self.quantization()
-        experts = [layer.experts for layer in moe_layers(model)] if quantization else []
+        adapter = self.peft_config(model)
         if adapter is not None:
             model = require("peft", needed_by="--use_peft").get_peft_model(model, adapter)
-        quantise_experts(experts, quantization)
+        quantise_experts(model)
         return model
 
     def _without_weights(self, trust_remote_code: bool) -> nn.Module:
@@ -171,40 +170,6 @@ class ModelArguments:
         config = read_config(self.model_name_or_path, revision=self.model_revision, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **options)
-
-
-class _Blockwise(nn.Module):
-    """A parametrisation that undoes bitsandbytes' quantisation in blocks; no gradient reaches the weights."""
-
-    def __init__(self, state: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.state, self.dtype = state, dtype
-
-    @torch.no_grad()
-    def forward(self, quantised: torch.Tensor) -> torch.Tensor:
-        blockwise = require("bitsandbytes", needed_by="quantised experts").functional.dequantize_blockwise
-        return blockwise(quantised, self.state).to(self.dtype)
-
-
-def quantise_experts(experts: Iterable[nn.Module], config: BitsAndBytesConfig) -> None:
-    """Quantise fused weights (E, ...) in place, weight by weight, which transformers' quantisers pass over.
-
-    experts: those of `moe_layers`, found before an adapter wraps them, which it must do first: peft counts weights of
-    three dimensions. While a layer runs, its weights exist in their old type; they get no gradient.
-    """
-    for module in experts:
-        bitsandbytes = require("bitsandbytes", needed_by="quantised experts")
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if weight.ndim != 3:
-                continue
-            if config.load_in_4bit:
-                bitsandbytes.nn.parametrize.replace_parameter_4bit(
-                    module, name, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
-                )
-                continue
-            quantised, state = bitsandbytes.functional.quantize_blockwise(weight.data)
-            setattr(module, name, nn.Parameter(quantised, requires_grad=False))
-            nn.utils.parametrize.register_parametrization(module, name, _Blockwise(state, weight.dtype), unsafe=True)
 
 
 def expert_weights(model: nn.Module) -> list[str]:

@@ -692,10 +692,11 @@ class CptMoeSparseMoeBlock(nn.Module):
         dtype = dtype_of_autocast(tokens.device.type)
         if dtype is None or all(weight.dtype == dtype for weight in self.experts.parameters()):
             return self.experts(tokens if dtype is None else tokens.to(dtype), index, gates)
-        if getattr(self.experts, "_is_expert_parallel", False):  # its weights are cast where they are whole
-            return self.experts(tokens.to(dtype), index, gates)
-        weights = {name: weight for name, weight in self.experts.named_parameters() if weight.is_floating_point()}
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}  # quantised ones stay as they are
+        # A number repeated without memory stands for quantised weights, which are whole only inside of the call.
+        is_stood_for = any(weight.ndim == 3 and not weight.stride(0) for weight in self.experts.parameters())
+        if is_stood_for or getattr(self.experts, "_is_expert_parallel", False):
+            return self.experts(tokens.to(dtype), index, gates)  # cast where weights are whole
+        weights = {name: weight.to(dtype) for name, weight in self.experts.named_parameters()}
         return torch.func.functional_call(self.experts, weights, (tokens.to(dtype), index, gates))
 
 
@@ -1019,6 +1020,15 @@ class CptMoeForCausalLM(CptMoePreTrainedModel, GenerationMixin):
             router_indices=outputs.get("router_indices") or None,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def generate(self, *args, **kwargs):
+        """transformers' own; says once where a Sinkhorn router that trains makes the text depend on the batch."""
+        if self.training and self.config.router_type == "sinkhorn":
+            logger.warning_once(
+                "In train() a Sinkhorn router chooses experts by a plan of the batch, so text differs from that of "
+                "eval(), which servers give: call model.eval() before model.generate()."
+            )
+        return super().generate(*args, **kwargs)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs

@@ -9,7 +9,8 @@ A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, t
 of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of one document. Ways: stock,
 `Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with `use_kernels`, what CPTTrainer
 adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those `kernels` and an optimizer of
-its choice; bits8 and bits16, auto with moments of that size. Engines: ddp or fsdp2 with its ranks, on one host; the
+its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter of rank 16 on all Linears and experts
+over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
 rows of a step are the same for any of them, so losses must agree (docs/scaling.md).
 
 Each runs in processes of its own. A step is timed from one idle device to the next; the first, which compiles, stands
@@ -47,6 +48,7 @@ import hf_moe_cpt.planning
 from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, machine_facts
+from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.plan import MODELS as NAMED
 from hf_moe_cpt.planning.plan import MeasuredStep, config_of, flops_per_token
@@ -75,10 +77,11 @@ MODELS: dict[str, dict[str, Any]] = {
 TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 8,
         "num_experts_per_tok": 2}  # fmt: skip
-WAYS = ("stock", "liger", "kernels", "nearest", "plain", "auto", "bits8", "bits16")
+WAYS = ("stock", "liger", "kernels", "nearest", "plain", "auto", "bits8", "bits16", "qlora")
 OF_OURS: dict[str, dict[str, Any]] = {"plain": {"kernels": "plain"}, "nearest": {"optim": "adamw_torch_fused"},
                                       "bits8": {"optim": "adamw_stochastic_8bit"},
-                                      "bits16": {"optim": "adamw_stochastic"}, "auto": {}}  # fmt: skip
+                                      "bits16": {"optim": "adamw_stochastic"}, "auto": {},
+                                      "qlora": {"gradient_checkpointing": True}}  # fmt: skip
 ENGINES = ("ddp", "fsdp2")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -168,6 +171,12 @@ def build_trainer(run: Run, args: JobArguments, folder: str) -> Trainer:
     torch.manual_seed(0)
     with settings.device:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype])
+    if run.way == "qlora":  # weights are read by transformers, which quantises what is Linear
+        model.save_pretrained(folder)
+        del model
+        words = ModelArguments(folder, dtype=args.dtype, use_peft=True, load_in_4bit=True)
+        words.lora_target_modules = ["all-linear"]
+        model = words.adapted(AutoModelForCausalLM.from_pretrained(folder, **words.loading(None)))
     shape = args.batch_size * (args.warmup + args.steps), args.length
     ids = torch.randint(2, config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     rows, clock = Dataset.from_dict({"input_ids": ids.tolist()}), StepClock(settings.device, 0)

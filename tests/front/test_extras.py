@@ -32,7 +32,7 @@ def test_error_inside_a_package_is_not_called_missing(tmp_path, monkeypatch: pyt
 
 @pytest.mark.parametrize("function", [extras.is_installed, lambda name: extras.require(name, needed_by="a test")])
 def test_unlisted_package_is_refused(function) -> None:
-    with pytest.raises(ValueError, match="'numpy' is not an optional package: choose from evaluate, liger_kernel"):
+    with pytest.raises(ValueError, match="'numpy' is not an optional package: choose from bitsandbytes, evaluate"):
         function("numpy")
 
 

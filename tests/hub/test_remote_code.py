@@ -39,7 +39,8 @@ def test_a_checkpoint_travels_without_the_package(elsewhere, tmp_path: Path) -> 
     modeling = Path(sys.modules[CptMoeForCausalLM.__module__].__file__).parent
     files = {path.name for path in modeling.glob("*_cpt_moe.py")}
     fields = {"vocab_size": 64, "num_hidden_layers": 1, "pad_token_id": 63, "sliding_window": 8}
-    config = CptMoeConfig.from_preset("pb-granular-tiny", **fields, qkv_bias=True, qk_norm="head")
+    fields |= {"qkv_bias": True, "qk_norm": "head", "routed_scaling_factor": 3}
+    config = CptMoeConfig.from_preset("pb-granular-tiny", **fields)
     model, folder = CptMoeForCausalLM(config), tmp_path / "as_in_Qwen"
     for name, weight in model.named_parameters():
         if weight.dim() == 1 and ".self_attn." in name:

@@ -121,3 +121,34 @@ def test_routers_are_recorded_in_training_or_when_asked() -> None:
     assert "router_logits" not in model.base_model(ids)
     assert model.train()(ids, labels=ids).router_logits is not None
     assert model(ids).router_logits is None
+
+
+def test_a_sinkhorn_router_in_training_mode_is_told_once_where_people_generate(capfd) -> None:
+    sinkhorn, plain = model_of("sb-granular-tiny"), model_of("pb-granular-tiny")
+    for model in (sinkhorn, plain.train(), sinkhorn.train(), sinkhorn):
+        model.generate(prompts(), **SETTINGS)
+    assert capfd.readouterr().err.count("call model.eval() before model.generate()") == 1
+
+
+@pytest.mark.slow
+def test_parts_on_disk_compute_the_same(tmp_path) -> None:
+    model = model_of("lf-granular-tiny")
+    model.save_pretrained(tmp_path / "model")
+    here = ("lm_head", *(f"model.{part}" for part in ("embed_tokens", "norm", "rotary_emb", "layers.0")))
+    places = {**dict.fromkeys(here, "cpu"), "model.layers.1": "disk"}
+    loaded = CptMoeForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "disk")
+    )
+    assert next(loaded.model.layers[1].parameters()).is_meta
+    torch.testing.assert_close(loaded(prompts()).logits, model(prompts()).logits)
+
+
+@pytest.mark.slow
+def test_continuous_batching_writes_what_one_prompt_alone_does() -> None:
+    model = model_of("pb-granular-tiny")
+    rows = [prompts(1, length)[0].tolist() for length in (3, 9, 5)]
+    want = [model.generate(torch.tensor([row]), **SETTINGS)[0, len(row) :].tolist() for row in rows]
+    model.generation_config.update(**SETTINGS)
+    answers = model.generate_batch(inputs=rows, generation_config=model.generation_config)
+    got = {tuple(answer.prompt_ids): list(answer.generated_tokens) for answer in answers.values()}
+    assert [got[tuple(row)] for row in rows] == want

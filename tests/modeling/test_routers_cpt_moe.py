@@ -294,6 +294,25 @@ def _in_order(routed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return logits, gates.gather(1, order), index.gather(1, order)
 
 
+@pytest.mark.parametrize("kind, per_token", [(kind, k) for kind in ROUTER_CLASSES for k in (1, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_scaling_factor_multiplies_gates_and_their_gradients_and_nothing_else(kind, per_token, training) -> None:
+    """Against the same router without it; normalised gates too."""
+    for normalises in {False, per_token > 1}:
+        fields = {"norm_topk_prob": normalises}
+        plain = router(kind, 7, per_token, **fields).train(training)
+        scaled = router(kind, 7, per_token, **fields, routed_scaling_factor=2.5).train(training)
+        scaled.load_state_dict(plain.state_dict())
+        tokens, found = torch.randn(33, 48), []
+        for module in (plain, scaled):
+            logits, gates, index = module(tokens)
+            (gates * torch.linspace(-1, 1, gates.numel()).view_as(gates)).sum().backward()
+            found.append((logits, index, gates.detach(), module.weight.grad))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        torch.testing.assert_close(found[1][2], 2.5 * found[0][2])
+        torch.testing.assert_close(found[1][3], 2.5 * found[0][3])
+
+
 def test_normalised_gates_sum_to_one() -> None:
     _, gates, index = router("softmax_topk", 7, 3, norm_topk_prob=True)(torch.randn(20, 48))
     torch.testing.assert_close(gates.sum(1), torch.ones(20))

@@ -50,6 +50,10 @@ from hf_moe_cpt.reading import check_weights, read_config, reading, require_fini
 from hf_moe_cpt.trainers.common.checkpointing import read_beside, step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
+<<<<<<< HEAD
+=======
+from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept, quantise_experts
+>>>>>>> 0182e5c (Quantised experts compute with an adapter on them, in all three trainers: an optional package that could not be required, and a delta that piled up; a Sinkhorn model left in train() is told where it generates)
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.isolation import isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
@@ -519,6 +523,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             **kwargs,
         )
         require_finite(self.model)
+        quantise_experts(self.model)
         freeze(self.model, args.freeze or ())
         self._take_collator()
         if is_padding_free:

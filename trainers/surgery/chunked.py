@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.reading import read_config, read_model
+from hf_moe_cpt.trainers.common.freezing import quantise_experts
 
 
 CHUNK_TOKENS = 512
@@ -416,6 +417,7 @@ def open_model(model: str | nn.Module, options: Mapping[str, Any], peft_config: 
         model = read_model(AutoModelForCausalLM, model, **options)
     if peft_config is not None:
         model = require("peft", needed_by="peft_config").get_peft_model(model, peft_config)
+    quantise_experts(model)
     check_head(model)
     if hasattr(model, "add_model_tags"):
         model.add_model_tags(["hf_moe_cpt", "llm-surgery"])
