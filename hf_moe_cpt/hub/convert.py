@@ -354,6 +354,10 @@ def serving_obstacles(config: CptMoeConfig, model_type: str) -> list[str]:
             f"partial_rotary_factor={part}: llama.cpp does not read the longrope factors that stand for it in "
             f"{model_type}; train with 1.0, as the presets that end in -silu do"
         )
+    if config.tie_word_embeddings and model_type in ("qwen2_moe", "olmoe"):
+        obstacles.append(
+            f"tie_word_embeddings=True: llama.cpp loads no {model_type} without an output matrix of its own"
+        )
     if config.norm_topk_prob != LLAMA_CPP_NORMALISES.get(model_type, config.norm_topk_prob):
         obstacles.append(
             f"norm_topk_prob={config.norm_topk_prob}: llama.cpp runs every {model_type} as if it were "

@@ -142,7 +142,7 @@ def test_every_preset_has_a_family_and_silu_ones_are_right_in_every_server(prese
             check_servable(config, to)
 
 
-def test_gates_that_llama_cpp_takes_for_the_others_are_told_before_training() -> None:
+def test_gates_and_heads_that_llama_cpp_takes_for_the_others_are_told_before_training() -> None:
     for to, norm, changes in (("qwen2_moe", True, {}), ("olmoe", True, {"qk_norm": "projection"})):
         fields = {"num_shared_experts": 0, "num_experts_per_tok": 4, **changes}
         config = CptMoeConfig.from_preset("pb-granular-tiny-silu", norm_topk_prob=norm, **fields)
@@ -150,6 +150,9 @@ def test_gates_that_llama_cpp_takes_for_the_others_are_told_before_training() ->
             check_servable(config, to)
         config.norm_topk_prob = not norm
         check_servable(config, to)
+        config.tie_word_embeddings = True
+        with pytest.raises(ValueError, match="llama.cpp loads no"):
+            check_servable(config, to)
 
 
 def test_a_shared_expert_has_a_gate_whose_sigmoid_is_a_half_and_that_is_not_zero(tmp_path: Path) -> None:

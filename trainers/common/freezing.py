@@ -129,15 +129,16 @@ class _QuantisedForward:
         for name, weight in list(experts.named_parameters(recurse=False)):
             if weight.ndim != 3:
                 continue
+            flat = weight.data.flatten()  # on a CPU bitsandbytes undoes rows narrower than a block wrongly
             if config.load_in_4bit:
                 options = {"quant_type": config.bnb_4bit_quant_type}
                 options["compress_statistics"] = config.bnb_4bit_use_double_quant
-                codes, state = functional.quantize_4bit(weight.data, **options)
+                codes, state = functional.quantize_4bit(flat, **options)
             else:
-                codes, state = functional.quantize_blockwise(weight.data)
+                codes, state = functional.quantize_blockwise(flat)
             experts.register_buffer(f"{name}_quantised", codes, persistent=False)
             self.states[name], self.places[name] = state, weight.requires_grad_(False)
-            weight.data = weight.data.flatten()[:1].clone().view(1, 1, 1).expand(weight.shape)
+            weight.data = flat[:1].clone().view(1, 1, 1).expand(weight.shape)
 
     @staticmethod
     def _functional() -> Any:  # not kept: modules of Python are not copied
@@ -154,7 +155,7 @@ class _QuantisedForward:
         state.to(codes.device)
         functional = self._functional()
         undo = functional.dequantize_4bit if self.config.load_in_4bit else functional.dequantize_blockwise
-        return undo(codes, state).to(state.dtype)
+        return undo(codes, state).to(state.dtype).view(self.places[name].shape)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The experts' own forward, weights whole meanwhile, in autocast's type unless an adapter adds to them."""
