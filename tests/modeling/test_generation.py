@@ -144,14 +144,3 @@ def test_parts_on_disk_compute_the_same(tmp_path) -> None:
     )
     assert next(loaded.model.layers[1].parameters()).is_meta
     torch.testing.assert_close(loaded(prompts()).logits, model(prompts()).logits)
-
-
-@pytest.mark.slow
-def test_continuous_batching_writes_what_one_prompt_alone_does() -> None:
-    model = model_of("pb-granular-tiny")
-    rows = [prompts(1, length)[0].tolist() for length in (3, 9, 5)]
-    want = [model.generate(torch.tensor([row]), **SETTINGS)[0, len(row) :].tolist() for row in rows]
-    model.generation_config.update(**SETTINGS)
-    answers = model.generate_batch(inputs=rows, generation_config=model.generation_config)
-    got = {tuple(answer.prompt_ids): list(answer.generated_tokens) for answer in answers.values()}
-    assert [got[tuple(row)] for row in rows] == want
