@@ -16,8 +16,8 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.reading import read_config
 from hf_moe_cpt.routing.hooks import layers_to_watch, moe_layers
-from hf_moe_cpt.trainers.common.freezing import quantise_experts
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
+from hf_moe_cpt.trainers.common.updates import quantise_experts
 
 
 Training = TypeVar("Training", bound=TrainingArguments)

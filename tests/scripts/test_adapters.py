@@ -10,11 +10,7 @@ from safetensors.torch import load_file
 from hf_moe_cpt.model_arguments import ModelArguments, expert_weights
 from hf_moe_cpt.routing.hooks import find_experts
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
-<<<<<<< HEAD
-from hf_moe_cpt.trainers.common.updates import freeze
-=======
-from hf_moe_cpt.trainers.common.freezing import freeze, quantise_experts
->>>>>>> 0182e5c (Quantised experts compute with an adapter on them, in all three trainers: an optional package that could not be required, and a delta that piled up; a Sinkhorn model left in train() is told where it generates)
+from hf_moe_cpt.trainers.common.updates import freeze, quantise_experts
 from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs
 from tests.helpers.tiny_models import QUICK, word_tokenizer

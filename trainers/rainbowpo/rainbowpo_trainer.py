@@ -50,17 +50,13 @@ from hf_moe_cpt.reading import check_weights, read_config, reading, require_fini
 from hf_moe_cpt.trainers.common.checkpointing import read_beside, step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
-<<<<<<< HEAD
-=======
-from hf_moe_cpt.trainers.common.freezing import freeze, gradients_kept, quantise_experts
->>>>>>> 0182e5c (Quantised experts compute with an adapter on them, in all three trainers: an optional package that could not be required, and a delta that piled up; a Sinkhorn model left in train() is told where it generates)
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.isolation import isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.router_monitor import PROBE_FILE, RoutingProbe
-from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, gradients_kept
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, gradients_kept, quantise_experts
 from hf_moe_cpt.trainers.rainbowpo.data import (
     LENGTHS,
     MASK_COLUMNS,

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.reading import read_config, read_model
-from hf_moe_cpt.trainers.common.freezing import quantise_experts
+from hf_moe_cpt.trainers.common.updates import quantise_experts
 
 
 CHUNK_TOKENS = 512
