@@ -27,7 +27,6 @@ from transformers.training_args import OptimizerNames
 
 from hf_moe_cpt.extras import is_installed, require
 from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.modeling.modeling_cpt_moe import dtype_of_autocast
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
 
 
@@ -322,11 +321,12 @@ class _QuantisedForward:
                 "Something was written into quantised experts, such as a merged adapter, and is not computed with: "
                 "merge it into the model loaded without quantisation."
             )
-        given = {}
+        given, device = {}, hidden_states.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for name in self.states:
             is_adapted = is_parametrized(self.experts, name)  # by peft, inside of its own forward
             holder, key = (self.experts.parametrizations[name], "original") if is_adapted else (self.experts, name)
-            dtype = None if is_adapted else dtype_of_autocast(hidden_states.device.type)
+            dtype = None if is_adapted else autocast
             given[name] = (holder._parameters, key, holder._parameters[key])
             holder._parameters[key] = nn.Parameter(self.whole(name).to(dtype=dtype), requires_grad=False)
         try:
