@@ -71,6 +71,10 @@ KNOWN_FAILURES = {
         for kind in ("forward_kl", "js_divergence", "alpha_divergence")
     },
     "test_train_with_compute_metrics": "refused by name: logits are never formed",
+    **dict.fromkeys(
+        ("test_tag_added", "test_tag_added_peft"), "the tags are trl, hf_moe_cpt and rainbowpo: the model is no DPO's"
+    ),
+    "test_train_moe_peft_model": "of peft before 0.20, which could not copy an adapter of experts; fails in TRL's too",
     "test_train_model_dtype": "float16 weights at a rate of 0.1: the gradient becomes nan, at which a run stops here",
 }
 
