@@ -1,0 +1,644 @@
+"""How robust is your router? The claims of the continual pre-training paper, tested over seeds, models and shifts.
+
+python scripts/replication/router_robustness.py --output_dir runs/routers
+python scripts/replication/router_robustness.py --setting s --text text/ --device cuda --workers 4 --minutes 9
+
+A chain is one model with one seed: pre-training on the old text, its decay, for each new text continuing with every
+ratio of replay, from the decayed start, with replay of what drifted most, and the union from scratch. A chain that is
+killed goes on after its last finished run; one that is finished is a record under runs/ and is never run again. What
+is claimed and how it is tested stands in router_robustness.yaml, written before the runs. Seeds decide weights and
+order of the data for all models alike, so that differences are paired by seed.
+
+Source: Thérien et al. 2025 (arXiv 2503.05029) for the claims; two one-sided tests, Schuirmann 1987; the rest ours.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.hf_argparser import HfArg
+
+from hf_moe_cpt.arguments import parse_arguments
+from hf_moe_cpt.cli import run_program, run_script
+from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
+from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
+from hf_moe_cpt.evaluation.resumable import write_json
+from hf_moe_cpt.machine import check_names, machine_facts
+from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
+from hf_moe_cpt.reading import read_json
+from hf_moe_cpt.reports import text_table
+from hf_moe_cpt.routing.compare import analyse_traces
+from hf_moe_cpt.routing.hooks import active_parameters
+from hf_moe_cpt.routing.metrics import ImbalanceShift, imbalance_around_shift, normalized_imbalance, recovery_step
+from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
+from hf_moe_cpt.scripts.replication.sweep import (
+    CONFIDENCE,
+    Crew,
+    check_request,
+    grouped_bars,
+    open_folder,
+    plotting,
+    quiet_process,
+    t_quantile,
+    write_page,
+    write_results,
+)
+from hf_moe_cpt.trainers.common.metrics import ShortPrinter
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
+
+
+PLAN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+MODELS, CLAIMS = PLAN["models"], PLAN["claims"]
+PRETRAINED, DECAYED = "pretrained", "decayed"
+MEAN_STEPS = 20  # of the levels before and after a shift, and of the mean that must be back below one
+HELD_OUT_FRACTION = 0.05
+TRACED_TOKENS = 8192  # of each text, of a trace
+PARTS = 32  # of the old text in the order of its files, of which the half that drifted most is replayed
+WARMUP = {"warmup_fraction": 0.05, "cooldown_fraction": 0.70, "constant_fraction": 0.25, "anneal_fraction": 0.0}
+DECAY = {"warmup_fraction": 0.0, "cooldown_fraction": 0.0, "constant_fraction": 0.0, "anneal_fraction": 1.0}
+
+Runs = Mapping[str, dict[str, Any]]  # of one chain, by their names
+Chains = Mapping[str, Mapping[int, Runs]]  # by model and seed
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A setting of the plan."""
+
+    steps: int
+    decay_steps: int
+    continued_steps: int
+    batch_size: int  # blocks of an optimizer step
+    max_length: int
+    learning_rate: float
+    vocab_size: int
+    held_out_tokens: int  # of each text
+    seeds: int
+    old: str
+    shifts: dict[str, list[float]]  # ratios of replay by new text; the first is 0, the last also that of the controls
+    fields: dict[str, int] = field(default_factory=dict)
+    characters: int | None = None  # of each text of the Python installation; None: --text is needed
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts, the old one first."""
+        return [self.old, *self.shifts]
+
+
+SETTINGS = {name: Scale(**values) for name, values in PLAN["settings"].items()}
+
+
+def continued(new: str, ratio: float, how: str = "") -> str:
+    """The name of a run on a new text."""
+    return f"{new}-{ratio:g}{how and '-' + how}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One model, one seed: all its runs."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        return f"{self.method}-{self.seed}"
+
+
+class Worker:
+    """Carries out chains in a process. folder: of the comparison; text and tokenizer lie in it, see `prepare`."""
+
+    def __init__(self, scale: Scale, folder: Path, device: str) -> None:
+        self.scale, self.folder, self.device = scale, folder, device
+        if device == "cpu":
+            torch.set_num_threads(1)
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, Dataset]]:
+        """Tokens of each text, train and held_out."""
+        return {
+            name: {
+                side: datasets.load_from_disk(str(self.folder / "text" / name / side))
+                for side in ("train", "held_out")
+            }
+            for name in self.scale.texts
+        }
+
+    def carry_out(self, chain: Chain) -> dict[str, Any]:
+        """Every run of the chain; finished ones are read, their weights are removed at the end."""
+        scale, work = self.scale, self.folder / "work" / chain.name
+        steps, ends = scale.continued_steps, scale.steps
+        runs = {PRETRAINED: self._run(chain, PRETRAINED, ends, None, {scale.old: 1.0}, WARMUP)}
+        decay = self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, {scale.old: 1.0}, DECAY)
+        runs[DECAYED] = decay
+        for new, ratios in scale.shifts.items():
+            for ratio in ratios:
+                shares = {new: 1 - ratio, scale.old: ratio}
+                runs[continued(new, ratio)] = self._run(chain, continued(new, ratio), steps, PRETRAINED, shares)
+            name = continued(new, ratios[-1], DECAYED)
+            runs[name] = self._run(chain, name, steps, DECAYED, shares)
+            share = (ends + ratios[-1] * steps) / (ends + steps)
+            name = f"{new}-union"
+            runs[name] = self._run(chain, name, ends + steps, None, {new: 1 - share, scale.old: share})
+            if chain.method != "dense":
+                name = continued(new, ratios[-1], "drift")
+                drifted = self._drifted(work, continued(new, ratios[0]))
+                runs[name] = self._run(chain, name, steps, PRETRAINED, shares, replayed=drifted)
+        shutil.rmtree(work)
+        return {"runs": runs}
+
+    def _run(
+        self,
+        chain: Chain,
+        name: str,
+        steps: int,
+        start: str | None,
+        shares: Mapping[str, float],
+        phases: Mapping[str, float] | None = None,
+        replayed: Callable[[], Dataset] | None = None,
+    ) -> dict[str, Any]:
+        """Train and measure. start: the run whose last checkpoint is continued. shares: the learnt text first."""
+        work = self.folder / "work" / chain.name
+        if (done := work / name / "record.json").is_file():
+            return read_json(done)
+        shutil.rmtree(work / name, ignore_errors=True)
+        (new, _), *replay = shares.items()
+        ratio = replay[0][1] if replay else 0.0
+        old = self.texts[self.scale.old]
+        held_out = {} if new == self.scale.old else {"replay_eval_dataset": old["held_out"]}
+        replay_dataset = None if ratio == 0 else old["train"] if replayed is None else replayed()
+        trainer = CPTTrainer(
+            self._model(chain, start),
+            self._arguments(chain, work / name, steps, ratio, phases, start),
+            train_dataset=self.texts[new]["train"],
+            replay_dataset=replay_dataset,
+            eval_dataset=self.texts[new]["held_out"],
+            processing_class=AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
+            **held_out,
+        )
+        trainer.remove_callback(ShortPrinter)
+        before = trainer.evaluate() if start is not None else {}
+        trainer.train()
+        if trainer.state.global_step < steps:
+            raise InterruptedError(f"{chain.name} {name} was stopped after step {trainer.state.global_step}")
+        after = trainer.evaluate()
+        record = {
+            "steps": steps,
+            "loss": {text: after[key] for text, key in self._keys(new).items()},
+            "loss_before": {text: before[key] for text, key in self._keys(new).items() if key in before},
+            "mri": [entry["mri"] for entry in trainer.state.log_history if "mri" in entry],
+            "parameters": trainer.model.num_parameters(),
+            "active_parameters": active_parameters(trainer.model),
+        }
+        if chain.method != "dense":
+            record["routing"] = self._routing(trainer.model, work, name, start)
+        write_json(done, record)
+        del trainer
+        gc.collect()
+        return record
+
+    def _keys(self, new: str) -> dict[str, str]:
+        return {new: "eval_new_loss"} | ({} if new == self.scale.old else {self.scale.old: "eval_replay_loss"})
+
+    def _model(self, chain: Chain, start: str | None) -> Any:
+        if start is not None:
+            (last,) = (self.folder / "work" / chain.name / start).glob("checkpoint-*")
+            return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        set_seed(chain.seed)
+        fields = {**self.scale.fields, "vocab_size": len(tokenizer), **ids}
+        return AutoModelForCausalLM.from_config(CptMoeConfig.from_preset(f"{chain.method}-tiny", **fields))
+
+    def _arguments(
+        self,
+        chain: Chain,
+        folder: Path,
+        steps: int,
+        ratio: float,
+        phases: Mapping[str, float] | None,
+        start: str | None,
+    ) -> CPTConfig:
+        return CPTConfig(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=self.scale.batch_size,
+            per_device_eval_batch_size=self.scale.batch_size,
+            max_length=self.scale.max_length,
+            packing="concat",
+            replay_ratio=ratio,
+            learning_rate=self.scale.learning_rate,
+            keep_optimizer_state=start is not None,
+            save_strategy="steps",
+            save_steps=steps,
+            logging_steps=1,
+            seed=chain.seed,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=self.device == "cpu",
+            bf16=self.device == "cuda",
+            dataloader_pin_memory=self.device == "cuda",
+            **(phases or {}),
+        )
+
+    def _trace(self, model: Any, folder: Path, texts: Mapping[str, Dataset], tokens: int) -> RoutingTrace:
+        options = {"batch_size": self.scale.batch_size, "max_length": self.scale.max_length, "progress": False}
+        return collect_routing(model.eval(), texts, folder, name=folder.name, tokens_per_domain=tokens, **options)
+
+    def _routing(self, model: Any, work: Path, name: str, start: str | None) -> dict[str, Any]:
+        """MRI in evaluation and loads on every text, by layer; saturation on the old text against the start."""
+        texts = {text: sides["held_out"] for text, sides in self.texts.items()}
+        trace = self._trace(model, work / name / "trace", texts, TRACED_TOKENS)
+        first = {} if start is None else {"start": RoutingTrace.open(work / start / "trace")}
+        found = analyse_traces(first | {name: trace})
+        kept = {"mri": {}, "load": {}}
+        for text in texts:
+            for metric, values in kept.items():
+                values[text] = found["metrics"][name][text][metric]
+        saturation = None if start is None else found["saturation"][name][self.scale.old]
+        return kept | {"saturation": saturation}
+
+    def _drifted(self, work: Path, probe: str) -> Callable[[], Dataset]:
+        """The half of the old text whose experts changed most in a run without replay."""
+
+        def choose() -> Dataset:
+            train = self.texts[self.scale.old]["train"]
+            count = min(PARTS, len(train))
+            parts = {f"{part:02}": train.shard(count, part, contiguous=True) for part in range(count)}
+            traces = {}
+            for run in (PRETRAINED, probe):
+                (last,) = (work / run).glob("checkpoint-*")
+                model = AutoModelForCausalLM.from_pretrained(last, local_files_only=True).to(self.device)
+                traces[run] = self._trace(model, work / run / "parts", parts, TRACED_TOKENS // 8)
+            kept = analyse_traces(traces)["saturation"][probe]
+            order = sorted(parts, key=lambda part: statistics.fmean(kept[part]))
+            return datasets.concatenate_datasets([parts[part] for part in order[: (count + 1) // 2]])
+
+        return choose
+
+
+def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
+    """Tokenizer and tokens of every text, made once; returns tokens and bytes of each.
+
+    Documents lie in the order of their files, so that parts of them are about something.
+    """
+    facts = folder / "text.json"
+    if facts.is_file():
+        return read_json(facts)
+    if text is None:
+        corpus = build_python_corpus(
+            max_characters_per_domain=scale.characters,
+            held_out_fraction=HELD_OUT_FRACTION,
+            cache_dir=folder / "corpus",
+        )
+        sides = {name: {side: rows.sort("path") for side, rows in corpus[name].items()} for name in scale.texts}
+    else:
+        sides = {}
+        for name in scale.texts:
+            found = load_text_dataset(str(Path(text) / name)).train_test_split(HELD_OUT_FRACTION, seed=0, shuffle=True)
+            sides[name] = {"train": found["train"], "held_out": found["test"]}
+    train = (row for name in scale.texts[:2] for row in sides[name]["train"]["text"])
+    tokenizer = train_byte_level_bpe(train, scale.vocab_size, model_max_length=scale.max_length, progress=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {}
+    for name, both in sides.items():
+        for side, rows in both.items():
+            if side == "held_out":
+                rows = rows.shuffle(seed=0).select(range(min(len(rows), max(64, scale.held_out_tokens // 512))))
+            tokens = tokenize_documents(rows, tokenizer)
+            tokens.save_to_disk(str(folder / "text" / name / side))
+            sizes[f"{name}/{side}"] = {
+                "tokens": sum(map(len, tokens["input_ids"])),
+                "bytes": sum(len(row.encode()) for row in rows["text"]),
+            }
+    write_json(facts, sizes)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The chains of one seed, by model, and one shift. A KeyError of a measure says that a model was not run."""
+
+    scale: Scale
+    chains: Mapping[str, Runs]
+    new: str
+
+    @property
+    def plain(self) -> str:
+        """The run without replay."""
+        return continued(self.new, self.scale.shifts[self.new][0])
+
+    def replayed(self, how: str = "") -> str:
+        """The run with the most replay, or a control of it."""
+        return continued(self.new, self.scale.shifts[self.new][-1], how)
+
+    def curve(self, model: str, run: str) -> list[float]:
+        """MRI x E/K of each step in training, the mean over layers."""
+        config = CptMoeConfig.from_preset(f"{model}-tiny")
+        sizes = config.num_experts, config.num_experts_per_tok
+        return [normalized_imbalance(mri, *sizes) for mri in self.chains[model][run]["mri"]]
+
+    def around(self, model: str, run: str) -> ImbalanceShift:
+        """The balance around the shift to a run."""
+        start = DECAYED if run.endswith(DECAYED) else PRETRAINED
+        return imbalance_around_shift(self.curve(model, start), self.curve(model, run), baseline=MEAN_STEPS)
+
+    def spike(self, model: str, run: str | None = None) -> float:
+        """How far the peak is above the level before, as a share of it."""
+        shift = self.around(model, run or self.plain)
+        return shift.peak / shift.before - 1
+
+    def loss(self, model: str, run: str, text: str | None = None) -> float:
+        """Held-out loss at the end of a run, on the new text if none is named."""
+        return self.chains[model][run]["loss"][text or self.new]
+
+    def forgets(self, model: str, run: str) -> float:
+        """Rise of the held-out loss on the old text."""
+        record, old = self.chains[model][run], self.scale.old
+        return record["loss"][old] - record["loss_before"][old]
+
+    def modes(self, model: str) -> float:
+        """How far the balance in evaluation on the old text is from that at the end of training on it."""
+        config = CptMoeConfig.from_preset(f"{model}-tiny")
+        asked = statistics.fmean(self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old])
+        trained = statistics.fmean(self.curve(model, PRETRAINED)[-MEAN_STEPS:])
+        return abs(normalized_imbalance(asked, config.num_experts, config.num_experts_per_tok) - trained)
+
+    def saturation(self, model: str) -> list[float]:
+        """Share of the experts of a token of the old text that the run without replay kept, by layer."""
+        return self.chains[model][self.plain]["routing"]["saturation"]
+
+    def features(self, model: str, run: str) -> list[float]:
+        """What might predict forgetting: spike, share of experts that changed, overlap of the texts' loads before."""
+        loads = self.chains[model][PRETRAINED]["routing"]["load"]
+        layers = zip(loads[self.scale.old], loads[self.new], strict=True)
+        overlap = statistics.fmean(float(np.minimum(*layer).sum()) for layer in layers)
+        changed = 1 - statistics.fmean(self.chains[model][run]["routing"]["saturation"])
+        return [self.spike(model, run), changed, overlap]
+
+    def prediction(self) -> float:
+        """R2 of forgetting predicted for an architecture by a line through the runs of the others."""
+        runs = [continued(self.new, ratio) for ratio in self.scale.shifts[self.new]]
+        rows = [
+            (model, [1.0, *self.features(model, run)], self.forgets(model, run)) for model in MIXTURES for run in runs
+        ]
+        errors = []
+        for left_out in MIXTURES:
+            x, y = zip(*((x, y) for model, x, y in rows if model != left_out), strict=True)
+            line = np.linalg.lstsq(np.array(x), np.array(y), rcond=None)[0]
+            errors += [y - float(np.dot(x, line)) for model, x, y in rows if model == left_out]
+        spread = np.var([y for *_, y in rows])
+        return 1 - float(np.mean(np.square(errors)) / spread)
+
+
+PB, SB = ("pb-granular", "pb-switch"), ("sb-granular", "sb-switch")
+MIXTURES = (*PB, *SB, "lf-granular")
+
+
+def _mean(models: Sequence[str], value: Callable[[str], float]) -> float:
+    return statistics.fmean(map(value, models))
+
+
+# The number that each claim is about, of one seed.
+MEASURES: dict[str, Callable[[Evidence], float]] = {
+    "spike": lambda e: _mean(PB, e.spike),
+    "return": lambda e: (
+        _mean(PB, lambda m: e.around(m, e.plain).after) - _mean(SB, lambda m: e.around(m, e.plain).after)
+    ),
+    "sinkhorn_flat": lambda e: _mean(SB, e.spike) - _mean(PB, e.spike),
+    "sinkhorn_high": lambda e: (
+        _mean(SB, lambda m: e.around(m, e.plain).before) - _mean(PB, lambda m: e.around(m, e.plain).before)
+    ),
+    "sinkhorn_modes": lambda e: _mean(SB, e.modes) - _mean(PB, e.modes),
+    "decayed_start": lambda e: _mean(
+        PB, lambda m: e.around(m, e.replayed(DECAYED)).peak / e.around(m, e.replayed()).peak - 1
+    ),
+    "forgetting": lambda e: _mean(MIXTURES, lambda m: e.forgets(m, e.plain)) - e.forgets("dense", e.plain),
+    "forgetting_replay": lambda e: (
+        _mean(MIXTURES, lambda m: e.forgets(m, e.replayed())) - e.forgets("dense", e.replayed())
+    ),
+    "union_new": lambda e: _mean(MIXTURES, lambda m: e.loss(m, e.replayed()) / e.loss(m, f"{e.new}-union") - 1),
+    "union_old": lambda e: _mean(
+        MIXTURES, lambda m: e.loss(m, e.replayed(), e.scale.old) / e.loss(m, f"{e.new}-union", e.scale.old) - 1
+    ),
+    "granular": lambda e: _mean(
+        ("pb", "sb"), lambda r: e.loss(f"{r}-granular", e.replayed()) - e.loss(f"{r}-switch", e.replayed())
+    ),
+    "first_layers": lambda e: _mean(MIXTURES, lambda m: e.saturation(m)[0] - statistics.fmean(e.saturation(m)[1:])),
+    "free_balance": lambda e: e.spike("lf-granular") - e.spike("pb-granular"),
+    "free_loss": lambda e: e.loss("lf-granular", e.replayed()) / e.loss("pb-granular", e.replayed()) - 1,
+    "prediction": Evidence.prediction,
+    "drift_replay": lambda e: _mean(
+        MIXTURES, lambda m: e.forgets(m, e.replayed("drift")) - e.forgets(m, e.replayed())
+    ),
+}
+
+
+def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str, Any]:
+    """Mean, interval and verdict of a claim. values: one for each seed, paired already.
+
+    `seeds_needed` of what is undecided: about how many decide it if the mean is what it seems, None if none would.
+    """
+    mean, num = statistics.fmean(values), len(values)
+    found: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": num, "seeds_needed": None}
+    if num < 2:
+        return found | {"verdict": "undecided"}
+    confidence = 2 * CONFIDENCE - 1 if kind == "within" else CONFIDENCE
+    spread = statistics.stdev(values)
+    half = t_quantile((1 + confidence) / 2, num - 1) * spread / math.sqrt(num)
+    low, high = mean - half, mean + half
+    sides = {  # of the interval: what confirms, what refutes, and how far the mean is from what decides
+        "more": (low > 0, high < 0, abs(mean)),
+        "less": (high < 0, low > 0, abs(mean)),
+        "at_most": (high < margin, low > margin, abs(mean - margin)),
+        "within": (-margin < low and high < margin, low > margin or high < -margin, abs(abs(mean) - margin)),
+    }
+    confirmed, refuted, distance = sides[kind]
+    verdict = "confirmed" if confirmed else "refuted" if refuted else "undecided"
+    if verdict == "undecided" and distance > 0:
+        found["seeds_needed"] = math.ceil((t_quantile((1 + confidence) / 2, 30) * spread / distance) ** 2) + 1
+    return found | {"low": low, "high": high, "verdict": verdict}
+
+
+def steps_to_return(evidence: Evidence) -> int | None:
+    """Steps after the shift until the penalty-balanced granular mixture stays below the level of the Sinkhorn one."""
+    curve = evidence.curve("pb-granular", evidence.plain)
+    smooth = [statistics.fmean(curve[max(0, end - MEAN_STEPS) : end]) for end in range(1, len(curve) + 1)]
+    return recovery_step(smooth, 0, statistics.fmean(evidence.curve("sb-granular", evidence.plain)))
+
+
+def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """What the page, the plot and the table are made of: verdicts by shift, losses of every run, curves."""
+    seeds = sorted(set.intersection(*(set(found) for found in chains.values()))) if chains else []
+    claims, back = [], {}
+    for new in scale.shifts:
+        evidence = [Evidence(scale, {model: chains[model][seed] for model in chains}, new) for seed in seeds]
+        for name, claim in CLAIMS.items():
+            try:
+                values = [MEASURES[name](part) for part in evidence]
+            except KeyError:  # of a model that was not run
+                continue
+            if values:
+                found = judged(values, claim["kind"], claim.get("margin", 0.0))
+                claims.append({"claim": name, "shift": new, **claim, **found, "values": values})
+        if evidence and {"pb-granular", "sb-granular"} <= chains.keys():
+            back[new] = [steps_to_return(part) for part in evidence]
+    runs = [
+        {"model": model, "seed": seed, "run": run, "text": text, "loss": loss}
+        | {"before": record["loss_before"].get(text), "parameters": record["parameters"]}
+        | {"active_parameters": record["active_parameters"], "steps": record["steps"]}
+        for model, by_seed in chains.items()
+        for seed, found in by_seed.items()
+        for run, record in found.items()
+        for text, loss in record["loss"].items()
+    ]
+    return {
+        "machine": machine_facts(torch.device(device), commit=None),
+        "scale": asdict(scale),
+        "text": dict(facts),
+        "seeds": seeds,
+        "claims": claims,
+        "steps_to_return": back,
+        "runs": runs,
+        "curves": _curves(scale, chains, seeds),
+    }
+
+
+def _curves(scale: Scale, chains: Chains, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """By shift and model: MRI x E/K of each step without replay, the mean over seeds, behind the end of the start."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for new in scale.shifts:
+        for model in (model for model in chains if model != "dense" and seeds):
+            parts = [Evidence(scale, {model: chains[model][seed]}, new) for seed in seeds]
+            rows = [part.curve(model, PRETRAINED)[-MEAN_STEPS:] + part.curve(model, part.plain) for part in parts]
+            found.setdefault(new, {})[model] = [round(value, 4) for value in np.mean(rows, axis=0).tolist()]
+    return found
+
+
+def results_text(results: Mapping[str, Any]) -> str:
+    """The verdicts, a line each, and how long the penalty-balanced mixture took to come back."""
+    rows = []
+    for claim in results["claims"]:
+        margin = f" {claim['margin']:g}" if "margin" in claim else ""
+        interval = "" if claim["low"] is None else f"[{claim['low']:+.3f}, {claim['high']:+.3f}]"
+        needed = f", {claim['seeds_needed']} seeds" if claim["seeds_needed"] else ""
+        rows.append(
+            {
+                "shift": claim["shift"],
+                "claim": claim["says"],
+                "test": claim["kind"] + margin,
+                "mean": f"{claim['mean']:+.3f}",
+            }
+            | {"interval": interval, "unit": claim["unit"], "verdict": claim["verdict"] + needed}
+        )
+    steps = results["scale"]["continued_steps"]
+    lines = [text_table(rows)] if rows else ["No seed of all models is finished."]
+    for new, found in results["steps_to_return"].items():
+        told = ", ".join("never" if value is None else str(value) for value in found)
+        lines.append(f"{new}: steps until pb-granular stays below the level of sb-granular, of {steps}: {told}")
+    return "\n".join(lines)
+
+
+def draw(path: Path, results: Mapping[str, Any]) -> None:
+    """Balance around each shift above, held-out loss on the old text with and without replay below."""
+    plot = plotting(path)
+    if plot is None or not results["curves"]:
+        return
+    shifts = results["scale"]["shifts"]
+    figure, axes = plot.subplots(2, len(shifts), figsize=(6 * len(shifts), 8), squeeze=False)
+    for column, (new, ratios) in enumerate(shifts.items()):
+        for model, curve in results["curves"][new].items():
+            axes[0][column].plot(range(-MEAN_STEPS, len(curve) - MEAN_STEPS), curve, label=model)
+        axes[0][column].axvline(0, color="grey", linewidth=0.8)
+        axes[0][column].set(title=f"to {new}", xlabel="steps after the shift", ylabel="MRI x E/K")
+        axes[0][column].legend()
+        old, bars = results["scale"]["old"], {}
+        for row in results["runs"]:
+            for ratio in ratios:
+                if row["run"] == continued(new, ratio) and row["text"] == old:
+                    bars.setdefault(f"{ratio:g} replay", {}).setdefault(row["model"], []).append(
+                        row["loss"] - row["before"]
+                    )
+        grouped_bars(axes[1][column], list(dict.fromkeys(row["model"] for row in results["runs"])), bars)
+        axes[1][column].set(ylabel=f"forgetting of {old}, nats")
+        axes[1][column].tick_params(axis="x", rotation=30)
+        axes[1][column].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plot.close(figure)
+
+
+@dataclass
+class RobustnessArguments:
+    """How much to run, where; the rest is the plan."""
+
+    setting: str = HfArg(default="small", help=f"Size of the runs: {', '.join(SETTINGS)}.")
+    methods: list[str] = HfArg(default_factory=lambda: list(MODELS), help="Models; a claim needs all of its own.")
+    seeds: int | None = HfArg(default=None, help="Chains of each model, if not the setting's.")
+    output_dir: str = HfArg(default="runs/router-robustness", help="Folder; finished chains are kept.")
+    text: str | None = HfArg(default=None, help="Folder with a folder of documents for each text of the setting.")
+    workers: int = HfArg(default=2, help="Processes, one chain each at a time; 1: this process does it all.")
+    device: str = HfArg(default="cpu", help="cpu or cuda.")
+    minutes: float | None = HfArg(default=None, help="No chain begins later than this; the same command goes on.")
+
+
+def compare_main(argv: Sequence[str]) -> None:
+    """Prepare the text, run the chains, judge, write and print what came out."""
+    (args,) = parse_arguments((RobustnessArguments,), argv, program=PROGRAM, description=__doc__)
+    check_names("--device", [args.device], ("cpu", "cuda"))
+    check_request(args, SETTINGS, MODELS)
+    if args.minutes is not None and args.minutes < 0:
+        raise ValueError(f"--minutes {args.minutes:g}: at least 0, at which only what is there is told.")
+    scale = SETTINGS[args.setting]
+    if args.text is None and scale.characters is None:
+        raise ValueError(f"--text is missing: name a folder with the folders {', '.join(scale.texts)}.")
+    folder = open_folder(args.output_dir, {"setting": args.setting, "scale": asdict(replace(scale, seeds=0))})
+    quiet_process()
+    facts = prepare(scale, folder.root, args.text)
+    chains = [Chain(model, seed) for seed in range(args.seeds or scale.seeds) for model in args.methods]
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    with (
+        tqdm(total=len(chains), desc="chains", disable=None) as bar,
+        Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=until) as crew,
+    ):
+        try:
+            crew.records(chains, bar)
+        except TimeoutError:
+            print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
+    found: dict[str, dict[int, Runs]] = {}
+    for chain in chains:
+        if (record := folder.read(f"runs/{chain.name}.json")) is not None:
+            found.setdefault(chain.method, {})[chain.seed] = record["runs"]
+    results = summary(scale, found if len(found) == len(args.methods) else {}, facts, args.device)
+    write_results(folder.root, results, results["runs"], draw, results_text)
+
+
+PROGRAM, GUIDE = "router_robustness.py", "[how robust is your router](../../router_robustness.md)"
+PROGRAMS = {"compare": compare_main, "page": lambda argv: write_page(argv, PROGRAM, GUIDE, results_text)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program that the first word names: `compare`, the first, or `page`."""
+    run_program(PROGRAMS, argv)
+
+
+if __name__ == "__main__":
+    run_script(main)

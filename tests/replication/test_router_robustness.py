@@ -1,0 +1,117 @@
+"""Verdicts are those of scipy's tests, the prediction is scikit-learn's, and a chain of runs goes on where it was."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+from hf_moe_cpt.scripts.replication import router_robustness as robustness
+from hf_moe_cpt.scripts.replication.router_robustness import Evidence, judged
+
+
+SCALE = robustness.SETTINGS["small"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_verdicts_are_those_of_t_tests(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(0.1 * (seed - 3), 0.3, size=3 + seed)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    more = judged(values.tolist(), "more")
+    assert (more["low"], more["high"]) == pytest.approx((low, high))
+    assert (more["verdict"] == "confirmed") == (test.statistic > 0 and test.pvalue < 0.05)
+    assert (judged(values.tolist(), "less")["verdict"] == "refuted") == (more["verdict"] == "confirmed")
+    sides = (
+        stats.ttest_1samp(values, -0.4, alternative="greater").pvalue,
+        stats.ttest_1samp(values, 0.4, alternative="less").pvalue,
+    )
+    assert (judged(values.tolist(), "within", 0.4)["verdict"] == "confirmed") == (max(sides) < 0.05)
+
+
+def test_what_is_undecided_says_how_many_seeds_would_decide_it() -> None:
+    few = judged([0.4, -0.2, 0.3, 0.1], "more")
+    assert few["verdict"] == "undecided" and 4 < few["seeds_needed"] < 20
+    assert judged([0.2], "more")["verdict"] == "undecided"
+
+
+def chain(model: str, draw: np.random.Generator) -> dict[str, dict]:
+    """Records of a chain with made-up numbers; runs of "code" without replay and with 0.3 of it."""
+
+    def record(*texts: str) -> dict:
+        return {
+            "loss": {text: draw.uniform(2, 3) for text in texts},
+            "loss_before": {text: draw.uniform(2, 3) for text in texts},
+            "mri": draw.uniform(0.2, 0.4, size=30).tolist(),
+            "routing": {
+                "mri": {text: [0.3, 0.3] for text in SCALE.texts},
+                "load": {text: draw.dirichlet([1.0] * 4, size=2).tolist() for text in SCALE.texts},
+                "saturation": draw.uniform(0.3, 0.9, size=2).tolist(),
+            },
+        }
+
+    old, both = record("prose"), ("code", "prose")
+    names = ("code-0", "code-0.3", "code-0.3-decayed", "code-0.3-drift", "code-union")
+    return {"pretrained": old, "decayed": record("prose")} | {name: record(*both) for name in names}
+
+
+def test_forgetting_is_predicted_for_architectures_that_were_left_out() -> None:
+    draw = np.random.default_rng(1)
+    evidence = Evidence(SCALE, {model: chain(model, draw) for model in robustness.MODELS}, "code")
+    rows = [(model, run) for model in robustness.MIXTURES for run in ("code-0", "code-0.3")]
+    x, y = [evidence.features(*row) for row in rows], np.array([evidence.forgets(*row) for row in rows])
+    groups = [model for model, _ in rows]
+    told = cross_val_predict(LinearRegression(), x, y, groups=groups, cv=LeaveOneGroupOut())
+    assert evidence.prediction() == pytest.approx(1 - np.mean((y - told) ** 2) / np.var(y))
+
+
+def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
+    draw = np.random.default_rng(2)
+    chains = {model: {seed: chain(model, draw) for seed in range(3)} for model in robustness.MODELS}
+    for by_seed in chains.values():
+        for runs in by_seed.values():
+            for record in runs.values():
+                record |= {"parameters": 1, "active_parameters": 1, "steps": 30}
+    results = robustness.summary(SCALE, chains, {}, "cpu")
+    assert [claim["claim"] for claim in results["claims"]] == list(robustness.CLAIMS) == list(robustness.MEASURES)
+    assert all(claim["says"] in robustness.results_text(results) for claim in results["claims"])
+    some = robustness.summary(SCALE, {name: chains[name] for name in ("pb-granular", "dense")}, {}, "cpu")
+    assert not some["claims"]
+    spike = next(claim for claim in results["claims"] if claim["claim"] == "free_balance")
+    want = [
+        Evidence(SCALE, {model: chains[model][seed] for model in chains}, "code").spike("lf-granular")
+        - Evidence(SCALE, {model: chains[model][seed] for model in chains}, "code").spike("pb-granular")
+        for seed in range(3)
+    ]
+    assert spike["values"] == want and spike["mean"] == pytest.approx(np.mean(want))
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for words, message in (
+        ("--setting huge", "--setting 'huge' is unknown"),
+        ("--methods granular", "--methods 'granular' is unknown"),
+        ("--minutes -1", "--minutes -1: at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            robustness.main([*words.split(), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="--text is missing: name a folder with the folders english, code, german"):
+        robustness.main(["--setting", "s", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_models_are_run_judged_and_not_run_again(tmp_path, monkeypatch, capsys) -> None:
+    tiny = replace(SCALE, steps=24, decay_steps=4, continued_steps=22, characters=400_000, held_out_tokens=4096)
+    monkeypatch.setitem(robustness.SETTINGS, "small", tiny)
+    monkeypatch.setattr(robustness, "TRACED_TOKENS", 1024)
+    words = ["--methods", "pb-granular", "lf-granular", "--seeds", "1", "--workers", "1"]
+    robustness.main([*words, "--output_dir", str(tmp_path / "out")])
+    first = capsys.readouterr().out
+    assert "the loss-free router spikes less" in first and not list((tmp_path / "out/work").iterdir())
+    monkeypatch.setattr(robustness.Worker, "_run", None)  # nothing is trained again
+    robustness.main([*words, "--output_dir", str(tmp_path / "out"), "--minutes", "0"])
+    assert capsys.readouterr().out == first
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"results.json", "results.csv", "comparison.png"}
