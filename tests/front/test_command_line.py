@@ -13,7 +13,7 @@ from hf_moe_cpt.cli import SourceModule, command_help, format_help
 from tests.helpers.fresh_process import run_python
 
 
-MOST_LINES = 260  # cpt's were 771; of surgery all are ours
+MOST_LINES = 270  # cpt's were 771; of surgery all are ours
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
 ALL_HELP = f"""
 import contextlib, io, json, os, sys
