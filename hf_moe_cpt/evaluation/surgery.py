@@ -109,7 +109,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
 )
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
-from hf_moe_cpt.reading import read_json, read_model, read_tokenizer, reading
+from hf_moe_cpt.reading import read_config, read_json, read_model, read_tokenizer, reading
 from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
 
 
@@ -851,6 +851,9 @@ class SurgeryEvaluation:
     def __init__(self, models: ModelArguments, bench: BenchArguments, settings: EvalSettings, root: str) -> None:
         self.models, self.settings, self.arguments = models.given, settings, models
         choose_device(models.device)  # refuses one that is not there
+        for name in self.models.values():  # before the first is measured, which takes minutes
+            whole = base_of_adapter(name) if is_adapter(name) else name
+            read_config(whole, trust_remote_code=models.trust_remote_code)
         self.state = PartialState(cpu=models.device == "cpu")
         self.device = choose_device(models.device)
         tokenizer = models.tokenizer or next(iter(self.models.values()))

@@ -182,6 +182,7 @@ REFUSED = {
     "no texts": ({"bench": None}, "give one of --bench, --num_subjects and --documents, got none"),
     "two benches": ({"num_subjects": 15}, "and --documents, got bench, num_subjects: which texts?"),
     "questions alone": ({"questions": "q.jsonl"}, "--questions needs --documents: whom are they about?"),
+    "no operated model": ({"after": "nowhere"}, "the configuration of 'nowhere'"),
     "no bench": ({"bench": "nowhere"}, "nowhere"),
     "none and more": ({"robustness": ["none", "prefix"]}, "--robustness none stands alone, got none prefix"),
     "dtype": ({"dtype": "int3"}, "--dtype 'int3' is unknown: choose from"),
