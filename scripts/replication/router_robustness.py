@@ -55,6 +55,7 @@ from hf_moe_cpt.scripts.replication.sweep import (
     open_folder,
     plotting,
     quiet_process,
+    t_interval,
     t_quantile,
     write_page,
     write_results,
@@ -350,11 +351,14 @@ class Evidence:
         """The run with the most replay, or a control of it."""
         return continued(self.new, self.scale.shifts[self.new][-1], how)
 
+    def balance(self, model: str, mri: float) -> float:
+        """MRI x E/K of an MRI."""
+        config = CptMoeConfig.from_preset(f"{model}-tiny")
+        return normalized_imbalance(mri, config.num_experts, config.num_experts_per_tok)
+
     def curve(self, model: str, run: str) -> list[float]:
         """MRI x E/K of each step in training, the mean over layers."""
-        config = CptMoeConfig.from_preset(f"{model}-tiny")
-        sizes = config.num_experts, config.num_experts_per_tok
-        return [normalized_imbalance(mri, *sizes) for mri in self.chains[model][run]["mri"]]
+        return [self.balance(model, mri) for mri in self.chains[model][run]["mri"]]
 
     def around(self, model: str, run: str) -> ImbalanceShift:
         """The balance around the shift to a run."""
@@ -377,10 +381,9 @@ class Evidence:
 
     def modes(self, model: str) -> float:
         """How far the balance in evaluation on the old text is from that at the end of training on it."""
-        config = CptMoeConfig.from_preset(f"{model}-tiny")
         asked = statistics.fmean(self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old])
         trained = statistics.fmean(self.curve(model, PRETRAINED)[-MEAN_STEPS:])
-        return abs(normalized_imbalance(asked, config.num_experts, config.num_experts_per_tok) - trained)
+        return abs(self.balance(model, asked) - trained)
 
     def saturation(self, model: str) -> list[float]:
         """Share of the experts of a token of the old text that the run without replay kept, by layer."""
@@ -457,13 +460,11 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
 
     `seeds_needed` of what is undecided: about how many decide it if the mean is what it seems, None if none would.
     """
-    mean, num = statistics.fmean(values), len(values)
-    found: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": num, "seeds_needed": None}
-    if num < 2:
-        return found | {"verdict": "undecided"}
     confidence = 2 * CONFIDENCE - 1 if kind == "within" else CONFIDENCE
-    spread = statistics.stdev(values)
-    half = t_quantile((1 + confidence) / 2, num - 1) * spread / math.sqrt(num)
+    mean, half = t_interval(values, confidence)
+    found: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": len(values), "seeds_needed": None}
+    if half is None:
+        return found | {"verdict": "undecided"}
     low, high = mean - half, mean + half
     sides = {  # of the interval: what confirms, what refutes, and how far the mean is from what decides
         "more": (low > 0, high < 0, abs(mean)),
@@ -474,7 +475,8 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
     confirmed, refuted, distance = sides[kind]
     verdict = "confirmed" if confirmed else "refuted" if refuted else "undecided"
     if verdict == "undecided" and distance > 0:
-        found["seeds_needed"] = math.ceil((t_quantile((1 + confidence) / 2, 30) * spread / distance) ** 2) + 1
+        reach = t_quantile((1 + confidence) / 2, 30) * statistics.stdev(values)
+        found["seeds_needed"] = math.ceil((reach / distance) ** 2) + 1
     return found | {"low": low, "high": high, "verdict": verdict}
 
 

@@ -166,14 +166,14 @@ class Estimate(NamedTuple):
         return f"{self.mean * factor:.{digits}f}{half}"
 
 
-def t_interval(values: Sequence[float]) -> Estimate:
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Mean of independent values with Student's t-interval."""
     if not values:
         raise ValueError("an interval needs at least one value.")
     if len(values) == 1:
         return Estimate(values[0], None)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(statistics.fmean(values), t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * error)
+    return Estimate(statistics.fmean(values), t_quantile((1 + confidence) / 2, len(values) - 1) * error)
 
 
 def t_quantile(probability: float, degrees: int) -> float:
