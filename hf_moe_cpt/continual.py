@@ -91,8 +91,8 @@ def check_arguments(model: StartArguments, training: CPTConfig, parallel: dict[s
     if model.preset is not None and (training.model_init_kwargs or model.quantization()):
         raise ValueError("--model_init_kwargs and --load_in_... read a model, and --preset makes one: leave them out.")
     if model.serve_as is not None:
-        named = model.preset_config() or read_config(model.model_name_or_path, revision=model.model_revision)
-        check_servable(named, model.serve_as)
+        options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+        check_servable(model.preset_config() or read_config(model.model_name_or_path, **options), model.serve_as)
     model.check_adapter()
     if training.use_liger_kernel:
         require("liger_kernel", needed_by="--use_liger_kernel")
