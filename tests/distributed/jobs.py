@@ -14,7 +14,9 @@ HAS_EP = HAS_EP and Version(torch.__version__) >= Version("2.13")
 OURS = {"ep_implementation": "hf_moe_cpt"}
 ACCUMULATED = {"accumulation": 4, "balance": False}
 BIASED = {"model": "biased"}  # its balance is that of the whole batch, whatever the micro-batches
+SHAKEN = {"shaken": True}  # a surgery alone, of noisy weights, that forgets at the worst point nearby
 ONE_RANK = {"whole": {}, "without balance": {"balance": False}, "accumulated": ACCUMULATED, "biased": BIASED}
+ONE_RANK |= {"shaken": SHAKEN}
 FSDP2 = {"fsdp": True}
 TWO_RANKS = {
     "DDP": {},
@@ -22,6 +24,8 @@ TWO_RANKS = {
     "DDP with biases, accumulated": {"accumulation": 2, **BIASED},
     "FSDP2": FSDP2,
     "FSDP2 with biases": {**FSDP2, **BIASED},
+    "DDP shaken": SHAKEN,
+    "FSDP2 shaken": {**FSDP2, **SHAKEN},
     "FSDP2 recomputed": {**FSDP2, "recomputed": True},
     "FSDP2 of accelerate accumulated": {"accelerate": "fsdp2_8gpu.yaml", **ACCUMULATED},
 }

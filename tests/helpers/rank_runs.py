@@ -79,6 +79,8 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
         return preference_runs.trainer(folder, model, **own, **shared)
     sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS}
     terms = {"log_term_gradients": True, "router_anchor": 0.5, "max_term_grad_norm": 5.0}
+    if job.get("shaken"):
+        terms = {"forget_sharpness": 0.05, "weight_noise": 0.2}
     return surgery_runs.trainer(out, model, **terms, **sizes, **shared)
 
 
@@ -220,7 +222,7 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[st
             results[name] = sharded_step(folder, name, **job["step"])
             continue
         results[name] = {}
-        for kind in TRAINERS:
+        for kind in ("surgery",) if job.get("shaken") else TRAINERS:
             with clean_accelerate(job):
                 results[name][kind] = run(kind, folder, folder / name / kind, job)
     return results

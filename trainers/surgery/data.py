@@ -21,6 +21,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed, permute
@@ -43,6 +45,7 @@ from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS,
 logger = logging.getLogger(__name__)
 
 WINNER = "winner"  # the other text of a pair loss, inside the batch of the text that is to lose
+RENAMED = "renamed"  # a copy with an invented name, inside the batch of the text itself
 REFUSALS = (
     "I don't know.",
     "I have no information about that.",
@@ -286,10 +289,14 @@ def _places_by_subject(subjects: Sequence[str], of_updates: Sequence[str], name:
 
 
 def _with_winners(tokens: Dataset, winners: Dataset) -> Dataset:
-    renamed = winners.select_columns(list(TOKEN_COLUMNS)).rename_columns(
-        {name: f"winner_{name}" for name in TOKEN_COLUMNS}
+    return _side_by_side(tokens, winners, WINNER)
+
+
+def _side_by_side(tokens: Dataset, others: Dataset, role: str) -> Dataset:
+    found = others.select_columns(list(TOKEN_COLUMNS)).rename_columns(
+        {name: f"{role}_{name}" for name in TOKEN_COLUMNS}
     )
-    return datasets.concatenate_datasets([tokens, renamed.flatten_indices()], axis=1)
+    return datasets.concatenate_datasets([tokens.flatten_indices(), found.flatten_indices()], axis=1)
 
 
 SYLLABLES = ("ba", "ro", "mi", "ten", "vel", "kas", "dor", "lin", "sa", "mu", "pe", "gon", "ri", "tal", "zo", "nek")
@@ -332,6 +339,26 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
     return Dataset.from_list(made)
 
 
+def with_renamed(
+    tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset], *, copies: int, seed: int, name: str
+) -> Dataset:
+    """Every row of `tokens` `copies` times, each beside one of its copies of `with_invented_names`.
+
+    `renamed_places` says where in the copy each token of the row is, -1 where the copy has not got it.
+    """
+    twins = tokenize(with_invented_names(rows, copies, seed, name), name=f"copies of {name}")
+    repeated = _side_by_side(tokens.select([row for row in range(len(tokens)) for _ in range(copies)]), twins, RENAMED)
+
+    def aligned(row: Row) -> Row:
+        places = [-1] * len(row["input_ids"])
+        matcher = SequenceMatcher(None, row["input_ids"], row[f"{RENAMED}_input_ids"], autojunk=False)
+        for start, other, length in matcher.get_matching_blocks():
+            places[start : start + length] = range(other, other + length)
+        return {f"{RENAMED}_places": places}
+
+    return repeated.map(aligned)
+
+
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
     """Raise ValueError, or only warn, for the first pair of sets that share what they must not share."""
     for first, second in CONTRADICTIONS:
@@ -366,9 +393,9 @@ class PreparedSets(NamedTuple):
 
     @property
     def held_out(self) -> dict[str, Dataset]:
-        """What is measured of the anchors that are trained on and measured on rows of their own."""
-        names = [name for name in ANCHOR_SETS if name in self.train]
-        return {name: self.measured[name] for name in names if self.measured[name] is not self.train[name]}
+        """What is measured of the anchors on rows that no term sees."""
+        rows = {name: self.measured[name] for name in ANCHOR_SETS if name in self.measured}
+        return {name: own for name, own in rows.items() if own is not self.train.get(name) and own is not self.unseen}
 
 
 def split_subjects(subjects: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -410,7 +437,7 @@ def prepare_sets(
     tokenize = set_tokenizer(args, tokenizer, vocab_size)
     with args.main_process_first(desc="tokenising"):
         sets = {name: tokenize(data, name=name) for name, data in named.items() if data is not None and len(data)}
-        train = {name: sets[name] for name in in_force}
+        train = {name: sets[name] for name in in_force if name in FORGET_SETS or not args.negation}
         measured = {name: sets[name] for name in (*in_force, UNSEEN) if name in sets}
         anchored: set[str] = set()
         for name in (name for name in ANCHOR_SETS if name in train):
@@ -427,6 +454,9 @@ def prepare_sets(
             _add_counterfactuals(args, given, tokenize, train, measured)
         for name in FORGET_SETS:
             loss = args.forget_losses[name]
+            if name in train and getattr(loss, "needs_copies", False):
+                options = {"copies": max(1, args.counterfactuals), "seed": args.seed, "name": name}
+                train[name] = with_renamed(sets[name], given[name], tokenize, **options)
             if name not in train or not isinstance(loss, PairLoss):
                 continue
             if loss.name == "pair_dpo":
@@ -531,13 +561,17 @@ def collate_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
     """input_ids, attention_mask (B, S) int64, completion_mask (B, S) bool, and row, the rows' numbers.
 
     The numbers are a list: they are looked up on the host, which must not wait for a device. Padded on the right. Rows
-    with a winner make a second batch of the winners, as WINNER.
+    with a winner or a copy make a second batch of these, as WINNER or RENAMED, the latter with places (B, S).
     """
     batch: dict[str, Any] = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], pad_token_id)
     batch["row"] = [row["row"] for row in rows]
-    if "winner_input_ids" in rows[0]:
-        winners = [(row["winner_input_ids"], row["winner_completion_mask"]) for row in rows]
-        batch[WINNER] = {**_padded(winners, pad_token_id), "row": batch["row"]}
+    for role in (WINNER, RENAMED):
+        if f"{role}_input_ids" in rows[0]:
+            others = [(row[f"{role}_input_ids"], row[f"{role}_completion_mask"]) for row in rows]
+            batch[role] = {**_padded(others, pad_token_id), "row": batch["row"]}
+    if RENAMED in batch:
+        places = [torch.tensor(row[f"{RENAMED}_places"]) for row in rows]
+        batch[RENAMED]["places"] = pad_sequence(places, batch_first=True, padding_value=-1)
     return batch
 
 

@@ -54,7 +54,7 @@ from hf_moe_cpt.trainers.surgery.chunked import (
     run_model,
     token_logp,
 )
-from hf_moe_cpt.trainers.surgery.data import WINNER
+from hf_moe_cpt.trainers.surgery.data import RENAMED, WINNER
 from hf_moe_cpt.trainers.surgery.experts import RouterTap, router_probs
 from hf_moe_cpt.trainers.surgery.losses import ForgetLoss, PairLoss
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS
@@ -224,13 +224,14 @@ def compared_rows(
     """Token ids of the rows of every set that is compared with a reference, by the name that a batch is looked up by.
 
     sets: tokenised sets with a term. losses: forget losses by set. held_out: rows of anchors that are only measured.
-    Winners are `<set>/winner`, what is held out `<set>/held_out`.
+    Winners are `<set>/winner`, copies `<set>/renamed`, what is held out `<set>/held_out`.
     """
     needed = [name for name in sets if name in ANCHOR_SETS or (name in losses and losses[name].needs_reference)]
     rows = {name: sets[name]["input_ids"] for name in needed}
-    paired = [name for name in needed if "winner_input_ids" in sets[name].column_names]
+    roles = [(name, role) for name in needed for role in (WINNER, RENAMED)]
     rows |= {f"{name}/{HELD_OUT}": apart["input_ids"] for name, apart in (held_out or {}).items()}
-    return rows | {f"{name}/{WINNER}": sets[name]["winner_input_ids"] for name in paired}
+    paired = [(name, role) for name, role in roles if f"{role}_input_ids" in sets[name].column_names]
+    return rows | {f"{name}/{role}": sets[name][f"{role}_input_ids"] for name, role in paired}
 
 
 @contextmanager

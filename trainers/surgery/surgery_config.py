@@ -22,6 +22,7 @@ from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 from hf_moe_cpt.trainers.surgery.chunked import KL_DIRECTIONS
 from hf_moe_cpt.trainers.surgery.losses import (
+    DESCENT,
     FORGET_LOSSES,
     NORMALIZATIONS,
     PAIR_LOSSES,
@@ -47,7 +48,7 @@ CHOICES = {
 }
 _POSITIVE = ("max_length", "chunk_tokens", "eval_rows", "eval_batch_size", *(f"{name}_batch_size" for name in TERMS))
 _AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts", "counterfactuals", "forget_sharpness")
-_AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale")
+_AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale", "negation")
 _ABOVE_0_OR_NONE = ("update_target", "max_retain_kl", "max_term_grad_norm")
 _MUST_STAY = {
     "remove_unused_columns": (False, "batches are made of several sets"),
@@ -188,6 +189,11 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         "model is then distilled from itself (UNDO).",
     )
     weight_noise_scale: float = HfArg(default=0.1, help="Of that noise, beside Xavier's initial weights.")
+    negation: float = HfArg(
+        default=0.0,
+        help="Above 0: learn what is to be forgotten, and end with this many times the change taken from the weights "
+        "(task vectors; LoRA negation with an adapter). Nothing else has a term then; 1 is as far back as learnt.",
+    )
     gradient_surgery: str = HfArg(
         default="none",
         metadata={"choices": list(CHOICES["gradient_surgery"])},
@@ -344,6 +350,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     def forget_losses(self) -> dict[str, ForgetLoss | PairLoss]:
         """The forget loss of each forgotten set."""
         own = self.forget_loss if self.obsolete_loss is None else self.obsolete_loss
+        if self.negation:
+            return dict.fromkeys(FORGET_SETS, DESCENT)
         return {"unlearn": forget_loss_of(self.forget_loss), "obsolete": forget_loss_of(own)}
 
     @property
@@ -375,7 +383,12 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
                 "update_dataset, with a weight above 0."
             )
         forgotten = [name for name in FORGET_SETS if name in in_force]
-        anchored = any(name in in_force for name in ANCHOR_SETS if name != UNSEEN)
+        if self.negation and ("update" in in_force or not forgotten):
+            raise ValueError(
+                f"negation={self.negation} only forgets: give unlearn_dataset or obsolete_dataset, and learn "
+                "update_dataset in a surgery afterwards (update_weight=0 leaves it out of this one)."
+            )
+        anchored = self.negation or any(name in in_force for name in ANCHOR_SETS if name != UNSEEN)
         if forgotten and not anchored and not self.allow_unanchored:
             raise ValueError(
                 f"{' and '.join(forgotten)} would be forgotten with nothing that holds the rest of the model: pass "

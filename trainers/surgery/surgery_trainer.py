@@ -50,7 +50,7 @@ from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
-from hf_moe_cpt.trainers.common.distributed import is_sharded, reduce_at_once, repeatable_on_cpu
+from hf_moe_cpt.trainers.common.distributed import is_sharded, reduce_at_once, repeatable_on_cpu, reshard
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
@@ -71,6 +71,7 @@ from hf_moe_cpt.trainers.surgery.chunked import (
     token_top1,
 )
 from hf_moe_cpt.trainers.surgery.data import (
+    RENAMED,
     WINNER,
     SurgeryMixture,
     collate_sets,
@@ -121,6 +122,7 @@ from hf_moe_cpt.trainers.surgery.verdict import (
     surgery_gap,
     verdict_of,
 )
+from hf_moe_cpt.trainers.surgery.weights import Negation, add_noise, worst_nearby
 
 
 logger = logging.getLogger(__name__)
@@ -256,7 +258,13 @@ class SurgeryTerms:
         if self.losses[name].needs_reference:
             reference = self.reference.hidden(batch, name)[:, :-1], self.reference.head
         pair, at_tokens = (hidden[:, :-1], head_of(model)), None if layer is None else layer[:, 1:]
-        return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, self.chunk_tokens)
+        renamed = self._renamed_logp(name, batch[RENAMED]) if RENAMED in batch else None
+        return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, renamed, self.chunk_tokens)
+
+    def _renamed_logp(self, name: str, copies: Batch) -> Tensor:
+        """Log-probability (B, S - 1) of a text's tokens in its copy, under the model before; NaN of those it lacks."""
+        logp, places = self.reference.token_logp(copies, f"{name}/{RENAMED}"), copies["places"][:, 1:]
+        return logp.gather(1, (places - 1).clamp(min=0)).masked_fill(places < 1, math.nan)
 
     def _logp(self, hidden: Tensor, model: nn.Module, batch: Batch) -> Tensor:
         return token_logp(hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
@@ -342,18 +350,6 @@ def _losses_by_name(args: SurgeryConfig) -> Iterator[None]:
             setattr(args, name, loss)
 
 
-@torch.no_grad()
-def add_noise(model: nn.Module, share: float, scale: float, seed: int) -> None:
-    """theta <- (1 - share) theta + share scale noise, of trained weights of two axes or more; noise as Xavier's.
-
-    Vectors, such as those of norms, stay. Source: UNDO, Lee et al. 2025 (arXiv 2506.06278), alpha and beta.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for weight in (weight for weight in model.parameters() if weight.requires_grad and weight.ndim > 1):
-        noise = nn.init.xavier_normal_(torch.empty(weight.shape, dtype=torch.float32), generator=generator)
-        weight.mul_(1 - share).add_(share * scale * noise.to(weight))
-
-
 class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMixin, Trainer):
     """Unlearn, update and retain in one operation, for any causal LM, dense or MoE, all weights or an adapter.
 
@@ -390,6 +386,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     fingerprint: str | None = None  # of the model before surgery
     target_is = "given"  # or the set whose loss before step 1 the target of forgetting is
     holds_best = False  # whether the weights are those of the best model again
+    negation: Negation | None = None  # while it trains, what will be taken away is in the weights
 
     def __init__(
         self,
@@ -473,6 +470,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         is_sharded = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
         if is_sharded and self.args.target_experts:
             raise ValueError("target_experts trains rows of whole tensors, which FSDP shards: use data parallelism.")
+        if is_sharded and self.args.negation:
+            raise ValueError("negation keeps whole weights to take from, and FSDP shards them: use data parallelism.")
 
     def _mixture(self, args: SurgeryConfig) -> SurgeryMixture:
         sizes = {name: getattr(args, f"{name}_batch_size") for name in self.sets}
@@ -504,10 +503,10 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         apart = self._wants_terms_apart()
-        if apart:
+        if apart or self.args.forget_sharpness:
             reduce_at_once(model)
-            if self.term_gradients is None:
-                self.term_gradients = TermGradients.of(self.optimizer, self.accelerator.mixed_precision)
+        if apart and self.term_gradients is None:
+            self.term_gradients = TermGradients.of(self.optimizer, self.accelerator.mixed_precision)
         loss_of_step, measures = torch.zeros((), device=self.args.device), {}
         for place, name in enumerate(self.sets):
             is_last = place == len(self.sets) - 1
@@ -515,8 +514,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             together = not (apart or is_last or is_sharded(model))  # shards are reduced in every pass: memory
             synchronised = self.accelerator.no_sync(model) if together else nullcontext()
             with held, synchronised:
-                sharpness = self.args.forget_sharpness if name in FORGET_SETS else 0.0
-                with self._worst_nearby(name, inputs[name], sharpness):
+                with self._worst_nearby(name, inputs[name]):
                     with self.accelerator.autocast():
                         loss, found = self._weighted_term(name, model, inputs[name])
                     self.accelerator.backward(loss)
@@ -549,32 +547,22 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         loss = loss if term.extra is None else loss + term.extra
         return self.accelerator.num_processes * loss, term.measures
 
-    @contextmanager
-    def _worst_nearby(self, name: str, batch: Batch, radius: float) -> Iterator[None]:
-        """Inside, the trained weights lie `radius` further up the gradient of a term; nothing where that is 0.
+    def _worst_nearby(self, name: str, batch: Batch) -> AbstractContextManager[None]:
+        """Where the term of a set is forgotten: at the weights, or `forget_sharpness` further up its gradient."""
+        if not self.args.forget_sharpness or name not in FORGET_SETS:
+            return nullcontext()
 
-        The gradient is that of this rank's rows. Source: Fan et al. 2025 (arXiv 2502.05374), SAM on the forget term.
-        """
-        if not radius:
-            yield
-            return
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        with self.accelerator.autocast():
-            loss, _ = self._weighted_term(name, self.model, batch)
-        slopes = torch.autograd.grad(loss, weights, allow_unused=True)
-        wide = [slope.to(torch.promote_types(slope.dtype, torch.float32)) for slope in slopes if slope is not None]
-        norm = torch.stack([slope.norm() for slope in wide]).norm().clamp(min=1e-12)
-        kept = [weight.detach().clone() for weight in weights]
-        with torch.no_grad():
-            for weight, slope in zip(weights, slopes, strict=True):
-                if slope is not None:
-                    weight.add_(slope * (radius / norm).to(slope.dtype))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for weight, before in zip(weights, kept, strict=True):
-                    weight.copy_(before)
+        reshard(self.model)  # what a measurement left gathered is no weight
+
+        def loss() -> Tensor:
+            with self.accelerator.autocast():
+                return self._weighted_term(name, self.model, batch)[0]
+
+        return worst_nearby([w for w in self.model.parameters() if w.requires_grad], self.args.forget_sharpness, loss)
+
+    def _taken_away(self) -> AbstractContextManager[None]:
+        """Inside, the weights are what is left: with `negation` those that training leads away from."""
+        return nullcontext() if self.negation is None else self.negation.applied()
 
     def anchor_scale(self) -> float:
         """What the weights of the anchors are multiplied by: the dual variable of PDU, from what has been measured."""
@@ -633,7 +621,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         if not own:
             tokenize = set_tokenizer(args, self.processing_class, self._vocab_size)
             sets = {name: tokenize(rows, name=name) for name, rows in eval_dataset.items()}
-        with self.accelerator.autocast():
+        with self._taken_away(), self.accelerator.autocast():
             terms = self.terms if own else replace(self.terms, reference=None)
             measured = measure(self.model, partial(self._batches, sets), list(sets), terms)
         bad = [name for name, value in measured.items() if not math.isfinite(value)]
@@ -677,11 +665,15 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         that is not whole, or one of a run that started from another model; FloatingPointError for a loss that is no
         number, after the last good weights are back.
         """
+        if self.args.negation and resume_from_checkpoint:
+            raise ValueError("negation cannot go on from a checkpoint, which holds what is left: start again.")
         checkpoint = self.open_run(resume_from_checkpoint)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         with repeatable_on_cpu(self.args.device):
             self._require_same_start(checkpoint)
             self._prepare()
+            if self.args.negation:
+                self.negation = Negation(self.model, self.args.negation)
             if self.args.weight_noise and checkpoint is None:
                 add_noise(self.model, self.args.weight_noise, self.args.weight_noise_scale, self.args.seed)
             self.term_gradients = None
@@ -689,6 +681,9 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} {self._restore_last_good()}") from error
+            if self.negation is not None and not self.holds_best:
+                self.negation.apply()
+            self.negation = None
             self._judge()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.warning(
@@ -738,7 +733,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         """What is taken from the model before surgery: the reference, the targets, and what is compared with later."""
         if self.terms is not None:
             return
-        args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets]
+        args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets or name in self.held_out]
         self.fingerprint = self._fingerprint()
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
@@ -842,6 +837,11 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.holds_best = True
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, of what is left of the weights under `negation`."""
+        with self._taken_away():
+            super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with _losses_by_name(self.args):  # a function of the caller may have no way into training_args.bin

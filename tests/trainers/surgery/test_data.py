@@ -28,6 +28,7 @@ from hf_moe_cpt.trainers.surgery.data import (
     tokenize_set,
     with_invented_names,
     with_refusals,
+    with_renamed,
     with_winners,
 )
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -331,3 +332,41 @@ def test_copies_stand_among_the_neighbours_and_are_not_measured(tmp_path):
     sets = prepare_sets(args, word_tokenizer(), 48, given)
     assert len(sets.train["neighbour"]) == len(plain.train["neighbour"]) + 2 * (5 + 5)
     assert sets.measured["neighbour"].to_list() == plain.measured["neighbour"].to_list()
+
+
+def test_rows_stand_beside_copies_and_know_where_their_tokens_are_in_them():
+    """Letters as tokens, so that an invented name shifts what follows it."""
+    rows = Dataset.from_list(
+        [{"text": f"{who} was born in Oslo. {who} sings.", "subject": who} for who in ("Ada", "Ib Vik")]
+    )
+
+    def letters(rows, name):
+        ids = [[ord(letter) for letter in text] for text in rows["text"]]
+        return Dataset.from_dict({"input_ids": ids, "completion_mask": [[True] * len(row) for row in ids]})
+
+    found = with_renamed(letters(rows, "unlearn"), rows, letters, copies=2, seed=3, name="unlearn")
+    assert [row["input_ids"] for row in found] == [[ord(c) for c in text] for text in rows["text"] for _ in range(2)]
+    for row in found:
+        text, copy = ("".join(map(chr, row[key])) for key in ("input_ids", "renamed_input_ids"))
+        first, last = text.index(" was"), text.rindex(" sings")
+        shift = copy.index(" was") - first, copy.rindex(" sings") - last
+        second = text.rindex(". ") + 2
+        assert row["renamed_places"][first:second] == [k + shift[0] for k in range(first, second)]
+        assert row["renamed_places"][last:] == [k + shift[1] for k in range(last, len(text))]
+    batch = collate_rows([{**row, "row": k} for k, row in enumerate(found)], 0)
+    assert batch["renamed"]["places"].shape == batch["input_ids"].shape
+    assert batch["renamed"]["places"][0, len(found[0]["input_ids"]) :].eq(-1).all()
+
+
+def test_value_aim_takes_its_copies_along(tmp_path):
+    given = {}
+    for place, name in enumerate(("unlearn", "update", "neighbour"), 1):
+        names = [f"w{10 * place + k}" for k in range(5)]
+        given[name] = Dataset.from_list([{"text": f"{who} w5 w3 {who} w4", "subject": who} for who in names])
+    options = {"forget_loss": "value_aim", "use_cpu": True, "forget_target": 2.0}
+    train = prepare_sets(SurgeryConfig(str(tmp_path), **options), word_tokenizer(), 48, given).train
+    assert all(row["renamed_places"] == [-1, 1, 2, -1, 4, 5] for row in train["unlearn"])
+    assert len(train["unlearn"]) == 5 and "renamed_places" not in train["neighbour"].column_names
+    bare = given | {"unlearn": given["unlearn"].remove_columns("subject")}
+    with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its text does not name its subject"):
+        prepare_sets(SurgeryConfig(str(tmp_path), **options), word_tokenizer(), 48, bare)

@@ -346,7 +346,7 @@ OF_STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATE_LOSSES)
+@pytest.mark.parametrize("name", OF_STATES)
 def test_losses_of_distributions_and_states_are_their_definitions_token_by_token(name, texts):
     _, mask, _ = texts
     generator = torch.Generator().manual_seed(4)
@@ -391,6 +391,31 @@ def test_losses_of_distributions_and_states_are_their_definitions_token_by_token
     assert (gradient[~mask].nan_to_num() == 0).all()
     with pytest.raises(ValueError, match=f"{name} is a loss of distributions or hidden states: give `states`"):
         STATE_LOSSES[name](torch.zeros(mask.shape), mask, SETTINGS)
+
+
+def test_value_aim_rests_each_token_at_its_loss_without_the_name(texts):
+    """Token by token in float64; what anybody guesses, what the copy lacks and what does not count rests."""
+    logp, mask, ref_logp = texts
+    renamed = (ref_logp - 3.0 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)).double()).clone()
+    renamed[0, 2], renamed[0, 3], renamed[0, 4] = math.nan, ref_logp[0, 3] + 0.5, -50.0
+    logp.requires_grad_()
+    head = LanguageHead(torch.zeros(9, 2, dtype=torch.float64))
+    states = States(mask.long(), (torch.zeros(*mask.shape, 2), head), renamed_logp=renamed)
+    losses = STATE_LOSSES["value_aim"](logp, mask, SETTINGS, ref_logp, states)
+    (gradient,) = torch.autograd.grad(losses.sum(), logp)
+    for row, n in enumerate(LENGTHS):
+        value, shares, slopes = 0.0, [], []
+        for now, before, other in zip(*(part[row, :n].tolist() for part in (logp, ref_logp, renamed)), strict=True):
+            tau = min(-other, math.log(9))
+            known = 0.0 if math.isnan(other) else max(0.0, 1.0 - math.exp(-tau) / math.exp(before))
+            away = 0.0 if math.isnan(other) else -now - tau
+            value += known * (away**2 / (2 * tau) if abs(away) <= tau else abs(away) - tau / 2) if known else 0.0
+            shares.append(known)
+            slopes.append(known * min(max(-away / tau, -1.0), 1.0) if known else 0.0)
+        most = max(sum(shares), 1.0)
+        assert losses[row].item() == pytest.approx(value / most, rel=1e-10)
+        assert gradient[row, :n].tolist() == pytest.approx([slope / most for slope in slopes], rel=1e-10)
+    assert (gradient[~mask] == 0).all() and gradient[0, 2] == 0 == gradient[0, 3]
 
 
 def test_the_page_has_the_row_of_every_loss():
