@@ -9,28 +9,37 @@ they know. Selections drift even with frozen routers, because the layers below c
     targets         the M pairs (layer, expert) with the largest s: they and their routers are all that trains
     expert_anchor   mean over target layers and tokens of sum_e (g_e - a_e)^2, a_e = 1 for a target, else 0
     overlap         mean over tokens of |A n B| / K: `SaturationCounter` of hf_moe_cpt.routing.metrics
+    calibration     f_(l, e) = share of a set's choices that fall on an expert; a token of an anchor weighs the mean
+                    over its L K choices of c_(l, e) = max(f_forgotten / f_anchor, 1), over the anchor's mean of that
+    projection      a router's step dW <- dW (1 - U U^T), U an orthonormal basis of its inputs of retained text
 
 z are logits before any bias or group limit that a router chooses by. Where gates are sigmoids of z (DeepSeek-V3), g
 has the same order of experts, and does not see a constant that is added to all logits of a token. The anchor keeps the
-tokens at the experts that are to forget. Shared experts have no gate and are never targets.
+tokens at the experts that are to forget. Shared experts have no gate and are never targets. Calibration holds what the
+forgotten text uses most as often as that does; projection leaves the logits of retained text as they were, of all
+experts (theirs: of those that a token chose, with bounds on the others), while the layers below leave its inputs.
 
 Letters: L MoE layers in layer order, T = B S tokens of a batch, E routed experts, K experts per token; A, B the
-experts that a token chose then and now. Source: Zhuang et al. 2025 (SEUF, arXiv 2411.18797); layers are counted over
-MoE layers alone, so that a dense first layer has no number; the KL is ours.
+experts that a token chose then and now. Sources: Zhuang et al. 2025 (SEUF, arXiv 2411.18797), layers counted over MoE
+layers alone; calibration: TRACE, arXiv 2606.10338, after its abstract, since no weights are in it; projection: GRIP,
+Zhu et al. 2026, arXiv 2601.16905; the KL and the choice by contrast are ours.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, listen, moe_layers
@@ -42,13 +51,15 @@ from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 logger = logging.getLogger(__name__)
 
 WATCHED_SETS = ("unlearn", "retain")
+OF_MIXTURES = ("freeze_router", "router_anchor", "target_experts", "expert_calibration", "router_projection")
+CALIBRATION_LIMIT = 10.0  # most that c may be: experts that an anchor never uses cannot be held by it
 Batches = Callable[[str], Iterable[Mapping[str, Tensor]]]
 Expert = tuple[int, int]  # MoE layer and expert, both from 0
 
 
 def check_expert_settings(model: nn.Module, args: Any) -> None:
     """Raise ValueError for what needs a mixture of experts where there is none, or contradicts itself."""
-    wanted = [name for name in ("freeze_router", "router_anchor", "target_experts") if getattr(args, name)]
+    wanted = [name for name in OF_MIXTURES if getattr(args, name)]
     if not wanted:
         return
     layers = moe_layers(model)
@@ -232,6 +243,106 @@ def expert_affinity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -
     return (sums / num_texts).cpu()
 
 
+class ExpertCalibration:
+    """How much each token of an anchor weighs, so that the experts of what is forgotten are held as often as used."""
+
+    def __init__(self, model: nn.Module, batches: Batches, forgotten: Sequence[str], anchors: Sequence[str]) -> None:
+        used = {name: expert_use(model, batches(name)) for name in (*forgotten, *anchors)}
+        gone = torch.stack([used[name] for name in forgotten]).mean(0)
+        device = next(model.parameters()).device
+        self.factors = {name: calibration_factors(gone, used[name]).float().to(device) for name in anchors}
+        self.tap = RoutingTap(model, with_probabilities=False)
+
+    def shares(self, name: str, shape: torch.Size) -> Tensor:
+        """(B, S) of the pass just made inside `tap.listening()`; at the start 1 on average over the anchor."""
+        layers = self.tap.take(shape.numel())
+        of_layers = [row[layer.experts.long()].mean(-1) for row, layer in zip(self.factors[name], layers, strict=True)]
+        return torch.stack(of_layers).mean(0).view(shape)
+
+
+def calibration_factors(gone: Tensor, kept: Tensor) -> Tensor:
+    """c (L, E) over its mean over the anchor's choices. gone, kept: f (L, E) of forgotten and anchor text."""
+    ratio = torch.where(gone > kept, gone / kept.clamp(min=1e-12), 1.0).clamp(max=CALIBRATION_LIMIT)
+    return ratio / (ratio * kept).sum(1).mean()
+
+
+def expert_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """f (L, E) float64 on the CPU: share of the choices of tokens that count; rows sum to 1. Adds over ranks."""
+    tap = RoutingTap(model, with_probabilities=False)
+    shape = len(tap.layers), max(layer.num_experts for layer in tap.layers)
+    counts = torch.zeros(shape, dtype=torch.float64, device=next(model.parameters()).device)
+    for batch in batches:
+        mask = _tokens_that_count(batch).flatten()
+        with modes_kept(model), torch.no_grad(), tap.listening():
+            run_model(model.eval(), batch)
+            chosen = [layer.experts[mask].long().flatten() for layer in tap.take(mask.numel())]
+        counts += torch.stack([torch.bincount(index, minlength=shape[1]) for index in chosen])
+    if has_process_group():
+        dist.all_reduce(counts)
+    return (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
+
+
+class RouterProjection(TrainerCallback):
+    """Takes out of every step of the routers what their inputs of retained text, before surgery, would notice."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], share: float) -> None:
+        self.routers = [layer.router for layer in moe_layers(model)]
+        moments = router_input_moments(model, self.routers, batches)
+        self.bases = [principal_directions(moment, share) for moment in moments]
+        self._before: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Keep the routers as they are."""
+        self._before = [[weight.clone() for weight in _parts(router)] for router in self.routers]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Project what the step has added; a bias, which every input notices, goes back."""
+        for router, basis, kept in zip(self.routers, self.bases, self._before, strict=True):
+            for weight, before in zip(_parts(router), kept, strict=True):
+                step = (weight - before).to(basis.dtype)
+                seen = (step @ basis) @ basis.T if weight.ndim == 2 and weight.shape[1] == len(basis) else step
+                weight.copy_(before + (step - seen).to(weight.dtype))
+
+
+def _parts(router: nn.Module) -> list[Tensor]:
+    """What this rank holds of a router's weights: rows of them, where they are sharded."""
+    return [w.to_local() if isinstance(w, DTensor) else w for w in router.parameters() if w.requires_grad]
+
+
+def router_input_moments(
+    model: nn.Module, routers: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> list[Tensor]:
+    """Sum of x x^T (H, H), float64, of each router over its inputs x at tokens that are no padding; of all ranks."""
+    sums: dict[int, Tensor] = {}
+    for batch in batches:
+        mask = batch["attention_mask"].flatten().bool()
+
+        def hear(place: int, _: nn.Module, args: tuple, mask: Tensor = mask) -> None:
+            x = args[0].flatten(0, -2)[mask].double()
+            sums[place] = sums.get(place, 0.0) + x.T @ x
+
+        with modes_kept(model), torch.no_grad(), ExitStack() as hooks:
+            for place, router in enumerate(routers):
+                hooks.callback(router.register_forward_pre_hook(partial(hear, place)).remove)
+            run_model(model.eval(), batch)
+    if not sums:
+        raise ValueError("router_projection keeps retained text: give retain_dataset or neighbour_dataset.")
+    if has_process_group():
+        for total in sums.values():
+            dist.all_reduce(total)
+    return [sums[place] for place in range(len(routers))]
+
+
+def principal_directions(moment: Tensor, share: float) -> Tensor:
+    """U (H, r), float32: the fewest eigenvectors of a moment (H, H) that hold `share` of its trace."""
+    values, vectors = torch.linalg.eigh(moment)
+    held = values.flip(0).clamp(min=0.0).cumsum(0) / values.clamp(min=0.0).sum()
+    count = min(int((held < share).sum()) + 1, len(values))
+    return vectors.flip(1)[:, :count].float()
+
+
 def choose_experts(affinity: Tensor, num: int) -> list[Expert]:
     """The `num` experts with the largest affinity (L, E), best first; of equal ones the earlier."""
     best = affinity.flatten().argsort(descending=True, stable=True)[:num]
@@ -248,9 +359,18 @@ class ExpertTargets:
     num_trained: int  # weights that can change
 
 
-def target_experts(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], num: int) -> ExpertTargets:
-    """Make the `num` experts that the batches use most, and their routers, all that trains."""
-    targets = train_only_experts(model, choose_experts(expert_affinity(model, batches), num))
+def target_experts(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    num: int,
+    kept: Iterable[Mapping[str, Tensor]] | None = None,
+) -> ExpertTargets:
+    """Make the `num` experts that the batches use most, or most beyond what `kept` text does, all that trains.
+
+    Their routers train with them.
+    """
+    affinity = expert_affinity(model, batches) - (0.0 if kept is None else expert_affinity(model, kept))
+    targets = train_only_experts(model, choose_experts(affinity, num))
     logger.info("%d weights of %d experts are trained: %s.", targets.num_trained, num, ", ".join(targets.names))
     return targets
 

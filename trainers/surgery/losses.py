@@ -107,15 +107,18 @@ def next_token_kl(
     total: Tensor | int | None = None,
     direction: str = "forward",
     chunk_tokens: int = CHUNK_TOKENS,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Mean KL in nats per token, a scalar with gradient.
 
     states, reference: hidden states (B, S, H) and head of model and reference. mask: (B, S - 1) bool, positions whose
-    next token counts. normalization, total: as in `token_weights`.
+    next token counts. normalization, total: as in `token_weights`. shares: (B, S - 1), by which a token's weight is
+    multiplied.
     """
     (hidden, head), (ref_hidden, ref_head) = states, reference
     hidden, ref_hidden = hidden[:, :-1].flatten(0, 1), ref_hidden[:, :-1].flatten(0, 1)
-    weights = token_weights(mask, normalization, total).flatten()
+    weights = token_weights(mask, normalization, total)
+    weights = (weights if shares is None else weights * shares).flatten()
     return chunked_kl_sum(hidden, head, ref_hidden, ref_head, weights, direction, chunk_tokens)
 
 

@@ -44,11 +44,12 @@ CHOICES = {
     "normalization": NORMALIZATIONS,
     "kl_direction": tuple(KL_DIRECTIONS),
     "gradient_surgery": ("none", "project", "pcgrad"),
+    "target_experts_by": ("use", "contrast"),
     "reference": ("auto", "copy", "adapter", "cache"),
 }
 _POSITIVE = ("max_length", "chunk_tokens", "eval_rows", "eval_batch_size", *(f"{name}_batch_size" for name in TERMS))
 _AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts", "counterfactuals", "forget_sharpness")
-_AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale", "negation")
+_AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale", "negation", "router_projection")
 _ABOVE_0_OR_NONE = ("update_target", "max_retain_kl", "max_term_grad_norm")
 _MUST_STAY = {
     "remove_unused_columns": (False, "batches are made of several sets"),
@@ -264,6 +265,20 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     target_experts: int = HfArg(
         default=0, help="Train only this many experts, those that the unlearn set uses most; 0: all."
     )
+    target_experts_by: str = HfArg(
+        default="use",
+        metadata={"choices": list(CHOICES["target_experts_by"])},
+        help="use: those that the unlearn set uses most; contrast: most beyond what retained text does.",
+    )
+    expert_calibration: bool = HfArg(
+        default=False,
+        help="Weigh the tokens of the anchors so that the experts of what is forgotten are held as often as they are "
+        "used there (TRACE).",
+    )
+    router_projection: float = HfArg(
+        default=0.0,
+        help="No router moves along directions that hold this share (at most 1) of its inputs of kept text (GRIP).",
+    )
     expert_anchor: float = HfArg(
         default=1.0, help="With target_experts: weight of the pull of the routers towards them."
     )
@@ -313,6 +328,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
             )
         if not 0 <= self.weight_noise < 1:
             raise ValueError(f"weight_noise={self.weight_noise} must lie in [0, 1): 0 leaves the weights as they are.")
+        if self.router_projection > 1.0 or (self.router_projection and self.freeze_router):
+            raise ValueError(
+                f"router_projection={self.router_projection} must lie in [0, 1], and freeze_router leaves it nothing."
+            )
         for name in _ABOVE_0_OR_NONE:
             value = getattr(self, name)
             if value is not None and not value > 0.0:

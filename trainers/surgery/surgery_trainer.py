@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ from hf_moe_cpt.trainers.surgery.data import (
 )
 from hf_moe_cpt.trainers.surgery.experts import (
     Expert,
+    ExpertCalibration,
     ExpertTargets,
+    RouterProjection,
     RouterTap,
     SelectionWatch,
     check_expert_settings,
@@ -168,6 +171,7 @@ class SurgeryTerms:
     balanced_set: str | None = None  # the set on whose pass the load of experts is balanced
     balance: RouterBalance | None = None
     routers: RouterPull | None = None
+    calibration: ExpertCalibration | None = None
     # what a measured set is called in the reference; others are not compared with it
     compared: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ANCHOR_SETS})
 
@@ -213,9 +217,11 @@ class SurgeryTerms:
     def _anchor(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
         mask = counted_targets(batch)
         is_held = self.routers is not None and self.routers.anchor > 0
-        with self._listening(is_held) as logits, self._balanced(name, batch):
+        tap = nullcontext() if self.calibration is None else self.calibration.tap.listening()
+        with self._listening(is_held) as logits, self._balanced(name, batch), tap:
             hidden = run_model(model, batch)
-        value = self.kl(name, (hidden, head_of(model)), batch, total)
+            shares = None if self.calibration is None else self.calibration.shares(name, batch["input_ids"].shape)
+        value = self.kl(name, (hidden, head_of(model)), batch, total, shares)
         measures, penalty = {f"{name}/kl": value.detach()}, self._penalty(name, value)
         if not is_held:
             return Term(value, penalty, measures)
@@ -224,8 +230,18 @@ class SurgeryTerms:
         extra = self.routers.anchor * drift + (0.0 if penalty is None else penalty)
         return Term(value, extra, measures | {f"{name}/router_kl": drift.detach()})
 
-    def kl(self, name: str, states: tuple[Tensor, LanguageHead], batch: Batch, total: Tensor | int | None) -> Tensor:
-        """Mean KL from the reference, a scalar, of a model's hidden states (B, S, H) with its head."""
+    def kl(
+        self,
+        name: str,
+        states: tuple[Tensor, LanguageHead],
+        batch: Batch,
+        total: Tensor | int | None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
+        """Mean KL from the reference, a scalar, of a model's hidden states (B, S, H) with its head.
+
+        shares: (B, S), what the tokens weigh beside one another.
+        """
         return next_token_kl(
             states,
             (self.reference.hidden(batch, name), self.reference.head),
@@ -234,6 +250,7 @@ class SurgeryTerms:
             total=total,
             direction=self.kl_direction,
             chunk_tokens=self.chunk_tokens,
+            shares=None if shares is None else shares[:, :-1],
         )
 
     def _balanced(self, name: str, batch: Batch) -> AbstractContextManager[None]:
@@ -747,6 +764,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             balanced_set=self.balanced_set,
             balance=self.balance,
             routers=self._pull_on_routers(),
+            calibration=self._calibration(),
             compared={name: f"{name}/{HELD_OUT}" if name in self.held_out else name for name in anchors},
         )
         self.aims.start = self._measured(self.measured_sets)
@@ -826,13 +844,29 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
     def _pull_on_routers(self) -> RouterPull | None:
         args = self.args
+        if args.router_projection:
+            self.add_callback(RouterProjection(self.model, self._retained(), args.router_projection))
         if args.target_experts:
-            rows = self._batches(self.sets, "unlearn", max_rows=len(self.sets["unlearn"]))
-            self.targets = target_experts(self.model, rows, args.target_experts)
+            kept = self._retained() if args.target_experts_by == "contrast" else None
+            self.targets = target_experts(self.model, self._rows_of("unlearn"), args.target_experts, kept)
         if not (args.router_anchor or args.target_experts):
             return None
         chosen = [] if self.targets is None else self.targets.chosen
         return RouterPull(RouterTap(self.model), args.router_anchor, args.expert_anchor, chosen)
+
+    def _rows_of(self, name: str) -> Iterator[Batch]:
+        """All rows of a set with a term, this rank's share of them."""
+        return self._batches(self.sets, name, max_rows=len(self.sets[name]))
+
+    def _retained(self) -> Iterator[Batch]:
+        """All rows of the anchors about what was read."""
+        return chain.from_iterable(self._rows_of(name) for name in ("retain", "neighbour") if name in self.sets)
+
+    def _calibration(self) -> ExpertCalibration | None:
+        if not self.args.expert_calibration:
+            return None
+        sets = [[name for name in names if name in self.sets] for names in (FORGET_SETS, ANCHOR_SETS)]
+        return ExpertCalibration(self.model, self._rows_of, *sets)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -368,3 +368,63 @@ def test_adapters_of_routers_are_frozen_too():
     freeze(model, ["router"])
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".gate." in name)
     assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_the_chosen_are_those_that_kept_text_does_not_use():
+    """By use alone the expert that everybody uses comes first."""
+    model, gone, kept = moe_model("mixtral"), padded_batch(0), padded_batch(1)
+    used, also = (experts.expert_affinity(model, [batch]) for batch in (gone, kept))
+    want = experts.choose_experts(used - also, 2)
+    assert want != experts.choose_experts(used, 2), "or nothing is shown"
+    assert experts.target_experts(model, [gone], 2, [kept]).chosen == want
+
+
+def test_calibrated_anchors_use_critical_experts_as_often_as_forgotten_text():
+    """One choice in one layer, in closed form; then a model that chooses two experts in each of two layers."""
+    gone, kept = torch.tensor([[0.6, 0.3, 0.1]]).double(), torch.tensor([[0.2, 0.3, 0.5]]).double()
+    (weights,) = experts.calibration_factors(gone, kept)
+    torch.testing.assert_close(weights / weights[1], torch.tensor([3.0, 1.0, 1.0]).double())
+    torch.testing.assert_close((weights * kept[0]).sum(), torch.tensor(1.0).double())
+    assert experts.calibration_factors(gone, torch.tensor([[0.0, 0.5, 0.5]]).double()).isfinite().all()
+    model, rows = moe_model("qwen2_moe"), {"unlearn": padded_batch(0), "retain": padded_batch(1)}
+    found = experts.ExpertCalibration(model, lambda name: [rows[name]], ["unlearn"], ["retain"])
+    batch = rows["retain"]
+    with found.tap.listening(), torch.no_grad():
+        model(**batch)
+        shares = found.shares("retain", batch["input_ids"].shape)
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    counts = batch["attention_mask"].bool()
+    per_layer = []
+    for z, factors in zip(logits, found.factors["retain"], strict=True):
+        chosen = z.topk(model.config.num_experts_per_tok, -1).indices
+        per_layer.append(factors[chosen].mean(-1).view(counts.shape))
+    torch.testing.assert_close(shares, sum(per_layer) / len(per_layer))
+    assert shares[counts].mean().item() == pytest.approx(1.0, rel=1e-5) and shares.std() > 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_projected_step_is_not_seen_by_retained_text(share):
+    """Logits of retained inputs in float64, with all of their directions or the largest; what is left still moves."""
+    model, kept = moe_model("deepseek_v3"), padded_batch(0)
+    callback = experts.RouterProjection(model, [kept], share)
+    routers, inputs = find_routers(model), {}
+    hooks = [r.register_forward_pre_hook(lambda m, a, r=r: inputs.update({r: a[0].flatten(0, -2)})) for r in routers]
+    with torch.no_grad():
+        model(**kept)
+    for hook in hooks:
+        hook.remove()
+    callback.on_pre_optimizer_step()
+    before = [router.weight.detach().clone() for router in routers]
+    with torch.no_grad():
+        for router in routers:
+            router.weight.add_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(1)))
+    callback.on_optimizer_step()
+    for router, start, basis in zip(routers, before, callback.bases, strict=True):
+        x = inputs[router][kept["attention_mask"].flatten().bool()].double()
+        step = (router.weight.detach() - start).double()
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        assert values[-basis.shape[1] :].sum() >= share * values.sum() * (1 - 1e-9)
+        assert basis.shape[1] == 1 or values[1 - basis.shape[1] :].sum() < share * values.sum()
+        assert (step @ vectors[:, -basis.shape[1] :]).abs().max() < 1e-5
+        assert basis.shape[1] == len(values) or step.abs().max() > 0.1

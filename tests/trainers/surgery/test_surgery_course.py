@@ -225,6 +225,38 @@ def test_routers_can_be_frozen_and_held_and_are_watched(tmp_path):
     assert logged(run.state.log_history, "retain/router_kl")[0] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_mixture_is_forgotten_by_contrast_with_calibrated_anchors_and_projected_routers(tmp_path):
+    """One step at a rate of 0.05: inputs of the first router stay, as all below it does, and so do its logits."""
+    options = {
+        "expert_calibration": True,
+        "router_projection": 1.0,
+        "target_experts": 2,
+        "target_experts_by": "contrast",
+    }
+    run = trainer(tmp_path / "run", "cpt_moe", max_steps=1, learning_rate=0.05, **options)
+    batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))["retain"]
+    ask = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "output_router_logits": True}
+    with torch.no_grad():
+        before = run.model.eval()(**ask).router_logits[0].clone()
+    run.train()
+    with torch.no_grad():
+        after = run.model.eval()(**ask).router_logits[0]
+    counts = batch["attention_mask"].bool().flatten()
+    assert_matches("logits", after[counts], before[counts], 1e-4)
+    assert (
+        logged(run.state.log_history, "retain/kl")[0] == pytest.approx(0.0, abs=1e-5) and len(run.targets.chosen) == 2
+    )
+    for changes, said in (
+        ({"router_projection": 1.5}, r"router_projection=1.5 must lie in \[0, 1\]"),
+        ({"router_projection": 0.5, "freeze_router": True}, "router_projection=0.5 must lie"),
+        ({"target_experts_by": "size"}, "target_experts_by"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trainer(tmp_path / "bad", "cpt_moe", **changes)
+    with pytest.raises(ValueError, match="expert_calibration=True is for mixtures of experts, and LlamaForCausalLM"):
+        trainer(tmp_path / "dense", expert_calibration=True)
+
+
 @pytest.mark.parametrize("name", ["undial", "rmu"])
 def test_losses_of_distributions_and_states_see_the_batch_of_their_set(tmp_path, name):
     run = trainer(tmp_path / "run", forget_loss=name, forget_layer=0, forget_target=None)
