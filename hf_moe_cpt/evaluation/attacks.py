@@ -7,6 +7,7 @@
 | relearn, benign | trained on documents of neighbours, of retain if there are none | all subjects of unlearn |
 | quantise | weights rounded to 8 or to 4 bits | unlearn, update, retain |
 | prefix | nothing; the question is put in other ways | unlearn |
+| routes | mixtures: each token takes the experts, with the gates, that it took before surgery | unlearn, obsolete |
 
 Each leaves the model bit for bit as it was. Sources: relearning Hu et al. 2024 (arXiv 2406.13356), quantisation Zhang
 et al. 2024 (2410.16454), NF4 Dettmers et al. 2023 (2305.14314); the splits and wordings are ours.
@@ -15,7 +16,8 @@ et al. 2024 (2410.16454), NF4 Dettmers et al. 2023 (2305.14314); the splits and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -40,10 +42,12 @@ from hf_moe_cpt.evaluation.scoring import (
     room_of,
     score_options,
 )
-from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
+from hf_moe_cpt.routing.hooks import moe_layers
+from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, head_of, run_model, token_logp
 
 
 QUANTISED_SETS = ("unlearn", "update", "retain")
+ROUTED_SETS = ("unlearn", "obsolete")
 BITS = (8, 4)
 BLOCK = 64  # weights that share a scale
 MAX_GRAD_NORM = 1.0
@@ -57,11 +61,17 @@ PREFIXES = {
 
 
 def attack(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bench: SurgeryBench, s: EvalSettings, bar: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bench: SurgeryBench,
+    s: EvalSettings,
+    reference: PreTrainedModel | None = None,
+    bar: bool = False,
 ) -> dict[str, Any]:
     """Every attack of the settings by name; {} where nothing of unlearn can be asked. bar: show the progress.
 
-    Under several processes all train alike and share the questions.
+    reference: the model before surgery; without one, or where it is no mixture of experts, "routes" is left out. Under
+    several processes all train alike and share the questions.
     """
     asked = questions_of(bench, "unlearn", tokenizer, model, s, kinds=("mcq",))
     if not asked:
@@ -71,7 +81,9 @@ def attack(
         "quantise": lambda: quantise(model, tokenizer, bench, s),
         "prefix": lambda: prefix(model, tokenizer, [question.row for question in asked], s),
     }
-    return {name: made[name]() for name in s.attacks}
+    if reference is not None and reference is not model and moe_layers(reference):
+        made["routes"] = lambda: routes(model, reference, tokenizer, bench, s)
+    return {name: made[name]() for name in s.attacks if name in made}
 
 
 def answers_of(model: PreTrainedModel, asked: Sequence[AskedQuestion], batch_size: int) -> dict[str, Any]:
@@ -228,6 +240,63 @@ def prefix(
         name: answers_of(model, ask(rows, tokenizer, room, template), s.batch_size)
         for name, template in PREFIXES.items()
     }
+
+
+def routes(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bench: SurgeryBench,
+    s: EvalSettings,
+) -> dict[str, Any]:
+    """{set: answers_of} where a mixture routes as it did before: what a router hides, its experts still say."""
+    asked = {name: questions_of(bench, name, tokenizer, model, s, kinds=("mcq",)) for name in ROUTED_SETS}
+    with routes_of(model, reference):
+        return {name: answers_of(model, questions, s.batch_size) for name, questions in asked.items() if questions}
+
+
+@contextmanager
+def routes_of(model: PreTrainedModel, reference: PreTrainedModel) -> Iterator[None]:
+    """Inside, each pass of `model` runs the experts, with the gates, that `reference` runs on the same tokens.
+
+    Costs a pass of the reference. Raises ValueError where the layers of both are not alike, or where experts are not
+    called with choices and gates (T, K).
+    """
+    ours, theirs = moe_layers(model), moe_layers(reference)
+    if [layer.num_experts for layer in ours] != [layer.num_experts for layer in theirs]:
+        raise ValueError(
+            f"{len(theirs)} layers of experts cannot route for {len(ours)}: give the model before surgery."
+        )
+    taken: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def follow(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            reference(*args, **kwargs)
+
+    def keep(place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        taken[place] = _choices_and_gates(module, args, kwargs)
+
+    def replay(place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        new = dict(zip(map(id, _choices_and_gates(module, args, kwargs)), taken.pop(place), strict=True))
+        turned = {name: new.get(id(part), part) for name, part in kwargs.items()}
+        return tuple(new.get(id(part), part) for part in args), turned
+
+    with ExitStack() as hooks:
+        hooks.callback(causal_lm_of(model).register_forward_pre_hook(follow, with_kwargs=True).remove)
+        for layers, hook in ((theirs, keep), (ours, replay)):
+            for place, layer in enumerate(layers):
+                handle = layer.experts.register_forward_pre_hook(partial(hook, place), with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
+
+
+def _choices_and_gates(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    parts = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+    choices = [part for part in parts if not part.is_floating_point() and part.ndim == 2]
+    gates = [part for part in parts if part.is_floating_point() and choices and part.shape == choices[0].shape]
+    if not gates:
+        raise ValueError(f"{type(module).__name__} is not called with choices and gates: leave the attack routes out.")
+    return choices[0], gates[-1]
 
 
 @contextmanager

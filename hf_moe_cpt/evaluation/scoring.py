@@ -289,7 +289,7 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
 
 
 PARTS = ("questions", "answers", "texts", "continuations", "divergence", "robustness")
-ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix"), "none"
+ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix", "routes"), "none"
 KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has none of these
     "unlearn": ("mcq", "cloze", "paraphrase"),
     "obsolete": ("mcq",),
@@ -696,6 +696,7 @@ def _of_attacks(attacks: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence
         for bits, of_sets in attacks.get("quantise", {}).items()
         for set_name, columns in of_sets.items()
     ]
+    answers += [("accuracy_old_routes", name, columns) for name, columns in attacks.get("routes", {}).items()]
     answers += [(f"prefix_{name}", FORGOTTEN, columns) for name, columns in attacks.get("prefix", {}).items()]
     for metric, set_name, columns in answers:
         yield metric, set_name, columns["subject"], lambda columns=columns: columns["right"]

@@ -110,6 +110,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
 from hf_moe_cpt.reading import read_config, read_json, read_model, read_tokenizer, reading
+from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
 
 
@@ -365,7 +366,7 @@ MEASURES: dict[str, Callable[[Subject], Raw]] = {
     "texts": measure_texts,
     "continuations": measure_continuations,
     "divergence": measure_divergence,
-    "robustness": lambda subject: attack(*subject[:4], bar=subject.bar),
+    "robustness": lambda subject: attack(*subject),
 }
 
 
@@ -599,7 +600,7 @@ def missing_lines(
         needed = [part for part in PARTS if part != "divergence" or (side != "before" and "before" in raws)]
         lines += [f"{side}: the part {part} was not measured (--parts)" for part in needed if part not in raw]
         attacks = raw.get("robustness", {})
-        absent = [attack for attack in ATTACKS if attack not in attacks]
+        absent = [attack for attack in ATTACKS if attack not in (*attacks, "routes")]
         if attacks:
             lines += [f"{side}: the attack {attack} was not made (--robustness)" for attack in absent]
         elif "robustness" in raw:
@@ -893,7 +894,9 @@ class SurgeryEvaluation:
     def _measure(self, side: str, parts: list[str]) -> None:
         model, is_main = load_whole(self.models[side], self.arguments), self.state.is_main_process
         for part in parts:
-            reference = load_whole(self.models["before"], self.arguments) if part == "divergence" else None
+            has_routes = part == "robustness" and "routes" in self.settings.attacks and bool(moe_layers(model))
+            needs_reference = part == "divergence" or (has_routes and side == "after" and "before" in self.models)
+            reference = load_whole(self.models["before"], self.arguments) if needs_reference else None
             settings = replace(self.settings, parts=[part])
             found = evaluate_model(model, self.tokenizer, self.bench, settings, reference, bar=is_main)
             if is_main:

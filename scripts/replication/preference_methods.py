@@ -37,9 +37,8 @@ import itertools
 import math
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,11 +61,16 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
     Crew,
+    Place,
     Records,
+    Walk,
     check_request,
+    end_of,
     open_folder,
     plotting,
     quiet_process,
+    tell_rest,
+    walk,
     write_page,
     write_results,
 )
@@ -750,17 +754,12 @@ def reward_at(curve: Sequence[Mapping[str, Any]], nats: float) -> list[float] | 
 # ---- tuning ----
 
 
-@dataclass
-class Search:
-    """The way of a cell through its grid. best: the best place so far, at first where the way begins."""
+class Search(Walk):
+    """The way of a cell through its grid."""
 
-    cell: Cell
-    best: tuple[int, ...] = ()
-    is_inside: bool = False
-    scores: dict[tuple[int, ...], float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.best = (*self.best, 0, 0, 0)[: len(self.axes)]
+    def __init__(self, cell: Cell, best: tuple[int, ...] = ()) -> None:
+        self.cell = cell
+        super().__init__((*best, 0, 0, 0)[: len(self.axes)])
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -772,22 +771,10 @@ class Search:
         """The run of a place in the grid."""
         return Run(self.cell, world, seed, split, tuple(zip(self.axes, place, strict=True)))
 
-    def wanted(self) -> list[tuple[int, ...]]:
-        """The best place and its neighbours along every axis, as far as they are not known."""
-        places = [self.best]
-        for axis in range(len(self.best)):
-            places += [tuple(v + sign * (n == axis) for n, v in enumerate(self.best)) for sign in (-1, 1)]
-        return [place for place in places if place not in self.scores]
-
-    def learn(self, records: Records) -> None:
-        """Read the records of the wanted places, and move to the best one."""
-        for place in self.wanted():
-            record = records[self.run_at(place).name]
-            found = record.get("at", {}).get(f"{TARGET:g}")
-            far = record["curve"][-1]["kl"] if "curve" in record else -1.0
-            self.scores[place] = float(np.mean(found)) if found else -1e6 + far  # whoever does not get there
-        best = max(self.scores, key=lambda place: (self.scores[place], [-abs(step) for step in place]))
-        self.is_inside, self.best = best == self.best, best
+    def score_of(self, place: Place, record: Mapping[str, Any]) -> float:
+        """Mean reward at TARGET; who does not get there is worth less, the more the less far."""
+        found = record.get("at", {}).get(f"{TARGET:g}")
+        return float(np.mean(found)) if found else -1e6 + (record["curve"][-1]["kl"] if "curve" in record else -1.0)
 
 
 class Comparison:
@@ -836,11 +823,7 @@ class Comparison:
         for name in names:
             pilot = self.searches.get(PILOTS[dict(CELLS[name].settings)["length_normalization"]])
             searches[name] = Search(CELLS[name], pilot.best if pilot else ())
-        for _ in range(rounds):
-            going = [search for search in searches.values() if not search.is_inside]
-            records = self.carry_out([search.run_at(place) for search in going for place in search.wanted()])
-            for search in going:
-                search.learn(records)
+        walk(list(searches.values()), rounds, self.carry_out)
         self.searches |= searches
 
 
@@ -939,12 +922,11 @@ def compare(
 ) -> tuple[dict[str, Any], bool]:
     """All runs that are not finished, as far as time allows; what is printed, as JSON can hold it; if it is all."""
     given = scale, folder.root, args.device
-    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     is_all = True
     frontier = FrontierRun()
     with (
         tqdm(total=0, unit="run", dynamic_ncols=True, mininterval=2) as bar,
-        Crew(folder, args.workers, Worker, *given, until=until) as crew,
+        Crew(folder, args.workers, Worker, *given, until=end_of(args.minutes)) as crew,
     ):
         whole = Comparison(scale, cells, crew, bar)
         try:
@@ -1100,8 +1082,6 @@ def compare_main(argv: Sequence[str]) -> None:
     (args,) = parse_arguments((CompareArguments,), argv, program="preference_methods.py", description=__doc__)
     check_names("--device", [args.device], ("cpu", "cuda"))
     check_request(args, SETTINGS, CELLS)
-    if args.minutes is not None and args.minutes < 0:
-        raise ValueError(f"--minutes {args.minutes:g}: at least 0, at which only what is there is told.")
     scale = SETTINGS[args.setting]
     folder = open_folder(args.output_dir, {"setting": args.setting, "scale": repr(replace(scale, seeds=0))})
     if args.seeds is not None:
@@ -1110,8 +1090,7 @@ def compare_main(argv: Sequence[str]) -> None:
     cells = {name: cell for name, cell in CELLS.items() if name in args.methods}
     results, is_all = compare(scale, cells, folder, args)
     write_results(folder.root, results, csv_rows(results), draw, comparison_text)
-    if not is_all:
-        print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
+    tell_rest(args, is_all)
 
 
 PROGRAM, GUIDE = "preference_methods.py", "[the preference world](../../preference_world.md)"

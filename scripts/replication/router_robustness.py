@@ -18,7 +18,6 @@ import gc
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -51,12 +50,14 @@ from hf_moe_cpt.scripts.replication.sweep import (
     CONFIDENCE,
     Crew,
     check_request,
+    end_of,
     grouped_bars,
     open_folder,
     plotting,
     quiet_process,
     t_interval,
     t_quantile,
+    tell_rest,
     write_page,
     write_results,
 )
@@ -607,8 +608,6 @@ def compare_main(argv: Sequence[str]) -> None:
     (args,) = parse_arguments((RobustnessArguments,), argv, program=PROGRAM, description=__doc__)
     check_names("--device", [args.device], ("cpu", "cuda"))
     check_request(args, SETTINGS, MODELS)
-    if args.minutes is not None and args.minutes < 0:
-        raise ValueError(f"--minutes {args.minutes:g}: at least 0, at which only what is there is told.")
     scale = SETTINGS[args.setting]
     if args.text is None and scale.characters is None:
         raise ValueError(f"--text is missing: name a folder with the folders {', '.join(scale.texts)}.")
@@ -616,15 +615,14 @@ def compare_main(argv: Sequence[str]) -> None:
     quiet_process()
     facts = prepare(scale, folder.root, args.text)
     chains = [Chain(model, seed) for seed in range(args.seeds or scale.seeds) for model in args.methods]
-    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     with (
         tqdm(total=len(chains), desc="chains", disable=None) as bar,
-        Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=until) as crew,
+        Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=end_of(args.minutes)) as crew,
     ):
         try:
             crew.records(chains, bar)
         except TimeoutError:
-            print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
+            tell_rest(args, is_all=False)
     found: dict[str, dict[int, Runs]] = {}
     for chain in chains:
         if (record := folder.read(f"runs/{chain.name}.json")) is not None:

@@ -1,28 +1,39 @@
-"""Compare surgery methods on models that learnt a SurgeryBench: what is gone, what is new, what stayed.
+"""Compare surgery methods on models that learnt a SurgeryBench: what is gone, what is new, what stayed, what it cost.
 
 A cell is a seed of one architecture: a world of its own, a model trained from scratch on the texts before the change
 ("before"), another on those after it that never read what is to be forgotten ("retrained"), and one run of each method
 from the model before; all are asked the same questions, as `hf-moe-cpt surgery-eval` does. Methods share steps and
-rows of a step, and each had the same number of settings to choose from: learning rates times strengths, judged by
-validation questions about worlds of their own. A strength multiplies the weights of the forget losses, or what a
-method has instead. `--setting gpu` takes models of 100 million parameters and real text among what they read. What is
-measured and how: docs/surgery_comparison.md.
+rows of a step. Each is tuned by a walk through a grid without end, of learning rate, strength (a factor of the weights
+of the forget losses, or what a method has instead) and counterfactual copies, from the best place to its best
+neighbour until the best lies inside; places are judged by validation questions about a world of their own.
 
-Models read the texts of the bench `epochs` times, each text a row of its own, and real text once, cut into rows. The
-tokenizer is made from all texts of the bench, those that are never read included, so that no word is easier for a
-model that has read it.
+Of retain, neighbour and unseen a surgery gets a part of the subjects, and keeps some of these apart to choose the best
+model by; what is reported of these sets is asked about the other subjects, which nothing of it has seen. What is
+claimed stands in surgery_methods.yaml, written before the runs: a difference or ratio of two numbers within a seed,
+whose interval over seeds lies within bounds (confirmed, met), outside (refuted, missed), or over a bound (undecided).
 
-    accuracy/<set>              MCQ accuracy of a set's questions; chance is 1/3
-    accuracy/<set>_paraphrase   the same questions in roundabout words
-    accuracy/changed            of the update set, questions about facts that changed
-    old_answers                 share of these whose old answer is likelier than the new one
-    ce/<set>                    nats per token, the mean over texts of their means
-    gauge                       ce/unlearn - ce/unseen: 0 is forgotten, above is over-forgotten
-    kl/<set>, agreement/<set>   KL(before || now) in nats and share of equal first choices, means over tokens
+With --minutes no run begins after that time; what is there is judged, and the same command goes on.
 
-A claim holds in a seed or it does not; it is confirmed if it holds in all, refuted if in none, and mixed otherwise.
-Targets of the method "safe" are about means over seeds of differences and ratios within a seed. Source: ours; claims,
-objective, accuracy and the weights of "paper" follow arXiv 2409.13054, the others what is known of gradient ascent.
+Models read the texts of the bench `epochs` times, each text a row of its own. The tokenizer is made from all texts of
+the bench, those that are never read included, so that no word is easier for a model that has read it.
+
+    accuracy/<set>               MCQ accuracy of a set's questions; chance is 1/3
+    accuracy/<set>_paraphrase    the same questions in roundabout words; _4bit, _8bit: weights rounded
+    accuracy/retain_anchored     of the subjects that a surgery was held to
+    accuracy/<set>_old_routes    mixtures: every token takes the experts that it took before
+    accuracy/changed             of the update set, questions about facts that changed
+    answers/<set>                ROUGE-L recall of what the model answers by itself, no options shown
+    old_answers                  share of changed facts whose old answer is likelier than the new one
+    ce/<set>                     nats per token, the mean over texts of their means
+    gauge                        ce/unlearn - ce/unseen: 0 is forgotten, above is over-forgotten
+    kl/<set>, agreement/<set>    KL(before || now) in nats and share of equal first choices, means over tokens
+    auc/min_k                    membership inference, unlearn against unseen; 1/2 is as never read
+    forget_quality               p of Kolmogorov and Smirnov: truth ratios on unlearn are as of the retrained model
+    relearn/untaught             accuracy after half of the facts about each subject were taught, about the other half
+    drift/<set>_ce, <set>_kl     of a long run, from its first measurement on: the most that it moved away
+    seconds                      of training or operation, and as a share of training again
+
+Source: ours; claims, objective, accuracy and the weights of "paper" follow arXiv 2409.13054.
 """
 
 from __future__ import annotations
@@ -33,9 +44,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any, NamedTuple
@@ -59,56 +70,63 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
+from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation.attacks import relearn
 from hf_moe_cpt.evaluation.resumable import ResumableFolder
-from hf_moe_cpt.evaluation.scoring import (
-    EvalSettings,
-    option_losses,
-    questions_of,
-    read_documents,
-    room_of,
-    score_tokens,
-)
+from hf_moe_cpt.evaluation.scoring import EvalSettings, option_losses, questions_of, truth_ratios, without_last
 from hf_moe_cpt.evaluation.surgery import evaluate_model
-from hf_moe_cpt.evaluation.text_metrics import forgetting_part, mcq_correct, steps_until
+from hf_moe_cpt.evaluation.text_metrics import auc, forgetting_part, ks_pvalue, mcq_correct, min_k, rouge_l
 from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports import text_table
 from hf_moe_cpt.scripts.replication.sweep import (
-    SCALE_OF_SWEEP,
     Column,
     Crew,
+    Place,
     Records,
+    Walk,
     check_choice,
     check_request,
+    end_of,
     grouped_bars,
     open_folder,
     plotting,
     t_interval,
     table_row,
+    tell_rest,
+    walk,
     write_page,
     write_results,
 )
 from hf_moe_cpt.trainers.surgery.losses import TERMS
-from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig, preset_settings
+from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, SurgeryConfig, preset_settings
 from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
 
 DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-BEFORE, RETRAINED, SAFE = "before", "retrained", "safe"
+BEFORE, RETRAINED = "before", "retrained"
 TUNING_SEED = 0  # final runs have the seeds from 1 on
+ARCHITECTURES = ("llama", "cpt_moe")
+COPIES = 2  # of each forgotten text with an invented name, where there are any
+# A step of each axis of the grid: a factor, or one of two levels.
+FACTORS, LIMITS = {"rate": 2.0, "strength": 3.0}, {"counterfactuals": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A preset, what differs from it, and the fields that a strength multiplies."""
+    """A preset, what differs from it, the axes along which it is tuned, and the fields that a strength multiplies."""
 
     preset: str
-    changes: dict[str, Any]
-    scaled: list[str]
+    changes: dict[str, Any] = field(default_factory=dict)
+    scaled: list[str] = field(default_factory=lambda: ["unlearn_weight", "obsolete_weight"])
+    axes: list[str] = field(default_factory=lambda: ["rate", "strength", "counterfactuals"])
+    start: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the walk
+    architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES))
+    tuned_as: str = ""  # the method whose settings it takes
+    seeds: int | None = None  # at most
+    steps: int | None = None  # in place of the setting's; measured ten times, and nothing stops it
 
 
 METHODS = {name: Method(**fields) for name, fields in DATA["methods"].items()}
@@ -119,15 +137,13 @@ class Scale:
     """Sizes of everything that one setting trains and asks."""
 
     # --- the world and the models that read it ---
-    subjects: int  # of each of the five groups
+    subjects: dict[str, int]  # of each group
     kinds: list[str]
     forms: list[str]  # documents of a subject
     changed_facts: int  # of the eight of each updated subject
-    keep_hubs: bool  # whether retain holds the texts about cities, firms and schools too
-    real_characters: int  # of real text read beside the bench; 0: none
     vocab_size: int
     max_length: int
-    epochs: int  # in which the texts of the bench are read; real text is read once
+    epochs: int
     batch_size: int
     training_rate: float
     models: dict[str, dict[str, Any]]  # fields of the configuration, by architecture
@@ -135,49 +151,38 @@ class Scale:
     # --- the operation ---
     steps: int
     rows: int  # of each set in a step
-    eval_steps: int  # between two measurements of "safe", whose stop rules need them
-    eval_rows: int  # of each set in such a measurement
-    learning_rates: list[float]
-    strengths: list[float]
+    given: float  # share of the subjects of an anchor that a surgery gets
+    held_out: float  # share of these that it keeps apart to measure on
+    eval_steps: int  # between two such measurements
+    eval_rows: int  # of each set in one
+    rate: float  # in the middle of the grid
+    rounds: int  # in which a grid may grow
     # --- the questions ---
     max_questions: int  # of each set and kind
     max_documents: int  # of each set
-    relearn_steps: int  # the 2k of "no faster in k steps than the retrained model in 2k"
+    relearn_steps: int
     relearn_every: int
     relearn_rate: float
 
 
 SETTINGS = {name: Scale(**fields) for name, fields in DATA["settings"].items()}
-Choice = tuple[float, float]  # learning rate and strength
-# By setting, architecture and method. Only small was tuned; gpu takes its choices, in the ratio of the training rates.
-CHOSEN: dict[str, dict[str, dict[str, Choice]]] = {
-    setting: {
-        architecture: {
-            name: (scale.training_rate / SETTINGS["small"].training_rate * rate, strength)
-            for name, (rate, strength) in chosen.items()
-        }
-        for architecture, chosen in DATA["chosen"].items()
-    }
-    for setting, scale in SETTINGS.items()
-}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model that is examined: of a method, or BEFORE or RETRAINED, which have neither rate nor strength."""
+    """One model that is examined: of a method, or BEFORE or RETRAINED. place: steps from the middle of the grid."""
 
     method: str
     architecture: str
     seed: int
     split: str = "test"  # of the questions: "validation" for the choice of settings
-    learning_rate: float = 0.0
-    strength: float = 1.0
+    place: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
         """Also its file in the folder, without the ending."""
-        start = f"{self.architecture}-seed{self.seed}-{self.split}-{self.method}"
-        return f"{start}-lr{self.learning_rate:g}-strength{self.strength:g}" if self.method in METHODS else start
+        place = "".join(f"-{axis}{step:+d}" for axis, step in self.place)
+        return f"{self.architecture}-seed{self.seed}-{self.split}-{self.method}{place}"
 
     @property
     def cell(self) -> str:
@@ -196,38 +201,42 @@ class Comparison:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a folder that is taken up again, as JSON can hold it."""
-        scale = {name: v for name, v in dataclasses.asdict(self.scale).items() if name not in SCALE_OF_SWEEP}
+        scale = {name: v for name, v in dataclasses.asdict(self.scale).items() if name not in ("seeds", "rounds")}
         return {"setting": self.setting, "device": self.device} | scale
 
-    def tuning_runs(self, architecture: str, method: str) -> list[Run]:
-        """The grid of a method."""
-        return [
-            Run(method, architecture, TUNING_SEED, "validation", rate, strength)
-            for strength in self.scale.strengths
-            for rate in self.scale.learning_rates
-        ]
-
-    def final_runs(self, architecture: str, method: str, rate: float = 0.0, strength: float = 1.0) -> list[Run]:
+    def final_runs(self, architecture: str, method: str, place: tuple[tuple[str, int], ...] = ()) -> list[Run]:
         """Runs of one method, or of BEFORE or RETRAINED, with the seeds that no choice has seen."""
-        seeds = range(self.first_seed, self.first_seed + self.scale.seeds[architecture])
-        return [Run(method, architecture, seed, "test", rate, strength) for seed in seeds]
+        most = METHODS[method].seeds if method in METHODS else None
+        count = min(self.scale.seeds[architecture], math.inf if most is None else most)
+        return [
+            Run(method, architecture, seed, "test", place) for seed in range(self.first_seed, self.first_seed + count)
+        ]
 
     def surgery_settings(self, run: Run) -> dict[str, Any]:
         """Fields of `SurgeryConfig` that make this run its method; where and on what it runs is left open."""
-        method, scale = METHODS[run.method], self.scale
+        method, scale, steps = METHODS[run.method], self.scale, dict(run.place)
         defaults = {field.name: field.default for field in dataclasses.fields(SurgeryConfig)}
-        settings = preset_settings(method.preset) | method.changes | {"learning_rate": run.learning_rate}
-        for name in method.scaled:
-            settings[name] = run.strength * settings.get(name, defaults[name])
-        return settings | {
+        factor = {axis: base ** steps.get(axis, 0) for axis, base in FACTORS.items()}
+        settings = preset_settings(method.preset) | {
             **{f"{name}_batch_size": scale.rows for name in TERMS},
-            "max_steps": scale.steps,
+            "learning_rate": factor["rate"] * scale.rate,
+            "max_steps": method.steps or scale.steps,
             "eval_steps": scale.eval_steps,  # only where a preset measures at all
             "eval_rows": scale.eval_rows,
+            "held_out_fraction": scale.held_out,
             "max_length": scale.max_length,
             "gradient_checkpointing": False,  # the same numbers in less time
             "seed": run.seed,
         }
+        if steps.get("counterfactuals"):
+            settings["counterfactuals"] = COPIES
+        if method.steps:
+            settings |= {"eval_steps": method.steps // 10, "update_target": 1e-9, "save_strategy": "no"}
+            settings |= {"load_best_model_at_end": False, "metric_for_best_model": None}
+        settings |= method.changes
+        for name in method.scaled:
+            settings[name] = factor["strength"] * settings.get(name, defaults[name])
+        return settings
 
 
 def model_config(comparison: Comparison, architecture: str, vocab_size: int) -> PretrainedConfig:
@@ -247,50 +256,42 @@ ADAM_BETAS = (0.9, 0.99)
 WARMUP = 0.1  # of all steps; then linearly down to FLOOR
 FLOOR = 0.02
 BUCKET = 8  # batches of which the rows are sorted by length together
-HELD_OUT = 0.05  # of the real text
-REAL_ROWS = 200  # of real text among what is to be kept; the texts of the bench must be the most of it
 
 
 @dataclass(frozen=True)
 class Material:
-    """What the models of one seed read and are asked. real, held_out: rows with `text`, None without real text."""
+    """What the models of one seed read and are asked. given: subjects of each anchor that a surgery gets."""
 
     bench: SurgeryBench
     tokenizer: PreTrainedTokenizerBase
-    real: datasets.Dataset | None
-    held_out: datasets.Dataset | None
+    given: dict[str, list[str]]
 
-    def retained(self) -> datasets.Dataset:
-        """Rows on which a model must stay as it is: the retain set, and beginnings of real texts."""
-        rows = self.bench.documents["retain"]
-        if self.real is None:
-            return rows
-        real = self.real.select(range(min(REAL_ROWS, len(self.real))))
-        return datasets.concatenate_datasets([rows.select_columns("text"), real.select_columns("text")])
+    @cached_property
+    def operated(self) -> SurgeryBench:
+        """The texts of a surgery."""
+        return self.bench.only(self.given)
+
+    @cached_property
+    def examined(self) -> SurgeryBench:
+        """Texts and questions of the examination, those of the anchors about subjects that no surgery has seen."""
+        return self.bench.only(
+            {name: set(self.bench.subjects(name)) - set(subjects) for name, subjects in self.given.items()}
+        )
 
 
-def make_material(scale: Scale, seed: int, cache_dir: Path) -> Material:
-    """The world of a seed. cache_dir: where real text is kept once it has been collected."""
-    bench = make_bench(scale, seed)
-    real = held_out = None
-    if scale.real_characters:
-        limits = {"max_characters_per_domain": scale.real_characters, "held_out_fraction": HELD_OUT}
-        prose = build_python_corpus(**limits, cache_dir=cache_dir, progress=False)["prose"]
-        real, held_out = prose["train"], prose["held_out"]
+def make_material(scale: Scale, seed: int) -> Material:
+    """The world of a seed, without the texts and questions about cities, firms and schools."""
+    whole = SurgeryBench.generate(seed, scale.subjects, tuple(scale.kinds), tuple(scale.forms), scale.changed_facts)
+    tables = (_without_hubs(tables, scale) for tables in (whole.documents, whole.questions))
+    bench = SurgeryBench(*tables, whole.version)
     texts = [text for rows in bench.documents.values() for text in rows["text"]]
-    texts += [] if real is None else list(real["text"])
     tokenizer = train_byte_level_bpe(texts, scale.vocab_size, model_max_length=2 * scale.max_length, progress=False)
-    return Material(bench, tokenizer, real, held_out)
-
-
-def make_bench(scale: Scale, seed: int) -> SurgeryBench:
-    """The bench of a seed, with or without the texts and questions about hubs."""
-    bench = SurgeryBench.generate(
-        seed, 5 * scale.subjects, tuple(scale.kinds), tuple(scale.forms), scale.changed_facts
-    )
-    if scale.keep_hubs:
-        return bench
-    return SurgeryBench(_without_hubs(bench.documents, scale), _without_hubs(bench.questions, scale), bench.version)
+    given = {}
+    for name in ANCHOR_SETS:
+        subjects = bench.subjects(name)
+        order = permute(np.arange(len(subjects)), len(subjects), derive_seed("surgery", name, "given", seed))
+        given[name] = [subjects[place] for place in order[: round(scale.given * len(subjects))]]
+    return Material(bench, tokenizer, given)
 
 
 def _without_hubs(tables: datasets.DatasetDict, scale: Scale) -> datasets.DatasetDict:
@@ -305,9 +306,8 @@ def train_model(comparison: Comparison, run: Run, material: Material) -> PreTrai
     scale, device = comparison.scale, torch.device(comparison.device)
     is_retrained = run.method == RETRAINED
     corpus = material.bench.retrained_corpus() if is_retrained else material.bench.before_corpus()
-    texts = (corpus["text"], [] if material.real is None else material.real["text"])
-    rows, real = (token_rows(material.tokenizer, list(part), scale.max_length) for part in texts)
-    batches = list(reading_order(rows, real, scale, derive_seed("surgery", run.method, run.seed)))
+    rows = token_rows(material.tokenizer, list(corpus["text"]), scale.max_length)
+    batches = list(reading_order(rows, scale, derive_seed("surgery", run.method, run.seed)))
     set_seed(derive_seed("model", run.seed) % 2**31)
     config = model_config(comparison, run.architecture, len(material.tokenizer))
     model = AutoModelForCausalLM.from_config(config).to(device).train()
@@ -339,18 +339,16 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length:
     return [row for row in rows if len(row) > 1]
 
 
-def reading_order(rows: list[list[int]], real: list[list[int]], scale: Scale, seed: int) -> Iterator[list[list[int]]]:
-    """Batches of all epochs: every row in each epoch, an equal part of the real rows beside them, similar lengths."""
-    real_order = permute(np.arange(len(real)), len(real), derive_seed(seed, "real")) if real else np.arange(0)
-    for epoch, part in enumerate(np.array_split(real_order, scale.epochs)):
-        pool = rows + [real[place] for place in part]
-        order = permute(np.arange(len(pool)), len(pool), derive_seed(seed, epoch))
+def reading_order(rows: list[list[int]], scale: Scale, seed: int) -> Iterator[list[list[int]]]:
+    """Batches of all epochs: every row in each epoch, similar lengths together."""
+    for epoch in range(scale.epochs):
+        order = permute(np.arange(len(rows)), len(rows), derive_seed(seed, epoch))
         batches = []
         for begin in range(0, len(order), BUCKET * scale.batch_size):
-            places = sorted(order[begin : begin + BUCKET * scale.batch_size], key=lambda place: len(pool[place]))
+            places = sorted(order[begin : begin + BUCKET * scale.batch_size], key=lambda place: len(rows[place]))
             batches += [places[at : at + scale.batch_size] for at in range(0, len(places), scale.batch_size)]
         for place in permute(np.arange(len(batches)), len(batches), derive_seed(seed, epoch, "batches")):
-            yield [pool[row] for row in batches[place]]
+            yield [rows[row] for row in batches[place]]
 
 
 def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:
@@ -376,6 +374,17 @@ def measures_of(raw: Mapping[str, Any]) -> dict[str, float]:
         found[f"ce/{name}"] = -fmean(fmean(logp) for logp in columns["logp"])
     if {"ce/unlearn", "ce/unseen"} <= found.keys():
         found["gauge"] = found["ce/unlearn"] - found["ce/unseen"]
+    if all(name in raw.get("texts", {}) for name in ("unlearn", "unseen")):
+        scores = (min_k(without_last(raw["texts"][name], "logp")) for name in ("unlearn", "unseen"))
+        found["auc/min_k"] = auc(*scores)
+    for name, kinds in raw.get("answers", {}).items():
+        columns = kinds["mcq"]
+        found[f"answers/{name}"] = float(rouge_l(columns["text"], columns["true_text"]).recall.mean())
+    for bits, of_sets in raw.get("robustness", {}).get("quantise", {}).items():
+        for name, columns in of_sets.items():
+            found[f"accuracy/{name}_{bits.replace('-', '')}"] = fmean(columns["right"])
+    for name, columns in raw.get("robustness", {}).get("routes", {}).items():
+        found[f"accuracy/{name}_old_routes"] = fmean(columns["right"])
     for name, columns in raw.get("divergence", {}).items():
         found[f"kl/{name}"] = float(np.concatenate(columns["kl"]).mean())
         found[f"agreement/{name}"] = float(np.concatenate(columns["agrees"]).mean())
@@ -396,22 +405,30 @@ def _about_changes(columns: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     return {"accuracy/changed": _accuracy(changed), "old_answers": float(np.mean(old < new))}
 
 
-def tuning_criterion(measures: Mapping[str, float]) -> float:
+def tuning_criterion(measures: Mapping[str, float], before: Mapping[str, float]) -> float:
     """What settings are chosen by, in [0, 1]: the harmonic mean of what was forgotten, learnt and kept.
 
-    Forgotten: 1 - |accuracy on unlearn - accuracy on unseen|; learnt and kept: accuracy on update and retain.
+    Forgotten: 1 - the distance of accuracies on unlearn and obsolete from that on unseen, and e^-|gauge|; learnt and
+    kept: accuracy on update, retain and neighbour, and e^-|move of the loss of unseen text|.
     """
-    forgotten = forgetting_part(measures["accuracy/unlearn"], measures["accuracy/unseen"])
-    return harmonic_mean((forgotten, measures["accuracy/update"], measures["accuracy/retain"]))
+    unseen = measures["accuracy/unseen"]
+    parts = [forgetting_part(measures[f"accuracy/{name}"], unseen) for name in ("unlearn", "obsolete")]
+    parts += [measures[f"accuracy/{name}"] for name in ("update", "retain", "neighbour")]
+    moves = measures["gauge"], measures["ce/unseen"] - before["ce/unseen"]
+    return harmonic_mean([*parts, *(math.exp(-abs(move)) for move in moves)])
 
 
-def curve_of(raw: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Of a relearning curve: `steps`, and the accuracy at each for subjects that were taught and for the others."""
-    groups = {name: values for name, values in raw.items() if name != "steps"}
-    curve = {name: [fmean(answers["right"]) for answers in values] for name, values in groups.items()}
-    if not all(map(math.isfinite, chain.from_iterable(curve.values()))):
-        raise ValueError("the model said NaN while it relearnt: there is no curve.")
-    return {"steps": list(raw["steps"])} | curve
+def drifts(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of every loss and divergence that a trainer measured: the most that it left its value at the first measurement.
+
+    log: of a long run; the value before step 1 does not count. Losses count both ways, divergences where they grow.
+    """
+    points = [entry for entry in log if entry.get("step", 0) and "eval_surgery_gap" in entry]
+    found = {}
+    for key in (key for key in points[0] if key.endswith(("_ce", "_kl"))):
+        moves = [point[key] - points[0][key] for point in points]
+        found[f"drift/{key.removeprefix('eval_')}"] = max(map(abs, moves)) if key.endswith("_ce") else max(moves)
+    return found
 
 
 KINDS = ("mcq", "paraphrase")
@@ -429,22 +446,26 @@ class Worker:
     def material(self, seed: int) -> Material:
         """The world of a seed and its tokenizer, made once."""
         if seed not in self._materials:
-            self._materials[seed] = make_material(self.comparison.scale, seed, self.root / "corpus")
+            self._materials[seed] = make_material(self.comparison.scale, seed)
         return self._materials[seed]
 
     def carry_out(self, run: Run) -> dict[str, Any]:
-        """The record of a run: measures by name, settings, curve of relearning, seconds, and peak memory on a GPU."""
+        """The record of a run: who it is, settings, measures by name, truth ratios, peak memory on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         model, training = self._operated(run) if run.method in METHODS else (self._trained(run), {})
         trained = time.perf_counter()
         record = {"method": run.method, "architecture": run.architecture, "seed": run.seed, "split": run.split}
-        record |= {"learning_rate": run.learning_rate, "strength": run.strength, "training": training}
+        record |= {"place": dict(run.place), "training": training, "measures": {"seconds": trained - started}}
         if self.device.type == "cuda":
-            record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        record |= self.examine(model, run)
-        record["seconds"] = {"training": trained - started, "examination": time.perf_counter() - trained}
+            record["measures"]["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if run.method in METHODS and METHODS[run.method].steps:
+            record["measures"] |= drifts(training["log"])
+        measures, ratios = self.examine(model, run)
+        record["measures"] |= measures
+        record["truth_ratios"] = ratios
+        record["examination_seconds"] = time.perf_counter() - trained
         del model
         release_memory(self.device)
         return record
@@ -468,27 +489,29 @@ class Worker:
     def _operated(self, run: Run) -> tuple[PreTrainedModel, dict[str, Any]]:
         material = self.material(run.seed)
         settings = self.comparison.surgery_settings(run)
-        rows = dict(material.bench.documents) | {"retain": material.retained()}
         with tempfile.TemporaryDirectory() as folder:
             trainer = SurgeryTrainer(
                 self.before(run),
                 args=_arguments(settings, folder, self.device),
-                **{f"{name}_dataset": rows[name] for name in SETS},
+                **{f"{name}_dataset": material.operated.documents[name] for name in SETS},
                 processing_class=material.tokenizer,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        facts = {"settings": settings, "steps": trainer.state.global_step, "log": trainer.state.log_history}
-        facts["forget_target"] = trainer.aims.forget
-        return trainer.model.eval(), facts
+        facts = {"settings": settings, "steps": trainer.state.global_step, "verdict": trainer.verdict}
+        facts |= {"forget_target": trainer.aims.forget}
+        log = trainer.state.log_history
+        return trainer.model.eval(), facts | {"log": [entry for entry in log if "eval_surgery_gap" in entry]}
 
-    def examine(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
-        """`measures` of the run's split and, of the test split, `relearn`; of the validation split, `criterion`."""
+    def examine(self, model: PreTrainedModel, run: Run) -> tuple[dict[str, float], list[float]]:
+        """Measures of the run's split, and the truth ratio of each question about unlearn."""
         scale, material = self.comparison.scale, self.material(run.seed)
-        settings = EvalSettings(
+        is_final = run.split == "test"
+        s = EvalSettings(
             split=run.split,
-            parts=("questions", "texts", "divergence") if run.split == "test" else ("questions",),
-            kinds=KINDS if run.split == "test" else KINDS[:1],
+            parts=["questions", "texts", *(["divergence", "robustness"] if is_final else [])],
+            kinds=list(KINDS if is_final else KINDS[:1]),
+            robustness=["quantise", "routes"],
             max_questions=scale.max_questions,
             max_documents=scale.max_documents,
             batch_size=EVAL_BATCH_SIZE,
@@ -499,31 +522,26 @@ class Worker:
             seed=run.seed,
         )
         reference = model if run.method == BEFORE else self.before(run)
-        raw = evaluate_model(model, material.tokenizer, material.bench, settings, reference)
+        look = partial(evaluate_model, model, material.tokenizer)
+        raw = look(material.examined, s, reference)
         measures = measures_of(raw)
-        if run.split != "test":
-            return {"measures": measures, "criterion": tuning_criterion(measures)}
-        if material.held_out is not None:
-            measures["ce/real"] = self._loss_of(model, material, settings)
-        if run.method == BEFORE:
-            return {"measures": measures}
-        bench = _only_unlearn(material.bench)
-        asked = questions_of(bench, "unlearn", material.tokenizer, model, settings)
-        curves = relearn(model, material.tokenizer, bench, asked, settings)
-        return {"measures": measures, "relearn": curve_of(curves["own"])}
+        ratios = truth_ratios(raw["questions"]["unlearn"]["mcq"])
+        if is_final:
+            anchored = look(material.operated, replace(s, parts=["questions"], sets=["retain"], kinds=["mcq"]))
+            measures["accuracy/retain_anchored"] = measures_of(anchored)["accuracy/retain"]
+            told = replace(s, parts=["answers"], sets=["unlearn", "obsolete", "update"], kinds=["mcq"])
+            measures |= measures_of(look(material.examined, told))
+            if run.method != BEFORE:
+                measures["relearn/untaught"] = self._relearnt(model, material, s)
+        return measures, [float(f"{ratio:.5g}") for ratio in ratios]
 
-    def _loss_of(self, model: PreTrainedModel, material: Material, settings: EvalSettings) -> float:
-        """Mean loss of held-out real text, in nats per token."""
-        rows = [{"text": text, "prefix": ""} for text in material.held_out["text"][: settings.max_documents]]
-        documents = read_documents(rows, material.tokenizer, room_of(model, settings))
-        scores = score_tokens(model, [document.tokens for document in documents], EVAL_BATCH_SIZE)
-        return -sum(float(score.logp.sum()) for score in scores) / sum(len(score.logp) for score in scores)
-
-
-def _only_unlearn(bench: SurgeryBench) -> SurgeryBench:
-    """The bench without the documents of other sets, which the relearning attack would train on as well."""
-    documents = {name: rows if name == "unlearn" else rows.select([]) for name, rows in bench.documents.items()}
-    return SurgeryBench(datasets.DatasetDict(documents), bench.questions, bench.version)
+    def _relearnt(self, model: PreTrainedModel, material: Material, s: EvalSettings) -> float:
+        """Accuracy on the facts that were not taught after the others were."""
+        no_texts = datasets.DatasetDict({name: rows.select([]) for name, rows in material.bench.documents.items()})
+        bench = SurgeryBench(no_texts, material.bench.questions, material.bench.version)
+        asked = questions_of(bench, "unlearn", material.tokenizer, model, s, kinds=KINDS[:1])
+        curve = relearn(model, material.tokenizer, bench, asked, s)["facts"]
+        return fmean(curve["untaught"][-1]["right"])
 
 
 def _arguments(settings: dict[str, Any], folder: str, device: torch.device) -> SurgeryConfig:
@@ -545,31 +563,38 @@ Record = Mapping[str, Any]
 Cell = Mapping[str, Record]  # the records of one seed by method
 
 
-class Claim(NamedTuple):
-    """Something that is said of the methods; it holds in a seed if all of its numbers are in (above, at_most]."""
+class Statement(NamedTuple):
+    """A number of a seed, or a difference or ratio of two, that should lie in [least, most] as a mean over seeds.
+
+    of: value, difference, ratio, or quality: p of Kolmogorov and Smirnov's test of all seeds' truth ratios together.
+    other: the model that it is compared with, by default itself. than: the number of the other, by default the same.
+    """
 
     text: str
-    of: str  # a name of CLAIMED
-    methods: list[str]  # that must have been run, beside BEFORE and RETRAINED
-    form: str  # how a number is written
-    above: float = -math.inf
-    at_most: float = math.inf
-
-
-class Target(NamedTuple):
-    """Something that the method safe should reach: a mean over seeds in [least, most]."""
-
-    text: str
-    of: str  # a name of TARGETED
+    of: str
     form: str
+    method: str
     measure: str = ""
-    other: str = SAFE  # the model that it is compared with
+    other: str = ""
+    than: str = ""
+    factor: float = 1.0
     least: float = -math.inf
     most: float = math.inf
 
+    def value(self, cell: Cell) -> float | None:
+        """In a seed; None where a number is not there."""
+        ours = cell[self.method]["measures"].get(self.measure)
+        theirs = cell[self.other or self.method]["measures"].get(self.than or self.measure)
+        if ours is None or theirs is None:
+            return None
+        made = {"value": lambda: ours, "difference": lambda: ours - theirs, "ratio": lambda: ours / theirs}
+        return self.factor * made[self.of]()
 
-CLAIMS = [Claim(**fields) for fields in DATA["claims"]]
-TARGETS = [Target(**fields) for fields in DATA["targets"]]
+
+CLAIMS = [Statement(**fields) for fields in DATA["claims"]]
+TARGETS = [Statement(**fields) for fields in DATA["targets"]]
+VERDICTS = {"claims": ("confirmed", "refuted"), "targets": ("met", "missed")}
+UNDECIDED = "undecided"
 
 
 def cells_of(records: Sequence[Record], *needed: str) -> list[Cell]:
@@ -579,124 +604,64 @@ def cells_of(records: Sequence[Record], *needed: str) -> list[Cell]:
     return [cell for cell in cells if cell.keys() >= set(needed)]
 
 
-def claims_of(architecture: str, records: Sequence[Record]) -> list[dict[str, str]]:
-    """A row for each claim whose methods were run: verdict, and the numbers that decide it."""
+def judged(key: str, architecture: str, records: Sequence[Record]) -> list[dict[str, str]]:
+    """A row for each claim or target (`key`) whose runs are there: what came, over how many seeds, and the verdict.
+
+    An interval over seeds that reaches over a bound settles nothing, and neither does one seed.
+    """
     rows = []
-    for claim in CLAIMS:
-        found = [
-            CLAIMED[claim.of](cell, claim.methods) for cell in cells_of(records, *claim.methods, BEFORE, RETRAINED)
-        ]
-        if not found:
+    for one in {"claims": CLAIMS, "targets": TARGETS}[key]:
+        cells = cells_of(records, one.method, one.other or one.method)
+        row = {"architecture": architecture, key[:-1]: one.text}
+        if one.of == "quality" and cells:
+            p = quality([cell[one.method] for cell in cells], [cell[one.other] for cell in cells])
+            is_so = one.least <= p <= one.most
+            row |= {"value": one.form.format(p), "interval": "a test", "seeds": str(len(cells))}
+            rows.append(row | {"verdict": VERDICTS[key][not is_so]})
             continue
-        held = sum(all(claim.above < value <= claim.at_most for value in values) for values in found)
-        mixed = f"mixed, {held} of {len(found)} seeds"
-        verdict = "confirmed" if held == len(found) else "refuted" if held == 0 else mixed
-        numbers = "; ".join(", ".join(map(claim.form.format, values)) for values in found)
-        rows.append({"architecture": architecture, "claim": claim.text, "verdict": verdict, "in each seed": numbers})
+        values = [value for cell in cells if (value := one.value(cell)) is not None]
+        if values:
+            mean, half = t_interval(values)
+            told = "one seed" if half is None else f"± {one.form.format(half).lstrip('+')}"
+            row |= {"value": one.form.format(mean), "interval": told, "seeds": str(len(values))}
+            low, high = (-math.inf, math.inf) if half is None else (mean - half, mean + half)
+            rows.append(row | {"verdict": verdict(one, low, high, *VERDICTS[key])})
     return rows
 
 
-def loss_ratios(cell: Cell, methods: Sequence[str]) -> list[float]:
-    """Loss on the unlearn set over the loss on unseen text before surgery, of each method."""
-    unseen = cell[BEFORE]["measures"]["ce/unseen"]
-    return [cell[method]["measures"]["ce/unlearn"] / unseen for method in methods]
+def verdict(one: Any, low: float, high: float, inside: str, outside: str) -> str:
+    """What an interval says of bounds `least` and `most`."""
+    if one.least <= low and high <= one.most:
+        return inside
+    return outside if high < one.least or low > one.most else UNDECIDED
 
 
-def update_spread(cell: Cell, methods: Sequence[str]) -> list[float]:
-    """Largest minus smallest accuracy on updates, in points."""
-    values = [cell[method]["measures"]["accuracy/update"] for method in methods]
-    return [100 * (max(values) - min(values))]
-
-
-def left_over(cell: Cell, methods: Sequence[str]) -> list[float]:
-    """What a method leaves of unlearn and obsolete above the retrained model, in points of accuracy."""
-    sets = ("accuracy/unlearn", "accuracy/obsolete")
-    return [rise(cell[method], cell[RETRAINED], name) for method in methods for name in sets]
-
-
-CLAIMED = {"loss_ratio": loss_ratios, "update_spread": update_spread, "left_over": left_over}
-
-
-def targets_of(architecture: str, records: Sequence[Record]) -> list[dict[str, str]]:
-    """A row for each target of the method safe whose runs are there: what was asked for, what came, whether met.
-
-    An interval over seeds that reaches over a bar settles nothing: "undecided", as is one seed.
-    """
-    rows = []
-    for target in TARGETS:
-        cells = cells_of(records, SAFE, target.other)
-        if cells:
-            values = [TARGETED[target.of](cell[SAFE], cell[target.other], target.measure) for cell in cells]
-            value, half = t_interval(values)
-            row = {"architecture": architecture, "target": target.text, "value": target.form.format(value)}
-            row["interval"] = "one seed" if half is None else f"± {target.form.format(half).lstrip('+')}"
-            rows.append(row | {"met": "undecided" if half is None else met(target, value - half, value + half)})
-    return rows
-
-
-def met(target: Any, low: float, high: float) -> str:
-    """Whether an interval lies within a target: yes, no, or undecided where it reaches over a bar."""
-    if target.least <= low and high <= target.most:
-        return "yes"
-    return "no" if high < target.least or low > target.most else "undecided"
-
-
-def rise(ours: Record, theirs: Record, measure: str) -> float:
-    """By how much an accuracy lies above that of another model, in points."""
-    return 100 * (ours["measures"][measure] - theirs["measures"][measure])
-
-
-def ratio(ours: Record, theirs: Record, measure: str) -> float:
-    """A measure over that of another model."""
-    return ours["measures"][measure] / theirs["measures"][measure]
-
-
-def relearning_lead(ours: Record, theirs: Record, _: str = "") -> float:
-    """Mean over k of accuracy after k steps of relearning, less that of the other after 2k, in points.
-
-    On the subjects that are taught; k are the steps above 0 for which 2k was measured too.
-    """
-    curves = (record["relearn"] for record in (ours, theirs))
-    mine, others = (dict(zip(curve["steps"], curve["taught"], strict=True)) for curve in curves)
-    return 100 * fmean(mine[k] - others[2 * k] for k in mine if k and 2 * k in others)
-
-
-TARGETED: dict[str, Callable[[Record, Record, str], float]] = {
-    "rise": rise,
-    "fall": lambda ours, theirs, measure: rise(theirs, ours, measure),
-    "ratio": ratio,
-    "percent": lambda ours, theirs, measure: 100 * ratio(ours, theirs, measure),
-    "gauge": lambda ours, _, measure: 100 * abs(ours["measures"]["gauge"]) / ours["measures"]["ce/unseen"],
-    "relearning_lead": relearning_lead,
-}
+def quality(ours: Sequence[Record], theirs: Sequence[Record]) -> float:
+    """p of the test that truth ratios on unlearn are distributed as those of the other model."""
+    return ks_pvalue(*([ratio for record in side for ratio in record["truth_ratios"]] for side in (ours, theirs)))
 
 
 CHANCE = 1 / 3
-RELEARN_STEPS, SECONDS = "relearn_steps", "seconds"
 LEGEND = (
     "accuracies in % of questions with three options, losses (CE) and KL in nats per token, gauge: CE unlearn - CE "
-    "unseen; 95 % intervals over seeds",
-    "relearn: steps of training on unlearned texts until half of the accuracy is back, or the most that were made",
+    "unseen; retain, neighbour and unseen: subjects that no surgery saw; 95 % intervals over seeds",
+    "answers: ROUGE-L recall; untaught: accuracy after the other half of the facts was taught; quality: p of the "
+    "truth ratios; cost: share of the time of training again; edge: the best setting is at the edge of the grid",
 )
-COLUMNS: tuple[Column, ...] = tuple(map(tuple, DATA["columns"]))
+COLUMNS: list[list[Column]] = [list(map(tuple, table)) for table in DATA["columns"]]
 
 
 def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row for each finished run: who it is, its settings, all measures, steps of relearning, seconds."""
-    before = {(r["architecture"], r["seed"]): r for r in records if r["method"] == BEFORE}
+    """One row for each finished run: who it is, its place in the grid, all measures."""
+    again = {(r["architecture"], r["seed"]): r for r in records if r["method"] == RETRAINED}
     rows = []
     for record in records:
-        row = {name: record[name] for name in ("architecture", "method", "seed", "learning_rate", "strength")}
-        row |= record["measures"]
-        start = before.get((record["architecture"], record["seed"]))
-        if "relearn" in record and start is not None:
-            goal = (CHANCE + start["measures"]["accuracy/unlearn"]) / 2
-            curve = record["relearn"]
-            steps = steps_until(curve["steps"], curve["taught"], goal)
-            row[RELEARN_STEPS] = curve["steps"][-1] if steps is None else steps
-        row[SECONDS] = record["seconds"]["training"]
-        if "peak_gib" in record:
-            row["peak_gib"] = record["peak_gib"]
+        row = {name: record[name] for name in ("architecture", "method", "seed")}
+        row |= {axis: record["place"].get(axis) for axis in (*FACTORS, *LIMITS)} | record["measures"]
+        oracle = again.get((record["architecture"], record["seed"]))
+        if oracle is not None and record["method"] in METHODS:
+            row["cost"] = record["measures"]["seconds"] / oracle["measures"]["seconds"]
+            row["forget_quality"] = quality([record], [oracle])
         rows.append(row)
     return rows
 
@@ -704,15 +669,14 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 def summary_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each architecture and method, with the mean over seeds and half its interval of each number."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for architecture in dict.fromkeys(row["architecture"] for row in rows):
-        for row in sorted((row for row in rows if row["architecture"] == architecture), key=_place):
-            groups.setdefault((architecture, row["method"]), []).append(row)
+    for row in sorted(rows, key=lambda row: (ARCHITECTURES.index(row["architecture"]), _place(row))):
+        groups.setdefault((row["architecture"], row["method"]), []).append(row)
     made = []
     for (architecture, method), runs in groups.items():
         row: dict[str, Any] = {"architecture": architecture, "method": method, "seeds": len(runs)}
-        if method in METHODS:
-            row |= {name: runs[0][name] for name in ("learning_rate", "strength")}
-        names = [name for name in runs[0] if "/" in name or name in ("gauge", "old_answers", RELEARN_STEPS, SECONDS)]
+        row |= {axis: runs[0][axis] for axis in (*FACTORS, *LIMITS)}
+        known = [{name for name, value in run.items() if isinstance(value, float)} for run in runs]
+        names = [name for name in runs[0] if name in set.intersection(*known)]
         made.append(row | {name: t_interval([run[name] for run in runs]) for name in names})
     return made
 
@@ -723,61 +687,64 @@ def conclude(records: Sequence[Record], failed: Sequence[Mapping[str, str]]) -> 
     records: of finished final runs. failed: rows with `run` and `error`.
     """
     runs = flat_rows(records)
-    architectures = list(dict.fromkeys(row["architecture"] for row in runs))
-    of_each = {name: [record for record in records if record["architecture"] == name] for name in architectures}
+    of_each: dict[str, list[Record]] = {}
+    for record in records:
+        of_each.setdefault(record["architecture"], []).append(record)
     return {
         "rows": summary_rows(runs),
         "runs": runs,
         "failed": list(failed),
-        "claims": [claim for name, own in of_each.items() for claim in claims_of(name, own)],
-        "targets": [target for name, own in of_each.items() for target in targets_of(name, own)],
-        "curves": [
-            {name: record[name] for name in ("architecture", "method", "seed", "relearn")}
-            for record in records
-            if "relearn" in record
-        ],
+        **{key: [row for name, own in of_each.items() for row in judged(key, name, own)] for key in VERDICTS},
     }
 
 
 def comparison_text(results: Mapping[str, Any]) -> str:
     """The table of each architecture, the verdicts on the claims, and the targets."""
     parts = []
+    edges = {(row["architecture"], row["method"]) for row in results.get("tuning", ()) if row["edge"]}
     for architecture in dict.fromkeys(row["architecture"] for row in results["rows"]):
         own = [row for row in results["rows"] if row["architecture"] == architecture]
-        shown = [column for column in COLUMNS if any(column[1] in row for row in own)]
-        table = text_table([table_row(row, shown, {"rate": "learning_rate", "strength": "strength"}) for row in own])
-        parts += [f"{architecture}, {max(row['seeds'] for row in own)} seeds", table]
+        parts.append(f"{architecture}, {max(row['seeds'] for row in own)} seeds")
+        for names in COLUMNS:
+            shown = [column for column in names if any(column[1] in row for row in own)]
+            steps = {axis: axis for axis in (*FACTORS, *LIMITS)} if names is COLUMNS[0] else {}
+            lines = [table_row(row, shown, {}) | {a: _step(row.get(a)) for a in steps} for row in own]
+            for line, row in zip(lines, own, strict=True):
+                line |= {"edge": "edge" if (architecture, row["method"]) in edges else ""} if steps else {}
+            parts.append(text_table(lines))
     parts += LEGEND
-    for title, key in (("Claims", "claims"), ("Targets for the method safe", "targets")):
+    for title, key in (("Claims", "claims"), ("Targets", "targets")):
         if results[key]:
             parts += ["", title, text_table(results[key])]
     parts += [f"{row['run']} failed: {row['error']}" for row in results["failed"]]
     return "\n".join(parts)
 
 
+def _step(step: int | None) -> str:
+    return "" if step is None else f"{step:+d}"
+
+
 def draw(path: Path, results: Mapping[str, Any]) -> None:
-    """Accuracies, losses, divergences and relearning, a line of panels for each architecture; needs matplotlib."""
+    """Accuracies, losses and divergences, a line of panels for each architecture; needs matplotlib."""
     pyplot = plotting(path)
     if pyplot is None or not results["runs"]:
         return
     architectures = list(dict.fromkeys(row["architecture"] for row in results["runs"]))
     methods = list(dict.fromkeys(row["method"] for row in sorted(results["runs"], key=_place)))
-    size = {"figsize": (24, 5 * len(architectures)), "width_ratios": (5, 2, 2, 3), "layout": "constrained"}
-    figure, grid = pyplot.subplots(len(architectures), 4, squeeze=False, **size)
+    size = {"figsize": (24, 5 * len(architectures)), "width_ratios": (6, 2, 2), "layout": "constrained"}
+    figure, grid = pyplot.subplots(len(architectures), 3, squeeze=False, **size)
     for architecture, panels in zip(architectures, grid, strict=True):
         runs = [row for row in results["runs"] if row["architecture"] == architecture]
         bars = (
-            ("accuracy", {name: f"accuracy/{name}" for name in SETS}),
+            ("accuracy", {name: f"accuracy/{name}" for name in SETS} | {"untaught": "relearn/untaught"}),
             ("nats per token", {"CE unlearn": "ce/unlearn", "CE unseen": "ce/unseen"}),
             ("nats per token", {"KL retain": "kl/retain", "KL neighbour": "kl/neighbour"}),
         )
-        for axes, (label, measures) in zip(panels, bars, strict=False):
+        for axes, (label, measures) in zip(panels, bars, strict=True):
             grouped_bars(axes, list(measures), {method: _values(runs, method, measures) for method in methods})
             axes.set(ylabel=label, yscale="linear" if label == "accuracy" else "log")
         panels[0].axhline(CHANCE, color="black", linestyle=":", linewidth=0.8)
         panels[0].set_title(architecture)
-        own = [curve for curve in results["curves"] if curve["architecture"] == architecture]
-        _draw_curves(panels[3], own, methods)
     figure.legend(*grid[0][0].get_legend_handles_labels(), ncols=8, loc="outside lower center")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -793,17 +760,25 @@ def _place(row: Mapping[str, Any]) -> int:
     return [BEFORE, *METHODS, RETRAINED].index(row["method"])
 
 
-def _draw_curves(axes: Any, curves: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
-    """Mean over seeds of the taught subjects' accuracy while they are learnt again."""
-    for method in dict.fromkeys(curve["method"] for curve in curves):
-        own = [curve["relearn"] for curve in curves if curve["method"] == method]
-        means = [fmean(values) for values in zip(*(curve["taught"] for curve in own), strict=True)]
-        axes.plot(own[0]["steps"], means, color=f"C{methods.index(method)}")
-    axes.axhline(CHANCE, color="black", linestyle=":", linewidth=0.8)
-    axes.set(xlabel="steps of relearning", ylabel="accuracy on taught subjects")
+class Search(Walk):
+    """The way of a method through its grid. before: measures of the tuning world's model before surgery."""
 
+    def __init__(self, method: str, architecture: str, before: Mapping[str, float], start: Mapping[str, int]) -> None:
+        self.method, self.architecture, self.before = method, architecture, before
+        self.axes = METHODS[method].axes
+        super().__init__(tuple(start.get(axis, 0) for axis in self.axes), [LIMITS.get(axis) for axis in self.axes])
 
-ARCHITECTURES = ("llama", "cpt_moe")
+    def named(self, place: Place) -> tuple[tuple[str, int], ...]:
+        """A place with the names of its axes."""
+        return tuple(zip(self.axes, place, strict=True))
+
+    def run_at(self, place: Place) -> Run:
+        """The run of a place in the grid."""
+        return Run(self.method, self.architecture, TUNING_SEED, "validation", self.named(place))
+
+    def score_of(self, place: Place, record: Mapping[str, Any]) -> float:
+        """`tuning_criterion`, less than that of any other where the run failed."""
+        return -1.0 if "error" in record else tuning_criterion(record["measures"], self.before)
 
 
 @dataclass
@@ -819,24 +794,25 @@ class CompareArguments:
         default=None, help="Final runs of each method; the setting's own if unset. More can be added."
     )
     first_seed: int = HfArg(default=TUNING_SEED + 1, help="Seed of the first final run; the others follow it.")
-    tune: bool = HfArg(
-        default=False, help="Choose settings by the grid, on a seed of its own, instead of taking the stored choice."
-    )
     output_dir: str = HfArg(
         default="runs/surgery-methods",
         help="Folder for models, a record of each run, results and plot; finished runs are kept.",
     )
     workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
     device: str = HfArg(default="auto", help="auto, cpu or cuda; auto: cpu with the setting small.")
+    minutes: float | None = HfArg(
+        default=None, help="No run begins later than this; what is there is judged, the same command goes on."
+    )
 
 
 def compare_main(argv: Sequence[str]) -> None:
-    """Train the models before, operate on them, examine all; write and print what came out."""
+    """Train the models before, tune, operate on them, examine all; write and print what came out."""
     (args,) = parse_arguments((CompareArguments,), argv, program="surgery_methods.py", description=__doc__)
     comparison = make_comparison(args)
     folder = open_folder(args.output_dir, comparison.fingerprint())
-    results = compare(comparison, args, folder)
+    results, is_all = compare(comparison, args, folder)
     write_results(folder.root, results, results["runs"], draw, comparison_text)
+    tell_rest(args, is_all)
 
 
 def make_comparison(args: CompareArguments) -> Comparison:
@@ -855,51 +831,81 @@ def make_comparison(args: CompareArguments) -> Comparison:
     return Comparison(args.setting, scale, device, args.first_seed)
 
 
-def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFolder) -> dict[str, Any]:
-    """All runs that are not finished, then everything that is printed, as JSON can hold it."""
-    pairs = [(name, method) for name in dict.fromkeys(args.architectures) for method in dict.fromkeys(args.methods)]
-    grids = {pair: comparison.tuning_runs(*pair) if args.tune else [] for pair in pairs}
-    final_models = [run for name in dict.fromkeys(args.architectures) for run in comparison.final_runs(name, BEFORE)]
-    retrained = [replace(run, method=RETRAINED) for run in final_models]
-    tuned_models = [Run(BEFORE, name, TUNING_SEED, "validation") for name in args.architectures if args.tune]
-    num_runs = len(final_models) * (2 + len(set(args.methods))) + len(tuned_models) + sum(map(len, grids.values()))
-    bar = tqdm(total=num_runs, unit="run", dynamic_ncols=True)
-    with Crew(folder, args.workers, Worker, comparison, folder.root) as crew, bar:
-        records = crew.records([*tuned_models, *final_models], bar)
-        records |= crew.records([*retrained, *(run for grid in grids.values() for run in grid)], bar)
-        chosen = {pair: choice_of(comparison, *pair, grid, records) for pair, grid in grids.items()}
-        final = [run for pair, choice in chosen.items() for run in comparison.final_runs(*pair, *choice)]
-        records |= crew.records(final, bar)
-        bar.set_description("done")
-    shown = [*final_models, *final, *retrained]
-    failed = [{"run": name, "error": record["error"]} for name, record in records.items() if "error" in record]
+class Campaign:
+    """Carries out what an architecture needs: models, walks through the grids, final runs."""
+
+    def __init__(self, comparison: Comparison, methods: Sequence[str], crew: Crew, bar: tqdm) -> None:
+        self.comparison, self.methods, self.crew, self.bar = comparison, methods, crew, bar
+        self.searches: dict[tuple[str, str], Search] = {}
+        self.final: list[Run] = []
+        self.records: Records = {}
+
+    def carry_out(self, runs: Sequence[Run]) -> Records:
+        """Records of runs; models before whose weights are not there are trained again."""
+        for run in runs:
+            if run.method == BEFORE and not (self.crew.folder.root / "models" / run.cell).is_dir():
+                (self.crew.folder.root / f"runs/{run.name}.json").unlink(missing_ok=True)
+        self.bar.total += len(runs)
+        found = self.crew.records(runs, self.bar)
+        self.records |= found
+        return found
+
+    def architecture(self, name: str) -> None:
+        """All runs of an architecture, the final ones seed by seed, long ones first.
+
+        A walk begins where that of an architecture before it ended.
+        """
+        before = self.comparison.final_runs(name, BEFORE)
+        self.final += [*before, *(retrained := [replace(run, method=RETRAINED) for run in before])]
+        start = Run(BEFORE, name, TUNING_SEED, "validation")
+        found = self.carry_out([start, *before])
+        if "error" in found[start.name]:
+            raise RuntimeError(f"{start.name} failed: {found[start.name]['error']}")
+        measures = found[start.name]["measures"]
+        own = [method for method in self.methods if name in METHODS[method].architectures]
+        for method in dict.fromkeys(METHODS[method].tuned_as or method for method in own):
+            begin = next((s.best for (_, m), s in reversed(self.searches.items()) if m == method), None)
+            begin = METHODS[method].start if begin is None else begin
+            place = dict(zip(METHODS[method].axes, begin, strict=False))
+            self.searches[name, method] = Search(method, name, measures, place)
+        self.carry_out(retrained)
+        searches = [search for (architecture, _), search in self.searches.items() if architecture == name]
+        walk(searches, self.comparison.scale.rounds, self.carry_out)
+        final = []
+        for method in own:
+            search = self.searches[name, METHODS[method].tuned_as or method]
+            final += self.comparison.final_runs(name, method, search.named(search.best))
+        self.final += final
+        self.carry_out(sorted(final, key=lambda run: (not METHODS[run.method].steps, run.seed)))
+
+
+def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFolder) -> tuple[dict[str, Any], bool]:
+    """All runs that are not finished, as far as time allows; what is printed, as JSON can hold it; if it is all."""
+    is_all = True
+    with (
+        tqdm(total=0, unit="run", dynamic_ncols=True, mininterval=2) as bar,
+        Crew(folder, args.workers, Worker, comparison, folder.root, until=end_of(args.minutes)) as crew,
+    ):
+        campaign = Campaign(comparison, list(dict.fromkeys(args.methods)), crew, bar)
+        try:
+            for name in dict.fromkeys(args.architectures):
+                campaign.architecture(name)
+        except TimeoutError:
+            is_all = False
+    done = campaign.records
+    records = {run.name: done.get(run.name) or folder.read(f"runs/{run.name}.json") for run in campaign.final}
+    failed = [{"run": name, "error": record["error"]} for name, record in records.items() if "error" in (record or ())]
     return {
         "comparison": comparison.fingerprint(),
         "machine": machine_facts(torch.device(comparison.device), commit=None),
-        **conclude([records[run.name] for run in shown if "error" not in records[run.name]], failed),
+        **conclude([record for record in records.values() if record and "error" not in record], failed),
         "tuning": [
-            {"architecture": run.architecture, "method": run.method, "learning_rate": run.learning_rate}
-            | {"strength": run.strength, "criterion": records[run.name].get("criterion")}
-            | records[run.name].get("measures", {})
-            for grid in grids.values()
-            for run in grid
+            {"architecture": search.architecture, "method": search.method, "edge": not search.is_inside}
+            | {"best": place == search.best, "criterion": score, **dict(search.named(place))}
+            for search in campaign.searches.values()
+            for place, score in search.scores.items()
         ],
-    }
-
-
-def choice_of(comparison: Comparison, architecture: str, method: str, grid: Sequence[Run], records: Records) -> Choice:
-    """Learning rate and strength of the run of a grid with the largest criterion, the stored choice without a grid.
-
-    Raises ValueError if every run of the grid failed.
-    """
-    if not grid:
-        return CHOSEN[comparison.setting][architecture][method]
-    finished = [run for run in grid if "criterion" in records[run.name]]
-    if not finished:
-        error = records[grid[0].name]["error"]
-        raise ValueError(f"every run of the grid of {method} on {architecture} failed, the first with: {error}")
-    best = max(finished, key=lambda run: records[run.name]["criterion"])
-    return best.learning_rate, best.strength
+    }, is_all
 
 
 PROGRAM, GUIDE = "surgery_methods.py", "[surgery methods](../../surgery_comparison.md)"

@@ -2,7 +2,7 @@
 
 A comparison makes runs, each with a `name` and a `method`. Its folder holds comparison.json (everything that decides
 the numbers), runs/<name>.json (a record of each finished run), results.json, results.csv and comparison.png, so that a
-killed comparison goes on and methods or seeds can be added later.
+killed comparison goes on and methods or seeds can be added later. Settings come from walks through grids without end.
 
 Intervals are Student's t over the seeds of the final runs. Source: ours.
 """
@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from hf_moe_cpt.reports import write_csv
 
 
 CONFIDENCE = 0.95
-SCALE_OF_SWEEP = ("learning_rates", "strengths", "seeds")  # they say which runs there are, not what a run is
 
 # Of a method or a library; memory that a device lacks is a RuntimeError
 FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -53,13 +53,26 @@ def open_folder(root: str, fingerprint: Mapping[str, Any]) -> ResumableFolder:
 
 
 def check_request(args: Any, settings: Collection[str], methods: Collection[str]) -> None:
-    """Raise ValueError for what cannot be run of --setting, --methods, --workers and --seeds."""
+    """Raise ValueError for what cannot be run of --setting, --methods, --workers, --seeds and --minutes."""
     check_names("--setting", [args.setting], settings)
     check_choice("--methods", args.methods, methods)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least one process must do the work.")
     if args.seeds is not None and args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: every method needs at least one final run.")
+    if args.minutes is not None and args.minutes < 0:
+        raise ValueError(f"--minutes {args.minutes:g}: at least 0, at which only what is there is told.")
+
+
+def end_of(minutes: float | None) -> float:
+    """The `until` of a crew that is to begin no run after so many minutes; None: it has no end."""
+    return math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+
+def tell_rest(args: Any, is_all: bool) -> None:
+    """Print that --minutes left something to be done."""
+    if not is_all:
+        print(f"Not finished after {args.minutes:g} minutes: the same command goes on.")
 
 
 def check_choice(option: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -152,6 +165,56 @@ class Crew:
             if time.monotonic() >= self.until:
                 for waiting in futures:
                     waiting.cancel()
+
+
+Place = tuple[int, ...]  # whole steps from the middle of a grid, one for each axis
+
+
+class Walk(ABC):
+    """A way through a grid without end: from the best place to its best neighbour until the best lies inside.
+
+    best: the best place so far, at first where the way begins. limits: of each axis the first and the last step there
+    is, None where it has no end. A place without a score was not measured.
+    """
+
+    def __init__(self, best: Place, limits: Sequence[tuple[int, int] | None] = ()) -> None:
+        self.best, self.limits = best, tuple(limits) or (None,) * len(best)
+        self.is_inside = False
+        self.scores: dict[Place, float] = {}
+
+    @abstractmethod
+    def run_at(self, place: Place) -> Any:
+        """The run of a place in the grid, on data for tuning."""
+
+    @abstractmethod
+    def score_of(self, place: Place, record: Mapping[str, Any]) -> float:
+        """What a place is worth by the record of its run, which holds `error` if it failed."""
+
+    def wanted(self) -> list[Place]:
+        """The best place and its neighbours along every axis, as far as they are not known."""
+        places = [self.best]
+        for axis in range(len(self.best)):
+            places += [tuple(v + sign * (n == axis) for n, v in enumerate(self.best)) for sign in (-1, 1)]
+        return [place for place in places if place not in self.scores and self._exists(place)]
+
+    def _exists(self, place: Place) -> bool:
+        return all(end is None or end[0] <= step <= end[1] for step, end in zip(place, self.limits, strict=True))
+
+    def learn(self, records: Records) -> None:
+        """Read the records of the wanted places, and move to the best one; of equal ones to the one in the middle."""
+        for place in self.wanted():
+            self.scores[place] = self.score_of(place, records[self.run_at(place).name])
+        best = max(self.scores, key=lambda place: (self.scores[place], [-abs(step) for step in place]))
+        self.is_inside, self.best = best == self.best, best
+
+
+def walk(walks: Sequence[Walk], rounds: int, carry_out: Callable[[list[Any]], Records]) -> None:
+    """Let every grid grow until its best lies inside, at most `rounds` times. carry_out: gives the records of runs."""
+    for _ in range(rounds):
+        going = [one for one in walks if not one.is_inside]
+        records = carry_out([one.run_at(place) for one in going for place in one.wanted()])
+        for one in going:
+            one.learn(records)
 
 
 class Estimate(NamedTuple):

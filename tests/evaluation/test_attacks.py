@@ -6,7 +6,7 @@ import torch
 
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.evaluation import attacks
-from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, EvalSettings, questions_of
+from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, EvalSettings, questions_of, score_options
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -127,3 +127,35 @@ def test_relearning_teaches_what_it_is_shown_and_leaves_the_model_as_it_was(benc
     after = _state(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "cpt_moe", "cpt_moe sinkhorn"])
+def test_with_the_old_routes_a_mixture_whose_routers_alone_were_turned_says_what_it_said(kind, bench, tokenizer):
+    before, after = (tiny_model(kind, vocab_size=400, max_position_embeddings=512) for _ in range(2))
+    after.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        for layer in attacks.moe_layers(after):
+            for weight in layer.router.parameters():
+                weight.neg_()
+    settings = EvalSettings(robustness=["routes"], max_questions=3, batch_size=2)
+    asked = questions_of(bench, "unlearn", tokenizer, before, settings, kinds=("mcq",))
+    old, new = (score_options(model, asked, 2) for model in (before, after))
+    with attacks.routes_of(after, before):
+        forced = score_options(after, asked, 2)
+    for theirs, turned, again in zip(old, new, forced, strict=True):
+        assert again["logp"] == pytest.approx(theirs["logp"], abs=1e-5)
+        assert turned["logp"] != pytest.approx(theirs["logp"], abs=1e-4)
+    assert score_options(after, asked, 2)[0]["logp"] == new[0]["logp"]  # the hooks are gone
+    found = attacks.attack(after, tokenizer, bench, settings, before)
+    assert set(found) == {"routes"} and set(found["routes"]) == {"unlearn", "obsolete"}
+    assert found["routes"]["unlearn"] == attacks.answers_of(before, asked, 2)
+
+
+def test_old_routes_are_asked_of_mixtures_with_the_same_layers(bench, tokenizer):
+    settings = EvalSettings(robustness=["routes"], max_questions=3)
+    dense, mixture = (tiny_model(k, vocab_size=400, max_position_embeddings=512) for k in ("llama", "mixtral"))
+    assert attacks.attack(dense, tokenizer, bench, settings, dense) == {}
+    assert attacks.attack(mixture, tokenizer, bench, settings) == {}
+    with pytest.raises(ValueError, match="0 layers of experts cannot route for 2: give the model before surgery"):
+        with attacks.routes_of(mixture, dense):
+            pass

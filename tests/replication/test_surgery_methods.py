@@ -43,22 +43,39 @@ def test_measures_of_answers_texts_and_divergences():
         "divergence": {"retain": {"kl": [[0.3], [0.0, 0.0]], "agrees": [[False], [True, True]]}},
     }
     expected = {"accuracy/unlearn": 1 / 2, "accuracy/unlearn_paraphrase": 1 / 2, "accuracy/update": 2 / 4}
-    expected |= {"accuracy/changed": 1 / 3, "old_answers": 1 / 3, "ce/unlearn": 3.0, "ce/unseen": 2.0, "gauge": 1.0}
+    expected |= {
+        "accuracy/changed": 1 / 3,
+        "old_answers": 1 / 3,
+        "ce/unlearn": 3.0,
+        "ce/unseen": 2.0,
+        "gauge": 1.0,
+        "auc/min_k": 0.5,
+    }
     assert methods.measures_of(raw) == pytest.approx(expected | {"kl/retain": 0.1, "agreement/retain": 2 / 3})
-    relearnt = {"steps": [0, 5, 10], "taught": [{"right": [0.0, 0.5]}, {"right": [1.0, 0.0]}, {"right": [1.0, 1.0]}]}
-    assert methods.curve_of(relearnt) == {"steps": [0, 5, 10], "taught": [0.25, 0.5, 1.0]}
 
 
-def test_score_is_the_harmonic_mean_of_forgotten_learnt_and_kept():
-    measures = {"accuracy/unlearn": 0.2, "accuracy/unseen": 0.4, "accuracy/update": 0.5, "accuracy/retain": 1.0}
-    assert methods.tuning_criterion(measures) == pytest.approx(3 / (1 / 0.8 + 1 / 0.5 + 1))
-    assert methods.tuning_criterion(measures | {"accuracy/update": 0.0}) == 0.0
+def test_criterion_is_the_harmonic_mean_of_forgotten_learnt_and_kept():
+    measures = {"accuracy/unlearn": 0.2, "accuracy/obsolete": 0.5, "accuracy/unseen": 0.4, "accuracy/update": 0.5}
+    measures |= {"accuracy/retain": 1.0, "accuracy/neighbour": 0.8, "gauge": -1.0, "ce/unseen": 2.0}
+    parts = (0.8, 0.9, 0.5, 1.0, 0.8, np.exp(-1.0), np.exp(-0.5))
+    assert methods.tuning_criterion(measures, {"ce/unseen": 1.5}) == pytest.approx(7 / sum(1 / part for part in parts))
+    assert methods.tuning_criterion(measures | {"accuracy/update": 0.0}, {"ce/unseen": 1.5}) == 0.0
+
+
+def test_drift_is_what_leaves_the_first_measurement():
+    log = [
+        {"step": 0, "eval_unseen_ce": 9.0, "eval_retain_kl": 0.0, "eval_surgery_gap": 1.0},
+        {"step": 5, "loss": 1.0},
+        {"step": 10, "eval_unseen_ce": 2.0, "eval_retain_kl": 0.2, "eval_surgery_gap": 1.0},
+        {"step": 20, "eval_unseen_ce": 1.7, "eval_retain_kl": 0.1, "eval_surgery_gap": 1.0},
+    ]
+    assert methods.drifts(log) == pytest.approx({"drift/unseen_ce": 0.3, "drift/retain_kl": 0.0})
 
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
 MINIATURE = replace(
     methods.SETTINGS["small"],
-    subjects=3,
+    subjects=dict.fromkeys(("unlearn", "update", "retain", "neighbour", "unseen"), 6),
     forms=("quiz",),
     vocab_size=300,
     max_length=24,
@@ -69,14 +86,13 @@ MINIATURE = replace(
     rows=1,
     eval_steps=1,
     eval_rows=4,
-    learning_rates=(1e-3, 2e-3),
-    strengths=(1.0,),
+    rounds=1,
     max_questions=3,
     max_documents=2,
     relearn_steps=2,
     relearn_every=1,
 )
-RUN = ["safe", "descent-kl"]
+RUN = ["descent-kl", "safe"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,15 +106,15 @@ def miniature():
 def start(folder: Path, *words: str) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed):
-        methods.main(["--output_dir", str(folder), "--workers", "1", "--architectures", "llama", *words])
+        methods.main(["--output_dir", str(folder), "--workers", "1", *words])
     return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """A comparison of two methods, one seed, and what it printed."""
+    """A comparison of two methods on a mixture, one seed, and what it printed."""
     folder = tmp_path_factory.mktemp("comparison") / "out"
-    return folder, start(folder, "--methods", *RUN)
+    return folder, start(folder, "--architectures", "cpt_moe", "--methods", *RUN)
 
 
 def results_of(folder: Path) -> dict:
@@ -108,107 +124,114 @@ def results_of(folder: Path) -> dict:
 @pytest.mark.slow
 def test_every_run_left_a_record_and_the_results_are_theirs(finished):
     folder, printed = finished
-    records = {path.stem: json.loads(path.read_text()) for path in (folder / "runs").iterdir()}
-    assert sorted(record["method"] for record in records.values()) == sorted([methods.BEFORE, methods.RETRAINED, *RUN])
-    rate, strength = methods.CHOSEN["small"]["llama"]["safe"]
-    safe = records[f"llama-seed1-test-safe-lr{rate:g}-strength{strength:g}"]
-    assert safe["training"]["forget_target"] == pytest.approx(safe["measures"]["ce/unseen"], rel=0.2)
-    assert safe["relearn"]["steps"] == [0, 1, 2] and len(safe["relearn"]["taught"]) == 3
+    records = [json.loads(path.read_text()) for path in (folder / "runs").glob("*-test-*")]
+    assert sorted(record["method"] for record in records) == sorted([methods.BEFORE, methods.RETRAINED, *RUN])
+    (safe,) = (record for record in records if record["method"] == "safe")
+    assert safe["training"]["settings"]["held_out_fraction"] == MINIATURE.held_out
     results = results_of(folder)
     assert [row["method"] for row in results["rows"]] == [methods.BEFORE, *RUN, methods.RETRAINED]
-    assert results["rows"][1]["accuracy/unlearn"] == [safe["measures"]["accuracy/unlearn"], None]
+    assert results["rows"][2]["accuracy/unlearn"] == [safe["measures"]["accuracy/unlearn"], None]
     with (folder / "results.csv").open() as file:
         lines = {line["method"]: line for line in csv.DictReader(file)}
     assert float(lines["safe"]["kl/retain"]) == pytest.approx(safe["measures"]["kl/retain"], rel=1e-5)
     assert (folder / "comparison.png").stat().st_size > 10_000
-    assert "Targets for the method safe" in printed and "no ascent leaves old answers" in printed
+    assert "Targets" in printed and "without ascent old answers survive" in printed and "Not finished" not in printed
     for row in results["runs"]:
         assert all(0 <= row[f"accuracy/{name}"] <= 1 and row[f"ce/{name}"] > 0 for name in SETS)
         assert row["gauge"] == pytest.approx(row["ce/unlearn"] - row["ce/unseen"])
         assert (row["kl/retain"] == pytest.approx(0, abs=1e-6)) == (row["method"] == methods.BEFORE)
-        assert ("relearn_steps" in row) == (row["method"] != methods.BEFORE) and row["seconds"] > 0
+        is_after = row["method"] != methods.BEFORE
+        assert ("relearn/untaught" in row) == ("accuracy/unlearn_old_routes" in row) == is_after
+        assert ("cost" in row) == ("forget_quality" in row) == (row["method"] in methods.METHODS)
+    assert {row["verdict"] for row in results["claims"]} <= {"undecided", "confirmed", "refuted"}
 
 
 @pytest.mark.slow
-def test_grids_choose_by_validation_questions_of_another_world(finished):
-    printed = start(finished[0], "--methods", "descent-kl", "--tune")
-    results = results_of(finished[0])
-    scores = {point["learning_rate"]: point["criterion"] for point in results["tuning"]}
-    assert set(scores) == {1e-3, 2e-3} and "descent-kl" in printed
-    row = next(row for row in results["rows"] if row["method"] == "descent-kl")
-    assert scores[row["learning_rate"]] == max(scores.values())
-    tuned = [json.loads(path.read_text()) for path in (finished[0] / "runs").glob("*validation*")]
+def test_walks_are_judged_by_validation_questions_of_another_world_and_go_on(finished):
+    folder, _ = finished
+    tuned = [json.loads(path.read_text()) for path in (folder / "runs").glob("*validation*")]
     assert {(record["seed"], record["split"]) for record in tuned} == {(0, "validation")}
-    assert all("accuracy/unlearn" in record["measures"] and "ce/unlearn" not in record["measures"] for record in tuned)
-    start(finished[0], "--methods", *RUN)
+    assert all("ce/unseen" in record["measures"] and "kl/retain" not in record["measures"] for record in tuned)
+    tuning = [row for row in results_of(folder)["tuning"] if row["method"] == "safe"]
+    assert len(tuning) == 6  # the middle, two along rate and strength each, and one level more of copies
+    assert [row["criterion"] for row in tuning if row["best"]] == [max(row["criterion"] for row in tuning)]
+    stopped = start(folder, "--architectures", "cpt_moe", "--methods", *RUN, "--seeds", "2", "--minutes", "0")
+    assert "Not finished after 0 minutes" in stopped
+    assert json.loads((folder / "results.json").read_text())["rows"]  # the first seed is judged
+    again = start(folder, "--architectures", "cpt_moe", "--methods", *RUN, "--minutes", "0")
+    assert "Not finished" not in again
 
 
-def test_choice_takes_the_largest_score_and_refuses_a_grid_that_failed():
-    comparison = methods.make_comparison(methods.CompareArguments())
-    grid = comparison.tuning_runs("llama", "paper")
-    records = {run.name: {"criterion": 0.1} for run in grid} | {grid[1].name: {"criterion": 0.2}}
-    assert methods.choice_of(comparison, "llama", "paper", grid, records) == (grid[1].learning_rate, grid[1].strength)
-    assert methods.choice_of(comparison, "llama", "paper", [], {}) == methods.CHOSEN["small"]["llama"]["paper"]
-    with pytest.raises(ValueError, match="every run of the grid of paper on llama failed, the first with: no memory"):
-        methods.choice_of(comparison, "llama", "paper", grid, {run.name: {"error": "no memory"} for run in grid})
+def test_a_walk_ends_where_its_best_lies_inside_and_keeps_to_the_levels_there_are():
+    search = methods.Search("safe", "llama", {"ce/unseen": 2.0}, {"rate": -1})
+    assert search.best == (-1, 0, 0) and set(search.wanted()) == {
+        (-1, 0, 0), (-2, 0, 0), (0, 0, 0), (-1, -1, 0), (-1, 1, 0), (-1, 0, 1),
+    }  # fmt: skip
+
+    def record(place):
+        good = 0.9 - 0.1 * abs(place[0] - 1) - 0.1 * abs(place[1] + 1) - 0.05 * (1 - place[2])
+        measures = {f"accuracy/{name}": good for name in ("update", "retain", "neighbour")}
+        same = {f"accuracy/{name}": 1 / 3 for name in ("unlearn", "obsolete", "unseen")}
+        return {"measures": measures | same | {"gauge": 0.0, "ce/unseen": 2.0}}
+
+    def carry_out(runs):
+        return {run.name: record([step for _, step in run.place]) for run in runs}
+
+    methods.walk([search], 10, carry_out)
+    assert search.best == (1, -1, 1) and search.is_inside
+    early = methods.Search("safe", "llama", {"ce/unseen": 2.0}, {})
+    methods.walk([early], 1, carry_out)
+    assert not early.is_inside
+    assert early.score_of((0, 0, 0), {"error": "no memory"}) < 0
 
 
-@pytest.mark.parametrize("setting, method", zip(["small", "gpu"] * 3, methods.METHODS, strict=False))
-def test_settings_make_the_method(setting, method, tmp_path):
-    comparison = methods.Comparison(setting, methods.SETTINGS[setting], "cpu")
-    run = methods.Run(method, "llama", 1, learning_rate=1e-3, strength=3.0)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_settings_make_the_method(method, tmp_path):
+    comparison = methods.Comparison("small", methods.SETTINGS["small"], "cpu")
+    run = methods.Run(method, "llama", 1, place=(("rate", -1), ("strength", 1), ("counterfactuals", 1)))
     config = SurgeryConfig(output_dir=str(tmp_path), use_cpu=True, **comparison.surgery_settings(run))
     preset = SurgeryConfig.from_preset(methods.METHODS[method].preset, output_dir=str(tmp_path), use_cpu=True)
-    assert config.learning_rate == (3e-3 if method == "ascent-only" else 1e-3)
-    scale = comparison.scale
-    assert (config.max_steps, config.update_batch_size) == (scale.steps, scale.rows)
-    expected = dict(preset.weights) | {
-        "paper": {"unlearn": 0.3, "obsolete": 0.3},
-        "safe": {name: 3 * preset.weights[name] for name in ("unlearn", "obsolete")},
-        "descent-kl": {"unlearn": 0, "obsolete": 0, "retain": 1.5},
-        "ascent-only": {"update": 0, "retain": 0},
-        "npo-retain": {"unlearn": 0.3, "obsolete": 0.3},
-    }.get(method, {})
-    assert config.weights == pytest.approx(expected)
-    assert config.forget_loss == {"safe": preset.forget_loss, "npo-retain": "npo"}.get(method, "ga")
-    assert (config.max_grad_norm, config.adam_beta2) == (preset.max_grad_norm, preset.adam_beta2)
+    scale, own = comparison.scale, methods.METHODS[method]
+    assert config.learning_rate == pytest.approx(scale.rate / 2)
+    assert (config.max_steps, config.update_batch_size) == (own.steps or scale.steps, scale.rows)
+    forgotten = {name: 0.0 if method == "descent-kl" else 3 * preset.weights[name] for name in ("unlearn", "obsolete")}
+    held = {"retain": 1.5} if method == "descent-kl" else {}
+    assert config.weights == pytest.approx(dict(preset.weights) | forgotten | held)
+    assert config.forget_loss == own.changes.get("forget_loss", preset.forget_loss)
+    assert config.counterfactuals == 2 and config.load_best_model_at_end == (own.preset == "safe" and not own.steps)
 
 
-def test_budgets_are_equal_and_no_choice_has_seen_a_final_world():
+def test_every_method_but_the_published_ones_has_all_aids_and_no_choice_has_seen_a_final_world():
     comparison = methods.make_comparison(methods.CompareArguments(seeds=3))
-    grids = {method: comparison.tuning_runs("llama", method) for method in methods.METHODS}
-    assert len({len(grid) for grid in grids.values()}) == 1
-    final = comparison.final_runs("llama", "safe", 1e-3, 3.0)
-    assert {run.seed for run in grids["safe"]} == {0} and [run.seed for run in final] == [1, 2, 3]
-    assert {run.split for run in grids["safe"]} == {"validation"} and {run.split for run in final} == {"test"}
-    assert all(
-        set(methods.CHOSEN[name][architecture]) == set(methods.METHODS)
-        for name in methods.SETTINGS
-        for architecture in methods.CHOSEN[name]
-    )
+    aided = [method for method in methods.METHODS.values() if method.preset == "safe"]
+    assert all(method.axes == ["rate", "strength", "counterfactuals"] for method in aided) and len(aided) > 5
+    final = comparison.final_runs("llama", "safe", (("rate", 0),))
+    assert [run.seed for run in final] == [1, 2, 3] and {run.split for run in final} == {"test"}
+    assert methods.Search("safe", "llama", {}, {}).run_at((0, 0, 0)).seed == 0
+    assert len(comparison.final_runs("llama", "safe-long")) == methods.METHODS["safe-long"].seeds
 
 
-def test_models_of_the_gpu_setting_have_100_million_parameters():
-    comparison = methods.Comparison("gpu", methods.SETTINGS["gpu"], "cuda")
-    for architecture in methods.ARCHITECTURES:
-        config = methods.model_config(comparison, architecture, methods.SETTINGS["gpu"].vocab_size)
-        with torch.device("meta"):
-            model = methods.AutoModelForCausalLM.from_config(config)
-        assert 100e6 < sum(parameter.numel() for parameter in model.parameters()) < 250e6
+def test_a_surgery_gets_a_part_of_the_anchors_and_is_asked_about_the_rest():
+    material = methods.make_material(READ, 1)
+    for name in SETS:
+        given, asked = (set(part.subjects(name)) for part in (material.operated, material.examined))
+        if name in ("retain", "neighbour", "unseen"):
+            assert len(given) == len(asked) == 3 and not given & asked
+        else:
+            assert given == asked == set(material.bench.subjects(name))
+    assert set(material.bench.documents["retain"]["subject_kind"]) == {"person"}  # no texts about cities and firms
 
 
 READ = replace(MINIATURE, vocab_size=320, max_length=32, batch_size=16)
 
 
-def test_every_row_is_read_in_every_epoch_and_real_text_once():
+def test_every_row_is_read_in_every_epoch():
     scale = replace(READ, epochs=3, batch_size=4)
     rows = [[place] * (2 + place % 5) for place in range(10)]
-    real = [[100 + place] * 3 for place in range(7)]
-    batches = list(methods.reading_order(rows, real, scale, seed=1))
-    read = Counter(row[0] for batch in batches for row in batch)
-    assert read == Counter({place: 3 for place in range(10)} | {100 + place: 1 for place in range(7)})
-    assert max(map(len, batches)) == 4 and batches != list(methods.reading_order(rows, real, scale, seed=2))
-    assert list(methods.reading_order(rows, [], scale, seed=1)) == list(methods.reading_order(rows, [], scale, seed=1))
+    batches = list(methods.reading_order(rows, scale, seed=1))
+    assert Counter(row[0] for batch in batches for row in batch) == Counter({place: 3 for place in range(10)})
+    assert max(map(len, batches)) == 4 and batches != list(methods.reading_order(rows, scale, seed=2))
+    assert list(methods.reading_order(rows, scale, seed=1)) == batches
 
 
 def test_texts_become_rows_with_an_end_and_batches_with_masked_padding():
@@ -229,15 +252,8 @@ def test_rate_goes_up_and_down():
     assert shares[-1] == 0.02 and shares[55] == pytest.approx(0.5)
 
 
-def test_hubs_can_be_left_out():
-    bench = methods.make_bench(READ, seed=1)
-    assert set(bench.documents["retain"]["subject_kind"]) == {"person"} and len(bench.documents["retain"]) == 3
-    assert set(bench.ask("retain")["subject_kind"]) == {"person"} and len(bench.ask("retain", kind="mcq")) == 24
-    assert "city" in methods.make_bench(replace(READ, keep_hubs=True), seed=1).documents["retain"]["subject_kind"]
-
-
-def test_training_can_be_repeated_and_reads_the_sets_of_each_model(tmp_path, monkeypatch):
-    material = methods.make_material(READ, 1, tmp_path)
+def test_training_can_be_repeated_and_reads_the_sets_of_each_model(monkeypatch):
+    material = methods.make_material(READ, 1)
     comparison = methods.Comparison("small", READ, "cpu")
     read = {methods.RETRAINED: [], methods.BEFORE: []}
     models, padded = {}, methods.padded
@@ -258,144 +274,144 @@ def _rows_of(material, name: str) -> list[list[int]]:
     return methods.token_rows(material.tokenizer, list(material.bench.documents[name]["text"]), READ.max_length)
 
 
-def test_real_text_is_kept_beside_the_retain_set(tmp_path, monkeypatch):
-    assert methods.make_material(READ, 1, tmp_path).retained() is not None
-    rows = [{"text": f"real text number {place}"} for place in range(3)]
-    table = methods.datasets.Dataset.from_list(rows)
-    monkeypatch.setattr(
-        methods,
-        "build_python_corpus",
-        lambda **options: {"prose": {"train": table, "held_out": table}} if options["cache_dir"] == tmp_path else None,
-    )
-    material = methods.make_material(replace(READ, real_characters=100), 1, tmp_path)
-    retained = material.retained()
-    assert list(retained["text"])[-3:] == [row["text"] for row in rows] and len(retained) == 6
-
-
-# accuracies of the sets in this order, CE unlearn, CE unseen, KL retain, accuracy of taught subjects at 0, 5, 10 steps
+# accuracies of the sets in this order, CE unlearn, CE unseen, KL retain, untaught, seconds
 MODELS = {
-    methods.BEFORE: ((0.90, 0.85, 0.25, 0.90, 0.85, 0.35), 0.1, 2.0, 0.0, None),
-    methods.RETRAINED: ((0.30, 0.30, 0.85, 0.88, 0.85, 0.35), 2.1, 2.0, 0.1, (0.30, 0.50, 0.75)),
-    "safe": ((0.31, 0.30, 0.83, 0.895, 0.85, 0.35), 2.1, 2.0, 0.02, (0.31, 0.70, 0.80)),
-    "paper": ((0.20, 0.25, 0.85, 0.80, 0.60, 0.35), 6.0, 3.0, 0.2, (0.20, 0.60, 0.85)),
-    "descent-kl": ((0.70, 0.45, 0.84, 0.89, 0.80, 0.35), 0.4, 2.1, 0.03, (0.70, 0.80, 0.90)),
-    "ascent-only": ((0.30, 0.30, 0.33, 0.30, 0.30, 0.30), 30.0, 29.0, 20.0, (0.30, 0.40, 0.50)),
-    "npo-retain": ((0.50, 0.45, 0.82, 0.88, 0.80, 0.35), 0.9, 2.2, 0.04, (0.50, 0.60, 0.70)),
+    methods.BEFORE: ((0.90, 0.85, 0.25, 0.90, 0.85, 0.35), 0.1, 2.0, 0.0, None, 40.0),
+    methods.RETRAINED: ((0.30, 0.30, 0.85, 0.88, 0.85, 0.35), 2.1, 2.0, 0.1, 0.45, 100.0),
+    "safe": ((0.31, 0.30, 0.83, 0.89, 0.84, 0.35), 2.1, 2.02, 0.02, 0.46, 19.0),
+    "paper": ((0.28, 0.31, 0.85, 0.88, 0.83, 0.35), 3.0, 3.0, 0.2, 0.60, 15.0),
+    "ga": ((0.28, 0.31, 0.85, 0.88, 0.83, 0.35), 3.0, 3.0, 0.2, 0.60, 15.0),
+    "descent-kl": ((0.70, 0.45, 0.84, 0.89, 0.80, 0.35), 0.4, 2.1, 0.03, 0.80, 10.0),
+    "safe-long": ((0.31, 0.30, 0.83, 0.89, 0.84, 0.35), 2.1, 2.02, 0.02, 0.46, 300.0),
 }
 
 
 def record(method: str, seed: int, architecture: str = "llama", **changes: float) -> dict:
-    accuracies, unlearn, unseen, kl, taught = MODELS[method]
+    accuracies, unlearn, unseen, kl, untaught, seconds = MODELS[method]
     measures = {f"accuracy/{name}": value for name, value in zip(SETS, accuracies, strict=True)}
+    measures |= {"accuracy/retain_anchored": accuracies[3], "accuracy/unlearn_4bit": accuracies[0] + 0.01}
+    measures |= {"accuracy/unlearn_old_routes": accuracies[0] + 0.02} if architecture == "cpt_moe" else {}
     measures |= {"ce/unlearn": unlearn, "ce/unseen": unseen, "gauge": unlearn - unseen, "kl/retain": kl}
-    measures |= {"kl/neighbour": 2 * kl} | changes
-    made = {"method": method, "architecture": architecture, "seed": seed, "learning_rate": 1e-3, "strength": 3.0}
-    made |= {"measures": measures, "seconds": {"training": 10.0 + seed}}
-    return made | ({"relearn": {"steps": [0, 5, 10], "taught": list(taught)}} if taught else {})
+    measures |= {"kl/neighbour": 2 * kl, "seconds": seconds} | (
+        {} if untaught is None else {"relearn/untaught": untaught}
+    )
+    if method == "safe-long":
+        names = ("unseen_ce", "unlearn_ce", "retain_kl", "neighbour_kl")
+        measures |= dict.fromkeys((f"drift/{name}" for name in names), 0.04)
+    made = {"method": method, "architecture": architecture, "seed": seed, "place": {"rate": 1}}
+    ratios = (
+        [0.1 * place for place in range(1, 9)] if method == methods.BEFORE else [0.5 + place for place in range(8)]
+    )
+    return made | {"measures": measures | changes, "truth_ratios": ratios}
 
 
-def all_records(*seeds: int) -> list[dict]:
-    return [record(method, seed) for seed in seeds for method in MODELS]
+def all_records(*seeds: int, architecture: str = "llama") -> list[dict]:
+    return [record(method, seed, architecture) for seed in seeds for method in MODELS]
 
 
-def test_rows_hold_means_and_intervals_and_steps_of_relearning():
+def changed(records: list[dict], method: str, change: dict) -> list[dict]:
+    return [r | {"measures": r["measures"] | change} if r["method"] == method else r for r in records]
+
+
+def test_rows_hold_means_intervals_cost_and_quality():
     records = all_records(1, 2)
     records[3]["measures"]["accuracy/unlearn"] = 0.30  # paper, seed 1
     results = methods.conclude(records, [])
-    assert [row["method"] for row in results["rows"]] == [methods.BEFORE, *methods.METHODS, methods.RETRAINED]
+    shown = ["paper", "descent-kl", "safe", "ga", "safe-long"]
+    assert [row["method"] for row in results["rows"]] == [methods.BEFORE, *shown, methods.RETRAINED]
     rows = {row["method"]: row for row in results["rows"]}
-    half = stats.t.ppf(0.975, 1) * np.std([0.3, 0.2], ddof=1) / np.sqrt(2)
-    assert rows["paper"]["accuracy/unlearn"] == pytest.approx((0.25, half))
-    assert rows["paper"]["seconds"].mean == 11.5 and rows["paper"]["learning_rate"] == 1e-3
-    goal = (1 / 3 + 0.9) / 2  # between chance and the model before
-    assert rows["safe"]["relearn_steps"].mean == pytest.approx(5 * (goal - 0.31) / (0.70 - 0.31))
-    assert rows["ascent-only"]["relearn_steps"].mean == 10 and rows["descent-kl"]["relearn_steps"].mean == 0
-    assert "relearn_steps" not in rows[methods.BEFORE] and "learning_rate" not in rows[methods.RETRAINED]
+    half = stats.t.ppf(0.975, 1) * np.std([0.3, 0.28], ddof=1) / np.sqrt(2)
+    assert rows["paper"]["accuracy/unlearn"] == pytest.approx((0.29, half))
+    assert rows["safe"]["cost"].mean == pytest.approx(0.19) and "cost" not in rows[methods.RETRAINED]
+    assert rows["safe"]["forget_quality"].mean == 1.0 and rows["safe"]["rate"] == 1
+    assert "relearn/untaught" not in rows[methods.BEFORE]
+    forced = [record("safe", 1) | {"truth_ratios": [0.01] * 8}, record(methods.RETRAINED, 1)]
+    assert methods.flat_rows(forced)[0]["forget_quality"] == pytest.approx(stats.ks_2samp(
+        forced[0]["truth_ratios"], forced[1]["truth_ratios"], method="exact").pvalue)  # fmt: skip
 
 
-def test_claims_are_confirmed_refuted_or_mixed():
-    verdicts = {row["claim"]: row["verdict"] for row in methods.claims_of("llama", all_records(1, 2))}
-    assert list(verdicts) == [claim.text for claim in methods.CLAIMS] and set(verdicts.values()) == {"confirmed"}
-    changes = (
-        ("paper", 0, {"ce/unlearn": 3.9}),
-        ("ascent-only", 1, {"ce/unlearn": 3.9}),
-        ("npo-retain", 2, {"ce/unlearn": 4.1}),
-        ("safe", 3, {"accuracy/update": 0.79}),
-        ("descent-kl", 4, {"accuracy/obsolete": 0.39}),
-    )
-    for method, place, change in changes:
-        changed = [r | {"measures": r["measures"] | change} if r["method"] == method else r for r in all_records(1, 2)]
-        verdicts = [row["verdict"] for row in methods.claims_of("llama", changed)]
-        assert verdicts[place] == "refuted" and verdicts.count("refuted") == 1, method
-        mixed = methods.claims_of("llama", [*all_records(3), *changed])[place]
-        assert mixed["verdict"] == "mixed, 1 of 3 seeds" and mixed["in each seed"].count(";") == 2
-    assert methods.claims_of("llama", [record(name, 1) for name in (methods.BEFORE, methods.RETRAINED, "safe")]) == []
+def test_claims_are_confirmed_refuted_or_undecided():
+    rows = methods.judged("claims", "llama", all_records(1, 2))
+    assert [row["claim"] for row in rows] == [claim.text for claim in methods.CLAIMS]
+    assert {row["verdict"] for row in rows} == {"confirmed"} and {row["seeds"] for row in rows} == {"2"}
+    for place, (method, change) in enumerate(
+        (
+            ("paper", {"accuracy/unlearn": 0.99}),
+            ("paper", {"accuracy/unlearn": 0.40}),
+            ("paper", {"accuracy/obsolete": 0.40}),
+            ("paper", {"accuracy/update": 0.40}),
+            ("paper", {"accuracy/retain_anchored": 0.80}),
+            ("paper", {"accuracy/retain": 0.80}),
+            ("paper", {"accuracy/neighbour": 0.80}),
+            ("paper", {"ce/unlearn": 4.1}),
+            ("ga", {"ce/unlearn": 4.1}),
+            ("descent-kl", {"accuracy/obsolete": 0.34}),
+            ("descent-kl", {"accuracy/unlearn": 0.34}),
+            ("paper", {"seconds": 21.0}),
+        )
+    ):
+        verdicts = [
+            row["verdict"] for row in methods.judged("claims", "llama", changed(all_records(1, 2), method, change))
+        ]
+        assert verdicts[place] == "refuted", methods.CLAIMS[place].text
+        mixed = [*all_records(3), *changed(all_records(1, 2), method, change)]
+        assert methods.judged("claims", "llama", mixed)[place]["verdict"] in ("undecided", "refuted")
+    assert methods.judged("claims", "llama", [record(name, 1) for name in (methods.BEFORE, "safe")]) == []
 
 
 MISSED = {
-    "unlearn": ("safe", {"accuracy/unlearn": 0.26}, 0, "-4.0 points"),
-    "update gained": (methods.BEFORE, {"accuracy/update": 0.44}, 1, "+39.0 points"),
-    "update share": (methods.RETRAINED, {"accuracy/update": 0.95}, 2, "87.4 %"),
-    "retain": ("safe", {"accuracy/retain": 0.88}, 3, "+2.0 points"),
-    "KL of paper": ("paper", {"kl/retain": 0.05}, 4, "0.400"),
-    "KL of ascent": ("ascent-only", {"kl/retain": 0.08}, 5, "0.250"),
-    "gauge": ("safe", {"gauge": -0.3}, 6, "15.0 %"),
+    "unlearn": ("safe", {"accuracy/unlearn": 0.24}, 0, "-6.0 points"),
+    "obsolete": ("safe", {"accuracy/obsolete": 0.36}, 2, "+6.0 points"),
+    "update": (methods.RETRAINED, {"accuracy/update": 0.95}, 3, "87.4 %"),
+    "retain": ("safe", {"accuracy/retain": 0.86}, 4, "-4.0 points"),
+    "neighbour": ("safe", {"accuracy/neighbour": 0.80}, 5, "-5.0 points"),
+    "unseen": ("safe", {"ce/unseen": 2.06}, 6, "+0.060 nats"),
+    "untaught": ("safe", {"relearn/untaught": 0.49}, 7, "+4.0 points"),
+    "4 bits": ("safe", {"accuracy/unlearn_4bit": 0.35}, 8, "+4.0 points"),
+    "cost": ("safe", {"seconds": 21.0}, 9, "0.21"),
+    "routes": ("safe", {"accuracy/unlearn_old_routes": 0.35}, 10, "+4.0 points"),
+    "drift": ("safe-long", {"drift/retain_kl": 0.06}, 13, "0.060 nats"),
 }
 
 
 @pytest.mark.parametrize("method, change, place, value", MISSED.values(), ids=MISSED)
 def test_targets_are_met_or_missed(method, change, place, value):
-    rows = methods.targets_of("llama", all_records(1, 2))
+    records = all_records(1, 2, architecture="cpt_moe")
+    rows = methods.judged("targets", "cpt_moe", records)
     assert [row["target"] for row in rows] == [target.text for target in methods.TARGETS]
-    assert [row["met"] for row in rows] == ["yes"] * 9
-    missed = [r | {"measures": r["measures"] | change} if r["method"] == method else r for r in all_records(1, 2)]
-    rows = methods.targets_of("llama", missed)
-    assert (rows[place]["met"], rows[place]["value"]) == ("no", value)
-    assert sum(row["met"] == "no" for row in rows) == 1
+    assert {row["verdict"] for row in rows} == {"met"}
+    rows = methods.judged("targets", "cpt_moe", changed(records, method, change))
+    assert (rows[place]["verdict"], rows[place]["value"]) == ("missed", value)
+
+
+def test_forget_quality_is_one_test_of_all_seeds():
+    records = [r | {"truth_ratios": [0.01] * 8} if r["method"] == "safe" else r for r in all_records(1, 2)]
+    row = methods.judged("targets", "llama", records)[1]
+    other = [ratio for r in records if r["method"] == methods.RETRAINED for ratio in r["truth_ratios"]]
+    assert (row["verdict"], row["seeds"]) == ("missed", "2")
+    assert float(row["value"]) == pytest.approx(stats.ks_2samp([0.01] * 16, other, method="exact").pvalue, rel=1e-2)
 
 
 def test_an_interval_over_a_bar_settles_nothing():
-    safe = [r for r in all_records(1, 2, 3) if r["method"] == "safe"]
-    spread = [
-        r | {"measures": r["measures"] | {"accuracy/unlearn": 0.31 + (r["seed"] - 2) * 0.05}} if r in safe else r
-        for r in all_records(1, 2, 3)
-    ]
-    first = methods.targets_of("llama", spread)[0]  # +1.0 points, as the mean of seeds, and at most 3 asked for
-    assert (first["value"], first["met"]) == ("+1.0 points", "undecided")
-    half = 100 * 0.05 / 3**0.5 * 4.302653
-    assert first["interval"] == f"± {half:.1f} points"
-    assert {row["met"] for row in methods.targets_of("llama", all_records(1))} == {"undecided"}
+    records = all_records(1, 2, 3)
+    for r in (r for r in records if r["method"] == "safe"):
+        r["measures"]["accuracy/unlearn"] = 0.31 + (r["seed"] - 2) * 0.05
+    first = methods.judged("targets", "llama", records)[0]  # +1.0 points, at most 5 asked for
+    assert (first["value"], first["verdict"]) == ("+1.0 points", "undecided")
+    assert first["interval"] == f"± {100 * 0.05 / 3**0.5 * 4.302653:.1f} points"
+    one = [row["verdict"] for row in methods.judged("targets", "llama", all_records(1))]
+    assert set(one[:1] + one[2:]) == {"undecided"}
 
 
-def test_relearning_is_compared_at_half_the_steps():
-    rows = methods.targets_of("llama", all_records(1, 2))
-    assert rows[7]["value"] == "-5.0 points"  # 0.70 after 5 steps, 0.75 of the retrained model after 10
-    faster = all_records(1, 2)
-    for r in (r for r in faster if r["method"] == "safe"):
-        r["relearn"]["taught"][1] = 0.76
-    assert methods.targets_of("llama", faster)[7]["met"] == "no"
-
-
-def test_targets_whose_models_are_missing_are_left_out():
-    rows = methods.targets_of("llama", [record(name, 1) for name in (methods.BEFORE, "safe")])
-    assert [row["target"] for row in rows] == [methods.TARGETS[place].text for place in (1, 3, 6)]
-
-
-def test_text_file():
-    records = [*all_records(1, 2), *(record(method, 1, "cpt_moe") for method in MODELS)]
+def test_text_and_plot(tmp_path: Path):
+    records = [*all_records(1, 2), *all_records(1, architecture="cpt_moe")]
     results = methods.conclude(records, [{"run": "llama-seed3-test-paper", "error": "the loss is no number"}])
+    results["tuning"] = [{"architecture": "llama", "method": "safe", "edge": True}]
     text = methods.comparison_text(results)
     assert text.index("llama, 2 seeds") < text.index("cpt_moe, 1 seeds") < text.index("Claims") < text.index("Targets")
     assert text.splitlines()[-1] == "llama-seed3-test-paper failed: the loss is no number"
-    (line,) = [line for line in text.split("cpt_moe")[0].splitlines() if line.startswith("safe")]
-    assert "31.0 ± 0.0" in line and "0.020 ± 0.000" in line and "CE real" not in text
-    lines = results["runs"]
-    assert len(lines) == 21 and {line["method"] for line in lines} == set(MODELS)
-    assert float(lines[2]["ce/unlearn"]) == 2.1 and lines[-1]["architecture"] == "cpt_moe"
-
-
-@pytest.mark.slow
-def test_plot(tmp_path: Path):
-    results = methods.conclude([*all_records(1, 2), *(record(method, 1, "cpt_moe") for method in MODELS)], [])
+    lines = [line for line in text.split("cpt_moe")[0].splitlines() if line.startswith("safe ")]
+    assert len(lines) == 3 and "31.0 ± 0.0" in lines[0] and lines[0].rstrip().endswith("edge") and "46.0" in lines[2]
+    assert "old routes" in text.split("cpt_moe, 1")[1] and "old routes" not in text.split("cpt_moe, 1")[0]
     methods.draw(tmp_path / "plot.png", results)
     assert (tmp_path / "plot.png").stat().st_size > 20_000
