@@ -403,15 +403,18 @@ class MixtureLaw:
 
 
 class LawInParts:
-    """A law up to a batch, and one of other weights from it on, under which items of a source are counted on.
+    """A law from batch `at` on, under which blocks are counted on that were read before.
 
-    Read as a `MixtureLaw` is. Each part keeps the bounds of its own law, counted from where it begins.
+    Read as a `MixtureLaw` is. read: blocks of each source before `at`. first: the law of the batches before it; if it
+    does not come to what was read, those are told as an even spread of it. The bounds are those of `then`, counted from
+    where it begins.
     """
 
-    def __init__(self, first: "MixtureLaw | LawInParts", at: int, weights: Mapping[str, float | Fraction]):
-        self.names, self.batch_size, self.num_batches = first.names, first.batch_size, first.num_batches
-        self._first, self._at = first, at
-        self._then = MixtureLaw({name: weights[name] for name in first.names}, first.batch_size, self.num_batches - at)
+    def __init__(self, first: "MixtureLaw | LawInParts", at: int, then: MixtureLaw, read: Mapping[str, int]):
+        self.names, self.batch_size, self.num_batches = then.names, then.batch_size, at + then.num_batches
+        self._read, self._at, self._then = {name: read[name] for name in then.names}, at, then
+        is_true = all(first.count(name, at) == read[name] for name in then.names)
+        self._first = first if is_true else MixtureLaw(self._read, then.batch_size, at)
 
     @property
     def num_positions(self) -> int:
@@ -419,12 +422,12 @@ class LawInParts:
         return self.batch_size * self.num_batches
 
     def assign(self, position: int) -> tuple[str, int]:
-        """The source that serves a position, and how many items of that source came before it."""
+        """The source that serves a position, and how many items of the source came before it."""
         later = position - self._at * self.batch_size
         if later < 0:
             return self._first.assign(position)
         source, item = self._then.assign(later)
-        return source, item + self._first.count(source, self._at)
+        return source, item + self._read[source]
 
     def weights(self, batch: int) -> tuple[Fraction, ...]:
         """Shares of the sources in optimizer batch `batch`."""
@@ -436,10 +439,8 @@ class LawInParts:
 
     def count(self, source: str, before: int | None = None) -> int:
         """Blocks that the whole budget reads from a source, or all batches before one."""
-        before = self.num_batches if before is None else before
-        if before <= self._at:
-            return self._first.count(source, before)
-        return self._first.count(source, self._at) + self._then.count(source, before - self._at)
+        later = self._then.num_batches if before is None else before - self._at
+        return self._first.count(source, before) if later < 0 else self._read[source] + self._then.count(source, later)
 
 
 class Mixture(torch.utils.data.Dataset):

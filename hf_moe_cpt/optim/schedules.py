@@ -164,21 +164,25 @@ class Extension(NamedTuple):
     """A run that goes on longer than its schedule was made for: from step `step`, at which its rate was `rate`.
 
     Unless it warms up again the rate stays there until the longer schedule falls below it; if it does, it climbs from
-    there to the longer schedule in `LEAST_WARMUP` steps, or a tenth of those that are left.
+    there to the longer schedule in `LEAST_WARMUP` steps, or a tenth of those that are left. A run that was still
+    warming up stays there until the longer warm-up is as far, and goes on with it.
     """
 
     step: int
     rate: float
     rewarm: bool = False
+    was_warming: bool = False
 
-    def limit(self, step: int, num_steps: int, rate: float) -> float:
-        """The rate at a step, of which the longer schedule says `rate`."""
+    def limit(self, step: int, num_steps: int, warmup_end: int, rate: float) -> float:
+        """The rate at a step, of which the longer schedule, warm at `warmup_end`, says `rate`."""
         if step < self.step:
             return rate
-        if not self.rewarm:
-            return min(rate, self.rate)
-        steps = max(1, min(LEAST_WARMUP, (num_steps - self.step) // 10))
-        return self.rate + (rate - self.rate) * min(1.0, (step - self.step) / steps)
+        if self.rewarm:
+            steps = max(1, min(LEAST_WARMUP, (num_steps - self.step) // 10))
+            return self.rate + (rate - self.rate) * min(1.0, (step - self.step) / steps)
+        if step < warmup_end:
+            return max(self.rate, rate) if self.was_warming else self.rate
+        return rate if self.was_warming else min(rate, self.rate)
 
 
 class ScheduleSettings(TypedDict):
@@ -220,7 +224,7 @@ def learning_rate_at(
     if extension is not None:
         given = {"num_steps": num_steps, "phases": phases, "max_lr": max_lr, "constant_lr": constant_lr}
         rate = learning_rate_at(step, schedule=schedule, **given, min_lr=min_lr, steepness=steepness)
-        return extension.limit(step, num_steps, rate)
+        return extension.limit(step, num_steps, phases.boundaries(num_steps).warmup, rate)
     if schedule in _TO_THE_END:
         top = max_lr if phases.warmup > 0 else constant_lr
         return SCHEDULES[schedule](step, num_steps, phases.warmup, top, min_lr)
@@ -264,7 +268,7 @@ def check_schedule(
             f"learning rates must satisfy 0 <= min_lr <= constant_lr <= max_lr > 0, got min_lr={min_lr}, "
             f"constant_lr={constant_lr}, max_lr={max_lr}: reorder them."
         )
-    if extension is not None and extension.rate == 0 and not extension.rewarm:
+    if extension is not None and extension.rate == 0 and not (extension.rewarm or extension.was_warming):
         raise ValueError(
             f"the run ended at step {extension.step} with a rate of 0, at which nothing is learnt: extend it with "
             "rewarm, or from a checkpoint of before its decay."

@@ -490,23 +490,26 @@ def test_bad_streams_are_refused_before_reading(new, options, message):
         StreamingMixture({"new": new}, MixtureLaw({"new": 1}, 1, 1), 0, **{"max_length": LENGTH, **options})
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_law_in_parts_reads_every_item_once_and_in_order(count):
-    """Against the counts of its two laws; a part within a part too."""
-    names = "abcde"[:count]
-    first = MixtureLaw({name: place + 1 for place, name in enumerate(names)}, 7, 30)
-    second = dict.fromkeys(names, Fraction(1, count))
-    law = LawInParts(LawInParts(first, 11, second), 20, {name: count - place for place, name in enumerate(names)})
-    seen = dict.fromkeys(names, 0)
-    for position in range(law.num_positions):
-        if position % 7 == 0:
-            assert all(law.count(name, position // 7) == seen[name] for name in names)
-            before = dict(seen)
-        name, item = law.assign(position)
-        assert item == seen[name]
-        seen[name] += 1
-        if position % 7 == 6:
-            assert law.composition(position // 7) == tuple(seen[name] - before[name] for name in names)
-    assert all(law.count(name) == seen[name] for name in names) and law.count("a", 11) == first.count("a", 11)
-    assert [law.assign(p) for p in range(77)] == [first.assign(p) for p in range(77)]
-    assert law.weights(10) == first.weights(10) and law.weights(15) == tuple(second.values())
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_law_in_parts_counts_on_from_what_was_read(count):
+    """Against the counts of the law that begins there, behind its own past, another one and batches of another size."""
+    names, at = "abcde"[:count], 20
+    first = MixtureLaw(dict.fromkeys(names, 1), 7, 30)
+    then = MixtureLaw({name: count - place for place, name in enumerate(names)}, 7, 10)
+    own = {name: first.count(name, at) for name in names}
+    other = {name: place for place, name in enumerate(names)}
+    other[names[0]] = at * 7 - sum(other.values())
+    for read in (own, other, {name: 11 * place + 3 for place, name in enumerate(names)}):
+        law, seen = LawInParts(first, at, then, read), dict(read)
+        assert law.num_batches == 30 and all(law.count(name, at) == read[name] for name in names)
+        for position in range(at * 7, law.num_positions):
+            name, item = law.assign(position)
+            assert item == seen[name]
+            seen[name] += 1
+        assert [law.composition(at + batch) for batch in range(10)] == [then.composition(b) for b in range(10)]
+        assert law.weights(at) == then.weights(0) and seen == {name: law.count(name) for name in names}
+        before = [law.assign(position) for position in range(at * 7)]
+        if read == own:
+            assert before == [first.assign(position) for position in range(at * 7)]
+        elif sum(read.values()) == at * 7:
+            assert {name: sum(name == source for source, _ in before) for name in names} == read

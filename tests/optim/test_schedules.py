@@ -21,6 +21,7 @@ from hf_moe_cpt.optim.schedules import (
     DEFAULT_COSINE_PHASES,
     DEFAULT_PHASES,
     SCHEDULES,
+    STARTING_PHASES,
     Extension,
     Phases,
     RateTrial,
@@ -319,18 +320,32 @@ def test_wsd_s_goes_on_from_a_decayed_checkpoint_at_the_full_rate():
         )
 
 
-@given(saved=st.integers(5, 100), schedule=st.sampled_from(list(SCHEDULES)), more=st.integers(1, 300))
-def test_a_run_that_goes_on_longer_never_rises_unless_asked(saved, schedule, more):
-    phases = default_phases(schedule, "scratch")
-    short = {"schedule": schedule, "num_steps": 100, "phases": phases, **RATES}
-    at_end = learning_rate_at(saved, **short)
-    rates = {}
+@given(
+    steps=st.sampled_from([10, 100, 1000]),
+    part=st.floats(0.0, 1.0),
+    schedule=st.sampled_from(list(SCHEDULES)),
+    start=st.sampled_from(STARTING_PHASES),
+    more=st.integers(1, 20000),
+)
+def test_a_run_that_goes_on_longer_never_jumps_and_rises_only_if_asked_or_still_warming(
+    steps, part, schedule, start, more
+):
+    """Stopped in its warm-up the rate fell to that of the longer warm-up, or stayed there for the whole run."""
+    saved = 1 + round(part * (steps - 1))
+    short = {"schedule": schedule, "num_steps": steps, "phases": default_phases(schedule, start, steps), **RATES}
+    at_end, was_warming = learning_rate_at(saved, **short), saved <= short["phases"].boundaries(steps).warmup
+    phases, rates = default_phases(schedule, start, steps + more), {}
     for rewarm in (False, True):
-        longer = {**short, "num_steps": 100 + more, "extension": Extension(saved, at_end, rewarm)}
-        rates[rewarm] = [learning_rate_at(step, **longer) for step in range(saved, 101 + more)]
-    assert rates[False][0] == rates[True][0] == min(at_end, rates[False][0])
-    assert rates[False] == sorted(rates[False], reverse=True)
-    assert rates[True][-1] == pytest.approx(MIN)
+        extension = Extension(saved, at_end, rewarm, was_warming)
+        longer = {**short, "num_steps": steps + more, "phases": phases, "extension": extension}
+        every = sorted({*range(saved, min(saved + 300, steps + more)), *range(saved, steps + more, 97), steps + more})
+        rates[rewarm] = [learning_rate_at(step, **longer) for step in every]
+    assert rates[True][-1] == pytest.approx(MIN) and rates[True][0] == at_end
+    assert rates[False][0] == pytest.approx(at_end)
+    if was_warming:
+        assert max(rates[False]) >= at_end and rates[False][-1] == pytest.approx(MIN)
+    else:
+        assert rates[False] == sorted(rates[False], reverse=True)
 
 
 def test_a_run_that_ended_at_zero_is_extended_only_with_a_new_warm_up():

@@ -10,11 +10,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -381,27 +381,104 @@ def build_train_dataset(
     return Mixture(blocks, law, seed)
 
 
-def mixture_law(args: CPTConfig, starting_phase: str, lengths: Mapping[str, Fraction] | None) -> MixtureLaw:
-    """Which source serves which block. lengths: blocks in an epoch of each source; None for streams."""
-    sources = args.sources()
-    size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+class MixtureFrom(NamedTuple):
+    """From which step on a run reads another mixture than its settings say of a run from the beginning.
+
+    weights: of that step, as fractions in words; None is what the settings say. read: blocks of each source before it.
+    """
+
+    step: int
+    weights: dict[str, str] | None
+    read: dict[str, int]
+
+
+def mixture_law(
+    args: CPTConfig, starting_phase: str, lengths: Mapping[str, Fraction] | None, since: MixtureFrom | None = None
+) -> MixtureLaw:
+    """Which source serves which block, counted from `since` on.
+
+    lengths: blocks in an epoch of each source; None for streams.
+    """
+    sources, at = args.sources(), 0 if since is None else since.step
+    size, steps = optimizer_batch(args), args.max_steps - at
     weights = {name: source.weight for name, source in sources.items()}
+    if since is not None and since.weights is not None:
+        weights = {name: Fraction(since.weights[name]) for name in sources}
     capped = {name: source.max_epochs for name, source in sources.items() if source.max_epochs is not None}
     if capped and lengths is None:
         raise ValueError(f"max_epochs of {', '.join(capped)}: a stream does not say how long it is, leave it out.")
-    most = {name: int(Fraction(str(cap)) * lengths[name]) for name, cap in capped.items()}
+    read = dict.fromkeys(sources, 0) if since is None else since.read
+    most = {name: max(0, int(Fraction(str(cap)) * lengths[name]) - read[name]) for name, cap in capped.items()}
     if args.weight_schedule == "constant":
-        return MixtureLaw(_within(weights, most, size * args.max_steps), size, args.max_steps)
-    at = args.phases(starting_phase).boundaries(args.max_steps).constant if args.weight_schedule == "anneal" else None
-    ends = [source.weight if source.end_weight is None else source.end_weight for source in sources.values()]
-    law = MixtureLaw(weights, size, args.max_steps, changing_shares(list(weights.values()), ends, args.max_steps, at))
-    for name, cap in capped.items():
-        if law.count(name) > most[name]:
-            raise ValueError(
-                f"max_epochs={cap} of {name} is {most[name]} blocks and its changing weight takes {law.count(name)}: "
-                "lower the weight, or give it more text."
-            )
+        law = MixtureLaw(_within(weights, most, size * steps), size, steps)
+    else:
+        is_late = args.weight_schedule == "anneal"
+        change = max(0, args.phases(starting_phase).boundaries(args.max_steps).constant - at) if is_late else None
+        ends = [source.weight if source.end_weight is None else source.end_weight for source in sources.values()]
+        law = MixtureLaw(weights, size, steps, changing_shares(list(weights.values()), ends, steps, change))
+        for name, cap in capped.items():
+            if (wanted := read[name] + law.count(name)) > (limit := read[name] + most[name]):
+                raise ValueError(
+                    f"max_epochs={cap} of {name} is {limit} blocks and its changing weight takes {wanted}: lower the "
+                    "weight, or give it more text."
+                )
     return law
+
+
+def optimizer_batch(args: CPTConfig) -> int:
+    """Blocks of an optimizer step."""
+    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def law_of(
+    args: CPTConfig, starting_phase: str, mixture: Mixture | StreamingMixture, parts: Sequence[MixtureFrom]
+) -> MixtureLaw | LawInParts:
+    """The law of a run whose mixture changed at some steps."""
+    blocks = getattr(mixture, "blocks", None)
+    lengths = blocks and {name: blocks_per_epoch(data) for name, data in blocks.items()}
+    law: MixtureLaw | LawInParts = mixture_law(args, starting_phase, lengths)
+    for part in parts:
+        law = LawInParts(law, part.step, mixture_law(args, starting_phase, lengths, part), part.read)
+    return law
+
+
+def mixture_state(law: MixtureLaw | LawInParts, step: int) -> dict[str, Any]:
+    """What a checkpoint says of the mixture: blocks of each source that were read, and the weights of the last step."""
+    weights = law.weights(max(0, step - 1))
+    return {
+        "blocks_read": {name: law.count(name, step) for name in law.names},
+        "weights": {name: str(weight) for name, weight in zip(law.names, weights, strict=True)},
+    }
+
+
+def mixture_that_goes_on(
+    state: Mapping[str, Any],
+    args: CPTConfig,
+    starting_phase: str,
+    mixture: Mixture | StreamingMixture,
+    changed: Collection[str],
+) -> list[MixtureFrom]:
+    """How a resumed run reads on: each source from the block at which it stood, with weights that do not jump.
+
+    What the settings say of a whole run is another mixture for the steps that are through, where a run with changing
+    weights or a cap is extended, or where weights or the batch were changed by name.
+    """
+    parts = [MixtureFrom(*part) for part in state.get("mixture_from", ())]
+    parts, step = [part for part in parts if part.step < args.max_steps], state.get("step", 0)
+    is_known = set(state.get("weights", ())) == set(mixture.law.names)
+    if not is_known or not 0 < step < args.max_steps or any(part.step == step for part in parts):
+        return parts
+    law = law_of(args, starting_phase, mixture, parts)
+    if all(state[name] == value for name, value in mixture_state(law, step).items()):
+        return parts
+    chosen = {"mixture", "replay_ratio", "weight_schedule"} & set(changed)
+    goes_on = not chosen and (args.weight_schedule != "constant" or is_raised(parts))
+    return [*parts, MixtureFrom(step, state["weights"] if goes_on else None, state["blocks_read"])]
+
+
+def is_raised(parts: Sequence[MixtureFrom]) -> bool:
+    """Whether replay takes more than the settings say."""
+    return bool(parts) and parts[-1].weights is not None
 
 
 def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> dict[str, Any]:
@@ -448,13 +525,6 @@ def with_more_replay(args: CPTConfig, law: MixtureLaw | LawInParts, at: int, for
     weights = {name: share * factor if name in meant else share for name, share in before.items()}
     left = (1 - sum(weights[name] for name in old)) / (1 - now)
     return {name: share if name in old else share * left for name, share in weights.items()}
-
-
-def in_parts(law: MixtureLaw | LawInParts, parts: list[tuple[int, dict[str, str]]]) -> MixtureLaw | LawInParts:
-    """A law with other weights, as fractions in words, from some batches on."""
-    for at, weights in parts:
-        law = LawInParts(law, at, {name: Fraction(weight) for name, weight in weights.items()})
-    return law
 
 
 def refuse_another_order(checkpoint: Path, args: CPTConfig, mixture: Mixture | StreamingMixture) -> None:
@@ -665,11 +735,15 @@ def extension_of(checkpoint: Path, args: CPTConfig) -> Extension | None:
     rate, before = state.get("learning_rate"), state.get("extension")
     if rate is None or args.max_steps <= state["max_steps"]:
         return None if before is None else Extension(*before)
-    extension = Extension(state["step"], rate, args.rewarm)
+    extension = Extension(state["step"], rate, args.rewarm, state.get("phase") == "warmup")
     logger.warning(
         "The run goes on from step %d, at a rate of %g, to %d in place of %d steps: %s.",
         *(state["step"], rate, args.max_steps, state["max_steps"]),
-        "it climbs to the longer schedule" if args.rewarm else "its rate rises no more, unless --rewarm asks for it",
+        "it climbs to the longer schedule"
+        if args.rewarm
+        else "it goes on warming up"
+        if extension.was_warming
+        else "its rate rises no more, unless --rewarm asks for it",
     )
     return extension
 

@@ -54,13 +54,17 @@ from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalan
 from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import (
+    MixtureFrom,
     build_eval_dataset,
     build_train_dataset,
     continue_rate,
     detect_starting_phase,
     extension_of,
-    in_parts,
+    is_raised,
+    law_of,
     load_moments,
+    mixture_state,
+    mixture_that_goes_on,
     named_eval_sets,
     named_sources,
     read_state,
@@ -160,7 +164,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             detect_starting_phase(self.starting_checkpoint) if args.starting_phase == "auto" else args.starting_phase
         )
         self.extension: Extension | None = None  # of a resumed run, see `train`
-        self._replay_raised: list[tuple[int, dict[str, str]]] = []  # from which step on, to which weights
+        self._mixture_from: list[MixtureFrom] = []
         self._goes_on = False  # with these weights, once it has stopped
         if args.starting_phase == "auto" and self.starting_phase == "constant":
             continue_rate(args, self.starting_checkpoint)
@@ -326,12 +330,14 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         step = self.state.global_step
         if self.args.on_forgetting == "replay" and step < self.args.max_steps:
             seen = [entry[worst] for entry in self.state.log_history if worst in entry]
-            if self._replay_raised and rises[worst] < seen[-2]:
+            if is_raised(self._mixture_from) and rises[worst] < seen[-2]:
                 return
             over = [name.partition("/")[2] for name, rise in rises.items() if rise > limit]
             weights = with_more_replay(self.args, self.mixture.law, step, over)
             if weights:
-                self._replay_raised.append((step, {name: str(weight) for name, weight in weights.items()}))
+                read = mixture_state(self.mixture.law, step)["blocks_read"]
+                told = {name: str(weight) for name, weight in weights.items()}
+                self._mixture_from.append(MixtureFrom(step, told, read))
                 self._goes_on = self.control.should_training_stop = self.control.should_save = True
                 shown = ", ".join(f"{name} {float(weight):.1%}" for name, weight in weights.items())
                 message = "%s is %.3f nats per token at step %d, above max_forgetting=%g: from here on %s."
@@ -365,11 +371,11 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         self.extension = None if checkpoint is None else extension_of(checkpoint, self.args)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
         state = {} if checkpoint is None else read_state(str(checkpoint)) or {}
-        self._replay_raised = [tuple(part) for part in state.get("replay_raised", ())]
-        law = self.mixture.law
+        law = (self.args, self.starting_phase, self.mixture)
+        self._mixture_from = mixture_that_goes_on(state, *law, self._changed)
         with repeatable_on_cpu(self.args.device):
             while True:
-                self._goes_on, self.mixture.law = False, in_parts(law, self._replay_raised)
+                self._goes_on, self.mixture.law = False, law_of(*law, self._mixture_from)
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
                 if not self._goes_on:
                     return output
@@ -410,5 +416,6 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             "started_from": self.starting_checkpoint or None,
             "starting_phase": self.starting_phase,
             "extension": self.extension,
-            "replay_raised": self._replay_raised,
+            "mixture_from": self._mixture_from,
+            **mixture_state(self.mixture.law, self.state.global_step),
         }

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_moe_cpt.data.packing import LawInParts, MixtureLaw
+from hf_moe_cpt.data.packing import MixtureLaw
 from hf_moe_cpt.kernels import cross_entropy as fused_head
 from hf_moe_cpt.trainers.cpt.cpt_data import (
     detect_starting_phase,
@@ -117,6 +117,62 @@ def test_a_finished_run_is_extended_without_a_jump_of_its_rate(tmp_path):
     assert rates[0] * 1e-2 == pytest.approx(end) and sorted(rates) == rates and rates[3] * 1e-2 > 5e-3
 
 
+LONGER = {
+    "linear": {"weight_schedule": "linear", "mixture": {"a": {"weight": 1, "end_weight": 0}, "b": 1, "c": 2}},
+    "anneal": {"weight_schedule": "anneal", "mixture": {"a": {"weight": 1, "end_weight": 5}, "b": 1, "c": 2}},
+    "capped": {"mixture": {"a": {"weight": 1, "max_epochs": 0.2}, "b": 1, "c": 2}},
+    "constant": {"mixture": {"a": 1, "b": 1, "c": 2}},
+    "other weights": {"mixture": {"a": 1, "b": 1, "c": 2}},
+    "larger batch": {"mixture": {"a": 1, "b": 1, "c": 2}},
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_an_extended_run_reads_on_where_each_source_stood(tmp_path, kind):
+    """Its mixture was that of the longer run from the first step on: blocks were read twice, others never.
+
+    Against every block in its turn; weights do not jump, a cap holds for all steps together, and a run that is stopped
+    and goes on reads the same.
+    """
+    texts = {name: tokenized(90, seed, 1, HALF) for seed, name in enumerate("abc")}
+    settings = {"replay_ratio": 0.0, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    settings |= LONGER[kind]
+
+    def run(stop=None, **changes):
+        args = config(tmp_path / "run", **{**settings, **changes})
+        trained = CPTTrainer(tiny_model("llama"), args, texts)
+        if stop is not None:
+            trained.add_callback(stop_at(stop))
+        trained.train("auto")
+        return trained
+
+    def items(mixture, first, last):
+        return [mixture.law.assign(position) for position in range(first, last)]
+
+    law = run(max_steps=8).mixture.law
+    seen = {name: law.count(name) for name in "abc"}
+    more = {"max_steps": 20, "allow_changes": "max_steps mixture optimizer_batch max_length learning_rate"}
+    if kind == "other weights":
+        more["mixture"] = {"a": 4, "b": 0, "c": 1}
+    size = more["per_device_train_batch_size"] = 12 if kind == "larger batch" else 8
+    longer = run(10, **more).mixture
+    read_on = items(longer, 8 * size, 20 * size)
+    for name, item in read_on:
+        assert item == seen[name]
+        seen[name] += 1
+    blocks = {name: longer.blocks[name].blocks_per_epoch for name in "abc"}
+    wanted = {"linear": (0, 1, 2), "anneal": (5, 1, 2), "other weights": (4, 0, 1)}.get(kind, (1, 1, 2))
+    if kind == "capped":
+        assert seen["a"] <= 0.2 * blocks["a"] < seen["a"] + 1
+    else:
+        shares = [float(share) for share in longer.law.weights(8)]
+        assert shares == pytest.approx([weight / sum(wanted) for weight in wanted], abs=2e-6)
+    del more["allow_changes"]
+    again = run(**more)
+    assert items(again.mixture, 10 * size, 20 * size) == read_on[2 * size :]
+    assert again.state.global_step == 20 and again.mixture.law.count("a") == seen["a"]
+
+
 def test_every_source_of_a_mixture_is_measured(tmp_path):
     weights = {"a": 0.5, "b": {"weight": 0.25}, "old": {"weight": 0.25, "role": "replay"}}
     args = config(tmp_path / "run", replay_ratio=0.0, mixture=weights, max_steps=4, per_device_train_batch_size=4)
@@ -171,11 +227,11 @@ def test_a_budget_for_forgetting_raises_replay_and_a_resumed_run_reads_the_same(
     run = _forgetful(tmp_path / "run", knows, max_forgetting=0.01, on_forgetting="replay")
     run.train()
     assert run.state.global_step == 10 and "above max_forgetting" in caplog.text and "replay 20.0%" in caplog.text
-    first = run._replay_raised[0][0]
+    first = run._mixture_from[0].step
     replayed = [run.mixture.composition(batch)[1] for batch in range(10)]
     assert replayed[:first] == [1] * first and set(replayed[first : first + 2]) == {2}
-    assert read_state(str(tmp_path / "run" / f"checkpoint-{first}"))["replay_raised"] == [
-        [first, {"new": "4/5", "replay": "1/5"}]
+    assert read_state(str(tmp_path / "run" / f"checkpoint-{first}"))["mixture_from"] == [
+        [first, {"new": "4/5", "replay": "1/5"}, {"new": 9 * first, "replay": first}]
     ]
     history = without_clocks(run.state.log_history)
     for later in range(first + 2, 12, 2):
@@ -197,7 +253,7 @@ def test_more_replay_has_a_limit_and_leaves_the_proportions_of_the_new(tmp_path)
     assert (
         more["old"] + more["code"] == Fraction(1, 2) and more["old"] == 3 * more["code"] and more["a"] == 2 * more["b"]
     )
-    assert with_more_replay(args, LawInParts(law, 4, more), 5, ["code"]) == {}
+    assert with_more_replay(args, MixtureLaw(more, 10, 10), 5, ["code"]) == {}
     for change, message in (
         ({"max_forgetting": None}, "without max_forgetting"),
         ({"weight_schedule": "linear"}, "changes weights itself"),
