@@ -406,8 +406,8 @@ class LawInParts:
     """A law from batch `at` on, under which blocks are counted on that were read before.
 
     Read as a `MixtureLaw` is. read: blocks of each source before `at`. first: the law of the batches before it; if it
-    does not come to what was read, those are told as an even spread of it. The bounds are those of `then`, counted from
-    where it begins.
+    does not come to what was read, those are told as an even spread of it. The bounds are those of `then`, counted
+    from where it begins.
     """
 
     def __init__(self, first: "MixtureLaw | LawInParts", at: int, then: MixtureLaw, read: Mapping[str, int]):

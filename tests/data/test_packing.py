@@ -492,7 +492,7 @@ def test_bad_streams_are_refused_before_reading(new, options, message):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_a_law_in_parts_counts_on_from_what_was_read(count):
-    """Against the counts of the law that begins there, behind its own past, another one and batches of another size."""
+    """Against the counts of the law that begins there; behind its own past, another one, batches of another size."""
     names, at = "abcde"[:count], 20
     first = MixtureLaw(dict.fromkeys(names, 1), 7, 30)
     then = MixtureLaw({name: count - place for place, name in enumerate(names)}, 7, 10)
