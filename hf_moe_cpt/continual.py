@@ -19,7 +19,7 @@ from hf_moe_cpt.hub.convert import TARGETS, check_servable
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.planning.plan import ASKED, fit_to_gpu
-from hf_moe_cpt.reading import read_config, read_model, read_tokenizer
+from hf_moe_cpt.reading import read_config, read_model, read_tokenizer, refuse_adapter
 from hf_moe_cpt.trainers.common.run_folder import check_output_dir
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import DataArguments, extend_vocabulary
@@ -88,6 +88,8 @@ def check_arguments(model: StartArguments, training: CPTConfig, parallel: dict[s
     if (model.model_name_or_path is None) == (model.preset is None):
         given = f"--model_name_or_path ({model.model_name_or_path}) and --preset ({model.preset})"
         raise ValueError(f"Give one of {given}: the first continues a model, the second starts one.")
+    if model.model_name_or_path is not None:
+        refuse_adapter(model.model_name_or_path)
     if model.preset is not None and (training.model_init_kwargs or model.quantization()):
         raise ValueError("--model_init_kwargs and --load_in_... read a model, and --preset makes one: leave them out.")
     if model.serve_as is not None:

@@ -10,19 +10,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from hf_moe_cpt.settings import fits, named
 
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 MAX_LAYERS = 10_000  # a model on the meta device takes some ms a layer: more would look as if it hung
 # Not about what is in a file: the machine, the network, what is installed.
@@ -88,8 +98,52 @@ def shards_of(path: Path) -> dict[str, str]:
     return placed
 
 
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file()
+
+
+def read_adapter(folder: str | Path, wanted: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and weights of an adapter; ValueError where one is missing, of another form, or not finite.
+
+    wanted: names that must be among the weights; half of a pair of LoRA must have the other half.
+    """
+    path = Path(folder) / ADAPTER_WEIGHTS
+    kinds = {"peft_type": str, "r": int, "lora_alpha": int | float, "use_rslora": bool | None}
+    config = {"r": 8, "lora_alpha": 8} | read_json(Path(folder) / ADAPTER_CONFIG, **kinds)  # what peft takes unsaid
+    if not (config["r"] > 0 and config["lora_alpha"] > 0):
+        raise ValueError(f"{folder}: r={config['r']} and lora_alpha={config['lora_alpha']} must be above 0.")
+    with reading(path):
+        weights = load_file(path)
+        halves = {name.replace("lora_A", "lora_B") for name in weights if "lora_A" in name}
+        halves |= {name.replace("lora_B", "lora_A") for name in weights if "lora_B" in name}
+        if missing := sorted({*wanted, *halves} - {*weights}):
+            raise ValueError(f"{missing[0]} is not in its weights, and would be random")
+        for name, weight in weights.items():
+            _require_finite(name, weight)
+    return config, weights
+
+
+def refuse_adapter(name: str | Path) -> None:
+    """Raise ValueError for the folder of an adapter alone, where a whole model is wanted."""
+    if is_adapter(name):
+        raise ValueError(
+            f"{str(name)!r} is an adapter, and a whole model is wanted: merge it into its base first "
+            "(merge_and_unload of PEFT), and name the folder of the result."
+        )
+
+
+def read_generation_config(name: str | Path, **options: Any) -> GenerationConfig | None:
+    """The generation configuration of a folder or Hub id, None where the model comes without one."""
+    with reading(f"the generation configuration of {str(name)!r}"):
+        if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options) is None:
+            return None
+        return GenerationConfig.from_pretrained(name, **options)
+
+
 def read_config(name: str | Path, **options: Any) -> PreTrainedConfig:
     """The configuration of a folder or Hub id, as AutoConfig reads it; numbers that no model has are refused."""
+    refuse_adapter(name)
     with reading(f"the configuration of {str(name)!r}"):
         config = AutoConfig.from_pretrained(name, **options)
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -147,16 +201,21 @@ def check_weights(kind: type, name: str | Path, may_hold_more: bool = True, **op
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError for a weight that holds NaN or infinity."""
     for name, weight in model.named_parameters():
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        if local.is_floating_point() and local.itemsize > 1 and local.numel() and not local.is_meta:
-            if not all(bound.isfinite() for bound in local.detach().aminmax()):
-                raise ValueError(f"{name} holds values that are no finite numbers")
+        _require_finite(name, weight.to_local() if hasattr(weight, "to_local") else weight)
+
+
+def _require_finite(name: str, weight: torch.Tensor) -> None:
+    if weight.is_floating_point() and weight.itemsize > 1 and weight.numel() and not weight.is_meta:
+        if not all(bound.isfinite() for bound in weight.detach().aminmax()):
+            raise ValueError(f"{name} holds values that are no finite numbers")
 
 
 def _check_config(name: str | Path, options: dict[str, Any]) -> None:
     """Refuse the numbers of a folder's configuration, and places of its index, before a model is made of them."""
     if (Path(name) / "config.json").is_file():
         read_config(name, trust_remote_code=options.get("trust_remote_code", False))
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():
+        read_generation_config(name)
     if (Path(name) / INDEX).is_file():
         shards_of(Path(name) / INDEX)
 

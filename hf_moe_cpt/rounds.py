@@ -125,6 +125,8 @@ class Rounds:
             parsed = parse_arguments(
                 module.ARGUMENTS, words_of(options), program=program, description="", defaults=defaults
             )
+            if any(getattr(part, "use_peft", False) for part in parsed):
+                raise ValueError("--train: use_peft leaves an adapter, and the next round starts from a whole model.")
             if hasattr(module, "Job"):
                 module.Job(*parsed)
 

@@ -109,7 +109,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
 )
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
-from hf_moe_cpt.reading import read_config, read_json, read_model, read_tokenizer, reading
+from hf_moe_cpt.reading import is_adapter, read_adapter, read_config, read_json, read_model, read_tokenizer, reading
 from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
 
@@ -939,13 +939,10 @@ def load_whole(name: str, arguments: ModelArguments) -> PreTrainedModel:
     model = model.to(choose_device(arguments.device))
     if peft is not None:
         with reading(f"the adapter {name!r}"):
-            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+            adapted = peft.PeftModel.from_pretrained(model, name)
+        read_adapter(name, peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        model = adapted.merge_and_unload()
     return model.eval()
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    return (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
 
 
 def base_of_adapter(name: str) -> str:

@@ -42,7 +42,7 @@ from hf_moe_cpt.arguments import json_object
 from hf_moe_cpt.data.random import derive_seed
 from hf_moe_cpt.machine import DTYPES, check_names, choose_device
 from hf_moe_cpt.reading import read_config as config_of
-from hf_moe_cpt.reading import read_model, read_tokenizer, reading
+from hf_moe_cpt.reading import read_generation_config, read_model, read_tokenizer, reading
 
 
 Prompt = str | list[dict[str, str]]
@@ -171,11 +171,8 @@ def load_model(auto_class: type, name: str, options: LoadOptions) -> PreTrainedM
 
 def load_generation_config(name: str, options: LoadOptions) -> GenerationConfig:
     """The generation configuration of a model, or what its configuration says where it has none."""
-    try:
-        with reading(f"the generation configuration of {name!r}"):
-            return GenerationConfig.from_pretrained(name, revision=options.revision)
-    except OSError:  # many checkpoints come without that file
-        return GenerationConfig.from_model_config(read_config(name, options))
+    found = read_generation_config(name, revision=options.revision)  # many checkpoints come without that file
+    return GenerationConfig.from_model_config(read_config(name, options)) if found is None else found
 
 
 def stop_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -43,7 +43,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe_cpt.hub.contents import CONFIG, HUB_ID, WEIGHTS
 from hf_moe_cpt.hub.publishing import may_pass
-from hf_moe_cpt.reading import INDEX, read_config, shards_of
+from hf_moe_cpt.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_adapter, read_config, reading, shards_of
 
 
 # What travels along unchanged: how text becomes tokens, how the model generates, what one may do with it.
@@ -352,7 +352,6 @@ def _mean_of(readers: Sequence[CheckpointReader], shares: Sequence[float], name:
     return PlannedTensor(name, readers[-1].shapes[name], dtype, pieces)
 
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_BIAS = "router_bias.safetensors"  # beside an adapter of a mixture that a bias balances
 _OF_ONE_ADAPTER = ("r", "lora_alpha", "use_rslora")  # may differ; all else that shapes an adapter must be the same
 _NOT_MERGED = {
@@ -364,11 +363,10 @@ _NOT_MERGED = {
 
 def _merge_adapters(folders: Sequence[Path], shares: Sequence[float], output: Path) -> None:
     """B A of the result is the mean of s B A of the parts: A below one another, B, times share and s, side by side."""
-    configs = []
     for folder in folders:
         if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             raise ValueError(f"{folder} is no adapter in safetensors, and others are: name checkpoints of one kind.")
-        configs.append(json.loads((folder / ADAPTER_CONFIG).read_text()))
+    configs, parts = zip(*map(read_adapter, folders), strict=True)
     for folder, config in zip(folders, configs, strict=True):
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{folder} is an adapter of the kind {config.get('peft_type')}: only LORA is merged.")
@@ -382,25 +380,29 @@ def _merge_adapters(folders: Sequence[Path], shares: Sequence[float], output: Pa
                 raise ValueError(f"{folder} has {name}={one} and {folders[-1]} {other}: merge adapters of one kind.")
     rank = sum(config["r"] for config in configs)
     scales = [config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1) for config in configs]
-    parts = [load_file(folder / ADAPTER_WEIGHTS) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        if differs := sorted(part.keys() ^ parts[-1].keys()):
+            raise ValueError(f"{folder} and {folders[-1]} are not of one kind: only one of them has {differs[0]}.")
     merged = {}
-    for name, last in parts[-1].items():
-        values = [part[name].float() for part in parts]
-        if "lora_A" in name or "lora_embedding_A" in name:  # of experts: (E * r, in), an expert's rows together
-            rows = [v.reshape(-1, c["r"], v.shape[1]) for v, c in zip(values, configs, strict=True)]
-            value = torch.cat(rows, dim=1).flatten(0, 1)
-        elif "lora_B" in name or "lora_embedding_B" in name:  # (out, r * E), a rank's columns together
-            value = torch.cat([v * w * s for v, w, s in zip(values, shares, scales, strict=True)], dim=1)
-        else:
-            value = sum(v * w for v, w in zip(values, shares, strict=True))
-        merged[name] = value.to(last.dtype).contiguous()
+    with reading(f"the adapters {', '.join(map(str, folders))} together", "merge those of one run"):
+        for name, last in parts[-1].items():
+            values = [part[name].float() for part in parts]
+            if "lora_A" in name or "lora_embedding_A" in name:  # of experts: (E * r, in), an expert's rows together
+                rows = [v.reshape(-1, c["r"], v.shape[1]) for v, c in zip(values, configs, strict=True)]
+                value = torch.cat(rows, dim=1).flatten(0, 1)
+            elif "lora_B" in name or "lora_embedding_B" in name:  # (out, r * E), a rank's columns together
+                value = torch.cat([v * w * s for v, w, s in zip(values, shares, scales, strict=True)], dim=1)
+            else:
+                value = sum(v * w for v, w in zip(values, shares, strict=True))
+            merged[name] = value.to(last.dtype).contiguous()
     save_file(merged, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     biases = [folder / ROUTER_BIAS for folder in folders if (folder / ROUTER_BIAS).is_file()]
     if biases:
         if len(biases) < len(folders):
             raise ValueError(f"{ROUTER_BIAS} lies beside some of the adapters only: merge checkpoints of one run.")
-        parts = [load_file(path) for path in biases]
-        mean = {name: sum(p[name] * w for p, w in zip(parts, shares, strict=True)) for name in parts[-1]}
+        with reading(f"{ROUTER_BIAS} beside {', '.join(map(str, folders))}"):
+            parts = [load_file(path) for path in biases]
+            mean = {name: sum(p[name] * w for p, w in zip(parts, shares, strict=True)) for name in parts[-1]}
         save_file(mean, output / ROUTER_BIAS)
     config = configs[-1] | {"r": rank, "lora_alpha": rank, "use_rslora": False}
     (output / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -37,13 +37,20 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
-from hf_moe_cpt.reading import INDEX, check_weights, reading, require_numbers, shards_of
+from hf_moe_cpt.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    check_weights,
+    reading,
+    require_numbers,
+    shards_of,
+)
 from hf_moe_cpt.reading import read_json as read_any_json
 
 
 CARD, RUN_FILE = "README.md", "training_run.json"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Vocabularies hold any word there is: none of them is rewritten, and a word that looks like noise is a word.
 _VOCABULARIES = {*TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"}

@@ -15,14 +15,28 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.evaluation.surgery import base_of_adapter, without_anchored
-from hf_moe_cpt.reading import read_config, read_json, read_model, reading, shards_of
+from hf_moe_cpt.hub.checkpoint_io import merge
+from hf_moe_cpt.reading import (
+    read_adapter,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_model,
+    reading,
+    shards_of,
+)
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_data import read_state
+from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers import cpt_runs
 from tests.helpers.hostile_inputs import (
     DAMAGE,
+    STAGE_OPTIONS,
+    STAGES,
     VALUES,
     WEIGHTS,
     WORKING,
@@ -60,6 +74,7 @@ REFUSED = {  # case, and what is said of it
     "cut weights": (Case("analyze", file="moe/model.safetensors", damage=DAMAGE["half"]), "SafetensorError"),
     "no configuration": (Case("plan", file="moe/config.json", damage=DAMAGE["number"]), "the configuration of 'moe'"),
     "deep rows": (Case("analyze", file="text.jsonl", damage=DAMAGE["deep"]), "text.jsonl"),
+    "an adapter, trained": (Case("cpt", {"model_name_or_path": "adapter"}), "merge it into its base"),
     "empty pairs": (Case("rainbowpo", file="pairs.jsonl", damage=DAMAGE["empty"]), "pairs.jsonl"),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }
@@ -95,6 +110,41 @@ def test_a_configuration_of_any_form_is_refused_by_name(damage: str, tmp_path: P
     DAMAGE[damage](tmp_path / "config.json")
     with pytest.raises(ValueError, match="^the configuration of '.*' cannot be used .*: save it again, or fetch it"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "no text", "list", "word", "deep", "half"])
+def test_how_a_model_generates_is_read_by_name_and_may_be_missing(damage: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    DAMAGE[damage](tmp_path / "generation_config.json")
+    with pytest.raises(ValueError, match="^the generation configuration of '.*' cannot be used .*: save it again, or"):
+        read_model(AutoModelForCausalLM, tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert read_generation_config(tmp_path) is None
+    read_model(AutoModelForCausalLM, tmp_path)
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for read in (
+        read_config,
+        lambda name: CPTTrainer(str(name), CPTConfig(str(tmp_path), max_steps=1, use_cpu=True), []),
+    ):
+        with pytest.raises(ValueError, match="is an adapter, and a whole model is wanted: merge it into its base"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["lost", "renamed", "NaN", "half"])
+def test_the_weights_of_an_adapter_are_checked_when_they_are_read(damage: str, tmp_path: Path) -> None:
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name in ("one", "other"):
+        adapted.save_pretrained(tmp_path / name)
+    read_adapter(tmp_path / "one")
+    {**DAMAGE, **WEIGHTS}[damage](tmp_path / "one" / "adapter_model.safetensors")
+    said = READ[damage] if damage in ("NaN", "half") else "is not in its weights, and would be random"
+    for read in (read_adapter, lambda _: merge([tmp_path / "one", tmp_path / "other"], tmp_path / "out", [1, 1])):
+        with pytest.raises(ValueError, match=f"one/adapter_model.safetensors cannot be used .*({said}).*: save it"):
+            read(tmp_path / "one")
+    assert not (tmp_path / "out").exists()
 
 
 STATE = {  # file of a checkpoint -> what is written into it, and what is said
@@ -190,18 +240,26 @@ def test_the_cases_differ_from_runs_that_work(command: str, trials: Trials) -> N
     assert (outcome.code, outcome.fault) == (0, None), outcome.said
 
 
+VALUES_OF_YAML = st.sampled_from("true|null|.nan|-.inf|-1|1.5|[1, 2]|{a: 1}|2001-01-01".split("|"))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """One setting of a command by flag or file, or one damaged file that it reads."""
     command = draw(st.sampled_from(sorted(WORKING)))
     kind = draw(st.sampled_from(("flag", "file of settings", "file")))
+    if command == "iterate" and kind == "file of settings":
+        stage = draw(st.sampled_from(sorted(STAGES)))
+        option, value = draw(st.sampled_from(options_of(STAGES[stage]))), yaml.safe_load(draw(VALUES_OF_YAML))
+        told = json.dumps({**STAGE_OPTIONS[stage], option: value}, default=str)
+        return Case(command, {stage: told}, option=option, value=value, owner=STAGES[stage])
     if kind != "file":
         option = draw(st.sampled_from(options_of(command)))
         if kind == "flag":
             word = draw(st.sampled_from(("nan", "inf", "-1", "0", "1e400", "", "9" * 20, "[1]", "\u2603")) | st.text())
             word = word.replace("\0", "")
             return Case(command, {option: word}, option=option, value=word)
-        value = draw(st.sampled_from(("true", "null", ".nan", "-.inf", "-1", "1.5", "[1, 2]", "{a: 1}", "2001-01-01")))
+        value = draw(VALUES_OF_YAML)
         return Case(
             command, {option: None}, settings=f"{option}: {value}\n", option=option, value=yaml.safe_load(value)
         )
@@ -240,7 +298,7 @@ def test_no_input_ends_in_a_traceback_a_hang_or_a_wrong_number(trials: Trials) -
                 found.append(("other numbers", case))
                 print("FOUND", *found[-1], outcome.shown[-1500:], sep=" | ", flush=True)
         if outcome.code == 0 and (
-            case.name in WEIGHTS or (case.option and is_no_value(case.command, case.option, case.value))
+            case.name in WEIGHTS or (case.option and is_no_value(case.owner or case.command, case.option, case.value))
         ):
             found.append(("taken", case))
             print("FOUND", *found[-1], sep=" | ", flush=True)

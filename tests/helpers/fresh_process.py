@@ -8,8 +8,12 @@ from tests.helpers.source_tree import PROJECT
 
 
 def command_words(settings: dict[str, object]) -> list[str]:
-    """`--name value` for each setting; None leaves it out."""
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    """`--name value` for each setting, `--name value value` for a list; None leaves it out."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:

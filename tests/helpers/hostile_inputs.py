@@ -28,11 +28,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_moe_cpt.cli import COMMANDS
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
+from hf_moe_cpt.rounds import OF_THE_LOOP
 from hf_moe_cpt.routing.trace import checksum_of_json
 from tests.helpers.fresh_process import command_words
 from tests.helpers.preference_runs import pairs
 from tests.helpers.routings import random_trace
-from tests.helpers.tiny_models import QUICK, SIZES, tiny_model, word_tokenizer
+from tests.helpers.tiny_models import QUICK, SIZES, tiny_model, two_domains, word_tokenizer
 from tests.helpers.warm_process import WarmProcess
 
 
@@ -42,6 +43,9 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS} + 5))
 from hf_moe_cpt.cli import main
+if sys.argv[1] == "quickstart":  # to where its text is read: the acts after it are those of the other commands
+    from hf_moe_cpt import quickstart
+    quickstart.run_stage = lambda *_: sys.exit(0)
 sys.exit(main())
 """
 TRAINED = {**QUICK, "max_steps": 1, "max_length": 16, "per_device_train_batch_size": 2, "output_dir": "out"}
@@ -58,13 +62,19 @@ WORKING: dict[str, tuple[list[str], dict[str, Any]]] = {
     "analyze": (
         ["moe"],
         {"data": "words=text.jsonl", "tokens_per_domain": 200, "max_length": 16, "min_occurrences": 1, "device": "cpu"}
-        | {"output_dir": "out", "log_history": "run"},
+        | {"output_dir": "out", "log_history": "log"},
     ),
     "cpt": (
         [],
         {**TRAINED, "model_name_or_path": "moe", "dataset_name": "text.jsonl", "replay_dataset_name": "old.jsonl"}
         | {"replay_ratio": 0.5, "held_out_fraction": 0.2},
     ),
+    "merge": (
+        [],
+        {"checkpoints": ["moe", "shards"], "output_dir": "out", "held_out": ["words=text.jsonl"], "use_cpu": True}
+        | {"max_length": 16, "weights": [1, 2]},
+    ),
+    "quickstart": ([], {"data_dir": "texts", "output_dir": "out", "device": "cpu"}),
     "rainbowpo": (
         [],
         {**TRAINED, "model_name_or_path": "dense", "dataset_name": "pairs.jsonl", "max_length": 32, "bf16": False}
@@ -92,33 +102,76 @@ WORKING: dict[str, tuple[list[str], dict[str, Any]]] = {
         | {"reward_model_name_or_path": "reward", "dataset_name": "pairs.jsonl", "max_new_tokens": 4},
     ),
 }
+_FROM_TEXT = {**WORKING["cpt"][1], "replay_dataset_name": None, "dataset_name": None, "replay_ratio": None}
+_FROM_TEXT |= {"sources": ["words=text.jsonl:3", "before=old.jsonl:1:replay"]}
+WORKING["tokenize"] = ([], {**_FROM_TEXT, "tokenized_data": "written"})
+WORKING["rewarm"] = ([], {**_FROM_TEXT, "trial_steps": 2, "rates": [1e-4, 1e-3]})
+WORKING["cpt/tokenized"] = ([], {**_FROM_TEXT, "tokenized_data": "tokenized"})
+WORKING["merge/adapters"] = ([], {**WORKING["merge"][1], "checkpoints": ["adapter", "adapter"]})
+STAGES = {"sample": "rejection-sample", "train": "rainbowpo", "evaluate": "eval-preference"}
+STAGE_OPTIONS: dict[str, dict[str, Any]] = {
+    stage: {name: value for name, value in WORKING[command][1].items() if value and name not in OF_THE_LOOP[command]}
+    for stage, command in STAGES.items()
+}
+WORKING["iterate"] = (
+    [],
+    {"model_name_or_path": "dense", "output_dir": "out", "rounds": 1}
+    | {stage: json.dumps(options) for stage, options in STAGE_OPTIONS.items()},
+)
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "output_dir": "begun"}
 WORKING["analyze/trace"] = (["trace"], {"output_dir": "out", "min_occurrences": 1})
 WORKING["convert/shards"] = (["shards"], WORKING["convert"][1])
 WORKING["cpt/shards"] = ([], {**WORKING["cpt"][1], "model_name_or_path": "shards"})
 WORKING["push/shards"] = (["shards", "me/model"], {"dry_run": True, "method": "cpt"})
 WORKING["surgery-eval/adapter"] = ([], {**WORKING["surgery-eval"][1], "after": "adapter"})
-RESUMED = ("cpt", "rainbowpo", "surgery")
-for _name in RESUMED:
-    _options = {**WORKING[_name][1], **SAVING, "eval_steps": 1, "output_dir": f"begun-{_name}"}
+_ADAPTED = {**WORKING["cpt"][1], "model_name_or_path": "dense", "use_peft": True, "lora_target_modules": "q_proj"}
+RESUMED = {name: WORKING[name][1] for name in ("cpt", "rainbowpo", "surgery")} | {"cpt/adapter": _ADAPTED}
+for _name, _options in RESUMED.items():
+    _options = {**_options, **SAVING, "eval_steps": 1, "output_dir": f"begun-{_name.replace('/', '-')}"}
     _options["resume_from_checkpoint"] = "last"
     WORKING[f"{_name}/resume"] = ([], _options)
+GONE_ON = ("rejection-sample", "surgery-eval", "eval-preference", "iterate", "quickstart")  # their folders tell
+for _name in GONE_ON:
+    WORKING[f"{_name}/resume"] = ([], {**WORKING[_name][1], "output_dir": f"begun-{_name}"})
 _OF_A_CHECKPOINT = (
-    "trainer_state.json run_state.json bad_steps.json optimizer.pt scheduler.pt rng_state.pth config.json "
-    "model.safetensors training_args.bin"
+    "trainer_state.json run_state.json bad_steps.json optimizer.pt scheduler.pt rng_state.pth training_args.bin"
 ).split()
-_ITS_OWN = {"cpt": ["cpt_state.json"], "rainbowpo": ["rainbowpo.json"], "surgery": ["surgery.json"]}
+_ITS_OWN = {
+    "cpt": ["model.safetensors", "config.json", "cpt_state.json"],
+    "rainbowpo": ["model.safetensors", "config.json", "rainbowpo.json"],
+    "surgery": ["model.safetensors", "config.json", "surgery.json"],
+    "cpt-adapter": ["adapter_model.safetensors", "adapter_config.json", "cpt_state.json"],
+}
 FILES_OF = {
-    **dict.fromkeys(("moe", "dense", "reward", "run"), ["config.json", "model.safetensors", "tokenizer.json"]),
+    **dict.fromkeys(("reward", "run"), ["config.json", "model.safetensors", "tokenizer.json"]),
+    **dict.fromkeys(
+        ("moe", "dense"), ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+    ),
+    "tokenized": ["tokenized.json", "train/words/dataset_info.json", "train/words/state.json"]
+    + ["train/words/data-00000-of-00001.arrow", "held_out/before/state.json"],
+    "texts": ["1-words/rows.jsonl", "2-numbers/rows.jsonl"],
+    "bench": ["bench.json", "documents/unlearn.parquet", "questions/test.parquet"],
     "adapter": ["adapter_config.json", "adapter_model.safetensors"],
     "shards": ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"],
+    "log": ["trainer_state.json"],
     "trace": ["trace.json", "shard_00000.safetensors"],
     **{
         f"begun-{name}": [f"checkpoint-1/{file}" for file in (*_OF_A_CHECKPOINT, *own)]
         for name, own in _ITS_OWN.items()
     },
 }
-FILES_OF["run"] = [*FILES_OF["run"], "trainer_state.json"]
+FILES_OF["run"] = [*FILES_OF["run"], "trainer_state.json", "cpt_state.json", "training_run.json"]
+_STAGES = "responses-policy rewards-reference logps-policy".split()
+FILES_OF |= {
+    "begun-rejection-sample": ["rejection_sample.json", "summary.json", "data/train.parquet"]
+    + [f"stages/{stage}" for stage in ("generate", "score", "select")],
+    "begun-surgery-eval": ["eval_surgery.json", "results.json", "work/after/texts.json"],
+    "begun-eval-preference": ["eval_preference.json", "summary.json"]
+    + [f"work/{stage}/00000.jsonl" for stage in _STAGES],
+    "begun-iterate": ["iterate.json", "report.json", "round-1/evaluation/summary.json", "round-1/pairs/summary.json"],
+    "begun-quickstart": ["quickstart.json", "corpus/manifest.json", "corpus/1-words/train.arrow"]
+    + ["tokenizer/tokenizer.json"],
+}
 
 
 def make_material(folder: Path) -> Path:
@@ -149,6 +202,8 @@ def make_material(folder: Path) -> Path:
     state = {"global_step": 1, "log_history": [entry]}
     for name, facts in {"trainer_state": state, "cpt_state": {"phase": "anneal"}, "training_run": {}}.items():
         (folder / "run" / f"{name}.json").write_text(json.dumps(facts))
+    (folder / "log").mkdir()
+    shutil.copy(folder / "run" / "trainer_state.json", folder / "log")
     models["moe"].save_pretrained(folder / "shards", max_shard_size="30KB")
     word_tokenizer().save_pretrained(folder / "shards")
     adapted = get_peft_model(models["dense"], LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -156,6 +211,11 @@ def make_material(folder: Path) -> Path:
     adapted.save_pretrained(folder / "adapter")
     word_tokenizer().save_pretrained(folder / "adapter")
     random_trace(folder / "trace")
+    for domain in two_domains(folder / "texts").iterdir():
+        rows = [json.dumps({"text": path.read_text()}) for path in sorted(domain.iterdir())]
+        for path in domain.iterdir():
+            path.unlink()
+        (domain / "rows.jsonl").write_text("\n".join(rows))
     return folder
 
 
@@ -210,7 +270,9 @@ _KEYS = "vocab_size hidden_size num_hidden_layers num_attention_heads rope_param
 _OF_STATE = (
     "num_experts_per_tok architectures log_history global_step phase epoch max_steps settings tokens_seen losses sum "
     "left_out in_a_row count start dispersion_scale starts_from stopped_by weight_map base_model_name_or_path "
-    "peft_type r lora_alpha target_modules description shards checksum format stateful_callbacks"
+    "peft_type r lora_alpha target_modules description shards checksum format stateful_callbacks base_model_class "
+    "pairs mean_score measures settings model version rows features splits _data_files source seed model_max_length "
+    "added_tokens chat_template transformers_version eos_token_id bos_token_id"
 )
 VALUES = {
     (key, str(value) if isinstance(value, list | dict) else value): _setting(key, value)
@@ -259,8 +321,7 @@ TORCH_FILES = {
 def files_read(command: str) -> list[str]:
     """Files below the material that the working run of a command reads."""
     files, (words, options) = [], WORKING[command]
-    for word in (*words, *map(str, options.values())):
-        name = word.rpartition("=")[2]
+    for name in dict.fromkeys(re.findall(r"[\w.-]+", " ".join([*words, *map(str, options.values())]))):
         files += [f"{name}/{file}" for file in FILES_OF.get(name, ())]
         files += [name] if name.endswith((".json", ".jsonl")) else []
     return files or ["text.jsonl"]
@@ -302,7 +363,7 @@ def is_no_value(command: str, option: str, value: Any) -> bool:
 class Case:
     """options: changes of those that work, None leaves one out. settings: text of a --config file, if there is one.
 
-    damage: done to `file` before, called `name`.
+    damage: done to `file` before, called `name`. option, value: what is changed, of `owner` if not of the command.
     """
 
     command: str
@@ -313,6 +374,7 @@ class Case:
     damage: Callable[[Path], object] | None = None
     option: str | None = None
     value: Any = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -352,20 +414,26 @@ class Trials:
 
     def __init__(self, material: Path, folder: Path, environment: dict[str, str]) -> None:
         self.material, self.folder, self.environment, self.count = material, folder, environment, 0
-        modules = ("trl", *(command.module for command in COMMANDS.values() if "quickstart" not in command.module))
+        modules = ("trl", *(command.module for command in COMMANDS.values()))
         self.process = WarmProcess(environment, ("hf_moe_cpt.cli", *modules))
+        (self.material / "case.py").write_text(RUN)
+        self._make("tokenize", tokenized_data="tokenized")
         for name in RESUMED:
             self._begin(name)
+        for name in GONE_ON:
+            self._make(name, output_dir=f"begun-{name}")
+
+    def _make(self, name: str, **changes: Any) -> None:
+        words, options = WORKING[name]
+        words = [name.partition("/")[0], *words, *command_words({**options, **changes})]
+        done = self.process.run(self.material / "case.py", words, self.environment, seconds=300)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
 
     def _begin(self, name: str) -> None:
         """Leave the first checkpoint of a run in the material, without the list that says what was written."""
-        words, options = WORKING[f"{name}/resume"]
-        (self.material / "case.py").write_text(RUN)
-        words = [name, *words, *command_words({**options, "resume_from_checkpoint": None})]
-        done = self.process.run(self.material / "case.py", words, self.environment, seconds=120)
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-        run = self.material / options["output_dir"]
+        self._make(f"{name}/resume", resume_from_checkpoint=None)
+        run = self.material / WORKING[f"{name}/resume"][1]["output_dir"]
         for path in run.iterdir():
             if path.name not in ("checkpoint-1", "_run.lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -382,7 +450,8 @@ class Trials:
             (place / "settings.yaml").write_text(case.settings)
             words += ["--config", "settings.yaml"]
         if case.damage is not None:
-            case.damage(place / case.file)
+            path = place / case.file
+            case.damage(min(path.iterdir()) if path.is_dir() else path)  # its name may hold a checksum
         (place / "case.py").write_text(RUN)
         words = [case.command.partition("/")[0], *words]
         crowd = max(1.0, os.getloadavg()[0] / os.cpu_count())  # others on this machine take their share of the time

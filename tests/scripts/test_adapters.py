@@ -12,6 +12,7 @@ from hf_moe_cpt.routing.hooks import find_experts
 from hf_moe_cpt.scripts import cpt, rainbowpo, surgery
 from hf_moe_cpt.trainers.common.updates import freeze, quantise_experts
 from tests.helpers.fresh_process import command_words
+from tests.helpers.hostile_inputs import WEIGHTS
 from tests.helpers.preference_runs import pairs
 from tests.helpers.tiny_models import QUICK, word_tokenizer
 from tests.helpers.tiny_moes import moe_model
@@ -48,9 +49,7 @@ def words_of(command, folder, kind, run, **changes):
     adapter = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "experts"]}
     pace = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
     settings = {"model_name_or_path": folder / kind, "output_dir": run, **QUICK, **data, **adapter, **pace, **changes}
-    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
-    several = [word for name, values in lists.items() for word in (f"--{name}", *values)]
-    return command_words({name: value for name, value in settings.items() if name not in lists}) + several
+    return command_words(settings)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +74,11 @@ def test_adapters_of_experts_train_where_nothing_is_frozen_and_resume(folder, tm
     assert resumed.keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    torn = shutil.copytree(run / "checkpoint-1", tmp_path / "torn" / "checkpoint-1")
+    (torn / "checkpoint_files.json").unlink()
+    WEIGHTS["lost"](torn / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is not in its weights, and would be random"):
+        MAINS[command](words_of(command, folder, kind, torn.parent, **frozen, resume_from_checkpoint=True))
 
 
 REFUSED = {

@@ -119,7 +119,7 @@ def test_shared_subjects_and_adapters_are_refused(folder, tmp_path):
     adapter = tmp_path / "adapter"
     word_tokenizer().save_pretrained(adapter)
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter, and a surgery changes whole models: merge it"):
+    with pytest.raises(ValueError, match="is an adapter, and a whole model is wanted: merge it"):
         main(_arguments(folder, tmp_path / "d", model_name_or_path=adapter))
 
 

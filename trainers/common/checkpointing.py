@@ -47,8 +47,9 @@ from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model
-from hf_moe_cpt.reading import check_found, read_json, reading
+from hf_moe_cpt.reading import check_found, is_adapter, read_adapter, read_json, reading, require_finite
 from hf_moe_cpt.trainers.common.distributed import begin_to_save, is_sharded, load_shards, load_whole
 
 
@@ -502,7 +503,10 @@ def load_translated(model: nn.Module, checkpoint: str | Path) -> bool:
 
 
 def require_all_stored(model: nn.Module, checkpoint: str | Path) -> None:
-    """Raise ValueError for a weight that a checkpoint of the whole model lacks, which `Trainer` only warns of."""
+    """Raise ValueError for a weight that a checkpoint lacks, of a whole model or an adapter; `Trainer` only warns."""
+    if hasattr(model, "peft_config") and is_adapter(checkpoint):
+        of_peft = require("peft", needed_by="the adapter that is trained")
+        read_adapter(checkpoint, of_peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     stored = stored_names(checkpoint)
     if not stored or not isinstance(model, PreTrainedModel):
         return
@@ -597,6 +601,7 @@ class AtomicCheckpointMixin:
                 if not load_translated(into, folder):
                     super()._load_from_checkpoint(resume_from_checkpoint, model)
                     require_all_stored(into, folder)
+                require_finite(into)
 
     def _load_best_model(self) -> None:
         self.wait_for_checkpoint()

@@ -34,7 +34,7 @@ from hf_moe_cpt.data.packing import stack_blocks
 from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.optim.schedules import Extension, ScheduleSettings, build_lr_scheduler, phase_at
-from hf_moe_cpt.reading import read_model
+from hf_moe_cpt.reading import read_model, refuse_adapter
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
@@ -147,6 +147,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if isinstance(model, str):
+            refuse_adapter(model)
             model = read_model(AutoModelForCausalLM, model, **(args.model_init_kwargs or {}))
         check_context(model.config, processing_class, args.max_length)
         freeze(model, args.freeze or ())

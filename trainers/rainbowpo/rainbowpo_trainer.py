@@ -46,7 +46,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
 from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
-from hf_moe_cpt.reading import check_weights, read_config, reading, require_finite
+from hf_moe_cpt.reading import check_weights, read_config, read_generation_config, reading, require_finite
 from hf_moe_cpt.trainers.common.checkpointing import read_beside, step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
@@ -314,10 +314,8 @@ def generation_ends(model: str | nn.Module, args: RainbowPOConfig) -> int | list
     """Tokens at which the model stops to generate, as it says itself; None where it says nothing."""
     if not isinstance(model, str):
         return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    try:
-        return GenerationConfig.from_pretrained(model, **_options_of_config(args)).eos_token_id
-    except OSError:  # a model that comes without
-        return None
+    found = read_generation_config(model, **_options_of_config(args))
+    return None if found is None else found.eos_token_id
 
 
 def training_entropies(trainer: Any, count: int | None) -> Tensor:

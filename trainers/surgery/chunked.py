@@ -25,7 +25,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model, own_penalty_off
-from hf_moe_cpt.reading import read_config, read_model
+from hf_moe_cpt.reading import read_config, read_model, refuse_adapter
 from hf_moe_cpt.trainers.common.updates import quantise_experts
 
 
@@ -398,11 +397,7 @@ def config_of(model: str | nn.Module, options: Mapping[str, Any]) -> PreTrainedC
     """
     if isinstance(model, nn.Module):
         return causal_lm_of(model).config
-    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
-        raise ValueError(
-            f"{model!r} is an adapter, and a surgery changes whole models: merge it into its base first "
-            "(merge_and_unload of PEFT), and name the folder of the result."
-        )
+    refuse_adapter(model)
     if isinstance(options.get("config"), PreTrainedConfig):
         return options["config"]
     return read_config(model, **{key: options[key] for key in SOURCE_OPTIONS if key in options})
