@@ -175,13 +175,16 @@ def build(
 ) -> Trainer:
     """The run: a mixture of experts in float32 with dropout, on new and replayed text, that saves every few steps.
 
-    kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model; of one rank. width:
-    of the mixture. is_dealt: its experts are dealt to the ranks.
+    kind: or a preference optimisation, or a surgery with its reference on disk, of a dense model. width: of the
+    mixture. is_dealt: its experts are dealt to the ranks.
     """
     if kind != "cpt":
         helper = importlib.import_module(HELPERS[kind])
         changes |= {"max_steps": max_steps, "save_strategy": "steps"}
+        if kind == "rainbowpo":
+            changes["per_device_train_batch_size"] = 4 // world_size
         if kind == "surgery":
+            changes["gradient_accumulation_steps"] = 2 // world_size  # its micro-batches are the same on any ranks
             model = tiny_model("llama", **LARGER)
             return helper.trainer(folder / "run", model, reference="cache", **changes)
         return helper.trainer(folder, str(folder.parent / "model llama"), helper.pairs(4 * max_steps), **changes)

@@ -139,19 +139,47 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(soaks):
     assert not one.tally.is_clean
 
 
+OF_OTHERS = {"max_steps": 6, "save_steps": 2, "save_total_limit": 2}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["rainbowpo", "surgery"])
-def test_the_other_trainers_outlive_kills_and_full_disks(tmp_path, kind):
-    soak = Soak(tmp_path, 1, seed=1, settings={"kind": kind, "max_steps": 6, "save_steps": 2, "save_total_limit": 2})
+def test_the_other_trainers_outlive_kills_and_full_disks(tmp_path, kind, ranks):
+    soak = Soak(tmp_path, ranks, seed=1, settings={"kind": kind, **OF_OTHERS})
     try:
         reference = soak.reference()
+        assert checkpoints_in(reference / "run")
         while soak.tally.kills < 3:
             soak.round(reference, 3 - soak.tally.kills)
-        ends = soak.fill_disks(reference, 800 << 10)
+        ends = soak.fill_disks(reference, 800 << 10) if ranks == 1 else {}
     finally:
         soak.close()
     assert soak.tally.is_clean, soak.tally.table()
-    assert ends["refused before the first step"] >= 2 and ends["the model is elsewhere"] >= 1
+    assert not ends or (ends["refused before the first step"] >= 2 and ends["the model is elsewhere"] >= 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rainbowpo", "surgery"])
+def test_the_other_trainers_go_on_on_another_number_of_ranks_with_the_same_losses(tmp_path, kind):
+    made = [Soak(tmp_path, ranks, seed=1, settings={"kind": kind, **OF_OTHERS}) for ranks in (1, 2)]
+    (one, two), plain, elastic = made, tmp_path / "plain", tmp_path / "elastic"
+    try:
+        one.start(plain)
+        one.wait_for_end(plain)
+        for attempt, soak in enumerate((one, two, one)):
+            soak.start(elastic, attempt)
+            if attempt < 2:
+                _kill_after_save(soak)
+        one.wait_for_end(elastic)
+    finally:
+        for soak in made:
+            soak.close()
+    assert {path.name.split("-")[1] for path in elastic.glob("rows-*-1.jsonl")} == {"00001"}  # two ranks in the middle
+    losses = [
+        [entry["loss"] for entry in _result(folder)["history"] if "loss" in entry] for folder in (elastic, plain)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == OF_OTHERS["max_steps"]
 
 
 @pytest.mark.slow

@@ -329,8 +329,9 @@ def files_read(command: str) -> list[str]:
 
 def damages_of(file: str) -> dict[Any, Callable[[Path], object]]:
     """What can be done to a file of its kind, by name."""
-    kinds = {".safetensors": WEIGHTS, ".jsonl": ROWS, ".pt": TORCH_FILES, ".pth": TORCH_FILES, ".bin": TORCH_FILES}
-    return {**DAMAGE, **kinds.get(Path(file).suffix, VALUES)}
+    kinds = {".safetensors": WEIGHTS, ".jsonl": ROWS, "": ROWS, ".json": VALUES}  # a folder is one of rows
+    kinds |= dict.fromkeys((".pt", ".pth", ".bin"), TORCH_FILES)
+    return {**DAMAGE, **kinds.get(Path(file).suffix, {})}
 
 
 def options_of(command: str) -> list[str]:

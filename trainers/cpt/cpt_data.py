@@ -258,11 +258,12 @@ def _read_tokenized(
                 f"--tokenized_data {str(folder)!r} has {name} = {written.get(name)} and this run {now.get(name)}: "
                 "take it back, or run hf-moe-cpt tokenize into another folder."
             )
-    parts = [
-        {path.name: load_from_disk(str(path)) for path in sorted((folder / part).glob("*"))}
-        for part in ("train", "held_out")
-    ]
-    return parts[0], parts[1]
+    parts: dict[str, dict[str, Dataset]] = {"train": {}, "held_out": {}}
+    for part, read in parts.items():
+        for path in sorted((folder / part).glob("*")):
+            with reading(path, "run hf-moe-cpt tokenize into another folder"):
+                read[path.name] = load_from_disk(str(path))
+    return parts["train"], parts["held_out"]
 
 
 def _load(source: Source, args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:

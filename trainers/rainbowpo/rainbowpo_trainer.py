@@ -835,8 +835,9 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        kept = {"dispersion_scale": self.dispersion_scale, "start": self.runaway_watch.start}
-        (Path(output_dir or self.args.output_dir) / SCALE_FILE).write_text(json.dumps(kept) + "\n")
+        if self.args.should_save:
+            kept = {"dispersion_scale": self.dispersion_scale, "start": self.runaway_watch.start}
+            (Path(output_dir or self.args.output_dir) / SCALE_FILE).write_text(json.dumps(kept) + "\n")
 
     def run_details(self) -> dict[str, str]:
         """The row of the table of methods that the objective is, for training_run.json and the card."""
