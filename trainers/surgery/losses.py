@@ -343,12 +343,20 @@ def value_aim(
     guess, and for tokens that the copy lacks (NaN). H(l, tau) = (l - tau)^2 / (2 tau), a straight line beyond 2 tau:
     no token pulls harder than under plain ascent on the values alone. Source: ours.
     """
-    is_value = mask & ~states.renamed_logp.isnan()
-    target = (-masked(states.renamed_logp, is_value)).clamp(1e-6, math.log(states.model[1].weight.shape[0]))
-    known = -torch.expm1(-(masked(ref_logp.detach(), is_value) + target).clamp(min=0.0)).masked_fill(~is_value, 0)
+    target, known, is_value = value_targets(mask, ref_logp, states.renamed_logp, states.model[1].weight.shape[0])
     share = -masked(logp.nan_to_num(nan=math.nan, neginf=IMPOSSIBLE), is_value) / target
     pull = target * functional.huber_loss(share, torch.ones_like(share), reduction="none")
     return (known * pull).sum(1) / known.sum(1).clamp(min=1.0)
+
+
+def value_targets(
+    mask: Tensor, ref_logp: Tensor, renamed_logp: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tau, k of `value_aim` and where both are told, (B, S) each. A token at rest costs k tau + (1 - k) l_r."""
+    is_value = mask & ~renamed_logp.isnan()
+    target = (-masked(renamed_logp, is_value)).clamp(1e-6, math.log(vocab_size))
+    known = -torch.expm1(-(masked(ref_logp.detach(), is_value) + target).clamp(min=0.0))
+    return target, known.masked_fill(~is_value, 0.0), is_value
 
 
 @dataclass(frozen=True)

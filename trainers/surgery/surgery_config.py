@@ -417,6 +417,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         if is_paired and given.get("update") is None:
             raise ValueError("pair_dpo lets new texts win over old ones: pass update_dataset, or choose another loss.")
         is_told = given.get(UNSEEN) or "update" in in_force  # what text costs that was not read
+        is_told = is_told or ("unlearn" in in_force and getattr(self.forget_losses["unlearn"], "needs_copies", False))
         if self.forget_target == UNSEEN and forgotten and not is_told:
             raise ValueError(
                 "forget_target='unseen' aims at the loss of text that the model never read: pass unseen_dataset "

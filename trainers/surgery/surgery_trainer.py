@@ -105,6 +105,7 @@ from hf_moe_cpt.trainers.surgery.losses import (
     reduce_sequences,
     reduce_tokens,
     token_weights,
+    value_targets,
 )
 from hf_moe_cpt.trainers.surgery.reference import (
     HELD_OUT,
@@ -275,10 +276,10 @@ class SurgeryTerms:
         if self.losses[name].needs_reference:
             reference = self.reference.hidden(batch, name)[:, :-1], self.reference.head
         pair, at_tokens = (hidden[:, :-1], head_of(model)), None if layer is None else layer[:, 1:]
-        renamed = self._renamed_logp(name, batch[RENAMED]) if RENAMED in batch else None
+        renamed = self.renamed_logp(name, batch[RENAMED]) if RENAMED in batch else None
         return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, renamed, self.chunk_tokens)
 
-    def _renamed_logp(self, name: str, copies: Batch) -> Tensor:
+    def renamed_logp(self, name: str, copies: Batch) -> Tensor:
         """Log-probability (B, S - 1) of a text's tokens in its copy, under the model before; NaN of those it lacks."""
         logp, places = self.reference.token_logp(copies, f"{name}/{RENAMED}"), copies["places"][:, 1:]
         return logp.gather(1, (places - 1).clamp(min=0)).masked_fill(places < 1, math.nan)
@@ -401,7 +402,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     verdict = "not judged yet"  # of the weights, once training has ended
     fluency: float | None = None  # entropy of what the model writes over that of the true texts
     fingerprint: str | None = None  # of the model before surgery
-    target_is = "given"  # or the set whose loss before step 1 the target of forgetting is
+    target_is = "given"  # or the set whose loss before step 1 the target of forgetting is, or "renamed"
     holds_best = False  # whether the weights are those of the best model again
     negation: Negation | None = None  # while it trains, what will be taken away is in the weights
 
@@ -778,7 +779,9 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         """Fix what is aimed at, once: it must not move with what the surgery damages."""
         args, targets, start = self.args, self.aims, self.aims.start
         if args.forget_target == UNSEEN and any(name in self.sets for name in FORGET_SETS):
-            if self._unread is None:
+            if getattr(self.terms.losses.get("unlearn"), "needs_copies", False) and "unlearn" in self.sets:
+                self.target_is, loss = RENAMED, self._loss_at_rest("unlearn")
+            elif self._unread is None:
                 self.target_is, loss = "update", start["update_ce"]
             else:
                 alone = replace(self.terms, reference=None)
@@ -786,13 +789,28 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             targets.forget = min(loss, math.log(self._vocab_size))
             self.terms.forget = args.forget_settings(targets.forget)
             logger.info(
-                "Text of %s_dataset, which was not read, costs %.4g nats per token: forgetting aims at it.",
-                self.target_is,
+                "%s costs %.4g nats per token: forgetting aims at it.",
+                "Text without the names"
+                if self.target_is == RENAMED
+                else f"Text of {self.target_is}_dataset, not read,",
                 targets.forget,
             )
         if targets.update is None and "update" in self.sets:
             known = next((name for name in KNOWN if f"{name}_ce" in start), None)
             targets.update = None if known is None else start[f"{known}_ce"]
+
+    @torch.no_grad()
+    def _loss_at_rest(self, name: str) -> float:
+        """Nats per token of a set once all of its tokens are where `value_aim` leaves them."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self._rows_of(name):
+            mask, ref = counted_targets(batch), self.terms.reference.token_logp(batch, name)
+            renamed = self.terms.renamed_logp(name, batch[RENAMED])
+            target, known, _ = value_targets(mask, ref, renamed, self._vocab_size)
+            rest = known * target - (1 - known) * ref
+            units = num_units(mask, self.args.normalization)
+            sums += torch.stack([reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]).cpu()
+        return _means({f"{name}_ce": sums}, [name])[f"{name}_ce"]
 
     def _judge(self) -> None:
         """Say what came out, of the weights that are held now; all ranks must call it."""

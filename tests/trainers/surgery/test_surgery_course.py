@@ -458,3 +458,31 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         trainer(tmp_path).train()
+
+
+def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
+    """Written out token by token with the old model; the anchors hold, and no unseen text is needed."""
+    model = knowing_model()
+    names = [f"w{place}" for place in range(10, 16)]
+    texts = [{"text": f"{who} w30 w31 {who} w{20 + k} w33", "subject": who} for k, who in enumerate(names)]
+    sets = {"unlearn_dataset": Dataset.from_list(texts[:3]), "retain_dataset": Dataset.from_list(texts[3:])}
+    options = {"forget_loss": "value_aim", "counterfactuals": 1, "processing_class": word_tokenizer(), "max_steps": 2}
+    run = trainer(tmp_path / "run", model, sets, learning_rate=1e-3, **options, **EVALUATED)
+    run._prepare()
+    costs = []
+    for row in run.sets["unlearn"]:
+        ids, other = (torch.tensor([row[key]]) for key in ("input_ids", "renamed_input_ids"))
+        with torch.no_grad():
+            own, renamed = (run.model.eval()(part).logits[0, :-1].log_softmax(-1) for part in (ids, other))
+        of_row = []
+        for place, token in enumerate(row["input_ids"][1:]):
+            before, twin = -float(own[place, token]), row["renamed_places"][place + 1]
+            told = None if twin < 1 else min(-float(renamed[twin - 1, token]), math.log(VOCABULARY))
+            known = 0.0 if told is None else max(0.0, 1.0 - math.exp(before - told))
+            of_row.append(known * (told or 0.0) + (1 - known) * before)
+        costs.append(fmean(of_row))
+    assert run.target_is == "renamed" and run._loss_at_rest("unlearn") == pytest.approx(fmean(costs), rel=1e-4)
+    assert run.aims.forget == min(run._loss_at_rest("unlearn"), math.log(VOCABULARY))
+    before = run.aims.start["unlearn_ce"]
+    run.train()
+    assert math.isfinite(run.state.log_history[-2].get("loss", 0.0)) and before > 0
