@@ -156,7 +156,7 @@ class Scale:
     eval_steps: int  # between two such measurements
     eval_rows: int  # of each set in one
     rate: float  # in the middle of the grid
-    rounds: int  # in which a grid may grow
+    rounds: dict[str, int]  # in which a grid may grow; 0: settings are taken over from the architecture before
     # --- the questions ---
     max_questions: int  # of each set and kind
     max_documents: int  # of each set
@@ -648,6 +648,7 @@ LEGEND = (
     "unseen; retain, neighbour and unseen: subjects that no surgery saw; 95 % intervals over seeds",
     "answers: ROUGE-L recall; untaught: accuracy after the other half of the facts was taught; quality: p of the "
     "truth ratios; cost: share of the time of training again; edge: the best setting is at the edge of the grid",
+    "or was taken over; rate, strength, counterfactuals: steps from the middle of the grid",
 )
 COLUMNS: list[list[Column]] = [list(map(tuple, table)) for table in DATA["columns"]]
 
@@ -802,7 +803,7 @@ class CompareArguments:
         help="Folder for models, a record of each run, results and plot; finished runs are kept.",
     )
     workers: int = HfArg(default=2, help="Processes with one thread each; 1: this process does it all.")
-    device: str = HfArg(default="auto", help="auto, cpu or cuda; auto: cpu with the setting small.")
+    device: str = HfArg(default="auto", help="auto, cpu or cuda; auto: cpu.")
     minutes: float | None = HfArg(
         default=None, help="No run begins later than this; what is there is judged, the same command goes on."
     )
@@ -829,8 +830,7 @@ def make_comparison(args: CompareArguments) -> Comparison:
     scale = SETTINGS[args.setting]
     if args.seeds is not None:
         scale = replace(scale, seeds=dict.fromkeys(scale.seeds, args.seeds))
-    is_small = args.setting == "small" and args.device == "auto"
-    device = "cpu" if is_small else choose_device(args.device).type
+    device = "cpu" if args.device == "auto" else choose_device(args.device).type
     return Comparison(args.setting, scale, device, args.first_seed)
 
 
@@ -860,11 +860,11 @@ class Campaign:
         """
         before = self.comparison.final_runs(name, BEFORE)
         self.final += [*before, *(retrained := [replace(run, method=RETRAINED) for run in before])]
-        start = Run(BEFORE, name, TUNING_SEED, "validation")
-        found = self.carry_out([start, *before])
-        if "error" in found[start.name]:
+        rounds, start = self.comparison.scale.rounds[name], Run(BEFORE, name, TUNING_SEED, "validation")
+        found = self.carry_out([*([start] if rounds else []), *before])
+        if "error" in found.get(start.name, ()):
             raise RuntimeError(f"{start.name} failed: {found[start.name]['error']}")
-        measures = found[start.name]["measures"]
+        measures = found[start.name]["measures"] if rounds else {}
         own = [method for method in self.methods if name in METHODS[method].architectures]
         for method in dict.fromkeys(METHODS[method].tuned_as or method for method in own):
             begin = next((s.best for (_, m), s in reversed(self.searches.items()) if m == method), None)
@@ -873,7 +873,7 @@ class Campaign:
             self.searches[name, method] = Search(method, name, measures, place)
         self.carry_out(retrained)
         searches = [search for (architecture, _), search in self.searches.items() if architecture == name]
-        walk(searches, self.comparison.scale.rounds, self.carry_out)
+        walk(searches, rounds, self.carry_out)
         final = []
         for method in own:
             search = self.searches[name, METHODS[method].tuned_as or method]
@@ -906,7 +906,7 @@ def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFol
             {"architecture": search.architecture, "method": search.method, "edge": not search.is_inside}
             | {"best": place == search.best, "criterion": score, **dict(search.named(place))}
             for search in campaign.searches.values()
-            for place, score in search.scores.items()
+            for place, score in (search.scores or {search.best: None}).items()
         ],
     }, is_all
 

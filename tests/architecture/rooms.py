@@ -29,7 +29,7 @@ _ROOMS = {
     "": _room(".", f"{_TRAINING} tqdm trl yaml"),
     "analysis": _room("routing reports"),  # the old name of these rooms
     "data": _room(_FRONT, "datasets jinja2 numpy pyarrow tokenizers torch tqdm transformers yaml"),
-    # trainers.surgery.chunked: hidden states, head and KL of the anchor, measured as trained; routing: old routes forced
+    # trainers.surgery.chunked: hidden states, head and KL of the anchor, measured as trained; routing: old routes
     "evaluation": _room(
         f"{_FRONT} data generation reports routing trainers.surgery.chunked",
         f"{_NUMBERS} accelerate datasets peft yaml",

@@ -86,7 +86,7 @@ MINIATURE = replace(
     rows=1,
     eval_steps=1,
     eval_rows=4,
-    rounds=1,
+    rounds={"llama": 1, "cpt_moe": 1},
     max_questions=3,
     max_documents=2,
     relearn_steps=2,
@@ -194,17 +194,19 @@ def test_settings_make_the_method(method, tmp_path):
     scale, own = comparison.scale, methods.METHODS[method]
     assert config.learning_rate == pytest.approx(scale.rate / 2)
     assert (config.max_steps, config.update_batch_size) == (own.steps or scale.steps, scale.rows)
-    forgotten = {name: 0.0 if method == "descent-kl" else 3 * preset.weights[name] for name in ("unlearn", "obsolete")}
-    held = {"retain": 1.5} if method == "descent-kl" else {}
-    assert config.weights == pytest.approx(dict(preset.weights) | forgotten | held)
+    changed = {name: own.changes.get(f"{name}_weight", weight) for name, weight in preset.weights.items()}
+    scaled = {name: 3 * changed[name] for name in changed if f"{name}_weight" in own.scaled}
+    assert config.weights == pytest.approx(changed | scaled) and config.negation == (3 if method == "negation" else 0)
     assert config.forget_loss == own.changes.get("forget_loss", preset.forget_loss)
     assert config.counterfactuals == 2 and config.load_best_model_at_end == (own.preset == "safe" and not own.steps)
 
 
 def test_every_method_but_the_published_ones_has_all_aids_and_no_choice_has_seen_a_final_world():
     comparison = methods.make_comparison(methods.CompareArguments(seeds=3))
-    aided = [method for method in methods.METHODS.values() if method.preset == "safe"]
-    assert all(method.axes == ["rate", "strength", "counterfactuals"] for method in aided) and len(aided) > 5
+    aided = [
+        method for method in methods.METHODS.values() if method.preset == "safe" and "negation" not in method.changes
+    ]
+    assert all("counterfactuals" in (*method.axes, *method.changes) for method in aided) and len(aided) > 5
     final = comparison.final_runs("llama", "safe", (("rate", 0),))
     assert [run.seed for run in final] == [1, 2, 3] and {run.split for run in final} == {"test"}
     assert methods.Search("safe", "llama", {}, {}).run_at((0, 0, 0)).seed == 0
