@@ -78,7 +78,7 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
         own |= {"output_dir": str(out), "per_device_train_batch_size": rows}
         return preference_runs.trainer(folder, model, **own, **shared)
     sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS}
-    terms = {"log_term_gradients": True, "router_anchor": 0.5, "max_term_grad_norm": 5.0}
+    terms = {"log_term_gradients": True, "router_anchor": 0.5, "gradient_surgery": "project"}
     if job.get("shaken"):
         terms = {"forget_sharpness": 0.05, "weight_noise": 0.2}
     return surgery_runs.trainer(out, model, **terms, **sizes, **shared)

@@ -8,7 +8,7 @@ gradient; G (T, T) their inner products. Norms, cosines and every projection fol
 is a combination of the given ones, whose coefficients are found on T x T numbers without touching the parameters
 again. Gradients that are sharded over ranks need nothing but the sum of G over the ranks.
 Every term is one that is minimised, so two terms conflict where <g_i, g_j> < 0. Nothing here waits for the device.
-Sources: Yu et al. 2020 (PCGrad, arXiv 2001.06782); GRU, as in the code of tmlr-group/GRU; the rest is ours.
+Source: GRU, as in the code of tmlr-group/GRU; the rest is ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.trainers.surgery.surgery_config import ANCHOR_SETS, FORGET_SETS
 
 
@@ -59,17 +58,12 @@ class TermGradients:
         self._set([None] * len(self.parameters))
 
     def merge(
-        self,
-        mode: str = "none",
-        max_norm: float | None = None,
-        seed: int = 0,
-        step: int = 0,
-        weights: Mapping[str, float] | None = None,
+        self, mode: str = "none", weights: Mapping[str, float] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Put the step into `.grad`, forget the terms, and return their norms and cosines, and which cosines exist.
 
-        mode: "none": the plain sum; "project", "pcgrad": see `step_coefficients`. max_norm: clips each term first.
-        weights: of the terms, to tell what is noise: there is no cosine with it.
+        mode: "none": the plain sum; "project": see `step_coefficients`. weights: of the terms, to tell what is noise:
+        there is no cosine with it.
         """
         names = list(self._of_term)
         gradients = list(self._of_term.values())
@@ -78,8 +72,7 @@ class TermGradients:
         lengths = products.diagonal().sqrt()
         units = None if weights is None else lengths.new_tensor([weights[name] for name in names])
         noise = is_noise(lengths, self.rounding, units)
-        order = projection_order(len(names), seed, step)
-        self._set(combine(gradients, step_coefficients(names, products, mode, max_norm, order, noise)))
+        self._set(combine(gradients, step_coefficients(names, products, mode, noise)))
         angles = cosines(products, noise)
         pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
         found = {f"grad_cosine/{names[i]}_{names[j]}": angles[i, j] for i, j in pairs}
@@ -99,55 +92,17 @@ def pass_rounding(mixed_precision: str, on_cuda: bool = False) -> float:
     return torch.finfo(torch.float16 if mixed_precision == "fp16" or has_tf32 else torch.float64).eps
 
 
-def step_coefficients(
-    names: list[str], products: Tensor, mode: str, max_norm: float | None, order: list[list[int]], noise: Tensor
-) -> Tensor:
+def step_coefficients(names: list[str], products: Tensor, mode: str, noise: Tensor) -> Tensor:
     """Factors (T,) of the terms' gradients in the step, from their inner products (T, T).
 
-    mode "none": 1. "project": what is forgotten gives way to the anchors (retain, neighbour) where their sums
-    conflict. "pcgrad": every term gives way to every other, in the order given. max_norm: every term is clipped to it
-    before that, each for itself. noise: (T,) bool, terms without a direction: nothing gives way to them nor they to
-    anything, and clipping makes none of them larger beside the others than it was.
+    mode "none": 1. "project": what is forgotten gives way to the anchors (retain, neighbour, unseen) where their sums
+    conflict. noise: (T,) bool, terms without a direction: nothing gives way to them nor they to anything.
     """
-    clip, lengths = torch.ones_like(products[0]), products.diagonal().sqrt()
-    if max_norm is not None:
-        clip = torch.where(lengths > max_norm, max_norm / lengths, clip)
-    clip = torch.where(noise, clip.min(), clip)
-    told = clip.masked_fill(noise, 0.0)
-    clipped = products * told * told[:, None]
-    if mode == "pcgrad":
-        return clip * conflict_coefficients(clipped, order).sum(0)
-    if mode == "project":
-        giving = [place for place, name in enumerate(names) if name in FORGET_SETS]
-        anchors = [place for place, name in enumerate(names) if name in ANCHOR_SETS]
-        return clip * projection_coefficients(clipped, giving, anchors)
-    return clip
-
-
-def projection_order(num_terms: int, seed: int, step: int) -> list[list[int]]:
-    """For each term the others in an order of its own, random but a function of seed and step alone."""
-    orders = []
-    for i in range(num_terms):
-        others = [j for j in range(num_terms) if j != i]
-        key = derive_seed("projection", seed, step, i)
-        orders.append([others[permute(k, len(others), key)] for k in range(len(others))])
-    return orders
-
-
-def conflict_coefficients(products: Tensor, order: Sequence[Sequence[int]]) -> Tensor:
-    """C (T, T): row i are the coefficients with which PCGrad makes g_i' out of all g; their sum over i is the step.
-
-    g_i' starts as g_i; for each j of order[i] in turn, g_i' -= min(<g_i', g_j>, 0) / |g_j|^2 g_j, with g_j as given.
-    order: of `projection_order`.
-    """
-    unit = torch.eye(len(products), dtype=products.dtype, device=products.device)
-    rows = []
-    for i, others in enumerate(order):
-        row = unit[i]
-        for j in others:
-            row = row - _ratio((row @ products[:, j]).clamp(max=0.0), products[j, j]) * unit[j]
-        rows.append(row)
-    return torch.stack(rows)
+    if mode == "none":
+        return torch.ones_like(products[0])
+    giving = [place for place, name in enumerate(names) if name in FORGET_SETS]
+    anchors = [place for place, name in enumerate(names) if name in ANCHOR_SETS]
+    return projection_coefficients(products.masked_fill(noise | noise[:, None], 0.0), giving, anchors)
 
 
 def projection_coefficients(products: Tensor, giving: Sequence[int], anchors: Sequence[int]) -> Tensor:

@@ -135,10 +135,9 @@ class ForgetSettings:
     target: float | None = None  # nats per token: tau of aim, such as ln V or the loss of unseen text; d of simnpo
     beta: float | None = None  # None: DEFAULT_BETA of the loss
     satimp_beta2: float = 1.0  # exponent of 1 - p in satimp
-    max_weight: float = 10.0  # unlikelihood: the most that p / (1 - p) may weigh; reached at p = 10 / 11
 
     def __post_init__(self) -> None:
-        for name in ("target", "beta", "max_weight"):
+        for name in ("target", "beta"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number above 0.")
@@ -223,19 +222,6 @@ def satimp(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tenso
     """
     beta, beta2 = settings.beta_of("satimp"), settings.satimp_beta2
     return _weighted_ascent(logp, mask, lambda known: (beta * known).exp() * (-known.expm1()).clamp(min=0.0) ** beta2)
-
-
-def unlikelihood(logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None) -> Tensor:
-    """-(1/n) sum log(1 - p) (B,), at least 0; w = min(p/(1 - p), max_weight).
-
-    Beyond p = max_weight / (1 + max_weight) the loss goes on as a straight line in log p, so that what is known by
-    heart keeps a pull, and a finite one: a clamp of p itself would leave none.
-    Source: Welleck et al. 2019, 1908.04319; the straight line is ours.
-    """
-    logp = masked(logp, mask)
-    knee = -math.log1p(1.0 / settings.max_weight)
-    curve = -torch.log1p(-logp.clamp(max=knee).exp())
-    return masked_mean(curve + settings.max_weight * functional.relu(logp - knee), mask)
 
 
 def log_likelihood(logp: Tensor, mask: Tensor) -> Tensor:
@@ -397,7 +383,6 @@ FORGET_LOSSES = {
     "simnpo": ForgetLoss("simnpo", simnpo, is_bounded=True),
     "wga": ForgetLoss("wga", wga, is_bounded=True),
     "satimp": ForgetLoss("satimp", satimp, is_bounded=True),
-    "unlikelihood": ForgetLoss("unlikelihood", unlikelihood, is_bounded=True),
 }
 # of negation, which learns what it takes away
 DESCENT = ForgetLoss("descent", lambda logp, mask, settings, ref_logp: -masked_mean(logp, mask), is_bounded=True)
@@ -447,7 +432,9 @@ class PairLoss:
 
 
 # the winner is a refusal ("I don't know.") to idk_dpo, the new version of the text to pair_dpo
-GONE = ("cap", "seqcap", "expcap")  # bounds at the target without a pull back
+# bounds at the target without a pull back, and what no paper forgets with
+GONE = dict.fromkeys(("cap", "seqcap", "expcap"), "'aim' comes to rest at the same target, and from both sides")
+GONE |= {"unlikelihood": "'wga' weighs what is known too, and was published for forgetting"}
 PAIR_LOSSES = {name: PairLoss(name) for name in ("idk_dpo", "pair_dpo")}
 
 
@@ -463,8 +450,8 @@ def forget_loss_of(loss: str | ForgetLoss | PairLoss | Callable[..., Tensor]) ->
     known = FORGET_LOSSES | STATE_LOSSES | PAIR_LOSSES
     if isinstance(loss, str) and loss in known:
         return known[loss]
-    if loss in GONE:
-        raise ValueError(f"forget_loss={loss!r} is gone: 'aim' comes to rest at the same target, and from both sides.")
+    if isinstance(loss, str) and loss in GONE:
+        raise ValueError(f"forget_loss={loss!r} is gone: {GONE[loss]}.")
     if not isinstance(loss, str) and callable(loss):
         return ForgetLoss(getattr(loss, "__name__", type(loss).__name__), loss)
     raise ValueError(

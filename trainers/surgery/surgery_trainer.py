@@ -540,7 +540,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             measures.update(found)
             del loss
         if apart and self.accelerator.sync_gradients:
-            self._merge_terms()
+            self.gradient_meter.add(*self.term_gradients.merge(self.args.gradient_surgery, self.args.weights))
         # shares of a step's mean: the meter takes the mean over ranks and micro-batches, and wants their sum
         parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
         self.term_meter.add({name: parts * value for name, value in measures.items()})
@@ -595,12 +595,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         """Whether this step needs every term's gradient by itself: to change it, or to log it."""
         args = self.args
         is_logged = args.log_term_gradients and not (self.state.global_step + 1) % self.state.logging_steps
-        return is_logged or args.gradient_surgery != "none" or args.max_term_grad_norm is not None
-
-    def _merge_terms(self) -> None:
-        args, step = self.args, self.state.global_step
-        rules = args.gradient_surgery, args.max_term_grad_norm, args.seed, step
-        self.gradient_meter.add(*self.term_gradients.merge(*rules, args.weights))
+        return is_logged or args.gradient_surgery != "none"
 
     def _describe_batch(self, step: int) -> str:
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes

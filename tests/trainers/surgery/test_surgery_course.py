@@ -373,7 +373,7 @@ def test_one_backward_per_term_is_one_backward_of_the_sum(tmp_path, model, loss)
 
 @pytest.mark.slow
 def test_terms_that_are_held_apart_make_the_same_step(tmp_path):
-    changes = {"plain": {}, "apart": {"log_term_gradients": True, "max_term_grad_norm": 1e6}}
+    changes = {"plain": {}, "apart": {"log_term_gradients": True}}
     runs = [trainer(tmp_path / name, "cpt_moe", max_steps=2, **options) for name, options in changes.items()]
     for run in runs:
         run.train()
