@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.continual import START, StartArguments, fitted, load_model
@@ -36,15 +38,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave_process_group()
 
 
+class Told(TrainerCallback):
+    """Says what the run will do when that is decided: after a checkpoint was read, and again where it changes."""
+
+    def __init__(self, trainer: CPTTrainer) -> None:
+        self.trainer, self.told = trainer, ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the first step, and before the evaluation in front of it."""
+        schedule = self.trainer.schedule_settings()
+        text = "\n".join((
+            describe_schedule(**schedule, tokens_per_step=self.trainer.throughput.tokens_per_step),
+            str(self.trainer.isolation or f"Packing: {args.packing}."),
+            describe_mixture(self.trainer),
+        ))  # fmt: skip
+        if state.is_world_process_zero and text != self.told:
+            print(text)
+        self.told = text
+
+
 def run(model_args: StartArguments, data_args: DataArguments, training: CPTConfig, parallel: dict[str, Any]) -> None:
     """Everything after the arguments; nothing of it is alive afterwards."""
     data = load_data(data_args, training)
     tokenizer = model_args.tokenizer()
     model = load_model(model_args, tokenizer, training, parallel)
     trainer = CPTTrainer(model, training, **data, processing_class=tokenizer)
-    if trainer.is_world_process_zero():
-        print(describe_schedule(**trainer.schedule_settings(), tokens_per_step=trainer.throughput.tokens_per_step))
-        print(trainer.isolation or f"Packing: {trainer.args.packing}.", describe_mixture(trainer), sep="\n")
+    trainer.add_callback(Told(trainer))
     trainer.train()
     trainer.save_model()
     trainer.save_state()

@@ -19,6 +19,7 @@ from hf_moe_cpt.optim.schedules import (
     STARTING_PHASES,
     Phases,
     default_phases,
+    default_rates,
     describe_schedule,
     schedule_curve,
 )
@@ -39,9 +40,11 @@ class ScheduleArguments:
     )
     learning_rate: float = HfArg(default=3e-4, help="Peak rate.")
     constant_learning_rate: float | None = HfArg(
-        default=None, help="Of the constant phase; unset: midway between peak and minimum."
+        default=None, help="Of the constant phase; unset: midway between peak and minimum, the peak for wsd."
     )
-    min_learning_rate: float | None = HfArg(default=None, help="At the end; unset: a tenth of the peak.")
+    min_learning_rate: float | None = HfArg(
+        default=None, help="At the end; unset: a tenth of the peak, 0 for wsd, linear."
+    )
     steepness: float = HfArg(default=10.0, help="Of inv_sqrt_inf's cooldown.")
     tokens_per_step: int | None = HfArg(default=None, help="Adds a column of tokens.")
     checkpoint: str | None = HfArg(
@@ -61,15 +64,15 @@ ARGUMENTS = (ScheduleArguments,)
 def main(argv: Sequence[str] | None = None) -> None:
     """Describe the schedule that the arguments mean."""
     (args,) = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt schedule", description=__doc__)
-    min_lr = args.learning_rate / 10 if args.min_learning_rate is None else args.min_learning_rate
-    constant_lr = args.constant_learning_rate
+    given = (args.learning_rate, args.constant_learning_rate, args.min_learning_rate)
+    constant_lr, min_lr = default_rates(args.schedule, *given)
     phases = default_phases(args.schedule, args.starting_phase, args.max_steps)
     settings = {
         "schedule": args.schedule,
         "num_steps": args.max_steps,
         "phases": Phases(*args.phases) if args.phases else phases,
         "max_lr": args.learning_rate,
-        "constant_lr": (args.learning_rate + min_lr) / 2 if constant_lr is None else constant_lr,
+        "constant_lr": constant_lr,
         "min_lr": min_lr,
         "steepness": args.steepness,
     }

@@ -25,6 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+from huggingface_hub import metadata_load
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
@@ -68,7 +71,8 @@ def load_text_dataset(
     files left out; each file of text or source code is one document.
     split: for the Hub and save_to_disk as usual, slices ("train[:1%]") included. In a folder, files called train,
     validation or test (train.jsonl, test-00000-of-00003.parquet, or below a folder of that name) belong to that split
-    and all others to train; a file given by its own path is read whatever its name. config_name: for the Hub.
+    and all others to train; a file given by its own path is read whatever its name. config_name: a configuration of a
+    data set on the Hub, or of a folder whose README.md names it as those of the Hub do.
     """
     names = [name_or_path] if isinstance(name_or_path, (str, PathLike)) else list(name_or_path)
     if not names:
@@ -80,7 +84,9 @@ def load_text_dataset(
     parts = []
     for name in map(str, names):
         path = Path(name).expanduser()
-        if path.is_dir() and _is_saved_dataset(path):
+        if path.exists() and config_name is not None:
+            files |= dict.fromkeys(_files_of_configuration(path, config_name, split_name))
+        elif path.is_dir() and _is_saved_dataset(path):
             parts.append(_load_saved(path, split_name, streaming))
         elif path.is_dir():
             files |= _files_of_folder(path, split_name, text_column)
@@ -91,6 +97,42 @@ def load_text_dataset(
     if files:
         parts.append(_load_files(files, text_column, streaming))
     return _slice(_join(parts, names, text_column), split)
+
+
+def configurations_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Configurations that the card of a data set, its README.md, names; none for a file and for any other folder."""
+    card = folder / "README.md"
+    try:
+        known = (metadata_load(card) or {}).get("configs") or () if card.is_file() else ()
+        return {str(config["config_name"]): config for config in known if "config_name" in config}
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # a README about something else
+        return {}
+
+
+def _files_of_configuration(folder: Path, name: str, split: str) -> list[Path]:
+    """The files that a card gives a configuration, as `datasets` reads its patterns."""
+    known = configurations_of(folder)
+    if name not in known:
+        has = f"has the configurations {', '.join(known)}" if known else "has no configurations in a README.md"
+        raise ValueError(f"{folder} {has}, not {name!r}: " + ("choose one of them." if known else "leave it out."))
+    base, given = str(folder / (known[name].get("data_dir") or "")), known[name].get("data_files")
+    try:
+        patterns = get_data_patterns(base) if given is None else sanitize_patterns(given)
+        found = DataFilesDict.from_patterns(patterns, base_path=base)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}, configuration {name}: {first_line_of(error)}") from error
+    if not found.get(split):
+        has = ", ".join(split for split, files in found.items() if files) or "none that has files"
+        raise ValueError(f"{folder}, configuration {name}: of its splits choose {has}, not {split!r}.")
+    return [Path(file) for file in found[split]]
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is the README.md of a data set or model, which begins with what the Hub reads."""
+    if path.name.lower() != "readme.md":
+        return False
+    with path.open("rb") as file:
+        return file.readline().strip() == b"---"
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -149,6 +191,8 @@ def _files_of_folder(folder: Path, split: str, text_column: str) -> dict[Path, s
             reason = "of a kind that is not read"
         elif split_of_file[path] != wanted:
             reason = f"of the split {split_of_file[path]}"
+        elif _is_card(path):
+            reason = "the card of a data set"
         else:
             try:
                 chosen[path] = check_file(path, kind_of(path), text_column)
@@ -383,7 +427,7 @@ def tokenize_documents(
     document_start: "auto" is what the tokenizer puts before a text by itself (BOS, or nothing; nothing before ids),
     "none", or text that becomes tokens, "<s>" for example. document_end: the same; "auto" is EOS. Both are added
     where they are absent. vocab_size: ids must lie in [0, vocab_size); None checks only for negative ids. num_proc:
-    processes for a Dataset, ignored for an IterableDataset.
+    processes for a Dataset, fewer for a small one; ignored for an IterableDataset.
     """
     columns = column_names(dataset)
     source_column = _text_column_of("the dataset", columns, text_column)
@@ -422,7 +466,7 @@ def tokenize_documents(
     if isinstance(dataset, datasets.Dataset):
         bytes_of_document = dataset.data.nbytes // max(1, dataset.data.num_rows)
         size = max(1, min(1000, _BYTES_IN_MEMORY // 16 // max(1, bytes_of_document)))
-        options |= {"num_proc": num_proc, "batch_size": size, "writer_batch_size": size}
+        options |= {"num_proc": processes_for(dataset, num_proc), "batch_size": size, "writer_batch_size": size}
         options["desc"] = "Checking token ids" if is_tokenised else "Tokenizing documents"
     finished = (
         dataset.select_columns([source_column])
@@ -436,6 +480,15 @@ def tokenize_documents(
         known = (record if tokenizer is None else made) | {"vocab_size": vocab_size, "of": _extent(finished)}
         finished.info.description = json.dumps({_RECORD: known})
     return finished
+
+
+_BYTES_OF_A_PROCESS = 1 << 24  # some seconds of work: a process takes about one to start
+
+
+def processes_for(dataset: datasets.Dataset, asked: int | None) -> int | None:
+    """Processes that are worth starting for a data set, at most `asked`; None is this one alone."""
+    worth = min(asked or 1, len(dataset), dataset.data.nbytes // _BYTES_OF_A_PROCESS)
+    return worth if worth > 1 else None
 
 
 _RECORD = "hf_moe_cpt.tokenized"  # in the description of a data set: how its ids were made

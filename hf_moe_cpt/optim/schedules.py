@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 __all__ = [
     "DEFAULT_COSINE_PHASES", "DEFAULT_PHASES", "DEFAULT_WSD_PHASES", "PHASE_NAMES", "SCHEDULES",
     "STARTING_PHASES", "Boundaries", "Extension", "Phases", "ScheduleCurve", "build_lr_scheduler",
-    "check_schedule", "cosine", "cosine_inf", "default_phases", "describe_schedule", "inv_sqrt_inf",
+    "check_schedule", "cosine", "cosine_inf", "default_phases", "default_rates", "describe_schedule", "inv_sqrt_inf",
     "learning_rate_at", "linear", "phase_at", "schedule_curve", "wsd",
 ]  # fmt: skip
 
@@ -115,6 +115,19 @@ def default_phases(schedule: str, starting_phase: str, num_steps: int | None = N
         return phases
     giving = "anneal" if schedule in _TO_THE_END else "constant" if schedule in kinds else "cooldown"
     return replace(phases, warmup=phases.warmup + more, **{giving: getattr(phases, giving) - more})
+
+
+def default_rates(
+    schedule: str, max_lr: float, constant_lr: float | None = None, min_lr: float | None = None
+) -> tuple[float, float]:
+    """Rates of the constant phase and of the end, where they are not given.
+
+    The end is a tenth of the peak, or 0 for `TO_ZERO`; the constant phase midway between both, or the peak for WSD.
+    """
+    _check_name(schedule)
+    low = min_lr if min_lr is not None else 0.0 if schedule in TO_ZERO else max_lr / 10
+    usual = max_lr if schedule.startswith("wsd") else (max_lr + low) / 2
+    return usual if constant_lr is None else constant_lr, low
 
 
 def cosine(step: int, num_steps: int, warmup: float, max_lr: float, min_lr: float) -> float:
@@ -394,24 +407,30 @@ def _infinite(
 
 @dataclass(frozen=True)
 class ScheduleCurve:
-    """Sampled schedule: ascending steps from 0 to num_steps, their rates, and each non-empty phase's first step."""
+    """Sampled schedule: ascending steps up to num_steps, their rates, and each non-empty phase's first step."""
 
     steps: list[int]
     rates: list[float]
     phase_starts: dict[str, int]
 
 
+def _first_step(settings: ScheduleSettings) -> int:
+    """From which step on a schedule says what a run does."""
+    extension = settings.get("extension")
+    return 0 if extension is None else min(extension.step, settings["num_steps"])
+
+
 def schedule_curve(*, num_points: int = 400, **settings: Unpack[ScheduleSettings]) -> ScheduleCurve:
-    """Sample the rate at about num_points steps, phase boundaries always among them."""
+    """Sample the rate at about num_points steps, phase boundaries always among them; an extension from its first step.
+
+    What was before it is not known here: it is not of the longer schedule.
+    """
     check_schedule(**settings)
-    num_steps = settings["num_steps"]
-    ends = settings["phases"].boundaries(num_steps)
-    starts = {name: begin for name, begin, end in zip(PHASE_NAMES, (0, *ends), ends, strict=False) if end > begin}
-    if (extension := settings.get("extension")) is not None:
-        starts["extension"] = extension.step
-        starts = dict(sorted(starts.items(), key=lambda start: start[1]))
-    even = {round(i * num_steps / max(1, num_points - 1)) for i in range(num_points)}
-    steps = sorted(even | {0, num_steps} | set(starts.values()))
+    num_steps, first = settings["num_steps"], _first_step(settings)
+    begins = [first, *(max(first, end) for end in settings["phases"].boundaries(num_steps))]
+    starts = {n: begin for n, begin, end in zip(PHASE_NAMES, begins, begins[1:], strict=False) if end > begin}
+    even = {first + round(i * (num_steps - first) / max(1, num_points - 1)) for i in range(num_points)}
+    steps = sorted(even | {first, num_steps} | set(starts.values()))
     return ScheduleCurve(steps, [learning_rate_at(step, **settings) for step in steps], starts)
 
 
@@ -423,18 +442,21 @@ def describe_schedule(
     The "end" of a phase is the value its last step runs into, which is the next phase's first.
     """
     curve, num_steps = schedule_curve(**settings, num_points=width + 1), settings["num_steps"]
+    first, told = _first_step(settings), f"schedule {settings['schedule']}"
+    told += "" if settings.get("extension") is None else f", extended at step {first:,}"
     rate_at = dict(zip(curve.steps, curve.rates, strict=True))
     begins = list(curve.phase_starts.values())
     rows = [("phase", "from step", "steps", "share", "tokens", "lr begin", "lr end")]
     for (name, begin), end in zip(curve.phase_starts.items(), [*begins[1:], num_steps], strict=True):
         steps = end - begin
         tokens = f"{steps * tokens_per_step:,}" if tokens_per_step else ""
-        share = f"{100 * steps / num_steps:.1f}%"
+        share = f"{100 * steps / max(1, num_steps - first):.1f}%"
         rows.append((name, f"{begin:,}", f"{steps:,}", share, tokens, f"{rate_at[begin]:.3g}", f"{rate_at[end]:.3g}"))
-    total = f"{num_steps * tokens_per_step:,}" if tokens_per_step else ""
-    rows.append(("total", "", f"{num_steps:,}", "100.0%", total, f"{rate_at[0]:.3g}", f"{rate_at[num_steps]:.3g}"))
-    plot_rates = [learning_rate_at(round(i * num_steps / (width - 1)), **settings) for i in range(width)]
-    return "\n".join([f"schedule {settings['schedule']}", *_align(rows), "", *_plot(plot_rates, num_steps, height)])
+    steps = num_steps - first
+    total = f"{steps * tokens_per_step:,}" if tokens_per_step else ""
+    rows.append(("total", "", f"{steps:,}", "100.0%", total, f"{rate_at[first]:.3g}", f"{rate_at[num_steps]:.3g}"))
+    plot_rates = [learning_rate_at(first + round(i * steps / (width - 1)), **settings) for i in range(width)]
+    return "\n".join([told, *_align(rows), "", *_plot(plot_rates, first, num_steps, height)])
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
@@ -448,15 +470,16 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(row) for row in zip(*padded, strict=True)]
 
 
-def _plot(rates: list[float], num_steps: int, height: int) -> list[str]:
+def _plot(rates: list[float], first: int, num_steps: int, height: int) -> list[str]:
     """Columns of eighth blocks under an axis from 0 to the highest rate."""
-    top = max(rates)
+    top = max(rates) or 1.0
     eighths, lines = [round(8 * height * rate / top) for rate in rates], []
     for row in reversed(range(height)):
         label = f"{top:.2e}" if row == height - 1 else ""
         lines.append(f"{label:>9} ┤" + "".join(BARS[min(8, max(0, e - 8 * row))] for e in eighths))
     lines.append(f"{'0':>9} └" + "─" * len(rates))
-    return [*lines, " " * 11 + "0" + f"{num_steps:,} steps".rjust(len(rates) - 1)]
+    begin = f"{first:,}"
+    return [*lines, " " * 11 + begin + f"{num_steps:,} steps".rjust(len(rates) - len(begin))]
 
 
 class StepLambdaLR(LambdaLR):

@@ -10,7 +10,10 @@ needed: of replayed sources too, or forgetting is not seen. --max_forgetting is 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PrinterCallback
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
@@ -43,6 +48,7 @@ class TrialArguments:
 
 ARGUMENTS = (TrialArguments, *START)
 _QUIET = {"save_strategy": "no", "report_to": [], "push_to_hub": False, "eval_strategy": "no", "disable_tqdm": True}
+_QUIET["log_level"] = "error"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,17 +68,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             "no held-out text of a new source shows what is learnt: name some, or give --held_out_fraction."
         )
     trials = []
-    for rate in sorted(rates):
-        trials.append(_tried(rate, trial.trial_steps, model_args, training, data, parallel))
+    for number, rate in enumerate(sorted(rates), start=1):
+        begin = time.monotonic()
+        with _quiet(is_first=number == 1):
+            trials.append(_tried(rate, trial.trial_steps, model_args, training, data, parallel))
+        if training.process_index == 0:
+            seconds = time.monotonic() - begin
+            told = ", ".join(map(" ".join, zip(_MEASURES, _told(trials[-1]), strict=True)))
+            print(f"trial {number} of {len(rates)}: {told}; {seconds:.1f} s", flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if training.process_index == 0:
-        told = [(f"{t.rate:.3g}", *("?" if v is None else f"{v:.4f}" for v in t[1:])) for t in trials]
-        print(*aligned([("rate", "adaptation", "forgetting"), *told]), sep="\n")
+        print(*aligned([_MEASURES, *map(_told, trials)]), sep="\n")
         chosen, why = recommended_rate(trials, budget)
         print(f"no recommendation: {why}" if chosen is None else f"--learning_rate {chosen.rate:g}: {why}")
     leave_process_group()
+
+
+_MEASURES = ("rate", "adaptation", "forgetting")
+
+
+def _told(trial: RateTrial) -> tuple[str, ...]:
+    return (f"{trial.rate:.3g}", *("?" if value is None else f"{value:.4f}" for value in trial[1:]))
+
+
+@contextmanager
+def _quiet(is_first: bool) -> Iterator[None]:
+    """Without bars and logs of steps; what is said of the data is said at the first trial."""
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    if not is_first:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _tried(
@@ -98,6 +133,7 @@ def _tried(
     with TemporaryDirectory() as folder:
         args.output_dir = str(Path(folder) / "trial")
         trainer = CPTTrainer(load_model(model, tokenizer, args, parallel), args, **data, processing_class=tokenizer)
+        trainer.pop_callback(PrinterCallback)
         try:
             trainer.train()
             metrics = trainer.evaluate()

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, data, training, _ = parse_arguments(
         ARGUMENTS, argv, program="hf-moe-cpt tokenize", description=__doc__, defaults={"max_steps": 1}
     )
+    if training.world_size > 1:
+        raise ValueError("tokenize is started as one process, and --dataset_num_proc says how many it starts.")
     tokenizer, vocab_size = model.tokenizer(), 0
     if model.model_name_or_path is not None and training.vocabulary == "keep":
         options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}

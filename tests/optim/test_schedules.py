@@ -355,7 +355,10 @@ def test_a_run_that_ended_at_zero_is_extended_only_with_a_new_warm_up():
     ):
         check_schedule(**settings, extension=Extension(20, 0.0))
     check_schedule(**settings, extension=Extension(20, 0.0, True))
-    assert "extension" in describe_schedule(**settings, extension=Extension(20, 1e-5))
+    rows = rows_of(described := describe_schedule(**settings, extension=Extension(20, 1e-5)))
+    assert described.startswith("schedule wsd, extended at step 20\n") and "warmup" not in rows
+    assert rows["constant"][:2] == ["20", "25"] and rows["total"][0] == "30"
+    assert schedule_curve(**settings, extension=Extension(47, 1e-5)).phase_starts == {"anneal": 47}
 
 
 def optimizer_at_the_peak() -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from hf_moe_cpt.scripts.continual.merge import main as merge_main
 from hf_moe_cpt.scripts.continual.rewarm import main as rewarm_main
 from hf_moe_cpt.scripts.continual.tokenize_text import main as tokenize_main
 from hf_moe_cpt.scripts.cpt import main as cpt_main
+from hf_moe_cpt.scripts.schedule import main as schedule_main
+from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from tests.helpers.tiny_models import tiny_model
 from tests.trainers.cpt.test_cpt_data import word_tokenizer, write_lines
 
@@ -65,12 +68,36 @@ def test_text_is_tokenised_once_and_read_in_place_with_the_same_numbers(tmp_path
         cpt_main([*start, *more, "--tokenized_data", str(tmp_path), "--output_dir", str(tmp_path / "other")])
 
 
+def test_text_is_tokenised_by_one_process_that_starts_others(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(CPTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="tokenize is started as one process, and --dataset_num_proc says"):
+        tokenize_main([*start, "--tokenized_data", str(tmp_path / "cache")])
+
+
+def test_an_extended_run_says_what_it_will_do_and_names_a_source_that_is_too_short(tmp_path, start, capsys):
+    """The schedule was told before the checkpoint was read: that of a run from the beginning."""
+    words = [*start, "--output_dir", str(tmp_path / "run"), "--cpt_schedule", "wsd", "--min_learning_rate", "1e-5"]
+    cpt_main([*words, "--max_steps", "20", "--save_steps", "20"])
+    capsys.readouterr()
+    more = ["--max_steps", "40", "--resume_from_checkpoint", "last", "--allow_changes", "max_steps"]
+    cpt_main([*words, *more])
+    told = capsys.readouterr().out
+    assert "schedule wsd, extended at step 20" in told and "warmup" not in told and "75.00 %" in told
+    schedule_main(["--checkpoint", str(tmp_path / "run" / "checkpoint-20"), "--max_steps", "40"])
+    drawn = capsys.readouterr().out
+    assert re.search(r"constant +20 +16 +80.0% +1e-05 +1e-05", drawn) and "extended at step 20" in drawn
+    with pytest.raises(ValueError, match="held-out old: the dataset holds 60 tokens in 6 documents, fewer than one"):
+        cpt_main([*start, "--output_dir", str(tmp_path / "other"), "--max_steps", "2", "--max_length", "64"])
+
+
 def test_rates_are_tried_before_a_run_and_one_is_recommended(tmp_path, start, capsys):
     words = [*start, "--max_steps", "100", "--trial_steps", "5", "--rates", "1e-5", "1e-2"]
     rewarm_main([*words, "--output_dir", str(tmp_path / "none")])
     out = capsys.readouterr().out
     assert "--learning_rate 0.01: it learnt most beyond what it forgot; it is the highest that was tried" in out
     assert not (tmp_path / "none").exists()
+    words_of_lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in words_of_lines] == ["trial", "trial", "rate", "1e-05", "0.01", "--learning_rate"]
     rewarm_main([*words, "--max_forgetting", "1e-9"])
     told = capsys.readouterr().out.splitlines()
     assert told[-4].split() == ["rate", "adaptation", "forgetting"] and told[-3].split()[0] == "1e-05"

@@ -9,7 +9,14 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_moe_cpt.data.packing import PACKINGS, exact_ratio
-from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, TO_ZERO, Phases, check_schedule, default_phases
+from hf_moe_cpt.optim.schedules import (
+    SCHEDULES,
+    STARTING_PHASES,
+    Phases,
+    check_schedule,
+    default_phases,
+    default_rates,
+)
 from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 
@@ -173,10 +180,10 @@ class CPTConfig(SharedArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Fill what is unset and refuse contradictions, before anything is loaded."""
         check_settings(self)
-        if self.min_learning_rate is None:
-            self.min_learning_rate = 0.0 if self.cpt_schedule in TO_ZERO else self.learning_rate / 10
-        if self.constant_learning_rate is None:
-            self.constant_learning_rate = self.usual_constant_rate()
+        given = (self.constant_learning_rate, self.min_learning_rate)
+        self.constant_learning_rate, self.min_learning_rate = default_rates(
+            self.cpt_schedule, self.learning_rate, *given
+        )
         self._check_data()
         self._check_parent()
         if self.starting_phase not in ("auto", *STARTING_PHASES):
@@ -254,12 +261,6 @@ class CPTConfig(SharedArguments, TrainingArguments):
         if not self.mixture or not isinstance(self.mixture, dict):
             raise ValueError(f"mixture={self.mixture!r} must name its sources: {{'german': 0.7, 'english': 0.3}}.")
         return {name: _source_settings(name, given) for name, given in self.mixture.items()}
-
-    def usual_constant_rate(self) -> float:
-        """Rate of the constant phase where nobody chose one."""
-        if self.cpt_schedule.startswith("wsd"):
-            return self.learning_rate
-        return (self.learning_rate + self.min_learning_rate) / 2
 
     def phases(self, starting_phase: str) -> Phases:
         """Phases of the run: the four fractions if set, else the paper's for a model that comes from that phase."""

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -35,9 +36,17 @@ from hf_moe_cpt.data.packing import (
     exact_shares,
 )
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.data.text import column_names, count_bytes, load_text_dataset, record_of, tokenize_documents
+from hf_moe_cpt.data.text import (
+    column_names,
+    configurations_of,
+    count_bytes,
+    load_text_dataset,
+    processes_for,
+    record_of,
+    tokenize_documents,
+)
 from hf_moe_cpt.hub.checkpoint_io import appearing_whole, check_output
-from hf_moe_cpt.optim.schedules import Extension
+from hf_moe_cpt.optim.schedules import Extension, default_rates
 from hf_moe_cpt.reading import read_json, reading
 from hf_moe_cpt.reports import aligned
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
@@ -229,7 +238,8 @@ def write_tokenized(
                 tokenised = _tokenize(data, training, tokenizer, vocab_size)
                 if training.text_column in data.column_names:
                     count_bytes(data, training.text_column, tokenised)
-                tokenised.save_to_disk(str(_place(folder, part, name)), num_proc=training.dataset_num_proc)
+                processes = processes_for(tokenised, training.dataset_num_proc)
+                tokenised.save_to_disk(str(_place(folder, part, name)), num_proc=processes)
                 tokens = PackedDataset(tokenised, 2, "concat").num_tokens
                 rows.append((f"{part}/{name}", f"{len(tokenised):,}", f"{tokens:,}"))
         facts = _what_tokens_depend_on(sources, args, training)
@@ -268,13 +278,16 @@ def _read_tokenized(
 
 def _load(source: Source, args: DataArguments, training: CPTConfig, streaming: bool) -> Dataset | IterableDataset:
     names = [source.path] if isinstance(source.path, str) else source.path
+    of_all = args.dataset_config  # of those that have it: files beside them have none
+    if any(path.exists() and of_all not in configurations_of(path) for path in map(Path, names)):
+        of_all = None
     column = source.column or training.text_column
     data = load_text_dataset(
         names[0] if len(names) == 1 else names,
         split=source.split or args.dataset_split,
         streaming=streaming,
         text_column=column,
-        config_name=source.config or args.dataset_config,
+        config_name=source.config or of_all,
     )
     is_named_otherwise = column != training.text_column and column in column_names(data)
     return data.rename_column(column, training.text_column) if is_named_otherwise else data
@@ -320,7 +333,7 @@ def _apart(
 def _numbers_of(data: Dataset, training: CPTConfig) -> np.ndarray:
     """64 bits of each document that are the same for the same text, white space around it apart."""
     kind = Features({"number": Value("int64")})
-    processes = training.dataset_num_proc
+    processes = processes_for(data, training.dataset_num_proc)
     numbered = data.map(
         _number_batch, batched=True, remove_columns=data.column_names, features=kind, num_proc=processes
     )
@@ -364,8 +377,11 @@ def build_train_dataset(
     starting_phase: str,
 ) -> Mixture | StreamingMixture:
     """The mixture of all sources, exactly `max_steps` optimizer batches long."""
+    documents = {}
     with args.main_process_first(desc="tokenising"):
-        documents = {name: _tokenize(data, args, tokenizer, vocab_size) for name, data in sources.items()}
+        for name, data in sources.items():
+            with _naming(name):
+                documents[name] = _tokenize(data, args, tokenizer, vocab_size)
     seed = args.seed if args.data_seed is None else args.data_seed
     if any(isinstance(data, IterableDataset) for data in documents.values()):
         return StreamingMixture(
@@ -377,7 +393,10 @@ def build_train_dataset(
             micro_batch_size=args.train_batch_size,
             shuffle_buffer=args.shuffle_buffer,
         )
-    blocks = {name: PackedDataset(data, args.max_length, args.packing) for name, data in documents.items()}
+    blocks = {}
+    for name, data in documents.items():
+        with _naming(name):
+            blocks[name] = PackedDataset(data, args.max_length, args.packing)
     law = mixture_law(args, starting_phase, {name: blocks_per_epoch(data) for name, data in blocks.items()})
     return Mixture(blocks, law, seed)
 
@@ -580,18 +599,27 @@ def warn_of_epochs(mixture: Mixture | StreamingMixture) -> None:
 
 
 def build_eval_dataset(
-    args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, held_out: Dataset
+    args: CPTConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, held_out: Dataset, name: str = "text"
 ) -> NumberedBlocks:
-    """Held-out text packed like the training text, in its own order."""
+    """Held-out text packed like the training text, in its own order. name: for what is wrong with it."""
     if isinstance(held_out, IterableDataset):
         raise ValueError(
             "eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset."
         )
-    with args.main_process_first(desc="tokenising held-out text"):
+    with args.main_process_first(desc="tokenising held-out text"), _naming(f"held-out {name}"):
         blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
     is_text = "input_ids" not in held_out.column_names
     known = record_of(held_out).get("num_bytes")
     return NumberedBlocks(blocks, count_bytes(held_out, args.text_column) if is_text else known)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Errors say of which source they tell."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _tokenize(
@@ -723,7 +751,8 @@ def detect_starting_phase(name_or_path: str | None) -> str:
 def continue_rate(args: CPTConfig, checkpoint: str) -> None:
     """Let the constant phase go on at the rate of the checkpoint, unless one was chosen; no higher than the peak."""
     rate = (read_state(checkpoint) or {}).get("learning_rate")
-    if not rate or args.constant_learning_rate != args.usual_constant_rate():
+    usual, _ = default_rates(args.cpt_schedule, args.learning_rate, None, args.min_learning_rate)
+    if not rate or args.constant_learning_rate != usual:
         return
     args.constant_learning_rate = min(rate, args.learning_rate)
     args.min_learning_rate = min(args.min_learning_rate, args.constant_learning_rate)

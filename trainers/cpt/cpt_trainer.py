@@ -182,7 +182,8 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             data_collator=stack_blocks,
             train_dataset=self.mixture,
             eval_dataset={
-                name: build_eval_dataset(args, processing_class, vocab_size, data) for name, data in held_out.items()
+                name: build_eval_dataset(args, processing_class, vocab_size, data, name)
+                for name, data in held_out.items()
             }
             or None,
             processing_class=processing_class,

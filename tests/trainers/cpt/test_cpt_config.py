@@ -2,7 +2,8 @@
 
 import pytest
 
-from hf_moe_cpt.optim.schedules import DEFAULT_PHASES, Phases
+from hf_moe_cpt.optim.schedules import DEFAULT_PHASES, SCHEDULES, Phases, describe_schedule
+from hf_moe_cpt.scripts.schedule import main as schedule_main
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
 
@@ -48,3 +49,11 @@ def test_contradictions_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         _config(tmp_path, **changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_command_draws_the_rates_that_a_run_has(tmp_path, capsys, schedule):
+    """WSD and the straight line to zero were drawn with the rates of the others."""
+    schedule_main(["--max_steps", "100", "--schedule", schedule, "--learning_rate", "0.001"])
+    args = _config(tmp_path, cpt_schedule=schedule, max_steps=100, learning_rate=1e-3)
+    assert capsys.readouterr().out.strip() == describe_schedule(**args.schedule_settings("scratch")).strip()
