@@ -27,7 +27,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
-from huggingface_hub import metadata_load
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
@@ -99,13 +98,16 @@ def load_text_dataset(
     return _slice(_join(parts, names, text_column), split)
 
 
+_CARD_HEAD = re.compile(r"\s*---\s*\n(.*?\n)---\s*(?:\n|$)", re.DOTALL)  # what the Hub reads of a README.md
+
+
 def configurations_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Configurations that the card of a data set, its README.md, names; none for a file and for any other folder."""
-    card = folder / "README.md"
     try:
-        known = (metadata_load(card) or {}).get("configs") or () if card.is_file() else ()
+        head = _CARD_HEAD.match((folder / "README.md").read_text(encoding="utf-8-sig"))
+        known = yaml.safe_load(head[1]).get("configs") or ()
         return {str(config["config_name"]): config for config in known if "config_name" in config}
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # a README about something else
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # none, or about something else
         return {}
 
 
