@@ -45,8 +45,8 @@ class ScheduleArguments:
     min_learning_rate: float | None = HfArg(
         default=None, help="At the end; unset: a tenth of the peak, 0 for wsd, linear."
     )
-    steepness: float = HfArg(default=10.0, help="Of inv_sqrt_inf's cooldown.")
-    tokens_per_step: int | None = HfArg(default=None, help="Adds a column of tokens.")
+    steepness: float = HfArg(default=10.0, metadata={"range": "(0, inf)"}, help="Of inv_sqrt_inf's cooldown.")
+    tokens_per_step: int | None = HfArg(default=None, metadata={"range": "[1, inf)"}, help="Adds a column of tokens.")
     checkpoint: str | None = HfArg(
         default=None, help="What a run resumed from this checkpoint will do, with its own settings up to --max_steps."
     )

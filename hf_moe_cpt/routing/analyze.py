@@ -109,7 +109,11 @@ class ReportArguments:
         help="Runs of ours whose logged MRI is shown by step, as NAME=RUN, or NAME=BEFORE,AFTER for a run that "
         "went on from another: the data changes between the two.",
     )
-    shift_step: int | None = HfArg(default=None, help="First step on new data in the runs that are a single one.")
+    shift_step: int | None = HfArg(
+        default=None,
+        metadata={"range": "[0, inf)"},
+        help="First step on new data in the runs that are a single one.",
+    )
     vocabulary_average: str = HfArg(
         default="occurrences", help=f"Of vocabulary specialisation: {', '.join(AVERAGES)}."
     )

@@ -1,5 +1,6 @@
 """YAML under the command line: who wins, and what is refused, from a file as from flags and from Python."""
 
+import contextlib
 import math
 import re
 import shlex
@@ -12,10 +13,11 @@ import yaml
 
 from hf_moe_cpt import cli
 from hf_moe_cpt.arguments import parse_arguments, path_of_config
-from hf_moe_cpt.settings import check_settings
+from hf_moe_cpt.settings import check_settings, check_values
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from tests.helpers.hostile_inputs import numbers_of
 from tests.helpers.source_tree import PROJECT
 
 
@@ -148,6 +150,21 @@ def test_flags_of_every_command_are_held_to_ranges(command, capsys):
     assert cli.main([command, *FLAGS[command]]) == cli.USER_ERROR
     *_, option, value = FLAGS[command]
     assert re.search(rf"^error: {option} {value}(\.0)? (is outside|is no finite|has more)", capsys.readouterr().err)
+
+
+ENDLESS = {"max_grad_norm", "tau"}  # infinity means: no limit, the best alone
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_no_number_of_any_command_is_nan_true_endless_or_of_more_than_64_bits(command):
+    taken = set()
+    for kind in import_module(cli.COMMANDS[command].module).ARGUMENTS:
+        for option, is_list in numbers_of(kind).items():
+            for value in (math.nan, math.inf, -math.inf, True, 10**20):
+                with contextlib.suppress(ValueError):
+                    check_values(kind, {option: [value] if is_list else value})
+                    taken.add((option, value))
+    assert taken <= {(name, math.inf) for name in ENDLESS}
 
 
 @pytest.mark.parametrize("value", [True, -1.0, math.nan, "0.1"])

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hf_moe_cpt.cli import COMMANDS
 from hf_moe_cpt.evaluation.surgery import base_of_adapter, without_anchored
 from hf_moe_cpt.hub.checkpoint_io import merge
 from hf_moe_cpt.reading import (
@@ -47,6 +49,7 @@ from tests.helpers.hostile_inputs import (
     files_read,
     is_no_value,
     make_material,
+    numbers_of,
     options_of,
 )
 from tests.helpers.source_tree import PROJECT
@@ -239,6 +242,31 @@ def test_memory_and_network_are_no_fault_of_a_file() -> None:
 def test_the_cases_differ_from_runs_that_work(command: str, trials: Trials) -> None:
     outcome = trials.run(Case(command))
     assert (outcome.code, outcome.fault) == (0, None), outcome.said
+
+
+BELOW_ZERO = {  # what -1 means there
+    "max_steps": "no limit, of transformers",
+    "local_rank": "no rank, of transformers",
+    "simpo_gamma": "a margin that the rejected one may have",
+    "forget_layer": "the last layer",
+    "bench_seed": "any whole number is a seed",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_number_of_any_command_is_below_zero_unless_that_means_something(trials: Trials) -> None:
+    taken, seen = {}, set()
+    for command in COMMANDS:
+        for kind in import_module(COMMANDS[command].module).ARGUMENTS:
+            for option in {*numbers_of(kind)} & {*options_of(command)}:
+                if (kind, option) not in seen:
+                    seen.add((kind, option))  # one command that has it stands for the others
+                    outcome = trials.run(Case(command, {option: -1}))
+                    if outcome.code == 0 or outcome.fault is not None:
+                        taken[option] = (command, outcome.code, outcome.fault)
+    assert set(taken) <= set(BELOW_ZERO), taken
+    assert all((code, fault) == (0, None) for _, code, fault in taken.values()), taken
 
 
 VALUES_OF_YAML = st.sampled_from("true|null|.nan|-.inf|-1|1.5|[1, 2]|{a: 1}|2001-01-01".split("|"))

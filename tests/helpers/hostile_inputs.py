@@ -341,6 +341,18 @@ def options_of(command: str) -> list[str]:
     return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})
 
 
+def numbers_of(kind: type) -> dict[str, bool]:
+    """Names of a dataclass's options that are numbers, and whether they are lists of them."""
+    found = {}
+    for option in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[option.name]
+        parts = set(typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,))
+        kinds = {typing.get_args(part)[0] if typing.get_origin(part) is list else part for part in parts}
+        if option.init and kinds & {int, float}:
+            found[option.name] = not parts & {int, float}
+    return found
+
+
 def is_no_value(command: str, option: str, value: Any) -> bool:
     """Whether no run can mean it: the option is a number or a switch, and the value, a word or of YAML, is neither.
 

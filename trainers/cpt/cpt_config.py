@@ -87,7 +87,9 @@ class CPTConfig(SharedArguments, TrainingArguments):
     anneal_fraction: float | None = field(
         default=None, metadata={"help": "Share of max_steps from the constant rate down to the minimum."}
     )
-    inv_sqrt_steepness: float = field(default=10.0, metadata={"help": "Steepness of inv_sqrt_inf's cooldown."})
+    inv_sqrt_steepness: float = field(
+        default=10.0, metadata={"range": "(0, inf)", "help": "Steepness of inv_sqrt_inf's cooldown."}
+    )
     starting_phase: str = field(
         default="auto",
         metadata={
