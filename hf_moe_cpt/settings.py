@@ -36,6 +36,7 @@ RANGES = {
     "ddp_timeout": "[1, 31536000]",
     "dataloader_prefetch_factor": "[1, 1024]",
     **dict.fromkeys(("ddp_bucket_cap_mb", "precompute_ref_batch_size", "ref_model_sync_steps"), "[1, inf)"),
+    "pad_to_multiple_of": "[1, inf)",
     "neftune_noise_alpha": "[0, inf)",
     "ref_model_mixup_alpha": "[0, 1]",
     "max_length": "[1, inf)",
