@@ -21,7 +21,6 @@ transformers 5, liger-kernel 0.8.5 and scattermoe 0.3.0.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -48,7 +47,7 @@ from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
 from hf_moe_cpt.reports import text_table, write_csv
 from hf_moe_cpt.scripts.benchmarks import report as tools
-from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, rows_of, text_of
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, imported, rows_of, text_of
 
 
 GRADIENTS = ("dx", "dw1", "dw2", "dgate")
@@ -295,7 +294,7 @@ def build_liger(case: Case) -> ExpertLayer:
     _require_gpu(case)
     if case.activation != "silu":
         raise Unavailable(f"Liger's fused experts compute silu, not {case.activation}")
-    function = _import("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    function = imported("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
     leaves = _leaves(case.gate_up, case.down)
 
     def forward(tokens: Tensor, routing: Tensor, gates: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ def build_scattermoe(case: Case) -> ExpertLayer:
     It wants weights as (E, in, out) views and gates in the dtype of the tokens.
     """
     _require_gpu(case)
-    library = _import("scattermoe")
+    library = imported("scattermoe")
     leaves = _leaves(case.gate_up, case.down)
     activation = ACT2FN[case.activation]
 
@@ -332,13 +331,6 @@ def _leaves(*weights: Tensor) -> tuple[Tensor, ...]:
 def _require_gpu(case: Case) -> None:
     if case.device.type != "cuda":
         raise Unavailable("it needs a CUDA device")
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Unavailable(f"{module.partition('.')[0]} cannot be imported: {error}") from error
 
 
 @dataclass(frozen=True)

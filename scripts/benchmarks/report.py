@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -61,6 +61,14 @@ class Attempt:
             return False
         self.reason = one_line(error)
         return True
+
+
+def imported(module: str) -> ModuleType:
+    """A module of a package to compare with. Raises Unavailable where it does not load."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{module.partition('.')[0]} cannot be imported: {error}") from error
 
 
 def one_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ from hf_moe_cpt.machine import check_names, machine_facts, package_version
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.modeling.modeling_cpt_moe import CptMoeForCausalLM
 from hf_moe_cpt.reports import text_table, write_csv
-from hf_moe_cpt.scripts.benchmarks.report import Attempt, BenchmarkArguments, Unavailable
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, BenchmarkArguments, Unavailable, imported
 
 
 SPECIAL_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]  # llama.cpp's converter asks GLM for them
@@ -140,10 +140,7 @@ def by_transformers(folder: Path, prompt: Tensor) -> Answer:
 
 def by_llama_cpp(folder: Path, prompt: Tensor) -> Answer:
     """llama.cpp's own converter and server; the logits of the last position. Raises Unavailable where neither is."""
-    try:
-        import xllamacpp
-    except ImportError:
-        raise Unavailable("xllamacpp is not installed") from None
+    xllamacpp = imported("xllamacpp")
     path = folder / "model.gguf"
     command = [sys.executable, "-c", GGUF, str(folder), "--outtype", "f32", "--outfile", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -173,10 +170,7 @@ def by_llama_cpp(folder: Path, prompt: Tensor) -> Answer:
 
 def by_vllm(folder: Path, prompt: Tensor) -> Answer:
     """vLLM's own model of the family, in float32. Raises Unavailable where it is not installed or there is no GPU."""
-    try:
-        import vllm
-    except ImportError as error:
-        raise Unavailable(f"vllm does not load: {error}") from None
+    vllm = imported("vllm")
     if not torch.cuda.is_available():
         raise Unavailable("vllm needs a CUDA device")
     engine = vllm.LLM(
