@@ -80,7 +80,7 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     sizes = {f"{name}_batch_size": rows for name in surgery_runs.SETS}
     terms = {"log_term_gradients": True, "router_anchor": 0.5, "gradient_surgery": "project"}
     if job.get("shaken"):
-        terms = {"forget_sharpness": 0.05, "weight_noise": 0.2}
+        terms = {"forget_sharpness": 0.05, "weight_noise": 0.2, "expert_calibration": True, "router_projection": 0.5}
     return surgery_runs.trainer(out, model, **terms, **sizes, **shared)
 
 

@@ -474,7 +474,10 @@ def _add_counterfactuals(
     train: dict[str, Dataset],
     measured: dict[str, Dataset],
 ) -> None:
-    """Put copies of the forgotten texts with invented names among the rows that the model is held to."""
+    """Put copies of the forgotten texts with invented names among the rows that the model is held to.
+
+    These are repeated where they are fewer, so that a step has as many of them as of copies.
+    """
     anchor = next((name for name in ("neighbour", "retain") if name in train), None)
     if anchor is None:
         raise ValueError("counterfactuals stand among neighbour or retain text: give one of these sets.")
@@ -484,8 +487,9 @@ def _add_counterfactuals(
         if name in train
     ]
     is_measured = measured[anchor] is train[anchor]
-    columns = [train[anchor].select_columns(list(TOKEN_COLUMNS)), *copies]
-    train[anchor] = datasets.concatenate_datasets(columns)
+    own = train[anchor].select_columns(list(TOKEN_COLUMNS))
+    repeats = max(1, round(sum(map(len, copies)) / len(own)))
+    train[anchor] = datasets.concatenate_datasets([own] * repeats + copies)
     if is_measured:
         measured[anchor] = train[anchor]
 

@@ -317,7 +317,10 @@ def router_input_moments(
     """Sum of x x^T (H, H), float64, of each router over its inputs x at tokens that are no padding; of all ranks."""
     sums: dict[int, Tensor] = {}
     for batch in batches:
-        mask = batch["attention_mask"].flatten().bool()
+        mask = batch["attention_mask"].bool()
+        if "completion_mask" in batch:  # rows that only fill a rank's share have nothing that counts
+            mask = mask & batch["completion_mask"].any(1, keepdim=True)
+        mask = mask.flatten()
 
         def hear(place: int, _: nn.Module, args: tuple, mask: Tensor = mask) -> None:
             x = args[0].flatten(0, -2)[mask].double()

@@ -330,7 +330,7 @@ def test_copies_stand_among_the_neighbours_and_are_not_measured(tmp_path):
     args = SurgeryConfig(str(tmp_path), counterfactuals=2, use_cpu=True, forget_target=2.0)
     plain = prepare_sets(SurgeryConfig(str(tmp_path), use_cpu=True, forget_target=2.0), word_tokenizer(), 48, given)
     sets = prepare_sets(args, word_tokenizer(), 48, given)
-    assert len(sets.train["neighbour"]) == len(plain.train["neighbour"]) + 2 * (5 + 5)
+    assert len(sets.train["neighbour"]) == 5 * len(plain.train["neighbour"]) + 2 * (5 + 5), "half of them are its own"
     assert sets.measured["neighbour"].to_list() == plain.measured["neighbour"].to_list()
 
 
