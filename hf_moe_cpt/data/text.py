@@ -266,7 +266,10 @@ def read_documents(path: Path, column: str) -> Iterator[Any]:
     """
     kind = kind_of(path)
     if kind == "text":
-        yield _decompressed(path).decode().removeprefix("\ufeff")
+        with io.TextIOWrapper(
+            open_bytes(path), encoding="utf-8-sig"
+        ) as file:  # lines end in \n, whatever system wrote them
+            yield file.read()
         return
     rows = {"json": _json_rows, "csv": _csv_rows, "parquet": _arrow_rows, "arrow": _arrow_rows}[kind](path, column)
     for place, value in rows:

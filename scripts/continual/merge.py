@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
@@ -72,10 +72,12 @@ def _losses(name: str, args: MergeArguments, held_out: dict) -> dict[str, float]
         name: getattr(args, name) for name in ("max_length", "per_device_eval_batch_size", "text_column", "use_cpu")
     }
     with TemporaryDirectory() as folder:
-        settings = CPTConfig(output_dir=folder, max_steps=1, report_to="none", disable_tqdm=True, **shown)
+        quiet = {"report_to": "none", "disable_tqdm": True, "starting_phase": "scratch"}  # it is not trained
+        settings = CPTConfig(output_dir=folder, max_steps=1, **quiet, **shown)
         model = read_model(AutoModelForCausalLM, name)
         any_text = next(iter(held_out.values()))
         trainer = CPTTrainer(model, settings, any_text, eval_dataset=held_out, processing_class=tokenizer)
+        trainer.pop_callback(PrinterCallback)
         return trainer.evaluate()
 
 

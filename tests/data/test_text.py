@@ -259,6 +259,18 @@ def test_documents_of_white_space_are_counted(caplog):
     assert caplog.messages == ["2 of 4 documents hold no text and are left out."]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_byte_order_mark_and_the_line_ends_of_other_systems_are_no_text(tmp_path, streaming):
+    """A file of text is read as Python reads one: its copies are copies, whatever system wrote them."""
+    for name, content in (("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"), ("b.py", b"one\ntwo\n"), ("c.md", b"one\rtwo\r")):
+        (tmp_path / name).write_bytes(content)
+    with gzip.open(tmp_path / "d.rst.gz", "wb") as file:
+        file.write(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    (tmp_path / "e.csv").write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\n")
+    (tmp_path / "f.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert read(tmp_path, streaming=streaming) == [*["one\ntwo\n"] * 4, "one", "one", "two"]
+
+
 def test_several_paths_become_one(tmp_path):
     paths = [write(tmp_path / "a.jsonl"), str(write(tmp_path / "b.txt", ["b"]))]
     assert sorted(read([*paths, write(tmp_path / "f/c.jsonl", ["c"]).parent])) == sorted([*TEXTS, "b", "c"])

@@ -145,10 +145,11 @@ def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Any]:
     Of --sources the mixture of `training` is made. A held-out source with the name of another belongs to it.
     """
     sources = _sources_of(args, training)
-    if args.tokenized_data is None:
-        train, held_out = _read_sources(sources, args, training)
-    else:
-        train, held_out = _read_tokenized(sources, args, training)
+    with first_rank_first(training, "reading text"):
+        if args.tokenized_data is None:
+            train, held_out = _read_sources(sources, args, training)
+        else:
+            train, held_out = _read_tokenized(sources, args, training)
     if args.sources is None and training.replay_ratio == 0:  # old text is there to measure forgetting
         train.pop("replay", None)
     if args.sources is not None:
@@ -159,6 +160,18 @@ def load_data(args: DataArguments, training: CPTConfig) -> dict[str, Any]:
         "eval_dataset": held_out.get("new"),
         "replay_eval_dataset": held_out.get("replay"),
     }
+
+
+@contextmanager
+def first_rank_first(args: CPTConfig, doing: str) -> Iterator[None]:
+    """Work with data: the first rank does it, and says what is to be said; the others find it in the cache."""
+    with args.main_process_first(desc=doing):
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING if args.process_index else before)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _sources_of(args: DataArguments, training: CPTConfig) -> list[Source]:
@@ -378,7 +391,7 @@ def build_train_dataset(
 ) -> Mixture | StreamingMixture:
     """The mixture of all sources, exactly `max_steps` optimizer batches long."""
     documents = {}
-    with args.main_process_first(desc="tokenising"):
+    with first_rank_first(args, "tokenising"):
         for name, data in sources.items():
             with _naming(name):
                 documents[name] = _tokenize(data, args, tokenizer, vocab_size)
@@ -451,12 +464,15 @@ def optimizer_batch(args: CPTConfig) -> int:
 
 
 def law_of(
-    args: CPTConfig, starting_phase: str, mixture: Mixture | StreamingMixture, parts: Sequence[MixtureFrom]
+    args: CPTConfig,
+    starting_phase: str,
+    mixture: Mixture | StreamingMixture,
+    law: MixtureLaw | LawInParts,
+    parts: Sequence[MixtureFrom],
 ) -> MixtureLaw | LawInParts:
-    """The law of a run whose mixture changed at some steps."""
+    """The law of a run whose mixture changed at some steps, of the `law` of one whose did not."""
     blocks = getattr(mixture, "blocks", None)
     lengths = blocks and {name: blocks_per_epoch(data) for name, data in blocks.items()}
-    law: MixtureLaw | LawInParts = mixture_law(args, starting_phase, lengths)
     for part in parts:
         law = LawInParts(law, part.step, mixture_law(args, starting_phase, lengths, part), part.read)
     return law
@@ -476,6 +492,7 @@ def mixture_that_goes_on(
     args: CPTConfig,
     starting_phase: str,
     mixture: Mixture | StreamingMixture,
+    law: MixtureLaw | LawInParts,
     changed: Collection[str],
 ) -> list[MixtureFrom]:
     """How a resumed run reads on: each source from the block at which it stood, with weights that do not jump.
@@ -488,7 +505,7 @@ def mixture_that_goes_on(
     is_known = set(state.get("weights", ())) == set(mixture.law.names)
     if not is_known or not 0 < step < args.max_steps or any(part.step == step for part in parts):
         return parts
-    law = law_of(args, starting_phase, mixture, parts)
+    law = law_of(args, starting_phase, mixture, law, parts)
     if all(state[name] == value for name, value in mixture_state(law, step).items()):
         return parts
     chosen = {"mixture", "replay_ratio", "weight_schedule"} & set(changed)
@@ -606,7 +623,7 @@ def build_eval_dataset(
         raise ValueError(
             "eval_dataset is a stream, and losses need the same text each time: pass a map-style Dataset."
         )
-    with args.main_process_first(desc="tokenising held-out text"), _naming(f"held-out {name}"):
+    with first_rank_first(args, "tokenising held-out text"), _naming(f"held-out {name}"):
         blocks = PackedDataset(_tokenize(held_out, args, tokenizer, vocab_size), args.max_length, args.packing)
     is_text = "input_ids" not in held_out.column_names
     known = record_of(held_out).get("num_bytes")
@@ -698,6 +715,8 @@ def extend_vocabulary(
             f"the tokenizer gives {len(changed)} tokens of the model another id ({changed[0]!r} for one): add tokens "
             "to the model's own tokenizer, tokenizer.add_tokens(...), and save that."
         )
+    if len(tokenizer) <= first:
+        return 0
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -756,7 +775,8 @@ def continue_rate(args: CPTConfig, checkpoint: str) -> None:
         return
     args.constant_learning_rate = min(rate, args.learning_rate)
     args.min_learning_rate = min(args.min_learning_rate, args.constant_learning_rate)
-    logger.warning("The constant phase goes on at %g, the rate of %s.", args.constant_learning_rate, checkpoint)
+    told = "the rate of %s" if rate <= args.learning_rate else f"learning_rate, below the rate of %s, {rate:g}"
+    logger.warning(f"The constant phase goes on at %g, {told}.", args.constant_learning_rate, checkpoint)
 
 
 def extension_of(checkpoint: Path, args: CPTConfig) -> Extension | None:

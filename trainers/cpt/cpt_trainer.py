@@ -171,7 +171,9 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             continue_rate(args, self.starting_checkpoint)
         sources = named_sources(args, train_dataset, replay_dataset)
         self.mixture = build_train_dataset(args, processing_class, vocab_size, sources, self.starting_phase)
-        warn_of_epochs(self.mixture)
+        self._own_law = self.mixture.law  # of the settings, whatever a checkpoint says
+        if args.process_index == 0:
+            warn_of_epochs(self.mixture)
         self.loss_recorder, self.source_losses = LossRecorder(), SourceLosses(self.mixture.law.names)
         self.loss_recorder.attach(model)
         self._held_out = HeldOutLoss(0)  # of the evaluation under way
@@ -373,7 +375,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         self.extension = None if checkpoint is None else extension_of(checkpoint, self.args)
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None and self.eval_dataset is not None
         state = {} if checkpoint is None else read_state(str(checkpoint)) or {}
-        law = (self.args, self.starting_phase, self.mixture)
+        law = (self.args, self.starting_phase, self.mixture, self._own_law)
         self._mixture_from = mixture_that_goes_on(state, *law, self._changed)
         with repeatable_on_cpu(self.args.device):
             while True:

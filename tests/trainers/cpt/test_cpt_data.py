@@ -190,6 +190,8 @@ def test_new_tokens_begin_as_the_mean_of_their_old_pieces(tied):
     torch.testing.assert_close(model(ids).logits[..., :8], logits)
     rows = datasets.Dataset.from_dict({"text": ["a b c zzz"]})
     assert tokenize_documents(rows, new, vocab_size=64)["input_ids"][:] == [[2, 8, 9, 1]]
-    assert extend_vocabulary(tiny_model("llama", vocab_size=64), old, old) == 0
+    padded = tiny_model("llama", vocab_size=64)
+    before = padded.get_input_embeddings().weight.clone()
+    assert extend_vocabulary(padded, old, old) == 0 and torch.equal(padded.get_input_embeddings().weight, before)
     with pytest.raises(ValueError, match="gives 2 tokens of the model another id"):
         extend_vocabulary(model, word_tokenizer("<unk>", "<eos>", "b", "a", "c", "d", "e", "f"), old)
