@@ -7,15 +7,17 @@
 | relearn, benign | trained on documents of neighbours, of retain if there are none | all subjects of unlearn |
 | quantise | weights rounded to 8 or to 4 bits | unlearn, update, retain |
 | prefix | nothing; the question is put in other ways | unlearn |
+| gradients | nothing; the norm of the gradient of each text's loss is taken | texts of unlearn, unseen |
 | routes | mixtures: each token takes the experts, with the gates, that it took before surgery | unlearn, obsolete |
 
 Each leaves the model bit for bit as it was. Sources: relearning Hu et al. 2024 (arXiv 2406.13356), quantisation Zhang
-et al. 2024 (2410.16454), NF4 Dettmers et al. 2023 (2305.14314); the splits and wordings are ours.
+et al. 2024 (2410.16454), NF4 Dettmers et al. 2023 (2305.14314), norms of gradients Duan et al. 2024 (2402.17012) as
+OpenUnlearning's code has it; the splits and wordings are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import NormalDist
@@ -36,6 +38,7 @@ from hf_moe_cpt.evaluation.scoring import (
     ReadDocument,
     ask,
     documents_of,
+    over_rows,
     padded,
     questions_of,
     right_answers,
@@ -48,6 +51,7 @@ from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, head_of, run_model
 
 QUANTISED_SETS = ("unlearn", "update", "retain")
 ROUTED_SETS = ("unlearn", "obsolete")
+COMPARED_SETS = ("unlearn", "unseen")
 BITS = (8, 4)
 BLOCK = 64  # weights that share a scale
 MAX_GRAD_NORM = 1.0
@@ -68,15 +72,19 @@ def attack(
     reference: PreTrainedModel | None = None,
     bar: bool = False,
 ) -> dict[str, Any]:
-    """Every attack of the settings by name; {} where nothing of unlearn can be asked. bar: show the progress.
+    """Every attack of the settings by name; where nothing of unlearn can be asked, "gradients" alone.
 
-    reference: the model before surgery; without one, or where it is no mixture of experts, "routes" is left out. Under
-    several processes all train alike and share the questions.
+    reference: the model before surgery; without one, or where it is no mixture of experts, "routes" is left out. bar:
+    show the progress. Under several processes all train alike and share the questions.
     """
     asked = questions_of(bench, "unlearn", tokenizer, model, s, kinds=("mcq",))
+    texts = {name: documents_of(bench, name, tokenizer, model, s) for name in COMPARED_SETS}
+    made: dict[str, Callable[[], dict[str, Any]]] = {}
+    if all(texts.values()):
+        made["gradients"] = lambda: {name: gradients(model, documents) for name, documents in texts.items()}
     if not asked:
-        return {}
-    made = {
+        return {name: made[name]() for name in s.attacks if name in made}
+    made |= {
         "relearn": lambda: relearn(model, tokenizer, bench, asked, s, bar),
         "quantise": lambda: quantise(model, tokenizer, bench, s),
         "prefix": lambda: prefix(model, tokenizer, [question.row for question in asked], s),
@@ -240,6 +248,35 @@ def prefix(
         name: answers_of(model, ask(rows, tokenizer, room, template), s.batch_size)
         for name, template in PREFIXES.items()
     }
+
+
+def gradients(model: PreTrainedModel, documents: Sequence[ReadDocument]) -> dict[str, Any]:
+    """Columns subject and norm, a row for each text: the mean over weights of the 2-norm of the gradient of its loss.
+
+    The last label is left out. Takes the memory of one gradient; weights without one have no share.
+    """
+    weights = [
+        (weight, weight.requires_grad, weight.grad) for weight in model.parameters() if weight.is_floating_point()
+    ]
+
+    def norm(batch: Sequence[CountedText]) -> list[float]:
+        with torch.enable_grad():
+            _loss(model, batch).backward()
+        norms = [weight.grad.float().norm() for weight, _, _ in weights if weight.grad is not None]
+        for weight, _, _ in weights:
+            weight.grad = None
+        return [float(torch.stack(norms).mean())]
+
+    read = [document.tokens for document in documents]
+    read = [text._replace(ids=text.ids[:-1]) if len(text.ids) - text.start > 1 else text for text in read]
+    try:
+        for weight, _, _ in weights:
+            weight.requires_grad_().grad = None
+        norms = over_rows(read, lambda text: len(text.ids), norm, 1)
+    finally:
+        for weight, needed_grad, grad in weights:
+            weight.requires_grad_(needed_grad).grad = grad
+    return {"subject": [document.row["subject"] for document in documents], "norm": norms}
 
 
 def routes(

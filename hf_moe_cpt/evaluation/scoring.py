@@ -289,7 +289,7 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
 
 
 PARTS = ("questions", "answers", "texts", "continuations", "divergence", "robustness")
-ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix", "routes"), "none"
+ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix", "gradients", "routes"), "none"
 KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has none of these
     "unlearn": ("mcq", "cloze", "paraphrase"),
     "obsolete": ("mcq",),
@@ -568,17 +568,21 @@ def values_of(raw: Mapping[str, Any]) -> tuple[dict[Key, Rows], dict[Key, str]]:
 
 
 def membership_scores(raw: Mapping[str, Any], set_name: str) -> dict[str, Rows]:
-    """Of each text of a set the four scores, by the metric that they lead to; {} without texts."""
+    """Of each text of a set the scores that were measured, by the metric that they lead to; {} without texts."""
     columns = raw.get("texts", {}).get(set_name)
     if not columns:
         return {}
+    steep = raw.get("robustness", {}).get("gradients", {}).get(set_name)
     scores = {
         "auc_loss": loss_score(columns["logp"]),
         "auc_zlib": zlib_score(-loss_score(columns["logp"]), columns["text"]),
         "auc_min_k": min_k(without_last(columns, "logp")),
         "auc_min_k_plus_plus": min_k_plus_plus(*(without_last(columns, name) for name in ("logp", "mean", "std"))),
     }
-    return {name: Rows(values, list(columns["subject"])) for name, values in scores.items()}
+    found = {name: Rows(values, list(columns["subject"])) for name, values in scores.items()}
+    if steep and np.isfinite(steep["norm"]).all():
+        found["auc_gradient"] = Rows(-np.asarray(steep["norm"], dtype=np.float64), list(steep["subject"]))
+    return found
 
 
 def curves_of(raw: Mapping[str, Any]) -> dict[tuple[str, str], Curve]:
@@ -635,6 +639,22 @@ def truth_ratios(columns: Columns) -> np.ndarray:
     return truth_ratio(-losses[np.arange(len(losses)), np.asarray(answers)], [-row for row in wrong])
 
 
+STRANGEST = 0.05  # of ordinary text that counts as gibberish too
+
+
+def gibberish(columns: Columns, ordinary: Sequence[float]) -> np.ndarray:
+    """(texts,) 1 for a continuation that is no language, else 0.
+
+    It is less likely, in nats per token under the model before surgery, than all but STRANGEST of the true texts that
+    this model never read (`ordinary`), or it repeats itself: its n-gram entropy is below LEAST_FLUENCY of the true
+    rest's. One without a word is both.
+    """
+    most = float(np.quantile(ordinary, 1 - STRANGEST))
+    is_strange = [loss is None or loss > most for loss in columns["loss_before"]]
+    written, true = (ngram_entropy(columns[key]) for key in ("text", "true_text"))
+    return (np.asarray(is_strange) | (written < LEAST_FLUENCY * true)).astype(float)
+
+
 def near_one(ratios: np.ndarray) -> np.ndarray:
     """min(R, 1/R) of truth ratios, wanted where nothing should be known."""
     return np.minimum(ratios, 1 / np.maximum(ratios, 1e-300))
@@ -656,6 +676,11 @@ def _all_metrics(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[st
             if columns and columns["id"]:
                 for metric, compute in metrics.items():
                     yield metric, set_name, columns["subject"], partial(compute, columns)
+    written = raw.get("continuations", {})
+    ordinary = [loss for loss in written.get(UNSEEN, {}).get("true_loss_before", []) if loss is not None]
+    for set_name, columns in written.items() if ordinary else ():
+        if columns["id"]:
+            yield "gibberish", set_name, columns["subject"], partial(gibberish, columns, ordinary)
     yield from _of_attacks(raw.get("robustness", {}))
 
 
@@ -722,6 +747,7 @@ ALL_SETS = "all"  # the set of a number that is made of several
 
 MOST_LOST = 0.03  # of accuracy on what was to be kept
 MOST_KL = 0.1  # nats per token from the model before, on what was to be kept
+MOST_GIBBERISH = 0.5  # of what it writes
 OFF_TARGET = 0.1  # what may be left of the way from the loss of text not read to that of text known
 OF_TEXTS = "exact_memorisation"
 # the first that was measured is judged
@@ -759,6 +785,10 @@ def _ruined(rows: Found, raw: Mapping[str, Any]) -> Iterator[str]:
         written, true = (float(ngram_entropy(columns[key]).mean()) for key in ("text", "true_text"))
         if written < LEAST_FLUENCY * true:
             yield f"INCOHERENT: what it writes on {name} has {written / true:.0%} of the entropy of the true texts"
+    for name in raw.get("continuations", {}):
+        row = rows.get(("after", name, "gibberish"))
+        if row and row["low"] is not None and row["low"] > MOST_GIBBERISH:
+            yield f"INCOHERENT: {row['value']:.0%} of what it writes on {name} is no language to the model before"
 
 
 def _not_forgotten(rows: Found) -> Iterator[str]:

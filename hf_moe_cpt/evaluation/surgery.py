@@ -298,9 +298,10 @@ def measure_texts(subject: Subject) -> Raw:
 def measure_continuations(subject: Subject) -> Raw:
     """Of each set: the tokens and the text that follow the first half of a text, and the true rest, as long at most.
 
-    Texts of fewer than four tokens that count are left out.
+    With a reference also what both cost it, in nats per token: loss_before, true_loss_before; None where nothing was
+    written. Texts of fewer than four tokens that count are left out.
     """
-    model, tokenizer, bench, s, *_ = subject
+    model, tokenizer, bench, s, reference, _ = subject
     known = getattr(model.generation_config, "eos_token_id", None)
     stop = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
     found: Raw = {}
@@ -320,6 +321,17 @@ def measure_continuations(subject: Subject) -> Raw:
             text, true_text = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, rest))
             row = {"tokens": ids, "true_tokens": rest, "text": text, "true_text": true_text}
             _append(found.setdefault(name, {}), _who(document) | row)
+        if reference is not None and name in found:
+            for column, rests in (("loss_before", written), ("true_loss_before", found[name]["true_tokens"])):
+                texts = [
+                    CountedText([*prompt, *rest], len(prompt)) for prompt, rest in zip(prompts, rests, strict=True)
+                ]
+                scores = iter(
+                    score_tokens(reference, [text for text in texts if len(text.ids) > text.start], s.batch_size)
+                )
+                found[name][column] = [
+                    -float(next(scores).logp.mean()) if len(text.ids) > text.start else None for text in texts
+                ]
     return found
 
 
@@ -828,7 +840,7 @@ class _Summing:
         return next((row for row in rows if row["value"] is not None), None)
 
 
-_AUCS = ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus")
+_AUCS = ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus", "auc_gradient")
 
 
 def _leakage(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -895,13 +907,16 @@ class SurgeryEvaluation:
         model, is_main = load_whole(self.models[side], self.arguments), self.state.is_main_process
         for part in parts:
             has_routes = part == "robustness" and "routes" in self.settings.attacks and bool(moe_layers(model))
-            needs_reference = part == "divergence" or (has_routes and side == "after" and "before" in self.models)
-            reference = load_whole(self.models["before"], self.arguments) if needs_reference else None
+            has_before, wants = "before" in self.models, part in ("divergence", "continuations")
+            needs_reference = has_before and (wants or (has_routes and side == "after"))
+            reference = model if side == "before" else None
+            if needs_reference and side != "before":
+                reference = load_whole(self.models["before"], self.arguments)
             settings = replace(self.settings, parts=[part])
             found = evaluate_model(model, self.tokenizer, self.bench, settings, reference, bar=is_main)
             if is_main:
                 self.folder.write(f"work/{side}/{part}.json", found[part])
-            if reference is not None:
+            if reference is not None and reference is not model:
                 del reference
                 release_memory(self.device)
         del model

@@ -73,7 +73,8 @@ def test_half_of_the_subjects_are_taught_and_without_questions_there_is_no_attac
     assert len(taught) == 3 and taught < set(names) and taught == attacks.taught_subjects(names, 0)
     assert attacks.taught_subjects([], 0) == set()
     empty = SurgeryBench(bench.documents, type(bench.questions)({k: v.select([]) for k, v in bench.questions.items()}))
-    assert attacks.attack(tiny_model("llama", vocab_size=400), tokenizer, empty, EvalSettings()) == {}
+    made = attacks.attack(tiny_model("llama", vocab_size=400), tokenizer, empty, EvalSettings(max_documents=1))
+    assert set(made) == {"gradients"}  # which asks nothing
 
 
 def test_half_of_the_facts_about_each_subject_are_taught_and_the_others_asked(bench, tokenizer):
@@ -159,3 +160,23 @@ def test_old_routes_are_asked_of_mixtures_with_the_same_layers(bench, tokenizer)
     with pytest.raises(ValueError, match="0 layers of experts cannot route for 2: give the model before surgery"):
         with attacks.routes_of(mixture, dense):
             pass
+
+
+def test_gradients_are_the_mean_of_norms_over_weights_and_leave_the_model_as_it_was(bench, tokenizer):
+    """As OpenUnlearning's gradnorm with p = 2: a backward pass for each text, its last label dropped."""
+    model = tiny_model("mixtral", vocab_size=400, max_position_embeddings=512)
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    settings = EvalSettings(robustness=["gradients"], max_documents=2)
+    before = _state(model)
+    found = attacks.attack(model, tokenizer, bench, settings)["gradients"]
+    assert set(found) == {"unlearn", "unseen"} and all(len(columns["norm"]) == 2 for columns in found.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _state(model).items())
+    assert not model.lm_head.weight.requires_grad and model.model.norm.weight.grad.eq(1).all()
+    model.lm_head.weight.requires_grad_(True)
+    for place, document in enumerate(attacks.documents_of(bench, "unseen", tokenizer, model, settings)):
+        model.zero_grad()
+        ids = torch.tensor([document.tokens.ids[:-1]])
+        model(input_ids=ids, labels=ids, output_router_logits=False).loss.backward()
+        norms = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
+        assert found["unseen"]["norm"][place] == pytest.approx(float(torch.stack(norms).mean()), rel=1e-4)

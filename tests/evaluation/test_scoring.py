@@ -200,3 +200,22 @@ def test_bad_settings_are_refused_with_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         scoring.EvalSettings(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_gibberish_is_what_the_model_before_finds_unlikely_or_what_repeats_itself():
+    plain = "one two three four five six seven eight nine ten"
+    columns = {
+        "text": [plain, plain, "ha " * 10, ""],
+        "true_text": [plain] * 4,
+        "loss_before": [2.0, 3.1, 0.1, None],
+    }
+    ordinary = [1.0 + 2.0 * place / 100 for place in range(101)]  # 95 % of it is at most 2.9
+    assert scoring.gibberish(columns, ordinary).tolist() == [0.0, 1.0, 1.0, 1.0]
+    raw = {
+        "continuations": {
+            name: {"id": list("abcd"), "subject": list("abcd")} | columns for name in ("retain", "unseen")
+        }
+    }
+    assert ("gibberish", "retain") not in scoring.values_of(raw)[0]  # nothing says what is ordinary
+    raw["continuations"]["unseen"]["true_loss_before"] = [*ordinary, None]
+    assert scoring.values_of(raw)[0]["gibberish", "retain"].values.mean() == 0.75
