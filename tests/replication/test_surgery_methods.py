@@ -17,7 +17,9 @@ from scipy import stats
 from hf_moe_cpt.data.python_corpus import train_byte_level_bpe
 from hf_moe_cpt.data.surgery_bench import BEFORE_SETS, RETRAINED_SETS, SETS
 from hf_moe_cpt.scripts.replication import surgery_methods as methods
+from hf_moe_cpt.scripts.replication.factbook import TOPICS
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from tests.replication.test_factbook import bench_of, make_countries
 
 
 def asked(*questions: tuple[list[float], list[int], int, int | None]) -> dict:
@@ -214,7 +216,7 @@ def test_every_method_but_the_published_ones_has_all_aids_and_no_choice_has_seen
 
 
 def test_a_surgery_gets_a_part_of_the_anchors_and_is_asked_about_the_rest():
-    material = methods.make_material(READ, 1)
+    material = methods.make_material(methods.Comparison("small", READ, "cpu"), "llama", 1)
     for name in SETS:
         given, asked = (set(part.subjects(name)) for part in (material.operated, material.examined))
         if name in ("retain", "neighbour", "unseen"):
@@ -255,8 +257,8 @@ def test_rate_goes_up_and_down():
 
 
 def test_training_can_be_repeated_and_reads_the_sets_of_each_model(monkeypatch):
-    material = methods.make_material(READ, 1)
     comparison = methods.Comparison("small", READ, "cpu")
+    material = methods.make_material(comparison, "cpt_moe", 1)
     read = {methods.RETRAINED: [], methods.BEFORE: []}
     models, padded = {}, methods.padded
     for name, rows_read in read.items():
@@ -294,7 +296,7 @@ def record(method: str, seed: int, architecture: str = "llama", **changes: float
     measures |= {"accuracy/retain_anchored": accuracies[3], "accuracy/unlearn_4bit": accuracies[0] + 0.01}
     measures |= {"accuracy/unlearn_old_routes": accuracies[0] + 0.02} if architecture == "cpt_moe" else {}
     measures |= {"ce/unlearn": unlearn, "ce/unseen": unseen, "gauge": unlearn - unseen, "kl/retain": kl}
-    measures |= {"kl/neighbour": 2 * kl, "seconds": seconds} | (
+    measures |= {"kl/neighbour": 2 * kl, "seconds": seconds, "ce/prose": 3.0} | (
         {} if untaught is None else {"relearn/untaught": untaught}
     )
     if method == "safe-long":
@@ -368,11 +370,12 @@ MISSED = {
     "retain": ("safe", {"accuracy/retain": 0.86}, 4, "-4.0 points"),
     "neighbour": ("safe", {"accuracy/neighbour": 0.80}, 5, "-5.0 points"),
     "unseen": ("safe", {"ce/unseen": 2.06}, 6, "+0.060 nats"),
-    "untaught": ("safe", {"relearn/untaught": 0.49}, 7, "+4.0 points"),
-    "4 bits": ("safe", {"accuracy/unlearn_4bit": 0.35}, 8, "+4.0 points"),
-    "cost": ("safe", {"seconds": 21.0}, 9, "0.21"),
-    "routes": ("safe", {"accuracy/unlearn_old_routes": 0.35}, 10, "+4.0 points"),
-    "drift": ("safe-long", {"drift/retain_kl": 0.06}, 13, "0.060 nats"),
+    "prose": ("safe", {"ce/prose": 3.06}, 7, "+0.060 nats"),
+    "untaught": ("safe", {"relearn/untaught": 0.49}, 8, "+4.0 points"),
+    "4 bits": ("safe", {"accuracy/unlearn_4bit": 0.35}, 9, "+4.0 points"),
+    "cost": ("safe", {"seconds": 21.0}, 10, "0.21"),
+    "routes": ("safe", {"accuracy/unlearn_old_routes": 0.35}, 11, "+4.0 points"),
+    "drift": ("safe-long", {"drift/retain_kl": 0.06}, 14, "0.060 nats"),
 }
 
 
@@ -417,3 +420,41 @@ def test_text_and_plot(tmp_path: Path):
     assert "old routes" in text.split("cpt_moe, 1")[1] and "old routes" not in text.split("cpt_moe, 1")[0]
     methods.draw(tmp_path / "plot.png", results)
     assert (tmp_path / "plot.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_real_models_are_taught_facts_or_know_capitals_already_and_are_made_mixtures(tmp_path: Path, monkeypatch):
+    """The setting smollm2 in miniature: a small Llama for the model, made-up countries for the facts."""
+    real = tmp_path / "real"
+    make_countries(real / "countries", 40)
+    texts = [text for topic in TOPICS for text in bench_of(real / "countries", topic).documents["retain"]["text"]]
+    tokenizer = train_byte_level_bpe(texts, 400, progress=False)
+    tokenizer.save_pretrained(real / "smollm2")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    ends = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None, "max_position_embeddings": 256}
+    model = methods.LlamaConfig(**sizes, **ends, vocab_size=len(tokenizer), head_dim=8, num_key_value_heads=2)
+    methods.AutoModelForCausalLM.from_config(model).save_pretrained(real / "smollm2")
+    whole = methods.SETTINGS["smollm2"]
+    small = {name: getattr(MINIATURE, name) for name in ("epochs", "steps", "rows", "eval_steps", "eval_rows")}
+    small |= {
+        name: getattr(MINIATURE, name) for name in ("max_questions", "max_documents", "relearn_steps", "relearn_every")
+    }
+    small |= {"subjects": MINIATURE.subjects, "seeds": dict.fromkeys(whole.models, 1), "max_length": 64}
+    small |= {"rounds": dict.fromkeys(whole.models, 0)}
+    monkeypatch.setitem(methods.SETTINGS, "smollm2", replace(whole, **small))
+    monkeypatch.setattr(methods, "PROSE_ROWS", 3)
+    words = ["--setting", "smollm2", "--real", str(real), "--device", "cpu", "--methods", "safe", "experts"]
+    printed = start(tmp_path / "out", *words, "--architectures", "dense", "upcycled", "dense-capitals")
+    rows = {(row["architecture"], row["method"]): row for row in results_of(tmp_path / "out")["runs"]}
+    assert set(rows) == {
+        *((name, method) for name in ("dense", "upcycled") for method in ("before", "safe", "retrained")),
+        ("upcycled", "experts"), ("dense-capitals", "before"), ("dense-capitals", "safe"),
+    }  # fmt: skip
+    assert "accuracy/unlearn_old_routes" in rows["upcycled", "safe"] and "CE" in printed and "failed" not in printed
+    assert all(row["ce/prose"] > 0 for row in rows.values())
+    # what is known beforehand is not trained: it costs nothing but reading
+    assert rows["dense-capitals", "before"]["ce/unlearn"] == pytest.approx(np.log(len(tokenizer)), rel=0.2)
+    with pytest.raises(
+        ValueError, match="needs a folder with countries and smollm2, which scripts/replication/factbook.py"
+    ):
+        start(tmp_path / "other", "--setting", "smollm2")
