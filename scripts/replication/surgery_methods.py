@@ -621,8 +621,8 @@ class Worker:
         no_texts = datasets.DatasetDict({name: rows.select([]) for name, rows in material.bench.documents.items()})
         bench = SurgeryBench(no_texts, material.bench.questions, material.bench.version)
         asked = questions_of(bench, "unlearn", material.tokenizer, model, s, kinds=KINDS[:1])
-        curves = relearn(model, material.tokenizer, bench, asked, s)
-        return {"relearn/untaught": fmean(curve["untaught"][-1]["right"]) for curve in curves.values()}
+        curve = relearn(model, material.tokenizer, bench, asked, s).get("facts")
+        return {"relearn/untaught": fmean(curve["untaught"][-1]["right"])} if curve else {}
 
     def _loss_of(self, model: PreTrainedModel, material: Material, s: EvalSettings) -> float:
         """Mean loss of held-out prose, in nats per token."""
