@@ -230,8 +230,8 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
     """The object in `text`, an empty one for None. Raises ValueError, naming the option, for anything else."""
     try:
         values = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {text!r} is no JSON: {error}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{option} {(text or '')[:200]!r} is no JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{option} {text!r} must be a JSON object of name: value.")
     return values

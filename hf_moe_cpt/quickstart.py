@@ -34,7 +34,6 @@ import transformers
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -59,7 +58,7 @@ from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import DEVICES, choose_device
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
 from hf_moe_cpt.quickstart_acts import Acts, ActScale, BarCallback, align, operate, publish_folder
-from hf_moe_cpt.reading import read_model, read_tokenizer
+from hf_moe_cpt.reading import read_config, read_model, read_tokenizer
 from hf_moe_cpt.reports import Mark, Section, Series, line_chart, text_table, write_report
 from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.hooks import active_parameters, experts_per_token, find_experts, num_experts_of
@@ -339,7 +338,7 @@ def _tokenizer(corpus: Corpus, plan: Plan, folder: QuickstartFolder) -> PreTrain
         shutil.rmtree(unfinished, ignore_errors=True)
         trained.save_pretrained(unfinished)
         unfinished.rename(folder.tokenizer)
-    return AutoTokenizer.from_pretrained(folder.tokenizer)
+    return read_tokenizer(folder.tokenizer)
 
 
 def _beginnings(documents: Dataset, num_tokens: int) -> Dataset:
@@ -384,7 +383,7 @@ def _require_space(plan: Plan, folder: QuickstartFolder, vocab_size: int) -> Non
     Eight sets of weights, and three checkpoints with Adam moments (of pre-training, the last one of a continued run,
     and the one that takes its place), all in float32.
     """
-    config = AutoConfig.from_pretrained(plan.model) if plan.model else _config(plan, vocab_size)
+    config = read_config(plan.model) if plan.model else _config(plan, vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     needed = (8 * 4 + 3 * (4 + BYTES_PER_MOMENT_PAIR)) * model.num_parameters()
@@ -433,7 +432,7 @@ def _model(stage: Stage, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder:
         return read_model(AutoModelForCausalLM, plan.model, dtype=torch.float32)
     if stage.starts_from is not None:
         last = folder.work(stage.starts_from) / f"checkpoint-{plan.scale.steps}"
-        return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
+        return read_model(AutoModelForCausalLM, last, local_files_only=True)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = _config(plan, len(tokenizer), **ids)
     set_seed(plan.seed)
@@ -855,7 +854,7 @@ def compare_routing(
     for stage in plan.stages:
         if stage.starts_from is not None:
             training.append(_imbalance(stage, plan, records))
-        model = AutoModelForCausalLM.from_pretrained(folder.model(stage.name), local_files_only=True).to(plan.device)
+        model = read_model(AutoModelForCausalLM, folder.model(stage.name), local_files_only=True).to(plan.device)
         traces[stage.name] = collect_routing(
             model,
             texts,
@@ -965,7 +964,7 @@ class Bar(tqdm):
 def _sample(plan: Plan, data: QuickstartData, folder: QuickstartFolder, domain: DomainTokens) -> dict[str, str]:
     """What the mixture of experts that was continued with replay makes of the beginning of a held-out document."""
     name = plan.taught.name
-    model = AutoModelForCausalLM.from_pretrained(folder.model(name), local_files_only=True).to(plan.device)
+    model = read_model(AutoModelForCausalLM, folder.model(name), local_files_only=True).to(plan.device)
     prompt = domain.held_out[0]["input_ids"][:PROMPT_TOKENS]
     set_seed(plan.seed)
     output = model.generate(

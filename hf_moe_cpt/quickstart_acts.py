@@ -42,6 +42,7 @@ from hf_moe_cpt.evaluation.scoring import CountedText, continue_greedily, score_
 from hf_moe_cpt.generation.sampling import Request, Response, Sampling, TransformersSampler
 from hf_moe_cpt.hub.cards import CardOverrides, build_card
 from hf_moe_cpt.hub.publishing import plan_upload
+from hf_moe_cpt.reading import read_model
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
@@ -210,7 +211,7 @@ class Acts:
 
     def load(self, folder: Path) -> PreTrainedModel:
         """A model on the device, which neither drops out nor is trained yet."""
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(self.device).eval()
+        return read_model(AutoModelForCausalLM, folder, local_files_only=True).to(self.device).eval()
 
     def arguments(self, name: str) -> dict[str, Any]:
         """Of every trainer here; what a killed run left in the folder of this name is gone."""
@@ -427,7 +428,7 @@ def publish_folder(run: Path, target: Path, tokenizer: PreTrainedTokenizerBase, 
         (target / name).write_bytes(data)
     words = [sys.executable, "-c", CHECK_LOADING, str(target.resolve()), title]
     done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False, cwd=target)
-    model = AutoModelForCausalLM.from_pretrained(run, local_files_only=True).eval()
+    model = read_model(AutoModelForCausalLM, run, local_files_only=True).eval()
     here = model(**tokenizer(title, return_tensors="pt")).logits[0, -1].argmax().item()
     is_same = done.returncode == 0 and done.stdout.split()[-1:] == [str(here)]
     why = "" if is_same else (done.stderr.strip().splitlines() or ["its logits differ"])[-1]

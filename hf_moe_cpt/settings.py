@@ -41,6 +41,7 @@ RANGES = {
     "ref_model_mixup_alpha": "[0, 1]",
     "max_length": "[1, inf)",
 }
+CHOICES = {"torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")}
 _NUMBERS = (bool, int, float, types.NoneType)
 _OF_NUMBERS = {bool: "bool", int: "int", float: "float"}
 
@@ -85,7 +86,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any, told: str) -> None:
         raise ValueError(f"{told} is no {named(hint)}{_help(field)}")
     if field.name.endswith("_kwargs") and isinstance(value, str) and not _is_json_object(value):
         raise ValueError(f"{told} is no JSON object{_help(field)}")
-    choices = field.metadata.get("choices")
+    choices = field.metadata.get("choices", CHOICES.get(field.name))
     if choices is not None and value is not None and value not in choices:
         raise ValueError(f"{told} is unknown: choose from {', '.join(map(str, choices))}.")
     interval = field.metadata.get("range") or RANGES.get(field.name)

@@ -310,7 +310,7 @@ def _csv_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError:
         check_utf8(path)
         raise
-    except (csv.Error, json.JSONDecodeError) as error:
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}, line {rows.line_num} is no valid row ({error}): repair or remove it.") from None
 
 
@@ -507,7 +507,7 @@ def record_of(dataset: AnyDataset) -> dict[str, Any]:
     """
     try:
         record = json.loads(dataset.info.description or "{}").get(_RECORD, {})
-    except (json.JSONDecodeError, AttributeError):  # a description by somebody else
+    except (ValueError, RecursionError, AttributeError):  # a description by somebody else
         return {}
     if record and record["of"] != _extent(dataset):
         record.pop("num_bytes", None)

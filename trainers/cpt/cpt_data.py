@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from hf_moe_cpt.hub.checkpoint_io import appearing_whole, check_output
 from hf_moe_cpt.optim.schedules import Extension, default_rates
 from hf_moe_cpt.reading import read_json, reading
 from hf_moe_cpt.reports import aligned
+from hf_moe_cpt.settings import fits, named
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 
@@ -119,7 +120,8 @@ class Source:
     def of(cls, given: Any) -> Source:
         """From a mapping or its JSON, or from `NAME=PATH:WEIGHT:ROLE` in which weight and role may be left out."""
         if isinstance(given, str) and given.startswith("{"):
-            given = json.loads(given)
+            with reading(f"--sources {given[:200]!r}", "write NAME=PATH:WEIGHT, or a JSON object"):
+                given = json.loads(given)
         if isinstance(given, str):
             name, found, rest = given.partition("=")
             path, *more = re.split(r":(?=new$|replay$|held_out$|[0-9.eE+-]+(?::|$))", rest)
@@ -133,6 +135,11 @@ class Source:
             raise ValueError(
                 f"--sources {given!r}: a source needs name and path, and may have {', '.join(known[2:])}."
             )
+        for name, hint in get_type_hints(cls).items():
+            if name in given and not fits(given[name], hint):
+                raise ValueError(f"--sources: {name}={given[name]!r} is no {named(hint)}.")
+        if not given["name"] or Path(given["name"]).name != given["name"] or not given["name"].isprintable():
+            raise ValueError(f"--sources {given['name']!r}: a name is a word without slashes, and no dot alone.")
         source = cls(**given)
         if (source.weight is None) != (source.role == "held_out"):
             raise ValueError(f"--sources {source.name!r}: text to train on needs a weight, held-out text has none.")

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, extract_prompt
 
+from hf_moe_cpt.reading import reading
 from hf_moe_cpt.trainers.rainbowpo.losses import Pair, check_scores
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import RainbowPOConfig
 
@@ -80,7 +81,7 @@ def check_pairs(dataset: AnyDataset, args: RainbowPOConfig, name: str) -> None:
             raise ValueError(
                 f"A preference pair needs a column {column!r}, and the {name} data set has {', '.join(first)}."
             )
-    columns = [column for column in ("prompt", *SIDES) if column in first]
+    columns = [column for column in ("prompt", *SIDES, "tools", "chat_template_kwargs") if column in first]
     check = Pairs(name, _kind(first["chosen"]))
     rows = dataset.select_columns(columns) if isinstance(dataset, Dataset) else [first]
     for index, row in enumerate(rows):
@@ -139,6 +140,12 @@ class Pairs:
             self._look_at_messages(row, index)
 
     def _look_at_messages(self, row: Mapping[str, Any], index: int) -> None:
+        where = f"row {index} of the {self.name} data set"
+        if not isinstance(options := row.get("chat_template_kwargs") or {}, Mapping):
+            raise ValueError(f"chat_template_kwargs={options!r} in {where} is no mapping: mend or drop that column.")
+        if isinstance(row.get("tools"), str):
+            with reading(f"the tools in {where}", "write them as a JSON list, or drop that column"):
+                json.loads(row["tools"])
         for column in ("prompt", *SIDES):
             messages = row.get(column)
             for message in messages if isinstance(messages, list) else ():

@@ -429,7 +429,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{path} cannot be read: name a folder that SurgeryBench.save wrote to its end.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): write the folder again.") from None
     is_ours = isinstance(index, dict) and index.get("format") == FORMAT
     if not is_ours or not {"version", "settings", "rows"} <= set(index):

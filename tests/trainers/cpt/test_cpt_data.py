@@ -40,6 +40,12 @@ def test_a_source_is_written_in_a_word_or_as_a_mapping():
         ("de=texts", "'de': text to train on needs a weight"),
         ("de=texts:0.3:held_out", "'de': text to train on needs a weight, held-out text has none"),
         ({"name": "de", "weight": 1}, "a source needs name and path"),
+        ({"name": 5, "path": "x", "weight": 1}, "name=5 is no str"),
+        ({"name": "de", "path": [1], "weight": 1}, "path=.1. is no str or list"),
+        ({"name": "de", "path": "x", "weight": 1, "split": 5}, "split=5 is no str"),
+        ("../de=texts:1", "'../de': a name is a word without slashes"),
+        ("=texts:1", "'': a name is a word"),
+        ('{"name": [' + "[" * 100_000, "^--sources '.*' cannot be used .RecursionError"),
         ({"name": "de", "path": "x", "wieght": 1}, "a source needs name and path, and may have config"),
     ],
 )

@@ -120,6 +120,11 @@ BAD_ROWS = {
     "null prompt": (SIX, {"prompt": None}, "Row 5 of the train data set has no prompt"),
     "no messages": (TALKS, {"rejected": None}, "Row 5 of the train data set has no rejected"),
     "no content": (TALKS, {"chosen": [{"role": "assistant", "content": None}]}, "Row 5 .* without role or content in"),
+    "no tools": (
+        [row | {"tools": "[]"} for row in TALKS],
+        {"tools": "[" * 10**5},
+        "^the tools in row 5 .* .Recursion",
+    ),
     "no role": (TALKS, {"prompt": [{"role": None, "content": "w3"}]}, "Row 5 .* without role or content in prompt"),
 }
 
