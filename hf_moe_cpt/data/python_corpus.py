@@ -275,7 +275,7 @@ def load_corpus(cache_dir: Path, key: str) -> Corpus | None:
             domain: {side: Dataset.from_file(str(folder / domain / f"{side}.arrow")) for side in sides}
             for domain, sides in manifest["domains"].items()
         }
-    except Exception:  # whatever is wrong with it, it is made anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
