@@ -189,9 +189,9 @@ def _advice(unknown: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The message as a single line, led by the kind of error unless it is a plain refusal of a value."""
-    message = " ".join(str(error).split())
-    if type(error) is ValueError and message:
+    """The message as a single line, led by the kind of error unless it is a refusal of ours."""
+    message, kind = " ".join(str(error).split()), type(error)
+    if message and (kind is ValueError or kind.__module__.startswith(f"{__package__}.")):
         return message
     return f"{type(error).__name__}: {message}".removesuffix(": ")
 

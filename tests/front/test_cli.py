@@ -9,6 +9,7 @@ import pytest
 
 import hf_moe_cpt
 from hf_moe_cpt import cli
+from hf_moe_cpt.data.text import UnreadFileError
 from tests.helpers.fresh_process import run_python
 from tests.helpers.source_tree import PROJECT
 
@@ -67,6 +68,7 @@ def test_a_line_without_a_command_is_refused_with_one_line(capsys: pytest.Captur
         (FileNotFoundError(2, "No such file", "a.txt"), "error: FileNotFoundError: [Errno 2] No such file: 'a.txt'\n"),
         (ImportError("needs trl"), "error: ImportError: needs trl\n"),
         (ValueError(), "error: ValueError\n"),
+        (UnreadFileError("a.txt is empty: remove it.", "empty"), "error: a.txt is empty: remove it.\n"),
     ],
 )
 def test_errors_of_the_user_are_one_line(

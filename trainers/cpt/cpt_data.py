@@ -450,7 +450,10 @@ def mixture_law(
     read = dict.fromkeys(sources, 0) if since is None else since.read
     most = {name: max(0, int(Fraction(str(cap)) * lengths[name]) - read[name]) for name, cap in capped.items()}
     if args.weight_schedule == "constant":
-        law = MixtureLaw(_within(weights, most, size * steps), size, steps)
+        weights, lowered = _within(weights, most, size * steps)
+        if lowered and args.process_index == 0:
+            logger.warning("max_epochs lowers the weight of %s.", ", ".join(lowered))
+        law = MixtureLaw(weights, size, steps)
     else:
         is_late = args.weight_schedule == "anneal"
         change = max(0, args.phases(starting_phase).boundaries(args.max_steps).constant - at) if is_late else None
@@ -525,8 +528,11 @@ def is_raised(parts: Sequence[MixtureFrom]) -> bool:
     return bool(parts) and parts[-1].weights is not None
 
 
-def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> dict[str, Any]:
-    """Weights under which no source gives more blocks than `most`; the others take its place in their proportions."""
+def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> tuple[dict[str, Any], list[str]]:
+    """Weights under which no source gives more blocks than `most`, and which sources had more.
+
+    The others take their place in their proportions.
+    """
     shares, whole = exact_shares(list(weights.values()))
     free, fixed = {name: Fraction(share, whole) for name, share in zip(weights, shares, strict=True)}, {}
     while True:
@@ -542,10 +548,8 @@ def _within(weights: dict[str, Any], most: dict[str, int], num_blocks: int) -> d
                 f"max_epochs leaves {sum(most.values())} of the {num_blocks} blocks that max_steps reads: lower "
                 "max_steps, raise max_epochs, or give a source without it."
             )
-    if not fixed:
-        return weights
-    logger.warning("max_epochs lowers the weight of %s.", ", ".join(fixed))
-    return {name: fixed.get(name, free.get(name, 0) * scale) for name in weights}
+    within = {name: fixed.get(name, free.get(name, 0) * scale) for name in weights} if fixed else weights
+    return within, list(fixed)
 
 
 MOST_REPLAY = Fraction(1, 2)  # of a batch, to which a budget for forgetting raises it
