@@ -528,3 +528,14 @@ def test_a_law_in_parts_counts_on_from_what_was_read(count):
             assert before == [first.assign(position) for position in range(at * 7)]
         elif sum(read.values()) == at * 7:
             assert {name: sum(name == source for source, _ in before) for name in names} == read
+
+
+def test_streams_go_on_under_another_law_where_each_stood():
+    """Against the blocks of each stream alone: what is skipped is what was read, however it was mixed."""
+    mixture, read = make_mixture_streaming(), {"new": 20, "replay": 4}
+    mixture.law = LawInParts(mixture.law, 4, MixtureLaw({"new": 1, "replay": 3}, 6, 5), read)
+    later = list(mixture)[24:]
+    for place, (name, begin) in enumerate(read.items()):
+        got = [item["input_ids"].tolist() for item in later if item["source"] == place]
+        alone = itertools.islice(pack_stream(mixture._read(name), LENGTH, "document"), begin, begin + len(got))
+        assert got == [block["input_ids"].tolist() for block in alone] and len(got) > 5

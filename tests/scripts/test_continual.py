@@ -4,6 +4,8 @@ import json
 import random
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +19,7 @@ from hf_moe_cpt.scripts.continual.tokenize_text import main as tokenize_main
 from hf_moe_cpt.scripts.cpt import main as cpt_main
 from hf_moe_cpt.scripts.schedule import main as schedule_main
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
+from tests.helpers.source_tree import PROJECT
 from tests.helpers.tiny_models import tiny_model
 from tests.trainers.cpt.test_cpt_data import word_tokenizer, write_lines
 
@@ -66,6 +69,45 @@ def test_text_is_tokenised_once_and_read_in_place_with_the_same_numbers(tmp_path
         tokenize_main([*start, "--tokenized_data", cache])
     with pytest.raises(ValueError, match="was not written by hf-moe-cpt tokenize"):
         cpt_main([*start, *more, "--tokenized_data", str(tmp_path), "--output_dir", str(tmp_path / "other")])
+
+
+def test_the_recipe_of_the_manual_runs_as_printed(tmp_path, start, monkeypatch, capsys):
+    """The file of docs/data.md, with what stands for the data set on the Hub laid out like it, on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(WORDS, k=20)) for _ in range(60)]
+    for folder in ("corpora/german", "src", "held", "HuggingFaceFW/fineweb-edu/sample"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "corpora/german/a.md").write_text(" ".join(texts[:9]))
+    write_lines(tmp_path / "corpora/german/b.jsonl", texts[9:18])
+    (tmp_path / "src/main.py").write_text("\n".join(texts[18:24]))
+    pq.write_table(pa.table({"content": texts[24:30]}), tmp_path / "more_src.parquet")
+    (tmp_path / "corpora/law.csv").write_text("n,text\n" + "".join(f"1,{text}\n" for text in texts[30:38]))
+    write_lines(tmp_path / "HuggingFaceFW/fineweb-edu/sample/a.jsonl", texts[38:50])
+    card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/*\n---\n"
+    (tmp_path / "HuggingFaceFW/fineweb-edu/README.md").write_text(card)
+    with pa.CompressedOutputStream("corpora/old_code.jsonl.zst", "zstd") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in texts[50:]).encode())
+    (tmp_path / "held/english.txt").write_text(" ".join(texts[38:40]))
+    manual = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    (five,) = re.findall(r"```yaml\n(model_name_or_path: .*?)```", manual, flags=re.DOTALL)
+    (tmp_path / "five.yaml").write_text(five)
+    words = ["--config", "five.yaml", "--model_name_or_path", "start", "--max_length", "8", "--max_steps", "20"]
+    words += ["--held_out_fraction", "0.2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+    tokenize_main([*words, "--tokenized_data", "shared"])
+    cpt_main([*words, "--tokenized_data", "shared", "--per_device_train_batch_size", "10"])
+    told = capsys.readouterr().out
+    table = [line.split() for line in told[told.index("source ") :].splitlines() if line]
+    blocks = {line[0]: int(line[-2]) for line in table if len(line) == 8 and line[3] == "%"}
+    weights = {"german": (0.4, 0.4), "code": (0.2, 0.2), "law": (0.1, 0.2), "english": (0.2, 0.2)}
+    weights["old_code"] = (0.1, 0.1)
+    wanted = {name: 160 * first + 40 * last / 1.1 for name, (first, last) in weights.items()}  # the last fifth anneals
+    assert blocks == pytest.approx(wanted, abs=7 / 8) and sum(blocks.values()) == 200
+    metrics = json.loads((tmp_path / "olmoe-on-five" / "eval_results.json").read_text())
+    for name in ("german", "code", "law", "english", "old_code"):
+        measures = {f"eval_{name}_loss", f"eval_{name}_perplexity", f"eval_{name}_bits_per_byte"}
+        assert measures <= set(metrics)
+        assert f"{'adaptation' if name in ('german', 'code', 'law') else 'forgetting'}/{name}" in metrics
 
 
 def test_text_is_tokenised_by_one_process_that_starts_others(tmp_path, start, monkeypatch):

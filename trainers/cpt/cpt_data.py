@@ -490,6 +490,7 @@ def law_of(
 
 def mixture_state(law: MixtureLaw | LawInParts, step: int) -> dict[str, Any]:
     """What a checkpoint says of the mixture: blocks that were read of each source, the weights of the last step."""
+    step = min(step, law.num_batches)  # of a run that was shortened
     weights = law.weights(max(0, step - 1))
     return {
         "blocks_read": {name: law.count(name, step) for name in law.names},
