@@ -289,7 +289,8 @@ def _before_stop(ids: list[int], stop: Sequence[int]) -> list[int]:
 
 
 PARTS = ("questions", "answers", "texts", "continuations", "divergence", "robustness")
-ATTACKS, NO_ATTACKS = ("relearn", "quantise", "prefix", "gradients", "routes"), "none"
+ASKING_ATTACKS = ("relearn", "quantise", "prefix")
+ATTACKS, NO_ATTACKS = (*ASKING_ATTACKS, "gradients", "routes"), "none"
 KINDS_OF_SET = {  # of other kinds a set's questions are asked only where it has none of these
     "unlearn": ("mcq", "cloze", "paraphrase"),
     "obsolete": ("mcq",),

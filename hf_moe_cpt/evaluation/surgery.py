@@ -55,7 +55,7 @@ from hf_moe_cpt.evaluation.scoring import (
     ALL_SETS,
     ANCHORED_SETS,
     ANSWERED_KINDS,
-    ATTACKS,
+    ASKING_ATTACKS,
     CONTINUED_SETS,
     FORGOTTEN,
     PARTS,
@@ -612,11 +612,13 @@ def missing_lines(
         needed = [part for part in PARTS if part != "divergence" or (side != "before" and "before" in raws)]
         lines += [f"{side}: the part {part} was not measured (--parts)" for part in needed if part not in raw]
         attacks = raw.get("robustness", {})
-        absent = [attack for attack in ATTACKS if attack not in (*attacks, "routes")]
-        if attacks:
+        absent = [attack for attack in ASKING_ATTACKS if attack not in attacks]
+        if len(absent) < len(ASKING_ATTACKS):
             lines += [f"{side}: the attack {attack} was not made (--robustness)" for attack in absent]
         elif "robustness" in raw:
-            lines.append(f"{side}: no attack was made: there are no questions about unlearn")
+            lines.append(
+                f"{side}: no attack asked anything: no questions about unlearn, or none of those (--robustness)"
+            )
     measured = {row["set"] for row in measures}
     lines += [f"nothing of the set {name}: {what}" for name, what in NEEDED_SETS.items() if name not in measured]
     lines += [

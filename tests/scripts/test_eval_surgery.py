@@ -136,7 +136,7 @@ def test_two_models_some_parts_and_own_texts(world, tmp_path, capsys):
     own = {"bench": None, "retrained": None, "documents": texts, "parts": ["texts", "robustness"]}
     main(_arguments(world, tmp_path / "run", **own))
     printed = capsys.readouterr().out
-    assert "no attack was made: there are no questions about unlearn" in printed
+    assert "no attack asked anything: no questions about unlearn" in printed
     assert "no retrained model: no privacy leakage" in printed and "nothing of the set update" in printed
     rows = _rows(tmp_path / "run")
     assert {set_name for _, set_name, _ in rows} == {"unlearn", "unseen"} and ("after", "unlearn", "auc_zlib") in rows
