@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -176,10 +177,7 @@ def kind_of(path: Path) -> str | None:
 
 def _files_of_folder(folder: Path, split: str, text_column: str) -> dict[Path, str]:
     """Readable files below a folder that belong to a split, in a fixed order, with their column; says what is not."""
-    found = sorted(
-        path for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )  # fmt: skip
+    found = sorted(_files_below(folder))
     if not any(map(kind_of, found)):
         raise ValueError(f"the folder {folder} holds no data: looked for {_EXTENSIONS}, also in its subfolders.")
     split_of_file = {path: _split_of(path.relative_to(folder)) for path in found if kind_of(path)}
@@ -211,6 +209,22 @@ def _files_of_folder(folder: Path, split: str, text_column: str) -> dict[Path, s
     if left_out:
         logger.warning("%s: %d of %d files are read. Left out: %s.", folder, len(chosen), len(found), listed)
     return chosen
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files that are not hidden, through links to folders too, each folder once; also links to nothing."""
+
+    def refuse(error: OSError) -> None:
+        message = f"cannot read the folder {error.filename}: {error.strerror or error}; check its permissions."
+        raise ValueError(message) from error
+
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        is_known = (real := os.path.realpath(place)) in seen
+        seen.add(real)
+        folders[:] = [] if is_known else sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in names if not is_known and not name.startswith("."))
+        yield from (path for path in paths if path.is_file() or path.is_symlink())
 
 
 def _split_of(relative: Path) -> str:

@@ -8,6 +8,7 @@ import bz2
 import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,6 +311,35 @@ def test_tokenised_data_is_recognised(tmp_path):
     assert read(path) == [[1, 2], [3]]
     with pytest.raises(ValueError, match=r"holds both text \('text'\) and tokenised data"):
         load_text_dataset([path, write(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_are_followed_once_and_those_to_nothing_are_listed(tmp_path, streaming, caplog):
+    """What lay behind a link to a folder was dropped without a word."""
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "a.jsonl", ["far"])
+    write(tmp_path / "data" / "b.jsonl", ["near"])
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "more" / "round").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    assert read(tmp_path / "data", streaming=streaming) == ["near", "far"]
+    assert "2 of 3 files are read. Left out: 1 that cannot be opened (gone.jsonl)." in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    write(tmp_path / "a.jsonl")
+    scandir = os.scandir
+
+    def of_a_stranger(place):
+        if str(place).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", of_a_stranger)
+    with pytest.raises(ValueError, match="cannot read the folder .*shut: Permission denied; check its permissions"):
+        read(tmp_path)
 
 
 def test_split_names_in_a_folder_keep_held_out_files_out(tmp_path):
