@@ -127,7 +127,12 @@ LONGER = {
 }
 
 
-@pytest.mark.parametrize("kind", LONGER)
+QUICKLY = ("linear", "capped", "larger batch")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICKLY else pytest.param(kind, marks=pytest.mark.slow) for kind in LONGER]
+)
 def test_an_extended_run_reads_on_where_each_source_stood(tmp_path, kind):
     """Its mixture was that of the longer run from the first step on: blocks were read twice, others never.
 
