@@ -21,8 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers.distributed import expert_parallel
 
+
+try:
+    from transformers.distributed.expert_parallel import AutoEP, EPImplementationInterface
+except ImportError:  # transformers before 5.23; who asks for expert parallelism is told so in arguments.py
+    AutoEP, EPImplementationInterface = object, None
 
 NAME = "hf_moe_cpt"
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")  # as transformers' models call them
@@ -135,7 +139,7 @@ def _wait(rows: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(rows)
 
 
-class DeduplicatedEP(getattr(expert_parallel, "AutoEP", object)):
+class DeduplicatedEP(AutoEP):
     """transformers' `AutoEP` whose exchange between ranks with different tokens sends no token twice to a rank.
 
     Overrides `__call__`. Ranks that hold the same tokens, as under tensor parallelism, go the parent's way.
@@ -272,5 +276,5 @@ def keep_exchanges() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
-if hasattr(expert_parallel, "EPImplementationInterface"):
-    expert_parallel.EPImplementationInterface.register(NAME, DeduplicatedEP)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register(NAME, DeduplicatedEP)

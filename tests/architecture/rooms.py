@@ -47,7 +47,7 @@ _ROOMS = {
     "planning": _room(f"{_FRONT} modeling reports routing", f"{_NUMBERS} accelerate huggingface_hub"),
     "reports": _room(_FRONT),
     "routing": _room(f"{_FRONT} data lazy_names reports", f"{_NUMBERS} accelerate datasets"),
-    "scripts": _room(".", f"{_TRAINING} huggingface_hub tokenizers tqdm trl vllm xllamacpp yaml"),
+    "scripts": _room(".", f"{_TRAINING} huggingface_hub tokenizers tqdm trl yaml"),
     "trainers": Room(),
     "trainers.common": _room(_COMMON, _TRAINING),
     "trainers.cpt": _room(_COMMON, _TRAINING),
