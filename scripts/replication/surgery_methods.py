@@ -641,7 +641,7 @@ def _arguments(settings: dict[str, Any], folder: str, device: torch.device) -> S
         bf16=on_gpu,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        log_term_gradients=False,
+        save_only_model=True,  # of the best one nothing else is wanted
         report_to="none",
         disable_tqdm=True,
     )
