@@ -43,7 +43,7 @@ from hf_moe_cpt.kernels.expert_parallel import DeduplicatedEP
 from hf_moe_cpt.machine import check_names, leave_process_group, machine_facts, release_memory, synchronize
 from hf_moe_cpt.planning.plan import config_of
 from hf_moe_cpt.reports import write_csv
-from hf_moe_cpt.scripts.benchmarks.harness import GIBIBYTE, Attempt, BenchmarkArguments, StepClock
+from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, Attempt, BenchmarkArguments, StepClock
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
