@@ -118,7 +118,7 @@ from hf_moe_cpt.trainers.surgery.surgery_trainer import SurgeryTrainer
 
 
 DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-BEFORE, RETRAINED = "before", "retrained"
+BEFORE, RETRAINED, SAFE = "before", "retrained", "safe"
 KNOWN_TOPIC = "capitals"  # of benches about countries: what a real model knows before anything is trained
 TUNING_SEED = 0  # final runs have the seeds from 1 on
 COPIES = 2  # of each forgotten text with an invented name, where there are any
@@ -738,6 +738,7 @@ LEGEND = (
     "or was taken over; rate, strength, counterfactuals: steps from the middle of the grid",
 )
 COLUMNS: list[list[Column]] = [list(map(tuple, table)) for table in DATA["columns"]]
+PAIRED: list[Column] = list(map(tuple, DATA["paired"]))
 
 
 def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -771,6 +772,20 @@ def summary_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def paired_rows(architecture: str, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of each other method and the retrained model the differences from safe within a seed, with their intervals."""
+    made = []
+    for method in (*METHODS, RETRAINED):
+        cells = [] if method == SAFE else cells_of(records, method, SAFE)
+        row: dict[str, Any] = {"architecture": architecture, "method": method}
+        for _, name, *_ in PAIRED:
+            pairs = [[cell[one]["measures"].get(name) for one in (method, SAFE)] for cell in cells]
+            if pairs and None not in sum(pairs, []):
+                row[name] = t_interval([ours - theirs for ours, theirs in pairs])
+        made += [row] if cells else []
+    return made
+
+
 def conclude(records: Sequence[Record], failed: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Everything that is printed and written, as JSON can hold it, besides what the comparison was.
 
@@ -783,6 +798,7 @@ def conclude(records: Sequence[Record], failed: Sequence[Mapping[str, str]]) -> 
     return {
         "rows": summary_rows(runs),
         "runs": runs,
+        "paired": [row for name, own in of_each.items() for row in paired_rows(name, own)],
         "failed": list(failed),
         **{key: [row for name, own in of_each.items() for row in judged(key, name, own)] for key in VERDICTS},
     }
@@ -802,6 +818,9 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             for line, row in zip(lines, own, strict=True):
                 line |= {"edge": "edge" if (architecture, row["method"]) in edges else ""} if steps else {}
             parts.append(text_table(lines))
+        beside = [row for row in results["paired"] if row["architecture"] == architecture]
+        if beside:
+            parts += ["less safe, within a seed", text_table([table_row(row, PAIRED, {}) for row in beside])]
     parts += LEGEND
     for title, key in (("Claims", "claims"), ("Targets", "targets")):
         if results[key]:

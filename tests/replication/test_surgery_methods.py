@@ -329,6 +329,10 @@ def test_rows_hold_means_intervals_cost_and_quality():
     assert rows["safe"]["cost"].mean == pytest.approx(0.19) and "cost" not in rows[methods.RETRAINED]
     assert rows["safe"]["forget_quality"].mean == 1.0 and rows["safe"]["rate"] == 1
     assert "relearn/untaught" not in rows[methods.BEFORE]
+    beside = {row["method"]: row for row in results["paired"]}
+    assert set(beside) == {*shown, methods.RETRAINED} - {"safe"}
+    assert beside["paper"]["accuracy/unlearn"] == pytest.approx((-0.02, half))  # 0.30 - 0.31 and 0.28 - 0.31
+    assert beside[methods.RETRAINED]["accuracy/update"] == pytest.approx((0.02, 0.0))
     forced = [record("safe", 1) | {"truth_ratios": [0.01] * 8}, record(methods.RETRAINED, 1)]
     assert methods.flat_rows(forced)[0]["forget_quality"] == pytest.approx(stats.ks_2samp(
         forced[0]["truth_ratios"], forced[1]["truth_ratios"], method="exact").pvalue)  # fmt: skip
@@ -416,7 +420,13 @@ def test_text_and_plot(tmp_path: Path):
     assert text.index("llama, 2 seeds") < text.index("cpt_moe, 1 seeds") < text.index("Claims") < text.index("Targets")
     assert text.splitlines()[-1] == "llama-seed3-test-paper failed: the loss is no number"
     lines = [line for line in text.split("cpt_moe")[0].splitlines() if line.startswith("safe ")]
-    assert len(lines) == 3 and "31.0 ± 0.0" in lines[0] and lines[0].rstrip().endswith("edge") and "46.0" in lines[2]
+    assert (
+        "less safe, within a seed" in text
+        and len(lines) == 3
+        and "31.0 ± 0.0" in lines[0]
+        and lines[0].rstrip().endswith("edge")
+        and "46.0" in lines[2]
+    )
     assert "old routes" in text.split("cpt_moe, 1")[1] and "old routes" not in text.split("cpt_moe, 1")[0]
     methods.draw(tmp_path / "plot.png", results)
     assert (tmp_path / "plot.png").stat().st_size > 20_000
