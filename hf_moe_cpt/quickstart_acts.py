@@ -328,8 +328,8 @@ def operate(acts: Acts, start: Path, replayed: Dataset) -> dict[str, Any]:
         max_steps=scale.surgery_steps,
         eval_steps=max(1, scale.surgery_steps // 4),
         max_length=FACT_TOKENS,
-        retain_batch_size=16,
-        obsolete_weight=0.5,  # with the default of 0.1 the old answer ends below its target in so few steps
+        **{f"{name}_batch_size": 16 if name == "retain" else 4 for name in rows},
+        counterfactuals=0,
         retain_weight=4.0,  # with 2 and weights of 1 some of the other facts are lost
         unseen_weight=4.0,
         neighbour_weight=2.0,

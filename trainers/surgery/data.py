@@ -16,6 +16,7 @@ Source: ours; prompts are divided from completions as TRL does, at the end of th
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import re
@@ -302,6 +303,26 @@ def _side_by_side(tokens: Dataset, others: Dataset, role: str) -> Dataset:
 SYLLABLES = ("ba", "ro", "mi", "ten", "vel", "kas", "dor", "lin", "sa", "mu", "pe", "gon", "ri", "tal", "zo", "nek")
 
 
+TEXT_COLUMNS = ("text", "prefix", "prompt", "completion", "messages")
+COPIES = 2  # of each forgotten text, where the rows say whom they are about
+
+
+def named_words(row: Row) -> list[str]:
+    """The words of a row's subject, of three letters and more, if any of them stands in its text; else none."""
+    own = [word for word in re.findall(r"\w+", row.get("subject") or "") if len(word) > 2]
+    text = json.dumps([row.get(column) for column in TEXT_COLUMNS], ensure_ascii=False)
+    return own if set(own) & set(re.findall(r"\w+", text)) else []
+
+
+def number_of_copies(args: SurgeryConfig, given: Mapping[str, Dataset | None], train: Mapping[str, Dataset]) -> int:
+    """`counterfactuals`, or what stands for it where it is unset."""
+    if args.counterfactuals is not None:
+        return args.counterfactuals
+    rows = [row for name in FORGET_SETS if name in train for row in given[name]]
+    is_held = any(name in train for name in ("neighbour", "retain"))
+    return COPIES if is_held and rows and all(map(named_words, rows)) else 0
+
+
 def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dataset:
     """Copies of each row in which every word of its subject is an invented one, the same wherever it stands.
 
@@ -317,25 +338,19 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
 
     made = []
     for number, row in enumerate(rows):
-        own = [word for word in re.findall(r"\w+", row.get("subject") or "") if len(word) > 2]
+        own = named_words(row)
+        if not own:
+            raise ValueError(
+                f"row {number} (counted from 0) of {name}_dataset: its text does not name its subject "
+                f"{shown(row.get('subject'))}: counterfactuals need the column 'subject', as the texts write it."
+            )
         for copy in range(copies):
             drawn = {word: derive_seed(seed, "invented", name, number, copy, word) for word in own}
             words = {
                 word: "".join(SYLLABLES[(key >> shift) % 16] for shift in (0, 8, 16)) for word, key in drawn.items()
             }
             words = {word: new.capitalize() if word[0].isupper() else new for word, new in words.items()}
-            texts = {
-                key: value
-                for key, value in row.items()
-                if key in ("text", "prefix", "prompt", "completion", "messages")
-            }
-            other = renamed(texts, words)
-            if other == texts:
-                raise ValueError(
-                    f"row {number} (counted from 0) of {name}_dataset: its text does not name its subject "
-                    f"{shown(row.get('subject'))}: counterfactuals need the column 'subject', as the texts write it."
-                )
-            made.append(other)
+            made.append({key: renamed(value, words) for key, value in row.items() if key in TEXT_COLUMNS})
     return Dataset.from_list(made)
 
 
@@ -450,12 +465,13 @@ def prepare_sets(
                     train[name], measured[name] = sets[name].select(kept), sets[name].select(apart)
                     subjects = [subjects[place] for place in kept]
             anchored.update(subjects)
-        if args.counterfactuals:
-            _add_counterfactuals(args, given, tokenize, train, measured)
+        copies = number_of_copies(args, given, train)
+        if copies:
+            _add_counterfactuals(copies, args.seed, given, tokenize, train, measured)
         for name in FORGET_SETS:
             loss = args.forget_losses[name]
             if name in train and getattr(loss, "needs_copies", False):
-                options = {"copies": max(1, args.counterfactuals), "seed": args.seed, "name": name}
+                options = {"copies": max(1, copies), "seed": args.seed, "name": name}
                 train[name] = with_renamed(sets[name], given[name], tokenize, **options)
             if name not in train or not isinstance(loss, PairLoss):
                 continue
@@ -468,7 +484,8 @@ def prepare_sets(
 
 
 def _add_counterfactuals(
-    args: SurgeryConfig,
+    number: int,
+    seed: int,
     given: Mapping[str, Dataset | None],
     tokenize: Callable[..., Dataset],
     train: dict[str, Dataset],
@@ -482,7 +499,7 @@ def _add_counterfactuals(
     if anchor is None:
         raise ValueError("counterfactuals stand among neighbour or retain text: give one of these sets.")
     copies = [
-        tokenize(with_invented_names(given[name], args.counterfactuals, args.seed, name), name=f"copies of {name}")
+        tokenize(with_invented_names(given[name], number, seed, name), name=f"copies of {name}")
         for name in FORGET_SETS
         if name in train
     ]

@@ -48,7 +48,7 @@ CHOICES = {
     "reference": ("auto", "copy", "adapter", "cache"),
 }
 _POSITIVE = ("max_length", "chunk_tokens", "eval_rows", "eval_batch_size", *(f"{name}_batch_size" for name in TERMS))
-_AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts", "counterfactuals", "forget_sharpness")
+_AT_LEAST_0 = ("router_anchor", "expert_anchor", "target_experts", "forget_sharpness")
 _AT_LEAST_0 += ("anchor_dual_rate", "anchor_budget", "weight_noise_scale", "negation", "router_projection")
 _ABOVE_0_OR_NONE = ("update_target", "max_retain_kl")
 _MUST_STAY = {
@@ -72,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{f"{name}_batch_size": 1 for name in PAPER_WEIGHTS},
         "forget_loss": "ga",
         "forget_target": None,
+        "counterfactuals": 0,
         "kl_direction": "forward",
         "normalization": "sequence",
         "mask_prefix": False,
@@ -141,12 +142,12 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
 
     # --- the objective: weights are at least 0, and every term is minimised ---
     unlearn_weight: float = HfArg(default=0.5, help="Weight of forgetting unlearn_dataset.")
-    obsolete_weight: float = HfArg(default=0.1, help="Weight of forgetting obsolete_dataset.")
+    obsolete_weight: float = HfArg(default=0.5, help="Weight of forgetting obsolete_dataset.")
     update_weight: float = HfArg(default=1.0, help="Weight of the cross entropy of update_dataset.")
-    retain_weight: float = HfArg(default=1.0, help="Weight of the KL on retain_dataset.")
-    neighbour_weight: float = HfArg(default=1.0, help="Weight of the KL on neighbour_dataset.")
+    retain_weight: float = HfArg(default=3.0, help="Weight of the KL on retain_dataset.")
+    neighbour_weight: float = HfArg(default=3.0, help="Weight of the KL on neighbour_dataset.")
     unseen_weight: float = HfArg(
-        default=1.0, help="Weight of the KL on unseen_dataset: what the forgotten texts share with it stays as it was."
+        default=3.0, help="Weight of the KL on unseen_dataset: what the forgotten texts share with it stays as it was."
     )
     forget_loss: str = HfArg(default="aim", help=f"Forget loss: {LOSS_NAMES}; in Python also a function.")
     obsolete_loss: str | None = HfArg(
@@ -179,10 +180,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         help="Forget at the worst point within this distance of the weights, which holds against relearning and "
         "rounding (SAM): twice the passes of forgetting.",
     )
-    counterfactuals: int = HfArg(
-        default=0,
+    counterfactuals: int | None = HfArg(
+        default=None,
         help="Copies of each text to be forgotten with an invented name for its subject, among the neighbours (else "
-        "among retain): needs the column subject, as the texts write it.",
+        "among retain): needs the column subject, as the texts write it. Unset: 2 where every row has that, else 0.",
     )
     anchor_dual_rate: float = HfArg(
         default=0.0,
@@ -211,12 +212,12 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     )
 
     # --- the rows of a micro-batch, on each device ---
-    unlearn_batch_size: int = HfArg(default=4, help="Rows of unlearn_dataset in a micro-batch.")
-    obsolete_batch_size: int = HfArg(default=4, help="Rows of obsolete_dataset in a micro-batch.")
-    update_batch_size: int = HfArg(default=4, help="Rows of update_dataset in a micro-batch.")
-    retain_batch_size: int = HfArg(default=4, help="Rows of retain_dataset in a micro-batch.")
-    neighbour_batch_size: int = HfArg(default=4, help="Rows of neighbour_dataset in a micro-batch.")
-    unseen_batch_size: int = HfArg(default=4, help="Rows of unseen_dataset in a micro-batch.")
+    unlearn_batch_size: int = HfArg(default=8, help="Rows of unlearn_dataset in a micro-batch.")
+    obsolete_batch_size: int = HfArg(default=8, help="Rows of obsolete_dataset in a micro-batch.")
+    update_batch_size: int = HfArg(default=8, help="Rows of update_dataset in a micro-batch.")
+    retain_batch_size: int = HfArg(default=8, help="Rows of retain_dataset in a micro-batch.")
+    neighbour_batch_size: int = HfArg(default=8, help="Rows of neighbour_dataset in a micro-batch.")
+    unseen_batch_size: int = HfArg(default=8, help="Rows of unseen_dataset in a micro-batch.")
     max_length: int = HfArg(default=1024, help="Tokens of a row; longer ones are cut.")
     mask_prefix: bool = HfArg(default=True, help="Leave the column prefix, a header, out of all losses.")
     append_eos: bool = HfArg(default=True, help="End each text with EOS, which counts as a token.")
@@ -330,6 +331,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be at least 1; a set is left out by a weight of 0."
                 )
+        if self.counterfactuals is not None and self.counterfactuals < 0:
+            raise ValueError(
+                f"counterfactuals={self.counterfactuals} must be at least 0; unset: 2 where names are known."
+            )
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0; 0 leaves it out.")

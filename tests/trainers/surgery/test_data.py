@@ -327,11 +327,20 @@ def test_copies_stand_among_the_neighbours_and_are_not_measured(tmp_path):
     for place, name in enumerate(("unlearn", "obsolete", "update", "neighbour"), 1):
         names = [f"w{10 * place + k}" for k in range(5)]
         given[name] = Dataset.from_list([{"text": f"{who} w2 w3 w4", "subject": who} for who in names])
-    args = SurgeryConfig(str(tmp_path), counterfactuals=2, use_cpu=True, forget_target=2.0)
-    plain = prepare_sets(SurgeryConfig(str(tmp_path), use_cpu=True, forget_target=2.0), word_tokenizer(), 48, given)
-    sets = prepare_sets(args, word_tokenizer(), 48, given)
-    assert len(sets.train["neighbour"]) == 5 * len(plain.train["neighbour"]) + 2 * (5 + 5), "half of them are its own"
+
+    def prepared(rows, counterfactuals):
+        args = SurgeryConfig(str(tmp_path), counterfactuals=counterfactuals, use_cpu=True, forget_target=2.0)
+        return prepare_sets(args, word_tokenizer(), 48, rows)
+
+    plain, sets = prepared(given, 0), prepared(given, 2)
+    own = len(plain.train["neighbour"])
+    assert len(sets.train["neighbour"]) == 5 * own + 2 * (5 + 5), "half of them are its own"
     assert sets.measured["neighbour"].to_list() == plain.measured["neighbour"].to_list()
+    assert prepared(given, None).train["neighbour"].to_list() == sets.train["neighbour"].to_list(), "the default"
+    somebody = Dataset.from_list([*given["obsolete"].to_list()[:4], {"text": "w2 w3 w4", "subject": "w9x"}])
+    nobody = given["unlearn"].remove_columns("subject")
+    for rows in (given | {"obsolete": somebody}, given | {"unlearn": nobody}):
+        assert len(prepared(rows, None).train["neighbour"]) == own, "not all are named"
 
 
 def test_rows_stand_beside_copies_and_know_where_their_tokens_are_in_them():
@@ -366,7 +375,7 @@ def test_value_aim_takes_its_copies_along(tmp_path):
     options = {"forget_loss": "value_aim", "use_cpu": True, "forget_target": 2.0}
     train = prepare_sets(SurgeryConfig(str(tmp_path), **options), word_tokenizer(), 48, given).train
     assert all(row["renamed_places"] == [-1, 1, 2, -1, 4, 5] for row in train["unlearn"])
-    assert len(train["unlearn"]) == 5 and "renamed_places" not in train["neighbour"].column_names
+    assert len(train["unlearn"]) == 10 and "renamed_places" not in train["neighbour"].column_names
     bare = given | {"unlearn": given["unlearn"].remove_columns("subject")}
     with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its text does not name its subject"):
         prepare_sets(SurgeryConfig(str(tmp_path), **options), word_tokenizer(), 48, bare)

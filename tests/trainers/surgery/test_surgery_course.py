@@ -291,7 +291,7 @@ def test_the_weight_of_the_anchors_follows_what_is_measured(tmp_path):
     batch = run._prepare_inputs(collate_sets([run.train_dataset[0]], run.pad_token_id))["retain"]
     run.units = {}
     weighted, plain = run._weighted_term("retain", run.model, batch)[0], run.terms.of("retain", run.model, batch).loss
-    assert float(weighted) == pytest.approx(want * float(plain), rel=1e-5)
+    assert float(weighted) == pytest.approx(want * run.args.retain_weight * float(plain), rel=1e-5)
 
 
 def test_noise_takes_the_place_of_a_share_of_the_weights_and_anchors_distil(tmp_path):
