@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.hub.cards import CardArguments, build_card, card_of_a_person, write_card
-from hf_moe_cpt.hub.contents import CARD
+from hf_moe_cpt.hub.contents import CARD, check_checkpoint
 
 
 @dataclass
@@ -34,6 +34,7 @@ ARGUMENTS = (CardArguments, OutputArguments)
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build the card, print or write it."""
     card, output = parse_arguments(ARGUMENTS, argv, program="hf-moe-cpt card", description=__doc__)
+    check_checkpoint(card.folder, needs_tokenizer=False, needs_base=False)  # what it counts must be there
     told = card.told(output.repository)
     if output.print:
         print(build_card(card.folder, told, card.method).text)

@@ -1011,9 +1011,10 @@ def run(models: ModelArguments, bench: BenchArguments, settings: EvalSettings, o
     if not work.state.is_main_process:
         return None
     options = {"confidence": output.confidence, "seed": settings.seed, "resamples": output.resamples}
-    summary = summarise(**raws, notes=work.notes, **options)
     from hf_moe_cpt.evaluation.surgery_report import text_report, write_files
 
     facts = {"settings": work.folder.settings, "machine": machine_facts(work.device, output.commit)}
-    write_files(work.folder.root, summary, raws, facts)
-    return f"files: {output.output_dir}\n\n{text_report(summary)}"
+    with reading(work.folder.root / "work", "remove the part that was changed there, and it is measured again"):
+        summary = summarise(**raws, notes=work.notes, **options)
+        write_files(work.folder.root, summary, raws, facts)
+        return f"files: {output.output_dir}\n\n{text_report(summary)}"

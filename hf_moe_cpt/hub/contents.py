@@ -25,6 +25,8 @@ import pickletools
 import re
 import struct
 import tokenize
+import unicodedata
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,13 +85,15 @@ _SECRETS = {
     "a signed token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
     "a key of Azure": r"AccountKey=[A-Za-z0-9+/]{40,}|[?&]sig=[A-Za-z0-9%+/]{30,}",
     "a password in an address": r"\w://[^/\s:@\"']{1,80}:[^/\s:@\"'{}<$*][^/\s:@\"']{2,80}@[\w.-]",
+    "a token of a service": r"\bdo[opr]_v1_[0-9a-f]{64}|\b(?:dapi|shp[a-z]{2}_)[0-9a-f]{32}|\bhvs\.[\w-]{24,}",
     "a header with a secret": r"(?i:authorization)[\"']?\s*[:=]\s*[\"']?(?i:bearer|basic)\s+[\w.+/=-]{12,}",
     "an entry of a .netrc": r"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+",
 }
 _FORMS = re.compile("|".join(f"(?P<k{number}>{form})" for number, form in enumerate(_SECRETS.values())))
 _NAMED = re.compile(
-    r"(?i:(?:^|[^a-z])(?:[a-z]+[_-])*(?:password|passwd|passphrase|secret(?:[_-]?(?:access)?[_-]?key)?|api[_-]?key|"
-    r"access[_-]?key|private[_-]?key|credentials?|(?:auth|access|api|hub|hf|refresh|bot|wandb)[_-]?token)|"
+    r"(?i:(?:^|[^a-z])(?:[a-z]+[_-])*(?:password|passwd|passphrase|secret(?:[_-]?(?:access)?[_-]?key)?|"
+    r"(?:api|access|private|wandb|account|signing|master|service)[_-]?key|credentials?|"
+    r"(?:auth|access|api|hub|hf|refresh|bot|wandb|session)[_-]?token)|"
     r"(?:^|[\"'])token)[\"']?\s*[:=]\s*[\"']?(?P<value>[^\s\"',;}{\[\]()<>]{8,})"
 )
 # Forty letters with "/" and "+" are how AWS writes its secrets; longer ones are paths.
@@ -99,6 +103,13 @@ _RUN, _NOISE_LETTERS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+|[+/=]+"), 2.9  # let
 _NOISE_BITS = 3.9  # of entropy a character: 24 random letters and digits have 4.3 on average, names of any kind less
 
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]|\\\\+(?=[_*`~-])")  # what a page does not show
+_ESCAPED, _BASE64 = re.compile(r"\\+u00([0-7][0-9a-fA-F])"), re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{40,}")
+# A drawing that does something, or brings what is no drawing; and where it holds words.
+_ACTIVE = re.compile(
+    r"(?i)<\s*(?:script|foreignobject|iframe|object|embed)\b|<[^>]*\son\w+\s*=|javascript:|"
+    r"(?:href|src)\s*=\s*[\"']?(?!#|[\"']|data:image/(?:png|jpeg))"
+)
+_WORDS_OF_DRAWING = re.compile(r"<style.*?</style>|<!--(.*?)-->|>([^<>]+)<", re.DOTALL)
 _JINJA_NOTE = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 _ROOTS = (
@@ -141,6 +152,9 @@ def read_contents(folder: str | Path, include: Sequence[str] = ()) -> Contents:
             names.append(name)
         else:
             left[name] = "no kind that is published" if kind == "file" else kind
+    for name in names:
+        if (found := find_secret(name, is_vocabulary=True)) is not None:
+            raise ValueError(f"the name of a file in {str(root)!r} holds what looks like {found[0]}: rename it.")
     going = {name: clean(root / name, name, name in extra) for name in names if not name.endswith(".safetensors")}
     tensors = tuple(name for name in names if name not in going)
     for name in tensors:
@@ -230,7 +244,7 @@ def refuse_secrets(path: Path, text: str, is_vocabulary: bool = False, row: int 
 def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | None:
     """The kind of the first secret in a text, as it is written or as a page shows it, and its line, from 1; None if
     there is none."""
-    for reading_of_it in (text, _UNSEEN.sub("", html.unescape(unquote(text)))):
+    for reading_of_it in _readings(text):
         match = _FORMS.search(reading_of_it)
         if match:
             return list(_SECRETS)[int(match.lastgroup[1:])], reading_of_it.count("\n", 0, match.start()) + 1
@@ -247,6 +261,16 @@ def find_secret(text: str, is_vocabulary: bool = False) -> tuple[str, int] | Non
         if min(kinds) >= 2 and entropy(word) > _NOISE_BITS and not of_words:
             return "a key (letters without a pattern)", text.count("\n", 0, match.start()) + 1
     return None
+
+
+def _readings(text: str) -> set[str]:
+    """A text as it is written, as a page shows it, escaped once or twice, and with what stands in base64."""
+    shown = text
+    for _ in range(2):
+        shown = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), html.unescape(unquote(shown)))
+    plain = _UNSEEN.sub("", unicodedata.normalize("NFKC", shown))
+    decoded = _BASE64.sub(lambda match: b64decode(match[0][: len(match[0]) // 4 * 4]).decode("latin-1"), text)
+    return {text, plain, decoded}
 
 
 def entropy(word: str) -> float:
@@ -310,6 +334,15 @@ def _require_facts(path: Path, value: Any, field: str = "") -> None:
         )
 
 
+def _require_drawing(path: Path, text: str) -> None:
+    """Raise ValueError for a drawing with something that acts, or with a text longer than labels are."""
+    if active := _ACTIVE.search(text):
+        raise ValueError(f"{str(path)!r} holds more than a drawing ({active[0][:40]!r}): save the plot again.")
+    longest = max((len(note or label) for note, label in _WORDS_OF_DRAWING.findall(text)), default=0)
+    if longest > MAX_FACT:
+        raise ValueError(f"{str(path)!r} holds a text of {longest} characters: take it out of the drawing.")
+
+
 def entries_of(root: Path) -> Iterator[tuple[str, str]]:
     """Every entry but plain folders, sorted, as "file", "a link" or "no plain file"; nothing behind a link."""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
@@ -351,6 +384,7 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
         if name == "tokenizer_config.json":
             words = ("added_tokens_decoder", "chat_template")
             kept = {k: v for k, v in value.items() if k not in _READING}
+            _require_facts(path, {k: v for k, v in kept.items() if k not in words and not is_included})
             reduced = {k: v if k in words or k.endswith("_token") else _without_paths(v) for k, v in kept.items()}
             if isinstance(value.get("chat_template"), str):
                 reduced["chat_template"] = _without_paths_in_notes(value["chat_template"], "jinja")
@@ -358,6 +392,8 @@ def clean(path: Path, name: str, is_included: bool = False, data: bytes | None =
             _require_facts(path, {} if is_vocabulary or is_included else value)
             reduced = value if is_vocabulary or is_included else _without_paths(value)
         return data if reduced == value else (json.dumps(reduced, indent=2) + "\n").encode()
+    if path.suffix == ".svg":
+        _require_drawing(path, text)
     is_code = path.suffix in (".py", ".jinja")
     if is_included or (is_vocabulary and not is_code):
         return data

@@ -80,6 +80,24 @@ REFUSED = {  # case, and what is said of it
     "deep rows": (Case("analyze", file="text.jsonl", damage=DAMAGE["deep"]), "text.jsonl"),
     "an adapter, trained": (Case("cpt", {"model_name_or_path": "adapter"}), "merge it into its base"),
     "empty pairs": (Case("rainbowpo", file="pairs.jsonl", damage=DAMAGE["empty"]), "pairs.jsonl"),
+    "lost tensor, told": (Case("card", file="run/model.safetensors", damage=WEIGHTS["lost"]), "be random"),
+    "no mode": (Case("cpt", {"torch_compile_mode": "fast"}), "'fast' is unknown: choose from default,"),
+    "another's record": (
+        Case("surgery-eval/resume", file="begun-surgery-eval/work/after/texts.json", damage=VALUES["features", None]),
+        "begun-surgery-eval/work cannot be used",
+    ),
+    "another's data": (
+        Case("cpt/tokenized", file="tokenized/train/words/state.json", damage=VALUES["_data_files", "[1]"]),
+        "tokenized/train/words cannot be used",
+    ),
+    "a tokenizer of words": (
+        Case("quickstart/resume", file="begun-quickstart/tokenizer/tokenizer.json", damage=VALUES["model", "words"]),
+        "the tokenizer of 'begun-quickstart/tokenizer' cannot be used",
+    ),
+    "lost tensor, adapter": (
+        Case("surgery-eval/adapter", file="adapter/adapter_model.safetensors", damage=WEIGHTS["lost"]),
+        "would be random",
+    ),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }
 

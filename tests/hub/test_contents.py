@@ -195,6 +195,19 @@ HELD_OUT = {
     "code of nobody": ("modeling_old.py", "# dear diary", "diary"),
     "text in a configuration": ("config.json", [DIARY], "diary"),
     "text in results": ("all_results.json", [DIARY], "diary"),
+    "base64": ("README.md", base64.b64encode(HF.encode()).decode(), "YWJBYjNB"),
+    "other width": ("README.md", HF.replace("hf_", "\uff48\uff46\uff3f"), "Ab3Ab3"),
+    "percent twice": ("README.md", HF.replace("_", "%255F"), "Ab3Ab3"),
+    "escaped twice": ("config.json", HF.replace("_", "\\u005f"), "Ab3Ab3"),
+    "DigitalOcean": ("README.md", "dop_v1_" + "0a1b2c3d4e5f6789" * 4, "0a1b2c3d"),
+    "named": ("generation_config.json", {"wandb_key": HEX}, HEX),
+    "session": ("README.md", "aws_session_token=FwoGZXIvYXdzEJr//////////wEaDHc" + "Ab3dE6" * 10, "FwoGZX"),
+    "script in a drawing": ("plots/loss.svg", "<svg><script>alert(1)</script></svg>", "alert"),
+    "act in a drawing": ("plots/loss.svg", "<svg onload='alert(1)'></svg>", "alert"),
+    "address in a drawing": ("plots/loss.svg", "<svg><a href='https://evil.example'>x</a></svg>", "evil"),
+    "text in a drawing": ("plots/loss.svg", f"<svg><desc>{DIARY}</desc></svg>", "dear"),
+    "text in a token": ("tokenizer_config.json", [DIARY], "dear"),
+    "name of a drawing": (f"plots/{HF}.svg", "<svg></svg>", "<svg></svg>"),
 }
 
 
