@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 
 from hf_moe_cpt.cli import HELP_ALL_WORDS, HELP_WORDS, USER_ERROR, format_help
 from hf_moe_cpt.modeling.configuration_cpt_moe import PADDED_SHARD
-from hf_moe_cpt.reading import reading
+from hf_moe_cpt.reading import reading, unique_keys
 from hf_moe_cpt.settings import check_values, wants_list
 
 
@@ -229,8 +229,8 @@ def path_of_config(config: str) -> str:
 def json_object(option: str, text: str | None) -> dict[str, Any]:
     """The object in `text`, an empty one for None. Raises ValueError, naming the option, for anything else."""
     try:
-        values = json.loads(text or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(text or "{}", object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{option} {(text or '')[:200]!r} is no JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{option} {text!r} must be a JSON object of name: value.")

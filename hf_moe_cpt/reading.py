@@ -78,6 +78,15 @@ def read_json(path: str | Path, **fields: Any) -> dict[str, Any]:
     return found
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of json: ValueError for a key given twice, of which the last would win unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 def _is_finite(value: Any) -> bool:
     """Whether a number, or all in a list or among the values of an object, are neither NaN nor infinite."""
     numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]

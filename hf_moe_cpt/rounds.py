@@ -21,7 +21,7 @@ import yaml
 from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 
-from hf_moe_cpt.arguments import json_object, parse_arguments
+from hf_moe_cpt.arguments import UniqueKeys, json_object, parse_arguments
 from hf_moe_cpt.cli import COMMANDS
 from hf_moe_cpt.cli import main as run_command
 from hf_moe_cpt.evaluation.resumable import ResumableFolder, read_json, write_json
@@ -80,8 +80,8 @@ def read_options(option: str, text: str, command: str) -> Options:
         options = json_object(option, text)
     else:
         try:
-            options = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            options = yaml.load(Path(text).read_text(encoding="utf-8"), UniqueKeys)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{option} {text!r} is neither a JSON object nor a YAML file: {error}.") from error
         if not isinstance(options, dict):
             raise ValueError(f"{option} {text!r} must hold options by their names.")

@@ -108,7 +108,7 @@ def configurations_of(folder: Path) -> dict[str, dict[str, Any]]:
         head = _CARD_HEAD.match((folder / "README.md").read_text(encoding="utf-8-sig"))
         known = yaml.safe_load(head[1]).get("configs") or ()
         return {str(config["config_name"]): config for config in known if "config_name" in config}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # none, or about something else
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):  # about something else
         return {}
 
 
@@ -122,11 +122,14 @@ def _files_of_configuration(folder: Path, name: str, split: str) -> list[Path]:
     try:
         patterns = get_data_patterns(base) if given is None else sanitize_patterns(given)
         found = DataFilesDict.from_patterns(patterns, base_path=base)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}, configuration {name}: {first_line_of(error)}") from error
     if not found.get(split):
         has = ", ".join(split for split, files in found.items() if files) or "none that has files"
         raise ValueError(f"{folder}, configuration {name}: of its splits choose {has}, not {split!r}.")
+    inside = os.path.abspath(folder)  # links are followed: a snapshot of the Hub is made of them
+    if outside := [file for file in found[split] if not Path(os.path.abspath(file)).is_relative_to(inside)]:
+        raise ValueError(f"{folder}, configuration {name} names {outside[0]!r}, which lies outside of the folder.")
     return [Path(file) for file in found[split]]
 
 

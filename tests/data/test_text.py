@@ -286,6 +286,8 @@ def test_a_configuration_of_a_folder_laid_out_like_a_data_set_of_the_hub(tmp_pat
     card = "configs:\n- {config_name: deu, data_files: [{split: train, path: data/de/train*}, "
     card += "{split: test, path: data/de/test*}]}\n- {config_name: eng, data_files: 'data/en/*.jsonl'}\n"
     card += "- {config_name: all, data_dir: data}\n- {config_name: gone, data_files: x/*}\n"
+    card += "- {config_name: out, data_files: ../outside.jsonl}\n"
+    write(tmp_path.parent / "outside.jsonl", ["of another folder"])
     (tmp_path / "README.md").write_text(f"---\n{card}---\n# Texts\n")
     options = {"streaming": streaming}
     assert read(tmp_path, config_name="deu", **options) == ["de train"]
@@ -295,8 +297,9 @@ def test_a_configuration_of_a_folder_laid_out_like_a_data_set_of_the_hub(tmp_pat
     assert sorted(read(tmp_path, **options)) == ["de train", "en train"]
     assert "1 the card of a data set (README.md)" in caplog.text
     for name, split, message in (
-        ("fra", "train", "has the configurations deu, eng, all, gone, not 'fra': choose one of them"),
+        ("fra", "train", "has the configurations deu, eng, all, gone, out, not 'fra': choose one of them"),
         ("eng", "test", "configuration eng: of its splits choose train, not 'test'"),
+        ("out", "train", "configuration out names '.*outside.jsonl', which lies outside of the folder"),
         ("gone", "train", "configuration gone: of its splits choose none that has files"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from hf_moe_cpt.optim.schedules import (
     default_phases,
     default_rates,
 )
-from hf_moe_cpt.reading import reading
+from hf_moe_cpt.reading import reading, unique_keys
 from hf_moe_cpt.settings import check_settings
 from hf_moe_cpt.trainers.common.arguments import FLAGS_OF_SCRIPTS, OPTIONS_OF_EPOCHS, SharedArguments, refuse_unread
 
@@ -219,7 +219,7 @@ class CPTConfig(SharedArguments, TrainingArguments):
         """Raise ValueError for a mixture that nothing can be made of, and for weights that change to nothing."""
         if isinstance(self.mixture, str):
             with reading(f"mixture={self.mixture[:200]!r}", "give a JSON object, a source by name"):
-                self.mixture = json.loads(self.mixture)
+                self.mixture = json.loads(self.mixture, object_pairs_hook=unique_keys)
         if self.weight_schedule not in WEIGHT_SCHEDULES:
             raise ValueError(
                 f"weight_schedule={self.weight_schedule!r} is unknown: choose one of {', '.join(WEIGHT_SCHEDULES)}."

@@ -47,7 +47,7 @@ from hf_moe_cpt.data.text import (
 )
 from hf_moe_cpt.hub.checkpoint_io import appearing_whole, check_output
 from hf_moe_cpt.optim.schedules import Extension, default_rates
-from hf_moe_cpt.reading import read_json, reading
+from hf_moe_cpt.reading import read_json, reading, unique_keys
 from hf_moe_cpt.reports import aligned
 from hf_moe_cpt.settings import fits, named
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
@@ -121,7 +121,7 @@ class Source:
         """From a mapping or its JSON, or from `NAME=PATH:WEIGHT:ROLE` in which weight and role may be left out."""
         if isinstance(given, str) and given.startswith("{"):
             with reading(f"--sources {given[:200]!r}", "write NAME=PATH:WEIGHT, or a JSON object"):
-                given = json.loads(given)
+                given = json.loads(given, object_pairs_hook=unique_keys)
         if isinstance(given, str):
             name, found, rest = given.partition("=")
             path, *more = re.split(r":(?=new$|replay$|held_out$|[0-9.eE+-]+(?::|$))", rest)

@@ -43,6 +43,7 @@ def test_a_source_is_written_in_a_word_or_as_a_mapping():
         ({"name": 5, "path": "x", "weight": 1}, "name=5 is no str"),
         ({"name": "de", "path": [1], "weight": 1}, "path=.1. is no str or list"),
         ({"name": "de", "path": "x", "weight": 1, "split": 5}, "split=5 is no str"),
+        ('{"name": "de", "path": "x", "weight": 1, "weight": 2}', "the key 'weight' is given twice"),
         ("../de=texts:1", "'../de': a name is a word without slashes"),
         ("=texts:1", "'': a name is a word"),
         ('{"name": [' + "[" * 100_000, "^--sources '.*' cannot be used .RecursionError"),
