@@ -29,7 +29,7 @@ from hf_moe_cpt.evaluation.resumable import (
     ResumableFolder,
     Row,
     checksum_of_values,
-    read_lines,
+    read_shard,
     write_json,
     write_lines,
 )
@@ -567,7 +567,7 @@ class Evaluation:
         release_memory(self.device)
         if self.job.output.stop_after == stage:
             raise Stopped
-        return [row for name in sizes for row in read_lines(self.folder.root / name)]
+        return [row for name in sizes for row in read_shard(self.folder.root / name)]
 
     def _responder(self, side: Side) -> Make:
         """From prompts to responses: ready-made ones, or drawn by the model; those of policy and reference apart."""

@@ -78,14 +78,14 @@ class ResumableFolder:
         sizes: items of each file by its name. load: called only if a file is missing, so what is finished reads no
         weights. label, unit: of the bar.
         """
-        missing = {place: name for place, name in enumerate(sizes) if not (self.root / name).is_file()}
+        missing = {place: name for place, name in enumerate(sizes) if not _is_finished(self.root / name)}
         if not missing:
             return
         make, total = load(), sum(sizes.values())
         done = total - sum(sizes[name] for name in missing.values())
         with tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=1) as bar:
             for place, name in missing.items():
-                write_lines(self.root / name, make(place, bar.update))
+                write_shard(self.root / name, make(place, bar.update))
                 done += sizes[name]
                 bar.update(done - bar.n)  # what was left out
 
@@ -107,10 +107,27 @@ def write_json(path: Path, value: Any) -> None:
     _write_whole(path, [json.dumps(value, indent=1)])
 
 
-def read_lines(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines."""
-    with reading(path, "remove it, and it is made again"), path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_shard(path: Path) -> list[Row]:
+    """The rows of a file that `write_shard` wrote. Raises ValueError for one that was cut or changed since."""
+    with reading(path, "remove it, and it is made again"):
+        data = path.read_bytes()
+        if read_json(_seal_of(path)).get("checksum") != hashlib.sha256(data).hexdigest():
+            raise ValueError("it was cut or changed since it was written")
+        return [json.loads(line) for line in data.splitlines()]
+
+
+def write_shard(path: Path, rows: Iterable[Row]) -> None:
+    """Rows of work in progress as JSON lines, and their checksum beside them, without which they are not finished."""
+    write_lines(path, rows)
+    write_json(_seal_of(path), {"checksum": hashlib.sha256(path.read_bytes()).hexdigest()})
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.checksum")
+
+
+def _is_finished(path: Path) -> bool:
+    return path.is_file() and _seal_of(path).is_file()
 
 
 def write_lines(path: Path, rows: Iterable[Row]) -> None:

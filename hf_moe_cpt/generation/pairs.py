@@ -33,7 +33,7 @@ from hf_moe_cpt.evaluation.resumable import (
     ResumableFolder,
     Row,
     checksum_of_values,
-    read_lines,
+    read_shard,
     write_json,
 )
 from hf_moe_cpt.generation.sampling import (
@@ -386,7 +386,7 @@ class SampleFolder(ResumableFolder):
 
     def rows(self, stage: str, number: int) -> list[Row]:
         """The rows of a finished shard."""
-        return read_lines(self.root / self.shard(stage, number))
+        return read_shard(self.root / self.shard(stage, number))
 
     def remedy(self, changed: str) -> str:
         """How the stages before the one that changed can be used again."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files, read_lines
+from hf_moe_cpt.evaluation.resumable import ResumableFolder, checksum_of_files, read_shard
 
 
 def _folder(root, **settings):
@@ -29,7 +29,11 @@ def test_missing_rows_are_made_and_finished_ones_are_not(tmp_path):
     folder.make_rows("stage", {"a.jsonl": 1, "b.jsonl": 1}, load, "row")
     (tmp_path / "a.jsonl").unlink()
     folder.make_rows("stage", {"a.jsonl": 1, "b.jsonl": 1, "c.jsonl": 1}, load, "row")
-    assert made == [0, 1, 0, 2] and read_lines(tmp_path / "c.jsonl") == [{"place": 2}]
+    assert made == [0, 1, 0, 2] and read_shard(tmp_path / "c.jsonl") == [{"place": 2}]
+    for text in ('{"place": 3}\n', (tmp_path / "c.jsonl").read_text().replace("2", "3"), "", "[1]\n"):
+        (tmp_path / "c.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="c.jsonl cannot be used .*: remove it, and it is made again"):
+            read_shard(tmp_path / "c.jsonl")
     folder.make_rows("stage", {"a.jsonl": 1, "b.jsonl": 1}, lambda: pytest.fail("weights were read"), "row")
 
 

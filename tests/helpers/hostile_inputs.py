@@ -318,12 +318,17 @@ TORCH_FILES = {
 }
 
 
+READ_NO_WEIGHTS = ("plan", "tokenize")  # the configuration alone
+
+
 def files_read(command: str) -> list[str]:
     """Files below the material that the working run of a command reads."""
     files, (words, options) = [], WORKING[command]
     for name in dict.fromkeys(re.findall(r"[\w.-]+", " ".join([*words, *map(str, options.values())]))):
         files += [f"{name}/{file}" for file in FILES_OF.get(name, ())]
         files += [name] if name.endswith((".json", ".jsonl")) else []
+    if command in READ_NO_WEIGHTS:
+        files = [file for file in files if not file.endswith(".safetensors")]
     return files or ["text.jsonl"]
 
 
@@ -417,9 +422,8 @@ class Outcome:
     @property
     def numbers(self) -> list[str]:
         """All that was printed but how long it took."""
-        return re.findall(
-            r"[\d.]+", re.sub(r"'\w*(runtime|per_second)\w*': '?[\d.e-]+|[\d.]+ (ms|s|min|tokens/s)\b", "", self.shown)
-        )
+        clocks = r"'[\w/]*(runtime|per_second|tflops)[\w/]*': '?[\d.e-]+|[\d.]+ (ms|s|min|tokens/s)\b"
+        return re.findall(r"[\d.]+", re.sub(clocks, "", self.shown))
 
 
 class Trials:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_moe_cpt.evaluation import preference
 from hf_moe_cpt.evaluation.preference import is_readable, read_pairs, tokenize_answers
-from hf_moe_cpt.evaluation.resumable import read_lines
 from hf_moe_cpt.evaluation.statistics import length_controlled_share, preference_accuracy, wilson_interval
 from hf_moe_cpt.generation import sampling
 from hf_moe_cpt.scripts.eval_preference import main
@@ -28,6 +27,10 @@ NUM_PAIRS = 9
 
 def _answer(number: int) -> str:
     return " ".join(f"w{2 + (number * 7 + step) % 40}" for step in range(1 + number % 5))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
