@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -519,7 +520,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
+        writer.writerow({name: csv_cell(name) for name in columns})
         for row in rows:
             short = {
                 key: f"{value:.6g}" if isinstance(value, float) else csv_cell(value) for key, value in row.items()
@@ -527,9 +528,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow(short)
 
 
+_OF_FORMULAS = ("=", "+", "-", "@", "\t")
+
+
 def csv_cell(value: Any) -> Any:
-    """A value as a cell: a text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A value as a cell: a text that a spreadsheet would take for a formula gets an apostrophe in front.
+
+    A carriage return, which csv leaves bare and others take for the end of a row, becomes a line feed.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    begins = unicodedata.normalize("NFKC", text).lstrip("\n\ufeff\u200b ")
+    return f"'{text}" if begins.startswith(_OF_FORMULAS) else text
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -402,7 +402,7 @@ def _write_csv(path: Path, rows: Iterable[Row]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(first))
-        writer.writeheader()
+        writer.writerow({name: csv_cell(name) for name in first})
         for row in chain([first], rows):
             writer.writerow({name: csv_cell(value) for name, value in row.items()})
     os.replace(partial, path)

@@ -1,5 +1,7 @@
 """The report is one well-formed page that loads nothing and holds the numbers it was given."""
 
+import csv
+import io
 import re
 import shutil
 import subprocess
@@ -7,8 +9,21 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_moe_cpt.reports import Section, Series, format_cell, line_chart, write_report
+from hf_moe_cpt.reports import Section, Series, format_cell, line_chart, write_csv, write_report
 from tests.helpers.source_tree import PROJECT
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "\t=1", "\r=1", "\n=1", " =1", "\uff1d1", "\ufeff@x", "-1", "a\r=1", "a\r\n+1", "\u200b=1"]
+)
+def test_a_text_is_no_formula_of_a_spreadsheet_and_ends_no_row(text, tmp_path):
+    """As Python's csv reads it, and as a reader does for which a carriage return ends a row."""
+    write_csv(tmp_path / "a.csv", [{"plain": -1.5, text: text}])
+    raw = (tmp_path / "a.csv").read_bytes().decode()
+    (head, row) = csv.reader(io.StringIO(raw, newline=""))
+    assert row[0] == "-1.5" and "\r" not in raw
+    for cell in (head[1], row[1]):
+        assert cell.startswith("'") or cell.startswith("a\n")
 
 
 VOID = {"meta", "br", "img", "link", "input"}
