@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hf_moe_cpt.optim.schedules import SCHEDULES, STARTING_PHASES, learning_rate_at
 from hf_moe_cpt.trainers.cpt.cpt_data import read_state, resumed_settings
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.cpt_runs import config, logged, stop_at, without_clocks
-from tests.helpers.forked_ranks import on_ranks
 from tests.helpers.tiny_models import tiny_model, tokenized
 
 
@@ -119,31 +117,6 @@ def test_two_hundred_mixtures_hold_their_shares_and_go_on(tmp_path, part):
         assert before + train(other) == blocks, drawn
         assert logged(other.state.log_history, "loss") == pytest.approx(logged(whole.state.log_history, "loss"), 1e-3)
         shutil.rmtree(folder)
-
-
-def of_rank(drawn: Drawn, folder: Path, micro: int) -> list[Block]:
-    return train(drawn.trainer(folder, micro, dist.get_world_size()))
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_mixture_goes_on_on_other_ranks_with_the_same_blocks(tmp_path, ranks):
-    """A batch is dealt out micro-batch by micro-batch; together the ranks are given what one process is."""
-    for seed in range(6):
-        drawn = Drawn.of(1000 + seed)
-        drawn.batch, drawn.streaming = 8, seed % 3 == 0
-        whole = on_ranks(1, tmp_path / f"{seed}-one", of_rank, drawn, tmp_path / f"{seed}-whole", 2)[0]
-        folder = tmp_path / f"{seed}-run"
-        before = on_ranks(1, tmp_path / f"{seed}-first", first_leg, drawn, folder)[0]
-        assert before == whole[: drawn.stop * 8]
-        shares = on_ranks(ranks, tmp_path / f"{seed}-ranks", of_rank, drawn, folder, 2)
-        size = 2
-        dealt = [iter(share) for share in shares]
-        got = [next(dealt[(place // size) % ranks]) for place in range(sum(map(len, shares)))]
-        assert before + got == whole, drawn
-
-
-def first_leg(drawn: Drawn, folder: Path) -> list[Block]:
-    return train(drawn.trainer(folder, 4), drawn.stop)
 
 
 @pytest.mark.parametrize("phase", STARTING_PHASES)
