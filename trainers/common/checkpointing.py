@@ -578,7 +578,7 @@ class AtomicCheckpointMixin:
             super().__init__(*args, **kwargs)
         shards = self._saves_together() and not self.is_deepspeed_enabled
         self._shard_group = torch.distributed.new_group(backend="gloo") if shards else None  # of the writing threads
-        self.add_callback(_WaitsAtEpochEnd(self))
+        self.add_callback(_AroundRuns(self))
 
     # ---- resuming ----
 
@@ -873,13 +873,18 @@ class AtomicCheckpointMixin:
         write(*args) if self._failures is None else self._failures.call(write, *args)
 
 
-class _WaitsAtEpochEnd(TrainerCallback):
-    """Before the parent tidies its checkpoints up, the one in progress must be there."""
+class _AroundRuns(TrainerCallback):
+    """A run that goes on logs, evaluates and saves as it is told now, and waits for its checkpoints at its end."""
 
     def __init__(self, trainer: AtomicCheckpointMixin) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The parent takes the steps between logs, evaluations and checkpoints from the checkpoint's state."""
+        state.compute_steps(args, state.max_steps)
+
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the parent tidies its checkpoints up, the one in progress must be there."""
         self._trainer.wait_for_checkpoint()
 
 

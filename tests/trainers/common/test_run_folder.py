@@ -177,11 +177,13 @@ def test_what_is_allowed_to_change_does_change(tmp_path, kind):
     run = make(tmp_path)
     run.add_callback(stop_at(2))
     run.train()
-    changes = {"learning_rate": 2e-3, "weight_decay": 0.25, "logging_steps": 2}
+    changes = {"learning_rate": 2e-3, "weight_decay": 0.25, "logging_steps": 2, "save_steps": 3}
     names = ["learning_rate", "weight_decay"] + ["constant_learning_rate", "min_learning_rate"] * (kind == "cpt")
     again = make(tmp_path, **changes, allow_changes=",".join(names))
     again.train(resume_from_checkpoint="auto")
     assert sorted(again._changed) == sorted(names)
+    assert (again.state.save_steps, again.state.logging_steps) == (3, 2)  # transformers goes on with the checkpoint's
+    assert "checkpoint-4" not in {path.name for path in checkpoints_in(tmp_path / "run")}
     decays = {group["weight_decay"] for group in again.optimizer.param_groups}
     assert decays == {0.25} or decays == {0.25, 0.0}  # no decay of norms
     fresh = make(tmp_path / "fresh", **changes)
