@@ -244,10 +244,9 @@ class Comparison:
             "held_out_fraction": scale.held_out,
             "max_length": scale.max_length,
             "gradient_checkpointing": False,  # the same numbers in less time
+            "counterfactuals": COPIES * steps.get("counterfactuals", 0),
             "seed": run.seed,
         }
-        if steps.get("counterfactuals"):
-            settings["counterfactuals"] = COPIES
         if method.steps:
             settings |= {"eval_steps": method.steps // 10, "update_target": 1e-9, "save_strategy": "no"}
             settings |= {"load_best_model_at_end": False, "metric_for_best_model": None}
