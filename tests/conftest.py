@@ -29,7 +29,7 @@ import dill  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 
 if not torch.cuda.is_available():  # then kernels run in Triton's interpreter, which must be chosen before the import
@@ -45,7 +45,8 @@ dill.detect.nestedglobals = functools.cache(dill.detect.nestedglobals)
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_language_once()
 # The same examples in every run, and as long as they take: a suite that passed once passes again.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
+unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # that one is a clock too
+settings.register_profile("repeatable", derandomize=True, max_examples=25, **unhurried)
 settings.load_profile("repeatable")
 
 
