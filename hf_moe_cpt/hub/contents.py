@@ -325,7 +325,11 @@ def _require_facts(path: Path, value: Any, field: str = "") -> None:
             _require_facts(path, str(name))
             _require_facts(path, part, f"{field}.{name}".lstrip("."))
     elif isinstance(value, str) and (
-        (len(value) > MAX_FACT and not field.endswith("_modules"))  # where an adapter goes may be a long pattern
+        # a verdict is a sentence for each thing that is wrong; where an adapter goes may be a long pattern
+        (
+            max(map(len, value.split("; ") if field == "verdict" else [value])) > MAX_FACT
+            and not field.endswith("_modules")
+        )
         or field.startswith("log_history")
     ):
         raise ValueError(

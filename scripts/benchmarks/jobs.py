@@ -172,11 +172,12 @@ def build_trainer(run: Run, args: JobArguments, folder: str) -> Trainer:
     with settings.device:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype])
     if run.way == "qlora":  # weights are read by transformers, which quantises what is Linear
-        model.save_pretrained(folder)
-        del model
-        words = ModelArguments(folder, dtype=args.dtype, use_peft=True, load_in_4bit=True)
-        words.lora_target_modules = ["all-linear"]
-        model = words.adapted(AutoModelForCausalLM.from_pretrained(folder, **words.loading(None)))
+        with tempfile.TemporaryDirectory() as made:
+            model.save_pretrained(made)
+            del model
+            words = ModelArguments(made, dtype=args.dtype, use_peft=True, load_in_4bit=True)
+            words.lora_target_modules = ["all-linear"]
+            model = words.adapted(AutoModelForCausalLM.from_pretrained(made, **words.loading(None)))
     shape = args.batch_size * (args.warmup + args.steps), args.length
     ids = torch.randint(2, config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     rows, clock = Dataset.from_dict({"input_ids": ids.tolist()}), StepClock(settings.device, 0)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hf_moe_cpt.hub.contents import find_secret, read_contents, without_paths
+from hf_moe_cpt.hub.contents import MAX_FACT, find_secret, read_contents, without_paths
 from hf_moe_cpt.hub.publishing import plan_files, plan_upload
 from hf_moe_cpt.scripts.push import main as push
+from hf_moe_cpt.trainers.surgery.verdict import Targets, verdict_of
 from tests.helpers.tiny_models import word_tokenizer
 from tests.hub.test_hub_mixin import TRAIN_OTHERS
 
@@ -369,6 +370,22 @@ def test_a_text_among_facts_is_refused(folder, name, value, said):
     with pytest.raises(ValueError, match=f"{name}': {said}.* take it out of the file") as refused:
         read_contents(folder)
     assert "diary" not in str(refused.value).partition("is a text")[2]
+
+
+def test_the_longest_verdict_is_a_fact_and_a_text_in_it_is_none(folder):
+    names = ("unlearn", "obsolete", "update", "retain", "neighbour", "unseen")
+    worst = {f"{name}_{what}": 9.87654 for name in names for what in ("ce", "kl")} | {
+        f"{name}_top1": 1.0 for name in names
+    }
+    start = {f"{name}_ce": 0.12345 for name in names} | {f"{name}_top1": 0.0 for name in names} | {"unlearn_top1": 1.0}
+    verdict = verdict_of(worst | {"fluency": 0.01}, Targets(2.34567, 1.23456, 0.05, start, 500))
+    assert len(verdict) > MAX_FACT  # the demo's last act failed on such a one
+    facts = json.loads((folder / "surgery.json").read_text()) if (folder / "surgery.json").exists() else {}
+    (folder / "surgery.json").write_text(json.dumps(facts | {"verdict": verdict}))
+    read_contents(folder)
+    (folder / "surgery.json").write_text(json.dumps(facts | {"verdict": "dear diary " * 40}))
+    with pytest.raises(ValueError, match="surgery.json': verdict is a text"):
+        read_contents(folder)
 
 
 def test_a_tensor_that_the_model_does_not_use_is_refused(folder):

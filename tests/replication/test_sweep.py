@@ -135,7 +135,7 @@ def test_t_quantiles_are_scipys() -> None:
         t_interval([])
 
 
-PROGRAMS = {"preference_world": preference_methods}
+PROGRAMS = {"preference_world": preference_methods, "preference_world_h200": preference_methods}
 
 
 @pytest.mark.parametrize("folder", PROGRAMS)
