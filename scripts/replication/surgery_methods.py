@@ -682,6 +682,7 @@ CLAIMS = [Statement(**fields) for fields in DATA["claims"]]
 TARGETS = [Statement(**fields) for fields in DATA["targets"]]
 VERDICTS = {"claims": ("confirmed", "refuted"), "targets": ("met", "missed")}
 UNDECIDED = "undecided"
+LEAST_SEEDS = 3  # that decide anything: two may agree by chance, and their interval is then no width
 
 
 def cells_of(records: Sequence[Record], *needed: str) -> list[Cell]:
@@ -694,7 +695,7 @@ def cells_of(records: Sequence[Record], *needed: str) -> list[Cell]:
 def judged(key: str, architecture: str, records: Sequence[Record]) -> list[dict[str, str]]:
     """A row for each claim or target (`key`) whose runs are there: what came, over how many seeds, and the verdict.
 
-    An interval over seeds that reaches over a bound settles nothing, and neither does one seed.
+    An interval over seeds that reaches over a bound settles nothing, and neither do fewer than LEAST_SEEDS.
     """
     rows = []
     for one in {"claims": CLAIMS, "targets": TARGETS}[key]:
@@ -711,7 +712,8 @@ def judged(key: str, architecture: str, records: Sequence[Record]) -> list[dict[
             mean, half = t_interval(values)
             told = "one seed" if half is None else f"± {one.form.format(half).lstrip('+')}"
             row |= {"value": one.form.format(mean), "interval": told, "seeds": str(len(values))}
-            low, high = (-math.inf, math.inf) if half is None else (mean - half, mean + half)
+            is_known = len(values) >= LEAST_SEEDS
+            low, high = (mean - half, mean + half) if is_known else (-math.inf, math.inf)
             rows.append(row | {"verdict": verdict(one, low, high, *VERDICTS[key])})
     return rows
 
@@ -815,7 +817,8 @@ def comparison_text(results: Mapping[str, Any]) -> str:
             steps = {axis: axis for axis in (*FACTORS, *LIMITS)} if names is COLUMNS[0] else {}
             lines = [table_row(row, shown, {}) | {a: _step(row.get(a)) for a in steps} for row in own]
             for line, row in zip(lines, own, strict=True):
-                line |= {"edge": "edge" if (architecture, row["method"]) in edges else ""} if steps else {}
+                is_edge = (architecture, row["method"]) in edges
+                line |= {"seeds": str(row["seeds"]), "edge": "edge" if is_edge else ""} if steps else {}
             parts.append(text_table(lines))
         beside = [row for row in results["paired"] if row["architecture"] == architecture]
         if beside:

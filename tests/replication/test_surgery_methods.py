@@ -339,9 +339,9 @@ def test_rows_hold_means_intervals_cost_and_quality():
 
 
 def test_claims_are_confirmed_refuted_or_undecided():
-    rows = methods.judged("claims", "llama", all_records(1, 2))
+    rows = methods.judged("claims", "llama", all_records(1, 2, 3))
     assert [row["claim"] for row in rows] == [claim.text for claim in methods.CLAIMS]
-    assert {row["verdict"] for row in rows} == {"confirmed"} and {row["seeds"] for row in rows} == {"2"}
+    assert {row["verdict"] for row in rows} == {"confirmed"} and {row["seeds"] for row in rows} == {"3"}
     for place, (method, change) in enumerate(
         (
             ("paper", {"accuracy/unlearn": 0.99}),
@@ -359,10 +359,10 @@ def test_claims_are_confirmed_refuted_or_undecided():
         )
     ):
         verdicts = [
-            row["verdict"] for row in methods.judged("claims", "llama", changed(all_records(1, 2), method, change))
+            row["verdict"] for row in methods.judged("claims", "llama", changed(all_records(1, 2, 3), method, change))
         ]
         assert verdicts[place] == "refuted", methods.CLAIMS[place].text
-        mixed = [*all_records(3), *changed(all_records(1, 2), method, change)]
+        mixed = [*all_records(3), *changed(all_records(1, 2, 3), method, change)]
         assert methods.judged("claims", "llama", mixed)[place]["verdict"] in ("undecided", "refuted")
     assert methods.judged("claims", "llama", [record(name, 1) for name in (methods.BEFORE, "safe")]) == []
 
@@ -385,7 +385,7 @@ MISSED = {
 
 @pytest.mark.parametrize("method, change, place, value", MISSED.values(), ids=MISSED)
 def test_targets_are_met_or_missed(method, change, place, value):
-    records = all_records(1, 2, architecture="cpt_moe")
+    records = all_records(1, 2, 3, architecture="cpt_moe")
     rows = methods.judged("targets", "cpt_moe", records)
     assert [row["target"] for row in rows] == [target.text for target in methods.TARGETS]
     assert {row["verdict"] for row in rows} == {"met"}
@@ -394,11 +394,11 @@ def test_targets_are_met_or_missed(method, change, place, value):
 
 
 def test_forget_quality_is_one_test_of_all_seeds():
-    records = [r | {"truth_ratios": [0.01] * 8} if r["method"] == "safe" else r for r in all_records(1, 2)]
+    records = [r | {"truth_ratios": [0.01] * 8} if r["method"] == "safe" else r for r in all_records(1, 2, 3)]
     row = methods.judged("targets", "llama", records)[1]
     other = [ratio for r in records if r["method"] == methods.RETRAINED for ratio in r["truth_ratios"]]
-    assert (row["verdict"], row["seeds"]) == ("missed", "2")
-    assert float(row["value"]) == pytest.approx(stats.ks_2samp([0.01] * 16, other, method="exact").pvalue, rel=1e-2)
+    assert (row["verdict"], row["seeds"]) == ("missed", "3")
+    assert float(row["value"]) == pytest.approx(stats.ks_2samp([0.01] * 24, other, method="exact").pvalue, rel=1e-2)
 
 
 def test_an_interval_over_a_bar_settles_nothing():
@@ -408,8 +408,9 @@ def test_an_interval_over_a_bar_settles_nothing():
     first = methods.judged("targets", "llama", records)[0]  # +1.0 points, at most 5 asked for
     assert (first["value"], first["verdict"]) == ("+1.0 points", "undecided")
     assert first["interval"] == f"± {100 * 0.05 / 3**0.5 * 4.302653:.1f} points"
-    one = [row["verdict"] for row in methods.judged("targets", "llama", all_records(1))]
-    assert set(one[:1] + one[2:]) == {"undecided"}
+    for seeds in ((1,), (1, 2)):  # two that agree to the last digit are no proof
+        few = [row["verdict"] for row in methods.judged("targets", "llama", all_records(*seeds))]
+        assert set(few[:1] + few[2:]) == {"undecided"}
 
 
 def test_text_and_plot(tmp_path: Path):

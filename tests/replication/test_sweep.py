@@ -136,6 +136,7 @@ def test_t_quantiles_are_scipys() -> None:
 
 
 PROGRAMS = {"preference_world": preference_methods, "preference_world_h200": preference_methods}
+PROGRAMS["surgery_small"] = surgery_methods
 
 
 @pytest.mark.parametrize("folder", PROGRAMS)
