@@ -178,11 +178,15 @@ STATE = {  # file of a checkpoint -> what is written into it, and what is said
 }
 
 
+TWO_STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint of which no list says what was written."""
+    """A run that was cut after the first of two steps, with a checkpoint of which no list says what was written."""
     folder = tmp_path_factory.mktemp("begun") / "run"
-    cpt_runs.trainer(folder, "llama", save_strategy="steps", save_steps=1, max_steps=1).train()
+    cpt_runs.trainer(folder, "llama", **TWO_STEPS).train()
+    shutil.rmtree(folder / "checkpoint-2")
     (folder / "checkpoint-1" / "checkpoint_files.json").unlink()
     return folder
 
@@ -198,7 +202,7 @@ def test_the_state_of_a_run_is_read_by_file_and_field(begun: Path, tmp_path: Pat
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | value))
     with pytest.raises(ValueError, match=said) as refused:
-        run = cpt_runs.trainer(folder, "llama", save_strategy="steps", save_steps=1, max_steps=1)
+        run = cpt_runs.trainer(folder, "llama", **TWO_STEPS)
         run.train(resume_from_checkpoint="last")
     assert "\n" not in str(refused.value) and str(folder / "checkpoint-1") in str(refused.value)
 
@@ -209,7 +213,7 @@ def test_the_state_of_a_run_is_read_by_file_and_field(begun: Path, tmp_path: Pat
 def test_the_weights_of_a_checkpoint_are_checked_when_a_run_goes_on(begun, tmp_path, damage, said):
     folder = Path(shutil.copytree(begun, tmp_path / "run"))
     WEIGHTS[damage](folder / "checkpoint-1" / "model.safetensors")
-    run = cpt_runs.trainer(folder, "llama", save_strategy="steps", save_steps=1, max_steps=1)
+    run = cpt_runs.trainer(folder, "llama", **TWO_STEPS)
     with pytest.raises(ValueError, match=f"^the weights in .*checkpoint-1 cannot be used .*{said}") as refused:
         run.train(resume_from_checkpoint="last")
     assert "\n" not in str(refused.value)
