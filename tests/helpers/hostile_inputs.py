@@ -422,7 +422,7 @@ class Outcome:
     @property
     def numbers(self) -> list[str]:
         """All that was printed but how long it took."""
-        clocks = r"'[\w/]*(runtime|per_second|tflops)[\w/]*': '?[\d.e-]+|[\d.]+ (ms|s|min|tokens/s)\b"
+        clocks = r"[\w/]*(runtime|per_second|tflops)[\w/]*'?(:| +=) *'?[\d.:e-]+|[\d.]+ (ms|s|min|tokens/s)\b"
         return re.findall(r"[\d.]+", re.sub(clocks, "", self.shown))
 
 
