@@ -43,7 +43,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe_cpt.hub.contents import CONFIG, HUB_ID, WEIGHTS
 from hf_moe_cpt.hub.publishing import may_pass
-from hf_moe_cpt.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, read_adapter, read_config, reading, shards_of
+from hf_moe_cpt.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    read_adapter,
+    read_config,
+    read_generation_config,
+    reading,
+    shards_of,
+)
 
 
 # What travels along unchanged: how text becomes tokens, how the model generates, what one may do with it.
@@ -470,6 +479,8 @@ def write_weights(folder: Path, plan: Sequence[PlannedTensor], max_shard_size: i
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copy tokenizer, generation settings and licence; returns the names."""
     found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    if source / "generation_config.json" in found:
+        read_generation_config(source)
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

@@ -340,7 +340,7 @@ def damages_of(file: str) -> dict[Any, Callable[[Path], object]]:
 
 
 def options_of(command: str) -> list[str]:
-    """Names of all options of a command but those that reach out of this machine or say where it writes."""
+    """Names of all options of a command but those that reach out, say where it writes, or compile."""
     kinds = importlib.import_module(COMMANDS[command.partition("/")[0]].module).ARGUMENTS
     names = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
     return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})

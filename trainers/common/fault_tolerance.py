@@ -723,7 +723,10 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
                 logs.update(self.step_timing.pop())
         elif "train_loss" in logs:  # the parent's is of the steps of this call
             self.bad_steps.check()
-            logs["train_loss"] = self.bad_steps.mean_loss()
+            if math.isnan(loss := self.bad_steps.mean_loss()):
+                del logs["train_loss"]  # of no step at all
+            else:
+                logs["train_loss"] = loss
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -741,6 +744,11 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
     def read_beside_state(self, checkpoint: Path | None) -> None:
         """Take up what `save_beside_state` kept."""
         super().read_beside_state(checkpoint)
+        lacks = [] if checkpoint is None else [name for name in (FILE, STATE_FILE) if not (checkpoint / name).exists()]
+        if lacks and self.is_world_process_zero():
+            logger.warning(
+                "%s holds no %s: train_loss and tokens are counted from here on.", checkpoint, " and no ".join(lacks)
+            )
         self.bad_steps.load(checkpoint)
         self.token_count.begin(read_beside(checkpoint, STATE_FILE, tokens_seen=int).get("tokens_seen", 0))
 

@@ -335,7 +335,7 @@ def training_entropies(trainer: Any, count: int | None) -> Tensor:
         return torch.tensor(data["ref_chosen_logps"][:])[:, 1]
     batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
     loader = DataLoader(data, batch_size=batch_size, collate_fn=trainer.data_collator)
-    model = trainer.ref_model or trainer.model
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model  # a compiled one has no truth
     entropies = []
     for batch in tqdm(trainer.accelerator.prepare(loader), desc="Calibrating phi", disable=args.disable_tqdm):
         chosen, _ = trainer.compute_ref_log_probs(model, batch)
@@ -542,7 +542,8 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
     def _lay_into_one_row(self) -> None:
         """From now on a micro-batch is one row without padding, where sequences of the model can be kept apart."""
         policy, reference = (
-            self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model or self.model)
+            self.accelerator.unwrap_model(model)
+            for model in (self.model, self.model if self.ref_model is None else self.ref_model)
         )
         is_prompted = is_peft_model(policy) and policy.active_peft_config.is_prompt_learning
         reasons = {
@@ -669,7 +670,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         if self.precompute_ref_logps:
             columns = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            columns = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            columns = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
         return Pair(*(column[:, 0] for column in columns)), columns[0][:, 1]
 
     # ---- the loss ----

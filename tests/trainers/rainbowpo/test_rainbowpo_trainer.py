@@ -534,3 +534,11 @@ def test_an_update_is_the_mean_over_its_pairs_however_they_are_dealt(tmp_path, k
     assert (weights[1] - weights[0]).norm() < 1e-4 * weights[0].norm()
     for name in ("loss", "loss/preference", "rewards/margins", "logps/chosen", "phi/mean"):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_its_own_reference_and_has_one(tmp_path):
+    """Both were asked whether they are true, which torch's compiled modules do not say."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "preset": "rainbowpo"}
+    plain, run = trainer(tmp_path / "plain", preset="rainbowpo"), trainer(tmp_path / "compiled", **compiled)
+    assert run.train().training_loss == pytest.approx(plain.train().training_loss, rel=1e-4)
