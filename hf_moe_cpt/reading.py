@@ -147,7 +147,10 @@ def read_generation_config(name: str | Path, **options: Any) -> GenerationConfig
     with reading(f"the generation configuration of {str(name)!r}"):
         if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options) is None:
             return None
-        return GenerationConfig.from_pretrained(name, **options)
+        found = GenerationConfig.from_pretrained(name, **options)
+        if not fits(found.eos_token_id, int | list[int] | None):
+            raise ValueError(f"eos_token_id={found.eos_token_id!r} is no int or list of them")
+        return found
 
 
 def read_config(name: str | Path, **options: Any) -> PreTrainedConfig:

@@ -76,6 +76,8 @@ Options = dict[str, Any]
 
 def read_options(option: str, text: str, command: str) -> Options:
     """What is told to a command. Raises ValueError for what is no object, or what the loop itself tells."""
+    if not isinstance(text, str):
+        raise ValueError(f"{option} {text!r} is neither a JSON object nor a YAML file: name the command's options.")
     if text.lstrip().startswith("{"):
         options = json_object(option, text)
     else:

@@ -98,6 +98,8 @@ REFUSED = {  # case, and what is said of it
         Case("surgery-eval/adapter", file="adapter/adapter_model.safetensors", damage=WEIGHTS["lost"]),
         "would be random",
     ),
+    "no measure": (Case("surgery", {"metric_for_best_model": "-1"}), "metric_for_best_model"),
+    "no stage": (Case("iterate", {"sample": None}, settings="sample: null\n"), "neither a JSON object nor"),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }
 
@@ -139,6 +141,9 @@ def test_how_a_model_generates_is_read_by_name_and_may_be_missing(damage: str, t
     tiny_model("llama").save_pretrained(tmp_path)
     DAMAGE[damage](tmp_path / "generation_config.json")
     with pytest.raises(ValueError, match="^the generation configuration of '.*' cannot be used .*: save it again, or"):
+        read_model(AutoModelForCausalLM, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1.5}')
+    with pytest.raises(ValueError, match="eos_token_id=1.5 is no int or list of them"):
         read_model(AutoModelForCausalLM, tmp_path)
     (tmp_path / "generation_config.json").unlink()
     assert read_generation_config(tmp_path) is None

@@ -343,7 +343,7 @@ def options_of(command: str) -> list[str]:
     """Names of all options of a command but those that reach out, say where it writes, or compile."""
     kinds = importlib.import_module(COMMANDS[command.partition("/")[0]].module).ARGUMENTS
     names = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
-    return sorted(names - {"push_to_hub", "output_dir", "checkpoints", "folder", "repository"})
+    return sorted(names - {"push_to_hub", "output_dir", "folder", "repository", "launcher", "torch_compile"})
 
 
 def numbers_of(kind: type) -> dict[str, bool]:

@@ -79,6 +79,7 @@ def test_rounds_killed_after_every_stage_are_those_of_an_undisturbed_run(materia
 REFUSED = {
     "told by the loop": ({"train": {"output_dir": "x"}}, "--train: output_dir is what the loop decides"),
     "an adapter": ({"train": {"use_peft": True, "bf16": False}}, "--train: use_peft leaves an adapter"),
+    "nothing": ({"sample": "null"}, "'null' is neither a JSON object nor a YAML file"),
     "a key twice": (
         {"train": '{"learning_rate": 1, "learning_rate": 2}'},
         "--train .* 'learning_rate' is given twice",

@@ -603,6 +603,12 @@ class AtomicCheckpointMixin:
                     require_all_stored(into, folder)
                 require_finite(into)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # no name of what is measured
+            raise ValueError(" ".join(str(error.args[0]).split())) from error
+
     def _load_best_model(self) -> None:
         self.wait_for_checkpoint()
         self.accelerator.wait_for_everyone()
