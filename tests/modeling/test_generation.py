@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_moe_cpt.modeling.configuration_cpt_moe import PRESETS, CptMoeConfig
@@ -131,6 +131,19 @@ def test_a_sinkhorn_router_in_training_mode_is_told_once_where_people_generate(m
     assert not any("model.eval()" in line for line in lines)
     sinkhorn.train().generate(prompts(), **SETTINGS)
     assert sum("call model.eval() before model.generate()" in line for line in lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["pb-granular-tiny", "sb-switch-tiny", "dense-tiny"])
+def test_continuous_batching_gives_the_text_of_each_prompt_alone(preset: str) -> None:
+    model = model_of(preset, attn_implementation="sdpa")
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    asked = [[5, 6, 7, 8], [9, 10], [11] * 17]
+    answers = model.generate_batch(inputs=asked, generation_config=settings, progress_bar=False)
+    assert len(answers) == len(asked)
+    for answer in answers.values():
+        alone = model.generate(torch.tensor([answer.prompt_ids]), generation_config=settings)
+        assert answer.error is None and answer.generated_tokens == alone[0, len(answer.prompt_ids) :].tolist()
 
 
 @pytest.mark.slow
