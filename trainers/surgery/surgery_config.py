@@ -193,14 +193,12 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     anchor_budget: float = HfArg(default=0.05, help="KL on held-out retain, in nats, that anchor_dual_rate allows.")
     weight_noise: float = HfArg(
         default=0.0,
-        help="Share of the weights that noise takes the place of before step 1, in [0, 1): with anchors alone the "
-        "model is then distilled from itself (UNDO).",
+        help="Share in [0, 1) of the weights that noise replaces before step 1, for distilling alone (UNDO).",
     )
     weight_noise_scale: float = HfArg(default=0.1, help="Of that noise, beside Xavier's initial weights.")
     negation: float = HfArg(
         default=0.0,
-        help="Above 0: learn what is to be forgotten, and end with this many times the change taken from the weights "
-        "(task vectors; LoRA negation with an adapter). Nothing else has a term then; 1 is as far back as learnt.",
+        help="Above 0: learn what is to be forgotten alone, then take this many times the change off the weights.",
     )
     gradient_surgery: str = HfArg(
         default="none",
@@ -249,8 +247,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     eval_batch_size: int = HfArg(default=8, help="Rows of a batch when measuring, on each device.")
     held_out_fraction: float = HfArg(
         default=0.2,
-        help="Share of the subjects (of the rows, where none is named) of retain, neighbour and unseen that no term "
-        "sees: retention is measured on them. 0: on the rows that the model is held to.",
+        help="Share of the subjects (else rows) of retain, neighbour and unseen that no term sees: retention is measured "
+        "on them.",
     )
     update_target: float | None = HfArg(
         default=None,
@@ -272,16 +270,15 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     target_experts_by: str = HfArg(
         default="use",
         metadata={"choices": list(CHOICES["target_experts_by"])},
-        help="use: those that the unlearn set uses most; contrast: most beyond what retained text does.",
+        help="By use on the unlearn set, or beyond retained text.",
     )
     expert_calibration: bool = HfArg(
         default=False,
-        help="Weigh the tokens of the anchors so that the experts of what is forgotten are held as often as they are "
-        "used there (TRACE).",
+        help="Anchors hold experts as often as forgotten texts use them (TRACE).",
     )
     router_projection: float = HfArg(
         default=0.0,
-        help="No router moves along directions that hold this share (at most 1) of its inputs of kept text (GRIP).",
+        help="Routers stay along this share of their inputs of kept text (GRIP).",
     )
     expert_anchor: float = HfArg(
         default=1.0, help="With target_experts: weight of the pull of the routers towards them."
