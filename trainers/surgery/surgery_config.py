@@ -247,8 +247,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     eval_batch_size: int = HfArg(default=8, help="Rows of a batch when measuring, on each device.")
     held_out_fraction: float = HfArg(
         default=0.2,
-        help="Share of the subjects (else rows) of retain, neighbour and unseen that no term sees: retention is measured "
-        "on them.",
+        help="Share of the subjects (else rows) of retain, neighbour and unseen that no term sees: retention is "
+        "measured on them.",
     )
     update_target: float | None = HfArg(
         default=None,
