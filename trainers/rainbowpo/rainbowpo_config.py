@@ -268,6 +268,8 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
         for warning in self._warnings():
             warnings.warn(warning, stacklevel=3)
         super().__post_init__()
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:  # a number by now
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1, or auto, or none.")
 
     def _check_ranges(self) -> None:
         for name, allowed in CHOICES.items():

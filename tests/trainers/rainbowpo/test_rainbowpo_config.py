@@ -97,6 +97,7 @@ REFUSED |= {
 
 REFUSED["another loss"] = ({"loss_type": ["robust"]}, "use trl.DPOTrainer for it, or choose link")
 REFUSED["padding to a multiple of nothing"] = ({"padding_free": True, "pad_to_multiple_of": 8}, "pads nothing, and")
+REFUSED["multiples of less than one"] = ({"pad_to_multiple_of": "-1"}, "pad_to_multiple_of=-1 must be at least 1")
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
