@@ -283,10 +283,8 @@ def read_documents(path: Path, column: str) -> Iterator[Any]:
     """
     kind = kind_of(path)
     if kind == "text":
-        with io.TextIOWrapper(
-            open_bytes(path), encoding="utf-8-sig"
-        ) as file:  # lines end in \n, whatever system wrote them
-            yield file.read()
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
+            yield file.read()  # lines end in \n, whatever system wrote them
         return
     rows = {"json": _json_rows, "csv": _csv_rows, "parquet": _arrow_rows, "arrow": _arrow_rows}[kind](path, column)
     for place, value in rows:

@@ -399,11 +399,10 @@ def _mixture_from(config: PreTrainedConfig) -> dict[str, Any]:
 def _mixture_to(config: CptMoeConfig, model_type: str) -> dict[str, Any]:
     """Another family's fields of our mixture. Raises ValueError for what it cannot express."""
     if model_type == "glm4_moe":
-        names = ("intermediate_size", "moe_intermediate_size", "norm_topk_prob")
+        # vLLM asks for head_dim
+        names = "intermediate_size moe_intermediate_size norm_topk_prob routed_scaling_factor head_dim".split()
         fields = {name: getattr(config, name) for name in names}
         fields |= {"n_routed_experts": config.num_experts, "n_shared_experts": config.num_shared_experts or 1}
-        fields["routed_scaling_factor"] = config.routed_scaling_factor
-        fields["head_dim"] = config.hidden_size // config.num_attention_heads  # vLLM asks for it
         return fields | {"first_k_dense_replace": 0, "num_mtp_layers": 0, "use_qk_norm": False}
     if config.num_shared_experts and model_type != "qwen2_moe":
         raise ValueError(f"num_shared_experts={config.num_shared_experts}: {model_type} has none; try qwen2_moe.")
