@@ -64,6 +64,8 @@ SET_ASIDE = "_set_aside"  # folder in the output folder with checkpoints that so
 LOCK = "_run.lock"  # file in the output folder, of the process that trains
 OURS = (UNFINISHED, HEARTBEATS, SET_ASIDE, LOCK)
 WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
+# of our engines, of accelerate's and of DeepSpeed
+OPTIMIZER_STATES = (SHARDS, "*optimizer*", "global_step*")
 NEWEST = ("last", "auto", "True", "true")
 CHUNK_BYTES = 1 << 24
 THREADS = 4  # zlib leaves the interpreter to others while it works
@@ -163,6 +165,8 @@ def harm_of(checkpoint: Path, read_back: bool = False) -> str | None:
         for weights in checkpoint.glob("*.safetensors") if manifest is None else ():
             if not _opens(weights):
                 return f"its file {weights.name} is cut"
+        if manifest is None and not any(any(checkpoint.glob(pattern)) for pattern in OPTIMIZER_STATES):
+            return "it holds no state of an optimizer"
         damaged = damaged_file(checkpoint) if read_back else None
     except FileNotFoundError:
         return "it is missing or was not written to its end"
@@ -624,13 +628,16 @@ class AtomicCheckpointMixin:
                 super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_optimizer_by_names(self, checkpoint: Path) -> bool:
-        """Take up optimizer and schedule where this engine or the one that saved shards weights; else False."""
+        """Take up optimizer and schedule, of any number of ranks; False where the parent's engine stores them."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # of accelerate's wrapper
         if (checkpoint / SHARDS).is_dir():
             load_shards(self.model, optimizer, checkpoint / SHARDS)
-        elif is_sharded(self.model) and (checkpoint / OPTIMIZER_NAME).is_file():
+        elif (checkpoint / OPTIMIZER_NAME).is_file():  # transformers 5.17 cannot read it on CPU ranks
             saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-            load_whole(self.model, {}, optimizer, by_names(saved, self._names_as_stepped()))
+            if is_sharded(self.model):
+                load_whole(self.model, {}, optimizer, by_names(saved, self._names_as_stepped()))
+            else:
+                self.optimizer.load_state_dict(saved)
         else:
             return False
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))

@@ -28,6 +28,7 @@ def _written(folder: Path, step: int, listed: bool = True) -> Path:
     (checkpoint / SHARD).write_bytes(bytes(range(256)) * 40)
     save_file({"w": torch.arange(100.0)}, checkpoint / "model.safetensors")
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (checkpoint / "optimizer.bin").write_bytes(bytes(64))
     if listed:
         checkpointing.write_manifest(checkpoint, step)
     return checkpoint
@@ -50,6 +51,16 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_is_taken(tmp_path
     assert f"Passing over {newer}: its file {SHARD} is damaged (not what was written)." in caplog.text
     with pytest.raises(ValueError, match=r"cannot be used, its file .*__1_0.distcp is damaged .*: use .*checkpoint-9"):
         checkpointing.resolve_resume(tmp_path, str(newer), read_back=True)
+
+
+def test_a_checkpoint_without_optimizer_and_list_of_files_is_not_gone_on_with(tmp_path, caplog):
+    """Trainer would go on with moments and a schedule that begin anew, and say nothing."""
+    older, newer = _written(tmp_path, 9, listed=False), _written(tmp_path, 12, listed=False)
+    assert checkpointing.resolve_resume(tmp_path, "last") == newer
+    (newer / "optimizer.bin").unlink()
+    assert checkpointing.resolve_resume(tmp_path, "last") == older
+    with pytest.raises(ValueError, match="cannot be used, it holds no state of an optimizer: use .*checkpoint-9"):
+        checkpointing.resolve_resume(tmp_path, str(newer))
 
 
 def test_old_ones_go_but_never_the_only_whole_one(tmp_path):
