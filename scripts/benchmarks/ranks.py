@@ -8,20 +8,25 @@ layers: a stack of routers and experts, forward and backward, choices fixed in a
     single    every expert on every rank, no traffic: the limit in time, and the numbers to agree with
     fsdp2     experts sharded, gathered in bfloat16
     ep        experts dealt to all ranks, tokens exchanged by ep_implementation="hf_moe_cpt"
+    ep-all-to-all  the same with transformers' own exchange, which sends a token once for each expert
     ep+fsdp2  experts dealt to half of the ranks, each part shared by two; on 4 ranks or more
-model: steps of CPTTrainer, AdamW and all, of a model with random weights; ways single (on one rank), ddp, fsdp2, ep,
-    ep+fsdp2. Tokens per second are of each GPU.
-Bars on 2 ranks: ep at most 108 ms and 40 GiB; on 4 at least 0.80 of single's speed, on 8 0.72. Writes ranks.csv after
-each way, so that what was measured stays when a later way fails. Source: ours.
+model: steps of CPTTrainer, AdamW and all, of a model with random weights, with the weights, checkpointing and
+    optimizer that the commands choose for the GPU; ways single (on one rank), ddp, fsdp2, ep, ep-all-to-all, ep+fsdp2.
+Tokens and operations per second are of each GPU; operations are those of the model, without what is computed again.
+Bars on 2 ranks: ep at most 108 ms and 40 GiB; on 4 at least 0.80 of single's speed, on 8 0.72. Ways are measured in
+turn, in so many rounds. Writes ranks.csv after each, so that what was measured stays when a later way fails, and with
+--profile a table of the operators of a step of each way. Source: ours.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, TrainerCallback
 from transformers.hf_argparser import HfArg
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -41,14 +46,15 @@ from hf_moe_cpt.arguments import ParallelArguments, parallel_options, parse_argu
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.kernels.expert_parallel import DeduplicatedEP
 from hf_moe_cpt.machine import check_names, leave_process_group, machine_facts, release_memory, synchronize
-from hf_moe_cpt.planning.plan import config_of
+from hf_moe_cpt.planning.memory import TrainingSetup, measure_size
+from hf_moe_cpt.planning.plan import Fit, choose_fit, config_of, flops_per_token, gpu_gib
 from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, Attempt, BenchmarkArguments, StepClock
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 
-WAYS = ("single", "ddp", "fsdp2", "ep", "ep+fsdp2")
+WAYS = ("single", "ddp", "fsdp2", "ep", "ep-all-to-all", "ep+fsdp2")
 QWEN3_30B = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
@@ -75,13 +81,16 @@ class RanksArguments(BenchmarkArguments):
     choices: int = HfArg(default=8, help="Experts per token of the stack.")
     tokens: int = HfArg(default=16384, help="Tokens of each rank and step of the stack.")
     skew: float = HfArg(default=0.5, help="Standard deviation of the experts' log popularity.")
+    rounds: int = HfArg(default=1, help="How often each way is built anew and measured, in turn with the others.")
     steps: int = HfArg(default=8, help="Steps that are timed.")
     warmup: int = HfArg(default=3, help="Steps before them.")
     model: str = HfArg(default="pb-granular-2b", help="qwen3-30b-a3b, or a name or folder as plan takes it.")
     num_layers: int | None = HfArg(default=None, help="Layers of the model, in place of its own.")
     batch_size: int = HfArg(default=8, help="Sequences of a rank and step of the model.")
     length: int = HfArg(default=2048, help="Tokens of a sequence.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Recompute the model's layers.")
+    dtype: str | None = HfArg(default=None, help="Of the weights, float32 or bfloat16; unset: what fits the GPU.")
+    gradient_checkpointing: bool | None = HfArg(default=None, help="Recompute layers; unset: where it must be.")
+    profile: bool = HfArg(default=False, help="Profile one step more of each way, of the first round.")
     tiny: bool = HfArg(default=False, help="Sizes that CPU ranks manage.")
 
     def __post_init__(self) -> None:
@@ -99,7 +108,7 @@ class Layer(nn.Module):
     def __init__(self, args: RanksArguments, number: int, way: str, device: torch.device) -> None:
         super().__init__()
         ranks, rank = dist.get_world_size(), dist.get_rank()
-        group = {"ep": ranks, "ep+fsdp2": ranks // 2}.get(way, 1)
+        group = ep_size(way)
         mesh = dist.init_device_mesh(device.type, (ranks // group, group, 1), mesh_dim_names=("efsdp", "ep", "tp"))
         config = Qwen3MoeConfig(
             hidden_size=args.hidden, moe_intermediate_size=args.width, num_experts=args.experts // group
@@ -115,18 +124,25 @@ class Layer(nn.Module):
         policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
         if group > 1:
             self.experts._is_expert_parallel = True
-            exchange = DeduplicatedEP(self.experts, mesh["ep"], mesh["tp"])
-            self.experts.forward = exchange.__call__
-        if way == "fsdp2":
+            kind = DeduplicatedEP
+            if way == "ep-all-to-all":
+                from transformers.distributed.expert_parallel import AllToAllEP as kind  # not in older ones
+            self.experts.forward = kind(self.experts, mesh["ep"], mesh["tp"]).__call__
+            fully_shard(self.experts, mesh=mesh["efsdp"], mp_policy=policy)  # also of one rank, as transformers does
+        elif way == "fsdp2":
             fully_shard(self, mesh=mesh["efsdp"], mp_policy=policy)
-        elif way == "ep+fsdp2":
-            fully_shard(self.experts, mesh=mesh["efsdp"], mp_policy=policy)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """(T, H), (T, K) -> (T, H)."""
         tokens = F.rms_norm(x, x.shape[-1:])
         gates = F.linear(tokens.float(), self.router.float()).softmax(-1).gather(1, index)
         return x + self.experts(tokens, index, gates / gates.sum(-1, keepdim=True)).to(x.dtype)
+
+
+def ep_size(way: str) -> int:
+    """Ranks that experts are dealt to."""
+    ranks = dist.get_world_size()
+    return {"ep": ranks, "ep-all-to-all": ranks, "ep+fsdp2": ranks // 2}.get(way, 1)
 
 
 def _weight(args: RanksArguments, number: int, kind: int, device: torch.device, *shape: int) -> Tensor:
@@ -148,6 +164,20 @@ def batch(args: RanksArguments, device: torch.device) -> tuple[Tensor, Tensor, T
     return x, torch.stack(choices), pull
 
 
+@contextmanager
+def profiled(args: RanksArguments, name: str, device: torch.device) -> Iterator[None]:
+    """Write what the device, or the CPU, did meanwhile, by operator, on the first rank."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+        synchronize(device)
+    if dist.get_rank() == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        table = profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=60)
+        (Path(args.output_dir) / f"profile_{name.replace('+', '_')}.txt").write_text(table, encoding="utf-8")
+
+
 def measure_layers(args: RanksArguments, way: str, device: torch.device, truth: dict[str, Tensor]) -> dict[str, Any]:
     """Median milliseconds of forward and backward of the slowest rank, peak of the fullest, errors beside `single`."""
     stack = nn.ModuleList(Layer(args, number, way, device) for number in range(args.layers))
@@ -155,7 +185,8 @@ def measure_layers(args: RanksArguments, way: str, device: torch.device, truth: 
     seconds: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(args.warmup + args.steps):
+
+    def step() -> tuple[Tensor, Tensor | None]:
         stack.zero_grad(set_to_none=True)
         given = x.clone().requires_grad_()
         synchronize(device)
@@ -168,15 +199,22 @@ def measure_layers(args: RanksArguments, way: str, device: torch.device, truth: 
         ((y * pull).float().sum() / args.tokens).backward()
         synchronize(device)
         seconds.append(time.perf_counter() - began)
+        return y.detach(), given.grad
+
+    for _ in range(args.warmup + args.steps):
+        y, dx = step()
     peak = torch.cuda.max_memory_allocated() / GIBIBYTE if device.type == "cuda" else 0.0
-    found = {"y": y.detach(), "dx": given.grad, "dw": _expert_gradient(stack[0], way)}
-    if way == "single":
+    found = {"y": y, "dx": dx, "dw": _expert_gradient(stack[0], way)}
+    if way == "single" and not truth:
         truth.update(found)
     errors = [_error(found[name], truth.get(name)) for name in ("y", "dx", "dw")]
     worst = torch.tensor([statistics.median(seconds[args.warmup :]), peak, *errors], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    step, peak, *errors = worst.tolist()
-    return {"ms": 1e3 * step, "tokens_per_second": args.tokens / step, "peak_gib": peak or None} | dict(
+    if args.profile:
+        with profiled(args, f"layers_{way}", device):
+            step()
+    taken, peak, *errors = worst.tolist()
+    return {"ms": 1e3 * taken, "tokens_per_second": args.tokens / taken, "peak_gib": peak or None} | dict(
         zip(("error_y", "error_dx", "error_dw"), errors, strict=True)
     )
 
@@ -192,7 +230,7 @@ def _expert_gradient(layer: Layer, way: str) -> Tensor:
         grad = shared * grad.full_tensor()
     parts = [torch.empty_like(grad) for _ in range(ranks)]
     dist.all_gather(parts, grad.contiguous())
-    return torch.cat(parts[: {"ep": ranks, "ep+fsdp2": ranks // 2}.get(way, 1)])
+    return torch.cat(parts[: ep_size(way)])
 
 
 def _error(found: Tensor, want: Tensor | None) -> float:
@@ -211,10 +249,12 @@ def model_config(args: RanksArguments) -> PreTrainedConfig:
     return config
 
 
-def build_model(config: PreTrainedConfig, parallel: dict[str, Any], device: torch.device) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig, dtype: str, parallel: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
     """Random weights, of each rank only what it holds."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     kind = type(model)
     distributed, _, meshes = kind.prepare_distribute_model(parallel.get("distributed_config"))
     model = kind.maybe_distribute_model(model, distributed, meshes).to_empty(device=device)
@@ -224,35 +264,79 @@ def build_model(config: PreTrainedConfig, parallel: dict[str, Any], device: torc
     return model
 
 
+class ProfileStep(TrainerCallback):
+    """Profiles one step of a `Trainer`, the last."""
+
+    def __init__(self, args: RanksArguments, way: str, device: torch.device) -> None:
+        self.args, self.way, self.device = args, way, device
+        self._at_work = ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin, in the last step."""
+        if state.global_step == state.max_steps - 1:
+            self._at_work.enter_context(profiled(self.args, f"model_{self.way}", self.device))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the table."""
+        self._at_work.close()
+
+
 def measure_model(args: RanksArguments, way: str, device: torch.device, _: dict[str, Tensor]) -> dict[str, Any]:
     """Median milliseconds of a whole training step, peak of the fullest rank, model FLOP/s of a GPU."""
-    ranks = dist.get_world_size()
-    rows = torch.randint(
-        3, 200, (args.batch_size * ranks * 2, args.length), generator=torch.Generator().manual_seed(1)
-    )
+    ranks, config = dist.get_world_size(), model_config(args)
+    shape = args.batch_size * ranks * 2, args.length
+    rows = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     data, clock = Dataset.from_dict({"input_ids": rows.tolist()}), StepClock(device, args.warmup)
+    how = chosen(args, config, way, device)
+    steps = args.warmup + args.steps
     with tempfile.TemporaryDirectory() as folder:
         training = CPTConfig(
-            output_dir=folder, max_steps=args.warmup + args.steps, per_device_train_batch_size=args.batch_size,
-            max_length=args.length, bf16=device.type == "cuda", use_cpu=device.type == "cpu", save_strategy="no",
-            report_to="none", disable_tqdm=True, logging_steps=args.warmup + args.steps, hang_timeout=0,
-            gradient_checkpointing=args.gradient_checkpointing,
+            output_dir=folder, max_steps=steps + args.profile, per_device_train_batch_size=args.batch_size,
+            max_length=args.length, bf16=device.type == "cuda" and how.dtype == "float32",
+            use_cpu=device.type == "cpu", save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
+            hang_timeout=0, optim=how.optim, gradient_checkpointing=how.checkpointing,
         )  # fmt: skip
-        asked = {"ep": {"ep_size": ranks}, "ep+fsdp2": {"ep_size": ranks // 2}, "fsdp2": {"dp_replicate_size": 1}}
-        parallel = parallel_options(ParallelArguments(**asked[way]), training) if way in asked else {}
-        trainer = CPTTrainer(build_model(model_config(args), parallel, device), training, data)
-        trainer.add_callback(clock)
+        asked = {"fsdp2": {"dp_replicate_size": 1}}.get(way, {"ep_size": ep_size(way)} if ep_size(way) > 1 else None)
+        parallel = parallel_options(ParallelArguments(**asked), training) if asked else {}
+        if way == "ep-all-to-all":
+            parallel["distributed_config"].ep_implementation = "all_to_all"
+        began = time.perf_counter()
+        model = build_model(config, how.dtype, parallel, device)
+        synchronize(device)
+        built = time.perf_counter() - began
+        trainer = CPTTrainer(model, training, data, callbacks=[clock])
+        if args.profile:
+            trainer.add_callback(ProfileStep(args, way, device))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     peak = torch.cuda.max_memory_allocated() / GIBIBYTE if device.type == "cuda" else 0.0
-    worst = torch.tensor([statistics.median(clock.seconds), peak], device=device)
+    worst = torch.tensor([statistics.median(clock.seconds[: args.steps]), peak], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     step, peak = worst.tolist()
-    logged = next((entry for entry in reversed(trainer.state.log_history) if "model_tflops" in entry), {})
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     rate = args.batch_size * args.length / step
-    told = {"loss": logged.get("loss"), "model_tflops_last_log": logged.get("model_tflops")}
+    per_token = flops_per_token(measure_size(config, args.model), args.length)
+    told = {"model_tflops": rate * per_token / 1e12, "first_loss": losses[0], "loss": losses[steps - 1]}
+    told |= {"weights": how.dtype, "optim": training.optim, "checkpointing": how.checkpointing, "build_s": built}
     return {"ms": 1e3 * step, "tokens_per_second": rate, "peak_gib": peak or None} | told
+
+
+def chosen(args: RanksArguments, config: PreTrainedConfig, way: str, device: torch.device) -> Fit:
+    """Weights, optimizer and checkpointing as the commands choose them for the memory of this GPU."""
+    if device.type != "cuda":
+        return Fit(args.dtype or "float32", bool(args.gradient_checkpointing), "", "auto")
+    engine = "ep" if ep_size(way) > 1 else way
+    setup = TrainingSetup(
+        engine=engine, gpus=dist.get_world_size(), gpus_per_node=torch.cuda.device_count(), kernels="fused",
+        batch_size=args.batch_size, sequence_length=args.length,
+    )  # fmt: skip
+    fit = choose_fit(
+        config, setup, args.model, gpu_gib(device), dtype=args.dtype, checkpointing=args.gradient_checkpointing
+    )
+    if dist.get_rank() == 0:
+        print(fit.told, flush=True)
+    return fit
 
 
 def ways_of(args: RanksArguments, part: str) -> list[str]:
@@ -260,7 +344,7 @@ def ways_of(args: RanksArguments, part: str) -> list[str]:
     ranks = dist.get_world_size()
     left_out = {"ddp"} if part == "layers" else {"single"} if ranks > 1 else set()
     left_out |= {"ep+fsdp2"} if ranks < 4 else set()
-    left_out |= {"ddp", "fsdp2", "ep"} if ranks == 1 else set()
+    left_out |= set(WAYS) - {"single"} if ranks == 1 else set()
     return [way for way in args.ways or WAYS if way not in left_out]
 
 
@@ -276,14 +360,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures: dict[str, Callable[..., dict[str, Any]]] = {"layers": measure_layers, "model": measure_model}
     for part in args.parts:
         truth: dict[str, Tensor] = {}
-        for way in ways_of(args, part):
+        for number, way in itertools.product(range(args.rounds), ways_of(args, part)):
             found: dict[str, Any] = {}
             with Attempt() as attempt:
-                found = measures[part](args, way, device, truth)
+                found = measures[part](replace(args, profile=args.profile and not number), way, device, truth)
             release_memory(device)
             sizes = f"{args.layers} x {args.tokens}" if part == "layers" else f"{args.batch_size} x {args.length}"
             name = "tiny" if args.tiny else args.model
-            of = {"part": part, "what": sizes if part == "layers" else f"{name}, {sizes}", "way": way}
+            name += f", {args.num_layers} layers" if args.num_layers else ""
+            of = {"part": part, "what": sizes if part == "layers" else f"{name}, {sizes}", "way": way, "round": number}
             rows.append(of | found | {"note": attempt.reason or ""} | facts)
             if dist.get_rank() == 0:
                 write_csv(Path(args.output_dir) / "ranks.csv", rows)

@@ -13,13 +13,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_EP, reason="needs tra
 
 def test_every_way_runs_and_agrees_with_the_one_without_traffic(tmp_path):
     words = ["scripts/benchmarks/ranks.py", "--device", "cpu", "--tiny", "--parts", "layers", "model"]
-    launch(*TWO_RANKS, *words, "--output_dir", str(tmp_path))
+    launch(*TWO_RANKS, *words, "--rounds", "2", "--profile", "--output_dir", str(tmp_path))
     with (tmp_path / "ranks.csv").open() as file:
-        rows = {(row["part"], row["way"]): row for row in csv.DictReader(file)}
-    assert set(rows) == {("layers", "single"), *((p, w) for p in ("layers", "model") for w in ("fsdp2", "ep"))} | {
-        ("model", "ddp")
-    }
+        rows = {(row["part"], row["way"], row["round"]): row for row in csv.DictReader(file)}
+    sharing = ("fsdp2", "ep", "ep-all-to-all")
+    ways = {("layers", "single"), ("model", "ddp"), *((part, way) for part in ("layers", "model") for way in sharing)}
+    assert set(rows) == {(*way, number) for way in ways for number in "01"}
     assert not any(row["note"] for row in rows.values())
-    for way in ("fsdp2", "ep"):
-        assert max(float(rows["layers", way][f"error_{name}"]) for name in ("y", "dx", "dw")) < 1e-5
-        assert float(rows["model", way]["loss"]) == pytest.approx(float(rows["model", "ddp"]["loss"]), rel=1e-2)
+    assert {path.name for path in tmp_path.glob("*.txt")} == {f"profile_{part}_{way}.txt" for part, way in ways}
+    for way in sharing:
+        assert max(float(rows["layers", way, "1"][f"error_{name}"]) for name in ("y", "dx", "dw")) < 1e-5
+        assert float(rows["model", way, "0"]["loss"]) == pytest.approx(
+            float(rows["model", "ddp", "0"]["loss"]), rel=1e-2
+        )

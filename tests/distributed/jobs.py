@@ -7,9 +7,9 @@ from packaging.version import Version
 from transformers.distributed import DistributedConfig
 
 
-HAS_EP = "ep_size" in inspect.signature(DistributedConfig).parameters  # from transformers 5.23 on
+HAS_EP_INTERFACE = "ep_implementation" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
 # torch 2.11 cannot gather every kind of shard
-HAS_EP = HAS_EP and Version(torch.__version__) >= Version("2.13")
+HAS_EP = HAS_EP_INTERFACE and Version(torch.__version__) >= Version("2.13")
 
 OURS = {"ep_implementation": "hf_moe_cpt"}
 ACCUMULATED = {"accumulation": 4, "balance": False}
@@ -60,6 +60,7 @@ SHARDED_TRAINING = {
         "EP and FSDP2": _dealt(4, 2),
         "EP and FSDP2 accumulated": _dealt(4, 2, **ACCUMULATED),
         "EP and HSDP": _dealt(2, 2, copies=2),
+        "EP and HSDP accumulated": _dealt(2, 2, copies=2, **ACCUMULATED),
     },
 }
 STEPS = {
@@ -80,4 +81,25 @@ STEPS = {
 if HAS_EP:
     TWO_RANKS |= SHARDED_TRAINING[2] | {name: {"step": step} for name, step in STEPS[2].items()}
     FOUR_RANKS |= SHARDED_TRAINING[4] | {name: {"step": step} for name, step in STEPS[4].items()}
+ON_GPUS = {
+    1: {"whole": {}, "without balance": {"balance": False}},
+    2: {
+        "DDP": {},
+        "DDP accumulated": ACCUMULATED,
+        "FSDP2": FSDP2,
+        "FSDP2 accumulated": {**FSDP2, **ACCUMULATED},
+        **({"EP": _dealt(2, 2), "EP accumulated": _dealt(2, 2, **ACCUMULATED)} if HAS_EP_INTERFACE else {}),
+    },
+    4: {
+        "FSDP2 on 4": FSDP2,
+        "HSDP": _dealt(2, copies=2),
+        **({"EP on 4": _dealt(4, 4), "EP and FSDP2": _dealt(4, 2)} if HAS_EP_INTERFACE else {}),
+        **({"EP and FSDP2 accumulated": _dealt(4, 2, **ACCUMULATED)} if HAS_EP_INTERFACE else {}),
+    },
+}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}  # for the kernels of a GPU
+ON_GPUS = {
+    ranks: {name: {**job, "on_gpu": True, "model": "wide"} for name, job in jobs.items()}
+    for ranks, jobs in ON_GPUS.items()
+}
 JOBS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}  # by the number of ranks

@@ -24,9 +24,9 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
     return done
 
 
-def launch(*words: str) -> None:
-    """`python -m words` in the project's root without a GPU; a failure raises with the end of what was printed."""
-    done = _run(("-m", *words), {**_environment(), "CUDA_VISIBLE_DEVICES": ""})
+def launch(*words: str, on_gpu: bool = False) -> None:
+    """`python -m words` in the project's root, without a GPU unless told; a failure raises with its last words."""
+    done = _run(("-m", *words), _environment() | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -48,13 +48,12 @@ def save_model(folder: Path, name: str = "model", **changes: Any) -> None:
     preference_runs.word_tokenizer().save_pretrained(folder / name)
 
 
-def open_model(path: Path, sharded: dict[str, int] | None) -> PreTrainedModel:
+def open_model(path: Path, sharded: dict[str, Any] | None, **options: Any) -> PreTrainedModel:
     """A saved model, cut by transformers where sizes of a `DistributedConfig` are given."""
-    options = {}
     if sharded:
         from transformers.distributed import DistributedConfig
 
-        options = {"distributed_config": DistributedConfig(**sharded)}
+        options["distributed_config"] = DistributedConfig(**sharded)
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
@@ -66,8 +65,14 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     if job.get("recomputed"):
         shared["gradient_checkpointing"] = True
     if _has_fsdp(job):
-        shared |= {"accelerator_config": {"use_configured_state": True}, **(FSDP2 if job.get("fsdp") else {})}
-    model = open_model(folder / job.get("model", "model"), job.get("sharded"))
+        told = {} if job.get("on_gpu") else {"accelerator_config": {"use_configured_state": True}}
+        shared |= told | (FSDP2 if job.get("fsdp") else {})
+    sharded, options = job.get("sharded"), {}
+    if job.get("on_gpu"):  # the kernels of a GPU under the policy of a GPU, without the minutes of a compiler
+        shared |= {"use_cpu": False, "bf16": True, "kernels": "plain"}
+        options = {"experts_implementation": "hf_moe_cpt"}
+        sharded = sharded and {**sharded, "fsdp_mixed_precision": True}
+    model = open_model(folder / job.get("model", "model"), sharded, **options)
     if not job.get("balance", True):  # it is no sum over micro-batches
         shared["router_balance"] = "none"
     if kind == "cpt":
@@ -100,7 +105,7 @@ def clean_accelerate(job: dict[str, Any]) -> Iterator[None]:
     PartialState._reset_state()
     if "accelerate" in job:
         os.environ.update(launcher_environment(ACCELERATE / job["accelerate"]))
-    if _has_fsdp(job):
+    if _has_fsdp(job) and not job.get("on_gpu"):
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     try:
@@ -234,7 +239,11 @@ def main() -> None:
     folder = Path(asked["folder"])
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:  # else this is one process without a group
-        dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+        backend = "gloo"
+        if any(job.get("on_gpu") for job in asked["jobs"].values()):
+            backend = "nccl"
+            torch.cuda.set_device(dist.get_node_local_rank())
+        dist.init_process_group(backend, timeout=timedelta(seconds=600))
     results = run_jobs(folder, asked["jobs"])
     if not dist.is_initialized() or dist.get_rank() == 0:
         (folder / asked["results"]).write_text(json.dumps(results))
