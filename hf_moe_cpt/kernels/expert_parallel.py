@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from hf_moe_cpt.kernels.experts_interface import HAS_TRITON
+
 
 try:
     from transformers.distributed.expert_parallel import AutoEP, EPImplementationInterface
@@ -106,7 +108,7 @@ class _End(torch.autograd.Function):
 
 
 class _Copies(torch.autograd.Function):
-    """Copies of tokens (T, ...) -> (S, ...), or, with `adds`, copies added up (S, ...) -> (T, ...): adjoints.
+    """Copies of tokens (T, C) -> (S, C), or, with `adds`, copies added up (S, C) -> (T, C): adjoints.
 
     Places are no saved tensors on purpose: recomputation of a layer ends at the last of these, before the way back.
     """
@@ -123,10 +125,15 @@ class _Copies(torch.autograd.Function):
 
 
 def _add_up(rows: Tensor, places: Tensor) -> Tensor:
-    """The copies of each token added in at least float32; places (N, T): row of a copy, S for none."""
-    rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-    total = rows[places[0]].to(torch.promote_types(rows.dtype, torch.float32))
-    for place in places[1:]:
+    """The copies of each token added in at least float32; places (T, N): row of a copy, -1 for none."""
+    if rows.is_cuda and HAS_TRITON and places.numel() and rows.element_size() <= 4:  # it adds in float32
+        from hf_moe_cpt.kernels.routing import combine_rows
+
+        with torch.cuda.device_of(rows):
+            return combine_rows(rows, places.view(-1), None, places.shape[1])
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # the last, which -1 means
+    total = rows[places[:, 0]].to(torch.promote_types(rows.dtype, torch.float32))
+    for place in places.T[1:]:
         total += rows[place]
     return total.to(rows.dtype)
 
@@ -167,18 +174,20 @@ class DeduplicatedEP(AutoEP):
         needed = is_there.any(2)
         counts = torch.stack([needed.sum(1), is_there.sum((1, 2))], 1)  # (N, 2): rows, and pairs in them
         each = [1] * self.num_ranks
-        coming = _wait(_all_to_all(counts, each, each, self.group_name))
-        (send, _), (receive, pairs) = torch.stack([counts, coming]).transpose(1, 2).tolist()
+        coming = _all_to_all(counts, each, each, self.group_name)
+
+        # what needs no numbers of rows is on its way to the device before the host waits for them
+        needed = needed.flatten()
+        places = needed.cumsum(0).sub_(1)  # (N T,), of those that are needed
+        copy = torch.empty(needed.numel() + 1, dtype=places.dtype, device=places.device)
+        copy.scatter_(0, places.where(needed, needed.numel()), torch.arange(places.numel(), device=places.device))
+        token, rank = copy % max(num_tokens, 1), copy // max(num_tokens, 1)
+        places = places.where(needed, -1).view(self.num_ranks, num_tokens).T.to(torch.int32).contiguous()
+        (send, _), (receive, pairs) = torch.stack([counts, _wait(coming)]).transpose(1, 2).tolist()
         there, also_there, back = (
             _Transfer(*sizes, self.group_name) for sizes in ((send, receive), (send, receive), (receive, send))
         )
-
-        nowhere = sum(send)
-        places = needed.flatten().cumsum(0).sub_(1).masked_fill_(~needed.flatten(), nowhere)  # (N T,)
-        copy = torch.empty(nowhere + 1, dtype=places.dtype, device=places.device)
-        copy = copy.scatter_(0, places, torch.arange(places.numel(), device=places.device))[:nowhere]
-        token, rank = copy % max(num_tokens, 1), copy // max(num_tokens, 1)
-        places = places.view(self.num_ranks, num_tokens)
+        token, rank = token[: sum(send)], rank[: sum(send)]
         is_here = owner[token] == rank[:, None]
         ids = torch.where(is_here, top_k_index[token] % self.num_local_experts, self.num_local_experts)
         gates = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))

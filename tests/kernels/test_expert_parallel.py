@@ -9,12 +9,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_moe_cpt.kernels import expert_parallel
 from hf_moe_cpt.kernels.experts import plain_experts
+from hf_moe_cpt.kernels.routing import combine_rows
 from hf_moe_cpt.modeling.modeling_cpt_moe import plain_sinkhorn_plan, sinkhorn_plan
+from tests.helpers.expert_layers import DEVICE
 from tests.helpers.forked_ranks import on_ranks
-from tests.helpers.tolerances import relative_rms_error
+from tests.helpers.tolerances import assert_matches, relative_rms_error
 
 
 pytestmark = pytest.mark.skipif(expert_parallel.EPImplementationInterface is None, reason="transformers before 5.23")
@@ -122,12 +126,49 @@ def test_definition_matches_undistributed_experts(ranks):
 
 
 def test_sums_of_copies_and_copies_are_adjoint():
-    places = torch.tensor([[0, 3, 1], [2, 3, 3]])  # of three tokens on two ranks; the second travels nowhere
+    places = torch.tensor([[0, 2], [-1, -1], [1, -1]])  # of three tokens on two ranks; the second travels nowhere
     token = torch.tensor([0, 2, 0])
     x, copies = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     there = expert_parallel._Copies.apply(x, token, places, False)
     back = expert_parallel._Copies.apply(copies, token, places, True)
     assert torch.allclose((there * copies).sum(), (x * back).sum())
+
+
+def test_the_kernel_of_a_gpu_adds_up_the_same_copies():
+    places = torch.tensor([[0, 2], [-1, -1], [1, -1]], dtype=torch.int32)
+    copies = torch.randn(3, 20)
+    got = combine_rows(copies.to(DEVICE), places.view(-1).to(DEVICE), None, 2)
+    assert_matches("sums", got, expert_parallel._add_up(copies, places))
+
+
+def kernels_of_rank() -> dict[str, torch.Tensor]:
+    """The step of a rank whose experts, Qwen3-MoE's, run in our kernels; keys with a / are of all experts."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mesh = dist.init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(1)
+    experts = {}
+    for name, held, implementation in (("whole", E, "eager"), ("mine", E // ranks, "hf_moe_cpt")):
+        config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=WIDTH, num_experts=held)
+        config._experts_implementation = implementation
+        experts[name] = Qwen3MoeExperts(config)
+    for weight, mine in zip(experts["whole"].parameters(), experts["mine"].parameters(), strict=True):
+        nn.init.normal_(weight)
+        mine.data.copy_(weight.data[rank * E // ranks : (rank + 1) * E // ranks])
+    found: dict[str, torch.Tensor] = {}
+    exchange = expert_parallel.DeduplicatedEP(experts["mine"], mesh["ep"], mesh["tp"])
+    for mark, run, part in (("", exchange, experts["mine"]), ("/", experts["whole"], experts["whole"])):
+        given = [value if number == 1 else value.float() for number, value in enumerate(batch(2 * rank, False))]
+        found |= {name + mark: value for name, value in gradients(run, part, given).items()}
+    return found
+
+
+def test_kernels_run_the_experts_of_a_rank(tmp_path):
+    found = on_ranks(2, tmp_path / "ranks", kernels_of_rank)
+    for name in ("y", "tokens", "gates"):
+        assert_matches(name, found[0][name], found[0][f"{name}/"])
+    for name in ("gate_up_proj", "down_proj"):
+        want = sum(rank[f"{name}/"] for rank in found)
+        assert_matches(name, torch.cat([rank[name] for rank in found]), want)
 
 
 def test_sinkhorn_plan_of_ranks_is_that_of_all_tokens(tmp_path):
