@@ -51,8 +51,9 @@ from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, 
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
 from hf_moe_cpt.planning.plan import MODELS as NAMED
-from hf_moe_cpt.planning.plan import MeasuredStep, config_of, flops_per_token
+from hf_moe_cpt.planning.plan import PRECISION_OF, MeasuredStep, config_of, flops_per_token
 from hf_moe_cpt.reports import write_csv
+from hf_moe_cpt.scripts.benchmarks.ranks import shape_of
 from hf_moe_cpt.scripts.benchmarks.report import (
     GIBIBYTE,
     Attempt,
@@ -275,6 +276,7 @@ class MeasuredPeak:
     model: str
     setup: TrainingSetup
     gib: float
+    layers: int | None = None  # None for all of the model's
 
 
 def done_rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -283,15 +285,15 @@ def done_rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 @functools.cache
-def size_of(model: str) -> ModelSize:
-    """The size of a model that benchmarks name, counted once."""
-    return measure_size(config_of(model), model)
+def size_of(model: str, layers: int | None = None) -> ModelSize:
+    """The size of a model that benchmarks name, with its own number of layers or another, counted once."""
+    return measure_size(shape_of(model, layers), model)
 
 
 @functools.cache
-def kept_by(model: str, length: int, precision: str, kernels: str) -> KeptBytes:
+def kept_by(model: str, layers: int | None, length: int, precision: str, kernels: str) -> KeptBytes:
     """As `measure_kept`, two layers standing for all. Raises ValueError where they differ."""
-    config = config_of(model)
+    config = shape_of(model, layers)
     num_layers, config.num_hidden_layers = config.num_hidden_layers, 2
     two = measure_kept(config, length, precision, kernels)
     if two.layers[0] != two.layers[1]:
@@ -362,7 +364,7 @@ def measured_peaks(folder: Path) -> Iterator[MeasuredPeak]:
         setup = TrainingSetup(
             batch_size=int(row["batch_size"]),
             sequence_length=int(row["seq_length"]),
-            precision={"float32": "mixed", "bfloat16": "bfloat16"}[row["weights"]],
+            precision=PRECISION_OF[row["weights"]],
             kernels=kernels_of(row["run"]),
         )
         if row["peak_gib"]:
@@ -382,17 +384,43 @@ def measured_peaks(folder: Path) -> Iterator[MeasuredPeak]:
                 yield MeasuredPeak(name, row["contender"], row["model"], setup, float(row["peak_mib"]) / 1024)
 
 
+def peaks_of_ranks(folder: Path) -> Iterator[MeasuredPeak]:
+    """Those of runs on several GPUs, the fullest rank's, largest of all rounds."""
+    found: dict[MeasuredPeak, float] = {}
+    for path in sorted(folder.glob("*/ranks*.csv")):
+        for row in rows_of(path):
+            if row["part"] != "model" or not row["peak_gib"] or row["device"].startswith("CPU"):
+                continue
+            engine, ranks = row["way"], int(row["ranks"])
+            setup = TrainingSetup(
+                batch_size=int(row["batch_size"]),
+                sequence_length=int(row["length"]),
+                precision=PRECISION_OF[row["weights"]],
+                kernels="fused",
+                checkpointing=row["checkpointing"] == "True",
+                engine="ep" if engine.startswith("ep") else engine,
+                gpus=ranks,
+                gpus_per_node=ranks,
+            )
+            run = f"{row['what']}, {ranks} GPUs, {engine}"
+            name = path.relative_to(folder).as_posix()
+            peak = MeasuredPeak(name, run, row["model"], setup, 0.0, int(row["num_layers"]))
+            found[peak] = max(found.get(peak, 0.0), float(row["peak_gib"]))
+    for peak, gib in found.items():
+        yield dataclasses.replace(peak, gib=gib)
+
+
 def estimated_gib(peak: MeasuredPeak) -> float:
     """What the arithmetic says for the same setup."""
     setup = peak.setup
-    kept = kept_by(peak.model, setup.sequence_length, setup.precision, setup.kernels)
-    return training_memory(size_of(peak.model), kept, setup).total / GIBIBYTE
+    kept = kept_by(peak.model, peak.layers, setup.sequence_length, setup.precision, setup.kernels)
+    return training_memory(size_of(peak.model, peak.layers), kept, setup).total / GIBIBYTE
 
 
 def error_table(folder: Path) -> str:
     """Markdown: measured, estimated, and the error as a share of the measured peak."""
     lines = ["| file | run | measured GiB | estimated GiB | error |", "|---|---|---|---|---|"]
-    for peak in measured_peaks(folder):
+    for peak in (*measured_peaks(folder), *peaks_of_ranks(folder)):
         estimate = estimated_gib(peak)
         error = f"{estimate / peak.gib - 1:+.1%}"
         lines.append(f"| {peak.source} | {peak.run} | {peak.gib:.2f} | {estimate:.2f} | {error} |")

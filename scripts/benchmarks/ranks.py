@@ -66,6 +66,7 @@ TINY_MODEL = {
     "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
     "vocab_size": 256,
 }  # fmt: skip
+SHAPES = {"qwen3-30b-a3b": QWEN3_30B, "tiny": TINY_MODEL}
 
 
 @dataclass
@@ -84,7 +85,7 @@ class RanksArguments(BenchmarkArguments):
     rounds: int = HfArg(default=1, help="How often each way is built anew and measured, in turn with the others.")
     steps: int = HfArg(default=8, help="Steps that are timed.")
     warmup: int = HfArg(default=3, help="Steps before them.")
-    model: str = HfArg(default="pb-granular-2b", help="qwen3-30b-a3b, or a name or folder as plan takes it.")
+    model: str = HfArg(default="pb-granular-2b", help="qwen3-30b-a3b, or a preset of hf-moe-cpt plan.")
     num_layers: int | None = HfArg(default=None, help="Layers of the model, in place of its own.")
     batch_size: int = HfArg(default=8, help="Sequences of a rank and step of the model.")
     length: int = HfArg(default=2048, help="Tokens of a sequence.")
@@ -99,7 +100,8 @@ class RanksArguments(BenchmarkArguments):
         check_names("--ways", self.ways, WAYS)
         for name, value in TINY.items() if self.tiny else ():
             setattr(self, name, value)
-        self.batch_size, self.length = (2, 16) if self.tiny else (self.batch_size, self.length)
+        if self.tiny:
+            self.model, self.batch_size, self.length = "tiny", 2, 16
 
 
 class Layer(nn.Module):
@@ -239,13 +241,10 @@ def _error(found: Tensor, want: Tensor | None) -> float:
     return float((found.float() - want.float()).norm() / want.float().norm())
 
 
-def model_config(args: RanksArguments) -> PreTrainedConfig:
-    """Of the model that is asked for, with its number of layers."""
-    if args.tiny or args.model == "qwen3-30b-a3b":
-        config = Qwen3MoeConfig(**(TINY_MODEL if args.tiny else QWEN3_30B))
-    else:
-        config = config_of(args.model)
-    config.num_hidden_layers = args.num_layers or config.num_hidden_layers
+def shape_of(model: str, num_layers: int | None) -> PreTrainedConfig:
+    """The configuration of a model of these benchmarks, or of `hf-moe-cpt plan`, with so many layers."""
+    config = Qwen3MoeConfig(**SHAPES[model]) if model in SHAPES else config_of(model)
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
     return config
 
 
@@ -283,7 +282,7 @@ class ProfileStep(TrainerCallback):
 
 def measure_model(args: RanksArguments, way: str, device: torch.device, _: dict[str, Tensor]) -> dict[str, Any]:
     """Median milliseconds of a whole training step, peak of the fullest rank, model FLOP/s of a GPU."""
-    ranks, config = dist.get_world_size(), model_config(args)
+    ranks, config = dist.get_world_size(), shape_of(args.model, args.num_layers)
     shape = args.batch_size * ranks * 2, args.length
     rows = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     data, clock = Dataset.from_dict({"input_ids": rows.tolist()}), StepClock(device, args.warmup)
@@ -318,7 +317,14 @@ def measure_model(args: RanksArguments, way: str, device: torch.device, _: dict[
     rate = args.batch_size * args.length / step
     per_token = flops_per_token(measure_size(config, args.model), args.length)
     told = {"model_tflops": rate * per_token / 1e12, "first_loss": losses[0], "loss": losses[steps - 1]}
-    told |= {"weights": how.dtype, "optim": training.optim, "checkpointing": how.checkpointing, "build_s": built}
+    told |= {"model": args.model, "num_layers": config.num_hidden_layers, "batch_size": args.batch_size}
+    told |= {
+        "length": args.length,
+        "weights": how.dtype,
+        "optim": training.optim,
+        "checkpointing": how.checkpointing,
+        "build_s": built,
+    }
     return {"ms": 1e3 * step, "tokens_per_second": rate, "peak_gib": peak or None} | told
 
 
@@ -337,6 +343,13 @@ def chosen(args: RanksArguments, config: PreTrainedConfig, way: str, device: tor
     if dist.get_rank() == 0:
         print(fit.told, flush=True)
     return fit
+
+
+def what(args: RanksArguments, part: str) -> str:
+    """The sizes of a part, in words."""
+    if part == "layers":
+        return f"{args.layers} x {args.tokens}"
+    return f"{args.model}, {args.num_layers or 'all'} layers, {args.batch_size} x {args.length}"
 
 
 def ways_of(args: RanksArguments, part: str) -> list[str]:
@@ -365,10 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with Attempt() as attempt:
                 found = measures[part](replace(args, profile=args.profile and not number), way, device, truth)
             release_memory(device)
-            sizes = f"{args.layers} x {args.tokens}" if part == "layers" else f"{args.batch_size} x {args.length}"
-            name = "tiny" if args.tiny else args.model
-            name += f", {args.num_layers} layers" if args.num_layers else ""
-            of = {"part": part, "what": sizes if part == "layers" else f"{name}, {sizes}", "way": way, "round": number}
+            of = {"part": part, "what": what(args, part), "way": way, "round": number}
             rows.append(of | found | {"note": attempt.reason or ""} | facts)
             if dist.get_rank() == 0:
                 write_csv(Path(args.output_dir) / "ranks.csv", rows)

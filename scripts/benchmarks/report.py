@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 import re
 import statistics
 import time
@@ -236,6 +237,25 @@ def done_rows(rows: Sequence[Row], columns: dict[str, Column]) -> list[Row]:
     return _shown([row for row in rows if row["status"] == "ok"], columns)
 
 
+def ranks_rows(rows: Sequence[Row]) -> list[Row]:
+    """Every way of a part, all rounds together: medians, the largest peak and error, least and most milliseconds."""
+    rounds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        rounds.setdefault(tuple(row[name] for name in ("part", "what", "ranks", "way")), []).append(row)
+    shown = []
+    for of_way in rounds.values():
+        row = dict(of_way[-1])
+        for name, choose in RANKS_OF_ROUNDS.items():
+            values = [float(other[name]) for other in of_way if other.get(name)]
+            row[name] = str(choose(values)) if values else ""
+        times = [float(other["ms"]) for other in of_way if other["ms"]]
+        row |= {"least": str(min(times, default="")), "most": str(max(times, default="")), "rounds": str(len(of_way))}
+        errors = [float(row[name]) for name in ("error_y", "error_dx", "error_dw") if row.get(name)]
+        row["error"] = "" if not errors or math.isnan(max(errors)) else str(max(errors))
+        shown.append(row)
+    return _shown(shown, RANKS)
+
+
 def _shown(rows: Sequence[Row], columns: dict[str, Column]) -> list[Row]:
     return [{heading: _cell(row, column) for heading, column in columns.items()} for row in rows]
 
@@ -300,6 +320,23 @@ SHARDING: dict[str, Column] = {
     "model, layers": lambda row: f"{row['model']}, {row['layers']}",
     "blocks of a step x tokens": lambda row: f"{row['rows']} x {row['length']}",
 }
+RANKS_OF_ROUNDS: dict[str, Callable[[list[float]], float]] = {
+    "ms": statistics.median, "tokens_per_second": statistics.median, "model_tflops": statistics.median,
+    "peak_gib": max, "error_y": max, "error_dx": max, "error_dw": max,
+}  # fmt: skip
+RANKS: dict[str, Column] = {
+    "part": "part",
+    "what": "what",
+    "ranks": "ranks",
+    "way": "way",
+    "ms (range of rounds)": ("ms", "least", "most", 1),
+    "tokens/s a GPU": lambda row: _tokens(row) if row["tokens_per_second"] else row["note"],
+    "model TFLOP/s a GPU": ("model_tflops", 0),
+    "peak GiB": ("peak_gib", 1),
+    "largest error": lambda row: f"{float(row['error']):.1e}" if row["error"] else "",
+    "loss": ("loss", 3),
+    "weights": lambda row: row["weights"] + (", recomputed" if row["checkpointing"] == "True" else ""),
+}
 TRAINERS: dict[str, Column] = {
     "contender": "contender",
     "step and log ms (range)": _or(("total_ms", "total_ms_min", "total_ms_max", 1)),
@@ -319,6 +356,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "experts*.csv": experts_rows,
     "jobs.csv": partial(done_rows, columns=JOBS),
     "preference*.csv": trainers_rows,
+    "ranks*.csv": ranks_rows,
     "sharding.csv": sharding_rows,
     "step.csv": partial(done_rows, columns=STEPS),
     "surgery*.csv": trainers_rows,

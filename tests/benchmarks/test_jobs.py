@@ -55,7 +55,7 @@ def test_every_compared_peak_is_met_within_the_stated_error() -> None:
 
 def test_two_layers_stand_for_all_where_layers_are_equal() -> None:
     """What the errors are computed with is what the command counts, but for positions and masks."""
-    few = jobs.kept_by("pb-switch-tiny", 64, "mixed", "fused")
+    few = jobs.kept_by("pb-switch-tiny", None, 64, "mixed", "fused")
     all_layers = measure_kept(config_of("pb-switch-tiny"), 64, "mixed", "fused")
     assert few.layers == all_layers.layers
     assert few.of_batch(3) == all_layers.of_batch(3)
