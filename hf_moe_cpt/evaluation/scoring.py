@@ -220,12 +220,15 @@ def over_rows(
     """
     is_alone = not (dist.is_available() and dist.is_initialized())
     rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
-    order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))[rank::world]
+    places_of_all = sorted(range(len(rows)), key=lambda place: -length(rows[place]))
+    order, most = places_of_all[rank::world], len(places_of_all[::world])
     results: dict[int, Any] = {}
     with tqdm(total=len(order), desc=bar, disable=bar is None or rank > 0, leave=False, mininterval=1) as progress:
-        for begin in range(0, len(order), batch_size):
+        for begin in range(0, most, batch_size):
             places = order[begin : begin + batch_size]
-            results |= zip(places, run([rows[place] for place in places]), strict=True)
+            # a pass of a model whose weights are spread over processes is one of all of them
+            done = run([rows[place] for place in places or places_of_all[-1:]])
+            results |= zip(places, done if places else (), strict=True)
             progress.update(len(places))
     if world > 1:
         shares: list[Any] = [None] * world

@@ -11,6 +11,7 @@ import torch
 from hf_moe_cpt.data.surgery_bench import HEADER
 from hf_moe_cpt.evaluation import scoring
 from hf_moe_cpt.evaluation.surgery import BenchArguments
+from tests.helpers.forked_ranks import on_ranks
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 
@@ -100,6 +101,23 @@ def test_continuations_are_greedy_and_end_before_a_stop_token():
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", max_position_embeddings=2048)
+
+
+def rows_of_rank() -> tuple[list[int], int]:
+    """What a rank gets for five rows, one at a time, and how many passes it took part in."""
+    passes = []
+
+    def run(batch: list[list[int]]) -> list[int]:
+        passes.append(batch)
+        return [len(row) for row in batch]
+
+    return scoring.over_rows([[0] * length for length in (3, 1, 5, 4, 2)], len, run, batch_size=1), len(passes)
+
+
+@pytest.mark.parametrize("ranks, passes", [(1, 5), (2, 3), (4, 2)])
+def test_ranks_share_rows_in_equal_numbers_of_passes(ranks, passes, tmp_path):
+    """A pass of a model whose weights are spread over ranks needs all of them: one without a row must not leave."""
+    assert on_ranks(ranks, tmp_path / "ranks", rows_of_rank) == [([3, 1, 5, 4, 2], passes)] * ranks
 
 
 def test_rows_are_drawn_once_by_seed_and_name(bench):
