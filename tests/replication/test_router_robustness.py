@@ -75,10 +75,10 @@ def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
         for runs in by_seed.values():
             for record in runs.values():
                 record |= {"parameters": 1, "active_parameters": 1, "steps": 30}
-    results = robustness.summary(SCALE, chains, {}, "cpu")
+    results = robustness.summary(SCALE, chains, {}, {"commit": "abc"})
     assert [claim["claim"] for claim in results["claims"]] == list(robustness.CLAIMS) == list(robustness.MEASURES)
     assert all(claim["says"] in robustness.results_text(results) for claim in results["claims"])
-    some = robustness.summary(SCALE, {name: chains[name] for name in ("pb-granular", "dense")}, {}, "cpu")
+    some = robustness.summary(SCALE, {name: chains[name] for name in ("pb-granular", "dense")}, {}, {})
     assert not some["claims"]
     spike = next(claim for claim in results["claims"] if claim["claim"] == "free_balance")
     want = [
@@ -104,7 +104,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_models_are_run_judged_and_not_run_again(tmp_path, monkeypatch, capsys) -> None:
-    tiny = replace(SCALE, steps=24, decay_steps=4, continued_steps=22, characters=400_000, held_out_tokens=4096)
+    tiny = replace(SCALE, steps=24, decay_steps=4, continued_steps=22, characters=400_000)
     monkeypatch.setitem(robustness.SETTINGS, "small", tiny)
     monkeypatch.setattr(robustness, "TRACED_TOKENS", 1024)
     words = ["--methods", "pb-granular", "lf-granular", "--seeds", "1", "--workers", "1"]
