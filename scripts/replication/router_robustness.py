@@ -148,8 +148,8 @@ def config_of(model: str, **fields: Any) -> CptMoeConfig:
 
 def balance_over_micro_batches(trainer: CPTTrainer) -> None:
     """Let the penalty count the load of each micro-batch alone, and not of the batch so far."""
-    meter, so_far = trainer.balance.meter, []
-    load, restart = meter.load, meter.restart
+    balance, so_far = trainer.balance, []
+    load, restart, added_to = balance.meter.load, balance.meter.restart, balance.added_to
 
     def restarted() -> None:
         so_far.clear()
@@ -159,7 +159,14 @@ def balance_over_micro_batches(trainer: CPTTrainer) -> None:
         so_far.append(load(over_ranks=over_ranks).clone())
         return so_far[-1] - so_far[-2] if len(so_far) > 1 else so_far[-1]
 
-    meter.load, meter.restart = of_micro_batch, restarted
+    def with_penalty(*loss_and_scale: Any) -> Any:
+        balance.meter.load = of_micro_batch  # not for the log, which is about the batch
+        try:
+            return added_to(*loss_and_scale)
+        finally:
+            del balance.meter.load
+
+    balance.meter.restart, balance.added_to = restarted, with_penalty
 
 
 class Worker:
