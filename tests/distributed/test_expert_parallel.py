@@ -3,13 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_moe_cpt.arguments import ParallelArguments, parallel_options
 from hf_moe_cpt.kernels.expert_parallel import overlap_shared_experts
+from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
-from tests.distributed.jobs import HAS_EP, STEPS
+from tests.distributed.jobs import HAS_EP, OURS, STEPS
+from tests.helpers import cpt_runs
 from tests.helpers.forked_ranks import on_ranks
+from tests.helpers.rank_runs import open_model, save_model
 from tests.helpers.tiny_models import VOCABULARY
 from tests.helpers.tiny_moes import CONFIGS
 from tests.helpers.tolerances import relative_rms_error
@@ -104,3 +108,31 @@ def test_models_of_others_train_and_answer(kind, overlaps, tmp_path):
     for errors, agrees, blocks in on_ranks(2, tmp_path / "ranks", step_and_answers, tmp_path, kind):
         assert max(errors.values()) < 4e-6, errors
         assert agrees and blocks == overlaps
+
+
+def adapted_run(folder, targets, sharded):
+    """Losses of a run of an adapter on some layers, and its weights as they are saved; or why it is refused."""
+    out = folder / f"out {dist.get_world_size()}"
+    torch.manual_seed(0)
+    model = open_model(folder / "model", sharded)
+    adapter = ModelArguments("model", use_peft=True, lora_target_modules=targets, lora_dropout=0.0)
+    try:
+        trainer = cpt_runs.trainer(out, adapter.adapted(model), per_device_train_batch_size=8 // dist.get_world_size())
+    except ValueError as error:
+        return str(error), None
+    trainer.train()
+    trainer.save_model(out)
+    return cpt_runs.logged(trainer.state.log_history, "lm_loss"), load_file(out / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_an_adapter_of_other_layers_trains_as_in_one_process_and_of_experts_is_refused(tmp_path):
+    save_model(tmp_path)
+    sharded, attention = {"fsdp_size": 2, "ep_size": 2, **OURS}, ["q_proj", "v_proj"]
+    losses, weights = on_ranks(1, tmp_path / "one", adapted_run, tmp_path, attention, None)[0]
+    for got, saved in on_ranks(2, tmp_path / "two", adapted_run, tmp_path, attention, sharded):
+        assert got == pytest.approx(losses, rel=1e-6) and len(got) == 6
+        assert saved.keys() == weights.keys()
+        assert all(relative_rms_error(saved[name], weight) < 1e-4 for name, weight in weights.items())
+    for refusal, _ in on_ranks(2, tmp_path / "refused", adapted_run, tmp_path, ["experts"], sharded):
+        assert "mlp.experts are dealt to ranks and have an adapter: adapt other layers" in refusal

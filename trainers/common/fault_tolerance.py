@@ -528,6 +528,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
         self._reduce_every_pass()
         self._refuse_cut_sequences()
+        self._refuse_adapted_parts()
         policy = settings.bad_step_policy
         if policy != "stop" and self.is_deepspeed_enabled:
             raise ValueError(
@@ -564,6 +565,15 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
                 raise ValueError(
                     f"{name}={size} in parallelism_config cuts sequences over ranks, which would let packed documents "
                     "see one another: set it to 1, and shorten max_length or recompute for long documents."
+                )
+
+    def _refuse_adapted_parts(self) -> None:
+        """peft adds an adapter of fused experts to whole matrices."""
+        for name, part in self.model.named_modules():
+            if getattr(part, "_is_expert_parallel", False) and name.endswith("base_layer"):
+                raise ValueError(
+                    f"The experts at {name.partition('.base_layer')[0]} are dealt to ranks and have an adapter: adapt "
+                    "other layers (--lora_target_modules), or train without --ep_size."
                 )
 
     def open_run(self, asked: str | bool | None) -> Path | None:
