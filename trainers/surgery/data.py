@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,11 +308,16 @@ TEXT_COLUMNS = ("text", "prefix", "prompt", "completion", "messages")
 COPIES = 2  # of each forgotten text, where the rows say whom they are about
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text in order."""
+    return re.findall(r"\w+", text)
+
+
 def named_words(row: Row) -> list[str]:
     """The words of a row's subject, of three letters and more, if any of them stands in its text; else none."""
-    own = [word for word in re.findall(r"\w+", row.get("subject") or "") if len(word) > 2]
+    own = [word for word in words_of(row.get("subject") or "") if len(word) > 2]
     text = json.dumps([row.get(column) for column in TEXT_COLUMNS], ensure_ascii=False)
-    return own if set(own) & set(re.findall(r"\w+", text)) else []
+    return own if set(own) & set(words_of(text)) else []
 
 
 def number_of_copies(args: SurgeryConfig, given: Mapping[str, Dataset | None], train: Mapping[str, Dataset]) -> int:
@@ -326,7 +332,8 @@ def number_of_copies(args: SurgeryConfig, given: Mapping[str, Dataset | None], t
 def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dataset:
     """Copies of each row in which every word of its subject is an invented one, the same wherever it stands.
 
-    Which words is a function of seed, row and copy. Raises ValueError for a row whose text does not name its subject.
+    Which words is a function of seed, subject and copy: all texts about one are about the same stranger. Raises
+    ValueError for a row whose text does not name its subject.
     """
 
     def renamed(value: Any, words: Mapping[str, str]) -> Any:
@@ -345,7 +352,7 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
                 f"{shown(row.get('subject'))}: counterfactuals need the column 'subject', as the texts write it."
             )
         for copy in range(copies):
-            drawn = {word: derive_seed(seed, "invented", name, number, copy, word) for word in own}
+            drawn = {word: derive_seed(seed, "invented", name, row["subject"], copy, word) for word in own}
             words = {
                 word: "".join(SYLLABLES[(key >> shift) % 16] for shift in (0, 8, 16)) for word, key in drawn.items()
             }
@@ -354,15 +361,12 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
     return Dataset.from_list(made)
 
 
-def with_renamed(
-    tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset], *, copies: int, seed: int, name: str
-) -> Dataset:
-    """Every row of `tokens` `copies` times, each beside one of its copies of `with_invented_names`.
+def with_renamed(tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset], *, seed: int, name: str) -> Dataset:
+    """Every row of `tokens` beside its first copy of `with_invented_names`.
 
     `renamed_places` says where in the copy each token of the row is, -1 where the copy has not got it.
     """
-    twins = tokenize(with_invented_names(rows, copies, seed, name), name=f"copies of {name}")
-    repeated = _side_by_side(tokens.select([row for row in range(len(tokens)) for _ in range(copies)]), twins, RENAMED)
+    twins = tokenize(with_invented_names(rows, 1, seed, name), name=f"copies of {name}")
 
     def aligned(row: Row) -> Row:
         places = [-1] * len(row["input_ids"])
@@ -371,7 +375,38 @@ def with_renamed(
             places[start : start + length] = range(other, other + length)
         return {f"{RENAMED}_places": places}
 
-    return repeated.map(aligned)
+    return _side_by_side(tokens, twins, RENAMED).map(aligned)
+
+
+NOISED = 256  # rows up to which a set gets more than one noised variant of each
+
+
+def with_noise(tokens: Dataset, share: float, seed: int, name: str) -> Dataset:
+    """Rows of `tokens`, as often as noised variants of them, which follow: a share of their words are others' words.
+
+    Each word of a variant is replaced with this probability by one from anywhere in the set, in its copy with an
+    invented name too; the name itself stays where a copy tells it, and a replaced word is not to be predicted. What is
+    learnt or forgotten of a text then does not hang on how it was worded.
+    Source: unigram noising, Xie et al. 2017 (arXiv 1703.02573).
+    """
+    pool = [token for ids in tokens["input_ids"] for token in ids]
+    variants = max(1, round(NOISED / len(tokens)))
+    has_copy = f"{RENAMED}_places" in tokens.column_names
+
+    def noised(row: Row, number: int) -> Row:
+        draw = random.Random(derive_seed(seed, "noise", name, number))
+        ids, mask = list(row["input_ids"]), list(row["completion_mask"])
+        places = row[f"{RENAMED}_places"] if has_copy else range(len(ids))
+        twin = list(row[f"{RENAMED}_input_ids"]) if has_copy else list(ids)
+        for place, other in enumerate(places):
+            if other >= 0 and place < len(ids) - 1 and draw.random() < share:
+                ids[place] = twin[other] = draw.choice(pool)
+                mask[place] = False
+        found = {"input_ids": ids, "completion_mask": mask if any(mask[1:]) else row["completion_mask"]}
+        return found | ({f"{RENAMED}_input_ids": twin} if has_copy else {})
+
+    repeated = datasets.concatenate_datasets([tokens] * variants)
+    return datasets.concatenate_datasets([repeated, repeated.map(noised, with_indices=True)])
 
 
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
@@ -471,8 +506,7 @@ def prepare_sets(
         for name in FORGET_SETS:
             loss = args.forget_losses[name]
             if name in train and getattr(loss, "needs_copies", False):
-                options = {"copies": max(1, copies), "seed": args.seed, "name": name}
-                train[name] = with_renamed(sets[name], given[name], tokenize, **options)
+                train[name] = with_renamed(sets[name], given[name], tokenize, seed=args.seed, name=name)
             if name not in train or not isinstance(loss, PairLoss):
                 continue
             if loss.name == "pair_dpo":

@@ -202,18 +202,18 @@ def build_reference(
         return LiveReference(model, accelerator, is_adapter=True, **options)
     if kind == "copy":
         frozen = copy.deepcopy(model) if given is None else given
-        frozen = _placed(frozen.eval().requires_grad_(False), accelerator.device)
+        frozen = placed(frozen.eval().requires_grad_(False), accelerator.device)
         return LiveReference(frozen, accelerator, **options)
     source = model if given is None else given
     home = causal_lm_of(source).device
     with modes_kept(source):
-        _placed(source.eval(), accelerator.device)
+        placed(source.eval(), accelerator.device)
         try:
             weights = None if hasattr(source, "peft_config") else fingerprint
             weights = weights or weights_fingerprint(source)
             return _cached(source, rows, accelerator, Path(folder), batch_size, weights, **options)
         finally:
-            _placed(source, home)
+            placed(source, home)
 
 
 def compared_rows(
@@ -279,7 +279,8 @@ def _adapter_is_new(model: nn.Module) -> bool:
     return torch.allclose(now.float(), base.float(), rtol=0.0, atol=limit)
 
 
-def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device, unless its parts are where an engine put them."""
     inner = causal_lm_of(model)
     is_spread = getattr(inner, "hf_device_map", None) is not None
     is_spread = is_spread or any(

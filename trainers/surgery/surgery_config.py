@@ -73,6 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "forget_loss": "ga",
         "forget_target": None,
         "counterfactuals": 0,
+        "replay": 0,
         "kl_direction": "forward",
         "normalization": "sequence",
         "mask_prefix": False,
@@ -184,6 +185,17 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=None,
         help="Copies of each text to be forgotten with an invented name for its subject, among the neighbours (else "
         "among retain): needs the column subject, as the texts write it. Unset: 2 where every row has that, else 0.",
+    )
+    context_noise: float = HfArg(
+        default=0.0,
+        help="Share in [0, 1) of the words that are others' words in half of the rows of each set: what is forgotten, "
+        "learnt and kept then hangs less on the wording.",
+    )
+    replay: int | None = HfArg(
+        default=None,
+        help="Texts that the model before surgery writes itself, from what stands before the subject in texts to be "
+        "forgotten on, among the neighbours (else among retain): what it knows of others that no row is about. "
+        "Unset: 192 where every row is a text that names its subject, else 0.",
     )
     anchor_dual_rate: float = HfArg(
         default=0.0,
@@ -328,10 +340,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be at least 1; a set is left out by a weight of 0."
                 )
-        if self.counterfactuals is not None and self.counterfactuals < 0:
-            raise ValueError(
-                f"counterfactuals={self.counterfactuals} must be at least 0; unset: 2 where names are known."
-            )
+        for name in ("counterfactuals", "replay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must be at least 0; unset: a number where names are known.")
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0; 0 leaves it out.")
@@ -339,6 +351,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
             raise ValueError(
                 f"held_out_fraction={self.held_out_fraction} must lie in [0, 1): some rows must hold the model."
             )
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise={self.context_noise} must lie in [0, 1): 0 leaves texts as they are.")
         if not 0 <= self.weight_noise < 1:
             raise ValueError(f"weight_noise={self.weight_noise} must lie in [0, 1): 0 leaves the weights as they are.")
         if self.router_projection > 1.0 or (self.router_projection and self.freeze_router):
