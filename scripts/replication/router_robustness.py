@@ -23,7 +23,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,13 @@ def config_of(model: str, **fields: Any) -> CptMoeConfig:
     return CptMoeConfig.from_preset(f"{model.removesuffix(MICRO)}-tiny", **fields)
 
 
+@cache
+def experts_of(model: str) -> tuple[int, int]:
+    """Experts, and experts of a token, of a model of the plan."""
+    config = config_of(model)
+    return config.num_experts, config.num_experts_per_tok
+
+
 def balance_over_micro_batches(trainer: CPTTrainer) -> None:
     """Let the penalty count the load of each micro-batch alone, and not of the batch so far."""
     balance, so_far = trainer.balance, []
@@ -164,7 +171,7 @@ def balance_over_micro_batches(trainer: CPTTrainer) -> None:
         try:
             return added_to(*loss_and_scale)
         finally:
-            del balance.meter.load
+            balance.meter.load = load
 
     balance.meter.restart, balance.added_to = restarted, with_penalty
 
@@ -422,10 +429,10 @@ class Evidence:
 
     def balance(self, model: str, mri: float) -> float:
         """MRI x E/K of an MRI. Raises KeyError for a dense model."""
-        config = config_of(model)
-        if not config.is_moe:
+        experts, chosen = experts_of(model)
+        if not experts:
             raise KeyError(model)
-        return normalized_imbalance(mri, config.num_experts, config.num_experts_per_tok)
+        return normalized_imbalance(mri, experts, chosen)
 
     def curve(self, model: str, run: str) -> list[float]:
         """MRI x E/K of each step in training, the mean over layers."""

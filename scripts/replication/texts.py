@@ -163,7 +163,7 @@ def text_of(path: Path) -> str:
         return data.decode("latin-1")
 
 
-def documents(text: str, seen: set[bytes]) -> Iterator[str]:
+def documents(text: str, seen: set[bytes], shortest: int = MIN_DOCUMENT) -> Iterator[str]:
     """The paragraphs of a text that are long enough, made of words and not `seen`, joined; long texts are cut."""
     kept = []
     for paragraph in clean_paragraphs(text):
@@ -172,7 +172,7 @@ def documents(text: str, seen: set[bytes]) -> Iterator[str]:
             seen.add(key)
             kept.append(paragraph)
     for piece in cut_to_pieces("\n\n".join(kept), MAX_DOCUMENT):
-        if len(piece) >= MIN_DOCUMENT:
+        if len(piece) >= shortest:
             yield piece.strip() + "\n"
 
 

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -77,9 +79,10 @@ def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
                 record |= {"parameters": 1, "active_parameters": 1, "steps": 30}
     results = robustness.summary(SCALE, chains, {}, {"commit": "abc"})
     assert [claim["claim"] for claim in results["claims"]] == list(robustness.CLAIMS) == list(robustness.MEASURES)
-    assert all(claim["says"] in robustness.results_text(results) for claim in results["claims"])
+    told = robustness.results_text(results)
+    assert all(claim["says"] in told for claim in results["claims"])
     some = robustness.summary(SCALE, {name: chains[name] for name in ("pb-granular", "dense")}, {}, {})
-    assert not some["claims"]
+    assert {claim["claim"] for claim in some["claims"]} == {"union_new", "union_old", "drift_replay"}
     spike = next(claim for claim in results["claims"] if claim["claim"] == "free_balance")
     want = [
         Evidence(SCALE, {model: chains[model][seed] for model in chains}, "code").spike("lf-granular")
@@ -87,6 +90,37 @@ def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
         for seed in range(3)
     ]
     assert spike["values"] == want and spike["mean"] == pytest.approx(np.mean(want))
+
+
+def test_the_penalty_of_a_micro_batch_sees_its_load_alone() -> None:
+    """And the log that of the batch, also after a step has ended."""
+    whole, seen = [torch.zeros(2)], []
+    meter = SimpleNamespace(
+        load=lambda over_ranks=True: whole[0], restart=lambda: whole.__setitem__(0, torch.zeros(2))
+    )
+    balance = SimpleNamespace(meter=meter, added_to=lambda loss, scale=1.0: seen.append(meter.load().tolist()))
+    robustness.balance_over_micro_batches(SimpleNamespace(balance=balance))
+    for loads in ([[3.0, 1.0], [2.0, 2.0], [0.0, 4.0]], [[1.0, 3.0], [4.0, 0.0]]):
+        meter.restart()
+        for load in loads:
+            whole[0] = whole[0] + torch.tensor(load)
+            balance.added_to(0.0, 1.0)
+        assert seen == loads and meter.load().tolist() == torch.tensor(loads).sum(0).tolist()
+        seen.clear()
+
+
+def test_a_spike_is_over_the_highest_before_and_a_return_below_the_twin() -> None:
+    draw = np.random.default_rng(3)
+    chains = {model: chain(model, draw) for model in robustness.MODELS}
+    chains["pb-granular"]["pretrained"]["mri"] = [0.2] * 30
+    chains["pb-granular"]["code-0"]["mri"] = [0.4] * 5 + [0.15] * 55
+    chains["sb-granular"]["code-0"]["mri"] = [0.2] * 60
+    evidence = Evidence(SCALE, chains, "code")
+    assert evidence.spike("pb-granular") == pytest.approx(1.0)
+    # 20 steps of which 4 are 0.4 and 16 are 0.15 have a mean of 0.2; the mean is begun anew at the shift.
+    assert evidence.steps_to_return("pb-granular", "sb-granular") == 20
+    chains["sb-granular"]["code-0"]["mri"] = [0.1] * 60
+    assert evidence.steps_to_return("pb-granular", "sb-granular") is None
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
