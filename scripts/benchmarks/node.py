@@ -103,10 +103,10 @@ class Node:
     def start(self, job: Job, first_gpu: int = 0) -> subprocess.Popen:
         """A job on the GPUs from the first one on; what it says goes into a file of its name."""
         seen = ",".join(str(first_gpu + rank) for rank in range(job.ranks)) if self.device.type == "cuda" else ""
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": seen, "OMP_NUM_THREADS": "1"}
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}", "-m"]
+        launch = ["env", f"CUDA_VISIBLE_DEVICES={seen}", "OMP_NUM_THREADS=1", sys.executable]
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}", "-m"]
         with (self.folder / f"{job.name.replace(' ', '_')}.txt").open("a") as log:
-            return subprocess.Popen([*launch, *job.words], env=environment, stdout=log, stderr=log)
+            return subprocess.Popen([*launch, *job.words], stdout=log, stderr=log)
 
     def left(self) -> float:
         """Seconds."""
