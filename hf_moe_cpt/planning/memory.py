@@ -26,6 +26,7 @@ of an expert. Source: ours; the errors against measured peaks are in docs/scalin
 from __future__ import annotations
 
 import contextlib
+import copy
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -513,7 +514,7 @@ def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoModelForCausalLM.from_config(config, **options)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which writes options into it
     finally:
         logging.set_verbosity(before)
 

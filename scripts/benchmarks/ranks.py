@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, TrainerCallback
 from transformers.hf_argparser import HfArg
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -50,6 +49,7 @@ from hf_moe_cpt.planning.memory import TrainingSetup, measure_size
 from hf_moe_cpt.planning.plan import Fit, choose_fit, config_of, flops_per_token, gpu_gib
 from hf_moe_cpt.reports import write_csv
 from hf_moe_cpt.scripts.benchmarks.report import GIBIBYTE, Attempt, BenchmarkArguments, StepClock
+from hf_moe_cpt.trainers.common.distributed import keep_own_gradients
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
@@ -131,6 +131,10 @@ class Layer(nn.Module):
                 from transformers.distributed.expert_parallel import AllToAllEP as kind  # not in older ones
             self.experts.forward = kind(self.experts, mesh["ep"], mesh["tp"]).__call__
             fully_shard(self.experts, mesh=mesh["efsdp"], mp_policy=policy)  # also of one rank, as transformers does
+            self.experts.set_gradient_divide_factor(float(ranks))
+            if ranks > group:
+                self.experts.set_force_sum_reduction_for_comms(True)
+            keep_own_gradients(self)
         elif way == "fsdp2":
             fully_shard(self, mesh=mesh["efsdp"], mp_policy=policy)
 
@@ -227,9 +231,7 @@ def _expert_gradient(layer: Layer, way: str) -> Tensor:
     if way == "single":
         dist.all_reduce(grad)
         return grad
-    if isinstance(grad, DTensor):
-        shared = grad.device_mesh.size()  # whose mean FSDP2 has taken
-        grad = shared * grad.full_tensor()
+    grad = ranks * grad.full_tensor()  # FSDP2 has taken the mean
     parts = [torch.empty_like(grad) for _ in range(ranks)]
     dist.all_gather(parts, grad.contiguous())
     return torch.cat(parts[: ep_size(way)])

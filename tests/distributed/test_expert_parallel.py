@@ -10,6 +10,7 @@ from hf_moe_cpt.arguments import ParallelArguments, parallel_options
 from hf_moe_cpt.kernels.expert_parallel import overlap_shared_experts
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
+from hf_moe_cpt.trainers.common.distributed import keep_own_gradients
 from tests.distributed.jobs import HAS_EP, OURS, STEPS
 from tests.helpers import cpt_runs
 from tests.helpers.forked_ranks import on_ranks
@@ -87,10 +88,12 @@ def dealt_and_whole(folder, kind, parallel):
 def step_and_answers(folder, kind):
     """Errors of a step with shared experts beside the transfer, whether answers agree, blocks that overlap."""
     dealt, whole = dealt_and_whole(folder, kind, {"ep_size": dist.get_world_size()})
-    blocks, rank = overlap_shared_experts(dealt), dist.get_rank()
+    blocks, own, rank = overlap_shared_experts(dealt), keep_own_gradients(dealt), dist.get_rank()
+    assert own == len([part for part in dealt.modules() if hasattr(part, "_exchange")]) > 0
     rows = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
     for model, mine in ((dealt, rows.chunk(dist.get_world_size())[rank]), (whole, rows)):
-        model.train()(input_ids=mine, labels=mine).loss.backward()
+        for _ in range(2):  # the gradients of micro-batches add up
+            model.train()(input_ids=mine, labels=mine).loss.backward()
     pairs = zip(dealt.named_parameters(), whole.parameters(), strict=True)
     errors = {name: relative_rms_error(mine.grad.full_tensor(), other.grad) for (name, mine), other in pairs}
     prompt = rows[rank : rank + 1, : 4 + 3 * rank]  # of another length on each rank

@@ -152,6 +152,43 @@ def load_whole(
         set_optimizer_state_dict(model, optimizer, saved, options=options)
 
 
+def keep_own_gradients(model: nn.Module) -> int:
+    """Let experts that no other rank has keep their gradients; returns how many modules. To be called once.
+
+    FSDP2 puts gradients of a group together and takes them apart again, also in a group of one, for which the host
+    needs 10 ms for 300 million numbers (torch 2.11, an H200): longer than the device for the layer.
+    """
+    reshard(model)
+    found = 0
+    for experts in model.modules():
+        exchange, shards = getattr(experts, "_exchange", None), list(experts.parameters(recurse=False))
+        if exchange is None or not isinstance(experts, FSDPModule) or not shards:
+            continue
+        mesh = shards[0].device_mesh
+        if mesh.size() == (exchange.num_ranks if "ep" in mesh.mesh_dim_names else 1):
+            experts.register_forward_pre_hook(partial(_listen_to_gradients, shards, exchange.num_ranks))
+            found += 1
+    return found
+
+
+def _listen_to_gradients(shards: list[DTensor], num_batches: int, experts: nn.Module, _: Any) -> None:
+    """After FSDP2 has put gathered weights, which live as long as the model, in the place of shards."""
+    for gathered, shard in zip(experts.parameters(recurse=False), shards, strict=True):
+        if gathered is not shard and gathered.requires_grad and not hasattr(gathered, "_hands_over"):
+            gathered._hands_over = gathered.register_post_accumulate_grad_hook(partial(_hand_over, shard, num_batches))
+
+
+def _hand_over(shard: DTensor, num_batches: int, gathered: Tensor) -> None:
+    """The mean over batches, in the shard's type, as FSDP2 has it."""
+    grad, gathered.grad = gathered.grad, None
+    mine = (grad.to_local() if isinstance(grad, DTensor) else grad).to(shard.dtype).div_(num_batches)
+    if shard.grad is None:
+        like = {"shape": shard.shape, "stride": shard.stride(), "run_check": False}
+        shard.grad = DTensor.from_local(mine, shard.device_mesh, shard.placements, **like)
+    else:
+        shard.grad.to_local().add_(mine)
+
+
 class ShardedModelCallback(TrainerCallback):
     """What a sharded model needs before its first step: parts gathered ahead, nothing exchanged twice.
 
@@ -169,6 +206,7 @@ class ShardedModelCallback(TrainerCallback):
             if isinstance(layer, FSDPModule) and ahead:
                 layer.set_modules_to_forward_prefetch(ahead)
         overlap_shared_experts(model)
+        keep_own_gradients(model)
         exchanging = [layer for layer in layers if any(hasattr(part, "_exchange") for part in layer.modules())]
         for layer in exchanging:
             run = getattr(layer, "_gradient_checkpointing_func", None)
