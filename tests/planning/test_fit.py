@@ -1,6 +1,7 @@
 """How a run is held on the GPU at hand: against the estimate of each way, and OLMoE-1B-7B on GPUs that people have."""
 
 import functools
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,13 @@ def test_what_is_asked_for_is_kept() -> None:
     chosen = choose_fit(TINY, SETUP, "tiny", 80.0, dtype="bfloat16", checkpointing=True)
     assert (chosen.dtype, chosen.checkpointing) == ("bfloat16", True)
     assert chosen.told.startswith("tiny: bfloat16 weights, gradient checkpointing; about ")
+
+
+def test_a_configuration_is_left_as_it_is() -> None:
+    config = deepcopy(TINY)
+    choose_fit(config, SETUP, "tiny", 80.0)
+    assert config._experts_implementation == TINY._experts_implementation
+    assert "count" not in str(config._experts_implementation)  # a stand-in without a backward pass
 
 
 def test_what_cannot_fit_is_refused_with_options_that_make_it_fit() -> None:
