@@ -116,7 +116,8 @@ class Layer(nn.Module):
             hidden_size=args.hidden, moe_intermediate_size=args.width, num_experts=args.experts // group
         )
         config._experts_implementation = "hf_moe_cpt" if device.type == "cuda" else "grouped_mm"
-        self.experts = Qwen3MoeExperts(config).to(device)
+        with device:
+            self.experts = Qwen3MoeExperts(config)
         first = rank % group * (args.experts // group)
         with torch.no_grad():
             self.router = nn.Parameter(_weight(args, number, 0, device, args.experts, args.hidden))
