@@ -75,7 +75,7 @@ class SettingsParser(HfArgumentParser):
             values[name] = [json.dumps(item) if isinstance(item, dict) else item for item in values[name]]
         self.set_defaults(**values)
         for action in self._actions:
-            if action.dest in values:
+            if values.get(action.dest) is not None:
                 action.required = False
                 action.nargs = action.nargs if action.option_strings else "?"
 

@@ -158,4 +158,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint) or value in [member.value for member in hint]
     if hint in (bool, types.NoneType):
         return isinstance(value, hint)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
     return not isinstance(hint, type) or isinstance(value, (hint, str, dict))

@@ -56,6 +56,8 @@ class ScheduleArguments:
     def __post_init__(self) -> None:
         if self.phases is not None and len(self.phases) != len(PHASE_NAMES):
             raise ValueError(f"--phases takes {', '.join(PHASE_NAMES)}, got {len(self.phases)} number(s).")
+        if self.plot and not self.plot.endswith(".svg"):
+            raise ValueError(f"--plot {self.plot!r} would hold an SVG: give it a name that ends with .svg.")
 
 
 ARGUMENTS = (ScheduleArguments,)

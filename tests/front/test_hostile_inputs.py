@@ -99,7 +99,17 @@ REFUSED = {  # case, and what is said of it
         "would be random",
     ),
     "no measure": (Case("surgery", {"metric_for_best_model": "-1"}), "metric_for_best_model"),
-    "no stage": (Case("iterate", {"sample": None}, settings="sample: null\n"), "neither a JSON object nor"),
+    "no data": (
+        Case("rejection-sample/resume", {"dataset_name": None}, settings="dataset_name: null\n"),
+        "--dataset_name is missing",
+    ),
+    "no sizes": (
+        Case("cpt/shards", {"parallelism_config": None}, settings="parallelism_config: {a: 1}\n"),
+        "is no ParallelismConfig",
+    ),
+    "no drawing": (Case("schedule", {"plot": "-1"}), "--plot"),
+    "noise": (Case("upcycle", {"expert_noise": "99999999999999999999"}), "must be from 0 to 1"),
+    "no stage": (Case("iterate", {"sample": None}, settings="sample: null\n"), "--sample is missing"),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }
 
