@@ -169,8 +169,8 @@ class UpcycleOptions:
     """What may differ between experts at step 0; the defaults keep the dense model's function.
 
     router_init: "noise" or "zero"; router_std: of the logits of a token of root-mean-square 1, None for the layout's
-    default. expert_noise: standard deviation, in [0, 1], of what is added to routed experts, as a multiple of the matrix's
-    own. drop_ratio: share in [0, 1] of each routed expert's intermediate dimensions that is drawn anew.
+    default. expert_noise: standard deviation, in [0, 1], of what is added to routed experts, as a multiple of the
+    matrix's own. drop_ratio: share in [0, 1] of each routed expert's intermediate dimensions that is drawn anew.
     """
 
     router_init: str = "noise"
@@ -185,7 +185,7 @@ class UpcycleOptions:
         if self.router_std is not None and not self.router_std > 0:
             raise ValueError(f"router_std={self.router_std} must be above 0; for none use router_init='zero'.")
         if not 0 <= self.expert_noise <= 1:
-            raise ValueError(f"expert_noise={self.expert_noise} must be from 0 to 1, where weights and noise are equal.")
+            raise ValueError(f"expert_noise={self.expert_noise} must lie in [0, 1]; 1 is as much as the weights.")
         if not 0 <= self.drop_ratio <= 1:
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie in [0, 1]; 0.5 is the paper's choice.")
 

@@ -108,7 +108,7 @@ REFUSED = {  # case, and what is said of it
         "is no ParallelismConfig",
     ),
     "no drawing": (Case("schedule", {"plot": "-1"}), "--plot"),
-    "noise": (Case("upcycle", {"expert_noise": "99999999999999999999"}), "must be from 0 to 1"),
+    "noise": (Case("upcycle", {"expert_noise": "99999999999999999999"}), "must lie in [0, 1]"),
     "no stage": (Case("iterate", {"sample": None}, settings="sample: null\n"), "--sample is missing"),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }

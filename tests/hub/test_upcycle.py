@@ -294,8 +294,8 @@ def test_options_that_are_wrong_are_refused() -> None:
     for option, value, message in (
         ("router_init", "ones", "router_init='ones' is unknown: choose one of noise, zero"),
         ("router_std", 0.0, "router_std=0.0 must be above 0; for none use router_init='zero'"),
-        ("expert_noise", -1.0, "expert_noise=-1.0 must be from 0 to 1"),
-        ("expert_noise", 1e20, r"expert_noise=1e\+20 must be from 0 to 1"),
+        ("expert_noise", -1.0, r"expert_noise=-1.0 must lie in \[0, 1\]"),
+        ("expert_noise", 1e20, r"expert_noise=1e\+20 must lie in \[0, 1\]"),
         ("drop_ratio", 1.5, r"drop_ratio=1.5 must lie in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
