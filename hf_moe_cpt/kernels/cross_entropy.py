@@ -36,6 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
@@ -321,7 +323,8 @@ class FusedHead:
         """(B, S, H) -> logits (B, S, V) as ever, or with targets one number (1, 1, 1) that stands for them."""
         if self.is_learning:
             return torch.tensor(self.KNOWN, device=hidden.device).view(1, 1, -1)
-        if self.targets is None or hidden.shape[:-1] != self.targets.shape:
+        is_dealt = isinstance(head.weight, DTensor)  # over ranks that hold the same tokens
+        if self.targets is None or hidden.shape[:-1] != self.targets.shape or is_dealt:
             return type(head).forward(head, hidden)
         rows, targets = hidden.flatten(0, -2), self.targets.to(hidden.device)
         loss_sum, losses = linear_cross_entropy(
@@ -394,7 +397,8 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
         return f"its output head is {'missing' if head is None else f'a {type(head).__name__}'}, not a linear layer"
     if "forward" in vars(head) and not hasattr(model, "_fused_head"):
         return "the forward of its output head was replaced already"
-    if type(head.weight) not in (Tensor, nn.Parameter):
+    is_gathered = isinstance(model, FSDPModule) and isinstance(head.weight, DTensor)  # in the head's own call
+    if type(head.weight) not in (Tensor, nn.Parameter) and not is_gathered:
         return f"the weight of its output head is a {type(head.weight).__name__}"
     return None
 

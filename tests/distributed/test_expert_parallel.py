@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_moe_cpt.arguments import ParallelArguments, parallel_options
+from hf_moe_cpt.kernels.cross_entropy import fuse_head
 from hf_moe_cpt.kernels.expert_parallel import overlap_shared_experts
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
@@ -102,6 +103,33 @@ def step_and_answers(folder, kind):
         for model in (dealt, whole)
     ]
     return errors, told[0].equal(told[1]), blocks
+
+
+def fused_step(folder, sizes):
+    """Errors of a loss and its gradients that the fused head of a dealt model computed; whether without logits."""
+    path, rank = folder / "model", dist.get_rank()
+    dealt, whole = open_model(path, sizes), open_model(path, None)
+    fuse_head(dealt)
+    rows = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
+    mine = rows.chunk(dist.get_world_size())[rank]
+    for _ in range(2):  # the first pass learns what the model does to its logits
+        dealt.zero_grad()
+        out = dealt.train()(input_ids=mine, labels=mine)
+        out.loss.backward()
+    whole.train()(input_ids=rows, labels=rows).loss.backward()
+    pairs = zip(dealt.named_parameters(), whole.parameters(), strict=True)
+    errors = {name: relative_rms_error(mine.grad.full_tensor(), other.grad) for (name, mine), other in pairs}
+    loss = whole(input_ids=mine, labels=mine).loss
+    return {**errors, "loss": relative_rms_error(out.loss, loss)}, out.logits is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2, **OURS}], ids=["FSDP2", "EP"])
+def test_the_head_of_a_dealt_model_is_fused(sizes, tmp_path):
+    save_model(tmp_path)
+    for errors, is_without_logits in on_ranks(2, tmp_path / "ranks", fused_step, tmp_path, sizes):
+        assert max(errors.values()) < 4e-6, errors
+        assert is_without_logits
 
 
 @pytest.mark.slow
