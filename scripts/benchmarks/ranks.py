@@ -333,7 +333,8 @@ def measure_model(args: RanksArguments, way: str, device: torch.device, _: dict[
 
 def chosen(args: RanksArguments, config: PreTrainedConfig, way: str, device: torch.device) -> Fit:
     """Weights, optimizer and checkpointing as the commands choose them for the memory of this GPU."""
-    if device.type != "cuda":
+    is_asked = args.dtype is not None and args.gradient_checkpointing is not None
+    if device.type != "cuda" or is_asked:
         return Fit(args.dtype or "float32", bool(args.gradient_checkpointing), "", "auto")
     engine = "ep" if ep_size(way) > 1 else way
     setup = TrainingSetup(
@@ -364,14 +365,8 @@ def ways_of(args: RanksArguments, part: str) -> list[str]:
     return [way for way in args.ways or WAYS if way not in left_out]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure way after way, write ranks.csv from the first rank, print each row."""
-    (args,) = parse_arguments((RanksArguments,), argv, program="ranks.py", description=__doc__)
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", dist.get_node_local_rank()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=300))
+def run(args: RanksArguments, device: torch.device) -> list[dict[str, Any]]:
+    """Measure way after way in the group that there is; the first process writes ranks.csv and prints each row."""
     facts, rows = machine_facts(device, args.commit) | {"ranks": dist.get_world_size()}, []
     measures: dict[str, Callable[..., dict[str, Any]]] = {"layers": measure_layers, "model": measure_model}
     for part in args.parts:
@@ -386,6 +381,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             if dist.get_rank() == 0:
                 write_csv(Path(args.output_dir) / "ranks.csv", rows)
                 print({name: value for name, value in rows[-1].items() if name not in facts}, flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Join the processes that torchrun started, measure, leave."""
+    (args,) = parse_arguments((RanksArguments,), argv, program="ranks.py", description=__doc__)
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", dist.get_node_local_rank()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=300))
+    run(args, device)
     leave_process_group()
 
 

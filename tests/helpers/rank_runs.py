@@ -244,9 +244,14 @@ def main() -> None:
             backend = "nccl"
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group(backend, timeout=timedelta(seconds=600))
-    results = run_jobs(folder, asked["jobs"])
+    results: dict[str, dict[str, Any]] = {}
+    for name, job in asked["jobs"].items():
+        results |= run_jobs(folder, {name: job})
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            written = folder / f"{asked['results']}.part"  # who finds the file finds all of it
+            written.write_text(json.dumps(results))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        (folder / asked["results"]).write_text(json.dumps(results))
+        written.rename(folder / asked["results"])
     leave_process_group()
 
 
