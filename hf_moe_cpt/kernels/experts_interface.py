@@ -34,6 +34,19 @@ ACTIVATION_OF_NAME = {
 }
 
 
+# Gating rules of transformers' classes that are a clamped gate of ours: where they keep alpha (a name or a number) and
+# limit, and what they add to up. tests/kernels compares each with its class.
+CLAMPED_GATES: dict[str, tuple[str | float, str, float]] = {
+    "GptOssExperts._apply_gate": ("alpha", "limit", 1.0),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("alpha", "limit", 1.0),
+    "MiniMaxM3VLExperts._apply_gate": ("swiglu_alpha", "swiglu_limit", 1.0),
+    "DeepseekV4Experts._apply_gate": (1.0, "limit", 0.0),
+    "HYV4Experts._apply_gate": (1.0, "swiglu_limit", 0.0),
+    "Glm5NextTextExperts._apply_gate": (1.0, "swiglu_limit", 0.0),
+}
+FLOAT_GATES = ("BeamExperts._apply_gate",)  # the usual rule, in float32 as ours is
+
+
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Routed experts of a transformers MoE layer: (T, H), (T, K), (T, K) -> (T, H), dtype of hidden_states."""
     return _experts_forward(self, hidden_states, top_k_index, top_k_weights, low_memory=False)
@@ -59,16 +72,32 @@ def _experts_forward(
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     from hf_moe_cpt.kernels.experts import experts
+    from hf_moe_cpt.kernels.gates import Form
 
+    activation, *constants = _gate(self)
+    form = Form(activation, self.is_transposed, not self.is_concatenated, *constants)
     gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
-    if self.is_transposed:
-        gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
-    activation = ACTIVATION_OF_NAME[_activation_name(self.act_fn)]
+    biases = (None, None)
+    if self.has_bias:
+        biases = (self.gate_up_proj_bias.to(dtype), self.down_proj_bias.to(dtype))
     num_pairs = getattr(self, "_num_pairs", None)  # set by our expert parallelism
     output = experts(
-        hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, activation, low_memory, num_pairs
+        hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, form, low_memory, num_pairs, *biases
     )
     return output.to(hidden_states.dtype)
+
+
+def _gate(self: nn.Module) -> tuple:
+    """Name of the activation, and alpha, limit and offset of a clamped gate; () if the kernels cannot compute it."""
+    rule = type(self)._apply_gate
+    activation = ACTIVATION_OF_NAME.get(_activation_name(getattr(self, "act_fn", "silu")))
+    if rule.__module__ == "transformers.integrations.moe" or rule.__qualname__ in FLOAT_GATES:
+        return () if activation is None else (activation,)
+    if rule.__qualname__ not in CLAMPED_GATES or activation != "silu":
+        return ()
+    alpha, limit, offset = CLAMPED_GATES[rule.__qualname__]
+    alpha = getattr(self, alpha) if isinstance(alpha, str) else alpha
+    return "clamped", alpha, getattr(self, limit), offset
 
 
 def why_unsupported(self: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -84,15 +113,11 @@ def why_unsupported(self: nn.Module, device: torch.device, dtype: torch.dtype) -
         return f"the compute dtype is {dtype}, allowed are {', '.join(str(name) for name in allowed)}"
     if not self.has_gate:
         return "its experts have no gate"
-    if self.has_bias:
-        return "its experts have biases"
     if getattr(self, "has_post_expert_norm", False):
         return "its experts end in a norm"
-    if not self.is_concatenated:
-        return "gate and up columns are interleaved"
-    if type(self)._apply_gate.__module__ != "transformers.integrations.moe":
-        return "it has a gating rule of its own"
-    if _activation_name(self.act_fn) not in ACTIVATION_OF_NAME:
+    if not _gate(self):
+        if type(self)._apply_gate.__module__ != "transformers.integrations.moe":
+            return "it has a gating rule of its own"
         return f"its activation is {_activation_name(self.act_fn)}"
     weights = (self.gate_up_proj, self.down_proj)
     if any(hasattr(weight, "to_local") for weight in weights):
@@ -112,6 +137,8 @@ def _compute_dtype(self: nn.Module, hidden_states: Tensor) -> torch.dtype:
 
 def _activation_name(activation: object) -> str:
     """The class of an activation module, or the name of a function; a tanh-form nn.GELU counts as unknown."""
+    if isinstance(activation, str):
+        return activation
     if isinstance(activation, nn.Module):
         return type(activation).__name__
     return getattr(activation, "__name__", repr(activation))

@@ -7,7 +7,7 @@ Each expert's group of rows is padded to whole tiles. A tile then belongs to one
 no masks. R is a bound that does not depend on the data, so the host never waits for the device. Within an expert rows
 keep the order of their slots and nothing is added atomically, so two runs agree bit for bit: the table is a counting
 sort in three launches (experts counted in every block of slots, a prefix sum over the blocks of each expert, the
-scatter), and copying and adding up both walk over tokens. Source: ours.
+scatter), for few slots in one, and copying and adding up both walk over tokens. Source: ours.
 """
 
 from typing import NamedTuple
@@ -24,6 +24,7 @@ _MAX_ONE_HOT = 16_384  # B * E as one one-hot block: eight times that kept a fir
 _BLOCKS_PER_STEP = 1024
 _MAX_BLOCK_H = 4096
 _SLOTS_PER_PROGRAM = 128
+_FEW_SLOTS = 512  # a step of decoding
 
 
 class RoutingTable(NamedTuple):
@@ -150,6 +151,43 @@ def _scatter_kernel(
         tl.store(weight_of_row_ptr + row, weight.to(tl.float32), mask=expert >= 0)
 
 
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tiles"])
+def _small_table_kernel(
+    top_k_index_ptr, top_k_weights_ptr, group_size_ptr, row_of_slot_ptr, weight_of_row_ptr, expert_of_tile_ptr,
+    group_start_ptr, num_slots, num_experts, num_tiles, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The whole table by one program: few slots are counted sooner than two more launches begin."""
+    columns = tl.arange(0, EXPERTS)
+    exists = columns < num_experts
+    size = tl.zeros((EXPERTS,), tl.int32)
+    for first in range(0, num_slots, BLOCK):
+        expert = _load_experts(top_k_index_ptr, first + tl.arange(0, BLOCK), num_slots, num_experts)
+        size += tl.sum((expert[:, None] == columns[None, :]).to(tl.int32), axis=0)
+    padded = (size + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    end = tl.cumsum(padded, axis=0)
+    start = end - padded
+    tl.store(group_size_ptr + columns, size, mask=exists)
+    tl.store(group_start_ptr + columns, start, mask=exists)
+    tl.store(group_start_ptr + columns + 1, end, mask=columns == num_experts - 1)
+    padding = (start + size)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    tl.store(weight_of_row_ptr + padding, tl.zeros((EXPERTS, BLOCK_M), tl.float32), mask=padding < end[:, None])
+    for first in range(0, num_tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        behind = (end[None, :] <= tile[:, None] * BLOCK_M) & exists[None, :]
+        expert = tl.sum(behind.to(tl.int32), axis=1)
+        tl.store(expert_of_tile_ptr + tile, tl.where(expert == num_experts, 0, expert), mask=tile < num_tiles)
+    for first in range(0, num_slots, BLOCK):
+        slots = first + tl.arange(0, BLOCK)
+        expert = _load_experts(top_k_index_ptr, slots, num_slots, num_experts)
+        chosen = (expert[:, None] == columns[None, :]).to(tl.int32)
+        row = tl.sum(chosen * (start[None, :] + tl.cumsum(chosen, axis=0) - 1), axis=1)
+        start += tl.sum(chosen, axis=0)
+        tl.store(row_of_slot_ptr + slots, tl.where(expert >= 0, row, -1), mask=slots < num_slots)
+        weight = tl.load(top_k_weights_ptr + slots, mask=slots < num_slots, other=0.0)
+        tl.store(weight_of_row_ptr + row, weight.to(tl.float32), mask=expert >= 0)
+
+
 def routing_table(
     top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, block_m: int, num_pairs: int | None = None
 ) -> RoutingTable:
@@ -172,6 +210,14 @@ def routing_table(
 
     weight_of_row = torch.empty(num_tiles * block_m, dtype=torch.float32, device=top_k_index.device)
     table = RoutingTable(int32(num_slots), weight_of_row, int32(num_tiles), int32(num_experts + 1), int32(num_experts))
+    if num_slots <= _FEW_SLOTS and num_columns * block_m <= _MAX_ONE_HOT:
+        small_block = min(block, 128)
+        _small_table_kernel[(1,)](
+            top_k_index, top_k_weights, table.group_size, table.row_of_slot, table.weight_of_row, table.expert_of_tile,
+            table.group_start, num_slots, num_experts, num_tiles, BLOCK=small_block, EXPERTS=num_columns,
+            BLOCK_M=block_m, TILES=small_block, num_warps=8,
+        )  # fmt: skip
+        return table
     block_counts = int32(num_blocks, num_columns)  # of which the second launch makes offsets
     _block_histogram_kernel[(num_blocks,)](
         top_k_index, block_counts, num_slots, num_experts, BLOCK=block, EXPERTS=num_columns, num_warps=8
@@ -300,11 +346,14 @@ def _combine_kernel(
     tl.store(out_ptr + token * H + columns, total.to(out_ptr.dtype.element_ty), mask=columns < H)
 
 
-def combine_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, num_slots_per_token: int) -> Tensor:
+def combine_rows(
+    rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, num_slots_per_token: int, out: Tensor | None = None
+) -> Tensor:
     """Sum over each token's slots of weight * row, in float32: (R, H) -> (T, H) of the dtype of rows.
 
     row_of_slot: (n,) int32; a slot with -1 adds nothing, whatever its weight. weights: (T, K) of any float dtype; None
-    means a plain sum. num_slots_per_token: K. Raises ValueError if these do not fit together.
+    means a plain sum. num_slots_per_token: K. out: contiguous, to be written and returned. Raises ValueError if these
+    do not fit together.
     """
     num_tokens = row_of_slot.numel() // num_slots_per_token
     _check_shape_of_slots(row_of_slot, (num_tokens, num_slots_per_token))
@@ -315,7 +364,8 @@ def combine_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, num_
         )
     rows = _with_columns_side_by_side(rows)
     hidden_size = rows.shape[1]
-    out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
+    if out is None:
+        out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
     block_h = _block_h(hidden_size)
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
         rows, row_of_slot, None if weights is None else weights.contiguous(), out, rows.stride(0), hidden_size,
@@ -343,18 +393,21 @@ def _gather_partials_kernel(
     tl.store(out_ptr + slots, total.to(out_ptr.dtype.element_ty), mask=slots < num_slots)
 
 
-def gather_partials(partials: Tensor, row_of_slot: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def gather_partials(
+    partials: Tensor, row_of_slot: Tensor, shape: tuple[int, int], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Sum over column tiles at each slot's row: (C, R) float32 -> (T, K), the gradient of the gate weights.
 
     A product over column tiles leaves it behind as one partial sum for each row and tile.
 
-    row_of_slot: (n,) int32; a slot with -1 gets 0. shape: (T, K). dtype: of the result; the sum is in float32.
-    Raises ValueError if T * K is not n.
+    row_of_slot: (n,) int32; a slot with -1 gets 0. shape: (T, K). dtype: of the result; the sum is in float32. out:
+    contiguous, to be written and returned. Raises ValueError if T * K is not n.
     """
     _check_shape_of_slots(row_of_slot, shape)
     partials = partials.contiguous()
     num_slots = row_of_slot.numel()
-    out = torch.empty(shape, dtype=dtype, device=partials.device)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=partials.device)
     _gather_partials_kernel[(triton.cdiv(num_slots, _SLOTS_PER_PROGRAM),)](
         partials, row_of_slot, out, num_slots, partials.shape[1], C=partials.shape[0], BLOCK=_SLOTS_PER_PROGRAM,
         num_warps=4,

@@ -37,12 +37,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 from transformers.hf_argparser import HfArg
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import hf_moe_cpt
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
-from hf_moe_cpt.kernels.grouped_gemm import Tile, gated_backward, gated_up, grouped_product, weight_gradient
+from hf_moe_cpt.kernels.gated import gated_backward, gated_up
+from hf_moe_cpt.kernels.gates import Form
+from hf_moe_cpt.kernels.grouped_gemm import Tile, grouped_product, weight_gradient
 from hf_moe_cpt.kernels.routing import permute_tokens, routing_table
 from hf_moe_cpt.machine import check_names, choose_device, machine_facts, package_version, release_memory
 from hf_moe_cpt.reports import text_table, write_csv
@@ -66,6 +69,7 @@ class Shape:
     I: int  # noqa: E741
     E: int
     K: int
+    is_gpt_oss: bool = False  # transposed matrices, interleaved columns, biases and a clamped gate
 
     @property
     def rows(self) -> int:
@@ -90,6 +94,7 @@ SHAPES = {
         Shape("olmoe", 32_768, 2048, 1024, 64, 8),
         Shape("qwen3-30b", 16_384, 2048, 768, 128, 8),
         Shape("mixtral", 16_384, 4096, 14_336, 8, 2),
+        Shape("gpt-oss-20b", 16_384, 2880, 2880, 32, 4, is_gpt_oss=True),
     )
 }
 
@@ -121,6 +126,7 @@ class Case:
     gate_up: Tensor  # (E, 2I, H)
     down: Tensor  # (E, H, I)
     output_gradient: Tensor  # (T, H)
+    biases: tuple[Tensor, ...] = ()  # gpt-oss: (E, 2I) and (E, H); its matrices are views with both sides swapped
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,6 +158,7 @@ def make_case(
     uniform = torch.rand(shape.T, shape.E, generator=generator, device=device).clamp_(1e-20, 1 - 1e-7)
     scores = weight_of_expert.log() - (-uniform.log()).log()  # Gumbel noise: top-k draws without replacement
     gates = 0.1 + 0.9 * torch.rand(shape.T, shape.K, generator=generator, device=device)
+    biases = (normal(shape.E, 2 * shape.I), normal(shape.E, shape.H)) if shape.is_gpt_oss else ()
     return Case(
         shape=shape,
         activation=activation,
@@ -161,11 +168,19 @@ def make_case(
         gate_up=normal(shape.E, 2 * shape.I, shape.H).mul_(shape.H**-0.5),
         down=normal(shape.E, shape.H, shape.I).mul_(shape.I**-0.5),
         output_gradient=normal(shape.T, shape.H),
+        biases=biases,
     )
 
 
 def exact_results(case: Case) -> dict[str, Tensor]:
     """Output and the gradients of tokens, [gate; up], down and gates in float64, one expert at a time."""
+    if case.shape.is_gpt_oss:
+        module = _experts_module(case, "eager").double()
+        tokens, gates = (x.double().requires_grad_() for x in (case.tokens, case.gates))
+        output = module(tokens, case.index, gates)
+        leaves = (tokens, module.gate_up_proj, module.down_proj, gates)
+        gradients = torch.autograd.grad(output, leaves, case.output_gradient.double())
+        return {"out": output.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
     leaves = [getattr(case, name).double().requires_grad_() for name in ("tokens", "gate_up", "down", "gates")]
     tokens, gate_up, down, gates = leaves
     output = torch.zeros_like(tokens)
@@ -211,21 +226,30 @@ class ExpertLayer:
     forward: Callable[[Tensor, Any, Tensor], Tensor]
     leaves: tuple[Tensor, Tensor]
     routing: Callable[[Tensor], Any] = Tensor.long
+    biases: tuple[Tensor, ...] = ()
 
-    def calls(self, case: Case) -> Calls:
-        """Bind to inputs, of fewer tokens or as many as it was built for; forward keeps what a backward needs."""
+    def calls(self, case: Case, inference: bool) -> Calls:
+        """Bind to inputs, of fewer tokens or as many as it was built for; forward keeps what a backward needs.
+
+        inference: nothing is kept, and there is no backward.
+        """
         tokens, gates = (tensor.detach().clone().requires_grad_() for tensor in (case.tokens, case.gates))
         routing = self.routing(case.index)
 
         def forward() -> Tensor:
-            return self.forward(tokens, routing, gates)
+            with torch.set_grad_enabled(not inference):
+                return self.forward(tokens, routing, gates)
+
+        if inference:
+            return Calls(forward, forward, lambda: {"out": forward()})
 
         def training() -> tuple[Tensor, ...]:
             output = forward()
-            return output, *torch.autograd.grad(output, (tokens, *self.leaves, gates), case.output_gradient)
+            leaves = (tokens, *self.leaves, gates, *self.biases)
+            return output, *torch.autograd.grad(output, leaves, case.output_gradient)
 
         def results() -> dict[str, Tensor]:
-            return dict(zip(("out", *GRADIENTS), training(), strict=True))
+            return dict(zip(("out", *GRADIENTS), training(), strict=False))  # those of biases come last
 
         return Calls(forward, training, results)
 
@@ -237,7 +261,7 @@ class DenseProducts:
     up: Tensor  # (2I, H)
     down: Tensor  # (H, I)
 
-    def calls(self, case: Case) -> Calls:
+    def calls(self, case: Case, inference: bool) -> Calls:
         """Two products forward; for training four more, the gradients of both inputs and both weights."""
         n, H, I = case.shape.rows, case.shape.H, case.shape.I  # noqa: E741
         x, h, z, dy = (torch.randn(n, width, dtype=case.dtype, device=case.device) for width in (H, I, 2 * I, H))
@@ -253,7 +277,7 @@ class DenseProducts:
             z @ self.up
             z.T @ x
 
-        return Calls(forward, training, None)
+        return Calls(forward, forward if inference else training, None)
 
 
 def build_dense(case: Case) -> DenseProducts:
@@ -262,30 +286,39 @@ def build_dense(case: Case) -> DenseProducts:
 
 
 def through_transformers(name: str) -> Callable[[Case], ExpertLayer]:
-    """The builder of a registered experts implementation, run on the experts module of Qwen3-MoE."""
+    """The builder of a registered experts implementation, run on the experts module of Qwen3-MoE or gpt-oss."""
 
     def build(case: Case) -> ExpertLayer:
         tools.check_registered(name)
         module = _experts_module(case, name)
         if name in OURS:
             tools.refuse_fallback([module], case.device, case.dtype)
-        return ExpertLayer(module, (module.gate_up_proj, module.down_proj))
+        biases = (module.gate_up_proj_bias, module.down_proj_bias) if case.biases else ()
+        return ExpertLayer(module, (module.gate_up_proj, module.down_proj), biases=biases)
 
     return build
 
 
 def _experts_module(case: Case, implementation: str) -> torch.nn.Module:
+    shape = case.shape
     config = SimpleNamespace(
-        num_experts=case.shape.E,
-        hidden_size=case.shape.H,
-        moe_intermediate_size=case.shape.I,
+        num_experts=shape.E,
+        num_local_experts=shape.E,
+        hidden_size=shape.H,
+        intermediate_size=shape.I,
+        moe_intermediate_size=shape.I,
         hidden_act=case.activation,
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
         _experts_implementation=implementation,
     )
     with torch.device("meta"):
-        module = Qwen3MoeExperts(config)
-    module.gate_up_proj = torch.nn.Parameter(case.gate_up)
-    module.down_proj = torch.nn.Parameter(case.down)
+        module = (GptOssExperts if shape.is_gpt_oss else Qwen3MoeExperts)(config)
+    matrices = (case.gate_up, case.down)
+    if shape.is_gpt_oss:
+        matrices = (matrix.transpose(1, 2).contiguous() for matrix in matrices)
+        module.gate_up_proj_bias, module.down_proj_bias = (torch.nn.Parameter(bias) for bias in case.biases)
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(matrix) for matrix in matrices)
     return module
 
 
@@ -329,6 +362,9 @@ def _leaves(*weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def _require_gpu(case: Case) -> None:
+    """And experts that other libraries' layers know."""
+    if case.shape.is_gpt_oss:
+        raise Unavailable("it has no experts of gpt-oss")
     if case.device.type != "cuda":
         raise Unavailable("it needs a CUDA device")
 
@@ -350,6 +386,7 @@ PEERS = {
     "hf_moe_cpt": Peer(through_transformers("hf_moe_cpt"), "hf_moe_cpt"),
     "hf_moe_cpt_low_memory": Peer(through_transformers("hf_moe_cpt_low_memory"), "hf_moe_cpt"),
     "grouped_mm": Peer(through_transformers("grouped_mm"), "transformers"),
+    "batched_mm": Peer(through_transformers("batched_mm"), "transformers"),
     "eager": Peer(through_transformers("eager"), "transformers"),
     "liger": Peer(build_liger, "liger-kernel"),
     "scattermoe": Peer(build_scattermoe, "scattermoe"),
@@ -391,8 +428,9 @@ class ExpertsArguments(LayerArguments):
     peers: list[str] | None = HfArg(default=None, help=f"What is compared: {', '.join(PEERS)}; all if not given.")
     skew: float = HfArg(default=0.2, help="Power of the load's tilt: expert number r is drawn with weight r^-skew.")
     seconds: float = HfArg(default=0.2, help="Time for one measurement of a turn; there are two.")
+    inference: bool = HfArg(default=False, help="The forward pass alone, without a graph: a step of decoding.")
     check: bool = HfArg(default=True, help="Compare results and gradients with float64 first.")
-    check_tokens: int = HfArg(default=512, help="Tokens of that comparison.")
+    check_tokens: int = HfArg(default=2048, help="Tokens of that comparison.")
     output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv.")
 
     def __post_init__(self) -> None:
@@ -431,7 +469,7 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
     for name, measurement in measurements.items():
         bar.set_description(f"{shape.name} {name}")
         with Attempt() as attempt:
-            calls[name] = prepare(measurement, case, exact, args.check_tokens, stopwatch)
+            calls[name] = prepare(measurement, case, exact, args, stopwatch)
         measurement.reason = attempt.reason
         bar.write(_prepared(measurement))  # what a run that is killed leaves of an unfinished shape
         bar.update()
@@ -444,7 +482,8 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
             if measurement.reason is None:
                 with Attempt() as attempt:
                     measurement.forward_ms.append(stopwatch.milliseconds(calls[name].forward, args.seconds))
-                    measurement.training_ms.append(stopwatch.milliseconds(calls[name].training, args.seconds))
+                    if not args.inference:
+                        measurement.training_ms.append(stopwatch.milliseconds(calls[name].training, args.seconds))
                 measurement.reason = attempt.reason
             bar.update()
     return list(measurements.values())
@@ -464,20 +503,20 @@ def prepare(
     measurement: Measurement,
     case: Case,
     exact: dict[str, torch.Tensor] | None,
-    check_tokens: int,
+    args: ExpertsArguments,
     stopwatch: tools.Stopwatch,
 ) -> Calls:
     """Build a peer, time its first call, read its memory at the second, compare it with the exact results."""
     layer = PEERS[measurement.peer].build(case)
-    calls = layer.calls(case)
+    calls = layer.calls(case, args.inference)
     measurement.first_call_seconds = stopwatch.wall_seconds(calls.training)
     if calls.results is not None:
         measurement.extra_peak_mib = tools.extra_peak_mebibytes(calls.training, stopwatch.device)
         if exact is not None:
             if stopwatch.on_gpu:  # what a peer then allocates and forgets to write shows up in its results
                 torch.full((tools.GIBIBYTE // 4,), float("nan"), device=stopwatch.device)
-            results = layer.calls(case.first_tokens(check_tokens)).results()
-            measurement.errors = {name: relative_error(results[name], exact[name]) for name in exact}
+            results = layer.calls(case.first_tokens(args.check_tokens), args.inference).results()
+            measurement.errors = {name: relative_error(result, exact[name]) for name, result in results.items()}
     return calls
 
 
@@ -593,12 +632,12 @@ def pieces_of(shape: Shape, args: TuneArguments, device: torch.device) -> dict[s
     case = make_case(shape, DTYPES[args.dtype], ACTIVATION_NAMES[args.activation], 0.2, device, args.seed)
     table = routing_table(case.index, case.gates, shape.E, block_m=128)
     rows = permute_tokens(case.tokens, table)
-    tile = Tile(128, 64, 32, num_warps=8)
-    hidden, preactivation = gated_up(rows, case.gate_up, table, args.activation, save=True, tile=tile)
+    tile, form = Tile(128, 64, 32, num_warps=8), Form(args.activation)
+    hidden, preactivation = gated_up(rows, case.gate_up, table, form, save=True, tile=tile)
     return {
-        "gated_up": lambda tile: gated_up(rows, case.gate_up, table, args.activation, save=True, tile=tile),
+        "gated_up": lambda tile: gated_up(rows, case.gate_up, table, form, save=True, tile=tile),
         "down": lambda tile: grouped_product(hidden, case.down, table, contract_last=True, tile=tile),
-        "hidden_gradient": lambda tile: gated_backward(rows, case.down, preactivation, table, args.activation, tile),
+        "hidden_gradient": lambda tile: gated_backward(rows, case.down, preactivation, table, form, tile),
         "input_gradient": lambda tile: grouped_product(
             preactivation, case.gate_up, table, contract_last=False, tile=tile
         ),

@@ -42,8 +42,8 @@ class Failing:
 
     dense: bench.DenseProducts
 
-    def calls(self, case):
-        calls, count = self.dense.calls(case), iter(range(4))
+    def calls(self, case, inference):
+        calls, count = self.dense.calls(case, inference), iter(range(4))
 
         def training():
             if next(count, None) is None:
@@ -134,7 +134,7 @@ def rows_of(folder: Path) -> list[str]:
     "shape", [TINY, bench.Shape("one expert each", 7, 12, 20, 4, 1)], ids=lambda shape: shape.name
 )
 def test_the_dense_products_do_the_flops_that_are_counted(shape):
-    calls = bench.build_dense(case := bench.make_case(shape, torch.float32, "silu", 0.0, CPU)).calls(case)
+    calls = bench.build_dense(case := bench.make_case(shape, torch.float32, "silu", 0.0, CPU)).calls(case, False)
     for call, flops in ((calls.forward, shape.forward_flops), (calls.training, shape.training_flops)):
         with FlopCounterMode(display=False) as counter:
             call()
@@ -143,10 +143,14 @@ def test_the_dense_products_do_the_flops_that_are_counted(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bench.OURS)
-def test_ours_is_right_through_the_interface(name):
-    case = tiny_case(device=DEVICE)
-    results, exact = bench.PEERS[name].build(case).calls(case).results(), bench.exact_results(case)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("shape", [TINY, replace(TINY, is_gpt_oss=True)], ids=["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", [*bench.OURS, "grouped_mm"])
+def test_layers_are_right_through_the_interface(name, shape, inference):
+    case = bench.make_case(shape, torch.float32, "silu", 0.2, DEVICE)
+    results, exact = bench.PEERS[name].build(case).calls(case, inference).results(), bench.exact_results(case)
+    exact = {key: exact[key] for key in results}
+    assert ("dx" in results) is not inference
     assert all(bench.relative_error(results[key], exact[key]) < bench.ERROR_LIMITS[torch.float32] for key in exact)
 
 

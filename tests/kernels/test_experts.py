@@ -1,7 +1,10 @@
 """The experts operator against its definition in float64, and in models against their eager experts."""
 
+import importlib
 import logging
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,17 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Olmo
 from transformers.integrations import use_experts_implementation
 
 from hf_moe_cpt.kernels import experts_interface
-from hf_moe_cpt.kernels.experts import _experts_forward, experts, plain_experts
+from hf_moe_cpt.kernels.experts import _experts_forward, _slices, experts, plain_experts
 from hf_moe_cpt.kernels.experts_interface import why_unsupported
-from hf_moe_cpt.kernels.grouped_gemm import DECODING, FEW_ROWS, HOPPER_TRAINING, SINGLE_PRECISION, tile_plan
+from hf_moe_cpt.kernels.gates import Form
+from hf_moe_cpt.kernels.grouped_gemm import (
+    DECODING,
+    DEFAULT_TRAINING,
+    FEW_ROWS,
+    HOPPER_TRAINING,
+    SINGLE_PRECISION,
+    tile_plan,
+)
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from tests.helpers.expert_layers import DEVICE, FLOAT_DTYPES, ExpertLayer, expert_layer
 from tests.helpers.tolerances import assert_matches
@@ -42,6 +53,7 @@ CONFIGS = {
     "cpt_moe switch": CptMoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=1, num_shared_experts=0, hidden_act="gelu_pytorch_tanh"
     ),
+    "gpt_oss": GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -60,7 +72,13 @@ def _loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 FAMILIES = list(zip(CONFIGS, 3 * NAMES, strict=False))
-SLOW = ("mixtral", "olmoe", "qwen3_moe", "cpt_moe")  # experts as those of "cpt_moe switch", more of them a token
+SLOW = (
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
+    "cpt_moe",
+    "gpt_oss",
+)  # experts as those of "cpt_moe switch", more of them a token
 
 
 @pytest.mark.parametrize(
@@ -140,8 +158,6 @@ def test_reason_is_told(monkeypatch):
     assert "the compute dtype is torch.float64" in why_unsupported(experts, DEVICE, torch.float64)
     for attributes, reason in (
         ({"has_gate": False}, "have no gate"),
-        ({"has_bias": True}, "have biases"),
-        ({"is_concatenated": False}, "columns are interleaved"),
         ({"has_post_expert_norm": True}, "end in a norm"),
         ({"act_fn": nn.Tanh()}, "its activation is Tanh"),
         ({"act_fn": nn.GELU(approximate="tanh")}, "its activation is GELU"),
@@ -158,9 +174,9 @@ def test_reason_is_told(monkeypatch):
     assert "on cpu, the kernels need a GPU" in why_unsupported(experts, torch.device("cpu"), torch.float32)
 
 
-def test_fall_back_gives_the_right_numbers_and_one_line(caplog, monkeypatch):
+def test_fall_back_gives_the_right_numbers_and_one_line(caplog):
     transformers.utils.logging.enable_propagation()
-    config = GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)
+    config = MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2, hidden_act="tanh")
     outputs = []
     ids = torch.arange(6, device=DEVICE)[None]
     with caplog.at_level(logging.WARNING):
@@ -170,7 +186,58 @@ def test_fall_back_gives_the_right_numbers_and_one_line(caplog, monkeypatch):
             outputs.append(model(input_ids=ids).logits)
     assert torch.equal(*outputs)
     told = [record.message for record in caplog.records if "hf_moe_cpt kernels" in record.message]
-    assert told == ["The hf_moe_cpt kernels do not run GptOssExperts: its experts have biases; using grouped_mm."]
+    assert told == ["The hf_moe_cpt kernels do not run MixtralExperts: its activation is Tanh; using grouped_mm."]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_of_gpt_oss(name, monkeypatch):
+    """Compared with transformers' own in float64: gradients of tokens, gate weights, matrices and biases; gates reach
+    both limits.
+    """
+    monkeypatch.setattr(experts_interface, "grouped_mm_experts_forward", None)
+    monkeypatch.setattr("hf_moe_cpt.kernels.experts._ROWS_WORTH_A_SLICE", 1)
+    module = _experts_of(GptOssConfig(**SIZES, head_dim=8, num_local_experts=3, swiglu_limit=1.5)).to(DEVICE)
+    module.config = deepcopy(module.config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    inputs = (torch.randn(9, 16, device=DEVICE), torch.rand(9, 2, device=DEVICE))
+    index = torch.tensor([[0, 2]] * 6 + [[2, 0]] * 3, device=DEVICE)  # expert 1 has no rows
+    runs = []
+    for implementation, dtype in (("eager", torch.float64), (name, torch.float32)):
+        module.config._experts_implementation = implementation
+        module.to(dtype)
+        tokens, weights = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        output = module(tokens, index, weights)
+        leaves = {"tokens": tokens, "weights": weights, **dict(module.named_parameters())}
+        gradients = torch.autograd.grad(output.square().sum(), list(leaves.values()))
+        runs.append({"output": output.detach(), **dict(zip(leaves, gradients, strict=True))})
+    for key, value in runs[1].items():
+        assert_matches(key, value, runs[0][key])
+
+
+@pytest.mark.parametrize("rule", [*experts_interface.CLAMPED_GATES, *experts_interface.FLOAT_GATES])
+def test_gating_rules_are_those_of_the_classes(rule):
+    """Compared with the method of transformers' class, where the installed version has it."""
+    name = rule.split(".")[0]
+    found = _modules_with(f"class {name}(")
+    if not found:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    cls = getattr(importlib.import_module(f"transformers.models.{found[0]}.modeling_{found[0]}"), name)
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.act_fn = nn.SiLU()
+    for attribute, value in (("alpha", 1.7), ("swiglu_alpha", 1.3), ("limit", 0.8), ("swiglu_limit", 0.8)):
+        setattr(module, attribute, value)
+    activation, *constants = experts_interface._gate(module)
+    form = Form(activation, False, name == "GptOssExperts", *constants)
+    pairs = torch.randn(5, 16, dtype=torch.float64)
+    assert_matches(name, form.hidden(pairs), module._apply_gate(pairs), limit=1e-6)
+
+
+def _modules_with(text: str) -> list[str]:
+    folder = Path(transformers.__file__).parent / "models"
+    paths = folder.glob("*/modeling_*.py")
+    return [path.parent.name for path in paths if text in path.read_text(encoding="utf-8")]
 
 
 def test_own_models_choose_the_kernels_on_a_gpu(monkeypatch):
@@ -210,8 +277,8 @@ def _run(function, layer: ExpertLayer, grad_output: torch.Tensor, **options) -> 
 def _assert_agrees(layer: ExpertLayer, dtype: torch.dtype, activation: str = "silu", low_memory: bool = False) -> None:
     rounded = layer.to(dtype)
     grad_output = torch.randn(layer.tokens.shape, dtype=dtype, device=layer.tokens.device)
-    got = _run(experts, rounded, grad_output, activation=activation, low_memory=low_memory)
-    want = _run(plain_experts, rounded.to(torch.float64), grad_output, activation=activation)
+    got = _run(experts, rounded, grad_output, form=activation, low_memory=low_memory)
+    want = _run(plain_experts, rounded.to(torch.float64), grad_output, form=activation)
     for name, value in got.items():
         assert value.dtype == dtype
         if want[name].any() or value.any():
@@ -250,12 +317,12 @@ def test_experts_of_other_ranks_add_nothing_and_no_tokens_give_nothing():
     layer.top_k_index[5, 0] = -1
     _assert_agrees(layer, torch.float32)
     rounded = layer.to(torch.float32)
-    got = _run(experts, rounded, torch.randn_like(rounded.tokens), activation="silu")
+    got = _run(experts, rounded, torch.randn_like(rounded.tokens), form="silu")
     assert got["output"][4].eq(0).all() and got["output"][5].eq(0).all()
     assert got["gradient of tokens"][4].eq(0).all()
     assert got["gradient of top_k_weights"][:, 1].eq(0).all()
     none = expert_layer(0, 3, 2, 16, 8).to(torch.float32)
-    got = _run(experts, none, torch.zeros_like(none.tokens), activation="silu")
+    got = _run(experts, none, torch.zeros_like(none.tokens), form="silu")
     assert got["output"].shape == (0, 16)
     assert got["gradient of gate_up"].eq(0).all() and got["gradient of down"].eq(0).all()
 
@@ -264,8 +331,8 @@ def test_only_asked_gradients_are_computed_and_strides_do_not_matter():
     layer = expert_layer(3, 1, 1, 8, 8).to(torch.float32)
     layer.gate_up.requires_grad_(False)
     layer.top_k_weights.requires_grad_(False)
-    wanted = _run(plain_experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
-    got = _run(experts, layer, torch.ones_like(layer.tokens), activation="silu")
+    wanted = _run(plain_experts, layer.to(torch.float32), torch.ones_like(layer.tokens), form="silu")
+    got = _run(experts, layer, torch.ones_like(layer.tokens), form="silu")
     assert got["gradient of gate_up"] is None and got["gradient of top_k_weights"] is None
     for name in ("gradient of tokens", "gradient of down"):
         assert_matches(name, got[name], wanted[name])
@@ -274,8 +341,13 @@ def test_only_asked_gradients_are_computed_and_strides_do_not_matter():
     transposed = layer.top_k_index.T.contiguous().T
     output = experts(strided, transposed, layer.top_k_weights, layer.gate_up, layer.down, "silu")
     output.sum().backward()
-    want = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), activation="silu")
+    want = _run(experts, layer.to(torch.float32), torch.ones_like(layer.tokens), form="silu")
     assert torch.equal(output, want["output"]) and torch.equal(strided.grad, want["gradient of tokens"])
+
+
+def _forward(layer: ExpertLayer, **options) -> torch.Tensor:
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    return experts(*inputs, "silu", **options)
 
 
 @pytest.mark.parametrize("low_memory", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -285,32 +357,86 @@ def test_twice_gives_the_same_bits(low_memory):
     The pre-activations are kept for a backward pass only where memory is not scarce.
     """
     layer = expert_layer(3, 1, 1, 8, 8).to(torch.float32)
-    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
     leaves = list(layer.leaves.values())
     runs = []
     for _ in range(2):
-        output = experts(*inputs, "silu", low_memory)
-        assert (output.grad_fn.saved_tensors[4].numel() == 0) == low_memory
+        output = _forward(layer, low_memory=low_memory)
+        assert (output.grad_fn.saved_tensors[6].numel() == 0) == low_memory
         for retain in (True, False):
             runs.append(torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=retain))
     for run in runs[1:]:
         assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
 
 
+FEW = {
+    "silu": Form(),
+    "of gpt-oss": Form("clamped", True, True, alpha=1.7, limit=1.0, offset=1.0),
+    "transposed": Form(transposed=True),
+    "interleaved": Form("clamped", interleaved=True, alpha=1.7, limit=1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FEW)
+def test_few_tokens_without_gradients(name, dtype, monkeypatch):
+    """Compared with float64; a step of decoding sorts nothing, and ids of other ranks add nothing."""
+    monkeypatch.setattr("hf_moe_cpt.kernels.experts._forward", None)
+    form, layer = FEW[name], expert_layer(2, 9, 2, 300, 24)
+    layer.top_k_index[1] = torch.tensor([9, -1])
+    matrices = [x.transpose(1, 2).contiguous() if form.transposed else x for x in (layer.gate_up, layer.down)]
+    biases = [torch.randn(9, size, device=DEVICE, dtype=torch.float64) for size in (48, 300)]
+    inputs = (layer.tokens, layer.top_k_weights, *matrices, *(biases if form.activation == "clamped" else ()))
+    outputs = []
+    for function, to in ((experts, dtype), (plain_experts, torch.float64)):
+        tokens, weights, gate_up, down, *of_form = (x.to(dtype).to(to) for x in inputs)
+        names = dict(zip(("gate_up_bias", "down_bias"), of_form, strict=False))
+        outputs.append(function(tokens, layer.top_k_index, weights, gate_up, down, form, **names))
+    assert_matches("output", *outputs)
+    assert outputs[0][1].eq(0).all()
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_pre_activations_become_scratch_memory_where_nobody_reads_them_again(retain):
+    """Compared with what was saved: a graph that is retained keeps it, the last pass through one overwrites it."""
+    layer = expert_layer(3, 1, 1, 8, 8).to(torch.float32)
+    output = _forward(layer)
+    saved = output.grad_fn.saved_tensors[6]
+    before = saved.clone()
+    output.sum().backward(retain_graph=retain)
+    assert torch.equal(saved[:3], before[:3]) == retain
+
+
+@pytest.mark.parametrize("tokens", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_low_memory_takes_slices_of_the_tokens(tokens, monkeypatch):
+    """Compared with float64; slices of unequal size in which an expert may have no rows, ids of other ranks beside."""
+    monkeypatch.setattr("hf_moe_cpt.kernels.experts._ROWS_WORTH_A_SLICE", 1)
+    assert [end - first for first, end in _slices(10, 2, 3)] == [4, 4, 2]
+    layer = expert_layer(tokens, 3, 1, 16, 8)
+    layer.top_k_index[: tokens // 2] = 1
+    layer.top_k_index[-3:-2] = 3
+    _assert_agrees(layer, torch.float32, low_memory=True)
+
+
 @pytest.mark.parametrize("save", [True, False])
 def test_operator_obeys_pytorchs_rules(save):
     layer = expert_layer(3, 1, 1, 8, 8).to(torch.float32)
-    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu", save)
+    inputs = (layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down)
+    inputs += (None, None, "silu", False, False, [1.0, 1.0, 0.0], save)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_experts_forward, inputs, test_utils=checks)
 
 
-def test_plan_follows_rows_per_expert():
+def test_plan_follows_rows_per_expert_and_width(monkeypatch):
     cpu = torch.device("cpu")
-    assert tile_plan(64, 8, torch.bfloat16, cpu) is DECODING
-    assert tile_plan(64 * 8, 8, torch.bfloat16, cpu) is FEW_ROWS
-    assert tile_plan(999 * 8, 8, torch.float32, cpu) is SINGLE_PRECISION
-    assert tile_plan(10**6, 8, torch.bfloat16, cpu) is not HOPPER_TRAINING
+    assert tile_plan(64, 8, 704, torch.bfloat16, cpu) is DECODING
+    assert tile_plan(64 * 8, 8, 704, torch.bfloat16, cpu) is FEW_ROWS
+    assert tile_plan(999 * 8, 8, 704, torch.float32, cpu) is SINGLE_PRECISION
+    assert tile_plan(10**6, 8, 704, torch.bfloat16, cpu) is DEFAULT_TRAINING
+    monkeypatch.setattr("hf_moe_cpt.kernels.grouped_gemm.gpu_generation", lambda _: "hopper")
+    assert tile_plan(10**6, 8, 2816, torch.bfloat16, cpu) is HOPPER_TRAINING
+    assert tile_plan(10**6, 8, 704, torch.bfloat16, cpu).gated_up.block_n == 64  # 768 columns would be computed
+    assert tile_plan(10**6, 8, 2880, torch.bfloat16, cpu, interleaved=True).gated_up.block_n == 64
+    assert tile_plan(10**3 * 8, 8, 768, torch.bfloat16, cpu).up_weight_gradient.block_n == 128
 
 
 @pytest.mark.gpu
@@ -322,9 +448,31 @@ def test_plan_of_the_gpu(dtype, width):
     _assert_agrees(expert_layer(2049, 8, 2, 512, width), dtype, "gelu", low_memory=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed, interleaved", [(True, True), (True, False), (False, True)])
+def test_forms_on_the_plan_of_the_gpu(transposed, interleaved):
+    """Real sizes on the real tiles, with biases and a clamped gate."""
+    form = Form("clamped", transposed, interleaved, alpha=1.7, limit=1.0, offset=1.0)
+    layer = expert_layer(2049, 8, 2, 512, 704)
+    matrices = [x.transpose(1, 2).contiguous() if transposed else x for x in (layer.gate_up, layer.down)]
+    leaves = [layer.tokens, layer.top_k_weights, *matrices]
+    leaves += [torch.randn(8, size, device=DEVICE, dtype=torch.float64) for size in (1408, 512)]
+    upstream = torch.randn(2049, 512, device=DEVICE)
+    runs = []
+    for function, dtype in ((experts, torch.bfloat16), (plain_experts, torch.float64)):
+        rounded = [x.bfloat16().to(dtype).requires_grad_() for x in leaves]
+        tokens, weights, gate_up, down, *biases = rounded
+        names = dict(zip(("gate_up_bias", "down_bias"), biases, strict=True))
+        output = function(tokens, layer.top_k_index, weights, gate_up, down, form, **names)
+        runs.append([output, *torch.autograd.grad(output, rounded, upstream.to(dtype))])
+    names = ("output", "tokens", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
+    for name, got, want in zip(names, *runs, strict=True):
+        assert_matches(name, got, want)
+
+
 def _gpu_step(layer: ExpertLayer) -> list[torch.Tensor]:
     """Output and gradients, without the graph that made them."""
-    output = experts(layer.tokens, layer.top_k_index, layer.top_k_weights, layer.gate_up, layer.down, "silu")
+    output = _forward(layer)
     gradients = torch.autograd.grad(output, list(layer.leaves.values()), torch.ones_like(output))
     return [output.detach(), *gradients]
 
@@ -338,6 +486,24 @@ def test_the_host_never_waits():
         _gpu_step(layer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_memory, limit", [(False, 1.0), (True, 0.7)])
+def test_memory_of_a_step(low_memory, limit):
+    """Compared with the least that holds output, both pre-activations and hidden rows at a time, as SonicMoE does."""
+    tokens, width, hidden_size = 16_384, 704, 1024
+    layer = expert_layer(1, 8, 3, hidden_size, width, torch.bfloat16)
+    inputs = expert_layer(tokens, 8, 3, hidden_size, 8, torch.bfloat16)
+    layer = replace(inputs, gate_up=layer.gate_up, down=layer.down).to(torch.bfloat16)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients = torch.autograd.grad(_forward(layer, low_memory=low_memory).sum(), list(layer.leaves.values()))
+        extra = torch.cuda.max_memory_allocated() - before
+        del gradients
+    rows = tokens * 3
+    assert extra <= limit * 2 * (tokens * hidden_size + rows * 5 * width + 8 * hidden_size * width)
 
 
 @pytest.mark.gpu

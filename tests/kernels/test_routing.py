@@ -80,10 +80,12 @@ def garbage_in_fresh_integers(monkeypatch):
     monkeypatch.setattr(torch, "empty", allocate_garbage)
 
 
+@pytest.mark.parametrize("few", [-1, 10_000], ids=["three launches", "one launch"])
 @pytest.mark.parametrize("T, K, E, M", TABLE_SHAPES.values(), ids=TABLE_SHAPES)
-def test_table_equals_its_definition(T, K, E, M, garbage_in_fresh_integers, monkeypatch):
-    """Two blocks of counts are read in a step: the scan takes several steps."""
+def test_table_equals_its_definition(T, K, E, M, few, garbage_in_fresh_integers, monkeypatch):
+    """Two blocks of counts are read in a step: the scan takes several steps. Either way for any number of slots."""
     monkeypatch.setattr(module, "_BLOCKS_PER_STEP", 2)
+    monkeypatch.setattr(module, "_FEW_SLOTS", few)
     index, weights = routing(T, K, E, weight_dtype=FLOAT_DTYPES[-1])
     want = module.plain_routing_table(index, weights, E, M)
     assert_tables_match(module.routing_table(index, weights, E, M), want, M)
