@@ -117,7 +117,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_before_and_says_so_once(fresh, 
 CHOSEN = {
     "olmoe": "experts hf_moe_cpt",
     "llama": "",
-    "gpt_oss": "experts eager (its experts have biases)",
+    "gpt_oss": "experts hf_moe_cpt",
     "cpt_moe": "experts hf_moe_cpt",
 }
 
@@ -130,6 +130,16 @@ def test_experts_are_chosen_where_the_kernels_run_them(family, told):
         assert model.config._experts_implementation == "hf_moe_cpt"
         model.set_experts_implementation("batched_mm")
         assert choose_experts(model, DEVICE, None) == "experts batched_mm"  # somebody chose it
+
+
+def test_experts_that_the_kernels_do_not_run_stay_as_they_were_and_it_is_said_why():
+    model = model_of("olmoe")
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            module.act_fn = torch.nn.Tanh()
+    before = model.config._experts_implementation
+    assert choose_experts(model, DEVICE, None) == f"experts {before} (its activation is Tanh)"
+    assert model.config._experts_implementation == before
 
 
 def test_nothing_is_touched_on_the_cpu_or_where_plain_is_asked_for():
