@@ -1,5 +1,6 @@
 """Verdicts are those of scipy's tests, the prediction is scikit-learn's, and a chain of runs goes on where it was."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,15 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
+from hf_moe_cpt.reading import read_json
 from hf_moe_cpt.scripts.replication import router_robustness as robustness
 from hf_moe_cpt.scripts.replication.router_robustness import Evidence, judged
+from hf_moe_cpt.scripts.replication.sweep import page_of
+from tests.helpers.source_tree import PROJECT
 
 
 SCALE = robustness.SETTINGS["small"]
+COMMITTED = PROJECT / "docs" / "benchmarks" / "router_small"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -149,3 +154,25 @@ def test_two_models_are_run_judged_and_not_run_again(tmp_path, monkeypatch, caps
     robustness.main([*words, "--output_dir", str(tmp_path / "out"), "--minutes", "0"])
     assert capsys.readouterr().out == first
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"results.json", "results.csv", "comparison.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_small_setting_says_nothing_against_the_committed_verdicts(tmp_path: Path) -> None:
+    """Text and machine may differ, so a verdict may be open here or there; none may turn round. Some 15 minutes."""
+    robustness.main(["--workers", "2", "--output_dir", str(tmp_path / "out")])
+    told = [read_json(folder / "results.json")["claims"] for folder in (tmp_path / "out", COMMITTED)]
+    ours, theirs = ({claim["claim"]: claim["verdict"] for claim in claims} for claims in told)
+    assert ours.keys() == theirs.keys() == robustness.CLAIMS.keys()
+    turned = [name for name in ours if {ours[name], theirs[name]} == {"confirmed", "refuted"}]
+    assert not turned and sum(ours[name] == theirs[name] != "undecided" for name in ours) >= 3
+
+
+@pytest.mark.parametrize("folder", sorted(PROJECT.glob("docs/benchmarks/router_[sm]*")), ids=lambda path: path.name)
+def test_committed_pages_are_those_of_their_files(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    path = folder.relative_to(PROJECT)
+    page = page_of(path, robustness.PROGRAM, robustness.GUIDE, robustness.results_text)
+    assert (path / "README.md").read_text(encoding="utf-8") == page
+    rows = (path / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(json.loads((path / "results.json").read_text())["runs"])
