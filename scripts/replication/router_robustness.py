@@ -59,8 +59,8 @@ from hf_moe_cpt.scripts.replication.sweep import (
     open_folder,
     plotting,
     quiet_process,
+    seeds_needed,
     t_interval,
-    t_quantile,
     tell_rest,
     write_page,
     write_results,
@@ -130,14 +130,20 @@ def continued(new: str, ratio: float, how: str = "") -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """One model, one seed: all its runs."""
+    """One model, one seed, one shift: all its runs. Chains of other shifts begin at the same pre-trained model."""
 
     method: str
     seed: int
+    new: str
 
     @property
     def name(self) -> str:
         """Of its record."""
+        return f"{self.folder}-{self.new}"
+
+    @property
+    def folder(self) -> str:
+        """Of its weights."""
         return f"{self.method}-{self.seed}"
 
 
@@ -181,8 +187,8 @@ class Worker:
 
     def __init__(self, scale: Scale, folder: Path, device: str) -> None:
         self.scale, self.folder, self.device = scale, folder, device
-        if device == "cpu":
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
+        torch._dynamo.config.recompile_limit = 64  # models of all kinds go through one process
 
     @cached_property
     def texts(self) -> dict[str, dict[str, Dataset]]:
@@ -196,35 +202,32 @@ class Worker:
         }
 
     def carry_out(self, chain: Chain) -> dict[str, Any]:
-        """Every run of the chain; finished ones are read, their weights are removed at the end."""
+        """Every run of the chain; finished ones are read, the weights are removed after the last shift."""
         runs = dict(self._runs(chain))
-        shutil.rmtree(self.folder / "work" / chain.name)
+        if chain.new == self.scale.texts[-1]:
+            shutil.rmtree(self.folder / "work" / chain.folder)
         return {"runs": runs}
 
     def _runs(self, chain: Chain) -> Iterator[tuple[str, dict[str, Any]]]:
         """What most claims need comes first."""
-        scale, work = self.scale, self.folder / "work" / chain.name
-        steps, whole = scale.continued_steps, {scale.old: 1.0}
+        scale, new, ratios = self.scale, chain.new, self.scale.ratios(chain.new)
+        steps, whole, shares = scale.continued_steps, {scale.old: 1.0}, {new: 1 - ratios[-1], scale.old: ratios[-1]}
         yield PRETRAINED, self._run(chain, PRETRAINED, scale.steps, None, whole, WARMUP)
-        for new in scale.shifts:
-            for ratio in scale.ratios(new):
-                name = continued(new, ratio)
-                yield name, self._run(chain, name, steps, PRETRAINED, {new: 1 - ratio, scale.old: ratio})
-        for new in scale.shifts:
-            ratio = scale.ratios(new)[-1]
-            shares = {new: 1 - ratio, scale.old: ratio}
-            if chain.method in scale.models_of(DECAYED, new):
-                yield DECAYED, self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, whole, DECAY)
-                name = continued(new, ratio, DECAYED)
-                yield name, self._run(chain, name, steps, DECAYED, shares)
-            if chain.method in scale.models_of(DRIFT, new):
-                name = continued(new, ratio, DRIFT)
-                drifted = self._drifted(work, continued(new, scale.ratios(new)[0]))
-                yield name, self._run(chain, name, steps, PRETRAINED, shares, replayed=drifted)
-            if chain.method in scale.models_of(UNION, new):
-                share = (scale.steps + ratio * steps) / (scale.steps + steps)
-                name, both = f"{new}-{UNION}", {new: 1 - share, scale.old: share}
-                yield name, self._run(chain, name, scale.steps + steps, None, both)
+        for ratio in ratios:
+            name = continued(new, ratio)
+            yield name, self._run(chain, name, steps, PRETRAINED, {new: 1 - ratio, scale.old: ratio})
+        if chain.method in scale.models_of(DECAYED, new):
+            yield DECAYED, self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, whole, DECAY)
+            name = continued(new, ratios[-1], DECAYED)
+            yield name, self._run(chain, name, steps, DECAYED, shares)
+        if chain.method in scale.models_of(DRIFT, new):
+            name = continued(new, ratios[-1], DRIFT)
+            drifted = self._drifted(self.folder / "work" / chain.folder, continued(new, ratios[0]))
+            yield name, self._run(chain, name, steps, PRETRAINED, shares, replayed=drifted)
+        if chain.method in scale.models_of(UNION, new):
+            share = (scale.steps + ratios[-1] * steps) / (scale.steps + steps)
+            name, both = f"{new}-{UNION}", {new: 1 - share, scale.old: share}
+            yield name, self._run(chain, name, scale.steps + steps, None, both)
 
     def _run(
         self,
@@ -237,7 +240,7 @@ class Worker:
         replayed: Callable[[], Dataset] | None = None,
     ) -> dict[str, Any]:
         """Train and measure. start: the run whose last checkpoint is continued. shares: the learnt text first."""
-        work = self.folder / "work" / chain.name
+        work = self.folder / "work" / chain.folder
         if (done := work / name / "record.json").is_file():
             return read_json(done)
         shutil.rmtree(work / name, ignore_errors=True)
@@ -280,15 +283,16 @@ class Worker:
 
     def _is_start(self, chain: Chain, name: str) -> bool:
         """Whether the weights of a run are needed once more."""
-        drifting = [new for new in self.scale.shifts if chain.method in self.scale.models_of(DRIFT, new)]
-        return name in (PRETRAINED, DECAYED, *(continued(new, self.scale.ratios(new)[0]) for new in drifting))
+        probes = [continued(chain.new, self.scale.ratios(chain.new)[0])]
+        is_probed = chain.method in self.scale.models_of(DRIFT, chain.new)
+        return name in (PRETRAINED, DECAYED, *(probes if is_probed else ()))
 
     def _keys(self, new: str) -> dict[str, str]:
         return {new: "eval_new_loss"} | ({} if new == self.scale.old else {self.scale.old: "eval_replay_loss"})
 
     def _model(self, chain: Chain, start: str | None) -> Any:
         if start is not None:
-            (last,) = (self.folder / "work" / chain.name / start).glob("checkpoint-*")
+            (last,) = (self.folder / "work" / chain.folder / start).glob("checkpoint-*")
             return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -397,6 +401,8 @@ def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
             tokens = tokenize_documents(rows, tokenizer)
             if side == "held_out":  # none of it may be most of it
                 count = [row for row, ids in enumerate(tokens["input_ids"]) if 4 * len(ids) <= scale.held_out_tokens]
+                if not count:
+                    raise ValueError(f"no document of {name} is short enough to be held out: give shorter ones.")
                 rows, tokens = rows.select(count), tokens.select(count)
                 ends = np.cumsum(list(map(len, tokens["input_ids"])))
                 count = range(1 + int(np.searchsorted(ends[:-1], scale.held_out_tokens)))
@@ -427,16 +433,16 @@ class Evidence:
         """The run with the most replay, or a control of it."""
         return continued(self.new, self.scale.ratios(self.new)[-1], how)
 
-    def balance(self, model: str, mri: float) -> float:
-        """MRI x E/K of an MRI. Raises KeyError for a dense model."""
+    def balance(self, model: str, *mri: float) -> list[float]:
+        """MRI x E/K of each MRI. Raises KeyError for a dense model."""
         experts, chosen = experts_of(model)
         if not experts:
             raise KeyError(model)
-        return normalized_imbalance(mri, experts, chosen)
+        return [normalized_imbalance(value, experts, chosen) for value in mri]
 
     def curve(self, model: str, run: str) -> list[float]:
         """MRI x E/K of each step in training, the mean over layers."""
-        return [self.balance(model, mri) for mri in self.chains[model][run]["mri"]]
+        return self.balance(model, *self.chains[model][run]["mri"])
 
     def around(self, model: str, run: str) -> ImbalanceShift:
         """The balance around the shift to a run."""
@@ -479,7 +485,7 @@ class Evidence:
 
     def asked(self, model: str) -> float:
         """MRI x E/K in evaluation on the old text, before the shift."""
-        return self.balance(model, statistics.fmean(self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old]))
+        return statistics.fmean(self.balance(model, *self.chains[model][PRETRAINED]["routing"]["mri"][self.scale.old]))
 
     def modes(self, model: str) -> float:
         """How far the balance in evaluation on the old text is from that at the end of training on it."""
@@ -520,8 +526,10 @@ def _mean(models: Sequence[str], value: Callable[[str], float]) -> float:
     return statistics.fmean(map(value, models))
 
 
-def _or_late(steps: int | None) -> float:
-    return NEVER if steps is None else float(steps)
+def _or_late(steps: int | None, evidence: Evidence) -> float:
+    if steps is not None:
+        return float(steps)
+    return NEVER if evidence.scale.continued_steps >= CLAIMS["return_steps"]["margin"] else math.inf
 
 
 # The number that each claim is about, of one seed.
@@ -530,7 +538,7 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
     "return": lambda e: (
         _mean(PB, lambda m: e.around(m, e.plain).after) - _mean(SB, lambda m: e.around(m, e.plain).after)
     ),
-    "return_steps": lambda e: _mean(PB, lambda m: _or_late(e.steps_to_return(m, m.replace("pb", "sb")))),
+    "return_steps": lambda e: _mean(PB, lambda m: _or_late(e.steps_to_return(m, m.replace("pb", "sb")), e)),
     "sinkhorn_flat": lambda e: _mean(SB, e.spike) - _mean(PB, e.spike),
     "sinkhorn_high": lambda e: (
         _mean(SB, lambda m: e.around(m, e.plain).before) - _mean(PB, lambda m: e.around(m, e.plain).before)
@@ -578,8 +586,10 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
 def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str, Any]:
     """Mean, interval and verdict of a claim. values: one for each seed, paired already.
 
-    `seeds_needed` of what is undecided: about how many decide it if the mean is what it seems, None if none would.
+    `seeds_needed` of what is undecided: about how many decide it if the mean is what it seems, None for too many.
     """
+    if math.inf in values:  # a time that is longer than the runs are, of unknown length
+        return {"mean": None, "low": None, "high": None, "seeds": len(values), "verdict": "undecided"}
     confidence = 2 * CONFIDENCE - 1 if kind == "within" else CONFIDENCE
     mean, half = t_interval(values, confidence)
     found: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": len(values), "seeds_needed": None}
@@ -594,9 +604,8 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
     }
     confirmed, refuted, distance = sides[kind]
     verdict = "confirmed" if confirmed else "refuted" if refuted else "undecided"
-    if verdict == "undecided" and distance > 0:
-        reach = t_quantile((1 + confidence) / 2, 30) * statistics.stdev(values)
-        found["seeds_needed"] = math.ceil((reach / distance) ** 2) + 1
+    if verdict == "undecided":
+        found["seeds_needed"] = seeds_needed(statistics.stdev(values), len(values), distance, confidence)
     return found | {"low": low, "high": high, "verdict": verdict}
 
 
@@ -615,6 +624,7 @@ def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: M
         for name, claim in CLAIMS.items():
             if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))
+                values = [None if value == math.inf else value for value in values]  # JSON has no infinity
                 claims.append({"claim": name, "shift": new, **claim, **found, "values": values})
         for model in PB:
             steps = _where_finished(evidence, lambda e, m=model: e.steps_to_return(m, m.replace("pb", "sb")))
@@ -719,13 +729,13 @@ def results_text(results: Mapping[str, Any]) -> str:
     for claim in results["claims"]:
         margin = f" {claim['margin']:g}" if "margin" in claim else ""
         interval = "" if claim["low"] is None else f"[{claim['low']:+.3f}, {claim['high']:+.3f}]"
-        needed = f", {claim['seeds_needed']} seeds" if claim["seeds_needed"] else ""
+        needed = f", {claim['seeds_needed']} seeds" if claim.get("seeds_needed") else ""
         rows.append(
             {
                 "shift": claim["shift"],
                 "claim": claim["says"],
                 "test": claim["kind"] + margin,
-                "mean": f"{claim['mean']:+.3f}",
+                "mean": "" if claim["mean"] is None else f"{claim['mean']:+.3f}",
             }
             | {"interval": interval, "unit": claim["unit"], "verdict": claim["verdict"] + needed}
         )
@@ -788,19 +798,18 @@ class RobustnessArguments:
     commit: str | None = HfArg(default=None, help="Of the code, for the rows; unset: git is asked.")
 
 
-def found_chains(root: Path, chains: Sequence[Chain]) -> Chains:
-    """The finished runs of chains, also of those that are not finished themselves."""
+def found_runs(root: Path, seeds: int, models: Sequence[str], shifts: Sequence[str]) -> Chains:
+    """The finished runs of all chains, also of those that are not finished themselves."""
     found: dict[str, dict[int, Runs]] = {}
-    for chain in chains:
+    for chain in (Chain(model, seed, new) for model in models for seed in range(seeds) for new in shifts):
+        runs = found.setdefault(chain.method, {}).setdefault(chain.seed, {})
         done = root / "runs" / f"{chain.name}.json"
         if done.is_file():
-            runs = read_json(done)["runs"]
-        else:
-            parts = sorted((root / "work" / chain.name).glob("*/record.json"))
-            runs = {part.parent.name: read_json(part) for part in parts}
-        if runs:
-            found.setdefault(chain.method, {})[chain.seed] = runs
-    return found
+            runs |= read_json(done)["runs"]
+        for part in sorted((root / "work" / chain.folder).glob("*/record.json")):
+            runs[part.parent.name] = read_json(part)
+    whole = {model: {seed: runs for seed, runs in by_seed.items() if runs} for model, by_seed in found.items()}
+    return {model: by_seed for model, by_seed in whole.items() if by_seed}
 
 
 def compare_main(argv: Sequence[str]) -> None:
@@ -813,22 +822,28 @@ def compare_main(argv: Sequence[str]) -> None:
         raise ValueError(f"--text is missing: name a folder with the folders {', '.join(scale.texts)}.")
     folder = open_folder(args.output_dir, {"setting": args.setting, "scale": asdict(replace(scale, seeds=0))})
     quiet_process()
-    facts = prepare(scale, folder.root, args.text)
-    chains = [Chain(model, seed) for seed in range(args.seeds or scale.seeds) for model in args.methods]
+    facts, seeds = prepare(scale, folder.root, args.text), args.seeds or scale.seeds
+    if (made_with := folder.read("machine.json")) is None:
+        made_with = machine_facts(torch.device(args.device), args.commit)
+        folder.write("machine.json", made_with)
+    chains = {
+        new: [Chain(model, seed, new) for seed in range(seeds) for model in args.methods] for new in scale.shifts
+    }
     with (
-        tqdm(total=len(chains), desc="chains", disable=None) as bar,
+        tqdm(total=sum(map(len, chains.values())), desc="chains", disable=None) as bar,
         Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=end_of(args.minutes)) as crew,
     ):
         try:
-            for name, record in crew.records(chains, bar).items():
-                if "error" in record:
-                    print(f"{name} failed, and is tried again by the same command: {record['error']}")
+            for of_shift in chains.values():
+                for name, record in crew.records(of_shift, bar).items():
+                    if "error" in record:
+                        print(f"{name} failed, and is tried again by the same command: {record['error']}")
         except TimeoutError:
             tell_rest(args, is_all=False)
-    made_with = machine_facts(torch.device(args.device), args.commit)
     settings = json.dumps([folder.settings, CLAIMS], sort_keys=True)
-    made_with["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    results = summary(scale, found_chains(folder.root, chains), facts, made_with)
+    made_with |= {"settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
+    found = found_runs(folder.root, seeds, args.methods, list(chains))
+    results = summary(scale, found, facts, made_with)
     write_results(folder.root, results, results["runs"], draw, results_text)
 
 

@@ -9,6 +9,7 @@ Intervals are Student's t over the seeds of the final runs. Source: ours.
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import itertools
 import json
@@ -258,6 +259,21 @@ def _share_within(angle: float, degrees: int) -> float:
     if not odd:
         return math.sin(angle) * total
     return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+
+
+MANY = 1000  # seeds; more are not worth counting
+
+
+def seeds_needed(spread: float, count: int, distance: float, confidence: float = CONFIDENCE) -> int | None:
+    """About how many seeds make an interval half as wide as `distance`, which a mean has from what decides.
+
+    spread: the standard deviation over `count` seeds, more than which are needed. None: more than MANY.
+    """
+    counts = range(max(3, count + 1), MANY + 1)
+    place = bisect.bisect_left(
+        counts, True, key=lambda n: t_quantile((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) < distance
+    )
+    return counts[place] if place < len(counts) else None
 
 
 def plotting(path: Path) -> ModuleType | None:

@@ -9,7 +9,6 @@ mean is far from what decides, if the mean is what it seems. Source: ours.
 
 from __future__ import annotations
 
-import bisect
 import math
 import re
 from collections import Counter
@@ -24,12 +23,11 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.reading import read_json
 from hf_moe_cpt.scripts.replication import surgery_methods
-from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, t_quantile
+from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, MANY, seeds_needed, t_quantile
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LEAST_SEEDS = surgery_methods.LEAST_SEEDS
-MANY = 1000  # seeds; more are not worth saying
 ROUTER = {"router_s": "8 M active parameters, real text", "router_small": "tiny, the text of a Python installation"}
 PREFERENCE = {"preference_world_h200": "30 M parameters", "preference_world": "tiny"}
 SURGERY = "surgery_small"
@@ -80,39 +78,34 @@ def page(benchmarks: Path) -> str:
     )
 
 
-def cell(claim: Mapping[str, Any] | None, mean: str, units: str, distance: float, confidence: float) -> str:
+def cell(claim: Mapping[str, Any] | None, mean: str, units: str, needed: int | None) -> str:
     """A verdict with its number and interval; of what is undecided, how many seeds or runs (`units`) would decide."""
     if claim is None:
         return ""
-    told, count = f"**{claim['verdict']}** {claim[mean]:+.3g}", claim[units]
+    if claim[mean] is None:
+        return f"**{claim['verdict']}**, the runs are too short"
+    told = f"**{claim['verdict']}** {claim[mean]:+.3g}"
     if claim["low"] is None:
         return f"{told}, one seed; at least {LEAST_SEEDS}"
     told += f" ({claim['low']:+.3g} to {claim['high']:+.3g})"
-    if claim["verdict"] == "undecided":
-        told += f"; {seeds_needed((claim['high'] - claim['low']) / 2, count, distance, confidence)} {units}"
-    return told
+    return f"{told}; {seeds_told(needed)} {units}" if claim["verdict"] == "undecided" else told
 
 
-def seeds_needed(half_width: float, count: int, distance: float, confidence: float = CONFIDENCE) -> str:
-    """About how many seeds make an interval half as wide as `distance`, which the mean has from what decides.
+def seeds_told(needed: int | None) -> str:
+    """How many, in words."""
+    return f"more than {MANY:,}" if needed is None else str(needed)
 
-    half_width: of Student's interval (95 %) over `count` seeds. confidence: of the interval that is to decide.
-    """
-    spread = half_width / t_quantile((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(count)
-    counts = range(max(LEAST_SEEDS, count + 1), MANY + 1)
-    place = bisect.bisect_left(
-        counts, True, key=lambda n: t_quantile((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) < distance
-    )
-    return str(counts[place]) if place < len(counts) else f"more than {MANY:,}"
+
+def spread_of(half_width: float, count: int) -> float:
+    """The standard deviation behind half the width of Student's interval (95 %) over `count` seeds."""
+    return half_width / t_quantile((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(count)
 
 
 # Of a mean: how far it is from what decides, by the kind of its claim.
 DISTANCES = {
     "more": lambda mean, margin: abs(mean),
     "less": lambda mean, margin: abs(mean),
-    "at_most": lambda mean, margin: abs(mean - margin),
     "no gain": lambda mean, margin: abs(mean - margin),
-    "within": lambda mean, margin: abs(abs(mean) - margin),
     "nothing": lambda mean, margin: abs(abs(mean) - margin),
 }
 
@@ -126,8 +119,7 @@ def router_part(found: Mapping[str, Results]) -> str:
             if claim["shift"] == new:
                 margin, kind = claim.get("margin", 0.0), claim["kind"]
                 told = f" ({kind.replace('_', ' ')} {margin:g})" if "margin" in claim else ""
-                # The 90 % interval of "within" is read as one of 95 %: a little too few seeds.
-                text = cell(claim, "mean", "seeds", DISTANCES[kind](claim["mean"], margin), CONFIDENCE)
+                text = cell(claim, "mean", "seeds", claim.get("seeds_needed"))
                 rows.setdefault(f"{claim['says']}{told}, {claim['unit']}", {})[name, new] = text
     if not columns:
         return ""
@@ -159,7 +151,9 @@ def preference_part(found: Mapping[str, Results]) -> str:
         claims = found[name]["claims"]
         for claim in claims:
             distance = DISTANCES[claim["kind"]](claim["value"], found[name]["margin"])
-            text = cell(claim, "value", "runs", distance, 1 - (1 - CONFIDENCE) / len(claims))
+            spread = spread_of((claim["high"] - claim["low"]) / 2, claim["runs"])
+            needed = seeds_needed(spread, claim["runs"], distance, 1 - (1 - CONFIDENCE) / len(claims))
+            text = cell(claim, "value", "runs", needed)
             rows.setdefault(claim["claim"], {})[name] = text
     return table(rows, heads)
 
@@ -177,7 +171,7 @@ def surgery_part(found: Mapping[str, Results]) -> str:
             if seeds > 1 and claim is not None:
                 ends = [end * claim.factor for end in (claim.least, claim.most) if math.isfinite(end)]
                 distance = min(abs(_number(row["value"]) - end) for end in ends)
-                needed = seeds_needed(_number(row["interval"]), seeds, distance)
+                needed = seeds_told(seeds_needed(spread_of(_number(row["interval"]), seeds), seeds, distance))
             told += f"; {needed} seeds"
         rows[row["claim"]] = {"": told}
     return table(rows, {"": "verdict"})

@@ -11,7 +11,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from hf_moe_cpt.scripts.replication import preference_methods, surgery_methods
-from hf_moe_cpt.scripts.replication.sweep import Crew, open_folder, page_of, t_interval, t_quantile
+from hf_moe_cpt.scripts.replication.sweep import Crew, open_folder, page_of, seeds_needed, t_interval, t_quantile
 from tests.helpers.source_tree import PROJECT
 
 
@@ -146,3 +146,17 @@ def test_committed_pages_are_those_of_their_files(folder, monkeypatch) -> None:
     page = page_of(path, program.PROGRAM, program.GUIDE, program.comparison_text)
     assert (path / "README.md").read_text(encoding="utf-8") == page
     assert json.loads((path / "results.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_seeds_as_are_said_decide(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(0.3, 1.0, size=5)
+    needed = seeds_needed(values.std(ddof=1), 5, abs(values.mean()))
+
+    def half(count: int) -> float:
+        return stats.t(count - 1).ppf(0.975) * values.std(ddof=1) / np.sqrt(count)
+
+    assert needed is None or (
+        half(needed) < abs(values.mean()) and (needed == 6 or half(needed - 1) >= abs(values.mean()))
+    )
+    assert seeds_needed(1.0, 3, 0.0) is None and seeds_needed(1e-9, 3, 1.0) == 4
