@@ -45,6 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, set_seed
@@ -87,6 +88,7 @@ from hf_moe_cpt.trainers.rainbowpo.losses import (
 from hf_moe_cpt.trainers.rainbowpo.rainbowpo_config import preset_settings
 
 
+PLAN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ARCHITECTURES = ("llama", "cpt_moe")
 ADAM_BETAS = (0.9, 0.98)
 FIRST_SUPERVISED_INDEX = 10**9  # far from the indices of pairs, so that no answer is both imitated and judged
@@ -356,9 +358,7 @@ def all_cells() -> dict[str, Cell]:
 
 CELLS = all_cells()
 FACTORIAL = [cell.name for cell in _factorial()]
-DPO, LN_DPO = factorial_name((False,) * 4), factorial_name((True, False, False, False))
-RAINBOW, NO_MIXING = factorial_name((True,) * 4), factorial_name((True, False, True, True))
-NO_PHI = factorial_name((True, True, True, False))
+DPO, LN_DPO, RAINBOW = (PLAN["names"][name] for name in ("DPO", "LN-DPO", "RainbowPO"))
 PILOTS = {False: DPO, True: LN_DPO}  # where the tuning of the others begins, by length normalisation
 
 
@@ -396,32 +396,16 @@ def difference(first: str, second: str, *others: str) -> dict[str, float]:
     return weights
 
 
-CLAIMS = (
-    Claim("length normalisation helps", effect("LN"), "more"),
-    Claim("mixing helps with length normalisation", effect("mixing", where={"LN": True}), "more"),
-    Claim("mixing does nothing without it", effect("mixing", where={"LN": False}), "nothing"),
-    Claim("contextual scaling helps", effect("phi"), "more"),
-    Claim("a margin does nothing for DPO", effect("margin", where={"LN": False, "mixing": False}), "nothing"),
-    Claim("RainbowPO is better than DPO", difference(RAINBOW, DPO), "more"),
-    Claim("RainbowPO is better than LN-DPO", difference(RAINBOW, LN_DPO), "more"),
-    Claim("RainbowPO is better than SimPO", difference(RAINBOW, "simpo"), "more"),
-    *(Claim(f"no gain from the link {link}", difference(f"ln-dpo, {link}", LN_DPO), "no gain")
-      for link in LINKS if link != "logistic"),
-    Claim("no gain from SFT", difference("ln-dpo, SFT", LN_DPO), "no gain"),
-    Claim("rejection sampling helps DPO", difference(f"{DPO}, rs", DPO), "more"),
-    Claim("rejection sampling hurts LN-DPO", difference(f"{LN_DPO}, rs", LN_DPO), "less"),
-    Claim("RS+ helps DPO", difference(f"{DPO}, rs+", DPO), "more"),
-    Claim("RS+ hurts LN-DPO", difference(f"{LN_DPO}, rs+", LN_DPO), "less"),
-    Claim("three epochs give RainbowPO more than LN-DPO",
-          difference(f"{RAINBOW}, 3 epochs", f"{RAINBOW}, 1 epochs", f"{LN_DPO}, 3 epochs", f"{LN_DPO}, 1 epochs"),
-          "more"),
-    Claim("length normalisation helps more, the stronger the bias (0.3 against 0)",
-          difference(f"{LN_DPO}, biased", f"{DPO}, biased", f"{LN_DPO}, unbiased", f"{DPO}, unbiased"), "more"),
-    Claim("without ambiguity phi does nothing", difference(f"{RAINBOW}, clear", f"{NO_PHI}, clear"), "nothing"),
-    Claim("with half of the prompts ambiguous phi helps", difference(RAINBOW, NO_PHI), "more"),
-    Claim("mixing helps more, the worse the reference",
-          difference(f"{RAINBOW}, weak", f"{NO_MIXING}, weak", RAINBOW, NO_MIXING), "more"),
-)  # fmt: skip
+def _claim(says: str, kind: str, **contrast: Any) -> Claim:
+    if "effect" in contrast:
+        return Claim(says, effect(*contrast["effect"], where=contrast.get("where")), kind)
+    cells = [name.partition(",") for name in contrast["cells"]]
+    return Claim(
+        says, difference(*(PLAN["names"].get(name, name) + comma + rest for name, comma, rest in cells)), kind
+    )
+
+
+CLAIMS = tuple(_claim(**claim) for claim in PLAN["claims"])
 
 
 def switches_of(cell: Cell, strength: float, penalty: float, mean_tokens: float, plain_beta: float) -> dict[str, Any]:
@@ -466,14 +450,12 @@ class Scale:
     frontier_samples: int = 512
 
 
-_LARGE_WORLD = (("num_requests", 28), ("num_words", 400), ("liked_words", 30), ("disliked_words", 30),
-                ("word_cost", 0.02), ("stop_probability", 0.01), ("max_words", 120))  # fmt: skip
-SETTINGS = {
-    "small": Scale(768, 2, 32, 3, 2, 2, 1, 6, PolicyPlan(steps=300), rate=1.5e-3),
-    "normal": Scale(4096, 3, 64, 3, 6, 4, 8, 10, PolicyPlan(steps=2000)),
-    "large": Scale(3072, 2, 64, 3, 2, 2, 2, 6, PolicyPlan("llama", 1024, 3, 16, 1000, 128, 6e-4), _LARGE_WORLD, 2e-5,
-                   10.0, 160, 64),
-}  # fmt: skip
+def _scale(policy: Mapping[str, Any], world: Mapping[str, Any] | None = None, **fields: Any) -> Scale:
+    given = {} if world is None else {"world": tuple(world.items())}
+    return Scale(policy=PolicyPlan(**policy), **given, **fields)
+
+
+SETTINGS = {name: _scale(**fields) for name, fields in PLAN["settings"].items()}
 
 
 @dataclass(frozen=True)
