@@ -104,6 +104,7 @@ class Scale:
     # By new text: `ratios` of replay, the first 0, the last also that of the arms; models of the arms, by name
     shifts: dict[str, dict[str, list[Any]]]
     fields: dict[str, int] = field(default_factory=dict)
+    router_bias_update_rate: float = 1e-3  # of the loss-free router
     characters: int | None = None  # of each text of the Python installation; None: --text is needed
 
     @property
@@ -320,6 +321,7 @@ class Worker:
             packing="concat",
             replay_ratio=ratio,
             learning_rate=self.scale.learning_rate,
+            router_bias_update_rate=self.scale.router_bias_update_rate,
             keep_optimizer_state=start is not None,
             eval_on_start=False,  # `_run` does it where there is something to know
             save_strategy="steps" if keeps_weights else "no",
