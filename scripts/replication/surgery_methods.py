@@ -907,6 +907,9 @@ class CompareArguments:
     seeds: int | None = HfArg(
         default=None, help="Final runs of each method; the setting's own if unset. More can be added."
     )
+    rounds: int | None = HfArg(
+        default=None, help="In which a grid may grow; 0: every method at the place where its walk begins."
+    )
     first_seed: int = HfArg(default=TUNING_SEED + 1, help="Seed of the first final run; the others follow it.")
     output_dir: str = HfArg(
         default="runs/surgery-methods",
@@ -947,6 +950,10 @@ def make_comparison(args: CompareArguments) -> Comparison:
         )
     if args.seeds is not None:
         scale = replace(scale, seeds=dict.fromkeys(scale.seeds, args.seeds))
+    if args.rounds is not None:
+        if args.rounds < 0:
+            raise ValueError(f"--rounds {args.rounds}: at least 0, at which nothing is tuned.")
+        scale = replace(scale, rounds=dict.fromkeys(scale.rounds, args.rounds))
     device = "cpu" if args.device == "auto" else choose_device(args.device).type
     return Comparison(args.setting, scale, device, args.first_seed, args.real)
 
@@ -992,15 +999,15 @@ class Campaign:
             begin = METHODS[method].start if begin is None else begin
             place = dict(zip(METHODS[method].axes, begin, strict=False))
             self.searches[name, method] = Search(method, name, measures, place)
-        self.carry_out(retrained)
         searches = [search for (architecture, _), search in self.searches.items() if architecture == name]
         walk(searches, rounds, self.carry_out)
-        final = []
+        final = list(retrained)
         for method in own:
             search = self.searches[name, METHODS[method].tuned_as or method]
             final += self.comparison.final_runs(name, method, search.named(search.best))
-        self.final += final
-        self.carry_out(sorted(final, key=lambda run: (not METHODS[run.method].steps, run.seed)))
+        self.final += final[len(retrained) :]
+        is_long = lambda run: run.method in METHODS and METHODS[run.method].steps is not None  # noqa: E731
+        self.carry_out(sorted(final, key=lambda run: (not is_long(run), run.seed)))
 
 
 def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFolder) -> tuple[dict[str, Any], bool]:

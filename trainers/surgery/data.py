@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import operator
-import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -376,37 +375,6 @@ def with_renamed(tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset
         return {f"{RENAMED}_places": places}
 
     return _side_by_side(tokens, twins, RENAMED).map(aligned)
-
-
-NOISED = 256  # rows up to which a set gets more than one noised variant of each
-
-
-def with_noise(tokens: Dataset, share: float, seed: int, name: str) -> Dataset:
-    """Rows of `tokens`, as often as noised variants of them, which follow: a share of their words are others' words.
-
-    Each word of a variant is replaced with this probability by one from anywhere in the set, in its copy with an
-    invented name too; the name itself stays where a copy tells it, and a replaced word is not to be predicted. What is
-    learnt or forgotten of a text then does not hang on how it was worded.
-    Source: unigram noising, Xie et al. 2017 (arXiv 1703.02573).
-    """
-    pool = [token for ids in tokens["input_ids"] for token in ids]
-    variants = max(1, round(NOISED / len(tokens)))
-    has_copy = f"{RENAMED}_places" in tokens.column_names
-
-    def noised(row: Row, number: int) -> Row:
-        draw = random.Random(derive_seed(seed, "noise", name, number))
-        ids, mask = list(row["input_ids"]), list(row["completion_mask"])
-        places = row[f"{RENAMED}_places"] if has_copy else range(len(ids))
-        twin = list(row[f"{RENAMED}_input_ids"]) if has_copy else list(ids)
-        for place, other in enumerate(places):
-            if other >= 0 and place < len(ids) - 1 and draw.random() < share:
-                ids[place] = twin[other] = draw.choice(pool)
-                mask[place] = False
-        found = {"input_ids": ids, "completion_mask": mask if any(mask[1:]) else row["completion_mask"]}
-        return found | ({f"{RENAMED}_input_ids": twin} if has_copy else {})
-
-    repeated = datasets.concatenate_datasets([tokens] * variants)
-    return datasets.concatenate_datasets([repeated, repeated.map(noised, with_indices=True)])
 
 
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_moe_cpt.data.surgery_bench import SETS
-from hf_moe_cpt.trainers.surgery.chunked import CHUNK_TOKENS, LanguageHead, chunked_kl_sum, forward_kl, per_token
+from hf_moe_cpt.trainers.surgery.chunked import CHUNK_TOKENS, LanguageHead, chunked_kl_sum, per_token
 
 
 TERMS = SETS  # each set has a term in the objective
@@ -254,7 +254,6 @@ class States(NamedTuple):
     reference: tuple[Tensor, LanguageHead] | None = None  # the same of the model before surgery
     layer: Tensor | None = None  # (B, S, H) output of the layer `forget_layer` at the true tokens themselves
     renamed_logp: Tensor | None = None  # (B, S) nats, of the model before where the subject has an invented name
-    renamed: tuple[Tensor, LanguageHead] | None = None  # its hidden states (B, S, H) there, and its head
     chunk_tokens: int = CHUNK_TOKENS
 
 
@@ -346,25 +345,6 @@ def value_targets(
     return target, known.masked_fill(~is_value, 0.0), is_value
 
 
-def renamed(
-    logp: Tensor, mask: Tensor, settings: ForgetSettings, ref_logp: Tensor | None = None, states: States | None = None
-) -> Tensor:
-    """sum KL(P_c, P) / max(sum [k], 1) (B,), at least 0: the old model's words about somebody unknown to it.
-
-    KL(P_c, P) is from P_c, what the old model says in a copy of the text whose subject has an invented name, k as in
-    `value_aim`; tokens that the copy lacks, such as the name, count nothing. At rest the text is met as that of a
-    stranger: where the probability of a value goes is told, too.
-    Source: ours, after Eldan and Russinovich 2023, 2310.02238.
-    """
-    _, known, is_value = value_targets(mask, ref_logp, states.renamed_logp, states.model[1].weight.shape[0])
-
-    def divergence(_: Tensor, logits: Tensor, ref_logits: Tensor) -> Tensor:
-        return forward_kl(logits.log_softmax(-1), ref_logits.log_softmax(-1))
-
-    kl = per_token(divergence, states.targets, [states.model, states.renamed], states.chunk_tokens)
-    return masked(kl, is_value).sum(1) / known.sum(1).clamp(min=1.0)
-
-
 @dataclass(frozen=True)
 class ForgetLoss:
     """A forget loss and what it needs. Callable like its function, whose docstring has formula, bound and source."""
@@ -412,9 +392,6 @@ STATE_LOSSES = {
     "flat_logits": ForgetLoss("flat_logits", flat_logits, is_bounded=True, needs_states=True),
     "value_aim": ForgetLoss(
         "value_aim", value_aim, needs_reference=True, is_bounded=True, needs_states=True, needs_copies=True
-    ),
-    "renamed": ForgetLoss(
-        "renamed", renamed, needs_reference=True, is_bounded=True, needs_states=True, needs_copies=True
     ),
     "rmu": ForgetLoss("rmu", rmu, is_bounded=True, needs_states=True, needs_layer=True),
 }

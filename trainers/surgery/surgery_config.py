@@ -81,6 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 4096,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
         "max_steps": 120,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -115,16 +116,18 @@ LOSS_NAMES = ", ".join([*FORGET_LOSSES, *STATE_LOSSES, *PAIR_LOSSES])
 class SurgeryConfig(SharedArguments, TrainingArguments):
     """Arguments of `SurgeryTrainer`: those of `TrainingArguments` and of its other bases, and:
 
-    Other defaults than the parent's: learning_rate 2e-5 at a constant rate, max_steps 200, adam_beta2 0.95,
-    logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps and loads the
-    model with the smallest `surgery_gap` (save_strategy "best", load_best_model_at_end, save_total_limit 1).
+    Other defaults than the parent's: learning_rate 2e-5, up during a tenth of the steps and down to 0, max_steps 200,
+    adam_beta2 0.95, logging_steps 10; it measures every 10 steps (eval_strategy, eval_steps, eval_on_start) and keeps
+    and loads the model with the smallest `surgery_gap` (save_strategy "best", load_best_model_at_end,
+    save_total_limit 1).
     remove_unused_columns and logging_nan_inf_filter are off; per_device_train_batch_size stays 1, since a batch holds
     `<set>_batch_size` rows of every set. Every contradiction raises ValueError before anything is loaded.
     """
 
     # --- the run ---
     learning_rate: float = HfArg(default=2e-5, help="Learning rate.")
-    lr_scheduler_type: str = HfArg(default="constant", help="Schedule of the learning rate.")
+    lr_scheduler_type: str = HfArg(default="linear", help="Schedule of the learning rate.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of warm-up, below 1 their share of all.")
     max_steps: int = HfArg(default=200, help="Optimizer steps at most; stop rules may end it before.")
     adam_beta2: float = HfArg(default=0.95, help="Second Adam coefficient.")
     logging_steps: float = HfArg(default=10, help="Optimizer steps between two log entries.")
@@ -142,9 +145,9 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     )
 
     # --- the objective: weights are at least 0, and every term is minimised ---
-    unlearn_weight: float = HfArg(default=0.5, help="Weight of forgetting unlearn_dataset.")
+    unlearn_weight: float = HfArg(default=2.0, help="Weight of forgetting unlearn_dataset.")
     obsolete_weight: float = HfArg(default=0.5, help="Weight of forgetting obsolete_dataset.")
-    update_weight: float = HfArg(default=1.0, help="Weight of the cross entropy of update_dataset.")
+    update_weight: float = HfArg(default=2.0, help="Weight of the cross entropy of update_dataset.")
     retain_weight: float = HfArg(default=3.0, help="Weight of the KL on retain_dataset.")
     neighbour_weight: float = HfArg(default=3.0, help="Weight of the KL on neighbour_dataset.")
     unseen_weight: float = HfArg(
@@ -185,11 +188,6 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=None,
         help="Copies of each text to be forgotten with an invented name for its subject, among the neighbours (else "
         "among retain): needs the column subject, as the texts write it. Unset: 2 where every row has that, else 0.",
-    )
-    context_noise: float = HfArg(
-        default=0.0,
-        help="Share in [0, 1) of the words that are others' words in half of the rows of each set: what is forgotten, "
-        "learnt and kept then hangs less on the wording.",
     )
     replay: int | None = HfArg(
         default=None,
@@ -351,8 +349,6 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
             raise ValueError(
                 f"held_out_fraction={self.held_out_fraction} must lie in [0, 1): some rows must hold the model."
             )
-        if not 0 <= self.context_noise < 1:
-            raise ValueError(f"context_noise={self.context_noise} must lie in [0, 1): 0 leaves texts as they are.")
         if not 0 <= self.weight_noise < 1:
             raise ValueError(f"weight_noise={self.weight_noise} must lie in [0, 1): 0 leaves the weights as they are.")
         if self.router_projection > 1.0 or (self.router_projection and self.freeze_router):

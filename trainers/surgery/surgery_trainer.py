@@ -80,7 +80,6 @@ from hf_moe_cpt.trainers.surgery.data import (
     prepare_sets,
     row_of,
     set_tokenizer,
-    with_noise,
 )
 from hf_moe_cpt.trainers.surgery.experts import (
     Expert,
@@ -279,20 +278,13 @@ class SurgeryTerms:
         if self.losses[name].needs_reference:
             reference = self.reference.hidden(batch, name)[:, :-1], self.reference.head
         pair, at_tokens = (hidden[:, :-1], head_of(model)), None if layer is None else layer[:, 1:]
-        renamed = self._renamed(name, batch[RENAMED]) if RENAMED in batch else (None, None)
-        return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, *renamed, self.chunk_tokens)
+        renamed = self.renamed_logp(name, batch[RENAMED]) if RENAMED in batch else None
+        return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, renamed, self.chunk_tokens)
 
     def renamed_logp(self, name: str, copies: Batch) -> Tensor:
         """Log-probability (B, S - 1) of a text's tokens in its copy, under the model before; NaN of those it lacks."""
         logp, places = self.reference.token_logp(copies, f"{name}/{RENAMED}"), copies["places"][:, 1:]
         return logp.gather(1, (places - 1).clamp(min=0)).masked_fill(places < 1, math.nan)
-
-    def _renamed(self, name: str, copies: Batch) -> tuple[Tensor, tuple[Tensor, LanguageHead]]:
-        """`renamed_logp`, and the states (B, S - 1, H) that predict a text's tokens in its copy."""
-        hidden = self.reference.hidden(copies, f"{name}/{RENAMED}")
-        places = (copies["places"][:, 1:] - 1).clamp(min=0)
-        at_tokens = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.renamed_logp(name, copies), (at_tokens, self.reference.head)
 
     def _logp(self, hidden: Tensor, model: nn.Module, batch: Batch) -> Tensor:
         return token_logp(hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
@@ -469,9 +461,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         if texts:
             writer = placed(model if ref_model is None else ref_model, args.device)
             with_replay(texts, args, writer, processing_class, given, self.sets)
-        if args.context_noise:
-            for name, rows in self.sets.items():
-                self.sets[name] = with_noise(rows, args.context_noise, args.seed, name)
         self.given_reference = ref_model
         self.terms: SurgeryTerms | None = None
         self.term_meter, self.gradient_meter = MeanMeter(), MeanMeter()

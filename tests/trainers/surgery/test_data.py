@@ -27,7 +27,6 @@ from hf_moe_cpt.trainers.surgery.data import (
     read_rows,
     tokenize_set,
     with_invented_names,
-    with_noise,
     with_refusals,
     with_renamed,
     with_winners,
@@ -369,38 +368,12 @@ def test_rows_stand_beside_copies_and_know_where_their_tokens_are_in_them():
     assert batch["renamed"]["places"][0, len(found[0]["input_ids"]) :].eq(-1).all()
 
 
-def test_noised_rows_follow_the_clean_ones_and_their_copies_have_the_same_noise():
-    rows = [{"text": " ".join(["w10 w11", *(f"w{2 + k % 8}" for k in range(60))]), "subject": "w10 w11"}] * 40
-    plain = tokenize_set(Dataset.from_list(rows), word_tokenizer(), name="unlearn", max_length=99, append_eos=False)
-
-    def tokenize(rows, name):
-        return tokenize_set(rows, word_tokenizer(), name=name, max_length=99, append_eos=False)
-
-    paired = with_renamed(plain, Dataset.from_list(rows), tokenize, seed=0, name="unlearn")
-    for tokens in (plain, paired):
-        found, times = with_noise(tokens, 0.3, 5, "unlearn"), round(256 / 40)
-        assert len(found) == 2 * times * 40 and found.select(range(40)).to_list() == tokens.to_list()
-        assert found.to_list() == with_noise(tokens, 0.3, 5, "unlearn").to_list()
-        noised = found.select(range(times * 40, len(found))).to_list()
-        moved = [(q, row) for row in noised for q, kept in enumerate(row["completion_mask"]) if not kept]
-        assert len(moved) / (len(noised) * 61) == pytest.approx(0.3, abs=0.02)
-        assert len({tuple(row["input_ids"]) for row in noised}) > times, "variants differ"
-        for q, row in moved:
-            assert 2 <= row["input_ids"][q] < 12 and q < 61
-            if "renamed_places" in row:
-                assert row["renamed_places"][q] >= 0, "a name stays"
-                assert row["renamed_input_ids"][row["renamed_places"][q]] == row["input_ids"][q]
-    with pytest.raises(ValueError, match=r"context_noise=1.0 must lie in \[0, 1\)"):
-        SurgeryConfig("out", use_cpu=True, context_noise=1.0)
-
-
-@pytest.mark.parametrize("loss", ["value_aim", "renamed"])
-def test_losses_of_strangers_take_their_copies_along(tmp_path, loss):
+def test_value_aim_takes_its_copies_along(tmp_path):
     given = {}
     for place, name in enumerate(("unlearn", "update", "neighbour"), 1):
         names = [f"w{10 * place + k}" for k in range(5)]
         given[name] = Dataset.from_list([{"text": f"{who} w5 w3 {who} w4", "subject": who} for who in names])
-    options = {"forget_loss": loss, "use_cpu": True, "forget_target": 2.0}
+    options = {"forget_loss": "value_aim", "use_cpu": True, "forget_target": 2.0}
     train = prepare_sets(SurgeryConfig(str(tmp_path), **options), word_tokenizer(), 48, given).train
     assert all(row["renamed_places"] == [-1, 1, 2, -1, 4, 5] for row in train["unlearn"])
     assert len(train["unlearn"]) == 5 and "renamed_places" not in train["neighbour"].column_names

@@ -409,34 +409,6 @@ def test_value_aim_rests_each_token_at_its_loss_without_the_name(texts):
     assert (gradient[~mask] == 0).all() and gradient[0, 2] == 0 == gradient[0, 3]
 
 
-def test_renamed_is_the_divergence_from_what_is_said_of_a_stranger(texts):
-    """Token by token in float64, with full distributions; the gradient over the logits is P - P_c where it counts."""
-    logp, mask, ref_logp = texts
-    generator = torch.Generator().manual_seed(6)
-    renamed = ref_logp - 3.0 * torch.rand(mask.shape, generator=generator).double()
-    renamed[0, 2] = math.nan
-    head = LanguageHead(torch.eye(4, dtype=torch.float64))
-    now, then = (torch.randn(*mask.shape, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    now.requires_grad_()
-    targets = torch.zeros(mask.shape, dtype=torch.long)
-    states = States(targets, (now, head), renamed_logp=renamed, renamed=(then, head))
-    losses = STATE_LOSSES["renamed"](logp, mask, SETTINGS, ref_logp, states)
-    (gradient,) = torch.autograd.grad(losses.sum(), now)
-    p, q = then.softmax(-1), now.detach().softmax(-1)
-    for row, n in enumerate(LENGTHS):
-        known, total = 0.0, 0.0
-        for place in range(n):
-            if renamed[row, place].isnan():
-                continue
-            tau = min(-float(renamed[row, place]), math.log(4))
-            known += max(0.0, 1.0 - math.exp(-tau - float(ref_logp[row, place])))
-            total += float((p[row, place] * (p[row, place] / q[row, place]).log()).sum())
-        assert losses[row].item() == pytest.approx(total / max(known, 1.0), rel=1e-9)
-        counts = mask[row] & ~renamed[row].isnan()
-        want = torch.where(counts[:, None], q[row] - p[row], 0.0) / max(known, 1.0)
-        assert_matches("gradient", gradient[row], want)
-
-
 def test_the_page_has_the_row_of_every_loss():
     """docs/surgery_objective.md repeats what docstrings say; a loss that changes must change there too."""
     text = (PROJECT / "docs" / "surgery_objective.md").read_text(encoding="utf-8")
