@@ -978,7 +978,7 @@ class Campaign:
         return found
 
     def architecture(self, name: str) -> None:
-        """All runs of an architecture, the final ones seed by seed, long ones first.
+        """All runs of an architecture, the final ones method by method in all seeds, long ones first.
 
         A walk begins where that of an architecture before it ended.
         """
@@ -1006,8 +1006,7 @@ class Campaign:
             search = self.searches[name, METHODS[method].tuned_as or method]
             final += self.comparison.final_runs(name, method, search.named(search.best))
         self.final += final[len(retrained) :]
-        is_long = lambda run: run.method in METHODS and METHODS[run.method].steps is not None  # noqa: E731
-        self.carry_out(sorted(final, key=lambda run: (not is_long(run), run.seed)))
+        self.carry_out(sorted(final, key=lambda run: run.method not in METHODS or METHODS[run.method].steps is None))
 
 
 def compare(comparison: Comparison, args: CompareArguments, folder: ResumableFolder) -> tuple[dict[str, Any], bool]:
