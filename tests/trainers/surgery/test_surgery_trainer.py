@@ -237,7 +237,7 @@ def test_the_record_names_the_terms_the_rows_and_the_target(tmp_path):
     assert run.args.forget_loss is gentle
     assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).forget_loss == "gentle"
     record = _record(tmp_path / "run")
-    terms = "0.5 * gentle[unlearn] + 0.5 * pair_dpo[obsolete] + 1 * CE[update] + 3 * KL(now || before)[retain] + "
+    terms = "2 * gentle[unlearn] + 0.5 * pair_dpo[obsolete] + 2 * CE[update] + 3 * KL(now || before)[retain] + "
     terms += "3 * KL(now || before)[unseen]"
     assert record["objective"] == terms
     assert record["rows"] == dict.fromkeys(("unlearn", "obsolete", "update"), 12) | dict.fromkeys(
