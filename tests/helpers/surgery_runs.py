@@ -66,7 +66,7 @@ def knowing_model() -> PreTrainedModel:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Four steps at one rate with two rows of each set on the CPU in float32; all is logged, nothing measured or saved."""
+    """Four steps at one rate, two rows of each set, float32 on the CPU; all is logged, nothing measured or saved."""
     pace = {"max_steps": 4, "max_length": 16, "learning_rate": 1e-2, **{f"{name}_batch_size": 2 for name in SETS}}
     pace |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     unmeasured = {"eval_strategy": "no", "eval_on_start": False, "eval_rows": 6, "eval_batch_size": 4}
