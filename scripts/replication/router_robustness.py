@@ -311,6 +311,7 @@ class Worker:
         start: str | None,
         keeps_weights: bool,
     ) -> CPTConfig:
+        has_bias = config_of(chain.method).router_type == "bias_topk"
         return CPTConfig(
             output_dir=str(folder),
             max_steps=steps,
@@ -321,7 +322,6 @@ class Worker:
             packing="concat",
             replay_ratio=ratio,
             learning_rate=self.scale.learning_rate,
-            router_bias_update_rate=self.scale.router_bias_update_rate,
             keep_optimizer_state=start is not None,
             eval_on_start=False,  # `_run` does it where there is something to know
             save_strategy="steps" if keeps_weights else "no",
@@ -334,6 +334,7 @@ class Worker:
             bf16=self.device == "cuda",
             dataloader_pin_memory=self.device == "cuda",
             **(phases or {}),
+            **({"router_bias_update_rate": self.scale.router_bias_update_rate} if has_bias else {}),
         )
 
     def _trace(self, model: Any, folder: Path, texts: Mapping[str, Dataset], tokens: int) -> RoutingTrace:
