@@ -292,13 +292,8 @@ def size_of(model: str, layers: int | None = None) -> ModelSize:
 
 @functools.cache
 def kept_by(model: str, layers: int | None, length: int, precision: str, kernels: str) -> KeptBytes:
-    """As `measure_kept`, two layers standing for all. Raises ValueError where they differ."""
-    config = shape_of(model, layers)
-    num_layers, config.num_hidden_layers = config.num_hidden_layers, 2
-    two = measure_kept(config, length, precision, kernels)
-    if two.layers[0] != two.layers[1]:
-        raise ValueError(f"The layers of {model} differ: {two.layers} bytes; count them all.")
-    return dataclasses.replace(two, layers=two.layers[:1] * num_layers, fixed=two.fixed * num_layers // 2)
+    """As `measure_kept`, counted once."""
+    return measure_kept(shape_of(model, layers), length, precision, kernels)
 
 
 def kernels_of(run: str) -> str:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from hf_moe_cpt.planning import memory as planning
 from hf_moe_cpt.planning.plan import config_of, read_config
@@ -305,3 +305,28 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         planning.measure_size(MambaConfig(), "m")
     config_of("pb-granular-tiny").save_pretrained(tmp_path)
     assert read_config(None, str(tmp_path)).num_experts == 31
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "decoder_sparse_step": 2}], ids=["alike", "every second"])
+def test_few_layers_stand_for_all_that_are_alike(changes, monkeypatch):
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2,
+        **{"num_experts": 6, **changes},
+    )  # fmt: skip
+    every = planning.measure_all_kept(config, LENGTH, "mixed", "fused")
+    monkeypatch.setattr(planning, "measure_all_kept", counting := Counting(planning.measure_all_kept))
+    found = planning.measure_kept(config, LENGTH, "mixed", "fused")
+    assert found == every
+    assert counting.layers == (6 if changes else 3)
+
+
+class Counting:
+    """A call that remembers how many layers it was asked about."""
+
+    def __init__(self, call):
+        self.call, self.layers = call, 0
+
+    def __call__(self, config, *args):
+        self.layers = config.num_hidden_layers
+        return self.call(config, *args)
