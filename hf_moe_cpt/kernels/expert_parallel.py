@@ -157,6 +157,7 @@ class DeduplicatedEP(AutoEP):
         self.is_ours = self.megamoe is None and tp_mesh.size() == 1
         self.group_name, self.num_ranks = ep_mesh.get_group().group_name, ep_mesh.size()
         self.beside: Callable[[], None] | None = None  # what can run while rows travel
+        self.gates: Tensor | None = None  # those of the call under way, before FSDP2 rounds them
         object.__setattr__(experts, "_exchange", self)  # where `overlap_shared_experts` finds it
         self.experts = experts
 
@@ -167,6 +168,7 @@ class DeduplicatedEP(AutoEP):
         """
         if not self.is_ours:
             return super().__call__(hidden_states, top_k_index, top_k_weights)
+        top_k_weights, self.gates = (top_k_weights if self.gates is None else self.gates), None
         num_tokens, num_chosen = top_k_index.shape
         owner = top_k_index // self.num_local_experts
         ranks = torch.arange(self.num_ranks, device=owner.device)
@@ -220,6 +222,21 @@ class DeduplicatedEP(AutoEP):
             return torch.get_autocast_dtype(kind)
         weight = next(self.experts.parameters(recurse=False), hidden_states)
         return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else hidden_states.dtype
+
+
+def keep_gates(model: nn.Module) -> None:
+    """Let gates reach the experts' kernels in the type that the router gave them, as on one device.
+
+    FSDP2 casts everything that a part is called with to the type of its gathered weights.
+    """
+    for experts in model.modules():
+        exchange = getattr(experts, "_exchange", None)
+        if exchange is not None and exchange.is_ours:
+            experts.register_forward_pre_hook(_remember_gates, prepend=True)
+
+
+def _remember_gates(experts: nn.Module, args: tuple) -> None:
+    experts._exchange.gates = args[2] if len(args) > 2 else None
 
 
 def overlap_shared_experts(model: nn.Module) -> int:

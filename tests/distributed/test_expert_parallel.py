@@ -11,7 +11,7 @@ from hf_moe_cpt.kernels.cross_entropy import fuse_head
 from hf_moe_cpt.kernels.expert_parallel import overlap_shared_experts
 from hf_moe_cpt.model_arguments import ModelArguments
 from hf_moe_cpt.modeling.modeling_cpt_moe import experts_per_rank, with_padding
-from hf_moe_cpt.trainers.common.distributed import keep_own_gradients
+from hf_moe_cpt.trainers.common.distributed import ShardedModelCallback, keep_own_gradients
 from tests.distributed.jobs import HAS_EP, OURS, STEPS
 from tests.helpers import cpt_runs
 from tests.helpers.forked_ranks import on_ranks
@@ -23,6 +23,7 @@ from tests.helpers.tolerances import relative_rms_error
 
 pytestmark = pytest.mark.skipif(not HAS_EP, reason="expert parallelism needs transformers 5.23 and torch 2.13")
 CELLS = [(num_ranks, name) for num_ranks, steps in STEPS.items() for name in steps]
+SHORT = {"fsdp_size": 2, "ep_size": 2, "fsdp_mixed_precision": True, **OURS}
 DEALT = {2: [16, 15], 4: [8, 8, 8, 7]}
 
 
@@ -167,3 +168,25 @@ def test_an_adapter_of_other_layers_trains_as_in_one_process_and_of_experts_is_r
         assert all(relative_rms_error(saved[name], weight) < 1e-4 for name, weight in weights.items())
     for refusal, _ in on_ranks(2, tmp_path / "refused", adapted_run, tmp_path, ["experts"], sharded):
         assert "mlp.experts are dealt to ranks and have an adapter: adapt other layers" in refusal
+
+
+def gates_of_rank(folder):
+    """The gates that experts of a dealt model under bfloat16 are given in a training step."""
+    model, given = open_model(folder / "model", SHORT), []
+    ShardedModelCallback().on_train_begin(None, None, None, model=model)
+    exchange = model.model.layers[0].mlp.experts._exchange
+    forward = exchange.experts_forward
+    exchange.experts_forward = lambda rows, ids, gates: (given.append(gates.detach()), forward(rows, ids, gates))[1]
+    rows = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(input_ids=rows, labels=rows).loss
+    loss.backward()
+    return given[0]
+
+
+@pytest.mark.slow
+def test_gates_are_not_rounded(tmp_path):
+    """As on one device, where autocast leaves them in float32."""
+    save_model(tmp_path)
+    for gates in on_ranks(2, tmp_path / "ranks", gates_of_rank, tmp_path):
+        assert gates.dtype == torch.float32 and not gates.equal(gates.bfloat16().float())

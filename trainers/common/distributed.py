@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_moe_cpt.kernels.expert_parallel import keep_exchanges, overlap_shared_experts
+from hf_moe_cpt.kernels.expert_parallel import keep_exchanges, keep_gates, overlap_shared_experts
 from hf_moe_cpt.machine import has_process_group
 
 
@@ -207,6 +207,7 @@ class ShardedModelCallback(TrainerCallback):
                 layer.set_modules_to_forward_prefetch(ahead)
         overlap_shared_experts(model)
         keep_own_gradients(model)
+        keep_gates(model)
         exchanging = [layer for layer in layers if any(hasattr(part, "_exchange") for part in layer.modules())]
         for layer in exchanging:
             run = getattr(layer, "_gradient_checkpointing_func", None)
