@@ -740,7 +740,8 @@ def results_text(results: Mapping[str, Any]) -> str:
                 "test": claim["kind"] + margin,
                 "mean": "" if claim["mean"] is None else f"{claim['mean']:+.3f}",
             }
-            | {"interval": interval, "unit": claim["unit"], "verdict": claim["verdict"] + needed}
+            | {"interval": interval, "unit": claim["unit"], "seeds": str(claim["seeds"])}
+            | {"verdict": claim["verdict"] + needed}
         )
     steps = results["scale"]["continued_steps"]
     lines = [text_table(rows)] if rows else ["No seed is finished."]
@@ -769,7 +770,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
             axes[0][column].plot(range(-MEAN_STEPS, len(curve) - MEAN_STEPS), curve, label=model)
         axes[0][column].axvline(0, color="grey", linewidth=0.8)
         axes[0][column].set(title=f"to {new}", xlabel="steps after the shift", ylabel="MRI x E/K")
-        axes[0][column].legend()
+        axes[0][column].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=3)
         old, bars = results["scale"]["old"], {}
         for row in results["runs"]:
             for ratio in shift["ratios"]:

@@ -120,6 +120,8 @@ def router_part(found: Mapping[str, Results]) -> str:
                 margin, kind = claim.get("margin", 0.0), claim["kind"]
                 told = f" ({kind.replace('_', ' ')} {margin:g})" if "margin" in claim else ""
                 text = cell(claim, "mean", "seeds", claim.get("seeds_needed"))
+                if claim["seeds"] < len(found[name]["seeds"]):  # the others were cut off before all runs of the claim
+                    text += f" (of {claim['seeds']})"
                 rows.setdefault(f"{claim['says']}{told}, {claim['unit']}", {})[name, new] = text
     if not columns:
         return ""
