@@ -7,6 +7,7 @@ from datasets import Dataset
 from hf_moe_cpt.trainers.surgery.data import named_words, prepare_sets, words_of
 from hf_moe_cpt.trainers.surgery.replay import TEXTS, number_of_texts, openings_of, with_replay
 from hf_moe_cpt.trainers.surgery.surgery_config import SurgeryConfig
+from tests.helpers.surgery_runs import EVALUATED, trainer
 from tests.helpers.tiny_models import tiny_model, word_tokenizer
 
 
@@ -75,3 +76,18 @@ def test_a_model_that_writes_of_nothing_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_moe_cpt.trainers.surgery.replay._written", lambda *_: [(ids, 2)])
     with pytest.raises(ValueError, match="every text that the model writes names what is to be forgotten"):
         with_replay(3, args, tiny_model("llama"), tokenizer, given, sets)
+
+
+def test_a_run_trains_on_what_the_model_wrote_and_measures_what_was_given(tmp_path):
+    given, options = _given(), {"max_steps": 2, "replay": 12, "counterfactuals": 0, "held_out_fraction": 0.4}
+    options |= {"forget_target": 2.0, "processing_class": word_tokenizer(), **EVALUATED}
+    sets = {f"{name}_dataset": rows for name, rows in given.items()}
+    with_it, again = (trainer(tmp_path / name, sets=sets, **options) for name in ("one", "two"))
+    without = trainer(tmp_path / "none", sets=sets, **(options | {"replay": 0}))
+    assert len(with_it.sets["neighbour"]) > 12 + len(without.sets["neighbour"])
+    assert with_it.sets["neighbour"].to_list() == again.sets["neighbour"].to_list()
+    assert with_it.measured_sets["neighbour"].to_list() == without.measured_sets["neighbour"].to_list()
+    with_it.train()
+    assert with_it.state.log_history[-1]["step"] == 2 and with_it.aims.start["neighbour_kl"] == pytest.approx(
+        0, abs=1e-6
+    )
