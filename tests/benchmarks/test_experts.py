@@ -158,7 +158,7 @@ def test_ours_never_stands_for_the_fallback():
     with pytest.raises(
         Unavailable, match="our experts would fall back to grouped_mm: the compute dtype is torch.float64"
     ):
-        bench.PEERS["hf_moe_cpt"].build(tiny_case(torch.float64))
+        bench.PEERS["hf_moe_cpt"].build(tiny_case(torch.float64, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", ["liger", "scattermoe"])

@@ -31,7 +31,7 @@ def test_ratio_and_failures(tmp_path):
     (tmp_path / "experts.csv").write_text("\n".join(lines) + "\n")
     main([str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
-    assert "| s | slow | 1.00 | 5.00 (5.00 to 5.00) | 200 | 2.50 | 20 | 0.1 | 1.0e-03 |" in page
+    assert "| s | slow | 1.000 | 5.00 (5.00 to 5.00) | 200 | 2.50 | 20 | 0.1 | 1.0e-03 |" in page
     assert "not installed" in page
 
 
