@@ -12,7 +12,7 @@ read 0 and are not written. Everything in an epilogue is in float32.
 
 Tile shapes are a small table with a sane default for the rest. Nothing is tuned at run time: the first call of a
 shape only compiles. `python scripts/benchmarks/experts.py` measures candidates on the GPU at hand; the Hopper entries
-were the fastest on an H200, or within 3 % of it, at three shapes (docs/benchmarks/), the others are sane, not timed.
+were the fastest on an H200, or within 3 % of it, at six shapes (docs/benchmarks/), the others are sane, not timed.
 
 Source: ours."""
 
