@@ -50,13 +50,15 @@ class KeptBytes:
     """Bytes that a decoder keeps for its backward pass, final norm included and head excluded.
 
     fixed: whatever the batch: copies of parameters, padding. Of one sequence: outside: kept outside of layers; layers:
-    kept by each; layer_input: what one layer is given.
+    kept by each; layer_input: what one layer is given. gathered: the same where weights are gathered in the computed
+    type, and with them all that is kept; None where that is no difference.
     """
 
     fixed: int
     outside: int
     layers: tuple[int, ...]
     layer_input: int
+    gathered: KeptBytes | None = None
 
     def of_batch(self, sequences: int, checkpointing: bool = False) -> int:
         """Bytes kept for so many sequences, without `fixed`.
@@ -264,21 +266,25 @@ def training_memory(size: ModelSize, kept: KeptBytes, setup: TrainingSetup) -> T
     sharded = setup.engine in ("fsdp2", "hsdp", "zero3", "ep")
     weights, gradients, optimizer = _states(held, weight, setup)
     reference = {"none": 0, "cache": size.head * weight, "copy": held * weight}[setup.reference]
-    workspace = _gathered(size, setup) if sharded else 0
+    workspace = workspace_at_end = _gathered(size, setup) if sharded else 0
     if setup.engine == "ddp" and setup.gpus > 1:
-        workspace += gradients  # the buckets that are reduced: a second copy of all gradients
+        workspace = workspace_at_end = gradients  # the buckets that are reduced: a second copy of all gradients
     if setup.engine == "zero3":
-        workspace += min(held, SUB_GROUP) * 4
+        workspace = workspace_at_end = workspace + min(held, SUB_GROUP) * 4
+    elif sharded:  # without the embedding, and before there are gradients
+        workspace = _gathered(size, setup, at_end=False)
+    if sharded and kept.gathered is not None:
+        kept = kept.gathered
+    elif sharded and setup.precision == "mixed":  # gathered weights are in the computed type already: no copies
+        copies = COMPUTED * (size.total - size.embedding - size.head)
+        kept = replace(kept, fixed=kept.fixed - min(kept.fixed, copies))
     one_layer = setup.sequences * max(kept.layers, default=0)
-    fixed = kept.fixed
-    if sharded and setup.precision == "mixed":  # gathered weights are in the computed type already: no copies
-        fixed -= min(fixed, COMPUTED * (size.total - size.embedding - size.head))
-    activations = kept.of_batch(setup.sequences, setup.checkpointing) + fixed
+    activations = kept.of_batch(setup.sequences, setup.checkpointing) + kept.fixed + _kept_of_others(size, setup)
     at_work, its_gradients = head_bytes(size, setup)
     head = max(at_work, its_gradients + one_layer)
     earlier = gradients if setup.passes > 1 else 0
-    begin = earlier + activations + head
-    end = gradients + one_layer
+    begin = earlier + activations + head + workspace
+    end = gradients + one_layer + workspace_at_end
     parts = {"weights": weights, "optimizer": optimizer, "reference": reference}
     if begin >= end:
         return TrainingMemory(
@@ -290,7 +296,7 @@ def training_memory(size: ModelSize, kept: KeptBytes, setup: TrainingSetup) -> T
             moment="begin",
         )
     return TrainingMemory(
-        **parts, gradients=gradients, activations=one_layer, head=0, workspace=workspace, moment="end"
+        **parts, gradients=gradients, activations=one_layer, head=0, workspace=workspace_at_end, moment="end"
     )
 
 
@@ -330,8 +336,10 @@ def head_bytes(size: ModelSize, setup: TrainingSetup) -> tuple[int, int]:
         return left + chunks + (4 + COMPUTED) * matrix, left
     if setup.kernels != "fused":
         return 3 * 4 * tokens * size.vocab_size, weight * (states + matrix)
+    is_gathered = setup.engine in ("fsdp2", "hsdp", "ep")  # in the computed type
+    weight = COMPUTED if is_gathered else weight
     left = weight * (states + matrix)
-    casts = COMPUTED * (states + matrix) if setup.precision == "mixed" else 0
+    casts = COMPUTED * (states + matrix) if setup.precision == "mixed" and not is_gathered else 0
     return left + casts + min(LOGITS_BYTES, COMPUTED * tokens * size.vocab_size), left
 
 
@@ -343,15 +351,34 @@ def _states(held: int, weight: int, setup: TrainingSetup) -> tuple[int, int, int
     return held * weight, held * weight, held * state
 
 
-def _gathered(size: ModelSize, setup: TrainingSetup) -> int:
-    """Whole weights and gradients of what is at work: two layers and the root, and the gradients being reduced."""
-    layer, root = max(size.layers, default=0), size.embedding + (0 if size.is_tied else size.head)
-    exchanged = 0
+def _gathered(size: ModelSize, setup: TrainingSetup, at_end: bool = True) -> int:
+    """Whole weights of what is at work and of what comes next; at the end also their gradients, being reduced.
+
+    Under expert parallelism FSDP2 copies a rank's experts where it gathers others' weights.
+    """
+    layer, exchanged = max(size.layers, default=0), 0
+    copies = 2 if not at_end else 4
     if setup.engine == "ep":
-        layer -= size.experts // max(1, len(size.layers))
+        experts = size.experts // max(1, len(size.layers))
+        layer -= experts
         tokens = setup.sequences * setup.sequence_length
         exchanged = 2 * tokens * size.experts_per_token * size.hidden_size  # sent and received
-    return COMPUTED * (4 * layer + 2 * root + exchanged)
+        exchanged += 2 * experts // setup.ranks_of_node
+    root = 2 * (size.embedding + (0 if size.is_tied else size.head)) if at_end else size.head
+    return COMPUTED * (copies * layer + root + exchanged)
+
+
+def _kept_of_others(size: ModelSize, setup: TrainingSetup) -> int:
+    """Rows of other ranks' tokens that layers keep under expert parallelism, checkpointed or not.
+
+    A token with K of the experts of N ranks travels to N (1 - (1 - 1/N)^K) of them where all are alike; to one it does
+    without expert parallelism too.
+    """
+    if setup.engine != "ep":
+        return 0
+    ranks, tokens = setup.ranks_of_node, setup.sequences * setup.sequence_length
+    times = ranks * (1 - (1 - 1 / ranks) ** size.experts_per_token) - (0 if setup.checkpointing else 1)
+    return int(COMPUTED * max(times, 0.0) * tokens * size.hidden_size * len(size.layers))
 
 
 ATTENTION = "hf_moe_cpt_counted"
@@ -485,6 +512,13 @@ def measure_kept(config: PreTrainedConfig, sequence_length: int, precision: str,
 
     precision: "mixed" (float32 weights under bfloat16 autocast) or "bfloat16". kernels: one of `KERNELS`.
     """
+    if precision == "mixed":
+        gathered = measure_kept(config, sequence_length, "bfloat16", kernels)
+        return replace(_measure_kept(config, sequence_length, precision, kernels), gathered=gathered)
+    return _measure_kept(config, sequence_length, precision, kernels)
+
+
+def _measure_kept(config: PreTrainedConfig, sequence_length: int, precision: str, kernels: str) -> KeptBytes:
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if num_layers > 5 and _are_alike(config):
         two, three = (

@@ -246,7 +246,7 @@ def ranks_rows(rows: Sequence[Row]) -> list[Row]:
         rounds.setdefault(tuple(row[name] for name in ("part", "what", "ranks", "way")), []).append(row)
     shown = []
     for of_way in rounds.values():
-        row = dict(of_way[-1])
+        row = dict.fromkeys(("loss", "weights", "checkpointing"), "") | of_way[-1]
         for name, choose in RANKS_OF_ROUNDS.items():
             values = [float(other[name]) for other in of_way if other.get(name)]
             row[name] = str(choose(values)) if values else ""

@@ -9,7 +9,9 @@ from tests.helpers.rank_runs import TRAINERS
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
-ROUNDING = 2**-6  # relative: of 8 bits, after three steps in which a router may choose another expert
+# Relative, of numbers of 8 bits after three steps in which a router may choose another expert; RainbowPO's losses are
+# of small differences between large log-probabilities.
+ROUNDING = {"cpt": 2**-7, "surgery": 2**-7, "rainbowpo": 2**-4}
 CELLS = [(ranks, name) for ranks in (2, 4) for name in ON_GPUS[ranks]]
 
 
@@ -24,4 +26,4 @@ def test_losses_are_those_of_one_gpu(results_of, num_ranks, name, kind):
     losses = [(entry[key], other[key]) for entry, other in zip(want, got, strict=True) for key in LOSSES & set(entry)]
     assert len(losses) >= 3
     for one, several in losses:
-        assert several == pytest.approx(one, rel=ROUNDING)
+        assert several == pytest.approx(one, rel=ROUNDING[kind])

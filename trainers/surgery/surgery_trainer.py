@@ -753,6 +753,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         if self.terms is not None:
             return
         args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets or name in self.held_out]
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            self.model.to(args.device)  # where `Trainer` leaves it to FSDP, which comes later
         self.fingerprint = self._fingerprint()
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
