@@ -109,6 +109,19 @@ REFUSED = {  # case, and what is said of it
     ),
     "no drawing": (Case("schedule", {"plot": "-1"}), "--plot"),
     "noise": (Case("upcycle", {"expert_noise": "99999999999999999999"}), "must lie in [0, 1]"),
+    "no GPU": (
+        Case("rainbowpo/resume", {"activation_offloading": None}, settings="activation_offloading: true\n"),
+        "moves activations from a GPU",
+    ),
+    "no labels": (Case("rewarm", {"label_names": "99999999999999999999"}), "labels are made of the tokens"),
+    "no batch": (
+        Case("cpt/tokenized", {"dataloader_drop_last": None}, settings="dataloader_drop_last: true\n"),
+        "no batch was evaluated",
+    ),
+    "no option of a model": (
+        Case("rainbowpo/resume", {"model_init_kwargs": None}, settings="model_init_kwargs: {a: 1}\n"),
+        "unexpected keyword argument 'a'",
+    ),
     "no stage": (Case("iterate", {"sample": None}, settings="sample: null\n"), "--sample is missing"),
     "a billion layers": (Case("plan", file="moe/config.json", damage=VALUES["num_hidden_layers", 10**9]), "outside"),
 }

@@ -64,8 +64,8 @@ SET_ASIDE = "_set_aside"  # folder in the output folder with checkpoints that so
 LOCK = "_run.lock"  # file in the output folder, of the process that trains
 OURS = (UNFINISHED, HEARTBEATS, SET_ASIDE, LOCK)
 WEIGHT_FILES = ("model*.safetensors", "adapter_model*.safetensors")
-# of our engines, of accelerate's and of DeepSpeed
-OPTIMIZER_STATES = (SHARDS, "*optimizer*", "global_step*")
+# without which a run goes on as another, in files of our engines, of accelerate's and of DeepSpeed
+STATES = {"an optimizer": (SHARDS, "*optimizer*", "global_step*"), "random numbers": ("rng_state*",)}
 NEWEST = ("last", "auto", "True", "true")
 CHUNK_BYTES = 1 << 24
 THREADS = 4  # zlib leaves the interpreter to others while it works
@@ -165,8 +165,9 @@ def harm_of(checkpoint: Path, read_back: bool = False) -> str | None:
         for weights in checkpoint.glob("*.safetensors") if manifest is None else ():
             if not _opens(weights):
                 return f"its file {weights.name} is cut"
-        if manifest is None and not any(any(checkpoint.glob(pattern)) for pattern in OPTIMIZER_STATES):
-            return "it holds no state of an optimizer"
+        for kind, patterns in STATES.items() if manifest is None else ():
+            if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+                return f"it holds no state of {kind}"
         damaged = damaged_file(checkpoint) if read_back else None
     except FileNotFoundError:
         return "it is missing or was not written to its end"

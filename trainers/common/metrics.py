@@ -178,6 +178,10 @@ class HeldOutLoss:
 
     def mean(self) -> float:
         """Nats per token over all blocks of all ranks; a collective when a process group exists."""
+        if self._table is None:
+            raise ValueError(
+                "no batch was evaluated: give more rows, a smaller eval batch, or leave dataloader_drop_last off."
+            )
         if has_process_group():
             dist.all_reduce(self._table, op=dist.ReduceOp.MAX)  # a place is 0 on the ranks that did not fill it
         nats, tokens = self._table.sum(0).tolist()

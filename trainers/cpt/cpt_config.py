@@ -187,6 +187,8 @@ class CPTConfig(SharedArguments, TrainingArguments):
         self.constant_learning_rate, self.min_learning_rate = default_rates(
             self.cpt_schedule, self.learning_rate, *given
         )
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(f"label_names={self.label_names!r}: the labels are made of the tokens, leave it out.")
         self._check_data()
         self._check_parent()
         if self.starting_phase not in ("auto", *STARTING_PHASES):

@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers.hf_argparser import HfArg
 from trl import DPOConfig
@@ -262,6 +263,8 @@ class RainbowPOConfig(SharedArguments, DPOConfig):
                 f"padding_free=True pads nothing, and pad_to_multiple_of={self.pad_to_multiple_of} asks for padding: "
                 "leave one of them out."
             )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("activation_offloading=True moves activations from a GPU, and there is none.")
         self._check_ranges()
         self.dispersion_scale = self._checked_dispersion_scale()
         self.home_advantage = self._checked_home_advantage()

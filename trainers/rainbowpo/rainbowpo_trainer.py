@@ -90,6 +90,7 @@ logger = logging.getLogger(__name__)
 
 NOT_FOR_THE_MODEL = {"completion_mask", "scores", LENGTHS, *REFERENCE_COLUMNS}
 OPTIONS_OF_CONFIG = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")  # of those of a model
+OPTIONS_OF_PLACE = ("quantization_config", "device_map", "max_memory", "distributed_config", "tp_plan", "device_mesh")
 SWITCHES = (  # of the configuration, as `preference_terms` takes them
     "beta",
     "mixing_alpha",
@@ -497,7 +498,9 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             args = RainbowPOConfig(f"{name.split('/')[-1]}-RainbowPO")
         check_request(model, ref_model, args, train_dataset, processing_class, kwargs)
         if isinstance(model, str):
-            check_weights(AutoModelForCausalLM, model, **_options_of_config(args))
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            options = {name: value for name, value in options.items() if name not in OPTIONS_OF_PLACE}
+            check_weights(AutoModelForCausalLM, model, **options)
         args = without_unused_reference(copy(args), ref_model)
         is_padding_free, args.padding_free = args.padding_free, False  # the parent's is out of order
         scale = args.dispersion_scale if args.needs_reference_entropy else None

@@ -28,7 +28,8 @@ def _written(folder: Path, step: int, listed: bool = True) -> Path:
     (checkpoint / SHARD).write_bytes(bytes(range(256)) * 40)
     save_file({"w": torch.arange(100.0)}, checkpoint / "model.safetensors")
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (checkpoint / "optimizer.bin").write_bytes(bytes(64))
+    for name in ("optimizer.bin", "rng_state_1.pth"):
+        (checkpoint / name).write_bytes(bytes(64))
     if listed:
         checkpointing.write_manifest(checkpoint, step)
     return checkpoint
@@ -53,13 +54,14 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_is_taken(tmp_path
         checkpointing.resolve_resume(tmp_path, str(newer), read_back=True)
 
 
-def test_a_checkpoint_without_optimizer_and_list_of_files_is_not_gone_on_with(tmp_path, caplog):
-    """Trainer would go on with moments and a schedule that begin anew, and say nothing."""
+@pytest.mark.parametrize("lost, state", [("optimizer.bin", "an optimizer"), ("rng_state_1.pth", "random numbers")])
+def test_a_checkpoint_without_a_state_and_list_of_files_is_not_gone_on_with(tmp_path, lost, state):
+    """Trainer would go on with moments, a schedule or random numbers that begin anew, and say nothing."""
     older, newer = _written(tmp_path, 9, listed=False), _written(tmp_path, 12, listed=False)
     assert checkpointing.resolve_resume(tmp_path, "last") == newer
-    (newer / "optimizer.bin").unlink()
+    (newer / lost).unlink()
     assert checkpointing.resolve_resume(tmp_path, "last") == older
-    with pytest.raises(ValueError, match="cannot be used, it holds no state of an optimizer: use .*checkpoint-9"):
+    with pytest.raises(ValueError, match=f"cannot be used, it holds no state of {state}: use .*checkpoint-9"):
         checkpointing.resolve_resume(tmp_path, str(newer))
 
 
