@@ -426,6 +426,15 @@ class Evidence:
     scale: Scale
     chains: Mapping[str, Runs]
     new: str
+    asked_for: Sequence[str] = ()  # models, those of the plan if none are named
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The mixtures that were asked for, of which a mean is taken. Raises KeyError if there are none."""
+        found = [model for model in MIXTURES if model in (self.asked_for or MODELS)]
+        if not found:
+            raise KeyError("mixtures")
+        return found
 
     @property
     def plain(self) -> str:
@@ -557,9 +566,9 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
     "decayed_new": lambda e: _mean(
         e.arm(DECAYED, MODELS), lambda m: e.loss(m, e.replayed()) / e.loss(m, e.replayed(DECAYED)) - 1
     ),
-    "forgetting": lambda e: _mean(MIXTURES, lambda m: e.forgets(m, e.plain)) - e.forgets("dense", e.plain),
+    "forgetting": lambda e: _mean(e.mixtures, lambda m: e.forgets(m, e.plain)) - e.forgets("dense", e.plain),
     "forgetting_replay": lambda e: (
-        _mean(MIXTURES, lambda m: e.forgets(m, e.replayed())) - e.forgets("dense", e.replayed())
+        _mean(e.mixtures, lambda m: e.forgets(m, e.replayed())) - e.forgets("dense", e.replayed())
     ),
     "union_new": lambda e: _mean(
         e.arm(UNION, MIXTURES), lambda m: e.loss(m, e.replayed()) / e.loss(m, f"{e.new}-{UNION}") - 1
@@ -571,7 +580,7 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
     "granular": lambda e: _mean(
         ("pb", "sb"), lambda r: e.loss(f"{r}-granular", e.replayed()) - e.loss(f"{r}-switch", e.replayed())
     ),
-    "first_layers": lambda e: _mean(MIXTURES, lambda m: e.saturation(m)[0] - statistics.fmean(e.saturation(m)[1:])),
+    "first_layers": lambda e: _mean(e.mixtures, lambda m: e.saturation(m)[0] - statistics.fmean(e.saturation(m)[1:])),
     "free_balance": lambda e: e.spike("lf-granular") - e.spike("pb-granular"),
     "free_loss": lambda e: e.loss("lf-granular", e.replayed()) / e.loss("pb-granular", e.replayed()) - 1,
     "batch_loss": lambda e: (
@@ -623,7 +632,7 @@ def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: M
         evidence = []
         for seed in seeds:
             found = {model: by_seed[seed] for model, by_seed in chains.items() if seed in by_seed}
-            evidence.append(Evidence(scale, found, new))
+            evidence.append(Evidence(scale, found, new, tuple(chains)))
         for name, claim in CLAIMS.items():
             if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))
@@ -792,7 +801,7 @@ class RobustnessArguments:
     """How much to run, where; the rest is the plan."""
 
     setting: str = HfArg(default="small", help=f"Size of the runs: {', '.join(SETTINGS)}.")
-    methods: list[str] = HfArg(default_factory=lambda: list(MODELS), help="Models; a claim needs all of its own.")
+    methods: list[str] = HfArg(default_factory=lambda: list(MODELS), help="Models; a claim needs its own.")
     seeds: int | None = HfArg(default=None, help="Chains of each model, if not the setting's.")
     output_dir: str = HfArg(default="runs/router-robustness", help="Folder; finished chains are kept.")
     text: str | None = HfArg(default=None, help="Folder with a folder of documents for each text of the setting.")

@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.reading import read_json
-from hf_moe_cpt.scripts.replication import surgery_methods
+from hf_moe_cpt.scripts.replication import router_robustness, surgery_methods
 from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, MANY, seeds_needed, t_quantile
 
 
@@ -31,6 +31,7 @@ LEAST_SEEDS = surgery_methods.LEAST_SEEDS
 ROUTER = {"router_s": "8 M active parameters, real text", "router_small": "tiny, the text of a Python installation"}
 PREFERENCE = {"preference_world_h200": "30 M parameters", "preference_world": "tiny"}
 SURGERY = "surgery_small"
+ALL_MODELS = 6  # of the first paper, the dense twin among them
 Results = Mapping[str, Any]
 
 
@@ -59,10 +60,13 @@ def page(benchmarks: Path) -> str:
     router, preference, surgery = router_part(found), preference_part(found), surgery_part(found)
     counts = Counter(re.findall(r"\*\*(confirmed|refuted|undecided)\*\*", router + preference + surgery))
     seeds = {name: len(found[name]["seeds"]) for name in ROUTER if name in found}
-    told = [
-        f"[`{name.removeprefix('router_')}`](../benchmarks/{name}/README.md): {ROUTER[name]}, {seeds[name]} seeds"
-        for name in seeds
-    ]
+    told = []
+    for name in seeds:
+        models = list(dict.fromkeys(row["model"] for row in found[name]["runs"]))
+        text = (
+            f"[`{name.removeprefix('router_')}`](../benchmarks/{name}/README.md): {ROUTER[name]}, {seeds[name]} seeds"
+        )
+        told.append(text + ("" if len(models) >= ALL_MODELS else f", {' and '.join(models)} alone"))
     return (
         Path(__file__)
         .with_suffix(".md")
@@ -114,20 +118,19 @@ def router_part(found: Mapping[str, Results]) -> str:
     """The claims of the first paper, a column for each shift of each setting."""
     columns = [(name, new) for name in ROUTER if name in found for new in found[name]["scale"]["shifts"]]
     rows: dict[str, dict[tuple[str, str], str]] = {}
-    for name, new in columns:
-        for claim in found[name]["claims"]:
-            if claim["shift"] == new:
-                margin, kind = claim.get("margin", 0.0), claim["kind"]
-                told = f" ({kind.replace('_', ' ')} {margin:g})" if "margin" in claim else ""
-                text = cell(claim, "mean", "seeds", claim.get("seeds_needed"))
-                if claim["seeds"] < len(found[name]["seeds"]):  # the others were cut off before all runs of the claim
-                    text += f" (of {claim['seeds']})"
-                rows.setdefault(f"{claim['says']}{told}, {claim['unit']}", {})[name, new] = text
+    claims = [(name, claim) for name in ROUTER if name in found for claim in found[name]["claims"]]
+    order = list(router_robustness.CLAIMS)
+    for name, claim in sorted(claims, key=lambda pair: order.index(pair[1]["claim"])):
+        told = f" ({claim['kind'].replace('_', ' ')} {claim['margin']:g})" if "margin" in claim else ""
+        text = cell(claim, "mean", "seeds", claim.get("seeds_needed"))
+        if claim["seeds"] < len(found[name]["seeds"]):  # the others were cut off before all runs of the claim
+            text += f" (of {claim['seeds']})"
+        rows.setdefault(f"{claim['says']}{told}, {claim['unit']}", {})[name, claim["shift"]] = text
     if not columns:
         return ""
     heads = {(name, new): f"`{name.removeprefix('router_')}`, to {new}" for name, new in columns}
     pictures = [f"![](../benchmarks/{name}/comparison.png)" for name in ROUTER if name in found]
-    return "\n\n".join([table(rows, heads), *pictures[:1]])
+    return "\n\n".join([table(rows, heads), *pictures])
 
 
 def table(rows: Mapping[str, Mapping[Any, str]], heads: Mapping[Any, str]) -> str:

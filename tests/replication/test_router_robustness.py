@@ -87,7 +87,8 @@ def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
     told = robustness.results_text(results)
     assert all(claim["says"] in told for claim in results["claims"])
     some = robustness.summary(SCALE, {name: chains[name] for name in ("pb-granular", "dense")}, {}, {})
-    assert {claim["claim"] for claim in some["claims"]} == {"union_new", "union_old", "drift_replay"}
+    alone = {"union_new", "union_old", "drift_replay", "forgetting", "forgetting_replay", "first_layers"}
+    assert {claim["claim"] for claim in some["claims"]} == alone
     spike = next(claim for claim in results["claims"] if claim["claim"] == "free_balance")
     want = [
         Evidence(SCALE, {model: chains[model][seed] for model in chains}, "code").spike("lf-granular")
