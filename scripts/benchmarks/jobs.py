@@ -397,7 +397,7 @@ def peaks_of_ranks(folder: Path) -> Iterator[MeasuredPeak]:
                 gpus=ranks,
                 gpus_per_node=ranks,
             )
-            run = f"{row['what']}, {ranks} GPUs, {engine}"
+            run = f"{row['what']}, {ranks} GPU{'s' if ranks > 1 else ''}, {engine}"
             name = path.relative_to(folder).as_posix()
             peak = MeasuredPeak(name, run, row["model"], setup, 0.0, int(row["num_layers"]))
             found[peak] = max(found.get(peak, 0.0), float(row["peak_gib"]))
