@@ -330,6 +330,11 @@ def operate(acts: Acts, start: Path, replayed: Dataset) -> dict[str, Any]:
         max_length=FACT_TOKENS,
         **{f"{name}_batch_size": 16 if name == "retain" else 4 for name in rows},
         counterfactuals=0,
+        replay=0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        unlearn_weight=0.5,
+        update_weight=1.0,
         retain_weight=4.0,  # with 2 and weights of 1 some of the other facts are lost
         unseen_weight=4.0,
         neighbour_weight=2.0,

@@ -97,9 +97,7 @@ def test_a_timed_step_is_the_step_of_the_training_loop(kind, name, trainer, tole
     for _ in range(3):
         steps.step()
     loop = trained.trainer
-    loop.args.max_steps = 3
-    if trainer == "rainbowpo":
-        loop.args.lr_scheduler_type = "constant"
+    loop.args.max_steps, loop.args.lr_scheduler_type, loop.args.warmup_steps = 3, "constant", 0
     loop.get_train_dataloader = lambda: trained.batches[:3]
     untouched = bench.build_model(workload).state_dict()
     loop.train()

@@ -127,8 +127,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     # --- the run ---
     learning_rate: float = HfArg(default=2e-5, help="Learning rate.")
     lr_scheduler_type: str = HfArg(default="linear", help="Schedule of the learning rate.")
-    warmup_steps: float = HfArg(default=0.1, help="Steps of warm-up, below 1 their share of all.")
-    max_steps: int = HfArg(default=200, help="Optimizer steps at most; stop rules may end it before.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of warm-up, or their share.")
+    max_steps: int = HfArg(default=200, help="Optimizer steps at most.")
     adam_beta2: float = HfArg(default=0.95, help="Second Adam coefficient.")
     logging_steps: float = HfArg(default=10, help="Optimizer steps between two log entries.")
     eval_strategy: str = HfArg(default="steps", help="When to measure: steps, or no.")
@@ -181,19 +181,17 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     )
     forget_sharpness: float = HfArg(
         default=0.0,
-        help="Forget at the worst point within this distance of the weights, which holds against relearning and "
-        "rounding (SAM): twice the passes of forgetting.",
+        help="Forget at the worst point within this distance of the weights, against relearning and rounding (SAM).",
     )
     counterfactuals: int | None = HfArg(
         default=None,
-        help="Copies of each text to be forgotten with an invented name for its subject, among the neighbours (else "
-        "among retain): needs the column subject, as the texts write it. Unset: 2 where every row has that, else 0.",
+        help="Copies of each text to be forgotten with an invented name, among the neighbours, else retain: needs "
+        "subject, as texts write it. Unset: 2 where all have that, else 0.",
     )
     replay: int | None = HfArg(
         default=None,
-        help="Texts that the model before surgery writes itself, from what stands before the subject in texts to be "
-        "forgotten on, among the neighbours (else among retain): what it knows of others that no row is about. "
-        "Unset: 192 where every row is a text that names its subject, else 0.",
+        help="Texts of the model before from the openings of texts to be forgotten on, among the neighbours, else "
+        "retain. Unset: 192 where texts name their subjects.",
     )
     anchor_dual_rate: float = HfArg(
         default=0.0,
