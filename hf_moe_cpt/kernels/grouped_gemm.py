@@ -14,7 +14,8 @@ Tile shapes are a small table with a sane default for the rest. Nothing is tuned
 shape only compiles. `python scripts/benchmarks/experts.py` measures candidates on the GPU at hand; the Hopper entries
 were the fastest on an H200, or within 3 % of it, at six shapes (docs/benchmarks/), the others are sane, not timed.
 
-Source: ours."""
+Source: ours.
+"""
 
 import functools
 from dataclasses import dataclass, replace

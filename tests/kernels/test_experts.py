@@ -190,7 +190,7 @@ def test_fall_back_gives_the_right_numbers_and_one_line(caplog):
     assert told == ["The hf_moe_cpt kernels do not run MixtralExperts: its activation is Tanh; using grouped_mm."]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_experts_of_gpt_oss(name, monkeypatch):
     """Compared with transformers' own in float64: gradients of tokens, gate weights, matrices and biases; gates reach
     both limits.
