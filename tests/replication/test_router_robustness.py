@@ -11,11 +11,13 @@ import torch
 from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from transformers import AutoModelForCausalLM
 
 from hf_moe_cpt.reading import read_json
 from hf_moe_cpt.scripts.replication import router_robustness as robustness
 from hf_moe_cpt.scripts.replication.router_robustness import Evidence, judged
 from hf_moe_cpt.scripts.replication.sweep import page_of
+from hf_moe_cpt.trainers.common.router_balance import RouterBalance
 from tests.helpers.source_tree import PROJECT
 
 
@@ -140,6 +142,20 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path
     with pytest.raises(ValueError, match="--text is missing: name a folder with the folders english, code, german"):
         robustness.main(["--setting", "s", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", robustness.SETTINGS)
+def test_every_model_is_balanced_as_its_setting_says(setting: str, tmp_path: Path) -> None:
+    """What a trainer refuses is refused here, and not on the device that the run was meant for."""
+    scale = robustness.SETTINGS[setting]
+    worker = robustness.Worker(scale, tmp_path, "cpu")
+    for model in robustness.MODELS:
+        chain = robustness.Chain(model, 0, scale.texts[-1])
+        args = worker._arguments(chain, tmp_path / model, 8, 0.0, robustness.WARMUP, None, False)
+        config = robustness.config_of(model, vocab_size=64, num_hidden_layers=1)
+        balance = RouterBalance(args, AutoModelForCausalLM.from_config(config), log_load=True)
+        if model == "lf-granular":
+            assert (balance.decision.way, balance.rate) == ("bias", scale.router_bias_update_rate)
 
 
 @pytest.mark.slow
