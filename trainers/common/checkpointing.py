@@ -50,7 +50,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.reading import check_found, is_adapter, read_adapter, read_json, reading, require_finite
-from hf_moe_cpt.trainers.common.distributed import begin_to_save, is_sharded, load_shards, load_whole
+from hf_moe_cpt.trainers.common.distributed import (
+    begin_to_save,
+    is_sharded,
+    load_shards,
+    load_whole,
+    named_as_before_sharding,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -823,14 +829,15 @@ class AtomicCheckpointMixin:
     def _save_whole(self, output_dir: str | None, save: Callable[..., None]) -> None:
         """Gather what is sharded, whatever type of checkpoint FSDP2 has: the parent leaves the weights out then."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or not is_sharded(self.model):
-            save(output_dir, True)
-            return
-        asked, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            save(output_dir, True)
-        finally:
-            plugin.state_dict_type = asked
+        with named_as_before_sharding(inner_model(self.model)):
+            if plugin is None or not is_sharded(self.model):
+                save(output_dir, True)
+                return
+            asked, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+            try:
+                save(output_dir, True)
+            finally:
+                plugin.state_dict_type = asked
 
     def _save_without_weights(self, output_dir: str, _: Callable[..., None]) -> None:
         if self.args.should_save:

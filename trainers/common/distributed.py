@@ -72,6 +72,23 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+@contextmanager
+def named_as_before_sharding(model: nn.Module) -> Iterator[None]:
+    """Let the class that FSDP2 makes of a model's have its name and module while it is saved.
+
+    `save_pretrained` copies the code of a model of its own module: of torch's, otherwise, and not the model's.
+    """
+    kind, names = type(model), ("__module__", "__name__", "__qualname__") if is_sharded(model) else ()
+    asked = {name: getattr(kind, name) for name in names}
+    try:
+        for name in names:
+            setattr(kind, name, getattr(kind.__bases__[-1], name))
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(kind, name, value)
+
+
 # ---- the state of a run, by the names of weights alone: any engine on any number of ranks reads it ----
 
 

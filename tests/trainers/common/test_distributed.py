@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_moe_cpt.machine import has_process_group, leave_process_group
-from hf_moe_cpt.trainers.common.distributed import reduce_in_float32
+from hf_moe_cpt.trainers.common.distributed import named_as_before_sharding, reduce_in_float32
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
+from tests.helpers.tiny_models import tiny_model
 
 
 def test_the_group_ends_with_the_wrappers_around_it(tmp_path):
@@ -82,3 +83,23 @@ def test_a_policy_of_ones_own_and_full_precision_stay():
     reduce_in_float32(plain)
     assert plain.mixed_precision_policy is None
     reduce_in_float32(None)
+
+
+def test_a_sharded_model_is_saved_with_its_own_code_as_a_whole_one_is(tmp_path):
+    """transformers copies the files of the module of a model's class, and FSDP2 makes a class in torch's."""
+    model = tiny_model("cpt_moe")
+    model.save_pretrained(tmp_path / "whole")
+    weights = dict(model.state_dict())
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        kind = type(model).__name__
+        with named_as_before_sharding(model):
+            model.save_pretrained(tmp_path / "sharded", state_dict=weights)
+        assert type(model).__name__ == kind
+    finally:
+        leave_process_group()
+    whole, sharded = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "sharded")
+    )
+    assert whole == sharded
