@@ -15,12 +15,14 @@ transformers (5.23 or newer) has it. Source: ours; that a token goes to a rank o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON
 
@@ -65,8 +67,8 @@ class _Transfer:
     What is called between `begin` and `end` runs beside the transfer, and so does its backward pass.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group_name: str) -> None:
-        self.send, self.receive, self.group_name = send, receive, group_name
+    def __init__(self, send: list[int], receive: list[int], group_name: str, is_kept: bool = True) -> None:
+        self.send, self.receive, self.group_name, self.is_kept = send, receive, group_name, is_kept
         self.gradient: Tensor | None = None  # on its way
 
     def begin(self, rows: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return _all_to_all(rows.contiguous(), transfer.receive, transfer.send, transfer.group_name)
+        return _all_to_all(rows.contiguous(), transfer.receive, transfer.send, transfer.group_name, transfer.is_kept)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
@@ -103,7 +105,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = _all_to_all(grad.contiguous(), transfer.send, transfer.receive, transfer.group_name)
+        transfer.gradient = _all_to_all(grad.contiguous(), transfer.send, transfer.receive, transfer.group_name, False)
         return grad, None  # of the shape that is asked for; `_Begin` hands out the one that travels
 
 
@@ -138,8 +140,15 @@ def _add_up(rows: Tensor, places: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
-    return torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name)
+def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str, is_kept: bool = True) -> Tensor:
+    """Rows of other ranks, not there before `_wait`; what `keep_exchanges` kept is not sent again."""
+    kept = _kept.get() if is_kept else None
+    if kept is not None and kept.is_replayed:
+        return kept.rows.popleft()
+    found = torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name)
+    if kept is not None:
+        kept.rows.append(found.detach())
+    return found
 
 
 def _wait(rows: Tensor) -> Tensor:
@@ -186,9 +195,8 @@ class DeduplicatedEP(AutoEP):
         token, rank = copy % max(num_tokens, 1), copy // max(num_tokens, 1)
         places = places.where(needed, -1).view(self.num_ranks, num_tokens).T.to(torch.int32).contiguous()
         (send, _), (receive, pairs) = torch.stack([counts, _wait(coming)]).transpose(1, 2).tolist()
-        there, also_there, back = (
-            _Transfer(*sizes, self.group_name) for sizes in ((send, receive), (send, receive), (receive, send))
-        )
+        there, also_there = (_Transfer(send, receive, self.group_name) for _ in range(2))
+        back = _Transfer(receive, send, self.group_name, is_kept=False)
         token, rank = token[: sum(send)], rank[: sum(send)]
         is_here = owner[token] == rank[:, None]
         ids = torch.where(is_here, top_k_index[token] % self.num_local_experts, self.num_local_experts)
@@ -284,22 +292,36 @@ class _SharedExperts:
         return self.forward(hidden_states)
 
 
+class _Kept:
+    """What came from other ranks in the layers of one checkpoint, in order."""
+
+    def __init__(self) -> None:
+        self.rows: deque[Tensor] = deque()
+        self.is_replayed = False
+
+    @contextmanager
+    def during(self, is_replayed: bool) -> Iterator[None]:
+        """Inside, exchanges are kept, or taken from what was kept."""
+        self.is_replayed = is_replayed
+        before = _kept.set(self)
+        try:
+            yield
+        finally:
+            _kept.reset(before)
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+
 def keep_exchanges() -> tuple[Any, Any]:
     """`context_fn` of torch's checkpointing: a layer that is computed again does not send its tokens again.
 
     What came from other ranks is kept, R x H; numbers of rows and labels too. The way back is not, since nothing after
-    it is needed for gradients in most layers; where something is, it is sent again.
+    it is needed for gradients in most layers; where something is, it is sent again. torch's own selective
+    checkpointing would do it too, but hands every operation to Python.
     """
-    sent = {False: 0, True: 0}
-
-    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        if operation is not torch.ops._c10d_functional.all_to_all_single.default:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        sent[context.is_recompute] += 1
-        is_way_back = sent[context.is_recompute] % 4 == 0  # after counts, labels and rows
-        return CheckpointPolicy.PREFER_RECOMPUTE if is_way_back else CheckpointPolicy.MUST_SAVE
-
-    return create_selective_checkpoint_contexts(policy)
+    kept = _Kept()
+    return kept.during(False), kept.during(True)
 
 
 if EPImplementationInterface is not None:
