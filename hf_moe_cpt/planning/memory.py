@@ -357,7 +357,7 @@ def _gathered(size: ModelSize, setup: TrainingSetup, at_end: bool = True) -> int
     Under expert parallelism FSDP2 copies a rank's experts where it gathers others' weights.
     """
     layer, exchanged = max(size.layers, default=0), 0
-    copies = 2 if not at_end else 4
+    copies = 4 if at_end else 2
     if setup.engine == "ep":
         experts = size.experts // max(1, len(size.layers))
         layer -= experts

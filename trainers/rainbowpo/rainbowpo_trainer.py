@@ -306,9 +306,12 @@ def _config_of(model: str | nn.Module, args: RainbowPOConfig) -> Any:
     return read_config(model, **_options_of_config(args))
 
 
+def _options_of_model(args: RainbowPOConfig) -> dict[str, Any]:
+    return {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+
+
 def _options_of_config(args: RainbowPOConfig) -> dict[str, Any]:
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return {name: value for name, value in options.items() if name in OPTIONS_OF_CONFIG}
+    return {name: value for name, value in _options_of_model(args).items() if name in OPTIONS_OF_CONFIG}
 
 
 def generation_ends(model: str | nn.Module, args: RainbowPOConfig) -> int | list[int] | None:
@@ -336,10 +339,9 @@ def training_entropies(trainer: Any, count: int | None) -> Tensor:
         return torch.tensor(data["ref_chosen_logps"][:])[:, 1]
     batch_size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
     loader = DataLoader(data, batch_size=batch_size, collate_fn=trainer.data_collator)
-    model = trainer.model if trainer.ref_model is None else trainer.ref_model  # a compiled one has no truth
     entropies = []
     for batch in tqdm(trainer.accelerator.prepare(loader), desc="Calibrating phi", disable=args.disable_tqdm):
-        chosen, _ = trainer.compute_ref_log_probs(model, batch)
+        chosen, _ = trainer.compute_ref_log_probs(trainer.reference, batch)
         entropies.append(trainer.accelerator.gather_for_metrics(chosen[:, 1].contiguous()).cpu())
     return torch.cat(entropies)
 
@@ -498,8 +500,8 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             args = RainbowPOConfig(f"{name.split('/')[-1]}-RainbowPO")
         check_request(model, ref_model, args, train_dataset, processing_class, kwargs)
         if isinstance(model, str):
-            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            options = {name: value for name, value in options.items() if name not in OPTIONS_OF_PLACE}
+            options = _options_of_model(args).items()
+            options = {name: value for name, value in options if name not in OPTIONS_OF_PLACE}
             check_weights(AutoModelForCausalLM, model, **options)
         args = without_unused_reference(copy(args), ref_model)
         is_padding_free, args.padding_free = args.padding_free, False  # the parent's is out of order
@@ -542,12 +544,14 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
             names = ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
             self.data_collator = PreferenceCollator(*(getattr(theirs, name) for name in names))
 
+    @property
+    def reference(self) -> nn.Module:
+        """The model that gives the reference's log-probabilities: the policy's own where none was given."""
+        return self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
+
     def _lay_into_one_row(self) -> None:
         """From now on a micro-batch is one row without padding, where sequences of the model can be kept apart."""
-        policy, reference = (
-            self.accelerator.unwrap_model(model)
-            for model in (self.model, self.model if self.ref_model is None else self.ref_model)
-        )
+        policy, reference = (self.accelerator.unwrap_model(model) for model in (self.model, self.reference))
         is_prompted = is_peft_model(policy) and policy.active_peft_config.is_prompt_learning
         reasons = {
             "a data_collator is given": not isinstance(self.data_collator, PreferenceCollator),
@@ -673,7 +677,7 @@ class RainbowPOTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, Hub
         if self.precompute_ref_logps:
             columns = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            columns = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+            columns = self.compute_ref_log_probs(self.reference, inputs)
         return Pair(*(column[:, 0] for column in columns)), columns[0][:, 1]
 
     # ---- the loss ----
