@@ -241,6 +241,7 @@ class Comparison:
             "max_steps": method.steps or scale.steps,
             "eval_steps": scale.eval_steps,  # only where a preset measures at all
             "eval_rows": scale.eval_rows,
+            "eval_batch_size": scale.eval_rows,
             "held_out_fraction": scale.held_out,
             "max_length": scale.max_length,
             "gradient_checkpointing": False,  # the same numbers in less time
@@ -387,7 +388,10 @@ def train_model(comparison: Comparison, run: Run, material: Material, root: Path
     corpus = material.bench.retrained_corpus() if is_retrained else material.bench.before_corpus()
     rows = token_rows(material.tokenizer, list(corpus["text"]), scale.max_length)
     batches = list(reading_order(rows, scale, derive_seed("surgery", run.method, run.seed)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=scale.training_rate, betas=ADAM_BETAS, weight_decay=0.0)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=scale.training_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=fused
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, len(batches)))
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -508,7 +512,7 @@ def drifts(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 KINDS = ("mcq", "paraphrase")
-EVAL_BATCH_SIZE = 32
+EVAL_BATCH_SIZE = {"cpu": 32, "cuda": 128}
 
 
 class Worker:
@@ -530,6 +534,7 @@ class Worker:
         """The record of a run: who it is, settings, measures by name, truth ratios, peak memory on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.material(run)  # is no part of what training costs
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time  # workers share the cores
         started = clock()
         model, training = self._operated(run) if run.method in METHODS else (self._trained(run), {})
@@ -592,7 +597,7 @@ class Worker:
             robustness=["quantise", "routes"],
             max_questions=scale.max_questions,
             max_documents=scale.max_documents,
-            batch_size=EVAL_BATCH_SIZE,
+            batch_size=EVAL_BATCH_SIZE[self.device.type],
             max_length=scale.max_length,
             relearn_steps=scale.relearn_steps,
             relearn_every=scale.relearn_every,
@@ -986,8 +991,9 @@ class Campaign:
         topic = self.comparison.topic(name)
         retrained = [] if topic == KNOWN_TOPIC else [replace(run, method=RETRAINED) for run in before]
         self.final += [*before, *retrained]
-        if topic is not None:
+        if topic is not None:  # once, before the workers want it
             base_model(self.comparison, name, self.crew.folder.root)
+            make_material(self.comparison, name, self.comparison.first_seed, self.crew.folder.root / "corpus")
         rounds, start = self.comparison.scale.rounds[name], Run(BEFORE, name, TUNING_SEED, "validation")
         found = self.carry_out([*([start] if rounds else []), *before])
         if "error" in found.get(start.name, ()):
