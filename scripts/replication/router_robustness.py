@@ -72,9 +72,9 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MODELS, CLAIMS = PLAN["models"], PLAN["claims"]
-PRETRAINED, DECAYED, UNION, DRIFT = "pretrained", "decayed", "union", "drift"
+PRETRAINED, DECAYED, UNION, DRIFT, LONG = "pretrained", "decayed", "union", "drift", "long"
 MEAN_STEPS = 20  # of the levels before and after a shift, and of the mean that must be back below one
-MICRO = "-micro"  # behind the name of a model whose balance is that of each block and not of the batch
+MICRO = "-micro"  # behind the name of a model whose balance is that of each micro-batch and not of the batch
 NEVER = 1000.0  # steps that stand for no return within a run
 PEAK_STEPS = 50  # on either side of a shift, of which the highest are compared
 HELD_OUT_FRACTION = 0.05
@@ -105,6 +105,8 @@ class Scale:
     shifts: dict[str, dict[str, list[Any]]]
     fields: dict[str, int] = field(default_factory=dict)
     router_bias_update_rate: float = 1e-3  # of the loss-free router
+    micro_blocks: int = 1  # of a micro-batch of the models whose name ends in MICRO
+    long_steps: int = 0  # of the arm that waits for a return, without replay
     characters: int | None = None  # of each text of the Python installation; None: --text is needed
 
     @property
@@ -217,6 +219,9 @@ class Worker:
         for ratio in ratios:
             name = continued(new, ratio)
             yield name, self._run(chain, name, steps, PRETRAINED, {new: 1 - ratio, scale.old: ratio})
+        if chain.method in scale.models_of(LONG, new):
+            name = continued(new, ratios[0], LONG)
+            yield name, self._run(chain, name, scale.long_steps, PRETRAINED, {new: 1.0})
         if chain.method in scale.models_of(DECAYED, new):
             yield DECAYED, self._run(chain, DECAYED, scale.decay_steps, PRETRAINED, whole, DECAY)
             name = continued(new, ratios[-1], DECAYED)
@@ -312,11 +317,12 @@ class Worker:
         keeps_weights: bool,
     ) -> CPTConfig:
         has_bias = config_of(chain.method).router_type == "bias_topk"
+        blocks = self.scale.micro_blocks if chain.method.endswith(MICRO) else self.scale.batch_size
         return CPTConfig(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=1 if chain.method.endswith(MICRO) else self.scale.batch_size,
-            gradient_accumulation_steps=self.scale.batch_size if chain.method.endswith(MICRO) else 1,
+            per_device_train_batch_size=blocks,
+            gradient_accumulation_steps=self.scale.batch_size // blocks,
             per_device_eval_batch_size=self.scale.batch_size,
             max_length=self.scale.max_length,
             packing="concat",
@@ -441,6 +447,11 @@ class Evidence:
         """The run without replay."""
         return continued(self.new, self.scale.ratios(self.new)[0])
 
+    def longest(self, model: str) -> str:
+        """The run without replay that goes on longest."""
+        is_long = model in self.scale.models_of(LONG, self.new)
+        return continued(self.new, self.scale.ratios(self.new)[0], LONG if is_long else "")
+
     def replayed(self, how: str = "") -> str:
         """The run with the most replay, or a control of it."""
         return continued(self.new, self.scale.ratios(self.new)[-1], how)
@@ -475,9 +486,9 @@ class Evidence:
 
         Both in training, without replay; of the model the mean over the last 20 steps since the shift.
         """
-        curve = self.curve(model, self.plain)
+        curve = self.curve(model, self.longest(model))
         smooth = [statistics.fmean(curve[max(0, end - MEAN_STEPS) : end]) for end in range(1, len(curve) + 1)]
-        return recovery_step(smooth, 0, statistics.fmean(self.curve(level_of, self.plain)))
+        return recovery_step(smooth, 0, statistics.fmean(self.curve(level_of, self.longest(level_of))))
 
     def arm(self, name: str, among: Sequence[str]) -> list[str]:
         """Those models that the arm was run with. Raises KeyError if there are none."""
@@ -538,19 +549,21 @@ def _mean(models: Sequence[str], value: Callable[[str], float]) -> float:
     return statistics.fmean(map(value, models))
 
 
-def _or_late(steps: int | None, evidence: Evidence) -> float:
+def _steps_to_return(evidence: Evidence, model: str) -> float:
+    steps = evidence.steps_to_return(model, model.replace("pb", "sb"))
     if steps is not None:
         return float(steps)
-    return NEVER if evidence.scale.continued_steps >= CLAIMS["return_steps"]["margin"] else math.inf
+    told = len(evidence.chains[model][evidence.longest(model)]["mri"])
+    return NEVER if told >= CLAIMS["return_steps"]["margin"] else math.inf
 
 
 # The number that each claim is about, of one seed.
 MEASURES: dict[str, Callable[[Evidence], float]] = {
     "spike": lambda e: _mean(PB, e.spike),
     "return": lambda e: (
-        _mean(PB, lambda m: e.around(m, e.plain).after) - _mean(SB, lambda m: e.around(m, e.plain).after)
+        _mean(PB, lambda m: e.around(m, e.longest(m)).after) - _mean(SB, lambda m: e.around(m, e.longest(m)).after)
     ),
-    "return_steps": lambda e: _mean(PB, lambda m: _or_late(e.steps_to_return(m, m.replace("pb", "sb")), e)),
+    "return_steps": lambda e: _mean(PB, lambda m: _steps_to_return(e, m)),
     "sinkhorn_flat": lambda e: _mean(SB, e.spike) - _mean(PB, e.spike),
     "sinkhorn_high": lambda e: (
         _mean(SB, lambda m: e.around(m, e.plain).before) - _mean(PB, lambda m: e.around(m, e.plain).before)
@@ -752,11 +765,12 @@ def results_text(results: Mapping[str, Any]) -> str:
             | {"interval": interval, "unit": claim["unit"], "seeds": str(claim["seeds"])}
             | {"verdict": claim["verdict"] + needed}
         )
-    steps = results["scale"]["continued_steps"]
+    scale = Scale(**results["scale"])
     lines = [text_table(rows)] if rows else ["No seed is finished."]
     for new, found in results["steps_to_return"].items():
         for model, values in found.items():
             told = ", ".join("not in this run" if value is None else str(value) for value in values)
+            steps = scale.long_steps if model in scale.models_of(LONG, new) else scale.continued_steps
             lines.append(f"{new}: steps until {model} stays below the level of its Sinkhorn twin, of {steps}: {told}")
     table = []
     for row in results["models"]:

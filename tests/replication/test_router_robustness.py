@@ -131,6 +131,22 @@ def test_a_spike_is_over_the_highest_before_and_a_return_below_the_twin() -> Non
     assert evidence.steps_to_return("pb-granular", "sb-granular") is None
 
 
+def test_a_return_is_awaited_in_the_arm_that_is_long_enough() -> None:
+    draw = np.random.default_rng(4)
+    arm = {"long": ["pb-granular", "pb-switch", "sb-granular", "sb-switch"], "ratios": [0.0, 0.3]}
+    chains = {model: chain(model, draw) for model in robustness.MODELS}
+    for model in arm["long"]:
+        chains[model]["code-0"]["mri"] = [0.3 if model.startswith("sb") else 0.4] * 60
+        high = 300 if model == "pb-granular" else 0 if model.startswith("sb") else 520
+        chains[model]["code-0-long"] = {"mri": [0.4] * high + [0.3 if model.startswith("sb") else 0.1] * (520 - high)}
+    alone = Evidence(SCALE, chains, "code")
+    assert robustness.MEASURES["return_steps"](alone) == np.inf and robustness.MEASURES["return"](alone) > 0
+    evidence = Evidence(replace(SCALE, shifts={"code": arm}), chains, "code")
+    steps = evidence.steps_to_return("pb-granular", "sb-granular")
+    assert 300 < steps < 320 and evidence.steps_to_return("pb-switch", "sb-switch") is None
+    assert robustness.MEASURES["return_steps"](evidence) == (steps + robustness.NEVER) / 2
+
+
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for words, message in (
         ("--setting huge", "--setting 'huge' is unknown"),
