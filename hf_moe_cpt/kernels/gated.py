@@ -29,8 +29,8 @@ from hf_moe_cpt.kernels.gates import (
 from hf_moe_cpt.kernels.grouped_gemm import (
     Tile,
     dot_precision,
+    expert_product,
     fits_tma,
-    load_expert_matrix,
     load_matrix,
     plain_grouped_product,
     store_matrix,
@@ -212,14 +212,9 @@ def _gated_backward_kernel(
     row_tile, column_tile = tile_position(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP)
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     expert = tl.load(expert_of_tile + row_tile)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, hidden_size, BLOCK_K):
-        left = load_matrix(grad_rows, row, k, hidden_size, hidden_size, BLOCK_M, BLOCK_K, TMA)
-        if TRANSPOSED:
-            right = load_expert_matrix(down, expert, column, k, width, hidden_size, BLOCK_N, BLOCK_K, TMA).T
-        else:
-            right = load_expert_matrix(down, expert, k, column, hidden_size, width, BLOCK_K, BLOCK_N, TMA)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total = expert_product(
+        grad_rows, down, row, expert, column, width, hidden_size, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION
+    )
 
     lines = row + tl.arange(0, BLOCK_M)
     weight = tl.load(weight_of_row + lines)

@@ -239,6 +239,23 @@ def load_expert_matrix(
 
 
 @triton.jit
+def expert_product(
+    rows, weight, row, expert, column, num_columns, depth, CONTRACT_LAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The (BLOCK_M, BLOCK_N) tile at (row, column) of rows times their expert's matrix, in float32."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = load_matrix(rows, row, k, depth, depth, BLOCK_M, BLOCK_K, TMA)
+        if CONTRACT_LAST:
+            right = load_expert_matrix(weight, expert, column, k, num_columns, depth, BLOCK_N, BLOCK_K, TMA).T
+        else:
+            right = load_expert_matrix(weight, expert, k, column, depth, num_columns, BLOCK_K, BLOCK_N, TMA)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def store_expert_matrix(
     target, tile, expert, row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
@@ -327,14 +344,9 @@ def _write_tile(
     row_tile, column_tile = tile_position(tile, num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP)
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     expert = tl.load(expert_of_tile + row_tile)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        left = load_matrix(rows, row, k, depth, depth, BLOCK_M, BLOCK_K, TMA)
-        if CONTRACT_LAST:
-            right = load_expert_matrix(weight, expert, column, k, num_columns, depth, BLOCK_N, BLOCK_K, TMA).T
-        else:
-            right = load_expert_matrix(weight, expert, k, column, depth, num_columns, BLOCK_K, BLOCK_N, TMA)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total = expert_product(
+        rows, weight, row, expert, column, num_columns, depth, CONTRACT_LAST, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION
+    )
     if bias is not None:
         columns = column + tl.arange(0, BLOCK_N)
         added = tl.load(bias + expert.to(tl.int64) * num_columns + columns, mask=columns < num_columns, other=0.0)
