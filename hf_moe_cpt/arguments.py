@@ -250,6 +250,12 @@ class ParallelArguments:
     dp_replicate_size: int | None = HfArg(
         default=None, help="Copies of the model, for several machines; inside of one it is sharded."
     )
+    gather_dtype: str = HfArg(
+        default="auto",
+        metadata={"choices": ["auto", "float32"]},
+        help="Of the weights that ranks gather for a layer. auto: that of the products; float32: embeddings, norms, "
+        "routers and sums of layers are rounded no more than on one device, for twice the bytes.",
+    )
 
 
 def fsdp2_arguments(layer_class: str, **more: Any) -> dict[str, Any]:
@@ -267,8 +273,11 @@ def parallel_options(
     that were started if None. Raises ValueError for sizes that do not fit them, for two engines at once, and for
     checkpoints that cannot be written.
     """
-    sizes = {name: value for name, value in vars(args).items() if value is not None}
+    sizes = {name: value for name, value in vars(args).items() if value is not None and name != "gather_dtype"}
+    is_short = training.bf16 and args.gather_dtype != "float32"
     if not sizes:
+        if args.gather_dtype != "auto":
+            raise ValueError("--gather_dtype float32 with no model dealt to ranks: add --dp_replicate_size 1.")
         return {}
     asked = ", ".join(f"--{name} {value}" for name, value in sizes.items())
     num_ranks = training.world_size if num_ranks is None else num_ranks
@@ -277,7 +286,7 @@ def parallel_options(
         raise ValueError(f"{asked} does not fit {num_ranks} rank(s): their product must divide the number of ranks.")
     if training.fsdp or training.deepspeed or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(f"{asked} and FSDP or DeepSpeed both shard the model: start with scripts/accelerate/ep.yaml.")
-    return {"distributed_config": _distributed_config(sizes, num_ranks // taken, asked, training.bf16)}
+    return {"distributed_config": _distributed_config(sizes, num_ranks // taken, asked, is_short)}
 
 
 def _distributed_config(sizes: dict[str, int], fsdp_size: int, asked: str, bf16: bool) -> Any:

@@ -82,12 +82,13 @@ if HAS_EP:
     TWO_RANKS |= SHARDED_TRAINING[2] | {name: {"step": step} for name, step in STEPS[2].items()}
     FOUR_RANKS |= SHARDED_TRAINING[4] | {name: {"step": step} for name, step in STEPS[4].items()}
 ON_GPUS = {
-    1: {"whole": {}, "without balance": {"balance": False}},
+    1: {"whole": {}, "without balance": {"balance": False}, "rounded": {"rounded": True}},
     2: {
         "DDP": {},
         "DDP accumulated": ACCUMULATED,
         "FSDP2": FSDP2,
         "FSDP2 accumulated": {**FSDP2, **ACCUMULATED},
+        "FSDP2 gathered in float32": {"sharded": {"fsdp_size": 2, "fsdp_mixed_precision": False}},
         **({"EP": _dealt(2, 2), "EP accumulated": _dealt(2, 2, **ACCUMULATED)} if HAS_EP_INTERFACE else {}),
     },
     4: {

@@ -41,6 +41,7 @@ REFUSED = {
     "ranks": ({"tp_size": 3}, {}, "--tp_size 3 does not fit 4 rank"),
     "two engines": ({"ep_size": 2}, {"deepspeed": "x"}, "--ep_size 2 and FSDP or DeepSpeed both shard the model"),
     "experts": ({"ep_size": 3}, {}, "--ep_size 3 on 4 data parallel rank"),
+    "dtype": ({"gather_dtype": "float32"}, {}, "with no model dealt to ranks"),
 }
 
 
@@ -65,6 +66,10 @@ def test_sizes_become_what_transformers_takes(training):
     found = parallel_options(asked, training, num_ranks=8)["distributed_config"]
     assert (found.fsdp_size, found.ep_size, found.dp_replicate_size, found.tp_size) == (4, 4, 2, 1)
     assert (found.ep_implementation, found.fsdp_mixed_precision) == ("hf_moe_cpt", training.bf16)
+    training.bf16 = True
+    gathered = [ParallelArguments(dp_replicate_size=1, gather_dtype=dtype) for dtype in ("auto", "float32")]
+    found = [parallel_options(asked, training, num_ranks=2)["distributed_config"] for asked in gathered]
+    assert [config.fsdp_mixed_precision for config in found] == [True, False]
 
 
 def test_older_transformers_is_told_what_to_install(training, monkeypatch):

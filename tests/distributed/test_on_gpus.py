@@ -9,10 +9,16 @@ from tests.helpers.rank_runs import TRAINERS
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
-# Relative, of numbers of 8 bits after three steps in which a router may choose another expert; RainbowPO's losses are
-# of small differences between large log-probabilities.
-ROUNDING = {"cpt": 2**-7, "surgery": 2**-7, "rainbowpo": 2**-4}
+# How much further losses may move than by rounding the weights at the start once: that is what gathering them does, in
+# every step, and EP adds up experts of two ranks that are rounded each. Gathered in float32 nothing is rounded more.
+MORE = 4.0
 CELLS = [(ranks, name) for ranks in (2, 4) for name in ON_GPUS[ranks]]
+
+
+def moved(log, other):
+    """Relative differences of all losses, in the order of the log."""
+    pairs = [(a[key], b[key]) for a, b in zip(log, other, strict=True) for key in sorted(LOSSES & set(a))]
+    return [abs(b - a) / abs(a) for a, b in pairs]
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -21,9 +27,9 @@ def test_losses_are_those_of_one_gpu(results_of, num_ranks, name, kind):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"{num_ranks} GPUs are needed")
     job = ON_GPUS[num_ranks][name]
-    want = results_of(1, ON_GPUS, "gpu-")["whole" if job.get("balance", True) else "without balance"][kind]["log"]
-    got = results_of(num_ranks, ON_GPUS, "gpu-")[name][kind]["log"]
-    losses = [(entry[key], other[key]) for entry, other in zip(want, got, strict=True) for key in LOSSES & set(entry)]
-    assert len(losses) >= 3
-    for one, several in losses:
-        assert several == pytest.approx(one, rel=ROUNDING[kind])
+    one = {name: found[kind]["log"] for name, found in results_of(1, ON_GPUS, "gpu-").items()}
+    want = one["whole" if job.get("balance", True) else "without balance"]
+    got = moved(want, results_of(num_ranks, ON_GPUS, "gpu-")[name][kind]["log"])
+    assert len(got) >= 3 and max(got) <= MORE * max(moved(one["whole"], one["rounded"]))
+    if name == "FSDP2 gathered in float32":
+        assert max(got[:2]) < 1e-6  # before the first step, and of it

@@ -71,8 +71,10 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
     if job.get("on_gpu"):  # the kernels of a GPU under the policy of a GPU, without the minutes of a compiler
         shared |= {"use_cpu": False, "bf16": True, "kernels": "plain"}
         options = {"experts_implementation": "hf_moe_cpt"}
-        sharded = sharded and {**sharded, "fsdp_mixed_precision": True}
+        sharded = sharded and {"fsdp_mixed_precision": True, **sharded}
     model = open_model(folder / job.get("model", "model"), sharded, **options)
+    if job.get("rounded"):
+        model.bfloat16().float()
     if not job.get("balance", True):  # it is no sum over micro-batches
         shared["router_balance"] = "none"
     if kind == "cpt":

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe_cpt.kernels.expert_parallel import keep_exchanges, keep_gates, overlap_shared_experts
-from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.machine import has_process_group, inner_model
 
 
 def reshard(model: nn.Module) -> None:
@@ -65,6 +65,12 @@ def reduce_at_once(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
         model.set_requires_all_reduce(True)
+
+
+def ranks_of_a_row(model: nn.Module, args: Any) -> int:
+    """Ranks that are given the same rows, since they share tensors, as `Trainer.get_tp_size` has it."""
+    of_launcher = getattr(args.parallelism_config, "tp_size", 1)
+    return getattr(inner_model(model), "_tp_size", None) or of_launcher or 1
 
 
 def is_sharded(model: nn.Module) -> bool:

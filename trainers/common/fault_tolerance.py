@@ -525,6 +525,8 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         self._changed: list[str] = []  # of these, those that the checkpoint was not made with
         super().__init__(*args, **kwargs)
         settings = self.args
+        settings.ranks_of_a_row = self.get_tp_size()
+        self.token_count.copies = settings.ranks_of_a_row
         reduce_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
         self._reduce_every_pass()
         self._refuse_cut_sequences()
@@ -616,7 +618,7 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         rows = {f"data_{name}": describe_rows(rows) for name, rows in self.compared_data().items()}
         args, started_from = self.args, Path(self.model.config._name_or_path or "").name
         return rows | {
-            "optimizer_batch": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "optimizer_batch": self.get_total_train_batch_size(args),
             "model": f"{self.model.config.model_type}, {sum(p.numel() for p in weights)} weights",
             "trained_weights": sum(p.numel() for p in weights if p.requires_grad),
             "started_from": started_from,
@@ -820,6 +822,13 @@ class FaultToleranceArguments:
     logging_nan_inf_filter: bool = HfArg(
         default=False, help="Replace a loss that is no number in the log, which hides it from the policy."
     )
+
+    ranks_of_a_row = 1  # not a setting: a trainer knows it by its model
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks with rows of their own; those that share tensors share rows too."""
+        return self.world_size // self.ranks_of_a_row
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""

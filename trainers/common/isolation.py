@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
 from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.trainers.common.distributed import reshard
+from hf_moe_cpt.trainers.common.distributed import is_sharded, reshard
 from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK, choose_attention
 from hf_moe_cpt.trainers.common.updates import modes_kept
 
@@ -79,6 +79,24 @@ def isolation_for(model: nn.Module, args: TrainingArguments, max_length: int) ->
     isolation = find_isolation(model, max_length, methods)
     logger.log(logging.WARNING if isolation.method == "padded" else logging.INFO, "%s", isolation)
     return isolation
+
+
+class AttentionOfShards(TrainerCallback):
+    """`choose_attention` for a model that waited to be sharded, once it is on the GPU; documents must stay apart."""
+
+    def __init__(self, isolation: Isolation, max_length: int) -> None:
+        self.isolation, self.max_length = isolation, max_length
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **of: Any) -> None:
+        """A collective."""
+        model, base = of["model"], self.isolation.model
+        before = base.config.get_text_config()._attn_implementation
+        if not is_sharded(model):
+            return
+        choose_attention(model, args, self.max_length)
+        is_new = base.config.get_text_config()._attn_implementation != before
+        if is_new and find_isolation(model, self.max_length, [self.isolation.method]).method == "padded":
+            base.set_attn_implementation(before)
 
 
 def hand_over(model: PreTrainedModel, inputs: dict[str, Any], method: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -33,6 +34,7 @@ from transformers.utils import output_capturing
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
+from hf_moe_cpt.trainers.common.distributed import reshard
 from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
@@ -104,10 +106,11 @@ def choose_attention(model: nn.Module, args: TrainingArguments, max_length: int)
     """Let FlexAttention run packed documents, on the device: with a mask, sdpa computes what it then throws away.
 
     Measured on an H200, 8 x 2,048 tokens, 16 heads of 128, forward and backward: 1.05 ms a layer, sdpa 3.29 ms. It is
-    taken where logits stay what they were but for rounding, before the documents are shown to be apart; not where
-    weights are sharded or not on the GPU yet. max_length: of a row, in tokens.
+    taken where logits stay what they were but for rounding, before the documents are shown to be apart; not while
+    weights are elsewhere than on the GPU, whole or sharded. max_length: of a row, in tokens. A collective where ranks
+    share the model.
     """
-    is_there = all(type(weight) is nn.Parameter and weight.is_cuda for weight in model.parameters())
+    is_there = all(type(weight) in (nn.Parameter, DTensor) and weight.is_cuda for weight in model.parameters())
     if not (_are_wanted(args) and is_there and max_length >= FLEX_BLOCK):
         return
     inner = inner_model(model)
@@ -136,7 +139,10 @@ def _probe_logits(model: PreTrainedModel, vocab_size: int) -> Tensor:
     positions = torch.arange(FLEX_BLOCK // 2, device=ids.device).repeat(1, 2)
     with modes_kept(model), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
         options = {"use_cache": False} | own_penalty_off(model)  # asked for routers once, recorders stay on all layers
-        return model.eval()(input_ids=ids, position_ids=positions, **options).logits.float()
+        try:
+            return model.eval()(input_ids=ids, position_ids=positions, **options).logits.float()
+        finally:
+            reshard(model)
 
 
 def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> str:

@@ -231,6 +231,7 @@ class TokenCount:
     """
 
     def __init__(self) -> None:
+        self.copies = 1  # ranks that are given the same batch
         self.before = self.last = 0  # `before`: those of the run until its checkpoint
         self._here: Tensor | int = 0  # on this rank since then; on the device, so that nothing waits for it
 
@@ -256,7 +257,7 @@ class TokenCount:
         if has_process_group():
             here = here.clone()
             dist.all_reduce(here)
-        self.last = self.before + int(here)
+        self.last = self.before + int(here) // self.copies
         return self.last
 
 

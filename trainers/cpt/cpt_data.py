@@ -470,7 +470,7 @@ def mixture_law(
 
 def optimizer_batch(args: CPTConfig) -> int:
     """Blocks of an optimizer step."""
-    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return args.train_batch_size * args.num_data_ranks * args.gradient_accumulation_steps
 
 
 def law_of(

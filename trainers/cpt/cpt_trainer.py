@@ -36,10 +36,10 @@ from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.optim.schedules import Extension, ScheduleSettings, build_lr_scheduler, phase_at
 from hf_moe_cpt.reading import read_model, refuse_adapter
 from hf_moe_cpt.routing.metrics import adaptation, forgetting
-from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
+from hf_moe_cpt.trainers.common.distributed import ranks_of_a_row, repeatable_on_cpu
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
-from hf_moe_cpt.trainers.common.isolation import isolation_for
+from hf_moe_cpt.trainers.common.isolation import AttentionOfShards, isolation_for
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import (
     HeldOutLoss,
@@ -152,6 +152,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         check_context(model.config, processing_class, args.max_length)
         freeze(model, args.freeze or ())
         args = copy(args)  # what is unset is decided for this model; the caller's may serve for another one
+        args.ranks_of_a_row = ranks_of_a_row(model, args)
         args.liger_kernel_config = liger_kernels(args)
         self.isolation = isolation_for(model, args, args.max_length) if args.packing == "document" else None
         if self.isolation is not None and self.isolation.method == "padded":
@@ -191,7 +192,7 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.global_batch_size = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self.global_batch_size = self.get_total_train_batch_size(args)
         self._flops_per_token = flops_per_token(model, args.max_length)
         self.throughput = ThroughputMeter(
             self.global_batch_size * args.max_length, self._flops_per_token, args.world_size * max(1, args.n_gpu)
@@ -199,6 +200,8 @@ class CPTTrainer(RouterBalanceMixin, UpdatesMixin, FaultTolerantMixin, HubMixin,
         self.balance_routers(balance)
         use_kernels(self.model, self.args, fuses_head=True)
         self.add_callback(StepCallback(self.throughput))
+        if self.isolation is not None:
+            self.add_callback(AttentionOfShards(self.isolation, args.max_length))
         if self.args.use_liger_kernel:  # `train` does it too; an evaluation before it must find the same model
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         shorten_console(self)

@@ -51,7 +51,13 @@ from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
-from hf_moe_cpt.trainers.common.distributed import is_sharded, reduce_at_once, repeatable_on_cpu, reshard
+from hf_moe_cpt.trainers.common.distributed import (
+    is_sharded,
+    ranks_of_a_row,
+    reduce_at_once,
+    repeatable_on_cpu,
+    reshard,
+)
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
@@ -456,6 +462,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             check_vocabulary(model, ref_model)
         self.pad_token_id = pad_token_of(processing_class)
         check_expert_settings(model, args)
+        args.ranks_of_a_row = ranks_of_a_row(model, args)
         freeze(model, [*(args.freeze or ()), *(["router"] if args.freeze_router else [])])
         texts = number_of_texts(args, given, self.sets)
         if texts:
@@ -499,7 +506,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
     def _mixture(self, args: SurgeryConfig) -> SurgeryMixture:
         sizes = {name: getattr(args, f"{name}_batch_size") for name in self.sets}
-        num_items = args.max_steps * args.gradient_accumulation_steps * args.world_size
+        num_items = args.max_steps * args.gradient_accumulation_steps * args.num_data_ranks
         return SurgeryMixture(self.sets, sizes, num_items, args.seed if args.data_seed is None else args.data_seed)
 
     def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> Sampler | None:
@@ -604,7 +611,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         return is_logged or args.gradient_surgery != "none"
 
     def _describe_batch(self, step: int) -> str:
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        parts = self.args.gradient_accumulation_steps * self.args.num_data_ranks
         return f"items {(step - 1) * parts} to {step * parts - 1} of the mixture of {', '.join(self.sets)}"
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -667,8 +674,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             pad_token_id=self.pad_token_id,
             max_rows=self.args.eval_rows if max_rows is None else max_rows,
             seed=self.args.seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            rank=self.args.process_index // self.args.ranks_of_a_row,
+            world_size=self.args.num_data_ranks,
         )
         return map(self._prepare_inputs, rows)
 

@@ -1,17 +1,21 @@
 """Leaving the process group, which must really end, sums in the same order, and the precision in which FSDP2 sums."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from hf_moe_cpt.machine import has_process_group, leave_process_group
-from hf_moe_cpt.trainers.common.distributed import named_as_before_sharding, reduce_in_float32
+from hf_moe_cpt.trainers.common.distributed import named_as_before_sharding, ranks_of_a_row, reduce_in_float32
+from hf_moe_cpt.trainers.cpt import cpt_trainer
+from hf_moe_cpt.trainers.cpt.cpt_data import optimizer_batch
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
 from tests.helpers.tiny_models import tiny_model
 
@@ -103,3 +107,19 @@ def test_a_sharded_model_is_saved_with_its_own_code_as_a_whole_one_is(tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "sharded")
     )
     assert whole == sharded
+
+
+def test_ranks_that_share_tensors_are_one_in_every_count(tmp_path, monkeypatch):
+    model = tiny_model("cpt_moe")
+    model._tp_size = 2
+    assert ranks_of_a_row(model, SimpleNamespace(parallelism_config=None)) == 2
+    assert ranks_of_a_row(tiny_model("cpt_moe"), SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=4))) == 4
+    monkeypatch.setattr(cpt_trainer, "ranks_of_a_row", lambda *_: 2)  # accelerate shares no tensors of CPU processes
+    monkeypatch.setattr(Trainer, "get_tp_size", lambda _: 2)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 4))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda *_, **__: None)
+    batch = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "max_steps": 1}
+    run = cpt_runs.trainer(tmp_path, **batch, hang_timeout=0)
+    assert (run.args.num_data_ranks, run.global_batch_size, optimizer_batch(run.args)) == (2, 30, 30)
+    assert (run.token_count.copies, run._facts()["optimizer_batch"]) == (2, 30)
+    assert run.mixture.law.count("new") + run.mixture.law.count("replay") == 30  # of the step that is asked for

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from hf_moe_cpt.data.packing import PackedDataset, stack_blocks
+from hf_moe_cpt.trainers.common import isolation
 from hf_moe_cpt.trainers.common.isolation import find_isolation
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 from tests.helpers.cpt_runs import config, logged
@@ -143,3 +144,15 @@ def test_flash_attention_that_waits_on_the_cpu_is_handed_lengths():
     assert isolation.method == "lengths" and "flash_elsewhere does not run on the CPU" in str(isolation)
     assert model.config._attn_implementation == "flash_elsewhere"
     assert find_isolation(model, 64, ["positions", "masks"]).method == "padded"
+
+
+@pytest.mark.parametrize("leaks, kept", [(False, "eager"), (True, "sdpa")])
+def test_shards_get_another_attention_on_the_gpu_if_documents_stay_apart(monkeypatch, leaks, kept):
+    model = tiny_model("mixtral")
+    found = find_isolation(model, 64)
+    leaky = isolation.Isolation(model, "padded" if leaks else "positions", {})
+    monkeypatch.setattr(isolation, "is_sharded", lambda model: True)
+    monkeypatch.setattr(isolation, "choose_attention", lambda model, *_: model.set_attn_implementation("eager"))
+    monkeypatch.setattr(isolation, "find_isolation", lambda *_: leaky)
+    isolation.AttentionOfShards(found, 64).on_train_begin(None, None, None, model=model)
+    assert model.config._attn_implementation == kept
