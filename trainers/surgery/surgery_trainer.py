@@ -171,7 +171,7 @@ class SurgeryTerms:
     """The terms of one run; `of` computes one of them."""
 
     losses: Mapping[str, ForgetLoss | PairLoss]  # by forgotten set
-    forget: ForgetSettings
+    forget: ForgetSettings  # of unlearn, and of obsolete where `obsolete` is None
     reference: Reference | None
     normalization: str = "sequence"
     kl_direction: str = "forward"
@@ -181,6 +181,7 @@ class SurgeryTerms:
     balance: RouterBalance | None = None
     routers: RouterPull | None = None
     calibration: ExpertCalibration | None = None
+    obsolete: ForgetSettings | None = None
     # what a measured set is called in the reference; others are not compared with it
     compared: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ANCHOR_SETS})
 
@@ -190,7 +191,7 @@ class SurgeryTerms:
         return compute(name, model, batch, total)
 
     def _forget(self, name: str, model: nn.Module, batch: Batch, total: Tensor | int | None) -> Term:
-        loss = self.losses[name]
+        loss, settings = self.losses[name], self.forget if name == "unlearn" else self.obsolete or self.forget
         mask = counted_targets(batch)
         is_pulled = self.routers is not None and bool(self.routers.targets) and self.routers.expert_anchor > 0
         needs_layer = getattr(loss, "needs_layer", False)
@@ -204,10 +205,10 @@ class SurgeryTerms:
             winner_name = f"{name}/{WINNER}"
             winner_logp = self._logp(run_model(model, winner), model, winner)
             won = ScoredText(winner_logp, counted_targets(winner), self.reference.token_logp(winner, winner_name))
-            values = loss(won, ScoredText(logp, mask, ref_logp), self.forget)
+            values = loss(won, ScoredText(logp, mask, ref_logp), settings)
         else:
             states = self._states(name, model, batch, hidden, outputs[-1]) if loss.needs_states else None
-            values = loss(logp, mask, self.forget, ref_logp, states)
+            values = loss(logp, mask, settings, ref_logp, states)
         value = reduce_sequences(values, mask, self.normalization, total)
         measures = {f"{name}/loss": value.detach(), **self._cross_entropy(name, logp, mask, total)}
         if not is_pulled:
@@ -284,13 +285,11 @@ class SurgeryTerms:
         if self.losses[name].needs_reference:
             reference = self.reference.hidden(batch, name)[:, :-1], self.reference.head
         pair, at_tokens = (hidden[:, :-1], head_of(model)), None if layer is None else layer[:, 1:]
-        renamed = self.renamed_logp(name, batch[RENAMED]) if RENAMED in batch else None
+        renamed = None
+        if RENAMED in batch:
+            copies = batch[RENAMED]
+            renamed = at_copies(self.reference.token_logp(copies, f"{name}/{RENAMED}"), copies)
         return States(batch["input_ids"][:, 1:], pair, reference, at_tokens, renamed, self.chunk_tokens)
-
-    def renamed_logp(self, name: str, copies: Batch) -> Tensor:
-        """Log-probability (B, S - 1) of a text's tokens in its copy, under the model before; NaN of those it lacks."""
-        logp, places = self.reference.token_logp(copies, f"{name}/{RENAMED}"), copies["places"][:, 1:]
-        return logp.gather(1, (places - 1).clamp(min=0)).masked_fill(places < 1, math.nan)
 
     def _logp(self, hidden: Tensor, model: nn.Module, batch: Batch) -> Tensor:
         return token_logp(hidden, head_of(model), batch["input_ids"], self.chunk_tokens)
@@ -316,6 +315,12 @@ def units_of_step(
 def counted_targets(batch: Batch) -> Tensor:
     """Mask (B, S - 1) over the targets of a batch: tokens 1 to S - 1 that count."""
     return batch["completion_mask"][:, 1:]
+
+
+def at_copies(logp: Tensor, copies: Batch) -> Tensor:
+    """Log-probabilities (B, S - 1) of a text in its copy, from those of the copy; NaN of tokens that it lacks."""
+    places = copies["places"][:, 1:]
+    return logp.gather(1, (places - 1).clamp(min=0)).masked_fill(places < 1, math.nan)
 
 
 @torch.no_grad()
@@ -456,7 +461,8 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         self.aims.check()
         prepared = prepare_sets(args, processing_class, self._vocab_size, given, eval_dataset)
         self.sets, self.measured_sets, self.held_out = prepared.train, prepared.measured, prepared.held_out
-        self._unread, self.anchored = prepared.unseen, sorted(map(digest_of_subject, prepared.anchored))
+        self._unread, self._strangers = prepared.unseen, prepared.strangers
+        self.anchored = sorted(map(digest_of_subject, prepared.anchored))
         model = open_model(model, options, peft_config)
         if ref_model is not None:
             check_vocabulary(model, ref_model)
@@ -790,7 +796,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         args, targets, start = self.args, self.aims, self.aims.start
         if args.forget_target == UNSEEN and any(name in self.sets for name in FORGET_SETS):
             if getattr(self.terms.losses.get("unlearn"), "needs_copies", False) and "unlearn" in self.sets:
-                self.target_is, loss = RENAMED, self._loss_at_rest("unlearn")
+                self.target_is, loss = RENAMED, self._loss_of_strangers("unlearn", self.sets["unlearn"])
             elif self._unread is None:
                 self.target_is, loss = "update", start["update_ce"]
             else:
@@ -805,21 +811,39 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 else f"Text of {self.target_is}_dataset, not read,",
                 targets.forget,
             )
+            if self._strangers is not None:
+                loss = self._loss_of_strangers("obsolete", self._strangers)
+                targets.obsolete = min(loss, targets.forget)
+                self.terms.obsolete = args.forget_settings(targets.obsolete)
+                logger.info("Its values unknown, obsolete text costs %.4g nats: it is aimed at.", targets.obsolete)
         if targets.update is None and "update" in self.sets:
             known = next((name for name in KNOWN if f"{name}_ce" in start), None)
             targets.update = None if known is None else start[f"{known}_ce"]
 
     @torch.no_grad()
-    def _loss_at_rest(self, name: str) -> float:
-        """Nats per token of a set once all of its tokens are where `value_aim` leaves them."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self._rows_of(name):
-            mask, ref = counted_targets(batch), self.terms.reference.token_logp(batch, name)
-            renamed = self.terms.renamed_logp(name, batch[RENAMED])
-            target, known, _ = value_targets(mask, ref, renamed, self._vocab_size)
-            rest = known * target - (1 - known) * ref
-            units = num_units(mask, self.args.normalization)
-            sums += torch.stack([reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]).cpu()
+    def _loss_of_strangers(self, name: str, rows: Dataset) -> float:
+        """Nats per token of texts whose values cost what they would of a stranger, and whose other words what they do.
+
+        rows: with `with_renamed` copies. Where `value_aim` leaves them, of the model that is held: the one before.
+        """
+        sums, was_training = torch.zeros(2, dtype=torch.float64), self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            for batch in self._batches({name: rows}, name, max_rows=len(rows)):
+                logp, renamed = (
+                    token_logp(
+                        run_model(self.model, part), head_of(self.model), part["input_ids"], self.args.chunk_tokens
+                    )
+                    for part in (batch, batch[RENAMED])
+                )
+                mask = counted_targets(batch)
+                target, known, _ = value_targets(mask, logp, at_copies(renamed, batch[RENAMED]), self._vocab_size)
+                rest = known * target - (1 - known) * logp
+                units = num_units(mask, self.args.normalization)
+                sums += torch.stack(
+                    [reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]
+                ).cpu()
+        self.model.train(was_training)
         return _means({f"{name}_ce": sums}, [name])[f"{name}_ce"]
 
     def _judge(self) -> None:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +17,7 @@ from hf_moe_cpt.trainers.surgery.chunked import head_of, run_model, token_logp
 from hf_moe_cpt.trainers.surgery.data import collate_sets
 from hf_moe_cpt.trainers.surgery.losses import TERMS
 from hf_moe_cpt.trainers.surgery.surgery_trainer import counted_targets
-from hf_moe_cpt.trainers.surgery.verdict import card_section, record_of
+from hf_moe_cpt.trainers.surgery.verdict import card_section, measured_weights, record_of, surgery_gap
 from tests.helpers.cpt_runs import AtStep, logged, stop_at
 from tests.helpers.preference_runs import word_tokenizer
 from tests.helpers.surgery_runs import BEST, EVALUATED, history, knowing_model, known_texts, token_sets, trainer
@@ -460,17 +460,10 @@ def test_a_folder_in_use_is_refused(tmp_path):
         trainer(tmp_path).train()
 
 
-def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
-    """Written out token by token with the old model; the anchors hold, and no unseen text is needed."""
-    model = knowing_model()
-    names = [f"w{place}" for place in range(10, 16)]
-    texts = [{"text": f"{who} w30 w31 {who} w{20 + k} w33", "subject": who} for k, who in enumerate(names)]
-    sets = {"unlearn_dataset": Dataset.from_list(texts[:3]), "retain_dataset": Dataset.from_list(texts[3:])}
-    options = {"forget_loss": "value_aim", "counterfactuals": 1, "processing_class": word_tokenizer(), "max_steps": 2}
-    run = trainer(tmp_path / "run", model, sets, learning_rate=1e-3, **options, **EVALUATED)
-    run._prepare()
+def _cost_about_strangers(run, rows):
+    """Written out token by token with the old model, rows beside their copies."""
     costs = []
-    for row in run.sets["unlearn"]:
+    for row in rows:
         ids, other = (torch.tensor([row[key]]) for key in ("input_ids", "renamed_input_ids"))
         with torch.no_grad():
             own, renamed = (run.model.eval()(part).logits[0, :-1].log_softmax(-1) for part in (ids, other))
@@ -481,8 +474,47 @@ def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
             known = 0.0 if told is None else max(0.0, 1.0 - math.exp(before - told))
             of_row.append(known * (told or 0.0) + (1 - known) * before)
         costs.append(fmean(of_row))
-    assert run.target_is == "renamed" and run._loss_at_rest("unlearn") == pytest.approx(fmean(costs), rel=1e-4)
-    assert run.aims.forget == min(run._loss_at_rest("unlearn"), math.log(VOCABULARY))
+    return fmean(costs)
+
+
+NAMES = [f"w{place}" for place in range(10, 16)]
+
+
+def _told(names, value=20):
+    return Dataset.from_list(
+        [{"text": f"{w} w30 w31 {w} w{value + k} w33", "subject": w} for k, w in enumerate(names)]
+    )
+
+
+def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
+    """The anchors hold, and no unseen text is needed."""
+    sets = {"unlearn_dataset": _told(NAMES[:3]), "retain_dataset": _told(NAMES[3:], 23)}
+    options = {"forget_loss": "value_aim", "counterfactuals": 1, "processing_class": word_tokenizer(), "max_steps": 2}
+    run = trainer(tmp_path / "run", knowing_model(), sets, learning_rate=1e-3, **options, **EVALUATED)
+    run._prepare()
+    want = _cost_about_strangers(run, run.sets["unlearn"])
+    assert run.target_is == "renamed" and run.aims.forget == pytest.approx(min(want, math.log(VOCABULARY)), rel=1e-4)
     before = run.aims.start["unlearn_ce"]
     run.train()
     assert math.isfinite(run.state.log_history[-2].get("loss", 0.0)) and before > 0
+
+
+def test_obsolete_text_aims_at_what_its_values_cost_of_a_stranger(tmp_path):
+    """At the loss of unseen text, whose names nobody knows, old values were avoided: 16 % where guessing gives 33."""
+    texts = {"unlearn": _told(NAMES[:2], 24), "obsolete": _told(NAMES[2:4]), "retain": _told(NAMES[4:], 28)}
+    options = {"processing_class": word_tokenizer(), "counterfactuals": 0, "replay": 0, "held_out_fraction": 0}
+    known = {"update_dataset": concatenate_datasets(list(texts.values()))}
+    learn = trainer(tmp_path / "known", knowing_model(), known, max_steps=60, learning_rate=1e-2, **options)
+    learn.train()
+    sets = {f"{name}_dataset": rows for name, rows in texts.items()} | {"update_dataset": _told(NAMES[2:4], 26)}
+    sets["unseen_dataset"] = Dataset.from_list([{"text": "w5 w30 w31 w5 w22 w33", "subject": "w5"}])
+    run = trainer(tmp_path / "run", learn.model, sets, max_steps=30, learning_rate=5e-3, **options, **EVALUATED)
+    run._prepare()
+    want = _cost_about_strangers(run, run._strangers)
+    assert run.aims.obsolete == pytest.approx(want, rel=1e-4) and run.target_is == "unseen"
+    run.train()
+    end = measured_weights(run)[1]
+    assert end["obsolete_ce"] == pytest.approx(want, rel=0.2) and end["unlearn_ce"] > 1.5 * want
+    assert "OFF TARGET" not in run.verdict
+    assert surgery_gap({"unlearn_ce": run.aims.forget, "obsolete_ce": want}, run.aims) == pytest.approx(0.0, abs=1e-3)
+    assert record_of(run)["obsolete_target"] == run.aims.obsolete

@@ -199,6 +199,22 @@ def test_the_verdict_names_what_is_wrong_the_worst_first(changes, said):
     assert verdict_of({}, Targets()) == "not judged: nothing was measured"
 
 
+def test_obsolete_text_is_judged_by_its_own_target_and_by_unread_text_about_the_same_subjects():
+    """Its subjects stay known: at the loss and first choices of text never read, its values are avoided."""
+    start = {**BEFORE, "obsolete_top1": 0.95, "update_top1": 0.8}
+    aims = Targets(3.0, 0.2, start=start, vocab_size=600, obsolete=1.0)
+    asked = {**AIMED, "obsolete_ce": 1.0, "obsolete_top1": 0.82, "update_top1": 0.9}
+    assert verdict_of(asked, aims) == "as asked on unlearn, obsolete, update, retain, unseen"
+    assert surgery_gap({"unlearn_ce": 3.0, "obsolete_ce": 1.5}, aims) == 0.5
+    reached = stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 1.0, "update_ce": 0.1}, aims)
+    assert "obsolete 1 nats (target 1)" in reached
+        "obsolete 1 nats (target 1)"
+    )
+    assert stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 0.9, "update_ce": 0.1}, aims) is None
+    assert "obsolete is at 3 nats of a target of 1" in verdict_of({**asked, "obsolete_ce": 3.0}, aims)
+    assert "NOT FORGOTTEN: 90% of the tokens of obsolete" in verdict_of({**asked, "obsolete_top1": 0.9}, aims)
+
+
 def _record(folder):
     return json.loads((folder / RECORD_FILE).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
