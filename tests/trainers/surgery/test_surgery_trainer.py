@@ -208,8 +208,6 @@ def test_obsolete_text_is_judged_by_its_own_target_and_by_unread_text_about_the_
     assert surgery_gap({"unlearn_ce": 3.0, "obsolete_ce": 1.5}, aims) == 0.5
     reached = stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 1.0, "update_ce": 0.1}, aims)
     assert "obsolete 1 nats (target 1)" in reached
-        "obsolete 1 nats (target 1)"
-    )
     assert stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 0.9, "update_ce": 0.1}, aims) is None
     assert "obsolete is at 3 nats of a target of 1" in verdict_of({**asked, "obsolete_ce": 3.0}, aims)
     assert "NOT FORGOTTEN: 90% of the tokens of obsolete" in verdict_of({**asked, "obsolete_top1": 0.9}, aims)
