@@ -44,6 +44,7 @@ CLAMPED_GATES: dict[str, tuple[str | float, str, float]] = {
     "HYV4Experts._apply_gate": (1.0, "swiglu_limit", 0.0),
     "Glm5NextTextExperts._apply_gate": (1.0, "swiglu_limit", 0.0),
 }
+DISTRIBUTED = "its weights are distributed tensors"  # whole, or local, where FSDP2 or expert parallelism runs them
 FLOAT_GATES = ("BeamExperts._apply_gate",)  # the usual rule, in float32 as ours is
 
 
@@ -121,7 +122,7 @@ def why_unsupported(self: nn.Module, device: torch.device, dtype: torch.dtype) -
         return f"its activation is {_activation_name(self.act_fn)}"
     weights = (self.gate_up_proj, self.down_proj)
     if any(hasattr(weight, "to_local") for weight in weights):
-        return "its weights are distributed tensors"
+        return DISTRIBUTED
     if any(not weight.is_floating_point() or weight.element_size() < 2 for weight in weights):
         return f"its weights are {self.gate_up_proj.dtype}"
     return None

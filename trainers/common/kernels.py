@@ -18,8 +18,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from transformers.masking_utils import flex_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
-from hf_moe_cpt.kernels.experts_interface import HAS_TRITON, why_unsupported
+from hf_moe_cpt.kernels.experts_interface import DISTRIBUTED, HAS_TRITON, why_unsupported
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
 from hf_moe_cpt.trainers.common.distributed import reshard
@@ -156,7 +157,7 @@ def choose_experts(model: PreTrainedModel, device: torch.device, dtype: torch.dt
     chosen = getattr(model.config.get_text_config(), "_experts_implementation", None)
     if chosen not in OF_TRANSFORMERS:
         return f"experts {chosen}"
-    reasons = {_why_not(module, device, dtype) for module in experts} - {None}
+    reasons = {_why_not(module, device, dtype) for module in experts} - {None, DISTRIBUTED}
     if not reasons and not model._can_set_experts_implementation():
         reasons = {"the model class does not let its experts be chosen"}
     if reasons:
@@ -190,7 +191,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
         silence_while_compiled(kept)
     for layer in kept:
         layer.compile(backend=backend)
-        layer._compiled_call_impl = _CompiledCall(layer, layer._compiled_call_impl, kept)
+        layer._compiled_call_impl = _CompiledCall(layer, layer._compiled_call_impl, kept, backend)
     return len(kept)
 
 
@@ -209,14 +210,23 @@ def silence_while_compiled(layers: list[nn.Module]) -> None:
 class _CompiledCall:
     """A layer's compiled call where it is trained (with gradient, no cache), else, or if that fails, its own."""
 
-    def __init__(self, layer: nn.Module, compiled: Callable, layers: list[nn.Module]) -> None:
-        self.layer, self.compiled, self.layers = layer, compiled, layers
+    def __init__(self, layer: nn.Module, compiled: Callable, layers: list[nn.Module], backend: str) -> None:
+        self.layer, self.compiled, self.layers, self.backend = layer, compiled, layers, backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in kwargs.values()):
             return self.layer._call_impl(*args, **kwargs)
+        run = getattr(self.layer, "_gradient_checkpointing_func", None)
+        is_inside = type(self.layer).__call__ is not nn.Module.__call__  # of checkpointing already, before 5.24
+        if run is not None and self.layer.gradient_checkpointing and self.layer.training and not is_inside:
+            if not isinstance(run, _CompiledInside):
+                self.layer._gradient_checkpointing_func = _CompiledInside(run, self.backend)
+            return self._tried(self.layer._call_impl, args, kwargs)
+        return self._tried(self.compiled, args, kwargs)
+
+    def _tried(self, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
-            return self.compiled(*args, **kwargs)
+            return call(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             logger.warning(
                 "%s cannot be compiled (%s): its layers run as transformers runs them.",
@@ -225,4 +235,25 @@ class _CompiledCall:
             )
             for layer in self.layers:
                 layer._compiled_call_impl = None
+                run = getattr(layer, "_gradient_checkpointing_func", None)
+                if isinstance(run, _CompiledInside):
+                    layer._gradient_checkpointing_func = run.run
             return self.layer._call_impl(*args, **kwargs)
+
+
+class _CompiledInside:
+    """Checkpointing of a layer that compiles what is computed again: the compiler leaves out what checkpointing calls.
+
+    A function of a class of layers is compiled once for all of them.
+    """
+
+    _compiled: ClassVar[dict[tuple[Callable, Any], Callable]] = {}
+
+    def __init__(self, run: Callable, backend: str) -> None:
+        self.run, self.backend = run, backend
+
+    def __call__(self, part: partial, *args: Any) -> Any:
+        key = part.func, self.backend
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(part.func, backend=self.backend)
+        return self.run(partial(self._compiled[key], *part.args, **part.keywords), *args)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
+from hf_moe_cpt.kernels.experts_interface import DISTRIBUTED
 from hf_moe_cpt.routing.hooks import listen, moe_layers
 from hf_moe_cpt.trainers.common import kernels
 from hf_moe_cpt.trainers.common.kernels import choose_experts, compile_layers, use_kernels
@@ -96,6 +98,38 @@ def test_layers_share_their_graphs_and_passes_without_gradient_need_none(fresh):
             model(**batch(7))
         assert counters["frames"]["ok"] == compiled[layers]
     assert compiled[2] == compiled[6] > 0
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_layers_are_compiled_inside_checkpoints_too(fresh, family):
+    """Against the same model uncompiled and without checkpoints; graphs run in the forward pass and again after it."""
+    plain, ran = model_of(family), []
+    fast = deepcopy(plain)
+
+    def backend(graph, inputs):
+        run = lookup_backend("aot_eager")(graph, inputs)
+        return lambda *args: ran.append(1) or run(*args)
+
+    fast.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(fast, backend=backend)
+    want = gradients(plain)
+    for _ in range(2):
+        fast.zero_grad()
+        ran.clear()
+        loss = fast(**batch()).loss
+        forward = len(ran)
+        loss.backward()
+        assert len(ran) > forward > 0
+        got = {name: weight.grad for name, weight in fast.named_parameters() if weight.grad is not None}
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_will_be_gathered_do_not_keep_experts_from_our_kernels(monkeypatch):
+    """While they are dealt to ranks they are distributed tensors, and whole or local where they run."""
+    model = model_of("olmoe")
+    monkeypatch.setattr(kernels, "why_unsupported", lambda *_: DISTRIBUTED)
+    assert choose_experts(model, DEVICE, None) == "experts hf_moe_cpt"
 
 
 @pytest.mark.compiles
