@@ -207,6 +207,7 @@ class DeduplicatedEP(AutoEP):
         self.group_name, self.num_ranks = ep_mesh.get_group().group_name, ep_mesh.size()
         self.beside: Callable[[], None] | None = None  # what can run while rows travel
         self.most_tokens: int | None = None  # of a rank in the pass under way
+        self.is_wide = False  # whether most tokens have experts on most ranks
         self.gates: Tensor | None = None  # those of the call under way, before FSDP2 rounds them
         object.__setattr__(experts, "_exchange", self)  # where `overlap_shared_experts` finds it
         self.experts = experts
@@ -225,7 +226,8 @@ class DeduplicatedEP(AutoEP):
         kept, most = _kept.get(), self.most_tokens
         if kept is not None:
             most = kept.most_tokens = kept.most_tokens if kept.is_replayed else most
-        if most is None or (1 - 1 / self.num_ranks) ** top_k_index.shape[1] > MOST_SPARED:
+        self.is_wide = (1 - 1 / self.num_ranks) ** top_k_index.shape[1] <= MOST_SPARED
+        if most is None or not self.is_wide:
             return self._by_counts(tokens, top_k_index, gates)
         return self._to_all_ranks(tokens, top_k_index, gates, most)
 
@@ -298,10 +300,10 @@ class DeduplicatedEP(AutoEP):
         return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else hidden_states.dtype
 
 
-def tell_numbers_of_tokens(model: nn.Module, most_of: Callable[[int], int]) -> int:
-    """Before each pass that is trained, let exchanges know how many tokens the rank with the most has; how many do.
+def tell_numbers_of_tokens(model: nn.Module, most_of: Callable[[int], int]) -> Any:
+    """Before each pass that is trained, let exchanges know the tokens of the rank with the most; a hook's handle.
 
-    most_of: of this rank's number that of all ranks, a collective of hosts. It is of use where a token has experts on
+    most_of: of this rank's number that of all ranks, a collective of hosts. It is asked where a token has experts on
     most ranks: with 8 of them on 2 ranks (99.6 % of all copies travel anyway) and on 4 (90 %), not on 8 (66 %).
     """
     exchanges = [part._exchange for part in model.modules() if getattr(part, "_exchange", None) is not None]
@@ -309,13 +311,12 @@ def tell_numbers_of_tokens(model: nn.Module, most_of: Callable[[int], int]) -> i
 
     def tell(_: nn.Module, args: tuple, given: dict[str, Any]) -> None:
         ids = given.get("input_ids", args[0] if args else None)
-        most = most_of(ids.numel()) if model.training and torch.is_grad_enabled() and ids is not None else None
+        is_asked = model.training and torch.is_grad_enabled() and ids is not None
+        most = most_of(ids.numel()) if is_asked and any(exchange.is_wide for exchange in exchanges) else None
         for exchange in exchanges:
             exchange.most_tokens = most
 
-    if exchanges:
-        model.register_forward_pre_hook(tell, with_kwargs=True)
-    return len(exchanges)
+    return model.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def keep_gates(model: nn.Module) -> None:

@@ -29,7 +29,12 @@ from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_moe_cpt.kernels.expert_parallel import keep_exchanges, keep_gates, overlap_shared_experts
+from hf_moe_cpt.kernels.expert_parallel import (
+    keep_exchanges,
+    keep_gates,
+    overlap_shared_experts,
+    tell_numbers_of_tokens,
+)
 from hf_moe_cpt.machine import has_process_group, inner_model
 
 
@@ -219,6 +224,9 @@ class ShardedModelCallback(TrainerCallback):
     the host must be ahead of the device for it, which it is not where it waits for numbers of rows in every layer.
     """
 
+    def __init__(self) -> None:
+        self._telling: Any = None  # the handle of a hook
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         """After the model was sharded and checkpointing switched on."""
         if model is None or not is_sharded(model):
@@ -231,6 +239,11 @@ class ShardedModelCallback(TrainerCallback):
         overlap_shared_experts(model)
         keep_own_gradients(model)
         keep_gates(model)
+        if any(hasattr(part, "_exchange") for part in model.modules()):
+            agreement = RankAgreement(args.ddp_timeout_delta)
+            if self._telling is not None:
+                self._telling.remove()
+            self._telling = tell_numbers_of_tokens(model, lambda own: int(agreement.of_all([own]).max()))
         exchanging = [layer for layer in layers if any(hasattr(part, "_exchange") for part in layer.modules())]
         for layer in exchanging:
             run = getattr(layer, "_gradient_checkpointing_func", None)
