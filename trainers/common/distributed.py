@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,6 +37,9 @@ from hf_moe_cpt.kernels.expert_parallel import (
     tell_numbers_of_tokens,
 )
 from hf_moe_cpt.machine import has_process_group, inner_model
+
+
+SPARE_MEMORY = 0.08  # share of a GPU that is left to the driver, communication, pieces and longer batches
 
 
 def reshard(model: nn.Module) -> None:
@@ -226,6 +230,7 @@ class ShardedModelCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._telling: Any = None  # the handle of a hook
+        self._is_measured = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         """After the model was sharded and checkpointing switched on."""
@@ -250,6 +255,50 @@ class ShardedModelCallback(TrainerCallback):
             is_reentrant = getattr(run, "keywords", {}).get("use_reentrant", True)
             if run is not None and layer.gradient_checkpointing and not is_reentrant:
                 layer._gradient_checkpointing_func = partial(run, context_fn=keep_exchanges)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        """After the first step, with which all memory has been taken: keep what there is room for. A collective."""
+        if self._is_measured or model is None or not is_sharded(model) or args.device.type != "cuda":
+            return
+        self._is_measured = True
+        free, total = torch.cuda.mem_get_info()
+        room = free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated() - SPARE_MEMORY * total
+        is_short = room < gathered_bytes(model, args.bf16 or args.fp16)
+        if not RankAgreement(args.ddp_timeout_delta).of_all([float(is_short)]).any():
+            keep_gathered(model)
+
+
+def gathered_bytes(model: nn.Module, is_halved: bool) -> int:
+    """Of the weights that `keep_gathered` keeps on this rank; is_halved: gathered in 16 bits, whatever their type."""
+    shards = {weight for part in _gathering(model) for weight in part.parameters() if isinstance(weight, DTensor)}
+    return sum(
+        weight.to_local().numel() * _ranks_that_share(weight) * (2 if is_halved else weight.element_size())
+        for weight in shards
+    )
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Let weights that were gathered for the forward pass stay until the backward pass has used them."""
+    for part in _gathering(model):
+        part.set_reshard_after_forward(False, recurse=False)
+
+
+def _gathering(model: nn.Module) -> list[FSDPModule]:
+    """Parts whose weights come from other ranks: a gather of one rank is a copy, made again in no time."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    return [
+        part
+        for part in parts
+        if any(_ranks_that_share(weight) > 1 for weight in part.parameters() if isinstance(weight, DTensor))
+        and not hasattr(part, "_exchange")
+    ]
+
+
+def _ranks_that_share(weight: DTensor) -> int:
+    """By FSDP2; experts that are dealt to ranks, and tensors that ranks share, stay where they are."""
+    mesh, places = weight.device_mesh, weight.placements
+    dims = zip(mesh.shape, places, mesh.mesh_dim_names or [""] * mesh.ndim, strict=True)
+    return math.prod(size for size, place, name in dims if isinstance(place, Shard) and name not in ("ep", "tp"))
 
 
 class RankAgreement:

@@ -1,5 +1,6 @@
 """Leaving the process group, which must really end, sums in the same order, and the precision in which FSDP2 sums."""
 
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -10,10 +11,17 @@ from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer, TrainingArguments
 
 from hf_moe_cpt.machine import has_process_group, leave_process_group
-from hf_moe_cpt.trainers.common.distributed import named_as_before_sharding, ranks_of_a_row, reduce_in_float32
+from hf_moe_cpt.trainers.common.distributed import (
+    gathered_bytes,
+    keep_gathered,
+    named_as_before_sharding,
+    ranks_of_a_row,
+    reduce_in_float32,
+)
 from hf_moe_cpt.trainers.cpt import cpt_trainer
 from hf_moe_cpt.trainers.cpt.cpt_data import optimizer_batch
 from tests.helpers import cpt_runs, preference_runs, surgery_runs
@@ -107,6 +115,27 @@ def test_a_sharded_model_is_saved_with_its_own_code_as_a_whole_one_is(tmp_path):
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "sharded")
     )
     assert whole == sharded
+
+
+@pytest.mark.parametrize(
+    "shape, names, shared", [((4,), None, 4), ((2, 2), ("dp_replicate", "fsdp"), 2), ((1,), None, 1)]
+)
+def test_gathered_weights_are_counted_and_kept(shape, names, shared):
+    """Held against their number of bytes, and against the groups of FSDP2 that reshard after a forward pass."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(shape))
+    try:
+        mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        for part in (model[0], model[1], model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        whole = 8 * 16 + 16 + 16 * 4 + 4
+        assert gathered_bytes(model, True) == (2 * whole if shared > 1 else 0)
+        assert gathered_bytes(model, False) == (4 * whole if shared > 1 else 0)
+        keep_gathered(model)
+        kept = [part._get_fsdp_state()._fsdp_param_group.post_forward_mesh_info is None for part in model]
+        assert kept == [shared > 1] * 2
+    finally:
+        leave_process_group()
 
 
 def test_ranks_that_share_tensors_are_one_in_every_count(tmp_path, monkeypatch):
