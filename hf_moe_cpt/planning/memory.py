@@ -267,8 +267,10 @@ def training_memory(size: ModelSize, kept: KeptBytes, setup: TrainingSetup) -> T
     weights, gradients, optimizer = _states(held, weight, setup)
     reference = {"none": 0, "cache": size.head * weight, "copy": held * weight}[setup.reference]
     workspace = workspace_at_end = _gathered(size, setup) if sharded else 0
-    if setup.engine == "ddp" and setup.gpus > 1:
-        workspace = workspace_at_end = gradients  # the buckets that are reduced: a second copy of all gradients
+    has_buckets = setup.engine == "ddp" and setup.gpus > 1  # that are reduced, and stay
+    in_buckets = has_buckets and setup.trainer != "surgery"  # whose terms have gradients of their own
+    if has_buckets:
+        workspace, workspace_at_end = gradients, 0 if in_buckets else gradients
     if setup.engine == "zero3":
         workspace = workspace_at_end = workspace + min(held, SUB_GROUP) * 4
     elif sharded:  # without the embedding, and before there are gradients
@@ -282,7 +284,7 @@ def training_memory(size: ModelSize, kept: KeptBytes, setup: TrainingSetup) -> T
     activations = kept.of_batch(setup.sequences, setup.checkpointing) + kept.fixed + _kept_of_others(size, setup)
     at_work, its_gradients = head_bytes(size, setup)
     head = max(at_work, its_gradients + one_layer)
-    earlier = gradients if setup.passes > 1 else 0
+    earlier = gradients if setup.passes > 1 and not in_buckets else 0
     begin = earlier + activations + head + workspace
     end = gradients + one_layer + workspace_at_end
     parts = {"weights": weights, "optimizer": optimizer, "reference": reference}

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -512,11 +513,13 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
     `open_run` is to be called by `train` before anything is computed; `may_be_there` names what of a run may lie in
     its folder before. Overrides `train` (watches begin and end; a rewind starts the loop again), `_run_epoch` (not of
     a run that is over), `log` and `_save_checkpoint` (bad steps are looked for first), `get_batch_samples` (time
-    without data, tokens), `_get_grad_norm` (a norm that is no number), `create_optimizer` (of shards, where a pass
+    without data, tokens), `_build_accelerator_args` (how DDP keeps gradients), `_get_grad_norm` (a norm that is no
+    number), `create_optimizer` (of shards, where a pass
     before training has gathered some) and `_load_optimizer_and_scheduler` (settings that were changed).
     """
 
     may_be_there: tuple[str, ...] = ()
+    has_one_backward = True  # a micro-batch: nobody takes gradients away and keeps them
     stop_reason: str | None = None  # why the run is over before max_steps
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -548,6 +551,14 @@ class FaultTolerantMixin(AtomicCheckpointMixin):
         for callback in (ShardedModelCallback(), self.bad_steps, self.step_timing, self.watchdog, self.preemption):
             if callback is not None:
                 self.add_callback(callback)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """The parent's; DDP's gradients lie in the buckets that it sends, and are not copied there and back."""
+        found = super()._build_accelerator_args(**kwargs)
+        for handler in found["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = self.has_one_backward
+        return found
 
     def _reduce_every_pass(self) -> None:
         """Under FSDP2 let gradients be reduced to shards in each backward pass, unless somebody chose otherwise.

@@ -411,6 +411,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
     """
 
     run_method = "surgery"
+    has_one_backward = False
     may_be_there = (REFERENCE_FOLDER,)
     verdict = "not judged yet"  # of the weights, once training has ended
     fluency: float | None = None  # entropy of what the model writes over that of the true texts
