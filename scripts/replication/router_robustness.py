@@ -23,7 +23,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.data.python_corpus import build_python_corpus, train_byte_level_bpe
 from hf_moe_cpt.data.text import load_text_dataset, tokenize_documents
 from hf_moe_cpt.evaluation.resumable import write_json
+from hf_moe_cpt.hub.upcycle import UpcycleOptions, upcycle
 from hf_moe_cpt.machine import check_names, machine_facts
 from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reading import read_json
@@ -49,6 +50,7 @@ from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.hooks import active_parameters
 from hf_moe_cpt.routing.metrics import ImbalanceShift, imbalance_around_shift, normalized_imbalance, recovery_step
 from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
+from hf_moe_cpt.scripts.replication.downstream import accuracies, continuations, write_task
 from hf_moe_cpt.scripts.replication.sweep import (
     CONFIDENCE,
     Crew,
@@ -107,7 +109,11 @@ class Scale:
     router_bias_update_rate: float = 1e-3  # of the loss-free router
     micro_blocks: int = 1  # of a micro-batch of the models whose name ends in MICRO
     long_steps: int = 0  # of the arm that waits for a return, without replay
-    characters: int | None = None  # of each text of the Python installation; None: --text is needed
+    characters: int | None = None  # of each text at most; None: all of it
+    has_text: bool = False  # that of the Python installation, without --text
+    tokenizer_of: tuple[str, ...] = ()  # texts that the tokenizer is trained on; none: the first two
+    questions: int = 0  # of downstream tasks, of each text at most; see downstream.py
+    is_upcycled: bool = False  # --base is where training begins, dense or upcycled
 
     @property
     def texts(self) -> list[str]:
@@ -188,8 +194,8 @@ def balance_over_micro_batches(trainer: CPTTrainer) -> None:
 class Worker:
     """Carries out chains in a process. folder: of the comparison; text and tokenizer lie in it, see `prepare`."""
 
-    def __init__(self, scale: Scale, folder: Path, device: str) -> None:
-        self.scale, self.folder, self.device = scale, folder, device
+    def __init__(self, scale: Scale, folder: Path, device: str, base: str | None = None) -> None:
+        self.scale, self.folder, self.device, self.base = scale, folder, device, base
         torch.set_num_threads(1)
         torch._dynamo.config.recompile_limit = 64  # models of all kinds go through one process
 
@@ -216,7 +222,7 @@ class Worker:
         scale, new, ratios = self.scale, chain.new, self.scale.ratios(chain.new)
         steps, whole, shares = scale.continued_steps, {scale.old: 1.0}, {new: 1 - ratios[-1], scale.old: ratios[-1]}
         yield PRETRAINED, self._run(chain, PRETRAINED, scale.steps, None, whole, WARMUP)
-        for ratio in ratios:
+        for ratio in ratios[:1] if chain.method.endswith(MICRO) else ratios:
             name = continued(new, ratio)
             yield name, self._run(chain, name, steps, PRETRAINED, {new: 1 - ratio, scale.old: ratio})
         if chain.method in scale.models_of(LONG, new):
@@ -267,7 +273,11 @@ class Worker:
         trainer.remove_callback(ShortPrinter)
         if chain.method.endswith(MICRO):
             balance_over_micro_batches(trainer)
-        before = trainer.evaluate() if start is not None else {}
+        ask = partial(
+            accuracies, trainer.model, trainer.processing_class, self.folder / "tasks", self.scale.batch_size
+        )
+        is_first = start is None and not self.scale.is_upcycled
+        before, tasks_before = ({}, {}) if is_first else (trainer.evaluate(), ask())
         trainer.train()
         if trainer.state.global_step < steps:
             raise InterruptedError(f"{chain.name} {name} was stopped after step {trainer.state.global_step}")
@@ -277,6 +287,8 @@ class Worker:
             "loss": {text: after[key] for text, key in self._keys(new).items()},
             "loss_before": {text: before[key] for text, key in self._keys(new).items() if key in before},
             "mri": [entry["mri"] for entry in trainer.state.log_history if "mri" in entry],
+            "tasks": ask(),
+            "tasks_before": tasks_before,
             "parameters": trainer.model.num_parameters(),
             "active_parameters": active_parameters(trainer.model),
         }
@@ -300,11 +312,22 @@ class Worker:
         if start is not None:
             (last,) = (self.folder / "work" / chain.folder / start).glob("checkpoint-*")
             return AutoModelForCausalLM.from_pretrained(last, local_files_only=True)
+        if self.scale.is_upcycled:
+            return AutoModelForCausalLM.from_pretrained(self._upcycled(chain), local_files_only=True, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         set_seed(chain.seed)
         fields = {**self.scale.fields, "vocab_size": len(tokenizer), **ids}
         return AutoModelForCausalLM.from_config(config_of(chain.method, **fields))
+
+    def _upcycled(self, chain: Chain) -> Path:
+        """The base, or a mixture made of it, whose routers the seed draws."""
+        if chain.method == "dense":
+            return Path(self.base)
+        made = self.folder / "work" / chain.folder / "upcycled"
+        if not made.is_dir():
+            upcycle(self.base, made, chain.method.removeprefix("pb-"), UpcycleOptions(seed=chain.seed))
+        return made
 
     def _arguments(
         self,
@@ -379,14 +402,15 @@ class Worker:
         return choose
 
 
-def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
-    """Tokenizer and tokens of every text, made once; returns tokens and bytes of each.
+def prepare(scale: Scale, folder: Path, text: str | None, base: str | None = None) -> dict[str, Any]:
+    """Tokenizer, that of a base if there is one, tokens of every text, tasks; made once, returns tokens and bytes.
 
     Documents lie in the order of their files, so that parts of them are about something.
     """
     facts = folder / "text.json"
     if facts.is_file():
         return read_json(facts)
+    known = scale.tokenizer_of or scale.texts[:2]
     if text is None:
         corpus = build_python_corpus(
             max_characters_per_domain=scale.characters,
@@ -396,15 +420,23 @@ def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
         sides = {name: {side: rows.sort("path") for side, rows in corpus[name].items()} for name in scale.texts}
     else:
         sides = {}
-        for name in scale.texts:
-            found = load_text_dataset(str(Path(text) / name)).train_test_split(HELD_OUT_FRACTION, seed=0, shuffle=True)
+        for name in dict.fromkeys([*scale.texts, *known]):
+            found = load_text_dataset(str(Path(text) / name))
+            if scale.characters is not None:
+                found = found.shuffle(seed=0)
+                ends = np.cumsum([len(row) for row in found["text"]])
+                found = found.select(range(1 + int(np.searchsorted(ends[:-1], scale.characters))))
+            found = found.train_test_split(HELD_OUT_FRACTION, seed=0, shuffle=True)
             sides[name] = {"train": found["train"], "held_out": found["test"]}
-    train = (row for name in scale.texts[:2] for row in sides[name]["train"]["text"])
-    tokenizer = train_byte_level_bpe(train, scale.vocab_size, model_max_length=scale.max_length, progress=False)
+    if base is None:
+        train = (row for name in known for row in sides[name]["train"]["text"])
+        tokenizer = train_byte_level_bpe(train, scale.vocab_size, model_max_length=scale.max_length, progress=False)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {}
-    for name, both in sides.items():
-        for side, rows in both.items():
+    for name in scale.texts:
+        for side, rows in sides[name].items():
             if side == "held_out":  # no document has fewer than 64 tokens
                 rows = rows.shuffle(seed=0).select(range(min(len(rows), scale.held_out_tokens // 64)))
             tokens = tokenize_documents(rows, tokenizer)
@@ -416,6 +448,7 @@ def prepare(scale: Scale, folder: Path, text: str | None) -> dict[str, Any]:
                 ends = np.cumsum(list(map(len, tokens["input_ids"])))
                 count = range(1 + int(np.searchsorted(ends[:-1], scale.held_out_tokens)))
                 rows, tokens = rows.select(count), tokens.select(count)
+                write_task(continuations(rows["text"], scale.questions), f"continue_{name}", folder / "tasks")
             tokens.save_to_disk(str(folder / "text" / name / side))
             sizes[f"{name}/{side}"] = {
                 "tokens": sum(map(len, tokens["input_ids"])),
@@ -505,6 +538,17 @@ class Evidence:
         """Rise of the held-out loss on the old text."""
         record, old = self.chains[model][run], self.scale.old
         return record["loss"][old] - record["loss_before"][old]
+
+    def unlearns(self, model: str, run: str) -> float:
+        """How far the share of right choices falls in tasks about the old text and about what it may tell.
+
+        Raises KeyError where nothing was asked.
+        """
+        record = self.chains[model][run]
+        names = {f"continue_{self.scale.old}", "capitals"} & record.get("tasks", {}).keys()
+        if not names:
+            raise KeyError("tasks")
+        return statistics.fmean(record["tasks_before"][name] - record["tasks"][name] for name in names)
 
     def asked(self, model: str) -> float:
         """MRI x E/K in evaluation on the old text, before the shift."""
@@ -601,6 +645,10 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
     ),
     "batch_spike": lambda e: e.spike("pb-granular") - e.spike(f"pb-granular{MICRO}"),
     "batch_forgetting": lambda e: e.forgets("pb-granular", e.plain) - e.forgets(f"pb-granular{MICRO}", e.plain),
+    "downstream": lambda e: _mean(e.mixtures, lambda m: e.unlearns(m, e.plain)) - e.unlearns("dense", e.plain),
+    "downstream_replay": lambda e: (
+        _mean(e.mixtures, lambda m: e.unlearns(m, e.replayed())) - e.unlearns("dense", e.replayed())
+    ),
     "prediction": Evidence.prediction,
     "drift_replay": lambda e: _mean(
         e.arm(DRIFT, MIXTURES), lambda m: e.forgets(m, e.replayed(DRIFT)) - e.forgets(m, e.replayed())
@@ -702,7 +750,8 @@ def _rows(
 MODELS_TOLD = """before, peak, after: MRI x E/K in training, the mean of 20 steps, the highest of 5 within 50 steps of
 the shift, the last 20; asked: in evaluation on the old text before the shift; kept: share of a token's experts that a
 run without replay kept on the old text; old: held-out loss before the shift; forgets: its rise, also with replay; new:
-loss on the new text; losses in nats"""
+loss on the new text; losses in nats; unlearns: by how much the share of right choices in downstream tasks about the
+old text falls, also with replay"""
 # Of one model and shift, in the order of the table.
 NUMBERS: dict[str, Callable[[Evidence, str], float]] = {
     "before": lambda e, m: e.around(m, e.plain).before,
@@ -716,6 +765,8 @@ NUMBERS: dict[str, Callable[[Evidence, str], float]] = {
     "with replay": lambda e, m: e.forgets(m, e.replayed()),
     "new": lambda e, m: e.loss(m, e.plain),
     "new, replay": lambda e, m: e.loss(m, e.replayed()),
+    "unlearns": lambda e, m: e.unlearns(m, e.plain),
+    "unl. replay": lambda e, m: e.unlearns(m, e.replayed()),
 }
 
 
@@ -772,9 +823,9 @@ def results_text(results: Mapping[str, Any]) -> str:
             told = ", ".join("not in this run" if value is None else str(value) for value in values)
             steps = scale.long_steps if model in scale.models_of(LONG, new) else scale.continued_steps
             lines.append(f"{new}: steps until {model} stays below the level of its Sinkhorn twin, of {steps}: {told}")
-    table = []
+    table, shown = [], [name for name in NUMBERS if any(name in row for row in results["models"])]
     for row in results["models"]:
-        cells = {name: Estimate(*row[name]).text(1.0, 3) if name in row else "" for name in NUMBERS}
+        cells = {name: Estimate(*row[name]).text(1.0, 3) if name in row else "" for name in shown}
         table.append({"shift": row["shift"], "model": row["model"]} | cells)
     if table:
         lines += ["", text_table(table), MODELS_TOLD]
@@ -819,6 +870,7 @@ class RobustnessArguments:
     seeds: int | None = HfArg(default=None, help="Chains of each model, if not the setting's.")
     output_dir: str = HfArg(default="runs/router-robustness", help="Folder; finished chains are kept.")
     text: str | None = HfArg(default=None, help="Folder with a folder of documents for each text of the setting.")
+    base: str | None = HfArg(default=None, help="Folder of the dense model that the setting continues and upcycles.")
     workers: int = HfArg(default=2, help="Processes, one chain each at a time; 1: this process does it all.")
     device: str = HfArg(default="cpu", help="cpu or cuda.")
     minutes: float | None = HfArg(default=None, help="No chain begins later than this; the same command goes on.")
@@ -845,11 +897,14 @@ def compare_main(argv: Sequence[str]) -> None:
     check_names("--device", [args.device], ("cpu", "cuda"))
     check_request(args, SETTINGS, MODELS)
     scale = SETTINGS[args.setting]
-    if args.text is None and scale.characters is None:
+    if (args.base is None) == scale.is_upcycled:
+        told = "--base is missing: name" if scale.is_upcycled else f"--base is nothing that {args.setting} reads: drop"
+        raise ValueError(f"{told} the folder of a dense model, as factbook.py makes one.")
+    if args.text is None and not scale.has_text:
         raise ValueError(f"--text is missing: name a folder with the folders {', '.join(scale.texts)}.")
     folder = open_folder(args.output_dir, {"setting": args.setting, "scale": asdict(replace(scale, seeds=0))})
     quiet_process()
-    facts, seeds = prepare(scale, folder.root, args.text), args.seeds or scale.seeds
+    facts, seeds = prepare(scale, folder.root, args.text, args.base), args.seeds or scale.seeds
     if (made_with := folder.read("machine.json")) is None:
         made_with = machine_facts(torch.device(args.device), args.commit)
         folder.write("machine.json", made_with)
@@ -858,7 +913,9 @@ def compare_main(argv: Sequence[str]) -> None:
     }
     with (
         tqdm(total=sum(map(len, chains.values())), desc="chains", disable=None) as bar,
-        Crew(folder, args.workers, Worker, scale, folder.root, args.device, until=end_of(args.minutes)) as crew,
+        Crew(
+            folder, args.workers, Worker, scale, folder.root, args.device, args.base, until=end_of(args.minutes)
+        ) as crew,
     ):
         try:
             for of_shift in chains.values():
