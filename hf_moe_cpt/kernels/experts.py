@@ -10,6 +10,7 @@ run. Source: ours; docs/kernels.md tells the design. `experts_interface` offers 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -81,13 +82,19 @@ def experts(
     inputs = (tokens, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     settings = (form.activation, form.transposed, form.interleaved, [form.alpha, form.limit, form.offset])
-    # An operator costs the host as much as three launches: none where nobody asks for one.
-    is_seen = torch.compiler.is_compiling() or type(tokens) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    is_seen = _is_seen(tokens)
     if not needs_gradient and are_few(top_k_index.numel(), gate_up.shape[0]):
         return (_few_operator if is_seen else _few)(*inputs, *settings)
     save = not low_memory and needs_gradient
-    forward = _experts_forward if is_seen or needs_gradient else _forward
+    forward = _experts_forward if is_seen else _Eager.apply if needs_gradient else _forward
     return forward(*inputs, *settings, save, num_pairs)[0]
+
+
+def _is_seen(tensor: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a dispatch mode, a tensor that is more than one. Where nobody
+    does there are none, for one costs the host as much as ten launches.
+    """
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _few(
@@ -333,7 +340,12 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor | No
         return (None,) * 13
     *inputs, preactivation = ctx.saved_tensors[:7]
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 3, 4, 5, 6)]
-    gradients = (_experts_backward_in_place if _is_last_use(preactivation) else _experts_backward)(
+    in_place = _is_last_use(preactivation)
+    if _is_seen(grad_output) or torch.is_grad_enabled():  # a second derivative: refused by them
+        function = _experts_backward_in_place if in_place else _experts_backward
+    else:
+        function = partial(_gradients, in_place=in_place)
+    gradients = function(
         grad_output, *inputs, preactivation, list(ctx.saved_tensors[7:]), *ctx.form, needs, ctx.num_pairs
     )
     of_tokens, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
@@ -348,6 +360,18 @@ def _is_last_use(saved: Tensor) -> bool:
 
 
 _experts_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """`_experts_forward` and its derivative without operators."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _plan_of(tokens: Tensor, slots: Tensor, gate_up: Tensor, form: Form) -> TilePlan:

@@ -181,7 +181,7 @@ def gated_backward(
         tile_source(grad_rows, [tile.block_m, tile.block_k], use_tma), tile_source(down, box, use_tma), preactivation,
         table.weight_of_row, grad_preactivation, weighted, partials, table.expert_of_tile, table.group_start,
         num_experts, width, hidden_size, grad_rows.shape[0],
-        CHUNKS=min(4, max(1, tile.block_m * tile.block_n // (1024 * tile.num_warps))), TMA=use_tma,
+        CHUNKS=min(4, max(1, tile.block_m * tile.block_n // (1024 * min(8, tile.num_warps)))), TMA=use_tma,
         PRECISION=dot_precision(grad_rows.dtype), **form.launch_options(), **tile.launch_options(),
     )  # fmt: skip
     return grad_preactivation, weighted, partials
@@ -203,7 +203,8 @@ def _gated_backward_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program owns a (BLOCK_M, BLOCK_N) tile of `weighted`, the two of `grad_preactivation` beside it, and BLOCK_M
-    entries of one row of `partials`. The epilogue works on CHUNKS parts of the columns, or registers would spill.
+    entries of one row of `partials`. The epilogue works on CHUNKS parts of the columns, or registers would spill, and
+    on h' as its type rounds it, in half the registers.
     """
     num_row_tiles = tl.load(group_start + num_experts) // BLOCK_M
     num_column_tiles = tl.cdiv(width, BLOCK_N)
@@ -219,36 +220,36 @@ def _gated_backward_kernel(
     lines = row + tl.arange(0, BLOCK_M)
     weight = tl.load(weight_of_row + lines)
     lines = lines.to(tl.int64)
-    part: tl.constexpr = BLOCK_N // CHUNKS
-    tensors = (preactivation, grad_preactivation, weighted)
-    # fmt: off
-    if CHUNKS == 1:
-        partial = _columns_backward(total, weight, lines, column, width, *tensors, GATE, INTERLEAVED, part)
-    else:
-        left, right = _halves(total)
-        if CHUNKS == 2:
-            partial = _columns_backward(left, weight, lines, column, width, *tensors, GATE, INTERLEAVED, part)
-            partial += _columns_backward(right, weight, lines, column + part, width,
-                *tensors, GATE, INTERLEAVED, part)
-        else:
-            tl.static_assert(CHUNKS == 4)
-            first, second = _halves(left)
-            third, fourth = _halves(right)
-            partial = _columns_backward(first, weight, lines, column, width, *tensors, GATE, INTERLEAVED, part)
-            partial += _columns_backward(second, weight, lines, column + part, width,
-                *tensors, GATE, INTERLEAVED, part)
-            partial += _columns_backward(third, weight, lines, column + 2 * part, width,
-                *tensors, GATE, INTERLEAVED, part)
-            partial += _columns_backward(fourth, weight, lines, column + 3 * part, width,
-                *tensors, GATE, INTERLEAVED, part)
-    # fmt: on
+    partial = _parts_backward(
+        total.to(weighted.dtype.element_ty), weight, lines, column, width, preactivation, grad_preactivation, weighted,
+        GATE, INTERLEAVED, BLOCK_N, CHUNKS,
+    )  # fmt: skip
     tl.store(partials + column_tile.to(tl.int64) * num_rows + lines, partial)
 
 
 @triton.jit
-def _halves(total):
-    """Left and right half of the columns of a tile."""
-    return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
+def _parts_backward(
+    grad_hidden, weight, lines, column, width, preactivation, grad_preactivation, weighted, GATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`_columns_backward` of one part of the columns after the other."""
+    if PARTS == 1:
+        partial = _columns_backward(
+            grad_hidden, weight, lines, column, width, preactivation, grad_preactivation, weighted, GATE, INTERLEAVED,
+            COLUMNS,
+        )  # fmt: skip
+    else:
+        half: tl.constexpr = COLUMNS // 2
+        left, right = grad_hidden.reshape(grad_hidden.shape[0], 2, half).permute(0, 2, 1).split()
+        partial = _parts_backward(
+            left, weight, lines, column, width, preactivation, grad_preactivation, weighted, GATE, INTERLEAVED, half,
+            PARTS // 2,
+        )  # fmt: skip
+        partial += _parts_backward(
+            right, weight, lines, column + half, width, preactivation, grad_preactivation, weighted, GATE, INTERLEAVED,
+            half, PARTS // 2,
+        )  # fmt: skip
+    return partial
 
 
 @triton.jit
@@ -267,6 +268,7 @@ def _columns_backward(
     else:
         gate = tl.load(preactivation + row + columns[None, :], mask=inside, other=0.0)
         up = tl.load(preactivation + row + columns[None, :] + width, mask=inside, other=0.0)
+    grad_hidden = grad_hidden.to(tl.float32)
     hidden, by_gate, by_up = gated_with_derivatives(gate.to(tl.float32), up.to(tl.float32), GATE)
     weighted_grad = grad_hidden * weight[:, None]
     dtype = weighted.dtype.element_ty

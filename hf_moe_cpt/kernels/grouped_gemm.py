@@ -8,7 +8,7 @@ bias gradient     per expert, the sum of its rows
 
 A matrix is read either through a tensor descriptor, which the copy engine of Hopper and later GPUs serves (TMA), or
 through pointers, which works everywhere; the two differ in nothing else. Rows are never masked. Columns past the end
-read 0 and are not written. Everything in an epilogue is in float32.
+read 0 and are not written. An epilogue computes in float32.
 
 Tile shapes are a small table with a sane default for the rest. Nothing is tuned at run time: the first call of a
 shape only compiles. `python scripts/benchmarks/experts.py` measures candidates on the GPU at hand; the Hopper entries
@@ -81,7 +81,7 @@ HOPPER_TRAINING = TilePlan(
     rows_per_tile=128,
     gated_up=Tile(128, 128, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
     down=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
-    hidden_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    hidden_gradient=Tile(128, 256, 64, num_warps=16, num_stages=4, tma=True),
     input_gradient=Tile(128, 256, 64, num_warps=8, num_stages=3, persistent=True, tma=True),
     up_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),
     down_weight_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True),

@@ -200,7 +200,8 @@ def test_gated_backward(columns, tma, dtype, name, width):
     got = gated_backward(grad_rows, down, preactivation, table, form, tile)
     _assert_rows_match("gradient of the pre-activations", got[0], want[0], table)
     _assert_rows_match("weighted hidden", got[1], want[1], table)
-    _assert_rows_match("gradient of the gate weights", got[2].sum(0), want[2].sum(0), table)
+    partials = got[2].sum(0).to(dtype)  # float32 sums of products with h', which is rounded
+    _assert_rows_match("gradient of the gate weights", partials, want[2].sum(0), table)
 
     kept = preactivation.clone()
     over, _, _ = gated_backward(grad_rows, down, preactivation, table, form, tile, in_place=True)
