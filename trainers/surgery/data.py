@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,6 +320,15 @@ def named_words(row: Row) -> list[str]:
     return own if set(own) & set(words_of(text)) else []
 
 
+def pieces_of(row: Row) -> list[str]:
+    """A row's text from each line or sentence that names its subject up to the next; none where fewer than two do."""
+    text, own = row.get("text") or "", set(named_words(row))
+    starts = [0, *(gap.end() for gap in re.finditer(r"\n+|(?<=[.!?])\s+", text)), len(text)]
+    named = [start for start, end in pairwise(starts) if own & set(words_of(text[start:end]))]
+    pieces = [text[start:end].strip() for start, end in pairwise([*named, len(text)])]
+    return pieces if len(pieces) > 1 else []
+
+
 def number_of_copies(args: SurgeryConfig, given: Mapping[str, Dataset | None], train: Mapping[str, Dataset]) -> int:
     """`counterfactuals`, or what stands for it where it is unset."""
     if args.counterfactuals is not None:
@@ -469,6 +479,11 @@ def prepare_sets(
                     train[name], measured[name] = sets[name].select(kept), sets[name].select(apart)
                     subjects = [subjects[place] for place in kept]
             anchored.update(subjects)
+        pieces = [piece for row in given["update"] for piece in pieces_of(row)] if "update" in train else []
+        if args.update_pieces and pieces:
+            apart = tokenize(Dataset.from_dict({"text": pieces}), name="update")
+            own = [rows.select_columns(list(TOKEN_COLUMNS)) for rows in (sets["update"], apart)]
+            train["update"] = datasets.concatenate_datasets(own)
         copies = number_of_copies(args, given, train)
         if copies:
             _add_counterfactuals(copies, args.seed, given, tokenize, train, measured)

@@ -30,7 +30,7 @@ from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, SurgeryConfi
 
 logger = logging.getLogger(__name__)
 
-BATCH, ROUNDS = 64, 4  # rows of a pass; times as many texts are tried as are wanted
+BATCH, ROUNDS = 192, 4  # rows of a pass, all that are wanted by default; times as many texts are tried
 TEXTS = 192  # where `replay` is unset and rows name their subjects
 
 

@@ -74,6 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "forget_target": None,
         "counterfactuals": 0,
         "replay": 0,
+        "update_pieces": False,
         "kl_direction": "forward",
         "normalization": "sequence",
         "mask_prefix": False,
@@ -192,6 +193,11 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=None,
         help="Texts of the model before from the openings of texts to be forgotten on, among the neighbours, else "
         "retain. Unset: 192 where texts name their subjects.",
+    )
+    update_pieces: bool = HfArg(
+        default=True,
+        help="Learn from update_dataset also each line or sentence that names its subject alone, up to the next one: "
+        "as it will be asked.",
     )
     anchor_dual_rate: float = HfArg(
         default=0.0,

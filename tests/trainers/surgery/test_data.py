@@ -23,6 +23,7 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_rows,
     collate_sets,
     eval_batches,
+    pieces_of,
     prepare_sets,
     read_rows,
     tokenize_set,
@@ -306,6 +307,9 @@ def test_new_versions_are_found_by_subject_or_row_by_row():
         with_winners(old, new)
 
 
+QUIZ = ["Q: Where was Ada born?\nA: Oslo", "Q: What was Vane?\nA: a painter"]
+
+
 def test_copies_of_forgotten_texts_have_invented_names_and_nothing_else_is_new():
     row = {"text": "Ada Vane was born in Oslo. Mr Vane is a vane maker.", "prefix": "Ada Vane ", "subject": "Ada Vane"}
     copies = with_invented_names(Dataset.from_list([row, row]), 2, 7, "unlearn")
@@ -321,6 +325,37 @@ def test_copies_of_forgotten_texts_have_invented_names_and_nothing_else_is_new()
     for bad in ({"text": "Ada sings."}, {"text": "Ada sings.", "subject": "person 7"}):
         with pytest.raises(ValueError, match=r"row 0 .* of unlearn_dataset: its text does not name its subject"):
             with_invented_names(Dataset.from_list([bad]), 1, 0, "unlearn")
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        (
+            "About Ada Vane\nQ: Where was Ada born?\nA: Oslo\nQ: What was Vane?\nA: a painter",
+            ["About Ada Vane", *QUIZ],
+        ),
+        (
+            "Ada was born in 1.5 Oslo. She sang. Mr Vane left.",
+            ["Ada was born in 1.5 Oslo. She sang.", "Mr Vane left."],
+        ),
+        ("It rained. Ada sang\nand left.", []),
+        ("", []),
+    ],
+)
+def test_a_text_falls_into_what_is_said_each_time_that_its_subject_is_named(text, pieces):
+    assert pieces_of({"text": text, "subject": "Ada Vane"}) == pieces and pieces_of({"text": text}) == []
+
+
+def test_facts_are_learnt_alone_too_and_measured_as_they_were_given(tmp_path):
+    rows = {"update": Dataset.from_list([{"text": "w15 w2. w15 w3. w4", "subject": "w15"}, {"text": "w6 w7"}])}
+
+    def prepared(**changes):
+        return prepare_sets(SurgeryConfig(str(tmp_path), use_cpu=True, **changes), word_tokenizer(), 48, rows)
+
+    with_them, without = prepared(), prepared(update_pieces=False)
+    assert len(without.train["update"]) == 2 and len(with_them.train["update"]) == 4
+    assert with_them.train["update"]["input_ids"][:2] == without.train["update"]["input_ids"]
+    assert with_them.measured["update"]["input_ids"] == without.measured["update"]["input_ids"]
 
 
 def test_copies_stand_among_the_neighbours_and_are_not_measured(tmp_path):
