@@ -22,6 +22,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -466,6 +467,7 @@ class Evidence:
     chains: Mapping[str, Runs]
     new: str
     asked_for: Sequence[str] = ()  # models, those of the plan if none are named
+    seeds: Sequence[Mapping[str, Runs]] = ()  # the chains of all seeds, of which lines are fitted
 
     @property
     def mixtures(self) -> list[str]:
@@ -570,15 +572,21 @@ class Evidence:
         changed = 1 - statistics.fmean(self.chains[model][run]["routing"]["saturation"])
         return [self.spike(model, run), changed, overlap]
 
-    def prediction(self) -> float:
-        """R2 of forgetting predicted for an architecture by a line through the runs of the others."""
+    def points(self, chains: Mapping[str, Runs]) -> list[tuple[str, list[float], float]]:
+        """Architecture, features and forgetting of the runs of a seed; KeyError where one is missing."""
         runs = [continued(self.new, ratio) for ratio in self.scale.ratios(self.new)]
-        rows = [
-            (model, [1.0, *self.features(model, run)], self.forgets(model, run)) for model in MIXTURES for run in runs
-        ]
+        one = replace(self, chains=chains)
+        return [(m, [1.0, *one.features(m, run)], one.forgets(m, run)) for m in MIXTURES for run in runs]
+
+    def prediction(self) -> float:
+        """R2 over the runs of this seed, predicted by a line through all seeds' runs of the other architectures."""
+        rows, known = self.points(self.chains), []
+        for chains in self.seeds or [self.chains]:
+            with suppress(KeyError):
+                known += self.points(chains)
         errors = []
         for left_out in MIXTURES:
-            x, y = zip(*((x, y) for model, x, y in rows if model != left_out), strict=True)
+            x, y = zip(*((x, y) for model, x, y in known if model != left_out), strict=True)
             line = np.linalg.lstsq(np.array(x), np.array(y), rcond=None)[0]
             errors += [y - float(np.dot(x, line)) for model, x, y in rows if model == left_out]
         spread = np.var([y for *_, y in rows])
@@ -690,10 +698,8 @@ def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: M
     seeds = sorted({seed for found in chains.values() for seed in found})
     claims, back = [], {}
     for new in scale.shifts:
-        evidence = []
-        for seed in seeds:
-            found = {model: by_seed[seed] for model, by_seed in chains.items() if seed in by_seed}
-            evidence.append(Evidence(scale, found, new, tuple(chains)))
+        by_seed = [{model: runs[seed] for model, runs in chains.items() if seed in runs} for seed in seeds]
+        evidence = [Evidence(scale, found, new, tuple(chains), by_seed) for found in by_seed]
         for name, claim in CLAIMS.items():
             if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))

@@ -28,10 +28,21 @@ from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, MANY, seeds_needed,
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LEAST_SEEDS = surgery_methods.LEAST_SEEDS
-ROUTER = {"router_s": "8 M active parameters, real text", "router_small": "tiny, the text of a Python installation"}
+ROUTER = {
+    "router_s": "8 M active parameters, real text",
+    "router_small": "tiny, the text of a Python installation",
+    "router_ranks": "`small` on two ranks, each with half of the batch",
+}
+ELSEWHERE = {
+    "router_m": "30 M active parameters, real text",
+    "router_smollm2": "SmolLM2-135M, as it is and upcycled",
+    "router_multilingual": "tiny, English, then LibreOffice's help in five languages",
+}
+NEW = "new: "  # before what no paper claims
+RANKS = "ranks.json"  # beside the results of `small`
 PREFERENCE = {"preference_world_h200": "30 M parameters", "preference_world": "tiny"}
 SURGERY = "surgery_small"
-ALL_MODELS = 6  # of the first paper, the dense twin among them
+FEW, MORE = 10, 50  # seeds or runs that would decide
 Results = Mapping[str, Any]
 
 
@@ -54,32 +65,83 @@ def page(benchmarks: Path) -> str:
     """The page of those results that are there. benchmarks: the folder of their folders."""
     found = {
         name: read_json(benchmarks / name / "results.json")
-        for name in (*ROUTER, *PREFERENCE, SURGERY)
+        for name in (*ROUTER, *ELSEWHERE, *PREFERENCE, SURGERY)
         if (benchmarks / name / "results.json").is_file()
     }
-    router, preference, surgery = router_part(found), preference_part(found), surgery_part(found)
-    counts = Counter(re.findall(r"\*\*(confirmed|refuted|undecided)\*\*", router + preference + surgery))
-    seeds = {name: len(found[name]["seeds"]) for name in ROUTER if name in found}
-    told = []
-    for name in seeds:
-        models = list(dict.fromkeys(row["model"] for row in found[name]["runs"]))
-        text = (
-            f"[`{name.removeprefix('router_')}`](../benchmarks/{name}/README.md): {ROUTER[name]}, {seeds[name]} seeds"
-        )
-        told.append(text + ("" if len(models) >= ALL_MODELS else f", {' and '.join(models)} alone"))
+    if (ranks := benchmarks / "router_small" / RANKS).is_file():
+        found["router_ranks"] = ranks_results(read_json(ranks))
+    papers, new, elsewhere = (router_part(found, *which) for which in ((ROUTER, False), (ROUTER, True), (ELSEWHERE,)))
+    router = "\n\n".join((papers, new, elsewhere))
+    preference, surgery = preference_part(found), surgery_part(found)
+    pictures = [f"![](../benchmarks/{name}/comparison.png)" for name in list(ROUTER)[:2] if name in found]
+    told = {}
+    for where in (ROUTER, ELSEWHERE):
+        parts = []
+        for name in filter(found.__contains__, where):
+            folder = "router_small" if name == "router_ranks" else name
+            label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
+            parts.append(f"{label}: {where[name]}, {len(found[name]['seeds'])} seeds")
+        told[len(told)] = "; ".join(parts) or "not run yet"
     return (
         Path(__file__)
         .with_suffix(".md")
         .read_text(encoding="utf-8")
         .format(
-            counts=", ".join(f"{counts[verdict]} {verdict}" for verdict in ("confirmed", "refuted", "undecided")),
-            router=router,
-            router_told="; ".join(told) or "Not run yet",
+            counts=counts_told(router + preference + surgery),
+            open=open_told(router + preference + surgery),
+            router_counts=counts_told(router),
+            preference_counts=counts_told(preference),
+            surgery_counts=counts_told(surgery),
+            router=papers,
+            new=new,
+            elsewhere=elsewhere,
+            pictures="\n\n".join(pictures),
+            router_told=told[0],
+            elsewhere_told=told[1],
             router_cost=router_cost(found["router_s"]) if "router_s" in found else "not run yet",
             preference=preference,
             surgery=surgery,
         )
     )
+
+
+def counts_told(tables: str) -> str:
+    """How many verdicts of each kind stand in tables."""
+    counts = Counter(re.findall(r"\*\*(confirmed|refuted|undecided)\*\*", tables))
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("confirmed", "refuted", "undecided"))
+
+
+def open_told(tables: str) -> str:
+    """What would decide what is undecided, in numbers of seeds or runs."""
+    needed = [
+        math.inf if more else int(n) for more, n in re.findall(r"; (more than )?([\d,]+) (?:seeds|runs)", tables)
+    ]
+    few, some = sum(n <= FEW for n in needed), sum(FEW < n <= MORE for n in needed)
+    return (
+        f"Of these, {few} would be decided by at most {FEW} seeds or runs and {some} by {FEW + 1} to {MORE}; for "
+        f"{len(needed) - few - some} it would take more: an effect, if there is one, is small beside what seeds do."
+    )
+
+
+def ranks_results(rows: Sequence[Mapping[str, Any]]) -> Results:
+    """Of runs on two ranks the claims about balance over the batch: over both, or over the micro-batch of each."""
+    scale = router_robustness.SETTINGS["small"]
+    (new,) = scale.shifts
+    plain, by_seed = router_robustness.continued(new, 0.0), {}
+    for row in rows:
+        model = "pb-granular" + ("" if row["scope"] == "global" else router_robustness.MICRO)
+        before, after = {scale.old: row["old_before"]}, {scale.old: row["old_after"], new: row["new_after"]}
+        by_seed.setdefault(row["seed"], {})[model] = {
+            router_robustness.PRETRAINED: {"loss": before, "mri": row["mri_before"]},
+            plain: {"loss": after, "loss_before": before, "mri": row["mri_after"]},
+        }
+    seeds = {seed: chains for seed, chains in by_seed.items() if len(chains) > 1}
+    claims = []
+    for name in ("batch_loss", "batch_spike", "batch_forgetting"):
+        claim, measure = router_robustness.CLAIMS[name], router_robustness.MEASURES[name]
+        values = [measure(router_robustness.Evidence(scale, chains, new)) for chains in seeds.values()]
+        claims.append({"claim": name, "shift": new, **claim, **router_robustness.judged(values, claim["kind"])})
+    return {"claims": claims, "seeds": list(seeds), "scale": {"shifts": [new]}}
 
 
 def cell(claim: Mapping[str, Any] | None, mean: str, units: str, needed: int | None) -> str:
@@ -114,23 +176,28 @@ DISTANCES = {
 }
 
 
-def router_part(found: Mapping[str, Results]) -> str:
-    """The claims of the first paper, a column for each shift of each setting."""
-    columns = [(name, new) for name in ROUTER if name in found for new in found[name]["scale"]["shifts"]]
+def router_part(found: Mapping[str, Results], where: Mapping[str, str], is_new: bool | None = None) -> str:
+    """The claims of the first paper, a column for each shift of each setting. is_new: ours alone, or the paper's."""
+    claims = [
+        (name, claim)
+        for name in where
+        if name in found
+        for claim in found[name]["claims"]
+        if is_new is None or claim["says"].startswith(NEW) == is_new
+    ]
+    columns = list(dict.fromkeys((name, claim["shift"]) for name, claim in claims))
     rows: dict[str, dict[tuple[str, str], str]] = {}
-    claims = [(name, claim) for name in ROUTER if name in found for claim in found[name]["claims"]]
     order = list(router_robustness.CLAIMS)
     for name, claim in sorted(claims, key=lambda pair: order.index(pair[1]["claim"])):
         told = f" ({claim['kind'].replace('_', ' ')} {claim['margin']:g})" if "margin" in claim else ""
         text = cell(claim, "mean", "seeds", claim.get("seeds_needed"))
         if claim["seeds"] < len(found[name]["seeds"]):  # the others were cut off before all runs of the claim
             text += f" (of {claim['seeds']})"
-        rows.setdefault(f"{claim['says']}{told}, {claim['unit']}", {})[name, claim["shift"]] = text
+        says = router_robustness.CLAIMS[claim["claim"]]["says"].removeprefix(NEW if is_new else "")
+        rows.setdefault(f"{says}{told}, {claim['unit']}", {})[name, claim["shift"]] = text
     if not columns:
         return ""
-    heads = {(name, new): f"`{name.removeprefix('router_')}`, to {new}" for name, new in columns}
-    pictures = [f"![](../benchmarks/{name}/comparison.png)" for name in ROUTER if name in found]
-    return "\n\n".join([table(rows, heads), *pictures])
+    return table(rows, {(name, new): f"`{name.removeprefix('router_')}`, to {new}" for name, new in columns})
 
 
 def table(rows: Mapping[str, Mapping[Any, str]], heads: Mapping[Any, str]) -> str:
