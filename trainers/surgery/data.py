@@ -482,8 +482,9 @@ def prepare_sets(
         pieces = [piece for row in given["update"] for piece in pieces_of(row)] if "update" in train else []
         if args.update_pieces and pieces:
             apart = tokenize(Dataset.from_dict({"text": pieces}), name="update")
-            own = [rows.select_columns(list(TOKEN_COLUMNS)) for rows in (sets["update"], apart)]
-            train["update"] = datasets.concatenate_datasets(own)
+            whole, apart = (rows.select_columns(list(TOKEN_COLUMNS)) for rows in (sets["update"], apart))
+            whole_rows = [whole] * max(1, round(len(apart) / len(whole)))  # half of a step
+            train["update"] = datasets.concatenate_datasets([*whole_rows, apart])
         copies = number_of_copies(args, given, train)
         if copies:
             _add_counterfactuals(copies, args.seed, given, tokenize, train, measured)
