@@ -338,16 +338,15 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor | None, *_: None) -> tuple:
     if grad_output is None:
         return (None,) * 13
-    *inputs, preactivation = ctx.saved_tensors[:7]
+    saved = ctx.saved_tensors  # read once: checkpointing refuses a second look
+    *inputs, preactivation = saved[:7]
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 3, 4, 5, 6)]
     in_place = _is_last_use(preactivation)
     if _is_seen(grad_output) or torch.is_grad_enabled():  # a second derivative: refused by them
         function = _experts_backward_in_place if in_place else _experts_backward
     else:
         function = partial(_gradients, in_place=in_place)
-    gradients = function(
-        grad_output, *inputs, preactivation, list(ctx.saved_tensors[7:]), *ctx.form, needs, ctx.num_pairs
-    )
+    gradients = function(grad_output, *inputs, preactivation, list(saved[7:]), *ctx.form, needs, ctx.num_pairs)
     of_tokens, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return of_tokens, None, *others, *(None,) * 6
 

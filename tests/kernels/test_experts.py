@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations import use_experts_implementation
@@ -406,6 +407,21 @@ def test_no_operator_where_nobody_looks_for_one(monkeypatch):
     for name in ("_experts_forward", "_experts_backward", "_experts_backward_in_place"):
         monkeypatch.setattr(f"hf_moe_cpt.kernels.experts.{name}", None)
     assert all(torch.equal(got, seen) for got, seen in zip(_step(layer), want, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(use_reentrant):
+    """Compared with a step that keeps all: a layer that is computed again reads what it saved once."""
+    layer = expert_layer(3, 2, 2, 8, 8).to(torch.float32)
+    want = _step(layer)
+    leaves = list(layer.leaves.values())
+
+    def forward(tokens, *others):
+        return experts(tokens, layer.top_k_index, *others, "silu")
+
+    output = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
+    output.sum().backward()
+    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, want[1:], strict=True))
 
 
 def test_a_second_derivative_is_refused():
