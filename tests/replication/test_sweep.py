@@ -136,7 +136,9 @@ def test_t_quantiles_are_scipys() -> None:
 
 
 PROGRAMS = {"preference_world": preference_methods, "preference_world_h200": preference_methods}
-PROGRAMS |= dict.fromkeys(("surgery_small", "surgery_small_40"), surgery_methods)
+PROGRAMS |= dict.fromkeys(
+    ("surgery_small", "surgery_small_whole", "surgery_small_40", "surgery_smollm2"), surgery_methods
+)
 
 
 @pytest.mark.parametrize("folder", PROGRAMS)
