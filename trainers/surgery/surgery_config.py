@@ -141,9 +141,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     metric_for_best_model: str | None = HfArg(default="surgery_gap", help="Criterion of the best model.")
     greater_is_better: bool | None = HfArg(default=False, help="Whether a greater criterion is better.")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are of several sets.")
-    per_device_train_batch_size: int = HfArg(
-        default=1, help="Must stay 1: set <set>_batch_size, rows of each set in a micro-batch."
-    )
+    per_device_train_batch_size: int = HfArg(default=1, help="Must stay 1: set <set>_batch_size.")
 
     # --- the objective: weights are at least 0, and every term is minimised ---
     unlearn_weight: float = HfArg(default=2.0, help="Weight of forgetting unlearn_dataset.")
@@ -161,9 +159,8 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     # None is no value: with it in the type the parsers hand over text, and without it they take numbers alone.
     forget_target: float | str | None = HfArg(
         default="unseen",
-        help="Nats per token that forgetting aims at: a number of at most ln(vocabulary size), or unseen: the loss of "
-        "unseen_dataset, else of update_dataset, before step 1. Aim of aim, bound of simnpo, "
-        "and a stop rule.",
+        help="Nats per token, at most ln(vocabulary size), or unseen: the loss of unseen_dataset, else of "
+        "update_dataset, before step 1. Aim of aim, bound of simnpo, a stop rule.",
     )
     forget_beta: float | None = HfArg(default=None, help="Beta of the forget loss; unset: its own.")
     forget_layer: int | None = HfArg(
@@ -186,23 +183,20 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     )
     counterfactuals: int | None = HfArg(
         default=None,
-        help="Copies of each text to be forgotten with an invented name, among the neighbours, else retain: needs "
-        "subject, as texts write it. Unset: 2 where all have that, else 0.",
+        help="Copies of each forgotten text with an invented name, to be held to. Unset: 2 where all texts "
+        "name their subject.",
     )
     replay: int | None = HfArg(
         default=None,
-        help="Texts of the model before from the openings of texts to be forgotten on, among the neighbours, else "
-        "retain. Unset: 192 where texts name their subjects.",
+        help="Texts that the model before writes itself, to be held to. Unset: 192 where texts name their subjects.",
     )
     update_pieces: bool = HfArg(
         default=True,
-        help="Learn from update_dataset also each line or sentence that names its subject alone, up to the next one: "
-        "as it will be asked.",
+        help="Teach each line or sentence that names its subject alone too.",
     )
     anchor_dual_rate: float = HfArg(
         default=0.0,
-        help="After each measurement the weight of the anchors grows by this times (KL on held-out retain - "
-        "anchor_budget), never below 0 (PDU).",
+        help="What the anchors' weight grows by when measured, times (KL on held-out retain - anchor_budget) (PDU).",
     )
     anchor_budget: float = HfArg(default=0.05, help="KL on held-out retain, in nats, that anchor_dual_rate allows.")
     weight_noise: float = HfArg(
@@ -270,7 +264,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         "unlearn_dataset, before step 1.",
     )
     max_retain_kl: float | None = HfArg(
-        default=None, help="Stop when the KL on held-out retained text exceeds this many nats per token."
+        default=None, help="Stop beyond this KL on held-out retain, in nats per token."
     )
 
     # --- mixtures of experts ---
@@ -303,7 +297,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=False, help="Weight decay on norms and biases too, as in the authors' code."
     )
     model_init_kwargs: dict[str, Any] | str | None = HfArg(
-        default=None, help="Arguments of from_pretrained when the model is given by name (JSON)."
+        default=None, help="Of from_pretrained, as JSON, where the model is a name."
     )
 
     def __new__(cls, *_: Any, **kwargs: Any) -> SurgeryConfig:
