@@ -331,6 +331,7 @@ def operate(acts: Acts, start: Path, replayed: Dataset) -> dict[str, Any]:
         **{f"{name}_batch_size": 16 if name == "retain" else 4 for name in rows},
         counterfactuals=0,
         replay=0,
+        update_pieces=False,
         lr_scheduler_type="constant",
         warmup_steps=0,
         unlearn_weight=0.5,
