@@ -241,20 +241,15 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
 class ParallelArguments:
     """How a model is dealt to the ranks that were started; with none of these, accelerate decides."""
 
-    ep_size: int | None = HfArg(
-        default=None, help="Expert parallelism: the experts of a layer are dealt to so many ranks."
-    )
-    tp_size: int | None = HfArg(
-        default=None, help="Tensor parallelism: so many ranks share every matrix and the same rows."
-    )
+    ep_size: int | None = HfArg(default=None, help="Expert parallelism: experts are dealt to so many ranks.")
+    tp_size: int | None = HfArg(default=None, help="Tensor parallelism: so many ranks share matrices and rows.")
     dp_replicate_size: int | None = HfArg(
-        default=None, help="Copies of the model, for several machines; inside of one it is sharded."
+        default=None, help="Copies of the model, for several machines; each is sharded."
     )
     gather_dtype: str = HfArg(
         default="auto",
         metadata={"choices": ["auto", "float32"]},
-        help="Of the weights that ranks gather for a layer. auto: that of the products; float32: embeddings, norms, "
-        "routers and sums of layers are rounded no more than on one device, for twice the bytes.",
+        help="float32: gathered weights are rounded no more than on one device, for twice the bytes.",
     )
 
 

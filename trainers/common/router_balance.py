@@ -89,9 +89,7 @@ class RouterBalanceArguments:
     router_z_loss_coef: float | None = HfArg(
         default=None, help="Coefficient of the router z-loss of each layer. Unset: the configuration's, else 0."
     )
-    router_bias_update_rate: float = HfArg(
-        default=1e-3, help="By how much a correction bias moves in an optimizer step."
-    )
+    router_bias_update_rate: float = HfArg(default=1e-3, help="How far a correction bias moves in a step.")
     load_scope: str | None = HfArg(
         default=None,
         metadata={"choices": list(LOAD_SCOPES)},

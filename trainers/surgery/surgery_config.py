@@ -153,9 +153,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=3.0, help="Weight of the KL on unseen_dataset: what the forgotten texts share with it stays as it was."
     )
     forget_loss: str = HfArg(default="aim", help=f"Forget loss: {LOSS_NAMES}; in Python also a function.")
-    obsolete_loss: str | None = HfArg(
-        default=None, help="Another forget loss for obsolete_dataset, such as pair_dpo; unset: the same."
-    )
+    obsolete_loss: str | None = HfArg(default=None, help="Another forget loss for obsolete_dataset; unset: the same.")
     # None is no value: with it in the type the parsers hand over text, and without it they take numbers alone.
     forget_target: float | str | None = HfArg(
         default="unseen",
@@ -225,13 +223,11 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     neighbour_batch_size: int = HfArg(default=8, help="Rows of neighbour_dataset in a micro-batch.")
     unseen_batch_size: int = HfArg(default=8, help="Rows of unseen_dataset in a micro-batch.")
     max_length: int = HfArg(default=1024, help="Tokens of a row; longer ones are cut.")
-    mask_prefix: bool = HfArg(default=True, help="Leave the column prefix, a header, out of all losses.")
+    mask_prefix: bool = HfArg(default=True, help="Leave the column prefix out of all losses.")
     append_eos: bool = HfArg(default=True, help="End each text with EOS, which counts as a token.")
-    allow_overlap: bool = HfArg(
-        default=False, help="Only warn of subjects that are both to be forgotten and to be kept."
-    )
+    allow_overlap: bool = HfArg(default=False, help="Only warn of subjects both to be forgotten and to be kept.")
     refusals: list[str] | None = HfArg(
-        default=None, help="Answers that win under idk_dpo; unset: ten ways to say that one cannot tell."
+        default=None, help="Answers that win under idk_dpo; unset: ten that one cannot tell."
     )
     dataset_num_proc: int | None = HfArg(default=None, help="Processes that tokenise.")
 
@@ -251,7 +247,7 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
     chunk_tokens: int = HfArg(default=512, help="Tokens whose logits exist at a time.")
 
     # --- stop rules, checked when measuring ---
-    eval_rows: int = HfArg(default=64, help="Rows of each set that are measured, always the same ones.")
+    eval_rows: int = HfArg(default=64, help="Rows of each set that are measured, always the same.")
     eval_batch_size: int = HfArg(default=8, help="Rows of a batch when measuring, on each device.")
     held_out_fraction: float = HfArg(
         default=0.2,
@@ -288,14 +284,10 @@ class SurgeryConfig(SharedArguments, TrainingArguments):
         default=0.0,
         help="Routers stay along this share of their inputs of kept text (GRIP).",
     )
-    expert_anchor: float = HfArg(
-        default=1.0, help="With target_experts: weight of the pull of the routers towards them."
-    )
+    expert_anchor: float = HfArg(default=1.0, help="With target_experts: how hard routers are pulled to them.")
 
     # --- the model ---
-    decay_all_parameters: bool = HfArg(
-        default=False, help="Weight decay on norms and biases too, as in the authors' code."
-    )
+    decay_all_parameters: bool = HfArg(default=False, help="Weight decay on norms and biases too, as the authors.")
     model_init_kwargs: dict[str, Any] | str | None = HfArg(
         default=None, help="Of from_pretrained, as JSON, where the model is a name."
     )
