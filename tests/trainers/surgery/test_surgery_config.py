@@ -20,6 +20,7 @@ def test_safe_is_the_default_and_overrides_win_over_a_preset(tmp_path):
     plain = _config(tmp_path)
     assert config.to_dict() == plain.to_dict()
     assert config.forget_losses["unlearn"].is_bounded and config.forget_target == "unseen"
+    assert not config.log_term_gradients, "it holds the gradients of all terms at once"
     assert config.metric_for_best_model == "surgery_gap" and config.load_best_model_at_end
     config = SurgeryConfig.from_preset(
         "paper", output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=1e-5, unlearn_weight=0.0
