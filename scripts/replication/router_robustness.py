@@ -54,6 +54,7 @@ from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
 from hf_moe_cpt.scripts.replication.downstream import accuracies, continuations, write_task
 from hf_moe_cpt.scripts.replication.sweep import (
     CONFIDENCE,
+    LEAST_SEEDS,
     Crew,
     Estimate,
     check_request,
@@ -469,13 +470,27 @@ class Evidence:
     asked_for: Sequence[str] = ()  # models, those of the plan if none are named
     seeds: Sequence[Mapping[str, Runs]] = ()  # the chains of all seeds, of which lines are fitted
 
+    def asked_of(self, models: Sequence[str]) -> list[str]:
+        """Those of the models that were asked for, of which a mean is taken. Raises KeyError if there are none."""
+        found = [model for model in models if model in (self.asked_for or MODELS)]
+        if not found:
+            raise KeyError(models[0])
+        return found
+
     @property
     def mixtures(self) -> list[str]:
-        """The mixtures that were asked for, of which a mean is taken. Raises KeyError if there are none."""
-        found = [model for model in MIXTURES if model in (self.asked_for or MODELS)]
-        if not found:
-            raise KeyError("mixtures")
-        return found
+        """All mixtures that were asked for."""
+        return self.asked_of(MIXTURES)
+
+    @property
+    def pb(self) -> list[str]:
+        """The penalty-balanced ones of them."""
+        return self.asked_of(PB)
+
+    @property
+    def sb(self) -> list[str]:
+        """The Sinkhorn-balanced ones of them."""
+        return self.asked_of(SB)
 
     @property
     def plain(self) -> str:
@@ -611,18 +626,18 @@ def _steps_to_return(evidence: Evidence, model: str) -> float:
 
 # The number that each claim is about, of one seed.
 MEASURES: dict[str, Callable[[Evidence], float]] = {
-    "spike": lambda e: _mean(PB, e.spike),
+    "spike": lambda e: _mean(e.pb, e.spike),
     "return": lambda e: (
-        _mean(PB, lambda m: e.around(m, e.longest(m)).after) - _mean(SB, lambda m: e.around(m, e.longest(m)).after)
+        _mean(e.pb, lambda m: e.around(m, e.longest(m)).after) - _mean(e.sb, lambda m: e.around(m, e.longest(m)).after)
     ),
-    "return_steps": lambda e: _mean(PB, lambda m: _steps_to_return(e, m)),
-    "sinkhorn_flat": lambda e: _mean(SB, e.spike) - _mean(PB, e.spike),
+    "return_steps": lambda e: _mean(e.pb, lambda m: _steps_to_return(e, m)),
+    "sinkhorn_flat": lambda e: _mean(e.sb, e.spike) - _mean(e.pb, e.spike),
     "sinkhorn_high": lambda e: (
-        _mean(SB, lambda m: e.around(m, e.plain).before) - _mean(PB, lambda m: e.around(m, e.plain).before)
+        _mean(e.sb, lambda m: e.around(m, e.plain).before) - _mean(e.pb, lambda m: e.around(m, e.plain).before)
     ),
-    "sinkhorn_modes": lambda e: _mean(SB, e.modes) - _mean(PB, e.modes),
+    "sinkhorn_modes": lambda e: _mean(e.sb, e.modes) - _mean(e.pb, e.modes),
     "decayed_start": lambda e: _mean(
-        e.arm(DECAYED, PB), lambda m: e.peak(m, e.replayed(DECAYED)) / e.peak(m, e.replayed()) - 1
+        e.arm(DECAYED, e.pb), lambda m: e.peak(m, e.replayed(DECAYED)) / e.peak(m, e.replayed()) - 1
     ),
     "decayed_forgetting": lambda e: _mean(
         e.arm(DECAYED, MODELS),
@@ -667,7 +682,8 @@ MEASURES: dict[str, Callable[[Evidence], float]] = {
 def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str, Any]:
     """Mean, interval and verdict of a claim. values: one for each seed, paired already.
 
-    `seeds_needed` of what is undecided: about how many decide it if the mean is what it seems, None for too many.
+    Fewer than LEAST_SEEDS decide nothing. `seeds_needed` of what is undecided: about how many decide it if the mean is
+    what it seems, None for too many.
     """
     if math.inf in values:  # a time that is longer than the runs are, of unknown length
         return {"mean": None, "low": None, "high": None, "seeds": len(values), "verdict": "undecided"}
@@ -677,6 +693,7 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
     if half is None:
         return found | {"verdict": "undecided"}
     low, high = mean - half, mean + half
+    is_enough = len(values) >= LEAST_SEEDS
     sides = {  # of the interval: what confirms, what refutes, and how far the mean is from what decides
         "more": (low > 0, high < 0, abs(mean)),
         "less": (high < 0, low > 0, abs(mean)),
@@ -684,7 +701,7 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
         "within": (-margin < low and high < margin, low > margin or high < -margin, abs(abs(mean) - margin)),
     }
     confirmed, refuted, distance = sides[kind]
-    verdict = "confirmed" if confirmed else "refuted" if refuted else "undecided"
+    verdict = "undecided" if not is_enough else "confirmed" if confirmed else "refuted" if refuted else "undecided"
     if verdict == "undecided":
         found["seeds_needed"] = seeds_needed(statistics.stdev(values), len(values), distance, confidence)
     return found | {"low": low, "high": high, "verdict": verdict}
@@ -693,13 +710,16 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
 def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
     """What the page, the plot and the table are made of: verdicts by shift, numbers of every run, curves.
 
-    A claim is judged over those seeds in which all its runs are finished. facts: tokens and bytes of the texts.
+    A claim is judged over those seeds in which all its runs are finished, a mean over the models that have begun the
+    shift. facts: tokens and bytes of the texts.
     """
     seeds = sorted({seed for found in chains.values() for seed in found})
     claims, back = [], {}
     for new in scale.shifts:
         by_seed = [{model: runs[seed] for model, runs in chains.items() if seed in runs} for seed in seeds]
-        evidence = [Evidence(scale, found, new, tuple(chains), by_seed) for found in by_seed]
+        plain = continued(new, scale.ratios(new)[0])
+        begun = tuple(model for model, runs in chains.items() if any(plain in of for of in runs.values()))
+        evidence = [Evidence(scale, found, new, begun, by_seed) for found in by_seed]
         for name, claim in CLAIMS.items():
             if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))

@@ -94,6 +94,7 @@ from hf_moe_cpt.modeling.configuration_cpt_moe import CptMoeConfig
 from hf_moe_cpt.reports import text_table
 from hf_moe_cpt.scripts.replication.factbook import COUNTRIES, MODEL, factbook_bench, read_countries
 from hf_moe_cpt.scripts.replication.sweep import (
+    LEAST_SEEDS,
     Column,
     Crew,
     Place,
@@ -687,7 +688,6 @@ CLAIMS = [Statement(**fields) for fields in DATA["claims"]]
 TARGETS = [Statement(**fields) for fields in DATA["targets"]]
 VERDICTS = {"claims": ("confirmed", "refuted"), "targets": ("met", "missed")}
 UNDECIDED = "undecided"
-LEAST_SEEDS = 3  # that decide anything: two may agree by chance, and their interval is then no width
 
 
 def cells_of(records: Sequence[Record], *needed: str) -> list[Cell]:

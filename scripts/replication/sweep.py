@@ -38,6 +38,7 @@ from hf_moe_cpt.reports import write_csv
 
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3  # that decide anything: two may agree by chance, and their interval is then no width
 
 # Of a method or a library; memory that a device lacks is a RuntimeError
 FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)

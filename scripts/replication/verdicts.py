@@ -23,13 +23,12 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.reading import read_json
 from hf_moe_cpt.scripts.replication import router_robustness, surgery_methods
-from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, MANY, seeds_needed, t_quantile
+from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, LEAST_SEEDS, MANY, seeds_needed, t_quantile
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-LEAST_SEEDS = surgery_methods.LEAST_SEEDS
 ROUTER = {
-    "router_s": "8 M active parameters, real text",
+    "router_s": "8 M active parameters, real text, granular models and dense",
     "router_small": "tiny, the text of a Python installation",
     "router_ranks": "`small` on two ranks, each with half of the batch",
 }
@@ -69,7 +68,7 @@ def page(benchmarks: Path) -> str:
         if (benchmarks / name / "results.json").is_file()
     }
     if (ranks := benchmarks / "router_small" / RANKS).is_file():
-        found["router_ranks"] = ranks_results(read_json(ranks))
+        found["router_ranks"] = ranks_results(read_json(ranks)["runs"])
     papers, new, elsewhere = (router_part(found, *which) for which in ((ROUTER, False), (ROUTER, True), (ELSEWHERE,)))
     router = "\n\n".join((papers, new, elsewhere))
     preference, surgery = preference_part(found), surgery_part(found)
@@ -80,7 +79,10 @@ def page(benchmarks: Path) -> str:
         for name in filter(found.__contains__, where):
             folder = "router_small" if name == "router_ranks" else name
             label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
-            parts.append(f"{label}: {where[name]}, {len(found[name]['seeds'])} seeds")
+            seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("runs", ())}
+            parts.append(
+                f"{label}: {where[name]}, {seeds} seed{'s' * (seeds > 1)}{', dense alone' * (models == {'dense'})}"
+            )
         told[len(told)] = "; ".join(parts) or "not run yet"
     return (
         Path(__file__)
