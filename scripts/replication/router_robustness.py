@@ -861,7 +861,7 @@ def results_text(results: Mapping[str, Any]) -> str:
 def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Balance around each shift above, held-out loss on the old text with and without replay below."""
     plot = plotting(path)
-    if plot is None or not results["curves"]:
+    if plot is None or not results["runs"]:
         return
     shifts = results["scale"]["shifts"]
     figure, axes = plot.subplots(2, len(shifts), figsize=(6 * len(shifts), 8), squeeze=False)
@@ -870,7 +870,8 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
             axes[0][column].plot(range(-MEAN_STEPS, len(curve) - MEAN_STEPS), curve, label=model)
         axes[0][column].axvline(0, color="grey", linewidth=0.8)
         axes[0][column].set(title=f"to {new}", xlabel="steps after the shift", ylabel="MRI x E/K")
-        axes[0][column].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=3)
+        if new in results["curves"]:
+            axes[0][column].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=3)
         old, bars = results["scale"]["old"], {}
         for row in results["runs"]:
             for ratio in shift["ratios"]:
