@@ -173,7 +173,8 @@ def test_an_adapter_of_other_layers_trains_as_in_one_process_and_of_experts_is_r
 def gates_of_rank(folder):
     """The gates that experts of a dealt model under bfloat16 are given in a training step."""
     model, given = open_model(folder / "model", SHORT), []
-    ShardedModelCallback().on_train_begin(None, None, None, model=model)
+    args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    ShardedModelCallback().on_train_begin(args, None, None, model=model)
     exchange = model.model.layers[0].mlp.experts._exchange
     forward = exchange.experts_forward
     exchange.experts_forward = lambda rows, ids, gates: (given.append(gates.detach()), forward(rows, ids, gates))[1]
