@@ -28,6 +28,7 @@ from hf_moe_cpt.arguments import parse_arguments
 from hf_moe_cpt.cli import run_script
 from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, score_options
 from hf_moe_cpt.scripts.replication.factbook import TOPICS, read_countries
+from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 GIVEN, PASSAGE = 60, 20  # words that are given and of each choice
@@ -108,15 +109,14 @@ def accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, batch_size: int
 ) -> dict[str, float]:
     """The share of right choices, in [0, 1], by task of a folder; in bfloat16 on a GPU. batch_size: of questions."""
-    is_training, found = model.training, {}
-    model.eval()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    found = {}
+    with modes_kept(model), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        model.eval()
         for path in sorted(folder.glob("*.jsonl")):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             scores = score_options(model, [_asked(row, tokenizer) for row in rows], batch_size)
             right = [int(np.argmax(score["logp"])) == row["answer"] for score, row in zip(scores, rows, strict=True)]
             found[path.stem] = float(np.mean(right))
-    model.train(is_training)
     return found
 
 

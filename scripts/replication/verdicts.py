@@ -73,17 +73,6 @@ def page(benchmarks: Path) -> str:
     router = "\n\n".join((papers, new, elsewhere))
     preference, surgery = preference_part(found), surgery_part(found)
     pictures = [f"![](../benchmarks/{name}/comparison.png)" for name in list(ROUTER)[:2] if name in found]
-    told = {}
-    for where in (ROUTER, ELSEWHERE):
-        parts = []
-        for name in filter(found.__contains__, where):
-            folder = "router_small" if name == "router_ranks" else name
-            label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
-            seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("runs", ())}
-            parts.append(
-                f"{label}: {where[name]}, {seeds} seed{'s' * (seeds > 1)}{', dense alone' * (models == {'dense'})}"
-            )
-        told[len(told)] = "; ".join(parts) or "not run yet"
     return (
         Path(__file__)
         .with_suffix(".md")
@@ -98,13 +87,26 @@ def page(benchmarks: Path) -> str:
             new=new,
             elsewhere=elsewhere,
             pictures="\n\n".join(pictures),
-            router_told=told[0],
-            elsewhere_told=told[1],
+            router_told=settings_told(found, ROUTER),
+            elsewhere_told=settings_told(found, ELSEWHERE),
             router_cost=router_cost(found["router_s"]) if "router_s" in found else "not run yet",
             preference=preference,
             surgery=surgery,
         )
     )
+
+
+def settings_told(found: Mapping[str, Results], where: Mapping[str, str]) -> str:
+    """What each setting is, with its seeds, and which were not run."""
+    told = []
+    for name in filter(found.__contains__, where):
+        folder = "router_small" if name == "router_ranks" else name
+        label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
+        seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("runs", ())}
+        alone = ", dense alone" if models == {"dense"} else ""
+        told.append(f"{label}: {where[name]}, {seeds} seed{'s' * (seeds > 1)}{alone}")
+    missing = [f"`{name.removeprefix('router_')}`" for name in where if name not in found]
+    return ". ".join(filter(None, ("; ".join(told), "Not run: " * bool(missing) + ", ".join(missing))))
 
 
 def counts_told(tables: str) -> str:

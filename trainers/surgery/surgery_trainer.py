@@ -330,16 +330,13 @@ def measure(model: nn.Module, batches: Batches, sets: list[str], terms: SurgeryT
     Of TOP1_SETS also `<set>_top1`, the share of tokens that are the model's first choice.
     Ranks may hold different numbers of batches. The model is put into evaluation mode and back.
     """
-    was_training = model.training
-    model.eval()
     sums: dict[str, Tensor] = {}
-    try:
+    with modes_kept(model):
+        model.eval()
         for name in sets:
             for batch in batches(name):
                 for key, value in _sums_of(name, model, batch, terms).items():
                     sums[key] = sums[key] + value if key in sums else value
-    finally:
-        model.train(was_training)
     return _means(sums, sets)
 
 
@@ -827,14 +824,12 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
 
         rows: with `with_renamed` copies. Where `value_aim` leaves them, of the model that is held: the one before.
         """
-        sums, was_training = torch.zeros(2, dtype=torch.float64), self.model.training
-        self.model.eval()
-        with self.accelerator.autocast():
+        sums, model = torch.zeros(2, dtype=torch.float64), self.model
+        with modes_kept(model), self.accelerator.autocast():
+            model.eval()
             for batch in self._batches({name: rows}, name, max_rows=len(rows)):
                 logp, renamed = (
-                    token_logp(
-                        run_model(self.model, part), head_of(self.model), part["input_ids"], self.args.chunk_tokens
-                    )
+                    token_logp(run_model(model, part), head_of(model), part["input_ids"], self.args.chunk_tokens)
                     for part in (batch, batch[RENAMED])
                 )
                 mask = counted_targets(batch)
@@ -844,7 +839,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 sums += torch.stack(
                     [reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]
                 ).cpu()
-        self.model.train(was_training)
         return _means({f"{name}_ce": sums}, [name])[f"{name}_ce"]
 
     def _judge(self) -> None:
