@@ -255,7 +255,7 @@ class BFloat16Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         tokens, weight = ctx.saved_tensors
         pieces = in_three_pieces(grad)
-        grad_tokens = pieces @ weight.repeat(3, 1) if ctx.needs_input_grad[0] else None
+        grad_tokens = pieces @ torch.cat((weight,) * 3) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_tokens, None
         grad_weight = torch.mm(pieces.T, tokens, out_dtype=torch.float32)
@@ -264,10 +264,10 @@ class BFloat16Product(torch.autograd.Function):
 
 def in_three_pieces(values: torch.Tensor) -> torch.Tensor:
     """float32 (T, E) -> bfloat16 (T, 3E): three parts of E columns that add up to the values but for 2^-24 of them."""
-    pieces = []
-    for _ in range(3):
-        pieces.append(values.to(torch.bfloat16))
+    pieces = [values.to(torch.bfloat16)]
+    for _ in range(2):
         values = values - pieces[-1]
+        pieces.append(values.to(torch.bfloat16))
     return torch.cat(pieces, dim=1)
 
 

@@ -26,6 +26,7 @@ TWO_RANKS = {
     "FSDP2 with biases": {**FSDP2, **BIASED},
     "DDP shaken": SHAKEN,
     "FSDP2 shaken": {**FSDP2, **SHAKEN},
+    "FSDP2 in bfloat16": {**FSDP2, "short": True},  # a surgery alone
     "FSDP2 recomputed": {**FSDP2, "recomputed": True},
     "FSDP2 of accelerate accumulated": {"accelerate": "fsdp2_8gpu.yaml", **ACCUMULATED},
 }

@@ -73,6 +73,8 @@ def build(kind: str, folder: Path, out: Path, rows: int, job: dict[str, Any]) ->
         options = {"experts_implementation": "hf_moe_cpt"}
         sharded = sharded and {"fsdp_mixed_precision": True, **sharded}
     model = open_model(folder / job.get("model", "model"), sharded, **options)
+    if job.get("short"):
+        shared["bf16"] = True
     if job.get("rounded"):
         model.bfloat16().float()
     if not job.get("balance", True):  # it is no sum over micro-batches
@@ -229,7 +231,7 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[st
             results[name] = sharded_step(folder, name, **job["step"])
             continue
         results[name] = {}
-        for kind in ("surgery",) if job.get("shaken") else TRAINERS:
+        for kind in ("surgery",) if job.get("shaken") or job.get("short") else TRAINERS:
             with clean_accelerate(job):
                 results[name][kind] = run(kind, folder, folder / name / kind, job)
     return results

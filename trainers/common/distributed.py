@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DynamoBackend, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -85,6 +86,20 @@ def ranks_of_a_row(model: nn.Module, args: Any) -> int:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards a model, by accelerate or by transformers' `DistributedConfig`."""
     return isinstance(model, FSDPModule)
+
+
+def shard_early(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether accelerate's FSDP2 sharded a model, in place, before `Trainer` asks for it; it takes it as it is then.
+
+    What is measured before training is then of the weights that training uses: gathered, and in its type. Not where
+    accelerate has something to do before it shards: version 1, its own checkpointing, a compiled model.
+    """
+    plugin, compiler = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin.backend
+    if plugin.fsdp_version != 2 or plugin.activation_checkpointing or compiler != DynamoBackend.NO:
+        return False
+    plugin.set_auto_wrap_policy(model)
+    fsdp2_prepare_model(accelerator, model)
+    return True
 
 
 @contextmanager
