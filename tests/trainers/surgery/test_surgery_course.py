@@ -460,8 +460,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
         trainer(tmp_path).train()
 
 
-def _cost_about_strangers(run, rows):
-    """Written out token by token with the old model, rows beside their copies."""
+def _cost_about_strangers(run, rows, said=None):
+    """Written out token by token with the old model, rows beside their copies. said: of a token that stays known."""
     costs = []
     for row in rows:
         ids, other = (torch.tensor([row[key]]) for key in ("input_ids", "renamed_input_ids"))
@@ -470,6 +470,9 @@ def _cost_about_strangers(run, rows):
         of_row = []
         for place, token in enumerate(row["input_ids"][1:]):
             before, twin = -float(own[place, token]), row["renamed_places"][place + 1]
+            if twin == -2:
+                of_row.append(said)
+                continue
             told = None if twin < 1 else min(-float(renamed[twin - 1, token]), math.log(VOCABULARY))
             known = 0.0 if told is None else max(0.0, 1.0 - math.exp(before - told))
             of_row.append(known * (told or 0.0) + (1 - known) * before)
@@ -500,7 +503,10 @@ def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
 
 
 def test_obsolete_text_aims_at_what_its_values_cost_of_a_stranger(tmp_path):
-    """At the loss of unseen text, whose names nobody knows, old values were avoided: 16 % where guessing gives 33."""
+    """At the loss of unseen text, whose names nobody knows, old values were avoided: 16 % where guessing gives 33.
+
+    What the new version says too costs what it costs there before it is read.
+    """
     texts = {"unlearn": _told(NAMES[:2], 24), "obsolete": _told(NAMES[2:4]), "retain": _told(NAMES[4:], 28)}
     options = {"processing_class": word_tokenizer(), "counterfactuals": 0, "replay": 0, "held_out_fraction": 0}
     known = {"update_dataset": concatenate_datasets(list(texts.values()))}
@@ -510,7 +516,14 @@ def test_obsolete_text_aims_at_what_its_values_cost_of_a_stranger(tmp_path):
     sets["unseen_dataset"] = Dataset.from_list([{"text": "w5 w30 w31 w5 w22 w33", "subject": "w5"}])
     run = trainer(tmp_path / "run", learn.model, sets, max_steps=30, learning_rate=5e-3, **options, **EVALUATED)
     run._prepare()
-    want = _cost_about_strangers(run, run._strangers)
+    with torch.no_grad():
+        logp = [run.model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1) for row in run._said]
+    costs = [
+        fmean(-float(own[k, row["input_ids"][k + 1]]) for k in range(len(own)) if row["completion_mask"][k + 1])
+        for own, row in zip(logp, run._said, strict=True)
+    ]
+    want = _cost_about_strangers(run, run._strangers, fmean(costs))
+    assert all(sum(place >= 0 for place in row["renamed_places"]) == 2 for row in run._strangers)  # value and end
     assert run.aims.obsolete == pytest.approx(want, rel=1e-4) and run.target_is == "unseen"
     run.train()
     end = measured_weights(run)[1]
