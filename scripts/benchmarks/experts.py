@@ -15,7 +15,7 @@ last: what is best for a generation and shape class belongs into hf_moe_cpt/kern
 T tokens, H hidden size, I expert width, E experts, K experts per token, n = T K rows (pairs of token and expert). An
 expert is W_down (act(W_gate x) * W_up x), W_up of all experts and W_gate kept as one (E, 2I, H) [gate; up], W_down as
 (E, H, I). Sources: ours; the shapes are those of the paper's models and of three public ones; the public interfaces of
-transformers 5, liger-kernel 0.8.5 and scattermoe 0.3.0.
+transformers 5, liger-kernel 0.8.5, scattermoe 0.3.0 and sonic-moe 0.1.2.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -220,13 +221,14 @@ class ExpertLayer:
     """A differentiable expert layer.
 
     forward: (tokens, routing, gates) -> (T, H). leaves: both weights as the library keeps them. routing: from (T, K)
-    ids to what the library wants, before the clock starts.
+    ids to what the library wants, before the clock starts. layout: after it has stopped.
     """
 
     forward: Callable[[Tensor, Any, Tensor], Tensor]
     leaves: tuple[Tensor, Tensor]
     routing: Callable[[Tensor], Any] = Tensor.long
     biases: tuple[Tensor, ...] = ()
+    layout: Callable[[Tensor], Tensor] = lambda gradient: gradient  # of the first weight, as [gate; up] has it
 
     def calls(self, case: Case, inference: bool) -> Calls:
         """Bind to inputs, of fewer tokens or as many as it was built for; forward keeps what a backward needs.
@@ -249,7 +251,8 @@ class ExpertLayer:
             return output, *torch.autograd.grad(output, leaves, case.output_gradient)
 
         def results() -> dict[str, Tensor]:
-            return dict(zip(("out", *GRADIENTS), training(), strict=False))  # those of biases come last
+            found = dict(zip(("out", *GRADIENTS), training(), strict=False))  # those of biases come last
+            return found | {"dw1": self.layout(found["dw1"])}
 
         return Calls(forward, training, results)
 
@@ -357,6 +360,61 @@ def build_scattermoe(case: Case) -> ExpertLayer:
     return ExpertLayer(forward, leaves)
 
 
+def through_sonicmoe(is_general: bool, is_tuned: bool) -> Callable[[Case], ExpertLayer]:
+    """The builder of SonicMoE after its router: rows of gate and up taking turns, weights (2I, H, E), float32 gates.
+
+    Either its path of K experts for each token, or `moe_general_routing_inputs`, for any number. is_tuned: with the
+    tuner of its products; else each takes the library's default.
+    """
+
+    def build(case: Case) -> ExpertLayer:
+        _require_gpu(case)
+        if case.activation != "silu":
+            raise Unavailable(f"silu alone is run, not {case.activation}")
+        functional, products = imported("sonicmoe.functional"), imported("quack.gemm_interface")
+        activation = imported("sonicmoe.enums").ActivationType.SWIGLU
+        leaves = _leaves(case.gate_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2), case.down)
+        E, K, stream = case.shape.E, case.shape.K, torch.cuda.current_stream().cuda_stream  # noqa: N806
+
+        parts = [imported(f"sonicmoe.functional.{part}") for part in ("forward", "backward")]
+        names = itertools.product(parts, ("gemm", "gemm_gated", "gemm_dgated"))
+        chosen = [(part, name, partial(getattr(products, name), tuned=is_tuned)) for part, name in names]
+
+        def choose_tuner() -> None:
+            for choice in chosen:
+                setattr(*choice)
+
+        def general(tokens: Tensor, routing: Tensor, gates: Tensor) -> Tensor:
+            choose_tuner()
+            token = torch.arange(len(routing), dtype=torch.int32, device=tokens.device).repeat_interleave(K)
+            weights = (leaves[0].permute(1, 2, 0), None, leaves[1].permute(1, 2, 0), None)
+            scores = gates.float().flatten()
+            return functional.moe_general_routing_inputs(
+                tokens, scores, token, routing.flatten(), *weights, E, stream, activation, False
+            )[0]
+
+        def fixed(tokens: Tensor, routing: Tensor, gates: Tensor) -> Tensor:
+            choose_tuner()
+            up, down = (leaf.permute(1, 2, 0) for leaf in leaves)
+            n = routing.numel()
+            count, start, token, scatter, back = (
+                torch.empty(size, dtype=torch.int32, device=tokens.device) for size in (E, E + 1, n, n, n)
+            )
+            functional.TC_topk_router_metadata_triton(routing, E, count, start, token, scatter, back)
+            places = (token, scatter, back, None, False, activation)
+            hidden, kept = functional._UpProjection.apply(tokens, up, None, start, n, K, *places, False, False)
+            return functional._DownProjection.apply(
+                hidden, kept, down, None, gates.float(), start, len(tokens), K, *places
+            )
+
+        return ExpertLayer(
+            general if is_general else fixed, leaves, routing=Tensor.int,
+            layout=lambda gradient: gradient.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2),
+        )  # fmt: skip
+
+    return build
+
+
 def _leaves(*weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(weight.detach().requires_grad_() for weight in weights)
 
@@ -390,6 +448,9 @@ PEERS = {
     "eager": Peer(through_transformers("eager"), "transformers"),
     "liger": Peer(build_liger, "liger-kernel"),
     "scattermoe": Peer(build_scattermoe, "scattermoe"),
+    "sonicmoe": Peer(through_sonicmoe(is_general=False, is_tuned=False), "sonic-moe"),
+    "sonicmoe_tuned": Peer(through_sonicmoe(is_general=False, is_tuned=True), "sonic-moe"),
+    "sonicmoe_general": Peer(through_sonicmoe(is_general=True, is_tuned=False), "sonic-moe"),
 }
 
 

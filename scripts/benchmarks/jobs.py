@@ -5,12 +5,12 @@ python scripts/benchmarks/jobs.py --runs pb-granular-2b:auto{,:fsdp2-1,:ddp-2,:f
 python scripts/benchmarks/jobs.py speeds    # writes hf_moe_cpt/planning/speeds.csv: the documents are not installed
 python scripts/benchmarks/jobs.py errors    # prints the table of docs/scaling.md
 
-A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's or a dense Llama
-of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of one document. Ways: stock,
-`Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with `use_kernels`, what CPTTrainer
-adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those `kernels` and an optimizer of
-its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter of rank 16 on all Linears and experts
-over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
+A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's, six of
+gpt-oss-20b's or a dense Llama of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of
+one document. Ways: stock, `Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with
+`use_kernels`, what CPTTrainer adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those
+`kernels` and an optimizer of its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter of rank 16
+on all Linears and experts over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
 rows of a step are the same for any of them, so losses must agree (docs/scaling.md).
 
 Each runs in processes of its own. A step is timed from one idle device to the next; the first, which compiles, stands
@@ -72,6 +72,7 @@ from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
 MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {"model_type": "olmoe", "intermediate_size": 1024},
     "qwen3": {"model_type": "qwen3_moe", "num_hidden_layers": 10, "norm_topk_prob": True, "head_dim": 128},
+    "gpt-oss": {"model_type": "gpt_oss", "num_hidden_layers": 6, "num_local_experts": 32, "sliding_window": 128},
     "llama": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 1024, "intermediate_size": 2816,
               "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8},
 }  # fmt: skip
