@@ -8,7 +8,7 @@ python scripts/benchmarks/jobs.py errors    # prints the table of docs/scaling.m
 A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, ten of Qwen3-30B-A3B's, six of
 gpt-oss-20b's or a dense Llama of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of
 one document. Ways: stock, `Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with
-`use_kernels`, what CPTTrainer adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, `CPTTrainer` with those
+`use_kernels`, what CPTTrainer adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, it with those
 `kernels` and an optimizer of its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter of rank 16
 on all Linears and experts over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
 rows of a step are the same for any of them, so losses must agree (docs/scaling.md).
