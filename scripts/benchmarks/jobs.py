@@ -9,8 +9,8 @@ A run is model:way or model:way:engine. Models have the layers of OLMoE-1B-7B, t
 gpt-oss-20b's or a dense Llama of 0.55 B, or are those of `hf-moe-cpt plan` as pb-granular-2b; random weights, rows of
 one document. Ways: stock, `Trainer` with fused AdamW; liger, the same with all of Liger; kernels, the same with
 `use_kernels`, what CPTTrainer adds to; nearest, `CPTTrainer` with fused AdamW; plain and auto, it with those
-`kernels` and an optimizer of its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter of rank 16
-on all Linears and experts over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
+`kernels` and an optimizer of its choice; bits8 and bits16, auto with moments of that size; qlora, an adapter, rank 16
+on Linears and experts over weights of 4 bits, checkpointed. Engines: ddp or fsdp2 with its ranks, on one host; the
 rows of a step are the same for any of them, so losses must agree (docs/scaling.md).
 
 Each runs in processes of its own. A step is timed from one idle device to the next; the first, which compiles, stands
