@@ -530,12 +530,16 @@ class Measurement:
 
 
 def take_memory(measurements: Sequence[Measurement], workload: Workload, num_steps: int, bar: tqdm) -> None:
-    """Fill in `peak_mib`, each in a fresh process, so that neither caches nor leftovers of another count."""
+    """Fill in `peak_mib`, each in a fresh process, so that neither caches nor leftovers of another count.
+
+    They are forked from one that has imported everything and touched no device.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_moe_cpt.scripts.benchmarks.trainers"])
     for measurement in measurements:
         bar.set_description(f"memory of {measurement.name}")
-        with Attempt() as attempt:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                measurement.peak_mib = pool.submit(peak_mebibytes, measurement.name, workload, num_steps).result()
+        with Attempt() as attempt, ProcessPoolExecutor(1, context) as pool:
+            measurement.peak_mib = pool.submit(peak_mebibytes, measurement.name, workload, num_steps).result()
         measurement.memory_reason = attempt.reason
         bar.update()
 
@@ -672,8 +676,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     turns = len(measurements) * (2 if args.memory_steps else 1) + args.warmup + args.rounds
     with tqdm(total=turns, unit="turn", dynamic_ncols=True) as bar:
-        if args.memory_steps:
-            take_memory(measurements, workload, args.memory_steps, bar)
+        for measurement in measurements if args.memory_steps else ():
+            take_memory([measurement], workload, args.memory_steps, bar)
             write()
         take_times(measurements, args, workload, bar)
         bar.set_description("done")
