@@ -161,7 +161,7 @@ def test_ours_never_stands_for_the_fallback():
         bench.PEERS["hf_moe_cpt"].build(tiny_case(torch.float64, device=DEVICE))
 
 
-@pytest.mark.parametrize("name", ["liger", "scattermoe"])
+@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "sonicmoe_tuned", "sonicmoe_general"])
 def test_gpu_libraries_say_what_they_need(name):
     with pytest.raises(Unavailable, match="needs a CUDA device"):
         bench.PEERS[name].build(tiny_case())
