@@ -51,7 +51,7 @@ from hf_moe_cpt.routing.compare import analyse_traces
 from hf_moe_cpt.routing.hooks import active_parameters
 from hf_moe_cpt.routing.metrics import ImbalanceShift, imbalance_around_shift, normalized_imbalance, recovery_step
 from hf_moe_cpt.routing.trace import RoutingTrace, collect_routing
-from hf_moe_cpt.scripts.replication.downstream import accuracies, continuations, write_task
+from hf_moe_cpt.scripts.replication.factbook import accuracies, continuations, write_task
 from hf_moe_cpt.scripts.replication.sweep import (
     CONFIDENCE,
     LEAST_SEEDS,
@@ -114,7 +114,7 @@ class Scale:
     characters: int | None = None  # of each text at most; None: all of it
     has_text: bool = False  # that of the Python installation, without --text
     tokenizer_of: tuple[str, ...] = ()  # texts that the tokenizer is trained on; none: the first two
-    questions: int = 0  # of downstream tasks, of each text at most; see downstream.py
+    questions: int = 0  # of downstream tasks, of each text at most; see factbook.py
     is_upcycled: bool = False  # --base is where training begins, dense or upcycled
 
     @property
