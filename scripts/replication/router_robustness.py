@@ -113,7 +113,6 @@ class Scale:
     long_steps: int = 0  # of the arm that waits for a return, without replay
     characters: int | None = None  # of each text at most; None: all of it
     has_text: bool = False  # that of the Python installation, without --text
-    tokenizer_of: tuple[str, ...] = ()  # texts that the tokenizer is trained on; none: the first two
     questions: int = 0  # of downstream tasks, of each text at most; see factbook.py
     is_upcycled: bool = False  # --base is where training begins, dense or upcycled
 
@@ -412,7 +411,6 @@ def prepare(scale: Scale, folder: Path, text: str | None, base: str | None = Non
     facts = folder / "text.json"
     if facts.is_file():
         return read_json(facts)
-    known = scale.tokenizer_of or scale.texts[:2]
     if text is None:
         corpus = build_python_corpus(
             max_characters_per_domain=scale.characters,
@@ -422,7 +420,7 @@ def prepare(scale: Scale, folder: Path, text: str | None, base: str | None = Non
         sides = {name: {side: rows.sort("path") for side, rows in corpus[name].items()} for name in scale.texts}
     else:
         sides = {}
-        for name in dict.fromkeys([*scale.texts, *known]):
+        for name in scale.texts:
             found = load_text_dataset(str(Path(text) / name))
             if scale.characters is not None:
                 found = found.shuffle(seed=0)
@@ -431,7 +429,7 @@ def prepare(scale: Scale, folder: Path, text: str | None, base: str | None = Non
             found = found.train_test_split(HELD_OUT_FRACTION, seed=0, shuffle=True)
             sides[name] = {"train": found["train"], "held_out": found["test"]}
     if base is None:
-        train = (row for name in known for row in sides[name]["train"]["text"])
+        train = (row for name in scale.texts[:2] for row in sides[name]["train"]["text"])
         tokenizer = train_byte_level_bpe(train, scale.vocab_size, model_max_length=scale.max_length, progress=False)
     else:
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -35,7 +35,6 @@ ROUTER = {
 ELSEWHERE = {
     "router_m": "30 M active parameters, real text",
     "router_smollm2": "SmolLM2-135M, as it is and upcycled",
-    "router_multilingual": "tiny, English, then LibreOffice's help in five languages",
 }
 NEW = "new: "  # before what no paper claims
 RANKS = "ranks.json"  # beside the results of `small`
