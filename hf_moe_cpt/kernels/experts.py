@@ -9,6 +9,7 @@ run. Source: ours; docs/kernels.md tells the design. `experts_interface` offers 
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,14 @@ from torch import Tensor
 from hf_moe_cpt.kernels.decoding import are_few, experts_of_few
 from hf_moe_cpt.kernels.gated import gated_backward, gated_up
 from hf_moe_cpt.kernels.gates import Form
-from hf_moe_cpt.kernels.grouped_gemm import Tile, TilePlan, bias_gradient, grouped_product, tile_plan, weight_gradient
+from hf_moe_cpt.kernels.grouped_gemm import (
+    Tile,
+    TilePlan,
+    bias_gradient,
+    grouped_product,
+    tile_plan,
+    weight_gradient,
+)
 from hf_moe_cpt.kernels.routing import (
     RoutingTable,
     combine_rows,
@@ -139,6 +147,12 @@ def _forward(
     tokens, gate_up, down = tokens.contiguous(), gate_up.contiguous(), down.contiguous()
     plan = _plan_of(tokens, top_k_index, gate_up, form)
     with torch.cuda.device_of(tokens):  # the current device may be another one; in the backward autograd sets it
+        key = (tokens.device, tokens.dtype, gate_up.shape, top_k_index.shape[1], form, plan.rows_per_tile, save)
+        is_new = tokens.is_cuda and tokens.shape[0] > 0 and key not in _COMPILED
+        if is_new and not torch.cuda.is_current_stream_capturing():
+            _COMPILED.add(key)
+            given = (top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias)
+            _side_by_side(tokens.device, _first_calls(tokens, *given, form, save, plan))
         table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile, num_pairs)
         if tokens.shape[0] == 0:
             return torch.empty_like(tokens), tokens.new_empty(0), *table
@@ -149,6 +163,72 @@ def _forward(
         del hidden
         output = combine_rows(expert_rows, table.row_of_slot, top_k_weights, top_k_index.shape[1])
     return output, preactivation, *table
+
+
+_COMPILED: set[tuple] = set()
+
+
+def _side_by_side(device: torch.device, calls: list[Callable[[], Any]]) -> None:
+    """Make each call in a thread of its own: first calls one after the other take seconds of a single core."""
+
+    def run(call: Callable[[], Any]) -> None:
+        with torch.cuda.device(device), torch.no_grad():
+            call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(run, calls))
+
+
+def _first_calls(
+    tokens: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: Form,
+    save: bool,
+    plan: TilePlan,
+) -> list[Callable[[], Any]]:
+    """The routing table, and each other kernel of a layer on one tile of the first expert, with `save` also those of
+    the backward pass. Nobody reads the results.
+    """
+    num_experts, num_slots, num_rows = gate_up.shape[0], top_k_index.shape[1], plan.rows_per_tile
+    all_weights = top_k_weights
+    zeros = torch.zeros(num_slots, dtype=torch.int32, device=tokens.device)
+    start = torch.arange(2, dtype=torch.int32, device=tokens.device) * num_rows
+    table = RoutingTable(zeros, tokens.new_zeros(num_rows).float(), zeros, start, start[1:].clone())
+    token, weights, gate_up, down, gate_up_bias, down_bias = (
+        x if x is None else x[:1] for x in (tokens, top_k_weights, gate_up, down, gate_up_bias, down_bias)
+    )
+    width = down.shape[1 if form.transposed else 2]
+    rows, hidden, pairs, kept = (tokens.new_zeros(num_rows, x) for x in (tokens.shape[1], width, 2 * width, 2 * width))
+    calls = [
+        lambda: routing_table(top_k_index, all_weights, num_experts, num_rows),
+        lambda: permute_tokens(token, table),
+        lambda: gated_up(rows, gate_up, table, form, save, plan.gated_up, gate_up_bias),
+        lambda: grouped_product(hidden, down, table, not form.transposed, plan.down, down_bias),
+        lambda: combine_rows(rows, zeros, weights, num_slots),
+    ]
+    if save:
+        partials = kept.new_zeros(triton.cdiv(width, plan.hidden_gradient.block_n), num_rows).float()
+
+        def of_weights() -> None:
+            of_bias = () if down_bias is None else (bias_gradient(rows, table, down_bias)[1],)
+            gather_partials(torch.cat((partials, *of_bias)), zeros, weights.shape, weights.dtype)
+
+        calls += [
+            of_weights,
+            lambda: gated_backward(rows, down, kept, table, form, plan.hidden_gradient),
+            lambda: _matrix_gradient(rows, hidden, table, form, plan.down_weight_gradient, None),
+            lambda: _matrix_gradient(pairs, rows, table, form, plan.up_weight_gradient, None),
+            lambda: grouped_product(pairs, gate_up, table, form.transposed, plan.input_gradient),
+            lambda: combine_rows(rows, zeros, None, num_slots),
+        ]
+        if gate_up_bias is not None:
+            calls.append(lambda: bias_gradient(pairs, table))
+    return calls
 
 
 _experts_forward = torch.library.custom_op("hf_moe_cpt::experts_forward", _forward, mutates_args=())
@@ -196,12 +276,13 @@ def _gradients(
     needs: list[bool],
     num_pairs: int | None,
     in_place: bool = False,
+    frees: bool = False,
 ) -> Gradients:
     """Gradients of tokens, top_k_weights, both matrices and both biases; an empty tensor for those not in `needs`.
 
     routing: the routing table, or without pre-activations the chosen experts alone; then all is computed again, for a
     few slices of the tokens one after the other, so that the rows of one slice alone are held at a time. in_place: the
-    pre-activations become scratch memory.
+    pre-activations become scratch memory. frees: and are left without any.
     """
     form = Form(activation, transposed, interleaved, *constants)
     tokens, gate_up, down = tokens.contiguous(), gate_up.contiguous(), down.contiguous()
@@ -213,7 +294,7 @@ def _gradients(
     grad_output = grad_output.to(tokens.dtype).contiguous()
     if preactivation.numel() > 0:
         found = _slice_gradients(
-            grad_output, *inputs, preactivation, RoutingTable(*routing), form, needs, in_place, (None,) * 6
+            grad_output, *inputs, preactivation, RoutingTable(*routing), form, needs, in_place, frees, (None,) * 6
         )
     else:
         (top_k_index,) = routing
@@ -229,9 +310,9 @@ def _gradients(
             del rows
             into = (*(x if x is None else x[first:end] for x in found[:2]), *found[_SUMS])
             found[_SUMS] = _slice_gradients(
-                grad_output[first:end], part, weights, *inputs[_SUMS], preactivation, table, form, needs, True, into
-            )[_SUMS]
-            del preactivation
+                grad_output[first:end], part, weights, *inputs[_SUMS], preactivation, table, form, needs, True, True,
+                into,
+            )[_SUMS]  # fmt: skip
     return tuple(tokens.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -248,12 +329,13 @@ def _slice_gradients(
     form: Form,
     needs: list[bool],
     in_place: bool,
+    frees: bool,
     into: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     """Gradients of some tokens, None for those that are not needed.
 
-    into: where the gradients of tokens and gate weights are written, and the other four to what they are added; None
-    takes new memory.
+    frees: memory of pre-activations that are in place is given back once they are read. into: where the gradients of
+    tokens and gate weights are written, and the other four to what they are added; None takes new memory.
     """
     plan = _plan_of(tokens, top_k_weights, gate_up, form)
     needs_tokens, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
@@ -270,15 +352,17 @@ def _slice_gradients(
     if needs_down:
         found[3] = _matrix_gradient(grad_rows, weighted, table, form, plan.down_weight_gradient, into[3])
     del preactivation, grad_rows, weighted, partials
-    if needs_tokens:
-        grad_in_rows = grouped_product(grad_pairs, gate_up, table, form.transposed, plan.input_gradient)
-        found[0] = combine_rows(grad_in_rows, table.row_of_slot, None, top_k_weights.shape[1], into[0])
-        del grad_in_rows
     if needs_gate_up_bias:
         found[4], _ = bias_gradient(grad_pairs, table, total=into[4])
     if needs_gate_up:
         rows = permute_tokens(tokens, table)
         found[2] = _matrix_gradient(grad_pairs, rows, table, form, plan.up_weight_gradient, into[2])
+        del rows
+    if needs_tokens:  # last, when little else is held
+        grad_in_rows = grouped_product(grad_pairs, gate_up, table, form.transposed, plan.input_gradient)
+        if frees:
+            grad_pairs.untyped_storage().resize_(0)
+        found[0] = combine_rows(grad_in_rows, table.row_of_slot, None, top_k_weights.shape[1], into[0])
     return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
 
 
@@ -345,7 +429,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor | No
     if _is_seen(grad_output) or torch.is_grad_enabled():  # a second derivative: refused by them
         function = _experts_backward_in_place if in_place else _experts_backward
     else:
-        function = partial(_gradients, in_place=in_place)
+        function = partial(_gradients, in_place=in_place, frees=in_place)
     gradients = function(grad_output, *inputs, preactivation, list(saved[7:]), *ctx.form, needs, ctx.num_pairs)
     of_tokens, *others = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return of_tokens, None, *others, *(None,) * 6

@@ -379,8 +379,9 @@ def weight_gradient(
     _weight_gradient_kernel[(num_experts * num_row_tiles * num_column_tiles,)](
         tile_source(left, [tile.block_k, tile.block_m], use_tma),
         tile_source(right, [tile.block_k, tile.block_n], use_tma),
-        tile_source(out, [1, tile.block_m, tile.block_n], use_tma), table.group_start, num_rows, num_columns,
-        ACCUMULATE=total is not None, TMA=use_tma, PRECISION=dot_precision(left.dtype), **tile.launch_options(),
+        tile_source(out, [1, tile.block_m, tile.block_n], use_tma), table.group_start, table.group_size, num_rows,
+        num_columns, ACCUMULATE=total is not None, TMA=use_tma, PRECISION=dot_precision(left.dtype),
+        **tile.launch_options(),
     )  # fmt: skip
     return out
 
@@ -391,10 +392,13 @@ def _weight_gradient_kernel(
     right,  # (R, N)
     out,  # (E, M, N)
     group_start,  # (E + 1,) int32
+    group_size,  # (E,) int32
     num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a (BLOCK_M, BLOCK_N) tile of one expert's matrix and walks over all rows of that expert."""
+    """One program owns a (BLOCK_M, BLOCK_N) tile of one expert's matrix and walks over all rows of that expert, but
+    for steps that are all padding.
+    """
     num_row_tiles = tl.cdiv(num_rows, BLOCK_M)
     num_column_tiles = tl.cdiv(num_columns, BLOCK_N)
     tiles_per_expert = num_row_tiles * num_column_tiles
@@ -403,7 +407,8 @@ def _weight_gradient_kernel(
     row_tile, column_tile = tile_position(position, num_row_tiles, num_column_tiles, GROUP)
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(tl.load(group_start + expert), tl.load(group_start + expert + 1), BLOCK_K):
+    first_row = tl.load(group_start + expert)
+    for start in range(first_row, first_row + tl.load(group_size + expert), BLOCK_K):
         above = load_matrix(left, start, row, num_rows, num_rows, BLOCK_K, BLOCK_M, TMA)
         below = load_matrix(right, start, column, num_columns, num_columns, BLOCK_K, BLOCK_N, TMA)
         total = tl.dot(above.T, below, total, input_precision=PRECISION)
