@@ -16,10 +16,10 @@ Source: ours; prompts are divided from completions as TRL does, at the end of th
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -305,8 +305,6 @@ SYLLABLES = ("ba", "ro", "mi", "ten", "vel", "kas", "dor", "lin", "sa", "mu", "p
 
 
 TEXT_COLUMNS = ("text", "prefix", "prompt", "completion", "messages")
-SAID = -2  # place of a token that is said of the subject still
-FILLER = "zonek"  # in the place of a word that is to be found by its absence
 COPIES = 2  # of each forgotten text, where the rows say whom they are about
 
 
@@ -318,18 +316,8 @@ def words_of(text: str) -> list[str]:
 def named_words(row: Row) -> list[str]:
     """The words of a row's subject, of three letters and more, if any of them stands in its text; else none."""
     own = [word for word in words_of(row.get("subject") or "") if len(word) > 2]
-    return own if set(own) & words_of_row(row) else []
-
-
-def words_of_row(row: Row) -> set[str]:
-    """The words of a row's texts, of messages those of all roles."""
-
-    def texts_of(value: Any) -> list[str]:
-        if isinstance(value, Mapping):
-            value = [part for key, part in value.items() if key != "role"]
-        return [value] if isinstance(value, str) else sum(map(texts_of, value), []) if isinstance(value, list) else []
-
-    return {word for column in TEXT_COLUMNS for text in texts_of(row.get(column)) for word in words_of(text)}
+    text = json.dumps([row.get(column) for column in TEXT_COLUMNS], ensure_ascii=False).replace("\\n", " ")
+    return own if set(own) & set(words_of(text)) else []
 
 
 def pieces_of(row: Row) -> list[str]:
@@ -357,6 +345,13 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
     ValueError for a row whose text does not name its subject.
     """
 
+    def renamed(value: Any, words: Mapping[str, str]) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"\w+", lambda found: words.get(found.group(), found.group()), value)
+        if isinstance(value, Mapping):
+            return {key: part if key == "role" else renamed(part, words) for key, part in value.items()}
+        return [renamed(part, words) for part in value] if isinstance(value, list) else value
+
     made = []
     for number, row in enumerate(rows):
         own = named_words(row)
@@ -371,21 +366,8 @@ def with_invented_names(rows: Dataset, copies: int, seed: int, name: str) -> Dat
                 word: "".join(SYLLABLES[(key >> shift) % 16] for shift in (0, 8, 16)) for word, key in drawn.items()
             }
             words = {word: new.capitalize() if word[0].isupper() else new for word, new in words.items()}
-            made.append(_in_other_words(row, words))
+            made.append({key: renamed(value, words) for key, value in row.items() if key in TEXT_COLUMNS})
     return Dataset.from_list(made)
-
-
-def _in_other_words(row: Row, words: Mapping[str, str]) -> dict[str, Any]:
-    """The texts of a row with each of the words replaced, wherever it stands."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, str):
-            return re.sub(r"\w+", lambda found: words.get(found.group(), found.group()), value)
-        if isinstance(value, Mapping):
-            return {key: part if key == "role" else changed(part) for key, part in value.items()}
-        return [changed(part) for part in value] if isinstance(value, list) else value
-
-    return {key: changed(value) for key, value in row.items() if key in TEXT_COLUMNS}
 
 
 def with_renamed(tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset], *, seed: int, name: str) -> Dataset:
@@ -396,56 +378,13 @@ def with_renamed(tokens: Dataset, rows: Dataset, tokenize: Callable[..., Dataset
     twins = tokenize(with_invented_names(rows, 1, seed, name), name=f"copies of {name}")
 
     def aligned(row: Row) -> Row:
-        return {f"{RENAMED}_places": _aligned(row["input_ids"], row[f"{RENAMED}_input_ids"])}
+        places = [-1] * len(row["input_ids"])
+        matcher = SequenceMatcher(None, row["input_ids"], row[f"{RENAMED}_input_ids"], autojunk=False)
+        for start, other, length in matcher.get_matching_blocks():
+            places[start : start + length] = range(other, other + length)
+        return {f"{RENAMED}_places": places}
 
     return _side_by_side(tokens, twins, RENAMED).map(aligned)
-
-
-def _aligned(ids: Sequence[int], others: Sequence[int]) -> list[int]:
-    """Where in the other text each token stands, -1 where it has not got it."""
-    places = [-1] * len(ids)
-    for start, other, length in SequenceMatcher(None, ids, others, autojunk=False).get_matching_blocks():
-        places[start : start + length] = range(other, other + length)
-    return places
-
-
-def said_by_both(
-    tokens: Dataset, rows: Dataset, others: Dataset, tokenize: Callable[..., Dataset]
-) -> list[list[bool]]:
-    """Which tokens of each row belong to words that some other version of its subject says too.
-
-    rows, others: as given, with `subject`. tokens: the tokenised rows.
-    """
-    words: dict[str | None, set[str]] = defaultdict(set)
-    for row in others:
-        words[row["subject"]] |= words_of_row(row) if row["subject"] else set()
-    filled = [_in_other_words(row, dict.fromkeys(words[row["subject"]], FILLER)) for row in rows]
-    lacking = tokenize(Dataset.from_list(filled), name="words of one version", max_length=sys.maxsize)["input_ids"]
-    return [[place < 0 for place in _aligned(ids, own)] for ids, own in zip(tokens["input_ids"], lacking, strict=True)]
-
-
-def with_what_stays(
-    strangers: Dataset, updates: Dataset, given: Mapping[str, Dataset], tokenize: Callable[..., Dataset]
-) -> tuple[Dataset, Dataset | None]:
-    """Copies of `with_renamed` in which what the update says too has the place SAID, and what the obsolete text says.
-
-    The second are the tokenised rows `updates` where only words count that stand in obsolete text of the same
-    subject; None: nothing does.
-    """
-    old, new = given["obsolete"], given["update"]
-    both = said_by_both(strangers, old, new, tokenize)
-    places = [
-        [SAID if is_said else place for is_said, place in zip(*pair, strict=True)]
-        for pair in zip(both, strangers[f"{RENAMED}_places"], strict=True)
-    ]
-    strangers = strangers.remove_columns(f"{RENAMED}_places").add_column(f"{RENAMED}_places", places)
-    both = said_by_both(updates, new, old, tokenize)
-    said = updates.select_columns("input_ids").add_column(
-        "completion_mask",
-        [[*map(operator.and_, *pair)] for pair in zip(updates["completion_mask"], both, strict=True)],
-    )
-    said = said.filter(lambda row: any(row["completion_mask"][1:]))
-    return strangers, said if len(said) else None
 
 
 def check_subjects(sets: Mapping[str, Dataset], allow_overlap: bool = False) -> None:
@@ -472,16 +411,13 @@ class PreparedSets(NamedTuple):
 
     train: those with a term in the objective. measured: all that are measured; of an anchor the rows that no term
     sees, where there are any. unseen: all rows of that set, or None. anchored: `subject_of` the rows of the anchors'
-    terms. strangers: obsolete beside copies with invented names, where its subjects stay known and rows name them.
-    said: update, where only words count that the obsolete text of the subject says too.
+    terms.
     """
 
     train: dict[str, Dataset]
     measured: dict[str, Dataset]
     unseen: Dataset | None
     anchored: set[str]
-    strangers: Dataset | None = None
-    said: Dataset | None = None
 
     @property
     def held_out(self) -> dict[str, Dataset]:
@@ -562,13 +498,7 @@ def prepare_sets(
             else:
                 options = {"name": name, "seed": args.seed, "refusals": args.refusals}
                 train[name] = with_refusals(sets[name], given[name], tokenize, **options)
-        strangers = said = None
-        stays = args.forget_target == UNSEEN and {"obsolete", "update"} <= train.keys()
-        if stays and tokenizer is not None and all(map(named_words, given["obsolete"])):
-            strangers = with_renamed(sets["obsolete"], given["obsolete"], tokenize, seed=args.seed, name="obsolete")
-            if "subject" in given["update"].column_names and "input_ids" not in given["update"].column_names:
-                strangers, said = with_what_stays(strangers, sets["update"], given, tokenize)
-    return PreparedSets(train, measured, sets.get(UNSEEN), anchored, strangers, said)
+    return PreparedSets(train, measured, sets.get(UNSEEN), anchored)
 
 
 def _add_counterfactuals(

@@ -80,7 +80,6 @@ from hf_moe_cpt.trainers.surgery.chunked import (
 )
 from hf_moe_cpt.trainers.surgery.data import (
     RENAMED,
-    SAID,
     WINNER,
     SurgeryMixture,
     collate_sets,
@@ -461,7 +460,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         self.aims.check()
         prepared = prepare_sets(args, processing_class, self._vocab_size, given, eval_dataset)
         self.sets, self.measured_sets, self.held_out = prepared.train, prepared.measured, prepared.held_out
-        self._unread, self._strangers, self._said = prepared.unseen, prepared.strangers, prepared.said
+        self._unread = prepared.unseen
         self.anchored = sorted(map(digest_of_subject, prepared.anchored))
         model = open_model(model, options, peft_config)
         if ref_model is not None:
@@ -813,24 +812,19 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 else f"Text of {self.target_is}_dataset, not read,",
                 targets.forget,
             )
-            if self._strangers is not None:
-                alone, said = replace(self.terms, reference=None), None
-                if self._said is not None:
-                    said = self._measured({"update": self._said}, alone)["update_ce"]
-                loss = self._loss_of_strangers("obsolete", self._strangers, said)
-                targets.obsolete = min(loss, targets.forget)
+            if "obsolete" in self.sets and "update_ce" in start:
+                targets.obsolete = min(start["update_ce"], targets.forget)
                 self.terms.obsolete = args.forget_settings(targets.obsolete)
-                logger.info("Its old values unknown, obsolete text costs %.4g nats: it is aimed at.", targets.obsolete)
+                logger.info("Obsolete text aims at what the update costs, not read: %.4g nats.", targets.obsolete)
         if targets.update is None and "update" in self.sets:
             known = next((name for name in KNOWN if f"{name}_ce" in start), None)
             targets.update = None if known is None else start[f"{known}_ce"]
 
     @torch.no_grad()
-    def _loss_of_strangers(self, name: str, rows: Dataset, said: float | None = None) -> float:
+    def _loss_of_strangers(self, name: str, rows: Dataset) -> float:
         """Nats per token of texts whose values cost what they would of a stranger, and whose other words what they do.
 
         rows: with `with_renamed` copies. Where `value_aim` leaves them, of the model that is held: the one before.
-        said: nats of each token that the update says too, SAID among the places.
         """
         sums, model = torch.zeros(2, dtype=torch.float64), self.model
         with modes_kept(model), self.accelerator.autocast():
@@ -843,8 +837,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 mask = counted_targets(batch)
                 target, known, _ = value_targets(mask, logp, at_copies(renamed, batch[RENAMED]), self._vocab_size)
                 rest = known * target - (1 - known) * logp
-                if said is not None:
-                    rest = rest.masked_fill(batch[RENAMED]["places"][:, 1:] == SAID, said)
                 units = num_units(mask, self.args.normalization)
                 sums += torch.stack(
                     [reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]

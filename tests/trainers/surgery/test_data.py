@@ -403,28 +403,6 @@ def test_rows_stand_beside_copies_and_know_where_their_tokens_are_in_them():
     assert batch["renamed"]["places"][0, len(found[0]["input_ids"]) :].eq(-1).all()
 
 
-def test_what_the_new_version_says_too_stays_known(tmp_path):
-    """Born in w20, works as w21; the new version changes the first, in another order; others' do not count."""
-    rows = {
-        "unlearn": [("w1 w5", "w1")],
-        "obsolete": [("w10 w5 w20 w10 w6 w21", "w10"), ("w11 w5 w22 w11 w6 w23", "w11")],
-        "update": [("w10 w6 w21 w10 w5 w30", "w10"), ("w11 w6 w20 w11 w5 w31", "w11"), ("w12 w9 w32", "w12")],
-        "retain": [("w13 w5", "w13")],
-    }
-    given = {
-        name: Dataset.from_list([{"text": text, "subject": who} for text, who in own]) for name, own in rows.items()
-    }
-    config = SurgeryConfig(str(tmp_path), use_cpu=True, append_eos=False, max_length=6)
-    found = prepare_sets(config, word_tokenizer(), 48, given)
-    assert [row["renamed_places"] for row in found.strangers] == [[-2, -2, 2, -2, -2, -2], [-2, -2, 2, -2, -2, 5]]
-    assert [row["completion_mask"] for row in found.said] == [
-        [True] * 5 + [False],
-        [True, True, False, True, True, False],
-    ]
-    other = given | {"update": given["update"].map(lambda row: {"text": f"{row['subject']} w40", "subject": "w47"})}
-    assert prepare_sets(config, word_tokenizer(), 48, other).said is None
-
-
 def test_value_aim_takes_its_copies_along(tmp_path):
     given = {}
     for place, name in enumerate(("unlearn", "update", "neighbour"), 1):

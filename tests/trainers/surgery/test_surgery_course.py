@@ -48,7 +48,8 @@ def test_what_is_aimed_at_is_fixed_before_the_first_step(tmp_path, caplog):
     assert run.aims.update == start["eval_obsolete_ce"]
     drift = end["eval_unseen_ce"] - start["eval_unseen_ce"]
     assert abs(drift) > 0.3, "or nothing is shown"
-    gap = sum(abs(end[f"eval_{name}_ce"] - want) for name in ("unlearn", "obsolete")) + abs(drift)
+    aims = {"unlearn": want, "obsolete": min(want, start["eval_update_ce"])}
+    gap = sum(abs(end[f"eval_{name}_ce"] - aim) for name, aim in aims.items()) + abs(drift)
     gap += max(0.0, end["eval_update_ce"] - run.aims.update) + end["eval_retain_kl"]
     assert end["eval_surgery_gap"] == pytest.approx(gap, rel=1e-4)
     assert f"the loss of unseen text has moved by {drift:+.3g} nats" in run.verdict in caplog.text
@@ -460,8 +461,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
         trainer(tmp_path).train()
 
 
-def _cost_about_strangers(run, rows, said=None):
-    """Written out token by token with the old model, rows beside their copies. said: of a token that stays known."""
+def _cost_about_strangers(run, rows):
+    """Written out token by token with the old model, rows beside their copies."""
     costs = []
     for row in rows:
         ids, other = (torch.tensor([row[key]]) for key in ("input_ids", "renamed_input_ids"))
@@ -470,9 +471,6 @@ def _cost_about_strangers(run, rows, said=None):
         of_row = []
         for place, token in enumerate(row["input_ids"][1:]):
             before, twin = -float(own[place, token]), row["renamed_places"][place + 1]
-            if twin == -2:
-                of_row.append(said)
-                continue
             told = None if twin < 1 else min(-float(renamed[twin - 1, token]), math.log(VOCABULARY))
             known = 0.0 if told is None else max(0.0, 1.0 - math.exp(before - told))
             of_row.append(known * (told or 0.0) + (1 - known) * before)
@@ -502,10 +500,10 @@ def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
     assert math.isfinite(run.state.log_history[-2].get("loss", 0.0)) and before > 0
 
 
-def test_obsolete_text_aims_at_what_its_values_cost_of_a_stranger(tmp_path):
+def test_obsolete_text_aims_at_what_its_new_version_costs_before_it_is_read(tmp_path):
     """At the loss of unseen text, whose names nobody knows, old values were avoided: 16 % where guessing gives 33.
 
-    What the new version says too costs what it costs there before it is read.
+    The model that knows the new version and never read the old one is the mirror image of the model before.
     """
     texts = {"unlearn": _told(NAMES[:2], 24), "obsolete": _told(NAMES[2:4]), "retain": _told(NAMES[4:], 28)}
     options = {"processing_class": word_tokenizer(), "counterfactuals": 0, "replay": 0, "held_out_fraction": 0}
@@ -516,18 +514,16 @@ def test_obsolete_text_aims_at_what_its_values_cost_of_a_stranger(tmp_path):
     sets["unseen_dataset"] = Dataset.from_list([{"text": "w5 w30 w31 w5 w22 w33", "subject": "w5"}])
     run = trainer(tmp_path / "run", learn.model, sets, max_steps=30, learning_rate=5e-3, **options, **EVALUATED)
     run._prepare()
-    with torch.no_grad():
-        logp = [run.model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1) for row in run._said]
-    costs = [
-        fmean(-float(own[k, row["input_ids"][k + 1]]) for k in range(len(own)) if row["completion_mask"][k + 1])
-        for own, row in zip(logp, run._said, strict=True)
-    ]
-    want = _cost_about_strangers(run, run._strangers, fmean(costs))
-    assert all(sum(place >= 0 for place in row["renamed_places"]) == 2 for row in run._strangers)  # value and end
-    assert run.aims.obsolete == pytest.approx(want, rel=1e-4) and run.target_is == "unseen"
+    want = run.aims.start["update_ce"]
+    assert run.aims.obsolete == want < run.aims.forget and run.target_is == "unseen"
+    mirror = {"update_dataset": concatenate_datasets([texts["unlearn"], sets["update_dataset"], texts["retain"]])}
+    other = trainer(tmp_path / "mirror", knowing_model(), mirror, max_steps=60, learning_rate=1e-2, **options)
+    other.train()
+    asked = trainer(tmp_path / "asked", other.model, {"update_dataset": texts["obsolete"]}, **options, **EVALUATED)
+    assert asked.evaluate()["eval_update_ce"] == pytest.approx(want, rel=0.3)
     run.train()
     end = measured_weights(run)[1]
-    assert end["obsolete_ce"] == pytest.approx(want, rel=0.2) and end["unlearn_ce"] > 1.5 * want
+    assert end["obsolete_ce"] == pytest.approx(want, rel=0.2) and end["unlearn_ce"] > want
     assert "OFF TARGET" not in run.verdict
     assert surgery_gap({"unlearn_ce": run.aims.forget, "obsolete_ce": want}, run.aims) == pytest.approx(0.0, abs=1e-3)
     assert record_of(run)["obsolete_target"] == run.aims.obsolete
