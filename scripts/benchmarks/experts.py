@@ -490,6 +490,7 @@ class ExpertsArguments(LayerArguments):
     skew: float = HfArg(default=0.2, help="Power of the load's tilt: expert number r is drawn with weight r^-skew.")
     seconds: float = HfArg(default=0.2, help="Time for one measurement of a turn; there are two.")
     inference: bool = HfArg(default=False, help="The forward pass alone, without a graph: a step of decoding.")
+    graphs: bool = HfArg(default=False, help="Time CUDA graphs: the device alone.")
     check: bool = HfArg(default=True, help="Compare results and gradients with float64 first.")
     check_tokens: int = HfArg(default=2048, help="Tokens of that comparison.")
     output_dir: str = HfArg(default="runs/experts", help="Folder for experts.csv.")
@@ -534,6 +535,11 @@ def measure_shape(shape: Shape, args: ExpertsArguments, stopwatch: tools.Stopwat
         measurement.reason = attempt.reason
         bar.write(_prepared(measurement))  # what a run that is killed leaves of an unfinished shape
         bar.update()
+        if args.graphs and measurement.reason is None:
+            with Attempt() as attempt:
+                both = (tools.graph_of(call) for call in (calls[name].forward, calls[name].training))
+                calls[name] = Calls(*both, results=None)
+            measurement.reason = attempt.reason
     exact = None
     with Attempt():  # after an error that lasts the device refuses this too; the turns will say so
         release_memory(device)
@@ -612,7 +618,9 @@ def result_row(
         row[f"{kind}_share_of_dense"] = tools.middle([d / t for d, t in zip(ceiling_times or (), times, strict=False)])
     row |= {"extra_peak_mib": measurement.extra_peak_mib, "first_call_seconds": measurement.first_call_seconds}
     row |= {f"error_{name}": measurement.errors.get(name) for name in ("out", *GRADIENTS)}
-    row |= {name: getattr(args, name) for name in ("dtype", "activation", "skew", "rounds", "seconds", "seed")}
+    row |= {
+        name: getattr(args, name) for name in ("dtype", "activation", "skew", "rounds", "seconds", "seed", "graphs")
+    }
     return row | {"peer_version": PEERS[measurement.peer].version, **facts}
 
 

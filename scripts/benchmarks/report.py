@@ -148,6 +148,19 @@ def extra_peak_mebibytes(run: Callable[[], Any], device: torch.device) -> float 
     return (torch.cuda.max_memory_allocated(device) - before) / MEBIBYTE
 
 
+def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
+    """A call as a CUDA graph, to be replayed. Raises what the capture does, as where the call waits for the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # memory and handles are taken outside of the graph
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+    return lambda kept=kept: graph.replay()
+
+
 def check_registered(experts: str) -> None:
     """Raise Unavailable for an experts implementation that transformers does not know."""
     if experts != "eager" and experts not in ALL_EXPERTS_FUNCTIONS:
