@@ -152,7 +152,7 @@ def cell(claim: Mapping[str, Any] | None, mean: str, units: str, needed: int | N
     if claim is None:
         return ""
     if claim[mean] is None:
-        return f"**{claim['verdict']}**, the runs are too short"
+        return f"**{claim['verdict']}**, the runs are too short: {claim['margin']:g} steps and {LEAST_SEEDS} seeds"
     told = f"**{claim['verdict']}** {claim[mean]:+.3g}"
     if claim["low"] is None:
         return f"{told}, one seed; at least {LEAST_SEEDS}"
