@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -119,6 +120,33 @@ def named_as_before_sharding(model: nn.Module) -> Iterator[None]:
             setattr(kind, name, value)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all tensors together, () float32; of shards that of what they are shards of, a collective.
+
+    Sums of squares of each rank's part, then one number: torch's own norm of shards dispatches each through Python.
+    """
+    together: dict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        where = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
+        together[tensor.device, *where].append(local_part(tensor))
+    squares = []
+    for (_, mesh, places), parts in together.items():
+        filled = [part for part in parts if part.numel()]  # a rank can hold nothing of some
+        norms = torch._foreach_norm(filled, dtype=torch.float32) if filled else [parts[0].new_zeros(()).float()]
+        square = torch.stack(norms).square().sum()
+        for dim, place in enumerate(places):
+            if not place.is_replicate():
+                dist.all_reduce(square, group=mesh.get_group(dim))
+        squares.append(square)
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
 # ---- the state of a run, by the names of weights alone: any engine on any number of ranks reads it ----
 
 
@@ -228,7 +256,7 @@ def _listen_to_gradients(shards: list[DTensor], num_batches: int, experts: nn.Mo
 def _hand_over(shard: DTensor, num_batches: int, gathered: Tensor) -> None:
     """The mean over batches, in the shard's type, as FSDP2 has it."""
     grad, gathered.grad = gathered.grad, None
-    mine = (grad.to_local() if isinstance(grad, DTensor) else grad).to(shard.dtype).div_(num_batches)
+    mine = local_part(grad).to(shard.dtype).div_(num_batches)
     if shard.grad is None:
         like = {"shape": shard.shape, "stride": shard.stride(), "run_check": False}
         shard.grad = DTensor.from_local(mine, shard.device_mesh, shard.placements, **like)

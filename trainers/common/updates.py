@@ -28,6 +28,7 @@ from transformers.training_args import OptimizerNames
 from hf_moe_cpt.extras import is_installed, require
 from hf_moe_cpt.machine import inner_model
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
+from hf_moe_cpt.trainers.common.distributed import local_part, norm_of
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def lost_share(weights: list[Tensor], learning_rate: float) -> float:
     """
     lost, counted = 0.0, 0
     for weight in weights:
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = local_part(weight)
         if local.dtype not in HALF or not local.numel():
             continue
         values = local.flatten()[:: -(-local.numel() // SAMPLE)]
@@ -130,14 +131,20 @@ class UpdatesMixin:
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """The parent's; gradients of `StochasticAdamW` are scaled in its step, which saves a pass over them."""
+        """The parent's, of shards in one go; gradients of `StochasticAdamW` are scaled in its step: a pass less."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # of accelerate's wrapper
         grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        is_sharded = any(isinstance(grad, DTensor) for grad in grads) or self.is_deepspeed_enabled
-        if not hasattr(optimizer, "grad_scale") or is_sharded or not grads:
+        places = {place for grad in grads if isinstance(grad, DTensor) for place in grad.placements}
+        is_late, is_elsewhere = hasattr(optimizer, "grad_scale"), self.is_deepspeed_enabled or self.accelerator.scaler
+        if not grads or not (is_late or places) or is_elsewhere or any(place.is_partial() for place in places):
             return super()._clip_grad_norm(model)
-        norm = torch.nn.utils.get_total_norm(grads)
-        optimizer.grad_scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips
+        norm = norm_of(grads)
+        scale = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips
+        if is_late:
+            optimizer.grad_scale = scale
+        else:
+            with torch.no_grad():
+                torch._foreach_mul_([part for part in map(local_part, grads) if part.numel()], scale)
         return norm
 
     def _tell_updates(self, optimizer: torch.optim.Optimizer) -> None:

@@ -37,13 +37,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from hf_moe_cpt.machine import has_process_group
 from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, listen, moe_layers
 from hf_moe_cpt.routing.metrics import SaturationCounter
+from hf_moe_cpt.trainers.common.distributed import local_part
 from hf_moe_cpt.trainers.common.updates import modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
@@ -308,7 +308,7 @@ class RouterProjection(TrainerCallback):
 
 def _parts(router: nn.Module) -> list[Tensor]:
     """What this rank holds of a router's weights: rows of them, where they are sharded."""
-    return [w.to_local() if isinstance(w, DTensor) else w for w in router.parameters() if w.requires_grad]
+    return [local_part(w) for w in router.parameters() if w.requires_grad]
 
 
 def router_input_moments(
