@@ -797,7 +797,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         args, targets, start = self.args, self.aims, self.aims.start
         if args.forget_target == UNSEEN and any(name in self.sets for name in FORGET_SETS):
             if getattr(self.terms.losses.get("unlearn"), "needs_copies", False) and "unlearn" in self.sets:
-                self.target_is, loss = RENAMED, self._loss_of_strangers("unlearn", self.sets["unlearn"])
+                self.target_is, loss = RENAMED, self._loss_of_strangers()
             elif self._unread is None:
                 self.target_is, loss = "update", start["update_ce"]
             else:
@@ -821,15 +821,15 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
             targets.update = None if known is None else start[f"{known}_ce"]
 
     @torch.no_grad()
-    def _loss_of_strangers(self, name: str, rows: Dataset) -> float:
-        """Nats per token of texts whose values cost what they would of a stranger, and whose other words what they do.
+    def _loss_of_strangers(self) -> float:
+        """Nats per token of unlearn text whose values cost what they would of a stranger, and its other words as now.
 
-        rows: with `with_renamed` copies. Where `value_aim` leaves them, of the model that is held: the one before.
+        Where `value_aim` leaves it, of the model that is held: the one before.
         """
-        sums, model = torch.zeros(2, dtype=torch.float64), self.model
+        sums, model, rows = torch.zeros(2, dtype=torch.float64), self.model, self.sets["unlearn"]
         with modes_kept(model), self.accelerator.autocast():
             model.eval()
-            for batch in self._batches({name: rows}, name, max_rows=len(rows)):
+            for batch in self._batches(self.sets, "unlearn", max_rows=len(rows)):
                 logp, renamed = (
                     token_logp(run_model(model, part), head_of(model), part["input_ids"], self.args.chunk_tokens)
                     for part in (batch, batch[RENAMED])
@@ -841,7 +841,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 sums += torch.stack(
                     [reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]
                 ).cpu()
-        return _means({f"{name}_ce": sums}, [name])[f"{name}_ce"]
+        return _means({"unlearn_ce": sums}, ["unlearn"])["unlearn_ce"]
 
     def _judge(self) -> None:
         """Say what came out, of the weights that are held now; all ranks must call it."""

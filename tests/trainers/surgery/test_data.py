@@ -23,6 +23,7 @@ from hf_moe_cpt.trainers.surgery.data import (
     collate_rows,
     collate_sets,
     eval_batches,
+    named_words,
     pieces_of,
     prepare_sets,
     read_rows,
@@ -344,6 +345,7 @@ def test_copies_of_forgotten_texts_have_invented_names_and_nothing_else_is_new()
 )
 def test_a_text_falls_into_what_is_said_each_time_that_its_subject_is_named(text, pieces):
     assert pieces_of({"text": text, "subject": "Ada Vane"}) == pieces and pieces_of({"text": text}) == []
+    assert named_words({"text": "Who she is:\nAda sings.", "subject": "Ada"}) == ["Ada"], "at the start of a line"
 
 
 def test_facts_are_learnt_alone_too_and_measured_as_they_were_given(tmp_path):
