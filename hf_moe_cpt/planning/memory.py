@@ -370,6 +370,18 @@ def _gathered(size: ModelSize, setup: TrainingSetup, at_end: bool = True) -> int
     return COMPUTED * (copies * layer + root + exchanged)
 
 
+def kept_gathered(size: ModelSize, setup: TrainingSetup) -> int:
+    """Bytes more when the backward pass begins, where a run keeps weights that were gathered for the forward pass.
+
+    It does where 8 % of a GPU are left with them, and needs none of it: no part of `training_memory`.
+    """
+    if setup.engine not in ("fsdp2", "hsdp", "ep"):
+        return 0
+    of_experts = size.experts if setup.engine == "ep" else 0  # which are not gathered
+    layer = max(size.layers, default=0) - of_experts // max(1, len(size.layers))
+    return COMPUTED * max(0, size.total - of_experts - 2 * layer - size.head)
+
+
 def _kept_of_others(size: ModelSize, setup: TrainingSetup) -> int:
     """Rows of other ranks' tokens that layers keep under expert parallelism, checkpointed or not.
 

@@ -316,7 +316,7 @@ def remedies(size: ModelSize, kept: KeptBytes, setup: TrainingSetup, usable: flo
 # Names of accelerate configurations in scripts/accelerate, by engine.
 CONFIG_OF_ENGINE = {"single": "one_gpu", "fsdp2": "fsdp2_8gpu", "hsdp": "hsdp_2x8", "zero3": "zero3", "ep": "ep"}
 NOTE = (
-    "An estimate, no measurement: memory came within 3 % of the peaks it was compared with on one GPU and within 8 % "
+    "An estimate, no measurement: memory came within 3 % of the peaks it was compared with on one GPU and within 5 % "
     "on two, more were not measured; see docs/scaling.md."
 )
 

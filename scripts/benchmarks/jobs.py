@@ -49,7 +49,15 @@ from hf_moe_cpt.arguments import fsdp2_arguments, parse_arguments
 from hf_moe_cpt.cli import run_program, run_script
 from hf_moe_cpt.machine import check_names, choose_device, leave_process_group, machine_facts
 from hf_moe_cpt.model_arguments import ModelArguments
-from hf_moe_cpt.planning.memory import KeptBytes, ModelSize, TrainingSetup, measure_kept, measure_size, training_memory
+from hf_moe_cpt.planning.memory import (
+    KeptBytes,
+    ModelSize,
+    TrainingSetup,
+    kept_gathered,
+    measure_kept,
+    measure_size,
+    training_memory,
+)
 from hf_moe_cpt.planning.plan import MODELS as NAMED
 from hf_moe_cpt.planning.plan import PRECISION_OF, MeasuredStep, config_of, flops_per_token
 from hf_moe_cpt.reports import write_csv
@@ -64,6 +72,7 @@ from hf_moe_cpt.scripts.benchmarks.report import (
     rows_of,
     text_of,
 )
+from hf_moe_cpt.trainers.common.distributed import SPARE_MEMORY
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.cpt.cpt_config import CPTConfig
 from hf_moe_cpt.trainers.cpt.cpt_trainer import CPTTrainer
@@ -262,6 +271,7 @@ def measured(run: str, given: list[str], args: JobArguments) -> dict[str, Any]:
 
 STEPS = "h200/step.csv"
 JOBS = "h200/jobs.csv"
+H200_GIB = 139.8
 KERNELS_OF_WAY = {"stock": "plain", "auto": "fused"}
 PREFERENCES = ("h200/preference_full.csv", "h100/preference_full.csv")  # the same steps on two devices
 REFERENCE_OF = {"rainbowpo": "copy", "rainbowpo-no-reference": "none", "by-term": "cache", "by-term-copy": "copy"}
@@ -407,10 +417,12 @@ def peaks_of_ranks(folder: Path) -> Iterator[MeasuredPeak]:
 
 
 def estimated_gib(peak: MeasuredPeak) -> float:
-    """What the arithmetic says for the same setup."""
+    """What the arithmetic says for the same setup, with gathered weights where there was room to keep them."""
     setup = peak.setup
+    size = size_of(peak.model, peak.layers)
     kept = kept_by(peak.model, peak.layers, setup.sequence_length, setup.precision, setup.kernels)
-    return training_memory(size_of(peak.model, peak.layers), kept, setup).total / GIBIBYTE
+    needed, more = training_memory(size, kept, setup).total / GIBIBYTE, kept_gathered(size, setup) / GIBIBYTE
+    return needed + (more if needed + more <= (1 - SPARE_MEMORY) * H200_GIB else 0.0)
 
 
 def error_table(folder: Path) -> str:
