@@ -717,6 +717,8 @@ def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: M
         by_seed = [{model: runs[seed] for model, runs in chains.items() if seed in runs} for seed in seeds]
         plain = continued(new, scale.ratios(new)[0])
         begun = tuple(model for model, runs in chains.items() if any(plain in of for of in runs.values()))
+        if not begun:
+            continue
         evidence = [Evidence(scale, found, new, begun, by_seed) for found in by_seed]
         for name, claim in CLAIMS.items():
             if values := _where_finished(evidence, MEASURES[name]):
@@ -799,7 +801,10 @@ def _models(scale: Scale, chains: Chains) -> list[dict[str, Any]]:
     rows = []
     for new in scale.shifts:
         for model, by_seed in chains.items():
-            evidence = [Evidence(scale, {model: runs}, new) for runs in by_seed.values()]
+            plain = continued(new, scale.ratios(new)[0])
+            evidence = [Evidence(scale, {model: runs}, new) for runs in by_seed.values() if plain in runs]
+            if not evidence:
+                continue
             row: dict[str, Any] = {"shift": new, "model": model}
             for name, number in NUMBERS.items():
                 if values := _where_finished(evidence, lambda e, number=number, model=model: number(e, model)):
@@ -861,7 +866,10 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     plot = plotting(path)
     if plot is None or not results["runs"]:
         return
-    shifts = results["scale"]["shifts"]
+    begun = {row["shift"] for row in results["models"]}
+    shifts = {new: shift for new, shift in results["scale"]["shifts"].items() if new in begun}
+    if not shifts:
+        return
     figure, axes = plot.subplots(2, len(shifts), figsize=(6 * len(shifts), 8), squeeze=False)
     for column, (new, shift) in enumerate(shifts.items()):
         for model, curve in results["curves"].get(new, {}).items():

@@ -102,6 +102,9 @@ def test_every_claim_has_a_number_and_lacks_one_without_its_models() -> None:
     alone = {"union_new", "union_old", "drift_replay", "forgetting", "forgetting_replay", "first_layers"}
     alone |= {"downstream", "downstream_replay", "spike", "decayed_start", "decayed_forgetting", "decayed_new"}
     assert {claim["claim"] for claim in some["claims"]} == alone
+    later = replace(SCALE, shifts={**SCALE.shifts, "german": {"ratios": [0.0]}})  # a shift that nothing has begun
+    told = robustness.summary(later, chains, {}, {})
+    assert {row["shift"] for key in ("claims", "models") for row in told[key]} == {"code"}
     spike = next(claim for claim in results["claims"] if claim["claim"] == "free_balance")
     want = [
         Evidence(SCALE, {model: chains[model][seed] for model in chains}, "code").spike("lf-granular")
