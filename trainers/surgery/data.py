@@ -411,13 +411,14 @@ class PreparedSets(NamedTuple):
 
     train: those with a term in the objective. measured: all that are measured; of an anchor the rows that no term
     sees, where there are any. unseen: all rows of that set, or None. anchored: `subject_of` the rows of the anchors'
-    terms.
+    terms. strangers: obsolete beside copies with invented names, where its subjects stay known and rows name them.
     """
 
     train: dict[str, Dataset]
     measured: dict[str, Dataset]
     unseen: Dataset | None
     anchored: set[str]
+    strangers: Dataset | None = None
 
     @property
     def held_out(self) -> dict[str, Dataset]:
@@ -498,7 +499,11 @@ def prepare_sets(
             else:
                 options = {"name": name, "seed": args.seed, "refusals": args.refusals}
                 train[name] = with_refusals(sets[name], given[name], tokenize, **options)
-    return PreparedSets(train, measured, sets.get(UNSEEN), anchored)
+        strangers = None
+        stays = args.forget_target == UNSEEN and {"obsolete", "update"} <= train.keys()
+        if stays and tokenizer is not None and all(map(named_words, given["obsolete"])):
+            strangers = with_renamed(sets["obsolete"], given["obsolete"], tokenize, seed=args.seed, name="obsolete")
+    return PreparedSets(train, measured, sets.get(UNSEEN), anchored, strangers)
 
 
 def _add_counterfactuals(

@@ -57,7 +57,6 @@ from hf_moe_cpt.trainers.common.distributed import (
     reduce_at_once,
     repeatable_on_cpu,
     reshard,
-    shard_early,
 )
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
@@ -460,7 +459,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         self.aims.check()
         prepared = prepare_sets(args, processing_class, self._vocab_size, given, eval_dataset)
         self.sets, self.measured_sets, self.held_out = prepared.train, prepared.measured, prepared.held_out
-        self._unread = prepared.unseen
+        self._unread, self._strangers = prepared.unseen, prepared.strangers
         self.anchored = sorted(map(digest_of_subject, prepared.anchored))
         model = open_model(model, options, peft_config)
         if ref_model is not None:
@@ -765,10 +764,9 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         if self.terms is not None:
             return
         args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets or name in self.held_out]
-        self.fingerprint = self._fingerprint()
-        is_whole = self.is_fsdp_enabled and not is_sharded(self.model)
-        if is_whole and not shard_early(self.model, self.accelerator):
+        if self.is_fsdp_enabled and not is_sharded(self.model):
             self.model.to(args.device)  # where `Trainer` leaves it to FSDP, which comes later
+        self.fingerprint = self._fingerprint()
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
             args.forget_losses,
@@ -786,7 +784,6 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         )
         self.aims.start = self._measured(self.measured_sets)
         self._set_targets()
-        reshard(self.model)  # what is changed next, by noise, is weights
 
     def _measured(self, sets: Mapping[str, Dataset], terms: SurgeryTerms | None = None) -> dict[str, float]:
         with self.accelerator.autocast():
@@ -797,7 +794,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         args, targets, start = self.args, self.aims, self.aims.start
         if args.forget_target == UNSEEN and any(name in self.sets for name in FORGET_SETS):
             if getattr(self.terms.losses.get("unlearn"), "needs_copies", False) and "unlearn" in self.sets:
-                self.target_is, loss = RENAMED, self._loss_of_strangers()
+                self.target_is, loss = RENAMED, self._loss_of_strangers("unlearn", self.sets["unlearn"])
             elif self._unread is None:
                 self.target_is, loss = "update", start["update_ce"]
             else:
@@ -813,23 +810,24 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 targets.forget,
             )
             if "obsolete" in self.sets and "update_ce" in start:
-                targets.obsolete = min(start["update_ce"], targets.forget)
+                named = [] if self._strangers is None else [self._loss_of_strangers("obsolete", self._strangers)]
+                targets.obsolete = min(max(start["update_ce"], *named, 0.0), targets.forget)
                 self.terms.obsolete = args.forget_settings(targets.obsolete)
-                logger.info("Obsolete text aims at what the update costs, not read: %.4g nats.", targets.obsolete)
+                logger.info("Obsolete text aims at %.4g nats.", targets.obsolete)
         if targets.update is None and "update" in self.sets:
             known = next((name for name in KNOWN if f"{name}_ce" in start), None)
             targets.update = None if known is None else start[f"{known}_ce"]
 
     @torch.no_grad()
-    def _loss_of_strangers(self) -> float:
-        """Nats per token of unlearn text whose values cost what they would of a stranger, and its other words as now.
+    def _loss_of_strangers(self, name: str, rows: Dataset) -> float:
+        """Nats per token of texts whose values cost what they would of a stranger, and whose other words what they do.
 
-        Where `value_aim` leaves it, of the model that is held: the one before.
+        rows: with `with_renamed` copies. Where `value_aim` leaves them, of the model that is held: the one before.
         """
-        sums, model, rows = torch.zeros(2, dtype=torch.float64), self.model, self.sets["unlearn"]
+        sums, model = torch.zeros(2, dtype=torch.float64), self.model
         with modes_kept(model), self.accelerator.autocast():
             model.eval()
-            for batch in self._batches(self.sets, "unlearn", max_rows=len(rows)):
+            for batch in self._batches({name: rows}, name, max_rows=len(rows)):
                 logp, renamed = (
                     token_logp(run_model(model, part), head_of(model), part["input_ids"], self.args.chunk_tokens)
                     for part in (batch, batch[RENAMED])
@@ -841,7 +839,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
                 sums += torch.stack(
                     [reduce_tokens(rest, mask, self.args.normalization, total=1).double(), units]
                 ).cpu()
-        return _means({"unlearn_ce": sums}, ["unlearn"])["unlearn_ce"]
+        return _means({f"{name}_ce": sums}, [name])[f"{name}_ce"]
 
     def _judge(self) -> None:
         """Say what came out, of the weights that are held now; all ranks must call it."""

@@ -48,7 +48,7 @@ def test_what_is_aimed_at_is_fixed_before_the_first_step(tmp_path, caplog):
     assert run.aims.update == start["eval_obsolete_ce"]
     drift = end["eval_unseen_ce"] - start["eval_unseen_ce"]
     assert abs(drift) > 0.3, "or nothing is shown"
-    aims = {"unlearn": want, "obsolete": min(want, start["eval_update_ce"])}
+    aims = {"unlearn": want, "obsolete": run.aims.obsolete}
     gap = sum(abs(end[f"eval_{name}_ce"] - aim) for name, aim in aims.items()) + abs(drift)
     gap += max(0.0, end["eval_update_ce"] - run.aims.update) + end["eval_retain_kl"]
     assert end["eval_surgery_gap"] == pytest.approx(gap, rel=1e-4)
@@ -500,7 +500,7 @@ def test_value_aim_aims_at_what_the_text_costs_without_the_names(tmp_path):
     assert math.isfinite(run.state.log_history[-2].get("loss", 0.0)) and before > 0
 
 
-def test_obsolete_text_aims_at_what_its_new_version_costs_before_it_is_read(tmp_path):
+def test_obsolete_text_aims_at_a_strangers_cost_and_at_least_at_that_of_its_new_version(tmp_path):
     """At the loss of unseen text, whose names nobody knows, old values were avoided: 16 % where guessing gives 33.
 
     The model that knows the new version and never read the old one is the mirror image of the model before.
@@ -514,13 +514,14 @@ def test_obsolete_text_aims_at_what_its_new_version_costs_before_it_is_read(tmp_
     sets["unseen_dataset"] = Dataset.from_list([{"text": "w5 w30 w31 w5 w22 w33", "subject": "w5"}])
     run = trainer(tmp_path / "run", learn.model, sets, max_steps=30, learning_rate=5e-3, **options, **EVALUATED)
     run._prepare()
-    want = run.aims.start["update_ce"]
-    assert run.aims.obsolete == want < run.aims.forget and run.target_is == "unseen"
+    least, stranger = run.aims.start["update_ce"], _cost_about_strangers(run, run._strangers)
+    want = max(least, stranger)
+    assert run.aims.obsolete == pytest.approx(want, rel=1e-4) and want < run.aims.forget and run.target_is == "unseen"
     mirror = {"update_dataset": concatenate_datasets([texts["unlearn"], sets["update_dataset"], texts["retain"]])}
     other = trainer(tmp_path / "mirror", knowing_model(), mirror, max_steps=60, learning_rate=1e-2, **options)
     other.train()
     asked = trainer(tmp_path / "asked", other.model, {"update_dataset": texts["obsolete"]}, **options, **EVALUATED)
-    assert asked.evaluate()["eval_update_ce"] == pytest.approx(want, rel=0.3)
+    assert asked.evaluate()["eval_update_ce"] == pytest.approx(least, rel=0.3)
     run.train()
     end = measured_weights(run)[1]
     assert end["obsolete_ce"] == pytest.approx(want, rel=0.2) and end["unlearn_ce"] > want

@@ -201,15 +201,17 @@ def test_the_verdict_names_what_is_wrong_the_worst_first(changes, said):
 
 def test_obsolete_text_is_judged_by_its_own_target_and_by_unread_text_about_the_same_subjects():
     """Its subjects stay known: at the loss and first choices of text never read, its values are avoided."""
-    start = {**BEFORE, "obsolete_top1": 0.95, "update_top1": 0.8}
+    start = {**BEFORE, "obsolete_top1": 0.95, "update_top1": 0.8, "update_ce": 0.75}
     aims = Targets(3.0, 0.2, start=start, vocab_size=600, obsolete=1.0)
-    asked = {**AIMED, "obsolete_ce": 1.0, "obsolete_top1": 0.82, "update_top1": 0.9}
+    asked = {**AIMED, "obsolete_ce": 1.0, "obsolete_top1": 0.82, "update_top1": 0.9, "update_ce": 0.2}
     assert verdict_of(asked, aims) == "as asked on unlearn, obsolete, update, retain, unseen"
     assert surgery_gap({"unlearn_ce": 3.0, "obsolete_ce": 1.5}, aims) == 0.5
     reached = stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 1.0, "update_ce": 0.1}, aims)
     assert "obsolete 1 nats (target 1)" in reached
     assert stop_reason({"unlearn_ce": 3.0, "obsolete_ce": 0.9, "update_ce": 0.1}, aims) is None
-    assert "obsolete is at 3 nats of a target of 1" in verdict_of({**asked, "obsolete_ce": 3.0}, aims)
+    for loss, is_off in ((3.0, True), (1.05, False), (0.7, False), (0.6, True)):  # 0.75: who read the update alone
+        said = f"obsolete is at {loss:.4g} nats of a target of 1"
+        assert (said in verdict_of({**asked, "obsolete_ce": loss}, aims)) == is_off
     assert "NOT FORGOTTEN: 90% of the tokens of obsolete" in verdict_of({**asked, "obsolete_top1": 0.9}, aims)
 
 
