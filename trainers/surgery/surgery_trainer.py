@@ -57,6 +57,7 @@ from hf_moe_cpt.trainers.common.distributed import (
     reduce_at_once,
     repeatable_on_cpu,
     reshard,
+    shard_early,
 )
 from hf_moe_cpt.trainers.common.fault_tolerance import FaultTolerantMixin
 from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
@@ -764,9 +765,10 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         if self.terms is not None:
             return
         args, anchors = self.args, [name for name in ANCHOR_SETS if name in self.sets or name in self.held_out]
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            self.model.to(args.device)  # where `Trainer` leaves it to FSDP, which comes later
         self.fingerprint = self._fingerprint()
+        is_whole = self.is_fsdp_enabled and not is_sharded(self.model)
+        if is_whole and not shard_early(self.model, self.accelerator):
+            self.model.to(args.device)  # where `Trainer` leaves it to FSDP, which comes later
         self.selections = SelectionWatch(self.model, partial(self._batches, self.measured_sets), self.sets)
         self.terms = SurgeryTerms(
             args.forget_losses,
@@ -784,6 +786,7 @@ class SurgeryTrainer(RouterBalanceMixin, UpdatesMixin, HubMixin, FaultTolerantMi
         )
         self.aims.start = self._measured(self.measured_sets)
         self._set_targets()
+        reshard(self.model)  # what is changed next, by noise, is weights
 
     def _measured(self, sets: Mapping[str, Dataset], terms: SurgeryTerms | None = None) -> dict[str, float]:
         with self.accelerator.autocast():
