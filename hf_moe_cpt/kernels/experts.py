@@ -9,7 +9,6 @@ run. Source: ours; docs/kernels.md tells the design. `experts_interface` offers 
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -147,12 +146,6 @@ def _forward(
     tokens, gate_up, down = tokens.contiguous(), gate_up.contiguous(), down.contiguous()
     plan = _plan_of(tokens, top_k_index, gate_up, form)
     with torch.cuda.device_of(tokens):  # the current device may be another one; in the backward autograd sets it
-        key = (tokens.device, tokens.dtype, gate_up.shape, top_k_index.shape[1], form, plan.rows_per_tile, save)
-        is_new = tokens.is_cuda and tokens.shape[0] > 0 and key not in _COMPILED
-        if is_new and not torch.cuda.is_current_stream_capturing():
-            _COMPILED.add(key)
-            given = (top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias)
-            _side_by_side(tokens.device, _first_calls(tokens, *given, form, save, plan))
         table = routing_table(top_k_index, top_k_weights, gate_up.shape[0], plan.rows_per_tile, num_pairs)
         if tokens.shape[0] == 0:
             return torch.empty_like(tokens), tokens.new_empty(0), *table
@@ -163,72 +156,6 @@ def _forward(
         del hidden
         output = combine_rows(expert_rows, table.row_of_slot, top_k_weights, top_k_index.shape[1])
     return output, preactivation, *table
-
-
-_COMPILED: set[tuple] = set()
-
-
-def _side_by_side(device: torch.device, calls: list[Callable[[], Any]]) -> None:
-    """Make each call in a thread of its own: first calls one after the other take seconds of a single core."""
-
-    def run(call: Callable[[], Any]) -> None:
-        with torch.cuda.device(device), torch.no_grad():
-            call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        list(pool.map(run, calls))
-
-
-def _first_calls(
-    tokens: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    form: Form,
-    save: bool,
-    plan: TilePlan,
-) -> list[Callable[[], Any]]:
-    """The routing table, and each other kernel of a layer on one tile of the first expert, with `save` also those of
-    the backward pass. Nobody reads the results.
-    """
-    num_experts, num_slots, num_rows = gate_up.shape[0], top_k_index.shape[1], plan.rows_per_tile
-    all_weights = top_k_weights
-    zeros = torch.zeros(num_slots, dtype=torch.int32, device=tokens.device)
-    start = torch.arange(2, dtype=torch.int32, device=tokens.device) * num_rows
-    table = RoutingTable(zeros, tokens.new_zeros(num_rows).float(), zeros, start, start[1:].clone())
-    token, weights, gate_up, down, gate_up_bias, down_bias = (
-        x if x is None else x[:1] for x in (tokens, top_k_weights, gate_up, down, gate_up_bias, down_bias)
-    )
-    width = down.shape[1 if form.transposed else 2]
-    rows, hidden, pairs, kept = (tokens.new_zeros(num_rows, x) for x in (tokens.shape[1], width, 2 * width, 2 * width))
-    calls = [
-        lambda: routing_table(top_k_index, all_weights, num_experts, num_rows),
-        lambda: permute_tokens(token, table),
-        lambda: gated_up(rows, gate_up, table, form, save, plan.gated_up, gate_up_bias),
-        lambda: grouped_product(hidden, down, table, not form.transposed, plan.down, down_bias),
-        lambda: combine_rows(rows, zeros, weights, num_slots),
-    ]
-    if save:
-        partials = kept.new_zeros(triton.cdiv(width, plan.hidden_gradient.block_n), num_rows).float()
-
-        def of_weights() -> None:
-            of_bias = () if down_bias is None else (bias_gradient(rows, table, down_bias)[1],)
-            gather_partials(torch.cat((partials, *of_bias)), zeros, weights.shape, weights.dtype)
-
-        calls += [
-            of_weights,
-            lambda: gated_backward(rows, down, kept, table, form, plan.hidden_gradient),
-            lambda: _matrix_gradient(rows, hidden, table, form, plan.down_weight_gradient, None),
-            lambda: _matrix_gradient(pairs, rows, table, form, plan.up_weight_gradient, None),
-            lambda: grouped_product(pairs, gate_up, table, form.transposed, plan.input_gradient),
-            lambda: combine_rows(rows, zeros, None, num_slots),
-        ]
-        if gate_up_bias is not None:
-            calls.append(lambda: bias_gradient(pairs, table))
-    return calls
 
 
 _experts_forward = torch.library.custom_op("hf_moe_cpt::experts_forward", _forward, mutates_args=())

@@ -157,7 +157,7 @@ def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()
+        kept = run, run()  # what the graph reads, too, else its memory would be another's
     return lambda kept=kept: graph.replay()
 
 

@@ -2,10 +2,13 @@
 interpreter: results, failures, counts, and what both refuse."""
 
 import csv
+import gc
 import io
 import math
+import weakref
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe_cpt.kernels.grouped_gemm import Tile
 from hf_moe_cpt.scripts.benchmarks import experts as bench
-from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, one_line
+from hf_moe_cpt.scripts.benchmarks.report import Attempt, Unavailable, graph_of, one_line
 from tests.helpers.expert_layers import DEVICE
 
 
@@ -165,6 +168,18 @@ def test_ours_never_stands_for_the_fallback():
 def test_gpu_libraries_say_what_they_need(name):
     with pytest.raises(Unavailable, match="needs a CUDA device"):
         bench.PEERS[name].build(tiny_case())
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads():
+    """Before, only what the call returned was kept: the first replay read memory that was another's or nobody's."""
+    reads = torch.ones(1024, device="cuda")
+    alive = weakref.ref(reads)
+    replay = graph_of(partial(torch.add, reads, 1))
+    del reads
+    gc.collect()
+    replay()
+    assert alive() is not None
 
 
 def test_tokens_choose_different_experts_and_the_load_follows_the_tilt():

@@ -17,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations import use_experts_implementation
-from triton.runtime import interpreter
 
 from hf_moe_cpt.kernels import experts_interface
-from hf_moe_cpt.kernels.experts import _experts_forward, _first_calls, _plan_of, _slices, experts, plain_experts
+from hf_moe_cpt.kernels.experts import _experts_forward, _slices, experts, plain_experts
 from hf_moe_cpt.kernels.experts_interface import why_unsupported
 from hf_moe_cpt.kernels.gates import Form
 from hf_moe_cpt.kernels.grouped_gemm import (
@@ -28,7 +27,6 @@ from hf_moe_cpt.kernels.grouped_gemm import (
     DEFAULT_TRAINING,
     FEW_ROWS,
     HOPPER_TRAINING,
-    IS_INTERPRETED,
     SINGLE_PRECISION,
     tile_plan,
 )
@@ -454,32 +452,6 @@ def test_low_memory_takes_slices_of_the_tokens(tokens, monkeypatch):
     layer.top_k_index[: tokens // 2] = 1
     layer.top_k_index[-3:-2] = 3
     _assert_agrees(layer, torch.float32, low_memory=True)
-
-
-@pytest.mark.skipif(not IS_INTERPRETED, reason="launches are recorded in Triton's interpreter")
-@pytest.mark.parametrize("form, is_biased", [(Form(), False), (Form("clamped", True, True, 1.7, 7.0, 1.0), True)])
-def test_first_calls_compile_what_a_step_launches(form, is_biased, monkeypatch):
-    """Compared with the launches of a step: kernels, their constants, and which arguments they are given."""
-    launched: set[tuple] = set()
-
-    def record(kernel, *args, grid, warmup, **constants):
-        kinds = tuple(x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args)
-        launched.add((kernel.fn.__name__, kinds, tuple(sorted(constants.items()))))
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
-    layer = expert_layer(600, 3, 2, 24, 32).to(torch.bfloat16)
-    matrices = [x.transpose(1, 2).contiguous() if form.transposed else x for x in (layer.gate_up, layer.down)]
-    biases = [x.new_zeros(3, x.shape[2]) for x in matrices] if is_biased else [None, None]
-    leaves = [layer.tokens, layer.top_k_weights, *matrices, *biases]
-    leaves = [x if x is None else x.detach().requires_grad_() for x in leaves]
-    output = experts(leaves[0], layer.top_k_index, *leaves[1:4], form, False, None, *leaves[4:])
-    output.sum().backward()
-    step = launched.copy()
-    launched.clear()
-    plan = _plan_of(leaves[0], layer.top_k_index, leaves[2], form)
-    for call in _first_calls(leaves[0], layer.top_k_index, *leaves[1:], form, True, plan):
-        call()
-    assert launched == step
 
 
 @pytest.mark.parametrize("save", [True, False])
