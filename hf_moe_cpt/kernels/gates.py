@@ -51,11 +51,15 @@ class Form(NamedTuple):
         return (pairs[..., ::2], pairs[..., 1::2]) if self.interleaved else pairs.chunk(2, dim=-1)
 
     def hidden(self, preactivation: Tensor) -> Tensor:
-        """The definition of the gated activation: (..., 2I) -> (..., I)."""
+        """The definition of the gated activation: (..., 2I) -> (..., I).
+
+        At a limit the gradient is that of what is kept, whichever PyTorch: its clamp hands it on up to 2.13, not since.
+        """
         gate, up = self.split(preactivation)
         if self.activation != "clamped":
             return ACTIVATIONS[self.activation](gate) * up
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        gate = torch.where(gate > self.limit, self.limit, gate)
+        up = torch.where(up.abs() > self.limit, self.limit * up.sign(), up)
         return (up + self.offset) * gate * torch.sigmoid(self.alpha * gate)
 
     def launch_options(self) -> dict[str, object]:
@@ -139,7 +143,7 @@ def gated(gate, up, GATE: tl.constexpr):
 
 @triton.jit
 def gated_with_derivatives(gate, up, GATE: tl.constexpr):
-    """The gated activation and its derivatives by gate and up; at a limit that of what is kept, as in PyTorch."""
+    """The gated activation and its derivatives by gate and up; at a limit those of what is kept, as in `Form.hidden`."""
     activation: tl.constexpr = GATE[0]
     if activation == "clamped":
         kept = gate <= GATE[2]
