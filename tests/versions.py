@@ -2,8 +2,8 @@
 
 Lanes: `lowest` has the minima of setup.cfg, `pinned` has constraints.txt, `newest` is an empty environment into which
 the wheel went with nothing pinned. Each has an environment in `.lanes/`. The tests are those of the unpacked source
-distribution, without its package folders, so that what they import is the wheel. Without a GPU every lane has the
-torch of constraints.txt: any other comes with gigabytes of CUDA.
+distribution, without its package folders, so that what they import is the wheel. Without a GPU these have the torch of
+constraints.txt: any other comes with gigabytes of CUDA, which the lane `today`, run when named, takes with the rest.
 
     python tests/versions.py [lane ...]
 """
@@ -21,15 +21,16 @@ from xml.etree import ElementTree
 
 
 PROJECT = Path(__file__).resolve().parents[1]
-LANES = ("lowest", "pinned", "newest")
+LANES = ("lowest", "pinned", "newest")  # and "today"
 FOLDERS_IN_WHEEL = ("hf_moe_cpt", "hub_cards", "modeling", "scripts", "trainers")
 SHOWN = ("transformers", "torch", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub", "pyarrow")
 
-# Models, the front door, a checkpoint without the package, one run of each trainer (with and without an adapter), and
-# generation from a policy.
+# Models, the front door, products of experts in Triton, a checkpoint without the package, one run of each trainer
+# (with and without an adapter), and generation from a policy.
 SUITE = (
     "tests/modeling",
     "tests/front",
+    "tests/kernels/test_grouped_gemm.py",
     "tests/hub/test_remote_code.py",
     "tests/scripts/test_cpt.py::test_a_preset_is_trained_evaluated_and_saved",
     "tests/scripts/test_cpt.py::test_a_checkpoint_is_continued_from_a_yaml_file_that_the_command_line_overrides",
@@ -44,8 +45,8 @@ ABOUT_THE_CHECKOUT = ("tests/front/test_packaging.py",)
 
 def main(lanes: list[str]) -> int:
     """Run the lanes and print a line for each; 1 if a test failed in any of them."""
-    if unknown := set(lanes) - set(LANES):
-        raise SystemExit(f"error: unknown lane {', '.join(sorted(unknown))}: choose from {', '.join(LANES)}.")
+    if unknown := set(lanes) - {*LANES, "today"}:
+        raise SystemExit(f"error: unknown lane {', '.join(sorted(unknown))}: choose from {', '.join(LANES)}, today.")
     home = PROJECT / ".lanes"
     shutil.rmtree(home / "built", ignore_errors=True)
     source, wheel = build(home / "built")
@@ -95,8 +96,9 @@ def constraints(lane: str) -> dict[str, str]:
     extras = (lines for extra, lines in setup["options.extras_require"].items() if extra != "test")
     ranges = "\n".join([setup["options"]["install_requires"], *extras])
     lowest = dict(re.findall(r"^([\w-]+)>=([\w.]+)", ranges, re.MULTILINE))
-    wanted = {"lowest": lowest, "pinned": pinned, "newest": {}}[lane]
-    return wanted if shutil.which("nvidia-smi") else {**wanted, "torch": pinned["torch"]}
+    wanted = {"lowest": lowest, "pinned": pinned, "newest": {}, "today": {}}[lane]
+    has_cuda = lane == "today" or shutil.which("nvidia-smi")
+    return wanted if has_cuda else {**wanted, "torch": pinned["torch"]}
 
 
 def install(folder: Path, wheel: Path, exact: dict[str, str]) -> Path:
