@@ -53,7 +53,7 @@ class Form(NamedTuple):
     def hidden(self, preactivation: Tensor) -> Tensor:
         """The definition of the gated activation: (..., 2I) -> (..., I).
 
-        At a limit the gradient is that of what is kept, whichever PyTorch: its clamp hands it on up to 2.13, not since.
+        At a limit the gradient is that of what is kept, under every PyTorch: its clamp hands none on since 2.14.
         """
         gate, up = self.split(preactivation)
         if self.activation != "clamped":
@@ -143,7 +143,7 @@ def gated(gate, up, GATE: tl.constexpr):
 
 @triton.jit
 def gated_with_derivatives(gate, up, GATE: tl.constexpr):
-    """The gated activation and its derivatives by gate and up; at a limit those of what is kept, as in `Form.hidden`."""
+    """The gated activation and its derivatives by gate and up; at a limit as `Form.hidden`."""
     activation: tl.constexpr = GATE[0]
     if activation == "clamped":
         kept = gate <= GATE[2]
