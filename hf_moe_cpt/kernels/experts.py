@@ -19,14 +19,7 @@ from torch import Tensor
 from hf_moe_cpt.kernels.decoding import are_few, experts_of_few
 from hf_moe_cpt.kernels.gated import gated_backward, gated_up
 from hf_moe_cpt.kernels.gates import Form
-from hf_moe_cpt.kernels.grouped_gemm import (
-    Tile,
-    TilePlan,
-    bias_gradient,
-    grouped_product,
-    tile_plan,
-    weight_gradient,
-)
+from hf_moe_cpt.kernels.grouped_gemm import Tile, TilePlan, bias_gradient, grouped_product, tile_plan, weight_gradient
 from hf_moe_cpt.kernels.routing import (
     RoutingTable,
     combine_rows,
@@ -240,6 +233,7 @@ def _gradients(
                 grad_output[first:end], part, weights, *inputs[_SUMS], preactivation, table, form, needs, True, True,
                 into,
             )[_SUMS]  # fmt: skip
+            del preactivation
     return tuple(tokens.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
