@@ -77,6 +77,17 @@ def only_modeling_imports_relatively(files: list[SourceFile]) -> list[str]:
     ]
 
 
+def kernels_start_no_threads(files: list[SourceFile]) -> list[str]:
+    """A new thread has no CUDA context, and no tensor descriptor can be made in it: expert parallelism failed so."""
+    return [
+        f"{file.path}:{found.line} imports {found.module}: launch from the thread that calls"
+        for file in files
+        for found in file.imports
+        if file.path.startswith("hf_moe_cpt/kernels/")
+        and found.module.partition(".")[0] in ("threading", "concurrent")
+    ]
+
+
 def no_room_is_imported_as_a_top_level_name(files: list[SourceFile]) -> list[str]:
     """`import modeling` finds whatever anyone calls so; installed, our room is hf_moe_cpt.modeling."""
     return [

@@ -46,6 +46,9 @@ CASES = {
     import_rules.only_modeling_imports_relatively: [
         (DATA, "from .b import x", "full name", "from hf_moe_cpt.data.b import x")
     ],
+    import_rules.kernels_start_no_threads: [
+        ("hf_moe_cpt/kernels/a.py", "from concurrent.futures import x", "concurrent", "from functools import partial")
+    ],
     import_rules.no_room_is_imported_as_a_top_level_name: [
         ("tests/a.py", "from trainers.cpt import x", "write hf_moe_cpt.trainers", f"{OURS}trainers.cpt import x")
     ],
