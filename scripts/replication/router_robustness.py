@@ -465,15 +465,16 @@ class Evidence:
     scale: Scale
     chains: Mapping[str, Runs]
     new: str
-    asked_for: Sequence[str] = ()  # models, those of the plan if none are named
+    begun: Mapping[str, int] = field(default_factory=dict)  # seeds that began the shift, by model; none: as planned
     seeds: Sequence[Mapping[str, Runs]] = ()  # the chains of all seeds, of which lines are fitted
 
     def asked_of(self, models: Sequence[str]) -> list[str]:
-        """Those of the models that were asked for, of which a mean is taken. Raises KeyError if there are none."""
-        found = [model for model in models if model in (self.asked_for or MODELS)]
-        if not found:
+        """Those that a mean is taken of: with as many seeds as decide, else any. Raises KeyError if there are none."""
+        found = {model: self.begun.get(model, 0) if self.begun else LEAST_SEEDS for model in models}
+        enough = [model for model, seeds in found.items() if seeds >= LEAST_SEEDS]
+        if not (some := enough or [model for model, seeds in found.items() if seeds]):
             raise KeyError(models[0])
-        return found
+        return some
 
     @property
     def mixtures(self) -> list[str]:
@@ -622,6 +623,7 @@ def _steps_to_return(evidence: Evidence, model: str) -> float:
     return NEVER if told >= CLAIMS["return_steps"]["margin"] else math.inf
 
 
+OF_THE_START = ("sinkhorn_high", "sinkhorn_modes", "batch_loss")  # which all shifts share
 # The number that each claim is about, of one seed.
 MEASURES: dict[str, Callable[[Evidence], float]] = {
     "spike": lambda e: _mean(e.pb, e.spike),
@@ -708,19 +710,22 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
 def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
     """What the page, the plot and the table are made of: verdicts by shift, numbers of every run, curves.
 
-    A claim is judged over those seeds in which all its runs are finished, a mean over the models that have begun the
-    shift. facts: tokens and bytes of the texts.
+    A claim is judged over those seeds in which all its runs are finished, a mean over the models of which enough seeds
+    have begun the shift; what is about the start alone is judged once. facts: tokens and bytes of the texts.
     """
     seeds = sorted({seed for found in chains.values() for seed in found})
     claims, back = [], {}
     for new in scale.shifts:
         by_seed = [{model: runs[seed] for model, runs in chains.items() if seed in runs} for seed in seeds]
         plain = continued(new, scale.ratios(new)[0])
-        begun = tuple(model for model, runs in chains.items() if any(plain in of for of in runs.values()))
+        counts = {model: sum(plain in runs for runs in by_seed.values()) for model, by_seed in chains.items()}
+        begun = {model: count for model, count in counts.items() if count}
         if not begun:
             continue
         evidence = [Evidence(scale, found, new, begun, by_seed) for found in by_seed]
         for name, claim in CLAIMS.items():
+            if name in OF_THE_START and claims and claims[0]["shift"] != new:
+                continue
             if values := _where_finished(evidence, MEASURES[name]):
                 found = judged(values, claim["kind"], claim.get("margin", 0.0))
                 values = [None if value == math.inf else value for value in values]  # JSON has no infinity

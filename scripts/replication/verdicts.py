@@ -28,7 +28,7 @@ from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, LEAST_SEEDS, MANY, 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUTER = {
-    "router_s": "8 M active parameters, real text, granular models and dense",
+    "router_s": "8 M active parameters, real text, 3 seeds of penalty and Sinkhorn, loss-free and dense",
     "router_small": "tiny, the text of a Python installation",
     "router_ranks": "`small` on two ranks, each with half of the batch",
 }
@@ -101,7 +101,7 @@ def settings_told(found: Mapping[str, Results], where: Mapping[str, str]) -> str
     for name in filter(found.__contains__, where):
         folder = "router_small" if name == "router_ranks" else name
         label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
-        seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("runs", ())}
+        seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("models", ())}
         alone = ", dense alone" if models == {"dense"} else ""
         told.append(f"{label}: {where[name]}, {seeds} seed{'s' * (seeds > 1)}{alone}")
     missing = [f"`{name.removeprefix('router_')}`" for name in where if name not in found]
