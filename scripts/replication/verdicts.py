@@ -28,7 +28,7 @@ from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, LEAST_SEEDS, MANY, 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUTER = {
-    "router_s": "8 M active parameters, real text, 3 seeds of penalty and Sinkhorn, loss-free and dense",
+    "router_s": "8 M active parameters, real text (penalty and Sinkhorn: 3 seeds)",
     "router_small": "tiny, the text of a Python installation",
     "router_ranks": "`small` on two ranks, each with half of the batch",
 }
