@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
-from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.machine import has_process_group, own_penalty_off
 from hf_moe_cpt.trainers.common.distributed import is_sharded, reshard
 from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK, choose_attention
 from hf_moe_cpt.trainers.common.updates import modes_kept
@@ -175,6 +175,7 @@ def _probe(
     changed = ids.clone()
     changed[0, :length] = (changed[0, :length] + 1) % vocab_size
     packed = {"position_ids": torch.arange(length, device=device).repeat(2, 2), "use_cache": False}
+    packed |= own_penalty_off(model)  # as in training; gpt-oss's cannot read masks of its own layers
     before, after = (
         model(**hand_over(base, {"input_ids": rows, **packed}, method)).logits.float().view(2, 2 * length, -1)
         for rows in (ids, changed)

@@ -71,6 +71,13 @@ def test_what_is_chosen_keeps_documents_apart(kind, method):
     assert leak_of(model, isolation) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_what_is_chosen_is_the_same_where_a_model_would_add_its_own_penalty(kind):
+    model = model_of(kind)
+    model.config.output_router_logits = True
+    assert find_isolation(model, 64).method == METHOD_OF[kind]
+
+
 @pytest.mark.parametrize("kind", [*METHOD_OF, "varlen"])
 def test_a_batch_has_the_loss_of_its_documents_alone(tmp_path, kind):
     data, old = tokenized(12, 1), tokenized(9, 2)
