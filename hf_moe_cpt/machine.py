@@ -67,6 +67,11 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, all of one that is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def own_penalty_off(model: nn.Module) -> dict[str, bool]:
     """Keywords with which a model adds no penalty of its own to its loss, whatever its configuration says."""
     accepted = inspect.signature(inner_model(model).forward).parameters

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from hf_moe_cpt.machine import local_part
 from hf_moe_cpt.settings import fits, named
 
 
@@ -213,7 +214,7 @@ def check_weights(kind: type, name: str | Path, may_hold_more: bool = True, **op
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError for a weight that holds NaN or infinity."""
     for name, weight in model.named_parameters():
-        _require_finite(name, weight.to_local() if hasattr(weight, "to_local") else weight)
+        _require_finite(name, local_part(weight))
 
 
 def _require_finite(name: str, weight: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ from hf_moe_cpt.kernels.expert_parallel import (
     overlap_shared_experts,
     tell_numbers_of_tokens,
 )
-from hf_moe_cpt.machine import has_process_group, inner_model
+from hf_moe_cpt.machine import has_process_group, inner_model, local_part
 
 
 SPARE_MEMORY = 0.08  # share of a GPU that is left to the driver, communication, pieces and longer batches
@@ -118,11 +118,6 @@ def named_as_before_sharding(model: nn.Module) -> Iterator[None]:
     finally:
         for name, value in asked.items():
             setattr(kind, name, value)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

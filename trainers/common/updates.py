@@ -26,9 +26,9 @@ from transformers.hf_argparser import HfArg
 from transformers.training_args import OptimizerNames
 
 from hf_moe_cpt.extras import is_installed, require
-from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.machine import inner_model, local_part
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
-from hf_moe_cpt.trainers.common.distributed import local_part, norm_of
+from hf_moe_cpt.trainers.common.distributed import norm_of
 
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.machine import inner_model, own_penalty_off
 from hf_moe_cpt.reading import read_config, read_model, refuse_adapter
-from hf_moe_cpt.trainers.common.updates import quantise_experts
+from hf_moe_cpt.trainers.common.updates import modes_kept, quantise_experts
 
 
 CHUNK_TOKENS = 512
@@ -119,13 +119,11 @@ def check_head(model: nn.Module) -> None:
     """Raise ValueError unless `head_of` makes this model's logits out of its hidden states, tried on four tokens."""
     inner = causal_lm_of(model)
     tokens = torch.arange(4, device=inner.device)[None] % inner.get_input_embeddings().weight.shape[0]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), _hidden_states(inner) as states:
+    with modes_kept(model), torch.no_grad(), _hidden_states(inner) as states:
+        model.eval()
         logits = inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
         weight, bias, form = head_of(model)
         ours = form.apply(functional.linear(states[-1], weight, bias).float())
-    model.train(was_training)
     if not torch.allclose(ours, logits, rtol=0.0, atol=HEAD_TOLERANCE * float(logits.abs().max())):
         raise ValueError(
             f"{type(inner).__name__} makes its logits in a way that is not known here: its head is not the product "
