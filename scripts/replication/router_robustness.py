@@ -325,9 +325,10 @@ class Worker:
         """The base, or a mixture made of it, whose routers the seed draws."""
         if chain.method == "dense":
             return Path(self.base)
-        made = self.folder / "work" / chain.folder / "upcycled"
-        if not made.is_dir():
-            upcycle(self.base, made, chain.method.removeprefix("pb-"), UpcycleOptions(seed=chain.seed))
+        made, to = self.folder / "work" / chain.folder / "upcycled", chain.method.removeprefix("pb-")
+        if not made.is_dir():  # parts of the dense blocks stay together only where gates are normalised
+            gates = {"norm_topk_prob": True} if to == "granular" else {}
+            upcycle(self.base, made, to, UpcycleOptions(seed=chain.seed), **gates)
         return made
 
     def _arguments(
