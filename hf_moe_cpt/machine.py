@@ -9,7 +9,8 @@ import importlib.metadata
 import inspect
 import platform
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,6 +71,29 @@ def inner_model(model: nn.Module) -> nn.Module:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, all of one that is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Every parameter has its requires_grad again afterwards: PEFT trains all of an adapter that it switches on."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module has its mode, and every parameter its requires_grad, again after this context."""
+    modes = [(module, module.training) for module in model.modules()]
+    with gradients_kept(model):
+        try:
+            yield
+        finally:
+            for module, was_training in modes:
+                module.training = was_training
 
 
 def own_penalty_off(model: nn.Module) -> dict[str, bool]:

@@ -108,7 +108,7 @@ from hf_moe_cpt.evaluation.text_metrics import (
     update_part,
 )
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, release_memory
+from hf_moe_cpt.machine import DEVICES, DTYPES, check_names, choose_device, machine_facts, modes_kept, release_memory
 from hf_moe_cpt.reading import is_adapter, read_adapter, read_config, read_json, read_model, read_tokenizer, reading
 from hf_moe_cpt.routing.hooks import moe_layers
 from hf_moe_cpt.trainers.surgery.chunked import check_head, head_of
@@ -251,13 +251,10 @@ def evaluate_model(
     settings = settings or EvalSettings()
     check_head(model)
     subject = Subject(model, tokenizer, bench, settings, reference, bar)
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         parts = [part for part in settings.measured_parts if part != "divergence" or reference is not None]
         return {part: MEASURES[part](subject) for part in parts}
-    finally:
-        model.train(was_training)
 
 
 def measure_questions(subject: Subject) -> Raw:

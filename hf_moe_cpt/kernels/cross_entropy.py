@@ -44,6 +44,7 @@ from transformers.utils import logging
 
 from hf_moe_cpt.extras import require
 from hf_moe_cpt.kernels.grouped_gemm import IS_INTERPRETED
+from hf_moe_cpt.machine import modes_kept
 
 
 IGNORED_LABEL = -100
@@ -342,17 +343,14 @@ class FusedHead:
             return logits.sum()
 
         devices = [ids.device] if ids.is_cuda else []
-        training = [module for module in model.modules() if module.training]
         self.is_learning = True
-        model.eval()  # the pass is none of training: nobody counts its tokens or balances its experts
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-                with _loss_function(model, loss_function):
+                with modes_kept(model), _loss_function(model, loss_function):
+                    model.eval()  # the pass is none of training: nobody counts its tokens or balances its experts
                     self.model_forward(input_ids=ids[:1, :2], labels=ids[:1, :2], use_cache=False)
         finally:
             self.is_learning = False
-            for module in training:
-                module.training = True
         self.scale, self.softcap = _scale_and_cap(seen[-1].cpu().tolist(), self.KNOWN) if seen else (0.0, None)
         if not self.scale:
             logger.warning_once(

@@ -38,7 +38,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_moe_cpt.machine import inner_model
+from hf_moe_cpt.machine import inner_model, modes_kept
 from hf_moe_cpt.reading import SHARD, read_json, reading
 from hf_moe_cpt.routing.hooks import LayerRouting, RoutingTap
 
@@ -638,13 +638,9 @@ def _forward_of(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def _weights_checksum(model: nn.Module) -> str:

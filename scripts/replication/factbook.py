@@ -53,9 +53,9 @@ from hf_moe_cpt.data.random import derive_seed, permute
 from hf_moe_cpt.data.surgery_bench import SurgeryBench
 from hf_moe_cpt.data.surgery_bench.world import coined_word
 from hf_moe_cpt.evaluation.scoring import AskedQuestion, CountedText, score_options
+from hf_moe_cpt.machine import modes_kept
 from hf_moe_cpt.quickstart import model_of_gguf
 from hf_moe_cpt.reading import read_json
-from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 TOPICS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

@@ -93,13 +93,15 @@ def test_divergence_needs_the_model_before_and_is_zero_from_itself(bench, tokeni
 
 
 def test_the_measurements_are_json_and_the_model_trains_on(bench, tokenizer, model):
-    model.train()
+    model.train().get_input_embeddings().eval()  # a part in another mode than the whole
+    modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     settings = EvalSettings(**SMALL, relearn_steps=2, relearn_every=1)
     raw = evaluate_model(model, tokenizer, bench, settings, model)
     assert list(raw) == ["questions", "answers", "texts", "continuations", "divergence", "robustness"]
     assert json.loads(json.dumps(raw)) == raw
-    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
 
 
 FEW = 100

@@ -78,6 +78,10 @@ def routed_alone(model: nn.Module, ids: list[int]) -> list[tuple[torch.Tensor, t
     return found
 
 
+def modes_of(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
 def hooks_of(model: nn.Module) -> list[tuple[list[int], list[int]]]:
     return [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()]
 
@@ -85,9 +89,10 @@ def hooks_of(model: nn.Module) -> list[tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_family_is_traced_as_its_routers_chose(kind, tmp_path):
     model, documents = moe_model(kind).train(), tokenized(7, seed=3)
-    hooks = hooks_of(model)
+    model.get_input_embeddings().eval()  # a part in another mode than the whole
+    hooks, modes = hooks_of(model), modes_of(model)
     trace = collect_routing(model, documents, tmp_path, batch_size=3, max_length=64, progress=False)
-    assert model.training and hooks_of(model) == hooks
+    assert modes_of(model) == modes and hooks_of(model) == hooks
     assert trace.domains == ("text",) and trace.num_tokens() == sum(map(len, documents["input_ids"]))
     (shard,) = trace.shards
     begin = 0

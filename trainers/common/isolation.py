@@ -29,10 +29,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_moe_cpt.data.packing import IGNORED_LABEL
-from hf_moe_cpt.machine import has_process_group, own_penalty_off
+from hf_moe_cpt.machine import has_process_group, modes_kept, own_penalty_off
 from hf_moe_cpt.trainers.common.distributed import is_sharded, reshard
 from hf_moe_cpt.trainers.common.kernels import FLEX_BLOCK, choose_attention
-from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 logger = logging.getLogger(__name__)

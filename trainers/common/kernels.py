@@ -33,10 +33,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from hf_moe_cpt.kernels.experts_interface import DISTRIBUTED, HAS_TRITON, why_unsupported
-from hf_moe_cpt.machine import inner_model, own_penalty_off
+from hf_moe_cpt.machine import inner_model, modes_kept, own_penalty_off
 from hf_moe_cpt.routing.hooks import find_experts, is_below, moe_layers
 from hf_moe_cpt.trainers.common.distributed import reshard
-from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 logger = logging.getLogger(__name__)

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hf_moe_cpt.machine import has_process_group, inner_model
+from hf_moe_cpt.machine import has_process_group, inner_model, modes_kept
 from hf_moe_cpt.routing.hooks import RoutingTap, layers_to_watch, listen, moe_layers
 from hf_moe_cpt.routing.metrics import max_routing_imbalance_from_load, router_saturation
-from hf_moe_cpt.trainers.common.updates import modes_kept
 
 
 logger = logging.getLogger(__name__)

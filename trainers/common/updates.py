@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -217,29 +216,6 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
                 parameter.requires_grad_(False)
     if parts and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Nothing is left to train when {', '.join(parts)} is frozen: freeze less.")
-
-
-@contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Every parameter has its requires_grad again afterwards: PEFT trains all of an adapter that it switches on."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, was_trained in trained:
-            parameter.requires_grad_(was_trained)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module has its mode, and every parameter its requires_grad, again after this context."""
-    modes = [(module, module.training) for module in model.modules()]
-    with gradients_kept(model):
-        try:
-            yield
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
 
 
 def _modules_of(model: nn.Module, part: str) -> list[str]:

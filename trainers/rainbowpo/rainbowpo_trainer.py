@@ -45,7 +45,7 @@ from trl.trainer.callbacks import LogCompletionsCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, use_adapter
 
-from hf_moe_cpt.machine import has_process_group, inner_model, own_penalty_off
+from hf_moe_cpt.machine import gradients_kept, has_process_group, inner_model, own_penalty_off
 from hf_moe_cpt.reading import check_weights, read_config, read_generation_config, reading, require_finite
 from hf_moe_cpt.trainers.common.checkpointing import read_beside, step_of
 from hf_moe_cpt.trainers.common.distributed import repeatable_on_cpu
@@ -56,7 +56,7 @@ from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
 from hf_moe_cpt.trainers.common.router_monitor import PROBE_FILE, RoutingProbe
-from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, gradients_kept, quantise_experts
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, quantise_experts
 from hf_moe_cpt.trainers.rainbowpo.data import (
     LENGTHS,
     MASK_COLUMNS,

@@ -35,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.extras import require
-from hf_moe_cpt.machine import inner_model, own_penalty_off
+from hf_moe_cpt.machine import inner_model, modes_kept, own_penalty_off
 from hf_moe_cpt.reading import read_config, read_model, refuse_adapter
-from hf_moe_cpt.trainers.common.updates import modes_kept, quantise_experts
+from hf_moe_cpt.trainers.common.updates import quantise_experts
 
 
 CHUNK_TOKENS = 512

@@ -40,10 +40,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from hf_moe_cpt.machine import has_process_group, local_part
+from hf_moe_cpt.machine import has_process_group, local_part, modes_kept
 from hf_moe_cpt.routing.hooks import MoeLayer, RoutingTap, checkpoints_reentrantly, listen, moe_layers
 from hf_moe_cpt.routing.metrics import SaturationCounter
-from hf_moe_cpt.trainers.common.updates import modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of, run_model
 
 

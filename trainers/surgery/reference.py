@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
-from hf_moe_cpt.trainers.common.updates import modes_kept
+from hf_moe_cpt.machine import modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import (
     CHUNK_TOKENS,
     LanguageHead,

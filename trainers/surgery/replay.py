@@ -21,8 +21,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_cpt.data.random import derive_seed
-from hf_moe_cpt.machine import has_process_group
-from hf_moe_cpt.trainers.common.updates import modes_kept
+from hf_moe_cpt.machine import has_process_group, modes_kept
 from hf_moe_cpt.trainers.surgery.chunked import causal_lm_of
 from hf_moe_cpt.trainers.surgery.data import TOKEN_COLUMNS, named_words, words_of
 from hf_moe_cpt.trainers.surgery.surgery_config import FORGET_SETS, SurgeryConfig

@@ -49,7 +49,7 @@ from hf_moe_cpt.data.surgery_bench.rows import digest_of_subject
 from hf_moe_cpt.data.text import check_context
 from hf_moe_cpt.evaluation.scoring import continue_greedily
 from hf_moe_cpt.evaluation.text_metrics import ngram_entropy
-from hf_moe_cpt.machine import has_process_group
+from hf_moe_cpt.machine import has_process_group, modes_kept
 from hf_moe_cpt.trainers.common.checkpointing import read_beside
 from hf_moe_cpt.trainers.common.distributed import (
     is_sharded,
@@ -64,7 +64,7 @@ from hf_moe_cpt.trainers.common.hub_mixin import HubMixin
 from hf_moe_cpt.trainers.common.kernels import use_kernels
 from hf_moe_cpt.trainers.common.metrics import MeanMeter, flops_per_token
 from hf_moe_cpt.trainers.common.router_balance import RouterBalance, RouterBalanceMixin
-from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze, modes_kept
+from hf_moe_cpt.trainers.common.updates import UpdatesMixin, freeze
 from hf_moe_cpt.trainers.surgery.chunked import (
     LanguageHead,
     causal_lm_of,
