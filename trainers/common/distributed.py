@@ -59,8 +59,11 @@ def reduce_in_float32(plugin: FullyShardedDataParallelPlugin | None) -> None:
     """Let FSDP2 sum gradients over ranks in float32, and hand out losses as they are.
 
     accelerate's policy for mixed precision does both in the short type, and a loss of 12.2488 is logged as 12.25. A
-    policy that somebody chose stays as it is.
+    policy that somebody chose stays as it is. Raises ValueError for FSDP's first version, whose flat pieces of weights
+    have none of this, no norms of their own and no decay by shape.
     """
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in fsdp2_8gpu.yaml.")
     policy = None if plugin is None else plugin.mixed_precision_policy
     if not isinstance(policy, MixedPrecisionPolicy) or policy.param_dtype not in (torch.bfloat16, torch.float16):
         return
@@ -93,10 +96,10 @@ def shard_early(model: nn.Module, accelerator: Accelerator) -> bool:
     """Whether accelerate's FSDP2 sharded a model, in place, before `Trainer` asks for it; it takes it as it is then.
 
     What is measured before training is then of the weights that training uses: gathered, and in its type. Not where
-    accelerate has something to do before it shards: version 1, its own checkpointing, a compiled model.
+    accelerate has something to do before it shards: its own checkpointing, a compiled model.
     """
     plugin, compiler = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin.backend
-    if plugin.fsdp_version != 2 or plugin.activation_checkpointing or compiler != DynamoBackend.NO:
+    if plugin.activation_checkpointing or compiler != DynamoBackend.NO:
         return False
     plugin.set_auto_wrap_policy(model)
     fsdp2_prepare_model(accelerator, model)

@@ -166,11 +166,7 @@ class UpdatesMixin:
             )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices that are no embeddings, norms, biases, routers or states of a recurrence, in any model.
-
-        The first version of FSDP makes flat pieces of everything: there names alone decide.
-        """
-        is_flat = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        """Matrices that are no embeddings, norms, biases, routers or states of a recurrence, in any model."""
         by_name = set(super().get_decay_parameter_names(model))
         embeddings = {
             id(w) for m in model.modules() if isinstance(m, nn.Embedding) for w in m.parameters(recurse=False)
@@ -179,7 +175,7 @@ class UpdatesMixin:
             name
             for name, weight in model.named_parameters()
             if name in by_name
-            and (is_flat or len(getattr(weight, "ds_shape", weight.shape)) > 1)
+            and len(getattr(weight, "ds_shape", weight.shape)) > 1
             and id(weight) not in embeddings
             and not UNDECAYED.search(name)
         ]

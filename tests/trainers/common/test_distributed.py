@@ -63,6 +63,12 @@ class _Mean(nn.Module):
         return self.layer(x).float().mean() + 12.2488
 
 
+def test_the_first_version_of_fsdp_is_refused():
+    """Under it a norm was that of a rank's flat piece, and each rank clipped by its own."""
+    with pytest.raises(ValueError, match="^FSDP version 1 is not supported: set fsdp_version: 2"):
+        reduce_in_float32(FullyShardedDataParallelPlugin(fsdp_version=1))
+
+
 def test_fsdp2_sums_in_float32_and_leaves_losses_unrounded(tmp_path):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     plugin.set_mixed_precision("bf16")
