@@ -589,7 +589,7 @@ class Evidence:
 
     def points(self, chains: Mapping[str, Runs]) -> list[tuple[str, list[float], float]]:
         """Architecture, features and forgetting of the runs of a seed; KeyError where one is missing."""
-        runs = [continued(self.new, ratio) for ratio in self.scale.ratios(self.new)]
+        runs = [self.plain, self.replayed()]
         one = replace(self, chains=chains)
         return [(m, [1.0, *one.features(m, run)], one.forgets(m, run)) for m in MIXTURES for run in runs]
 
