@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Layer(nn.Module):
         super().__init__()
         ranks, rank = dist.get_world_size(), dist.get_rank()
         group = ep_size(way)
-        mesh = dist.init_device_mesh(device.type, (ranks // group, group, 1), mesh_dim_names=("efsdp", "ep", "tp"))
+        mesh = _mesh(device.type, group)
         config = Qwen3MoeConfig(
             hidden_size=args.hidden, moe_intermediate_size=args.width, num_experts=args.experts // group
         )
@@ -130,9 +131,7 @@ class Layer(nn.Module):
             kind = DeduplicatedEP
             if way == "ep-all-to-all":
                 from transformers.distributed.expert_parallel import AllToAllEP as kind  # not in older ones
-            exchange = kind(self.experts, mesh["ep"], mesh["tp"])
-            exchange.most_tokens = args.tokens  # as a trainer tells it
-            self.experts.forward = exchange.__call__
+            self.experts.forward = kind(self.experts, mesh["ep"], mesh["tp"]).__call__
             fully_shard(self.experts, mesh=mesh["efsdp"], mp_policy=policy)  # also of one rank, as transformers does
             self.experts.set_gradient_divide_factor(float(ranks))
             if ranks > group:
@@ -146,6 +145,13 @@ class Layer(nn.Module):
         tokens = F.rms_norm(x, x.shape[-1:])
         gates = F.linear(tokens.float(), self.router.float()).softmax(-1).gather(1, index)
         return x + self.experts(tokens, index, gates / gates.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@cache
+def _mesh(kind: str, group: int) -> dist.DeviceMesh:
+    """One for all layers and rounds: each has groups of its own, whose end NCCL takes its time for."""
+    sizes = dist.get_world_size() // group, group, 1
+    return dist.init_device_mesh(kind, sizes, mesh_dim_names=("efsdp", "ep", "tp"))
 
 
 def ep_size(way: str) -> int:

@@ -41,7 +41,7 @@ def results_of(rank_folder: Path) -> Callable[[int], dict[str, dict]]:
                 asked = {"folder": str(rank_folder), "results": done.name, "jobs": all_jobs[num_ranks]}
                 torchrun = ("torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone", "-m")
                 words = *(() if num_ranks == 1 else torchrun), "tests.helpers.rank_runs", json.dumps(asked)
-                launch(*words, on_gpu=any(job.get("on_gpu") for job in asked["jobs"].values()))
+                launch(*words, gpus=num_ranks * any(job.get("on_gpu") for job in asked["jobs"].values()))
                 failed.unlink()
         return json.loads(done.read_text())
 

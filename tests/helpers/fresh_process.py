@@ -24,9 +24,10 @@ def run_python(*arguments: str, check: bool = True) -> subprocess.CompletedProce
     return done
 
 
-def launch(*words: str, on_gpu: bool = False) -> None:
-    """`python -m words` in the project's root, without a GPU unless told; a failure raises with its last words."""
-    done = _run(("-m", *words), _environment() | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}))
+def launch(*words: str, gpus: int = 0) -> None:
+    """`python -m words` in the project's root, with so many GPUs of ours; a failure raises with its last words."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    done = _run(("-m", *words), _environment() | {"CUDA_VISIBLE_DEVICES": ",".join(ours[:gpus])})
     assert done.returncode == 0, done.stderr[-3000:]
 
 
