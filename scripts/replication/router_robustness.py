@@ -326,9 +326,10 @@ class Worker:
         if chain.method == "dense":
             return Path(self.base)
         made, to = self.folder / "work" / chain.folder / "upcycled", chain.method.removeprefix("pb-")
-        if not made.is_dir():  # parts of the dense blocks stay together only where gates are normalised
-            gates = {"norm_topk_prob": True} if to == "granular" else {}
-            upcycle(self.base, made, to, UpcycleOptions(seed=chain.seed), **gates)
+        if not made.is_dir():  # parts of dense blocks stay together where gates are normalised and rows lie far apart
+            is_split = to == "granular"
+            options = UpcycleOptions(seed=chain.seed, router_std=4.0 if is_split else None)
+            upcycle(self.base, made, to, options, **({"norm_topk_prob": True} if is_split else {}))
         return made
 
     def _arguments(

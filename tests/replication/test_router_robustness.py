@@ -199,7 +199,7 @@ def test_every_model_is_balanced_as_its_setting_says(setting: str, tmp_path: Pat
 
 
 def test_an_upcycled_start_stays_its_base_while_its_routers_drift(tmp_path: Path) -> None:
-    """Rows of a group drift apart by 0.003 in ten steps; raw gates mix groups then, and the start was broken."""
+    """Rows of a group drift apart by 0.01 in thirty steps; near ones mix then, and the start was broken."""
     base = tiny_model("llama").eval()
     base.save_pretrained(tmp_path / "base")
     worker = robustness.Worker(robustness.SETTINGS["smollm2"], tmp_path, "cpu", str(tmp_path / "base"))
@@ -208,9 +208,9 @@ def test_an_upcycled_start_stays_its_base_while_its_routers_drift(tmp_path: Path
     tokens, draw = torch.arange(48).view(1, -1), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.gate.weight += 0.003 * torch.randn(layer.mlp.gate.weight.shape, generator=draw)
+            layer.mlp.gate.weight += 0.01 * torch.randn(layer.mlp.gate.weight.shape, generator=draw)
         theirs = base(tokens).logits
-        assert (model(tokens).logits - theirs).norm() < 0.01 * theirs.norm()
+        assert (model(tokens).logits - theirs).norm() < 0.002 * theirs.norm()
 
 
 @pytest.mark.slow
