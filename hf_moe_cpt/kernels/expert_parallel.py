@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_moe_cpt.kernels.experts_interface import HAS_TRITON
@@ -32,7 +33,10 @@ try:
 except ImportError:  # transformers before 5.23; who asks for expert parallelism is told so in arguments.py
     AutoEP, EPImplementationInterface = object, None
 
+_Way = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
 NAME = "hf_moe_cpt"
+MOST_SPARED = 0.2  # share of the copies that are not needed, up to which all tokens go to all ranks
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")  # as transformers' models call them
 _INTEGER_OF = {4: torch.int32, 8: torch.int64}  # an integer that a float of so many bytes carries
 
@@ -62,13 +66,14 @@ def plain_expert_parallel(
 
 
 class _Transfer:
-    """Rows to other ranks, (sum of `send`, C) -> (sum of `receive`, C), in two halves; gradients go back alike.
+    """Rows to other ranks in two halves, (..., C) -> (..., C); gradients go back alike.
 
-    What is called between `begin` and `end` runs beside the transfer, and so does its backward pass.
+    What is called between `begin` and `end` runs beside the transfer, and so does its backward pass. there, back: what
+    sends rows, and what makes of those that came what is asked for.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group_name: str, is_kept: bool = True) -> None:
-        self.send, self.receive, self.group_name, self.is_kept = send, receive, group_name, is_kept
+    def __init__(self, there: _Way, back: _Way, is_kept: bool = True) -> None:
+        self.there, self.back, self.is_kept = there, back, is_kept
         self.gradient: Tensor | None = None  # on its way
 
     def begin(self, rows: Tensor) -> Tensor:
@@ -86,12 +91,12 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return _all_to_all(rows.contiguous(), transfer.receive, transfer.send, transfer.group_name, transfer.is_kept)
+        return _once(transfer.there[0], rows.contiguous(), transfer.is_kept)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.transfer.gradient = ctx.transfer.gradient, None
-        return _wait(gradient), None
+        return ctx.transfer.back[1](_wait(gradient)), None
 
 
 class _End(torch.autograd.Function):
@@ -99,14 +104,14 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        return _wait(rows).view_as(rows)
+        ctx.transfer, ctx.shape = transfer, rows.shape
+        return transfer.there[1](_wait(rows))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        transfer = ctx.transfer
-        transfer.gradient = _all_to_all(grad.contiguous(), transfer.send, transfer.receive, transfer.group_name, False)
-        return grad.new_empty(()).expand(grad.shape), None  # as it is asked for; `_Begin` hands out what travels
+        ctx.transfer.gradient = ctx.transfer.back[0](grad.contiguous())
+        # of the shape that is asked for; `_Begin` hands out the one that travels
+        return grad.new_empty(()).expand(ctx.shape), None
 
 
 class _Copies(torch.autograd.Function):
@@ -140,19 +145,54 @@ def _add_up(rows: Tensor, places: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str, is_kept: bool = True) -> Tensor:
-    """Rows of other ranks, not there before `_wait`; what `keep_exchanges` kept is not sent again."""
+def _once(send: Callable[[Tensor], Tensor], rows: Tensor, is_kept: bool = True) -> Tensor:
+    """What comes for rows, not there before `_wait`; what `keep_exchanges` kept is not sent again."""
     kept = _kept.get() if is_kept else None
     if kept is not None and kept.is_replayed:
         return kept.rows.popleft()
-    found = torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name)
+    found = send(rows)
     if kept is not None:
         kept.rows.append(found.detach())
     return found
 
 
+def _to_each(send: list[int], receive: list[int], group_name: str) -> _Way:
+    """So many rows to each rank, so many from each."""
+    return lambda rows: torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name), _view
+
+
+def _view(rows: Tensor) -> Tensor:
+    return rows.view_as(rows)
+
+
+def _to_all(num_ranks: int, group_name: str) -> tuple[_Way, _Way]:
+    """All rows to all ranks, (T, C) -> (N T, C), and back the sum of what the ranks made of a row."""
+
+    def sum_up(rows: Tensor) -> Tensor:  # of N tensors of a short type, in float32
+        return rows.view(num_ranks, -1, rows.shape[1]).sum(0)
+
+    def to_owners(rows: Tensor) -> Tensor:
+        each = [rows.shape[0] // num_ranks] * num_ranks
+        return torch.ops._c10d_functional.all_to_all_single(rows, each, each, group_name)
+
+    def gather(rows: Tensor) -> Tensor:
+        return torch.ops._c10d_functional.all_gather_into_tensor(rows, num_ranks, group_name)
+
+    return (gather, _view), (to_owners, sum_up)
+
+
 def _wait(rows: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(rows)
+
+
+def _labels(gates: Tensor, ids: Tensor) -> Tensor:
+    """(T, K) and (T, K) -> (T, 2 K): ids travel as the bits of floats."""
+    return torch.cat([gates, ids.to(_INTEGER_OF[gates.element_size()]).view(gates.dtype)], 1)
+
+
+def _read_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
+    gates, ids = labels.chunk(2, dim=1)
+    return gates, ids.detach().view(_INTEGER_OF[labels.element_size()]).long()
 
 
 class DeduplicatedEP(AutoEP):
@@ -166,6 +206,8 @@ class DeduplicatedEP(AutoEP):
         self.is_ours = self.megamoe is None and tp_mesh.size() == 1
         self.group_name, self.num_ranks = ep_mesh.get_group().group_name, ep_mesh.size()
         self.beside: Callable[[], None] | None = None  # what can run while rows travel
+        self.most_tokens: int | None = None  # of a rank in the pass under way
+        self.is_wide = False  # whether most tokens have experts on most ranks
         self.gates: Tensor | None = None  # those of the call under way, before FSDP2 rounds them
         object.__setattr__(experts, "_exchange", self)  # where `overlap_shared_experts` finds it
         self.experts = experts
@@ -173,21 +215,50 @@ class DeduplicatedEP(AutoEP):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output for this rank's tokens: (T, H), (T, K), (T, K) -> (T, H), in the type of the products.
 
-        A collective of the expert group, also without a token; the one wait of the host is for the numbers of rows.
+        A collective of the expert group, also without a token. Where most tokens have experts on most ranks, and their
+        numbers are known (`tell_numbers_of_tokens`), all go everywhere; else the host waits for numbers of rows.
         """
         if not self.is_ours:
             return super().__call__(hidden_states, top_k_index, top_k_weights)
         top_k_weights, self.gates = (top_k_weights if self.gates is None else self.gates), None
         gates = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
         tokens = hidden_states.to(self._wire_dtype(hidden_states))
-        num_tokens = top_k_index.shape[0]
+        kept, most = _kept.get(), self.most_tokens
+        if kept is not None:
+            most = kept.most_tokens = kept.most_tokens if kept.is_replayed else most
+        self.is_wide = (1 - 1 / self.num_ranks) ** top_k_index.shape[1] <= MOST_SPARED
+        if most is None or not self.is_wide:
+            return self._by_counts(tokens, top_k_index, gates)
+        return self._to_all_ranks(tokens, top_k_index, gates, most)
+
+    def _to_all_ranks(self, tokens: Tensor, top_k_index: Tensor, gates: Tensor, most: int) -> Tensor:
+        """Every token goes to every rank, with padding of the rank that has the most: the host waits for nothing."""
+        num_tokens = tokens.shape[0]
+        if missing := most - num_tokens:
+            tokens, gates = (F.pad(rows, (0, 0, 0, missing)) for rows in (tokens, gates))
+            top_k_index = F.pad(top_k_index, (0, 0, 0, missing), value=self.num_ranks * self.num_local_experts)
+        out, home = _to_all(self.num_ranks, self.group_name)
+        there, also_there, back = _Transfer(out, home), _Transfer(out, home), _Transfer(home, out, is_kept=False)
+        labels, rows = also_there.begin(_labels(gates, top_k_index)), there.begin(tokens)
+        if self.beside is not None:
+            self.beside()
+        gates, index = _read_labels(also_there.end(labels))
+        index = index - self.ep_mesh.get_local_rank() * self.num_local_experts
+        is_here = (index >= 0) & (index < self.num_local_experts)
+        index, gates = index.where(is_here, self.num_local_experts), gates.where(is_here, 0.0)
+        done = self.experts_forward(there.end(rows), index, gates)
+        return back.end(back.begin(done.to(tokens.dtype)))[:num_tokens]
+
+    def _by_counts(self, tokens: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
+        """A token goes to the ranks that need it; the host waits for their numbers."""
+        num_tokens, num_chosen = top_k_index.shape
         owner = top_k_index // self.num_local_experts
         ranks = torch.arange(self.num_ranks, device=owner.device)
         is_there = owner[None] == ranks[:, None, None]  # (N, T, K)
         needed = is_there.any(2)
         counts = torch.stack([needed.sum(1), is_there.sum((1, 2))], 1)  # (N, 2): rows, and pairs in them
         each = [1] * self.num_ranks
-        coming = _all_to_all(counts, each, each, self.group_name)
+        coming = _once(_to_each(each, each, self.group_name)[0], counts)
 
         # what needs no numbers of rows is on its way to the device before the host waits for them
         needed = needed.flatten()
@@ -197,18 +268,16 @@ class DeduplicatedEP(AutoEP):
         token, rank = copy % max(num_tokens, 1), copy // max(num_tokens, 1)
         places = places.where(needed, -1).view(self.num_ranks, num_tokens).T.to(torch.int32).contiguous()
         (send, _), (receive, pairs) = torch.stack([counts, _wait(coming)]).transpose(1, 2).tolist()
-        there, also_there = (_Transfer(send, receive, self.group_name) for _ in range(2))
-        back = _Transfer(receive, send, self.group_name, is_kept=False)
+        out, home = _to_each(send, receive, self.group_name), _to_each(receive, send, self.group_name)
+        there, also_there, back = _Transfer(out, home), _Transfer(out, home), _Transfer(home, out, is_kept=False)
         token, rank = token[: sum(send)], rank[: sum(send)]
         is_here = owner[token] == rank[:, None]
         ids = torch.where(is_here, top_k_index[token] % self.num_local_experts, self.num_local_experts)
         gates = _Copies.apply(gates, token, places, False).where(is_here, 0.0)
-        labels = torch.cat([gates, ids.to(_INTEGER_OF[gates.element_size()]).view(gates.dtype)], 1)  # bits of ids
-        labels, rows = also_there.begin(labels), there.begin(_Copies.apply(tokens, token, places, False))
+        labels, rows = also_there.begin(_labels(gates, ids)), there.begin(_Copies.apply(tokens, token, places, False))
         if self.beside is not None:
             self.beside()
-        gates, ids = also_there.end(labels).chunk(2, dim=1)
-        ids = ids.detach().view(_INTEGER_OF[gates.element_size()]).long()
+        gates, ids = _read_labels(also_there.end(labels))
         done = self._run(there.end(rows), ids, gates, sum(pairs))
         return _Copies.apply(back.end(back.begin(done.to(tokens.dtype))), token, places, True)
 
@@ -229,6 +298,25 @@ class DeduplicatedEP(AutoEP):
             return torch.get_autocast_dtype(kind)
         weight = next(self.experts.parameters(recurse=False), hidden_states)
         return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else hidden_states.dtype
+
+
+def tell_numbers_of_tokens(model: nn.Module, most_of: Callable[[int], int]) -> Any:
+    """Before each pass that is trained, let exchanges know the tokens of the rank with the most; a hook's handle.
+
+    most_of: of this rank's number that of all ranks, a collective of hosts. It is asked where a token has experts on
+    most ranks: with 8 of them on 2 ranks (99.6 % of all copies travel anyway) and on 4 (90 %), not on 8 (66 %).
+    """
+    exchanges = [part._exchange for part in model.modules() if getattr(part, "_exchange", None) is not None]
+    exchanges = [exchange for exchange in exchanges if exchange.is_ours]
+
+    def tell(_: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        ids = given.get("input_ids", args[0] if args else None)
+        is_asked = model.training and torch.is_grad_enabled() and ids is not None
+        most = most_of(ids.numel()) if is_asked and any(exchange.is_wide for exchange in exchanges) else None
+        for exchange in exchanges:
+            exchange.most_tokens = most
+
+    return model.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def keep_gates(model: nn.Module) -> None:
@@ -296,6 +384,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.rows: deque[Tensor] = deque()
+        self.most_tokens: int | None = None
         self.is_replayed = False
 
     @contextmanager

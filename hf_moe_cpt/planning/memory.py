@@ -386,15 +386,23 @@ def _kept_of_others(size: ModelSize, setup: TrainingSetup) -> int:
     """Rows of other ranks' tokens that layers keep under expert parallelism, checkpointed or not.
 
     A token with K of the experts of N ranks travels to N (1 - (1 - 1/N)^K) of them where all are alike; to one it does
-    without expert parallelism too.
+    without expert parallelism too. Where all tokens go everywhere, experts have room for the pairs of all ranks.
     """
     if setup.engine != "ep":
         return 0
-    ranks, tokens = setup.ranks_of_node, setup.sequences * setup.sequence_length
-    times = ranks * (1 - (1 - 1 / ranks) ** size.experts_per_token) - (0 if setup.checkpointing else 1)
-    return int(COMPUTED * max(times, 0.0) * tokens * size.hidden_size * len(size.layers))
+    ranks, tokens, layers = setup.ranks_of_node, setup.sequences * setup.sequence_length, len(size.layers)
+    spared = (1 - 1 / ranks) ** size.experts_per_token
+    goes_everywhere = spared <= MOST_SPARED
+    times = ranks * (1 if goes_everywhere else 1 - spared) - (0 if setup.checkpointing else 1)
+    numbers = max(times, 0.0) * tokens * size.hidden_size * layers
+    if goes_everywhere:
+        width = 2 * size.experts / (3 * size.hidden_size * size.num_experts * layers)  # of gate and up of an expert
+        pairs = (ranks - 1) * tokens * size.experts_per_token
+        numbers += pairs * width * (1 if setup.checkpointing else layers)
+    return int(COMPUTED * numbers)
 
 
+MOST_SPARED = 0.2  # of `hf_moe_cpt.kernels.expert_parallel`
 ATTENTION = "hf_moe_cpt_counted"
 GROUPED_MM_EXPERTS, OUR_EXPERTS = "hf_moe_cpt_counted_grouped_mm", "hf_moe_cpt_counted_fused"
 ROWS_PER_TILE = 128  # to which our kernels pad the rows of an expert at sizes that are worth planning

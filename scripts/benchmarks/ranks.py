@@ -131,7 +131,9 @@ class Layer(nn.Module):
             kind = DeduplicatedEP
             if way == "ep-all-to-all":
                 from transformers.distributed.expert_parallel import AllToAllEP as kind  # not in older ones
-            self.experts.forward = kind(self.experts, mesh["ep"], mesh["tp"]).__call__
+            exchange = kind(self.experts, mesh["ep"], mesh["tp"])
+            exchange.most_tokens = args.tokens  # as a trainer tells it
+            self.experts.forward = exchange.__call__
             fully_shard(self.experts, mesh=mesh["efsdp"], mp_policy=policy)  # also of one rank, as transformers does
             self.experts.set_gradient_divide_factor(float(ranks))
             if ranks > group:

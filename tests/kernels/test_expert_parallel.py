@@ -70,9 +70,11 @@ def dealt() -> tuple[Experts, expert_parallel.DeduplicatedEP]:
     return experts, expert_parallel.DeduplicatedEP(experts, mesh["ep"], mesh["tp"])
 
 
-def step_of_rank(lonely: bool, recomputed: bool) -> tuple[dict[str, torch.Tensor], int]:
+def step_of_rank(lonely: bool, recomputed: bool, everywhere: bool) -> tuple[dict[str, torch.Tensor], int]:
     """What a rank gets, and how many exchanges its step took."""
     experts, exchange = dealt()
+    if everywhere:
+        expert_parallel.MOST_SPARED, exchange.most_tokens = 1.0, max(TOKENS)
 
     def again(*args: torch.Tensor) -> torch.Tensor:
         options = {"use_reentrant": False, "context_fn": expert_parallel.keep_exchanges}
@@ -84,16 +86,18 @@ def step_of_rank(lonely: bool, recomputed: bool) -> tuple[dict[str, torch.Tensor
 
 
 CASES = {
-    "alone": (1, False, False),
-    "two": (2, False, False),
-    "four, recomputed": (4, False, True),
-    "all to one": (4, True, False),
+    "alone": (1, False, False, False),
+    "two": (2, False, False, False),
+    "four, recomputed": (4, False, True, False),
+    "all to one": (4, True, False, False),
+    "all to all": (4, False, False, True),
+    "all to all, recomputed": (2, False, True, True),
 }
 
 
-@pytest.mark.parametrize("ranks, lonely, recomputed", CASES.values(), ids=CASES)
-def test_exchange_matches_undistributed_experts(ranks, lonely, recomputed, tmp_path):
-    found = on_ranks(ranks, tmp_path / "ranks", step_of_rank, lonely, recomputed)
+@pytest.mark.parametrize("ranks, lonely, recomputed, everywhere", CASES.values(), ids=CASES)
+def test_exchange_matches_undistributed_experts(ranks, lonely, recomputed, everywhere, tmp_path):
+    found = on_ranks(ranks, tmp_path / "ranks", step_of_rank, lonely, recomputed, everywhere)
     whole = Experts(0, E)
     summed = {}
     for rank, (got, exchanges) in enumerate(found):
@@ -104,7 +108,7 @@ def test_exchange_matches_undistributed_experts(ranks, lonely, recomputed, tmp_p
             assert not want[name].numel() or relative_rms_error(got[name], want[name]) < EXACT, name
         summed = {name: summed.get(name, 0) + want[name] for name in ("up", "down")}
         # counts, labels, rows and back; then back, rows and gates: recomputation adds none
-        assert exchanges == 7
+        assert exchanges == (6 if everywhere else 7)
     for name, want in summed.items():
         assert relative_rms_error(torch.cat([got[name] for got, _ in found]), want) < EXACT
 

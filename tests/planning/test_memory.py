@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from hf_moe_cpt.kernels import expert_parallel
 from hf_moe_cpt.planning import memory as planning
 from hf_moe_cpt.planning.plan import config_of, read_config
 
@@ -154,6 +155,7 @@ def test_what_adds_to_memory_and_what_takes_off() -> None:
     assert total(trainer="surgery", terms=2) == total(trainer="surgery", terms=5)  # one term after the other
     assert total(engine="ddp", gpus=2) == alone + 4 * SIZE.total
     assert total(engine="ddp", gpus=1) == alone
+    assert planning.MOST_SPARED == expert_parallel.MOST_SPARED  # up to which all tokens go to all ranks
     assert total(checkpointing=True) == alone - 2 * (3 - 1) * 40_000 + 2 * 3 * 500
     assert total(trainer="rainbowpo", reference="copy") == total(trainer="rainbowpo") + 4 * SIZE.total
     assert total(optimizer="adamw_8bit") == alone - 6 * SIZE.total

@@ -36,6 +36,7 @@ from hf_moe_cpt.kernels.expert_parallel import (
     keep_exchanges,
     keep_gates,
     overlap_shared_experts,
+    tell_numbers_of_tokens,
 )
 from hf_moe_cpt.machine import has_process_group, inner_model, local_part
 
@@ -269,6 +270,7 @@ class ShardedModelCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._telling: Any = None  # the handle of a hook
         self._is_measured = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
@@ -283,6 +285,11 @@ class ShardedModelCallback(TrainerCallback):
         overlap_shared_experts(model)
         keep_own_gradients(model)
         keep_gates(model)
+        if any(hasattr(part, "_exchange") for part in model.modules()):
+            agreement = RankAgreement(args.ddp_timeout_delta)
+            if self._telling is not None:
+                self._telling.remove()
+            self._telling = tell_numbers_of_tokens(model, lambda own: int(agreement.of_all([own]).max()))
         exchanging = [layer for layer in layers if any(hasattr(part, "_exchange") for part in layer.modules())]
         for layer in exchanging:
             run = getattr(layer, "_gradient_checkpointing_func", None)
