@@ -247,7 +247,8 @@ class DeduplicatedEP(AutoEP):
         is_here = (index >= 0) & (index < self.num_local_experts)
         index, gates = index.where(is_here, self.num_local_experts), gates.where(is_here, 0.0)
         done = self.experts_forward(there.end(rows), index, gates)
-        return back.end(back.begin(done.to(tokens.dtype)))[:num_tokens]
+        done = back.end(back.begin(done.to(tokens.dtype)))
+        return done[:num_tokens] if missing else done  # FSDP2 warns of views
 
     def _by_counts(self, tokens: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
         """A token goes to the ranks that need it; the host waits for their numbers."""
