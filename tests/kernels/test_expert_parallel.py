@@ -160,6 +160,7 @@ def kernels_of_rank() -> dict[str, torch.Tensor]:
         nn.init.normal_(weight)
         mine.data.copy_(weight.data[rank * E // ranks : (rank + 1) * E // ranks])
     found: dict[str, torch.Tensor] = {}
+    experts["mine"]._is_expert_parallel = True
     exchange = expert_parallel.DeduplicatedEP(experts["mine"], mesh["ep"], mesh["tp"])
     for mark, run, part in (("", exchange, experts["mine"]), ("/", experts["whole"], experts["whole"])):
         given = [value if number == 1 else value.float() for number, value in enumerate(batch(2 * rank, False))]
