@@ -467,14 +467,12 @@ class Evidence:
     scale: Scale
     chains: Mapping[str, Runs]
     new: str
-    begun: Mapping[str, int] = field(default_factory=dict)  # seeds that began the shift, by model; none: as planned
+    begun: Sequence[str] = ()  # models of which any seed began the shift; none: as planned
     seeds: Sequence[Mapping[str, Runs]] = ()  # the chains of all seeds, of which lines are fitted
 
     def asked_of(self, models: Sequence[str]) -> list[str]:
-        """Those that a mean is taken of: with as many seeds as decide, else any. Raises KeyError if there are none."""
-        found = {model: self.begun.get(model, 0) if self.begun else LEAST_SEEDS for model in models}
-        enough = [model for model, seeds in found.items() if seeds >= LEAST_SEEDS]
-        if not (some := enough or [model for model, seeds in found.items() if seeds]):
+        """Those that a mean is taken of. Raises KeyError if there are none."""
+        if not (some := [model for model in models if model in (self.begun or models)]):
             raise KeyError(models[0])
         return some
 
@@ -712,16 +710,15 @@ def judged(values: Sequence[float], kind: str, margin: float = 0.0) -> dict[str,
 def summary(scale: Scale, chains: Chains, facts: Mapping[str, Any], made_with: Mapping[str, str]) -> dict[str, Any]:
     """What the page, the plot and the table are made of: verdicts by shift, numbers of every run, curves.
 
-    A claim is judged over those seeds in which all its runs are finished, a mean over the models of which enough seeds
-    have begun the shift; what is about the start alone is judged once. facts: tokens and bytes of the texts.
+    A claim is judged over those seeds in which all its runs are finished; what is about the start alone is judged
+    once. facts: tokens and bytes of the texts.
     """
     seeds = sorted({seed for found in chains.values() for seed in found})
     claims, back = [], {}
     for new in scale.shifts:
         by_seed = [{model: runs[seed] for model, runs in chains.items() if seed in runs} for seed in seeds]
         plain = continued(new, scale.ratios(new)[0])
-        counts = {model: sum(plain in runs for runs in by_seed.values()) for model, by_seed in chains.items()}
-        begun = {model: count for model, count in counts.items() if count}
+        begun = [model for model, by_seed in chains.items() if any(plain in runs for runs in by_seed.values())]
         if not begun:
             continue
         evidence = [Evidence(scale, found, new, begun, by_seed) for found in by_seed]

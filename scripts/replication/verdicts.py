@@ -28,12 +28,12 @@ from hf_moe_cpt.scripts.replication.sweep import CONFIDENCE, LEAST_SEEDS, MANY, 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUTER = {
-    "router_s": "8 M active parameters, real text (penalty and Sinkhorn: 3 seeds)",
+    "router_s": "7 M active parameters, real text",
     "router_small": "tiny, the text of a Python installation",
     "router_ranks": "`small` on two ranks, each with half of the batch",
 }
 ELSEWHERE = {
-    "router_m": "30 M active parameters, real text",
+    "router_m": "27 M active parameters, real text",
     "router_smollm2": "SmolLM2-135M, as it is and upcycled",
 }
 NEW = "new: "  # before what no paper claims
