@@ -156,7 +156,6 @@ def kernels_of_rank() -> dict[str, torch.Tensor]:
         config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=WIDTH, num_experts=held)
         config._experts_implementation = implementation
         experts[name] = Qwen3MoeExperts(config)
-        experts[name]._is_expert_parallel = name == "mine"  # transformers' products ask
     for weight, mine in zip(experts["whole"].parameters(), experts["mine"].parameters(), strict=True):
         nn.init.normal_(weight)
         mine.data.copy_(weight.data[rank * E // ranks : (rank + 1) * E // ranks])
