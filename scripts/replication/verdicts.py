@@ -30,7 +30,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUTER = {
     "router_s": "7 M active parameters, real text",
     "router_small": "tiny, the text of a Python installation",
-    "router_ranks": "`small` on two ranks, each with half of the batch",
+    "router_ranks": "`small` before its last cut, on two ranks, each with half of the batch",
 }
 ELSEWHERE = {
     "router_m": "27 M active parameters, real text",
@@ -101,9 +101,7 @@ def settings_told(found: Mapping[str, Results], where: Mapping[str, str]) -> str
     for name in filter(found.__contains__, where):
         folder = "router_small" if name == "router_ranks" else name
         label = f"[`{name.removeprefix('router_')}`](../benchmarks/{folder}/README.md)"
-        seeds, models = len(found[name]["seeds"]), {row["model"] for row in found[name].get("models", ())}
-        alone = ", dense alone" if models == {"dense"} else ""
-        told.append(f"{label}: {where[name]}, {seeds} seed{'s' * (seeds > 1)}{alone}")
+        told.append(f"{label}: {where[name]}, {len(found[name]['seeds'])} seeds")
     missing = [f"`{name.removeprefix('router_')}`" for name in where if name not in found]
     return ". ".join(filter(None, ("; ".join(told), "Not run: " * bool(missing) + ", ".join(missing))))
 

@@ -228,17 +228,13 @@ def test_two_models_are_run_judged_and_not_run_again(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_small_setting_says_nothing_against_the_committed_verdicts(tmp_path: Path, monkeypatch) -> None:
-    """Text, machine and sizes differ, so a verdict may be open here or there; none may turn round. 15 minutes.
-
-    The loss-free router's are left out: the committed runs gave its biases another rate.
-    """
+    """Text, machine and seeds differ, so a verdict may be open here or there; none may turn round. 15 minutes."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of tests: a worker's kernels would be interpreted
     robustness.main(["--workers", "2", "--output_dir", str(tmp_path / "out")])
     told = [read_json(folder / "results.json")["claims"] for folder in (tmp_path / "out", COMMITTED)]
     ours, theirs = ({claim["claim"]: claim["verdict"] for claim in claims} for claims in told)
     assert ours.keys() == theirs.keys() == robustness.CLAIMS.keys() - {"downstream", "downstream_replay"}
-    turned = [name for name in ours if {ours[name], theirs[name]} == {"confirmed", "refuted"}]
-    assert not {*turned} - {"free_balance", "free_loss"}
+    assert not [name for name in ours if {ours[name], theirs[name]} == {"confirmed", "refuted"}]
     assert sum(ours[name] == theirs[name] != "undecided" for name in ours) >= 3
 
 
