@@ -892,7 +892,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
         grouped_bars(axes[1][column], list(dict.fromkeys(row["model"] for row in results["runs"])), bars)
         axes[1][column].set(ylabel=f"forgetting of {old}, nats")
         axes[1][column].tick_params(axis="x", rotation=30)
-        axes[1][column].legend()
+        axes[1][column].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plot.close(figure)
