@@ -55,7 +55,7 @@ class MixtureArguments:
     norm_topk_prob: bool | None = HfArg(
         default=None,
         metadata={"nargs": "?", "const": True},
-        help="Normalise gates: the function is kept exactly.",
+        help="Normalise gates, by default where K > 1: the function is kept exactly.",
     )
 
 

@@ -426,6 +426,8 @@ def target_config(reader: CheckpointReader, to: str, overrides: dict[str, Any]) 
         )
     fields = skeleton_fields(dense) | {"intermediate_size": dense.intermediate_size}
     named = mixture_named(to)
+    if to in TARGETS:  # not the paper's raw gates, with which parts of the dense blocks mix from the first steps on
+        named["norm_topk_prob"] = overrides.get("num_experts_per_tok", named["num_experts_per_tok"]) > 1
     for name in _SIZES:
         if name in named and named[name] is not None and named[name] != fields.get(name, "rmsnorm"):
             raise ValueError(

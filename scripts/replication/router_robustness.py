@@ -326,10 +326,9 @@ class Worker:
         if chain.method == "dense":
             return Path(self.base)
         made, to = self.folder / "work" / chain.folder / "upcycled", chain.method.removeprefix("pb-")
-        if not made.is_dir():  # parts of dense blocks stay together where gates are normalised and rows lie far apart
-            is_split = to == "granular"
-            options = UpcycleOptions(seed=chain.seed, router_std=4.0 if is_split else None)
-            upcycle(self.base, made, to, options, **({"norm_topk_prob": True} if is_split else {}))
+        if not made.is_dir():
+            options = UpcycleOptions(seed=chain.seed, router_std=4.0 if to == "granular" else None)
+            upcycle(self.base, made, to, options)
         return made
 
     def _arguments(

@@ -61,9 +61,9 @@ EXACT = {
     "sinkhorn switch, zero router": ("sb-switch", {}, ZERO),
     "copies, normalised gates": ("switch", {**WHOLE, "num_experts_per_tok": 2}, STRONG),
     "copies with a shared one": ("granular", WHOLE, STRONG),
-    IN_PARTS: ("granular", {"norm_topk_prob": True}, STRONG),
+    IN_PARTS: ("granular", {}, STRONG),
     "two groups": ("granular", {**FOUR, **WHOLE, "num_experts": 12, "moe_intermediate_size": 16}, STRONG),
-    "parts, all experts chosen, raw gates": ("granular", {**FOUR, "num_experts": 4}, STRONG),
+    "parts, all experts chosen, raw gates": ("granular", {**FOUR, "num_experts": 4, "norm_topk_prob": False}, STRONG),
 }
 
 
@@ -83,7 +83,7 @@ def test_step_0_is_the_dense_model(dense: str, tmp_path: Path) -> None:
 def test_weights_of_bfloat16_are_carried_over_without_a_rounding(tmp_path: Path) -> None:
     """The factor 3 of the layout is a number of the configuration. Both models compute in float32 here."""
     saved(model_of("llama", torch.bfloat16), tmp_path / "dense")
-    made = upcycle(tmp_path / "dense", tmp_path / "moe", "granular", norm_topk_prob=True)
+    made = upcycle(tmp_path / "dense", tmp_path / "moe", "granular")
     assert made.config.routed_scaling_factor == 3
     wide = {"dtype": torch.float32}
     assert_matches("logits", logits_of(tmp_path / "moe", **wide), logits_of(tmp_path / "dense", **wide))
@@ -146,7 +146,8 @@ def test_raw_gates_come_closer_as_the_router_does_to_zero(to: str, tmp_path: Pat
     saved(model, tmp_path / "dense")
     errors = []
     for std in (1e-3, 1e-5):
-        made = upcycle(tmp_path / "dense", tmp_path / str(std), to, UpcycleOptions(router_std=std))
+        options = UpcycleOptions(router_std=std)
+        made = upcycle(tmp_path / "dense", tmp_path / str(std), to, options, norm_topk_prob=False)
         assert made.function.startswith("close to the dense model's")
         logits = logits_of(tmp_path / str(std), experts_implementation="eager")
         errors.append(relative_rms_error(logits, logits_of(model)))
@@ -162,9 +163,7 @@ def test_a_first_update_does_not_tear_groups_apart(tmp_path: Path) -> None:
     saved(model_of("llama"), tmp_path / "dense")
     torn = {}
     for std in (None, 0.01):
-        upcycle(
-            tmp_path / "dense", tmp_path / str(std), "granular", UpcycleOptions(router_std=std), norm_topk_prob=True
-        )
+        upcycle(tmp_path / "dense", tmp_path / str(std), "granular", UpcycleOptions(router_std=std))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(std)).eval()
         generator = torch.Generator().manual_seed(3)
         for layer in model.model.layers:
@@ -208,13 +207,13 @@ def test_what_comes_along_and_what_is_recorded(tmp_path: Path) -> None:
 def test_the_command_says_what_came_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same seed makes the same files, another seed others."""
     saved(model_of("llama"), tmp_path / "dense")
-    words = "--to granular --norm_topk_prob --num_experts 9 --expert_noise 0.1 --drop_ratio 0.5".split()
+    words = "--to granular --num_experts 9 --expert_noise 0.1 --drop_ratio 0.5".split()
     made = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         main([str(tmp_path / "dense"), "--output_dir", str(tmp_path / name), "--seed", seed, *words])
         made[name] = fingerprint(tmp_path / name)["model.safetensors"]
     assert made["a"] == made["b"] != made["c"]
-    words = "--to granular --norm_topk_prob --num_experts 9 --max_shard_size 20KB".split()
+    words = "--to granular --num_experts 9 --max_shard_size 20KB".split()
     main([str(tmp_path / "dense"), "--output_dir", str(tmp_path / "moe"), *words])
     printed = capsys.readouterr().out
     assert "9 experts, 3 per token, 1 shared, parts (1 of 4) of the dense block" in printed
